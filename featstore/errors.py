@@ -1,0 +1,50 @@
+"""The errors that featstore raises about files, stores, models and images.
+
+Wrong arguments are ``ValueError`` and ``TypeError``; everything here is about the state of something outside the call:
+a store that lacks rows, a file that is damaged, an image that can't be read. Each message says what is wrong, what was
+expected and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FeatureStoreError(Exception):
+    """Anything featstore refuses to guess about; the parent of all errors here."""
+
+
+class MissingFeaturesError(FeatureStoreError):
+    """The store holds a fitting feature set, but not all the rows that were asked for."""
+
+
+class FactsDifferError(FeatureStoreError):
+    """No stored feature set fits the request; the message names the facts in which the nearest one differs."""
+
+
+class AmbiguousRequestError(FeatureStoreError):
+    """Several stored things fit a request that left facts open; the message lists them."""
+
+
+class DamagedFileError(FeatureStoreError):
+    """A part or an image table that is truncated, altered, or of an unknown newer format."""
+
+
+class ImageError(FeatureStoreError):
+    """One image that can't be read, decoded or rendered.
+
+    Attributes:
+        image: the image's id or path.
+        reason: why it failed, without the image's name.
+    """
+
+    def __init__(self, image: str, reason: str) -> None:
+        super().__init__(f"{image}: {reason}")
+        self.image = image
+        self.reason = reason
+
+
+class ModelError(FeatureStoreError):
+    """A model that can't be cut, keyed, or cached as a pure function of one image; the message names the module."""
+
+
+class WeightsError(FeatureStoreError):
+    """A weights file that is absent, unreadable, or doesn't fit the model."""
