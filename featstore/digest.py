@@ -50,7 +50,7 @@ def digest_tensor(tensor: Tensor) -> str:
         raise TypeError(f"a {tensor.layout} tensor of dtype {tensor.dtype} on {tensor.device} has no digest")
     flat = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
     digest = hashlib.sha256(canonical_json([str(tensor.dtype), list(tensor.shape)]).encode("ascii"))
-    digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
