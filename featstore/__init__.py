@@ -1,1 +1,53 @@
-"""featstore."""
+"""featstore: run a frozen backbone once, file its activations under everything that decides their values."""
+
+from featstore.backbones import backbone, backbone_names
+from featstore.errors import (
+    AmbiguousRequestError,
+    DamagedFileError,
+    FactsDifferError,
+    FeatureStoreError,
+    ImageError,
+    MissingFeaturesError,
+    ModelError,
+    WeightsError,
+)
+from featstore.extract import ExtractReport, Plan, extract, plan
+from featstore.features import Features
+from featstore.images import ImageSet
+from featstore.pool import Pool
+from featstore.spec import FeatureSpec
+from featstore.staged import StagedModel
+from featstore.store import FeatureRequest, FeatureSet, FeatureStore
+from featstore.trunk import Output, Trunk
+from featstore.views import Augment, View
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AmbiguousRequestError",
+    "Augment",
+    "DamagedFileError",
+    "ExtractReport",
+    "FactsDifferError",
+    "FeatureRequest",
+    "FeatureSet",
+    "FeatureSpec",
+    "FeatureStore",
+    "FeatureStoreError",
+    "Features",
+    "ImageError",
+    "ImageSet",
+    "MissingFeaturesError",
+    "ModelError",
+    "Output",
+    "Plan",
+    "Pool",
+    "StagedModel",
+    "Trunk",
+    "View",
+    "WeightsError",
+    "backbone",
+    "backbone_names",
+    "extract",
+    "plan",
+]

@@ -1,0 +1,164 @@
+"""Commands: a request as the command line that fulfils it, or as the Python call where no command can say it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from featstore.digest import Json
+from featstore.images import ImageSet
+from featstore.staged import StagedModel
+from featstore.views import Augment, View
+
+DEFAULT_VALID, DEFAULT_SPLIT_SEED = 0.2, 0
+"""What the programs hold out of a set without a split of its own."""
+
+DEFAULT_DTYPE, DEFAULT_PRECISION = "float16", "fp32"
+
+
+def extract_remedy(
+    model: StagedModel,
+    images: ImageSet,
+    store: Path,
+    *,
+    cuts: Sequence[str],
+    view: View | None = None,
+    augment: Augment | None = None,
+    dtype: str | None = None,
+    precision: str | None = None,
+    on_error: str = "raise",
+) -> str:
+    """How to extract `cuts` (each ``CUT`` or ``CUT:REDUCTION``): a command, else the Python call.
+
+    A command needs images from a folder or table, a backbone that a name, a file's function or a run gives, and a
+    policy with a name. It holds every flag that differs from its default.
+    """
+    flags = _flags(model, images, view, augment)
+    if flags is None:
+        return _python_call(model, images, cuts=cuts, view=view, augment=augment, dtype=dtype, precision=precision)
+    image_flags, model_flags, view_flags, augment_flags = flags
+    words = ["featstore", "extract", *image_flags, "--store", str(store), *model_flags]
+    for cut in cuts:
+        words += ["--cut", cut]
+    words += [*view_flags, *augment_flags]
+    words += _unless("--dtype", dtype, DEFAULT_DTYPE) + _unless("--precision", precision, DEFAULT_PRECISION)
+    words += _unless("--on-error", on_error, "raise")
+    return shlex.join(words)
+
+
+def image_flags(images: ImageSet) -> list[str] | None:
+    """The image flags that make this set, or None where no flags can."""
+    origin = images.origin
+    made_by = origin.get("constructor")
+    if made_by == "from_folder":
+        flags = ["--images", str(origin["root"])]
+    elif made_by == "from_csv":
+        flags = ["--images", str(origin["path"]), *_unless("--root", origin["root"], None)]
+        for name, default in _TABLE_DEFAULTS.items():
+            flags += _unless(f"--{name.replace('_', '-')}", origin[name], default)
+    else:
+        return None
+    split = origin.get("split")
+    if split is None:
+        own = made_by == "from_csv" and origin["split_column"] is not None
+        return flags if own or _has_split_folders(images) else [*flags, "--valid", "0"]
+    if split["groups"] or not split["stratify"] or split["test"]:
+        return None
+    flags += _unless("--valid", split["valid"], DEFAULT_VALID)
+    return flags + _unless("--split-seed", split["seed"], DEFAULT_SPLIT_SEED)
+
+
+def model_flags(model: StagedModel) -> list[str] | None:
+    """The flags that make this model, or None where no flags can."""
+    if "backbone" not in model.origin:
+        return None
+    return ["--backbone", str(model.origin["backbone"]), *_unless("--weights", model.origin.get("weights"), "DEFAULT")]
+
+
+def view_flags(view: View, default: View) -> list[str] | None:
+    """The flags that turn the evaluation view `default` into `view`'s, or None where no flags can."""
+    wanted, start = view.evaluation, default.evaluation
+    if (wanted.decode, wanted.apply_exif, wanted.antialias) != (start.decode, start.apply_exif, start.antialias):
+        return None
+    flags = _unless("--size", wanted.size, start.size)
+    scaled = start.resized(size=wanted.size) if wanted.size != start.size else start
+    flags += _unless("--resize", wanted.resize, scaled.resize)
+    flags += _unless("--mean", _numbers(wanted.mean), _numbers(start.mean))
+    flags += _unless("--std", _numbers(wanted.std), _numbers(start.std))
+    return flags + _unless("--interpolation", wanted.interpolation, start.interpolation)
+
+
+def seed_ranges(seeds: Sequence[int]) -> str:
+    """Seeds as a flag says them.
+
+    >>> seed_ranges([0, 1, 2, 3, 7, 9, 10])
+    '0-3,7,9-10'
+    """
+    runs: list[list[int]] = []
+    for seed in sorted(seeds):
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+_TABLE_DEFAULTS = {
+    "path_column": "path",
+    "label_column": "label",
+    "label_sep": None,
+    "split_column": None,
+    "group_column": None,
+    "task": "single",
+}
+
+
+def _flags(
+    model: StagedModel, images: ImageSet, view: View | None, augment: Augment | None
+) -> tuple[list[str], list[str], list[str], list[str]] | None:
+    of_images, of_model = image_flags(images), model_flags(model)
+    of_view = view_flags(view or model.view, model.view)
+    if of_images is None or of_model is None or of_view is None:
+        return None
+    of_augment: list[str] = []
+    if augment is not None:
+        if augment.policy.function is not None or augment.seeds == "fresh":
+            return None
+        of_augment = ["--augment", augment.policy.name, "--seeds", seed_ranges(augment.seeds)]
+    return of_images, of_model, of_view, of_augment
+
+
+def _python_call(
+    model: StagedModel,
+    images: ImageSet,
+    *,
+    cuts: Sequence[str],
+    view: View | None,
+    augment: Augment | None,
+    dtype: str | None,
+    precision: str | None,
+) -> str:
+    arguments: dict[str, Json] = {"cuts": repr(list(cuts))}
+    if view is not None and view.evaluation != model.view.evaluation:
+        arguments["view"] = "view"
+    if augment is not None and augment.seeds != "fresh":
+        policy = augment.policy.name if augment.policy.function is not None else repr(augment.policy.name)
+        arguments["augment"] = f"Augment({policy}, seeds={list(augment.seeds)})"
+    if dtype not in (None, DEFAULT_DTYPE):
+        arguments["dtype"] = repr(dtype)
+    if precision not in (None, DEFAULT_PRECISION):
+        arguments["precision"] = repr(precision)
+    return f"extract(model, images, store, {', '.join(f'{name}={value}' for name, value in arguments.items())})"
+
+
+def _unless(flag: str, value: Json, default: Json) -> list[str]:
+    return [] if value is None or value == default else [flag, str(value)]
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(str(value) for value in values)
+
+
+def _has_split_folders(images: ImageSet) -> bool:
+    return any(images.splits != "")

@@ -1,0 +1,103 @@
+"""Pool: a reduction of activations as a parameterless stage, the same one in extraction and in a model."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from featstore.digest import Json
+
+Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
+"""The order of a stage's output: maps, maps with channels last, tokens, vectors."""
+
+Reduction = Literal["none", "avg", "max", "concat", "token", "tokens"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+_POSITIONS: dict[str, tuple[int, ...]] = {"NCHW": (2, 3), "NHWC": (1, 2), "NLC": (1,)}
+
+
+class Pool(nn.Module):
+    """Reduces activations ``(N, *F)`` in float32.
+
+    * ``none``: as they are.
+    * ``avg``, ``max``: over all positions, ``(N, C)``.
+    * ``concat``: maximum, then average, ``(N, 2 C)``, as fastai's AdaptiveConcatPool2d.
+    * ``token``: the class token of a transformer, ``(N, C)``.
+    * ``tokens``: all tokens but the class token, ``(N, L - 1, C)``.
+
+    Over tokens, ``avg``, ``max`` and ``concat`` leave the class token out.
+
+    Args:
+        reduction: one of `REDUCTIONS`.
+        layout: of the activations that come in.
+        class_tokens: how many tokens at the start stand for the whole image; 0 or 1.
+
+    Raises:
+        ValueError: for a reduction that this layout doesn't have.
+    """
+
+    def __init__(self, reduction: Reduction, layout: str, class_tokens: int = 0) -> None:
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"{reduction!r} is no reduction. The reductions are {', '.join(REDUCTIONS)}.")
+        if reduction != "none" and layout not in _POSITIONS:
+            raise ValueError(
+                f"reduction {reduction} needs activations with positions (NCHW, NHWC or NLC); here the layout is "
+                f"{layout}. Use the reduction none, or cut where there are maps or tokens."
+            )
+        if reduction in {"token", "tokens"} and not (layout == "NLC" and class_tokens):
+            raise ValueError(
+                f"reduction {reduction} needs the tokens of a transformer with a class token; here the layout is "
+                f"{layout} with {class_tokens} class tokens. Use avg, max, concat or none."
+            )
+        self.reduction: Reduction = reduction
+        self.layout = layout
+        self.class_tokens = class_tokens
+
+    def facts(self) -> Json:
+        """What decides the pooled values: the same for two pools that compute the same."""
+        if self.reduction == "none":
+            return {"reduction": "none"}
+        facts: dict[str, Json] = {"reduction": self.reduction, "layout": self.layout}
+        if self.layout == "NLC":
+            facts["class_tokens"] = self.class_tokens
+        return facts
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Pooled activations, float32 (or float64 if that came in), contiguous."""
+        values = activations if activations.dtype == torch.float64 else activations.float()
+        values = values.contiguous()  # sums over a fixed order: maps from a store and from a trunk give equal bits
+        match self.reduction:
+            case "none":
+                return values
+            case "token":
+                return values[:, 0].contiguous()
+            case "tokens":
+                return values[:, self.class_tokens :].contiguous()
+        if self.layout == "NLC":
+            values = values[:, self.class_tokens :]
+        positions = _POSITIONS[self.layout]
+        match self.reduction:
+            case "avg":
+                return values.mean(positions)
+            case "max":
+                return values.amax(positions)
+            case "concat":
+                return torch.cat([values.amax(positions), values.mean(positions)], dim=1)
+
+    def shape(self, activations: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape ``*F`` that comes out for the shape ``*F`` that comes in, both without N."""
+        return tuple(self(torch.empty((1, *activations), device="meta")).shape[1:])
+
+    def extra_repr(self) -> str:
+        """How it prints."""
+        return f"{self.reduction}, {self.layout}"
+
+
+def automatic(layout: str, class_tokens: int) -> Reduction:
+    """The reduction `auto` stands for: concat for maps, token for a transformer's tokens, none for vectors."""
+    if layout == "NLC" and class_tokens:
+        return "token"
+    return "concat" if layout in _POSITIONS else "none"

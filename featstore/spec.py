@@ -1,0 +1,73 @@
+"""FeatureSpec: every fact that decides a stored value, its key, and how two of them differ, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from featstore.digest import Json, digest_json
+from featstore.trunk import PRECISIONS, Precision
+from featstore.views import View
+
+DTYPES = ("float16", "float32", "bfloat16")
+"""Storage types of features."""
+
+VERSION = 1
+"""Raised when the same facts come to mean other values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """Everything that decides the values of a feature set, complete. Names of cuts and backbones don't.
+
+    Attributes:
+        trunk: digest of the operations up to the cut.
+        pool: facts of the reduction, `Pool.facts()`.
+        view: facts of the view, `View.facts()`, with the policy and seed of an augmented one.
+        precision: of the arithmetic.
+        dtype: of the stored values.
+    """
+
+    trunk: str
+    pool: Json
+    view: Json
+    precision: Precision
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"{self.precision!r} is no precision. The precisions are {', '.join(PRECISIONS)}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.dtype!r} is no storage type for features. The types are {', '.join(DTYPES)}.")
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the facts, 64 hexadecimal digits; its first 8 name the set's folder."""
+        return digest_json(self.facts())
+
+    def facts(self) -> dict[str, Json]:
+        """As JSON."""
+        return {
+            "version": VERSION,
+            "trunk": self.trunk,
+            "pool": self.pool,
+            "view": self.view,
+            "precision": self.precision,
+            "dtype": self.dtype,
+        }
+
+    @classmethod
+    def from_facts(cls, facts: Any) -> FeatureSpec:
+        """The inverse of `facts`."""
+        return cls(**{name: facts[name] for name in ("trunk", "pool", "view", "precision", "dtype")})
+
+    @property
+    def reduction(self) -> str:
+        """Name of the reduction."""
+        return str(self.pool["reduction"])
+
+    @cached_property
+    def rendered(self) -> View:
+        """The view."""
+        return View.from_facts(self.view)

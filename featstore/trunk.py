@@ -1,0 +1,174 @@
+"""Trunk: the one forward function that extraction and every live frozen trunk call.
+
+Eval mode, no gradient, batches of one fixed size, pinned numerics: on one execution profile a row depends on its image
+alone, so features from a store and from a live trunk are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from featstore.digest import Json
+from featstore.graph import mode_of
+from featstore.pool import Pool
+from featstore.staged import StagedModel
+from featstore.views import View
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+_CAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One thing to take from a pass: the activations at `cut`, reduced by `pool`."""
+
+    cut: str
+    pool: Pool
+
+
+class Trunk:
+    """Runs the frozen part of a model over uint8 views.
+
+    Args:
+        model: its stages are used, or copied where device or precision ask for it; never changed.
+        outputs: what to take from each pass, in order.
+        view: gives the normalisation; its geometry has been applied already.
+        batch_size: the fixed number of images a pass; a shorter batch is padded by repeating its last image. Default:
+            32 on a CPU, 256 on a GPU.
+        precision: `fp32` is IEEE float32 (TF32 and other shortcuts off), `tf32` allows TF32 where the device has it,
+            `bf16` and `fp16` cast weights and images.
+        device: where to run.
+    """
+
+    def __init__(
+        self,
+        model: StagedModel,
+        outputs: Sequence[Output],
+        *,
+        view: View,
+        batch_size: int | None = None,
+        precision: Precision = "fp32",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"{precision!r} is no precision. The precisions are {', '.join(PRECISIONS)}.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch size {batch_size} is too small; it counts the images of one pass, at least 1.")
+        self.device = torch.device(device)
+        self.batch_size = batch_size or default_batch_size(self.device)
+        self.precision: Precision = precision
+        self.outputs = tuple(outputs)
+        self.view = view
+        self._model = self._prepared(model)
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Activations ``(N, *F)`` of uint8 views ``(N, 3, S, S)``, one tensor per output: float32, contiguous."""
+        parts = [
+            self._pass(images[start : start + self.batch_size]) for start in range(0, len(images), self.batch_size)
+        ]
+        if not parts:
+            parts = [[values[:0] for values in self._pass(images.new_zeros((1, *images.shape[1:])))]]
+        return [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+    def profile(self) -> Json:
+        """What may move the last bits of a feature without being part of its key."""
+        profile = {
+            "batch_size": self.batch_size,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__,
+        }
+        if self.device.type == "cuda":
+            profile["gpu"] = torch.cuda.get_device_name(self.device)
+        return profile
+
+    def _pass(self, images: Tensor) -> list[Tensor]:
+        rows = len(images)
+        if rows < self.batch_size:
+            images = torch.cat([images, images[-1:].expand(self.batch_size - rows, *images.shape[1:])])
+        cuts = [output.cut for output in self.outputs]
+        with torch.no_grad(), numerics(self.precision, self.device), mode_of(self._model, training=False):
+            values = self.view.normalise(images.to(self.device))
+            values = values.to(_CAST.get(self.precision, torch.float32))
+            activations = self._model.activations(values, cuts)
+            return [output.pool(activations[output.cut])[:rows] for output in self.outputs]
+
+    def _prepared(self, model: StagedModel) -> StagedModel:
+        last = max(model.index(output.cut) for output in self.outputs)
+        stages = [model.stages[index] for index in range(last + 1)]
+        dtype = _CAST.get(self.precision)
+        tensors = [tensor for stage in stages for tensor in (*stage.parameters(), *stage.buffers())]
+        if dtype is not None or any(tensor.device != self.device for tensor in tensors):
+            copied = copy.deepcopy(nn.ModuleList(stages)).to(self.device)
+            stages = list(copied if dtype is None else copied.to(dtype))
+        return StagedModel(stages, view=self.view, name=model.name)  # type: ignore[arg-type]
+
+
+def default_batch_size(device: torch.device) -> int:
+    """The fixed batch size B where nobody says: 256 on a GPU, 32 elsewhere."""
+    return 256 if device.type == "cuda" else 32
+
+
+def choose_device(name: torch.device | str) -> torch.device:
+    """The device of that name; `auto` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: for a name torch doesn't know, or a GPU that isn't there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device. Expected auto, cpu, cuda or cuda:1.") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"There is no GPU {name} here ({torch.cuda.device_count()} found). Use cpu or auto.")
+    return device
+
+
+@contextmanager
+def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Pins what float32 arithmetic means for the block, and puts every setting back, also after an error."""
+    tf32 = "tf32" if precision == "tf32" else "ieee"
+    wanted = [
+        (torch.backends.cuda.matmul, "fp32_precision", tf32),
+        (torch.backends.cudnn.conv, "fp32_precision", tf32),  # type: ignore[attr-defined]
+        (torch.backends.cudnn.rnn, "fp32_precision", tf32),
+        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+        (torch.backends.mkldnn.conv, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+        (torch.backends.mkldnn.rnn, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+        (torch.backends.cudnn, "benchmark", False),  # the fastest algorithm may change from run to run
+        (torch.backends.cudnn, "deterministic", True),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
+    older = _older_switch()
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        for owner, name, value in before:
+            stack.callback(setattr, owner, name, value)
+        if older is not None:
+            stack.callback(torch.set_float32_matmul_precision, older)  # runs first: it sets some of the newer ones too
+            torch.set_float32_matmul_precision("high" if precision == "tf32" and device.type == "cuda" else "highest")
+        for owner, name, value in wanted:
+            setattr(owner, name, value)
+        yield
+
+
+def _older_switch() -> str | None:
+    """Torch's older switch of the same thing, or None where the caller has left it for the newer ones.
+
+    torch refuses to read the older one once they contradict each other.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None

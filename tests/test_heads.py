@@ -1,0 +1,224 @@
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training.heads import HEADS, build_head, concat_head, linear_head, mlp_head
+
+
+def layer_names(head: nn.Module) -> list[str]:
+    return [type(layer).__name__ for layer in head.children()]
+
+
+def dropout_rates(head: nn.Module) -> list[float]:
+    return [layer.p for layer in head.modules() if isinstance(layer, nn.Dropout)]
+
+
+def linears(head: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
+
+
+def same_states(one: nn.Module, other: nn.Module) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_concat_head_has_fastais_layout_and_size() -> None:
+    head = concat_head(1024, 10)
+    assert layer_names(head) == ["BatchNorm1d", "Dropout", "Linear", "ReLU", "BatchNorm1d", "Dropout", "Linear"]
+    assert dropout_rates(head) == [0.25, 0.5]
+    assert sum(parameter.numel() for parameter in head.parameters()) == 533_002
+    assert sum(parameter.numel() for parameter in concat_head(4096, 10).parameters()) == 2_112_010
+    assert len(list(head.parameters())) == 8
+
+
+def test_concat_head_starts_he_normal_with_zero_biases() -> None:
+    first, last = linears(concat_head(1024, 512))
+    # 524,288 and 262,144 draws: their standard deviation is known to about 0.1 %.
+    assert first.weight.std().item() == pytest.approx(0.04419, rel=5e-3)
+    assert last.weight.std().item() == pytest.approx(math.sqrt(2 / 512), rel=5e-3)
+    assert abs(first.weight.mean().item()) < 5e-4
+    assert first.weight.abs().max() > 4 * 0.04419  # normal, not uniform
+    assert not first.bias.any()
+    assert not last.bias.any()
+
+
+def test_he_weights_are_torchs_kaiming_normal_of_the_same_generator() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for layer in linears(concat_head(20, 4, hidden=(8,), seed=3)):
+        expected = nn.init.kaiming_normal_(torch.empty_like(layer.weight), nonlinearity="relu", generator=generator)
+        assert torch.equal(layer.weight, expected)
+
+
+def test_batch_norm_of_a_concat_head_keeps_torchs_defaults() -> None:
+    for layer in concat_head(12, 3, hidden=(6,)):
+        if isinstance(layer, nn.BatchNorm1d):
+            expected = nn.BatchNorm1d(layer.num_features)
+            assert repr(layer) == repr(expected)
+            assert same_states(layer, expected)
+
+
+def test_concat_head_without_hidden_layers_is_a_linear_probe() -> None:
+    head = concat_head(64, 5, hidden=())
+    assert layer_names(head) == ["BatchNorm1d", "Dropout", "Linear"]
+    assert dropout_rates(head) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "dropout", "rates"),
+    [
+        ((32,), 0.5, [0.5, 0.5]),
+        ((32,), 0, []),
+        ((32,), [0, 0.3], [0.3]),
+        ((32, 16), (0.1, 0.2, 0.3), [0.1, 0.2, 0.3]),
+        ((32, 16), None, [0.25, 0.25, 0.5]),
+    ],
+)
+def test_dropout_is_one_rate_for_all_or_one_a_layer(
+    hidden: tuple[int, ...], dropout: float | list[float] | None, rates: list[float]
+) -> None:
+    assert dropout_rates(concat_head(64, 5, hidden=hidden, dropout=dropout)) == rates
+
+
+@pytest.mark.parametrize("dropout", [[0.1], [0.1, 0.2, 0.3], ()])
+def test_dropout_rates_that_do_not_match_the_layers_are_refused(dropout: list[float]) -> None:
+    with pytest.raises(ValueError, match=f"dropout has {len(dropout)} rates for 2 layers"):
+        concat_head(64, 5, dropout=dropout)
+    with pytest.raises(ValueError, match=f"dropout has {len(dropout)} rates for 4 layers"):
+        mlp_head(64, 5, hidden=(9, 8, 7, 6), dropout=dropout)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, math.nan])
+def test_a_dropout_rate_outside_its_range_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match=f"dropout rate is {rate}"):
+        concat_head(64, 5, dropout=rate)
+
+
+def test_mlp_head_is_linear_relu_dropout() -> None:
+    head = mlp_head(64, 5, hidden=(32, 16), dropout=(0.1, 0))
+    assert layer_names(head) == ["Linear", "ReLU", "Dropout", "Linear", "ReLU", "Linear"]
+    assert [tuple(layer.weight.shape) for layer in linears(head)] == [(32, 64), (16, 32), (5, 16)]
+    assert layer_names(mlp_head(64, 5, hidden=())) == ["Linear"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+def test_linear_head_draws_what_nn_linear_draws_after_manual_seed(seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        expected = nn.Linear(37, 11)
+    assert same_states(linear_head(37, 11, seed=seed), expected)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_map_vectors_to_logits_without_a_final_activation(name: str) -> None:
+    head = build_head(name, 64, 5)
+    for parameter in head.parameters():
+        assert parameter.device.type == "cpu"
+        assert parameter.requires_grad
+    logits = head(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+    assert logits.shape == (16, 5)
+    assert logits.min() < 0 < logits.max()
+    assert not torch.allclose(logits.exp().sum(dim=1), torch.ones(16))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_weights_come_from_the_seed_alone_and_leave_global_randomness(name: str) -> None:
+    before = torch.get_rng_state()
+    head = build_head(name, 64, 5, seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        assert same_states(build_head(name, 64, 5, seed=4), head)
+    assert not same_states(build_head(name, 64, 5, seed=5), head)
+
+
+@pytest.mark.parametrize("builder", [concat_head, linear_head, mlp_head])
+@pytest.mark.parametrize(("in_features", "num_classes"), [(0, 3), (8, 0), (-1, 3)])
+def test_widths_below_one_are_refused(
+    builder: Callable[[int, int], nn.Module], in_features: int, num_classes: int
+) -> None:
+    with pytest.raises(ValueError, match="each must be at least 1"):
+        builder(in_features, num_classes)
+
+
+def test_an_unknown_head_lists_the_names() -> None:
+    with pytest.raises(ValueError, match="'transformer' is unknown; pass one of concat, linear, mlp, or your own"):
+        build_head("transformer", 64, 5)
+    with pytest.raises(TypeError, match=r"instance of nn\.Module"):
+        build_head(nn.Linear, 64, 5)  # type: ignore[arg-type]
+
+
+def test_a_named_head_on_maps_says_to_reduce_them() -> None:
+    with pytest.raises(ValueError, match=r"shape \(64, 7, 7\) don't fit the head 'concat', which takes vectors"):
+        build_head("concat", (64, 7, 7), 5)
+    assert same_states(build_head("concat", (64,), 5), build_head("concat", 64, 5))
+
+
+def own_head() -> nn.Sequential:
+    head = nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 5))
+    head[0].eval()  # a person's own choice, to be kept
+    return head
+
+
+def test_an_own_head_is_copied_with_its_weights_statistics_and_flags() -> None:
+    head = own_head()
+    before, modes = copy.deepcopy(head), [part.training for part in head.modules()]
+    copied = build_head(head, 64, 5)
+    assert copied is not head
+    for one in (head, copied):
+        assert same_states(one, before)
+        assert [part.training for part in one.modules()] == modes
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.add_(1)
+    assert same_states(head, before)
+
+
+def test_an_own_head_keeps_its_flags_when_it_is_refused() -> None:
+    head = own_head()
+    modes = [part.training for part in head.modules()]
+    with pytest.raises(ValueError, match="makes"):
+        build_head(head, 64, 6)
+    assert [part.training for part in head.modules()] == modes
+
+
+def test_an_own_head_may_take_maps() -> None:
+    head = nn.Sequential(nn.Conv2d(6, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    assert same_states(build_head(head, (6, 7, 7), 5), head)
+
+
+def test_an_own_head_without_parameters_is_tried_too() -> None:
+    assert layer_names(build_head(nn.Sequential(nn.Identity()), 5, 5)) == ["Identity"]
+
+
+def test_an_own_head_with_another_number_of_outputs_is_refused_with_both_shapes() -> None:
+    with pytest.raises(ValueError, match=r"Linear makes \(2, 3\) from activations \(2, 64\); 5 classes need \(2, 5\)"):
+        build_head(nn.Linear(64, 3), 64, 5)
+
+
+def test_an_own_head_of_another_width_is_refused_with_its_error() -> None:
+    with pytest.raises(ValueError, match=r"Linear fails on float32 activations \(2, 64\): .*shapes") as caught:
+        build_head(nn.Linear(32, 5), 64, 5)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+class TwoAnswers(nn.Module):
+    def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return vectors, vectors
+
+
+def test_an_own_head_that_returns_no_tensor_is_refused() -> None:
+    with pytest.raises(ValueError, match="TwoAnswers returns a tuple"):
+        build_head(TwoAnswers(), 5, 5)
+
+
+def test_lazy_layers_of_an_own_head_get_seeded_weights_and_leave_global_randomness() -> None:
+    head = nn.LazyLinear(5)
+    before = torch.get_rng_state()
+    copied = build_head(head, 64, 5, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same_states(copied, linear_head(64, 5, seed=7))
+    assert isinstance(head.weight, nn.UninitializedParameter)

@@ -1,0 +1,206 @@
+"""Heads: small networks that map the vectors of a trunk to logits.
+
+A head takes activations `(N, F)` and returns logits `(N, K)`, without a final activation. Its weights are drawn from
+its own seed; the global random state is neither read nor moved.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class HeadBuilder(Protocol):
+    """What `HEADS` holds."""
+
+    def __call__(self, in_features: int, num_classes: int, *, seed: int = 0) -> nn.Module:
+        """A head that maps vectors of width `in_features` to `num_classes` logits, with weights drawn from `seed`."""
+
+
+def build_head(head: str | nn.Module, in_features: int | Sequence[int], num_classes: int, seed: int = 0) -> nn.Module:
+    """The head that `head` stands for: a new one by name, or a checked copy of a person's own module.
+
+    Args:
+        head: a key of `HEADS`, or a module that maps float32 activations of two images to logits `(2, num_classes)`.
+            The module itself is never changed: it is copied with its weights, statistics and training flags, and the
+            copy is tried on zeros in eval mode. Lazy layers of the copy get their weights then, drawn from `seed`.
+        in_features: the width F of one image's activations, or their shape; a named head takes vectors only.
+        num_classes: the number of logits, K.
+        seed: what a named head's weights are drawn from.
+
+    Raises:
+        ValueError: for an unknown name, a named head for maps, or a module that doesn't make `(2, num_classes)`.
+        TypeError: if `head` is neither a name nor a module.
+    """
+    shape = (in_features,) if isinstance(in_features, int) else tuple(in_features)
+    if isinstance(head, nn.Module):
+        return _checked_copy(head, shape, num_classes, seed)
+    if not isinstance(head, str):
+        raise TypeError(f"head is {head!r}; pass one of {', '.join(HEADS)}, or an instance of nn.Module.")
+    if head not in HEADS:
+        raise ValueError(f"The head {head!r} is unknown; pass one of {', '.join(HEADS)}, or your own nn.Module.")
+    if len(shape) != 1:
+        raise ValueError(
+            f"Activations of shape {shape} don't fit the head {head!r}, which takes vectors. "
+            "Choose a reduction (avg, max, concat, token), or pass your own nn.Module for maps."
+        )
+    return HEADS[head](shape[0], num_classes, seed=seed)
+
+
+def concat_head(
+    in_features: int,
+    num_classes: int,
+    *,
+    hidden: Sequence[int] = (512,),
+    dropout: float | Sequence[float] | None = None,
+    seed: int = 0,
+) -> nn.Sequential:
+    """The head of fastai: batch norm, dropout, linear, ReLU for each hidden layer; the same, without ReLU, to logits.
+
+    Args:
+        in_features: the width F of the vectors.
+        num_classes: the number of logits, K.
+        hidden: the widths of the hidden layers; with none this is a linear probe behind batch norm and dropout.
+        dropout: one rate for every layer, or one a layer: `len(hidden) + 1` of them. None is fastai's choice, 0.25
+            before each hidden layer and 0.5 before the last. A rate of 0 leaves the module out.
+        seed: what the weights are drawn from, He normal (fan in, gain √2); biases are 0.
+    """
+    widths = _checked_widths(in_features, *hidden, num_classes)
+    default = (0.25,) * len(hidden) + (0.5,)
+    rates = _dropout_rates(default if dropout is None else dropout, len(hidden) + 1)
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = []
+    for (fan_in, fan_out), rate in zip(pairwise(widths), rates, strict=True):
+        layers.append(nn.BatchNorm1d(fan_in))
+        layers.extend(_dropout(rate))
+        layers.append(_he_linear(fan_in, fan_out, generator))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers[:-1])  # the last layer's output is the logits
+
+
+def linear_head(in_features: int, num_classes: int, *, seed: int = 0) -> nn.Linear:
+    """One linear layer, with the weights that `nn.Linear` would draw after `torch.manual_seed(seed)`."""
+    _checked_widths(in_features, num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    layer = _empty_linear(in_features, num_classes)
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    bound = 1 / math.sqrt(in_features)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    return layer
+
+
+def mlp_head(
+    in_features: int,
+    num_classes: int,
+    *,
+    hidden: Sequence[int] = (512,),
+    dropout: float | Sequence[float] = 0.5,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Linear, ReLU and dropout for each hidden layer, then linear to logits; no batch norm.
+
+    `dropout` is one rate for every hidden layer, or one a hidden layer. Weights are drawn as those of `concat_head`.
+    """
+    widths = _checked_widths(in_features, *hidden, num_classes)
+    rates = _dropout_rates(dropout, len(hidden))
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = []
+    for (fan_in, fan_out), rate in zip(pairwise(widths[:-1]), rates, strict=True):
+        layers.append(_he_linear(fan_in, fan_out, generator))
+        layers.append(nn.ReLU())
+        layers.extend(_dropout(rate))
+    return nn.Sequential(*layers, _he_linear(widths[-2], widths[-1], generator))
+
+
+HEADS: dict[str, HeadBuilder] = {"concat": concat_head, "linear": linear_head, "mlp": mlp_head}
+"""The heads by name."""
+
+
+def _dropout(rate: float) -> list[nn.Module]:
+    return [nn.Dropout(rate)] if rate > 0 else []
+
+
+def _he_linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Linear:
+    layer = _empty_linear(fan_in, fan_out)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _empty_linear(fan_in: int, fan_out: int) -> nn.Linear:
+    # By way of the meta device, where the layer's own initialisation draws nothing from the global generator.
+    return nn.Linear(fan_in, fan_out, device="meta").to_empty(device="cpu")
+
+
+def _checked_widths(*widths: int) -> tuple[int, ...]:
+    if min(widths) < 1:
+        raise ValueError(f"The layer widths are {', '.join(map(str, widths))}; each must be at least 1.")
+    return widths
+
+
+def _dropout_rates(dropout: float | Sequence[float], num_layers: int) -> tuple[float, ...]:
+    rates = (dropout,) * num_layers if isinstance(dropout, int | float) else tuple(dropout)
+    if len(rates) != num_layers:
+        raise ValueError(
+            f"dropout has {len(rates)} rates for {num_layers} layers with dropout; pass one number for all of them, "
+            f"or exactly {num_layers} rates."
+        )
+    for rate in rates:
+        if not 0 <= rate < 1:
+            raise ValueError(f"A dropout rate is {rate}; pass rates of at least 0 and below 1.")
+    return rates
+
+
+def _checked_copy(head: nn.Module, shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Module:
+    copied = copy.deepcopy(head)
+    result = _result_of_zeros(copied, shape, seed)
+    if not isinstance(result, Tensor):
+        raise ValueError(
+            f"The head {type(head).__name__} returns a {type(result).__name__}; a head returns one tensor of logits."
+        )
+    if result.shape != (2, num_classes):
+        raise ValueError(
+            f"The head {type(head).__name__} makes {tuple(result.shape)} from activations {(2, *shape)}; "
+            f"{num_classes} classes need {(2, num_classes)}. Give its last layer {num_classes} outputs."
+        )
+    return copied
+
+
+def _result_of_zeros(head: nn.Module, shape: tuple[int, ...], seed: int) -> object:
+    parameter = next(head.parameters(), None)
+    zeros = torch.zeros(2, *shape, device=None if parameter is None else parameter.device)
+    try:
+        with _eval_mode(head), torch.no_grad(), _seeded_cpu_generator(seed):
+            return head(zeros)
+    except Exception as error:  # a person's own code may raise anything
+        raise ValueError(
+            f"The head {type(head).__name__} fails on float32 activations {tuple(zeros.shape)}: {error}. "
+            f"Make it take activations of shape {shape} for each image."
+        ) from error
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while, then each submodule's own flag again: a person may have frozen some of them."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, was_training in modes:
+            part.training = was_training
+
+
+@contextmanager
+def _seeded_cpu_generator(seed: int) -> Iterator[None]:
+    """The global CPU generator at `seed` for a while: lazy layers draw their weights from nowhere else."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,224 @@
+"""Metrics: one number about logits and targets, taken over all rows at once, never averaged over batches.
+
+Every metric maps logits `(N, K)` and targets to a Python float, on whatever device they lie. Targets are class numbers
+`(N,)` for the task "single" and n-hot `(N, K)` for "multi". Rows without a target (-1) have no place here: they are
+refused, so leave them out first. Logits that hold NaN give NaN: a diverged model has no score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+# scikit-learn is imported where it is used: it takes 0.6 s, and a program that only prints its help need not wait.
+
+Metric = Callable[[Tensor, Tensor], float]
+"""Maps logits `(N, K)` and targets to one number."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits `(N, K)` and targets to a scalar tensor that can be differentiated."""
+
+Average = Literal["macro", "micro", "weighted"]
+"""How the F1 scores of the classes become one: their mean, one score over all decisions, the mean by frequency."""
+
+TASKS = ("single", "multi")
+
+
+def loss(task: str) -> Loss:
+    """The mean loss of `task`: cross-entropy for "single", binary cross-entropy with logits for "multi".
+
+    Cross-entropy takes int64 class numbers `(N,)`, binary cross-entropy n-hot targets `(N, K)` in the dtype of the
+    logits.
+    """
+    _check_task(task)
+    return F.cross_entropy if task == "single" else F.binary_cross_entropy_with_logits
+
+
+def default_metrics(task: str, num_classes: int) -> dict[str, Metric]:
+    """The metrics by name that a run of `task` reports beside its loss.
+
+    >>> list(default_metrics("single", num_classes=37)), list(default_metrics("multi", num_classes=37))
+    (['accuracy', 'top5', 'f1'], ['map', 'f1'])
+    """
+    _check_task(task)
+    if task == "multi":
+        return {"map": mean_average_precision, "f1": f1_multi}
+    if num_classes > 5:
+        return {"accuracy": accuracy, "top5": top_k_accuracy, "f1": f1}
+    return {"accuracy": accuracy, "f1": f1}
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> float:
+    """The share of rows whose largest logit is the target's; of equal logits the first class counts."""
+    _check_single(logits, targets)
+    if _has_nan(logits):
+        return math.nan
+    return _share(logits.argmax(dim=1) == targets)
+
+
+def top_k_accuracy(logits: Tensor, targets: Tensor, k: int = 5) -> float:
+    """The share of rows whose target is among the `k` largest logits; of equal logits the first classes count.
+
+    Raises:
+        ValueError: if `k` is not below the number of classes, where every answer would be right.
+    """
+    _check_single(logits, targets)
+    num_classes = logits.shape[1]
+    if not 1 <= k < num_classes:
+        raise ValueError(
+            f"k is {k} with {num_classes} classes; top-k accuracy says something for 1 <= k < {num_classes}. "
+            "Pass a smaller k, or use accuracy."
+        )
+    if _has_nan(logits):
+        return math.nan
+    # topk leaves the order of equal logits open; a stable sort settles it as argmax does.
+    best = logits.argsort(dim=1, descending=True, stable=True)[:, :k]  # (N, k)
+    return _share((best == targets[:, None]).any(dim=1))
+
+
+def f1(logits: Tensor, targets: Tensor, average: Average = "macro") -> float:
+    """The F1 score of the classes with the largest logits, as scikit-learn's `f1_score`.
+
+    Averaged over the classes that occur among targets or predictions.
+    """
+    _check_single(logits, targets)
+    _check_average(average)
+    if _has_nan(logits):
+        return math.nan
+    return _f1(_array(targets), _array(logits.argmax(dim=1)), average)
+
+
+def f1_multi(logits: Tensor, targets: Tensor, average: Average = "macro", threshold: float = 0.5) -> float:
+    """The F1 score of the classes whose probability, the sigmoid of the logit, reaches `threshold`.
+
+    Averaged over the classes that occur among targets or predictions; NaN if none does.
+    """
+    _check_multi(logits, targets)
+    _check_average(average)
+    if _has_nan(logits):
+        return math.nan
+    predictions = torch.sigmoid(_on_cpu(logits).double()) >= threshold
+    # scikit-learn reads a single column as two classes, its negatives being the other one.
+    labels = [1] if logits.shape[1] == 1 else None
+    return _f1(_array(targets).astype(int), _array(predictions).astype(int), average, labels)
+
+
+def mean_average_precision(logits: Tensor, targets: Tensor) -> float:
+    """The mean over classes of scikit-learn's `average_precision_score`, for n-hot targets.
+
+    A class without a positive row has no average precision and is left out, so the mean is over
+    `(targets > 0).any(dim=0).sum()` classes; NaN if that is none.
+    """
+    from sklearn.metrics import average_precision_score
+
+    _check_multi(logits, targets)
+    if _has_nan(logits):
+        return math.nan
+    # Only the ranking matters: logits have it exactly, where a sigmoid would round large ones to ties at 1.
+    scores, positives = _array(_on_cpu(logits).double()), _array(targets).astype(bool)
+    occurring = np.flatnonzero(positives.any(axis=0))
+    if occurring.size == 0:
+        return math.nan
+    return float(np.mean([average_precision_score(positives[:, label], scores[:, label]) for label in occurring]))
+
+
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion: where the true accuracy lies if `correct` of `total` images are right.
+
+    >>> low, high = wilson_interval(correct=4, total=4)
+    >>> f"{low:.2f}-{high:.2f}"
+    '0.51-1.00'
+    """
+    if not 0 <= correct <= total or total < 1:
+        raise ValueError(f"{correct} of {total} is no proportion; pass 0 <= correct <= total with total at least 1.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; pass a probability between 0 and 1, such as 0.95.")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = correct / total
+    scale = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2) / scale
+    # The ends are exact where all or none are right; arithmetic would leave them a rounding error off.
+    return 0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half
+
+
+def _share(is_right: Tensor) -> float:
+    return int(is_right.sum()) / len(is_right)
+
+
+def _f1(
+    targets: NDArray[Any], predictions: NDArray[Any], average: Average, labels: Sequence[int] | None = None
+) -> float:
+    from sklearn.metrics import f1_score
+
+    # A class in neither array has no F1 score; NaN keeps it out of the average where 0 would pull that down.
+    return float(f1_score(targets, predictions, labels=labels, average=average, zero_division=np.nan))
+
+
+def _has_nan(logits: Tensor) -> bool:
+    return bool(logits.isnan().any())
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = _on_cpu(tensor).numpy()
+    return array
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()  # before any double(): not every device has float64
+
+
+def _check_task(task: str) -> None:
+    if task not in TASKS:
+        raise ValueError(f"The task {task!r} is unknown; pass one of {', '.join(TASKS)}.")
+
+
+def _check_average(average: str) -> None:
+    if average not in ("macro", "micro", "weighted"):
+        raise ValueError(f"The average {average!r} is unknown; pass one of macro, micro, weighted.")
+
+
+def _check_single(logits: Tensor, targets: Tensor) -> None:
+    _check_logits(logits)
+    rows, num_classes = logits.shape
+    if targets.shape != (rows,) or targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(
+            f"Targets are {targets.dtype} of shape {tuple(targets.shape)}; logits of shape {tuple(logits.shape)} need "
+            f"class numbers, integers of shape ({rows},). For n-hot targets use the metrics of the task multi."
+        )
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"Targets reach from {low} to {high}; with {num_classes} classes they lie in 0 to {num_classes - 1}. "
+            "Leave unlabelled rows (-1) out, and give logits and targets the same class table."
+        )
+
+
+def _check_multi(logits: Tensor, targets: Tensor) -> None:
+    _check_logits(logits)
+    if targets.shape != logits.shape:
+        raise ValueError(
+            f"Targets have shape {tuple(targets.shape)}; logits of shape {tuple(logits.shape)} need n-hot targets of "
+            "the same shape. For class numbers use the metrics of the task single."
+        )
+    if not bool(((targets == 0) | (targets == 1)).all()):
+        raise ValueError(
+            f"Targets reach from {targets.min().item():g} to {targets.max().item():g}; n-hot targets are 0 and 1. "
+            "Leave unlabelled rows out, and turn soft labels into decisions first."
+        )
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.ndim != 2 or logits.numel() == 0 or not logits.is_floating_point():
+        raise ValueError(
+            f"Logits are {logits.dtype} of shape {tuple(logits.shape)}; a metric needs floating-point logits (N, K) "
+            "with at least one row and one class."
+        )
