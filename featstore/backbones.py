@@ -173,7 +173,7 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None) -> Stag
     trimmed.load_tensors(fit.tensors)
     trimmed.origin = {**model.origin, "weights": str(weights)}
     trimmed.notes = (*fit.notes, *_view_note(model))
-    trimmed.keep_default_cut(model.default_cut)
+    trimmed.keep_default_cut(model.cut_points[min(model.index(model.default_cut), fit.num_stages - 1)])
     return trimmed
 
 

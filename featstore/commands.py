@@ -36,33 +36,43 @@ def extract_remedy(
     """
     flags = _flags(model, images, view, augment)
     if flags is None:
-        return _python_call(model, images, cuts=cuts, view=view, augment=augment, dtype=dtype, precision=precision)
-    image_flags, model_flags, view_flags, augment_flags = flags
-    words = ["featstore", "extract", *image_flags, "--store", str(store), *model_flags]
+        return _python_call(
+            model, cuts=cuts, view=view, augment=augment, dtype=dtype, precision=precision, on_error=on_error
+        )
+    of_images, of_model, of_view, of_augment = flags
+    words = ["featstore", "extract", *of_images, "--store", str(store), *of_model]
     for cut in cuts:
         words += ["--cut", cut]
-    words += [*view_flags, *augment_flags]
+    words += [*of_view, *of_augment]
     words += _unless("--dtype", dtype, DEFAULT_DTYPE) + _unless("--precision", precision, DEFAULT_PRECISION)
     words += _unless("--on-error", on_error, "raise")
     return shlex.join(words)
 
 
 def image_flags(images: ImageSet) -> list[str] | None:
-    """The image flags that make this set, or None where no flags can."""
+    """The image flags that make this set, or the one it was selected from; None where no flags can.
+
+    Splits that were dealt in Python in another way than the programs deal (folds, `with_splits`, a test share) have
+    none.
+    """
     origin = images.origin
     made_by = origin.get("constructor")
     if made_by == "from_folder":
         flags = ["--images", str(origin["root"])]
+        own_splits = _folder_splits(images)
     elif made_by == "from_csv":
         flags = ["--images", str(origin["path"]), *_unless("--root", origin["root"], None)]
+        own_splits = None if origin["split_column"] is None else images.splits.tolist()
         for name, default in _TABLE_DEFAULTS.items():
-            flags += _unless(f"--{name.replace('_', '-')}", origin[name], default)
+            value = "" if name == "label_column" and origin[name] is None else origin[name]  # '': nothing is labelled
+            flags += _unless(f"--{name.replace('_', '-')}", value, default)
     else:
         return None
     split = origin.get("split")
+    if own_splits is not None:
+        return flags if split is None and own_splits == images.splits.tolist() else None
     if split is None:
-        own = made_by == "from_csv" and origin["split_column"] is not None
-        return flags if own or _has_split_folders(images) else [*flags, "--valid", "0"]
+        return None if any(images.splits != "") else [*flags, "--valid", "0"]
     if split["groups"] or not split["stratify"] or split["test"]:
         return None
     flags += _unless("--valid", split["valid"], DEFAULT_VALID)
@@ -104,6 +114,7 @@ def seed_ranges(seeds: Sequence[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+_SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 _TABLE_DEFAULTS = {
     "path_column": "path",
     "label_column": "label",
@@ -131,24 +142,28 @@ def _flags(
 
 def _python_call(
     model: StagedModel,
-    images: ImageSet,
     *,
     cuts: Sequence[str],
     view: View | None,
     augment: Augment | None,
     dtype: str | None,
     precision: str | None,
+    on_error: str,
 ) -> str:
-    arguments: dict[str, Json] = {"cuts": repr(list(cuts))}
+    """A call in the words of the documentation: `model`, `images`, `store`, `view` and `policy` are the caller's."""
+    arguments: dict[str, str] = {"cuts": repr(list(cuts))}
     if view is not None and view.evaluation != model.view.evaluation:
         arguments["view"] = "view"
     if augment is not None and augment.seeds != "fresh":
-        policy = augment.policy.name if augment.policy.function is not None else repr(augment.policy.name)
+        name = augment.policy.name
+        policy = repr(name) if augment.policy.function is None else name if name.isidentifier() else "policy"
         arguments["augment"] = f"Augment({policy}, seeds={list(augment.seeds)})"
     if dtype not in (None, DEFAULT_DTYPE):
         arguments["dtype"] = repr(dtype)
     if precision not in (None, DEFAULT_PRECISION):
         arguments["precision"] = repr(precision)
+    if on_error != "raise":
+        arguments["on_error"] = repr(on_error)
     return f"extract(model, images, store, {', '.join(f'{name}={value}' for name, value in arguments.items())})"
 
 
@@ -160,5 +175,7 @@ def _numbers(values: Sequence[float]) -> str:
     return ",".join(str(value) for value in values)
 
 
-def _has_split_folders(images: ImageSet) -> bool:
-    return any(images.splits != "")
+def _folder_splits(images: ImageSet) -> list[str] | None:
+    """The splits that an image folder's own train, valid and test folders give; None where it has none."""
+    splits = [_SPLIT_FOLDERS.get(name.partition("/")[0].lower(), "") for name in images.ids]
+    return splits if splits and all(splits) else None

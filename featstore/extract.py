@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -17,6 +20,7 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ImageError
+from featstore.features import first_places, is_among
 from featstore.images import Digests, ImageSet, split_overlap
 from featstore.pool import REDUCTIONS
 from featstore.probe import Probe, check_probe, take_probes
@@ -45,7 +49,7 @@ class PlannedSet:
         stored: the set as the store has it, or None.
         is_wanted: ``(N,)``, the images that were asked for.
         is_missing: ``(N,)``, those of them without a row.
-        is_failed: ``(N,)``, those of them that can't be read or have failed before.
+        is_failed: ``(N,)``, those of them that failed before or can't be read now, though their files are there.
         row_bytes: size of one row.
     """
 
@@ -68,13 +72,17 @@ class Plan:
         model: whose trunk runs.
         images: in order.
         digests: of the images.
-        sets: the evaluation view's and each seed's, for every cut.
+        sets: the evaluation view's and each seed's, for every cut; no two of one key.
+        is_absent: ``(N,)``, images whose files aren't there.
+        stage_digests: cut -> digest of the model up to it.
     """
 
     model: StagedModel
     images: ImageSet
     digests: Digests
     sets: tuple[PlannedSet, ...]
+    is_absent: NDArray[np.bool_]
+    stage_digests: dict[str, str]
 
     @cached_property
     def is_missing(self) -> NDArray[np.bool_]:
@@ -87,14 +95,21 @@ class Plan:
         return _any([each.is_missing & each.is_failed for each in self.sets])
 
     def status(self, *, on_error: str = "raise") -> dict[str, Json]:
-        """Images, stored, missing, failed and the bytes to write; with `skip`, failed ones don't count as missing."""
-        missing = self.is_missing & ~self.is_failed if on_error == "skip" else self.is_missing
+        """Images, stored, missing, failed and the bytes to write.
+
+        With `raise` a failed image is one of the missing; with `skip` it isn't, and an absent file still is: a disk
+        that isn't there must not pass for a finished job.
+        """
+        to_compute = [
+            each.is_missing & ~each.is_failed if on_error == "skip" else each.is_missing for each in self.sets
+        ]
+        missing = _any(to_compute)
         return {
             "images": len(self.images),
             "stored": int((~self.is_missing).sum()),
             "missing": int(missing.sum()),
-            "failed": int(self.is_failed.sum()),
-            "bytes": sum(int(each.is_missing.sum()) * each.row_bytes for each in self.sets),
+            "failed": int((self.is_failed & ~missing if on_error == "skip" else self.is_failed).sum()),
+            "bytes": sum(int(rows.sum()) * each.row_bytes for rows, each in zip(to_compute, self.sets, strict=True)),
         }
 
     def describe(self) -> str:
@@ -103,19 +118,24 @@ class Plan:
         failed = f" ({status['failed']:,} of them failed before)" if status["failed"] else ""
         return (
             f"{status['images']:,} images: {status['stored']:,} stored, {status['missing']:,} to compute{failed}, "
-            f"{status['bytes'] / 1e9:.2f} GB in {len(self.sets)} feature sets"
+            f"{status['bytes'] / 1e9:.2f} GB in {len(self.sets)} feature set{'' if len(self.sets) == 1 else 's'}"
         )
 
     def notes(self) -> list[str]:
         """Sentences about the images that their owner should read."""
+        notes = []
+        absent = [self.images.ids[index] for index in np.flatnonzero(self.is_absent)]
+        if absent:
+            named = f"{', '.join(absent[:3])}{', ...' * (len(absent) > 3)}"
+            notes.append(f"{len(absent):,} image files are absent ({named})")
         pairs = split_overlap(self.images, self.digests)
-        if not pairs:
-            return []
-        named = ", ".join(f"{seen} = {held_out}" for seen, held_out in pairs[:3])
-        return [
-            f"{len(pairs):,} held-out images are byte for byte the same as images in another split ({named}"
-            f"{', ...' if len(pairs) > 3 else ''}); scores on them say nothing about new images"
-        ]
+        if pairs:
+            named = ", ".join(f"{seen} = {held_out}" for seen, held_out in pairs[:3]) + ", ..." * (len(pairs) > 3)
+            notes.append(
+                f"{len(pairs):,} held-out images are byte for byte the same as images in another split ({named}); "
+                "scores on them say nothing about new images"
+            )
+        return notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +143,14 @@ class ExtractReport:
     """What an extraction did.
 
     Attributes:
-        computed: rows computed, over all sets.
-        reused: rows that were stored already.
+        computed: rows computed, over all sets. Images of equal content share a row.
+        reused: images whose rows were stored already, over all sets.
         failed: images left out, with `on_error="skip"`.
         missing: images asked for that lack a row for another reason: their files are absent.
         seconds: wall-clock time.
         keys: of the sets, in the order of cuts, each with the evaluation view first.
-        sets: one record a set: key, cut, reduce, view, seed, rows, computed, reused, failed.
-        failures: (image id, reason).
+        sets: one record a set: key, cut, reduce, view, seed, rows (images that have one now), computed, reused, failed.
+        failures: (image id, reason) of failed and absent images.
     """
 
     computed: int
@@ -164,46 +184,63 @@ def plan(
     """What `extract` with the same arguments would do. Reads images as far as their digests aren't known.
 
     Raises:
-        ValueError: for an unknown cut, reduction, type or precision, or a size the model can't take.
+        ValueError: for an unknown cut, reduction, type or precision, a size the model can't take, or no images.
+        TypeError: for cuts that are a text, not a list.
         ModelError: for a model that can't be keyed.
+        DamagedFileError: for a damaged part or image table of what is asked for.
     """
-    staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model)
+    if not len(images):
+        raise ValueError(f"{images.name} holds no images. Expected some to extract. Give the set that has been dealt.")
+    if isinstance(cuts, str):
+        raise TypeError(f"cuts is {cuts!r}. Expected a list of cuts. Write [{cuts!r}].")
+    staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)
     geometry = (view or staged.view).evaluation
     check_size(staged, geometry)
-    outputs = [output_at(staged, cut, reduce) for cut in cuts or [staged.default_cut]]
+    viewed = _viewed(staged, geometry)
     views = [geometry, *(augment.views(geometry) if augment else ())]
-    digests = images.digests(store.known_digests(images))
-    model_digests = staged.digests()
-    is_training = images.splits == "train"
-    planned = []
-    for output in dict.fromkeys(outputs):
+    stage_digests = viewed.digests()
+    by_key: dict[str, tuple[FeatureSpec, Output, View]] = {}  # a cut named twice, or two of one value, is one set
+    for output in [output_at(viewed, cut, reduce) for cut in cuts or [viewed.default_cut]]:
         for each in views:
             spec = FeatureSpec(
-                trunk=model_digests[output.cut],
+                trunk=stage_digests[output.cut],
                 pool=output.pool.facts(),
                 view=each.facts(),
                 precision=precision,
                 dtype=dtype,
             )
-            request = FeatureRequest(trunk=spec.trunk, pool=spec.pool, view=each, dtype=dtype, precision=precision)
-            stored = store.find_one(request)
-            everything = np.ones(len(images), dtype=bool)
-            wanted = everything if each.is_evaluation or not is_training.any() else is_training
-            shape = output.pool.shape(staged.shape(output.cut, each.size))
-            planned.append(
-                PlannedSet(
-                    cut=output.cut,
-                    output=output,
-                    view=each,
-                    spec=spec,
-                    stored=stored,
-                    is_wanted=wanted,
-                    is_missing=wanted & store.missing(stored, digests),
-                    is_failed=wanted & store.is_failed(stored, digests),
-                    row_bytes=int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize,
-                )
+            by_key.setdefault(spec.key, (spec, output, each))
+    digests = images.digests(store.known_digests(images))
+    is_absent = _absent(images, digests)
+    is_training = images.splits == "train"
+    everything = np.ones(len(images), dtype=bool)
+    planned = []
+    for spec, output, each in by_key.values():
+        request = FeatureRequest(trunk=spec.trunk, pool=spec.pool, view=each, dtype=dtype, precision=precision)
+        stored = store.find_one(request)
+        wanted = everything if each.is_evaluation or not is_training.any() else is_training
+        shape = output.pool.shape(viewed.shape(output.cut))
+        planned.append(
+            PlannedSet(
+                cut=output.cut,
+                output=output,
+                view=each,
+                spec=spec,
+                stored=stored,
+                is_wanted=wanted,
+                is_missing=wanted & store.missing(stored, digests),
+                is_failed=wanted & store.is_failed(stored, digests) & ~is_absent,
+                row_bytes=math.prod(shape) * DTYPES[dtype].itemsize,
             )
-    return Plan(model=staged, images=images, digests=digests, sets=tuple(planned))
+        )
+    return Plan(
+        model=staged,
+        images=images,
+        digests=digests,
+        sets=tuple(planned),
+        is_absent=is_absent,
+        stage_digests=stage_digests,
+    )
 
 
 def extract(
@@ -281,21 +318,23 @@ def run_plan(
     started = time.perf_counter() if started is None else started
     chosen = choose_device(device)
     _refuse_unreadable(planned, on_error)
+    model = _viewed(planned.model, planned.sets[0].view)
     outputs = list(dict.fromkeys(each.output for each in planned.sets))
+    lacking = list(dict.fromkeys(each.output for each in planned.sets if each.is_missing.any()))
     trunk = Trunk(
-        planned.model,
-        outputs,
-        view=planned.sets[0].view,
-        batch_size=batch_size or _stored_batch_size(planned, chosen),
+        model,
+        lacking or outputs,
+        view=model.view,
+        batch_size=_stored_batch_size(planned, chosen) if batch_size is None else batch_size,
         precision=planned.sets[0].spec.precision,
         device=chosen,
     )
-    probes = _checked_probes(planned, outputs, trunk)
-    if planned.is_missing.any():
-        check_pure(planned.model, outputs[_deepest(planned.model, outputs)].cut)
+    probes = _checked_probes(planned, model, outputs, trunk)
+    if lacking:
+        check_pure(model, max((output.cut for output in lacking), key=model.index))
     store.save_images(planned.images, planned.digests)
-    job = _Job(planned, store, trunk, probes, outputs)
-    job.run(on_error=on_error, workers=workers, progress=progress)
+    job = _Job(planned, store, trunk, probes, _stage_facts(planned, model))
+    job.run(on_error=on_error, workers=workers, progress=_Progress(job.num_jobs, is_shown=progress))
     return job.report(time.perf_counter() - started)
 
 
@@ -326,51 +365,56 @@ class _Job:
         store: FeatureStore,
         trunk: Trunk,
         probes: dict[Output, Probe],
-        outputs: Sequence[Output],
+        stages: dict[str, list[Json]],
     ) -> None:
-        self.planned, self.store, self.trunk, self.probes, self.outputs = planned, store, trunk, probes, list(outputs)
+        self.planned, self.store, self.trunk, self.probes, self.stages = planned, store, trunk, probes, stages
+        self.views = list(dict.fromkeys(each.view for each in planned.sets))
+        self.view_of = [self.views.index(each.view) for each in planned.sets]
+        self.is_needed = self._needed()
+        self.drawn: deque[Job] = deque()  # jobs whose views are on their way; they come back in order
         self.gathered = [_Gathered() for _ in planned.sets]
         self.computed = [0] * len(planned.sets)
-        self.failures: dict[int, str] = dict(planned.digests.failed)
-        self.stages = _stage_facts(planned)
-        self.asked: dict[int, Job] = {}
+        self.failures: dict[bytes, str] = {}
         self.last_commit = time.monotonic()
 
-    def run(self, *, on_error: Literal["raise", "skip"], workers: int | None, progress: bool) -> None:
+    @property
+    def num_jobs(self) -> int:
+        """Images to read."""
+        return int(self.is_needed.any(axis=0).sum())
+
+    def run(self, *, on_error: Literal["raise", "skip"], workers: int | None, progress: _Progress) -> None:
         """Computes what is missing; files what is done also when it ends in an error."""
-        jobs = list(self._jobs())
-        self.asked = {job.index: job for job in jobs}
+        size = self.trunk.batch_size
         batch: list[_Item] = []
-        bar = tqdm(
-            total=len(jobs),
-            unit="image",
-            disable=not progress,
-            file=sys.stderr,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        )
         try:
-            for rendered in render(self.planned.images, jobs, workers=workers, on_error=on_error):
-                batch += self._items(rendered)
-                while len(batch) >= self.trunk.batch_size:
-                    self._compute(batch[: self.trunk.batch_size])
-                    batch = batch[self.trunk.batch_size :]
-                self._commit_if_due()
-                bar.update()
-            if batch:
+            with (
+                progress,
+                closing(render(self.planned.images, self._jobs(), workers=workers, on_error=on_error)) as rendered,
+            ):
+                for each in progress.timed("reading and decoding", rendered):
+                    batch += self._items(each)
+                    while len(batch) >= size:
+                        with progress.timing("the forward pass"):
+                            self._compute(batch[:size])
+                        batch = batch[size:]
+                        with progress.timing("writing"):
+                            self._commit_if_due()
+                    progress.step()
                 self._compute(batch)
+        except ImageError:
+            self._compute(batch)  # what is decoded already needn't be read again by the next run
+            raise
         finally:
-            bar.close()
             self._commit()
 
     def report(self, seconds: float) -> ExtractReport:
         """What was done."""
         planned = self.planned
+        contents = np.frombuffer(b"".join(self.failures), np.uint8).reshape(-1, 32)
+        failed = is_among(planned.digests.values, contents) | planned.digests.is_failed
         sets: list[dict[str, Json]] = []
-        failed = np.zeros(len(planned.images), dtype=bool)
-        failed[list(self.failures)] = True
         for each, computed in zip(planned.sets, self.computed, strict=True):
-            rows = int((each.is_wanted & ~each.is_missing).sum())
-            done = int((each.is_missing & ~failed).sum())
+            reused = int((each.is_wanted & ~each.is_missing).sum())
             sets.append(
                 {
                     "key": each.spec.key,
@@ -378,87 +422,106 @@ class _Job:
                     "reduce": each.spec.reduction,
                     "view": "evaluation" if each.view.policy is None else each.view.policy.name,
                     "seed": each.view.seed,
-                    "rows": rows + done,
+                    "rows": reused + int((each.is_missing & ~failed).sum()),
                     "computed": computed,
-                    "reused": rows,
-                    "failed": int((each.is_missing & failed).sum()),
+                    "reused": reused,
+                    "failed": int((each.is_missing & failed & ~planned.is_absent).sum()),
                 }
             )
-        absent = len(set(planned.images.absent()) & set(planned.digests.failed))
         return ExtractReport(
             computed=sum(self.computed),
-            reused=sum(int((each.is_wanted & ~each.is_missing).sum()) for each in planned.sets),
-            failed=len(self.failures),
-            missing=absent,
+            reused=sum(each["reused"] for each in sets),
+            failed=int((failed & ~planned.is_absent).sum()),
+            missing=int(planned.is_absent.sum()),
             seconds=seconds,
             keys=tuple(each.spec.key for each in planned.sets),
             sets=tuple(sets),
-            failures=tuple((planned.images.ids[index], reason) for index, reason in sorted(self.failures.items())),
+            failures=tuple(
+                (planned.images.ids[index], self._reason(index)) for index in np.flatnonzero(failed).tolist()
+            ),
         )
 
-    def _jobs(self) -> Iterator[Job]:
-        """One job an image content: the views in which any set lacks its row."""
+    def _reason(self, index: int) -> str:
         digests = self.planned.digests
-        seen: set[tuple[bytes, View]] = set()
-        views = list(dict.fromkeys(each.view for each in self.planned.sets))
-        lacking = {view: _any([each.is_missing for each in self.planned.sets if each.view == view]) for view in views}
-        for index in np.flatnonzero(self.planned.is_missing & ~digests.is_failed).tolist():
-            digest = bytes(digests.values[index])
-            needed = tuple(view for view in views if lacking[view][index])
-            # The same content in two splits may need seeds in one of them only, so it may come twice.
-            needed = tuple(view for view in needed if (digest, view) not in seen)
-            seen.update((digest, view) for view in needed)
-            if needed:
-                yield Job(index, digest, needed)
+        return digests.failed[index] if index in digests.failed else self.failures[bytes(digests.values[index])]
+
+    def _needed(self) -> NDArray[np.bool_]:
+        """``(V, N)``: for each view the images to render: those without a row in some set, each content once.
+
+        The same content in two splits may need seeds in one of them only, so its views may come from two images.
+        """
+        planned = self.planned
+        needed = np.zeros((len(self.views), len(planned.images)), dtype=bool)
+        for each, view in zip(planned.sets, self.view_of, strict=True):
+            needed[view] |= each.is_missing & ~planned.digests.is_failed
+        for row in needed:
+            places = np.flatnonzero(row)
+            row[places] = False
+            row[places[first_places(planned.digests.values[places])]] = True
+        return needed
+
+    def _jobs(self) -> Iterator[Job]:
+        """Drawn by the renderer as it goes, so that memory doesn't grow with the number of images."""
+        for index in np.flatnonzero(self.is_needed.any(axis=0)).tolist():
+            views = tuple(self.views[place] for place in np.flatnonzero(self.is_needed[:, index]))
+            job = Job(index, bytes(self.planned.digests.values[index]), views)
+            self.drawn.append(job)
+            yield job
 
     def _items(self, rendered: Rendered) -> list[_Item]:
+        job = self.drawn.popleft()
+        assert job.index == rendered.index
         if rendered.views is None:
-            self.failures[rendered.index] = rendered.failure or ""
-            for each, gathered in zip(self.planned.sets, self.gathered, strict=True):
-                digest = bytes(self.planned.digests.values[rendered.index]).hex()
-                known = {} if each.stored is None else each.stored.failed
-                if each.is_missing[rendered.index] and digest not in known:
-                    gathered.failed[digest] = rendered.failure or ""
+            self._record_failure(job, rendered.failure or "")
             return []
-        job = self.asked.pop(rendered.index)
         return [
-            _Item(rendered.index, job.digest, view, image, rendered.decoder)
-            for view, image in zip(job.views, rendered.views, strict=True)
+            _Item(job.index, job.digest, int(place), image, rendered.decoder)
+            for place, image in zip(np.flatnonzero(self.is_needed[:, job.index]), rendered.views, strict=True)
         ]
 
+    def _record_failure(self, job: Job, reason: str) -> None:
+        self.failures[job.digest] = reason
+        digest = job.digest.hex()
+        for each, gathered in zip(self.planned.sets, self.gathered, strict=True):
+            if each.view in job.views and each.is_missing[job.index]:
+                known = {} if each.stored is None else each.stored.failed
+                if digest not in known:
+                    gathered.failed[digest] = reason
+
     def _compute(self, items: Sequence[_Item]) -> None:
-        results = dict(zip(self.outputs, self.trunk(torch.stack([item.image for item in items])), strict=True))
-        for place, each in enumerate(self.planned.sets):
-            rows = [row for row, item in enumerate(items) if item.view == each.view and each.is_missing[item.index]]
-            if not rows:
-                continue
-            values = _narrowed(results[each.output][rows], each, [items[row] for row in rows], self.planned.images)
-            gathered = self.gathered[place]
-            gathered.chunks.append(values)
-            gathered.digests += [items[row].digest for row in rows]
-            gathered.decoders += [items[row].decoder for row in rows]
-            self.computed[place] += len(rows)
+        if not items:
+            return
+        results = dict(zip(self.trunk.outputs, self.trunk(torch.stack([item.image for item in items])), strict=True))
+        for place, (each, view) in enumerate(zip(self.planned.sets, self.view_of, strict=True)):
+            rows = [row for row, item in enumerate(items) if item.view == view and each.is_missing[item.index]]
+            if rows:
+                chosen = [items[row] for row in rows]
+                values = _narrowed(results[each.output][rows], each, chosen, self.planned.images)
+                self.gathered[place].add(values, chosen)
+                self.computed[place] += len(rows)
 
     def _commit_if_due(self) -> None:
-        size = sum(chunk.nbytes for gathered in self.gathered for chunk in gathered.chunks)
+        size = sum(gathered.num_bytes for gathered in self.gathered)
         if size >= COMMIT_BYTES or time.monotonic() - self.last_commit >= COMMIT_SECONDS:
             self._commit()
 
     def _commit(self) -> None:
         for place, each in enumerate(self.planned.sets):
-            gathered, self.gathered[place] = self.gathered[place], _Gathered()
-            if gathered.chunks or gathered.failed:
-                self._write(each, gathered)
+            if self.gathered[place].rows or self.gathered[place].failed:
+                self._write(each, self.gathered[place])
+                # Forgotten only now: after an interrupt while a part is written, its rows are written again.
+                self.gathered[place] = _Gathered()
         self.last_commit = time.monotonic()
 
     def _write(self, each: PlannedSet, gathered: _Gathered) -> None:
-        shape = each.output.pool.shape(self.planned.model.shape(each.cut, each.view.size))
-        empty = torch.empty((0, *shape), dtype=DTYPES[each.spec.dtype])
+        shape = each.output.pool.shape(tuple(self.stages[each.cut][-1]["shape"]))
+        items = [item for _, items in gathered.rows for item in items]
         self.store.write(
             each.spec,
-            features=gathered.chunks or [empty],
-            digests=np.frombuffer(b"".join(gathered.digests), np.uint8).reshape(-1, 32),
-            decoders=np.array(gathered.decoders, np.uint8),
+            features=[values for values, _ in gathered.rows]
+            or [torch.empty((0, *shape), dtype=DTYPES[each.spec.dtype])],
+            digests=np.frombuffer(b"".join(digest for digest, _ in items), np.uint8).reshape(-1, 32),
+            decoders=np.array([decoder for _, decoder in items], np.uint8),
             facts={
                 "backbone": self.planned.model.name,
                 "cut": each.cut,
@@ -473,11 +536,11 @@ class _Job:
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """One view of one image on its way to the trunk."""
+    """One view of one image on its way to the trunk; the view by its place among the job's."""
 
     index: int
     digest: bytes
-    view: View
+    view: int
     image: Tensor
     decoder: int
 
@@ -486,10 +549,68 @@ class _Item:
 class _Gathered:
     """Rows of one set that wait to be written."""
 
-    chunks: list[Tensor] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    decoders: list[int] = field(default_factory=list)
+    rows: list[tuple[Tensor, list[tuple[bytes, int]]]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+
+    def add(self, values: Tensor, items: Sequence[_Item]) -> None:
+        """Rows with their digests and decoders; in one step, so that no interrupt can leave one without the other."""
+        self.rows.append((values, [(item.digest, item.decoder) for item in items]))
+        self.num_bytes += values.nbytes
+
+
+class _Progress:
+    """How far a job is and what its time goes into, on stderr: a bar on a terminal, else a line every ten seconds."""
+
+    SECONDS_A_LINE = 10.0
+
+    def __init__(self, total: int, *, is_shown: bool) -> None:
+        self.total, self.done = total, 0
+        self.is_terminal = sys.stderr.isatty()
+        self.prints_lines = is_shown and not self.is_terminal
+        self.bar = tqdm(total=total, unit="image", disable=not (is_shown and self.is_terminal), file=sys.stderr)
+        self.seconds: dict[str, float] = {}
+        self.started = self.last_line = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Counts the block's time under `what`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
+    def timed(self, what: str, values: Iterator[Rendered]) -> Iterator[Rendered]:
+        """`values`; the time spent waiting for each is counted under `what`."""
+        while True:
+            with self.timing(what):
+                value = next(values, None)
+            if value is None:
+                return
+            yield value
+
+    def step(self) -> None:
+        """One image more."""
+        self.done += 1
+        if not self.bar.disable:
+            self.bar.set_postfix_str(self._shares(), refresh=False)
+            self.bar.update()
+        elif self.prints_lines and time.monotonic() - self.last_line >= self.SECONDS_A_LINE:
+            self.last_line = time.monotonic()
+            rate = self.done / (self.last_line - self.started)
+            print(f"{self.done:,} of {self.total:,} images, {rate:.1f} a second; {self._shares()}", file=sys.stderr)
+
+    def _shares(self) -> str:
+        """Why it isn't faster: reading and decoding are waited for, as they go on beside the forward pass."""
+        total = sum(self.seconds.values()) or 1.0
+        return ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in self.seconds.items())
 
 
 def _narrowed(values: Tensor, each: PlannedSet, items: Sequence[_Item], images: ImageSet) -> Tensor:
@@ -516,6 +637,22 @@ def _any(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
     return result
 
 
+def _absent(images: ImageSet, digests: Digests) -> NDArray[np.bool_]:
+    absent = np.zeros(len(images), dtype=bool)
+    unread = np.array(sorted(digests.failed), dtype=np.int64)
+    absent[unread[images.select(unread).absent()]] = True
+    return absent
+
+
+def _viewed(model: StagedModel, view: View) -> StagedModel:
+    """`model` with images as `view` prepares them: not each model takes every size, not even to measure shapes."""
+    if model.view == view.evaluation:
+        return model
+    viewed = model.sharing()
+    viewed.view = view.evaluation
+    return viewed
+
+
 def _refuse_unreadable(planned: Plan, on_error: str) -> None:
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
@@ -532,10 +669,16 @@ def _stored_batch_size(planned: Plan, device: torch.device) -> int:
     return default_batch_size(device)
 
 
-def _checked_probes(planned: Plan, outputs: list[Output], trunk: Trunk) -> dict[Output, Probe]:
+def _checked_probes(planned: Plan, model: StagedModel, outputs: list[Output], trunk: Trunk) -> dict[Output, Probe]:
     precision = trunk.precision
-    taken = take_probes(planned.model, outputs, view=trunk.view, precision=precision, device=trunk.device)
+    taken = take_probes(model, outputs, view=trunk.view, precision=precision, device=trunk.device)
     probes = dict(zip(outputs, taken, strict=True))
+    for output, probe in probes.items():
+        if not math.isfinite(probe.largest):
+            raise FeatureStoreError(
+                f"{model.name} at {output.cut}: the activations of the two probe images aren't finite. The weights may "
+                f"be damaged, or {precision} too narrow for this model (--precision fp32)."
+            )
     for each in planned.sets:
         if each.stored is not None:
             facts = each.stored.facts
@@ -550,16 +693,15 @@ def _checked_probes(planned: Plan, outputs: list[Output], trunk: Trunk) -> dict[
     return probes
 
 
-def _deepest(model: StagedModel, outputs: Sequence[Output]) -> int:
-    return max(range(len(outputs)), key=lambda place: model.index(outputs[place].cut))
-
-
-def _stage_facts(planned: Plan) -> dict[str, list[Json]]:
+def _stage_facts(planned: Plan, model: StagedModel) -> dict[str, list[Json]]:
     """Cut -> name, layout, shape and digest of each stage up to it."""
-    model, size = planned.model, planned.sets[0].view.size
-    digests = model.digests()
     facts: list[Json] = [
-        {"name": name, "layout": model.layout(name), "shape": list(model.shape(name, size)), "digest": digests[name]}
+        {
+            "name": name,
+            "layout": model.layout(name),
+            "shape": list(model.shape(name)),
+            "digest": planned.stage_digests[name],
+        }
         for name in model.cut_points
     ]
     return {each.cut: facts[: model.index(each.cut) + 1] for each in planned.sets}

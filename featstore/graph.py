@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import inspect
 import operator
+import random
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from featstore.errors import ModelError
 
@@ -38,28 +41,49 @@ class GraphStage:
 
 @contextmanager
 def mode_of(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Puts `module` and all below into one mode for the block, and every flag back as it was, also after an error."""
+    """Puts `module` and all below into one mode for the block, and every flag back as it was, also after an error.
+
+    Sets the flags alone: a person's own `train()` may do more, which could not be undone.
+    """
     before = [(part, part.training) for part in module.modules()]
     try:
-        module.train(training)
+        for part, _ in before:
+            part.training = training
         yield
     finally:
         for part, flag in before:
             part.training = flag
 
 
-def split_into_stages(
-    module: nn.Module, *, containers: Collection[str] = (), preferred: Collection[str] = ()
-) -> list[GraphStage]:
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Leaves the global random states of Python, numpy and torch after the block as they were before it."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is kept
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def random_states() -> tuple[Any, ...]:
+    """The global random states on the CPU, as a value to compare: it changes when a number is drawn."""
+    _, numbers, *places = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), np.asarray(numbers).tobytes(), places, torch.get_rng_state().numpy().tobytes()
+
+
+def split_into_stages(module: nn.Module, *, containers: Collection[str] = ()) -> list[GraphStage]:
     """The stages of `module` in order, one per cut point, together computing exactly what `module` computes.
 
     Each parameter and buffer is used in exactly one stage: between two uses of one tensor there is no cut. The module
-    is left as it was; the stages hold its leaf modules, not copies.
+    is left as it was; the stages hold its leaf modules, not copies. What can't be traced, and any module with a method
+    ``fingerprint``, stays whole.
 
     Args:
         module: takes one float tensor ``(N, 3, H, W)`` and returns one tensor.
         containers: module paths that are too coarse to name a cut (a backbone's ``features``, ``encoder``).
-        preferred: names that win over other aliases of the same value.
 
     Raises:
         ModelError: what can't be traced (named), or what doesn't return one tensor.
@@ -69,22 +93,16 @@ def split_into_stages(
     trained, opaque_in_training = _traced(module, training=True, opaque=opaque)
     if opaque_in_training != opaque:  # what can't be traced in one mode is opaque in both, so that the stages agree
         evaluated, _ = _traced(module, training=False, opaque=opaque_in_training)
-    eval_cuts, train_cuts = _cuts(evaluated), _cuts(trained)
-    shared = [path for path in eval_cuts if path in train_cuts]
-    if not shared or shared[-1] != list(eval_cuts)[-1]:
-        raise ModelError(
-            f"{type(module).__name__} ends in {list(eval_cuts)[-1]} in eval mode and in {list(train_cuts)[-1]} in "
-            "train mode. A staged model returns the same value in both: write a wrapper whose forward returns it."
-        )
-    names = _names(evaluated, shared, containers, preferred)
-    stages = []
-    for index, path in enumerate(shared):
-        before = shared[index - 1] if index else None
-        in_eval = _subgraph(evaluated, eval_cuts, before, path)
-        in_train = _subgraph(trained, train_cuts, before, path)
-        name, aliases = names[path]
-        same = _text(in_eval) == _text(in_train)
-        stages.append(GraphStage(name=name, aliases=aliases, eval=in_eval, train=None if same else in_train))
+    cuts = _cuts(evaluated, trained)
+    names = _names(evaluated, [in_eval.path for in_eval, _ in cuts], containers)
+    stages, before = [], (_START, _START)
+    for in_eval, in_train in cuts:
+        name, aliases = names[in_eval.path]
+        stage_eval = _subgraph(evaluated, before[0], in_eval)
+        stage_train = _subgraph(trained, before[1], in_train)
+        same = _is_same(stage_eval, stage_train)
+        stages.append(GraphStage(name=name, aliases=aliases, eval=stage_eval, train=None if same else stage_train))
+        before = (in_eval, in_train)
     return stages
 
 
@@ -93,6 +111,11 @@ def refuse_patched(module: nn.Module) -> None:
 
     No key could see what such code computes.
     """
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        raise ModelError(
+            "A forward hook is registered for all modules (torch.nn.modules.module.register_module_forward_hook), "
+            "whose effect no key can see. Remove it."
+        )
     for path, part in module.named_modules():
         where = f"{path or 'the model'} ({type(part).__name__})"
         if part._forward_hooks or part._forward_pre_hooks:
@@ -105,34 +128,23 @@ def refuse_patched(module: nn.Module) -> None:
                 f"{where} has a forward that was assigned to the instance, which no key can see. Write a subclass "
                 "with that forward."
             )
-        if torch.nn.utils.parametrize.is_parametrized(part):
+        if nn.utils.parametrize.is_parametrized(part):
             raise ModelError(
                 f"{where} is parametrized. Bake the result in first: "
                 "torch.nn.utils.parametrize.remove_parametrizations(module, name)."
             )
 
 
-def writes_its_input(graph: fx.Graph) -> bool:
-    """Whether an operation of `graph` may write into the graph's input (an in-place ReLU at its start, say)."""
-    (source,) = (node for node in graph.nodes if node.op == "placeholder")
-    root = graph.owning_module
-    assert root is not None
-    views, pending = {source}, [source]
-    while pending:  # follow everything that may share the input's memory
-        for user in pending.pop().users:
-            if is_in_place(user, root):
-                return True
-            if _may_be_a_view(user, root) and user not in views:
-                views.add(user)
-                pending.append(user)
-    return False
+def may_write(stage: fx.GraphModule) -> bool:
+    """Whether an operation of `stage` may write into one of its operands, and so, through views, into its input."""
+    return any(is_in_place(node, stage) for node in stage.graph.nodes)
 
 
 def is_in_place(node: fx.Node, root: nn.Module) -> bool:
     """Whether `node` may write into one of its operands."""
     if node.op == "call_module":
         leaf = root.get_submodule(str(node.target))
-        return bool(getattr(leaf, "inplace", False)) or not is_library_leaf(leaf)
+        return not is_library_leaf(leaf) or any(getattr(part, "inplace", False) for part in leaf.modules())
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name in {"__setitem__", "__iadd__", "__imul__"}
@@ -154,24 +166,23 @@ def is_in_place(node: fx.Node, root: nn.Module) -> bool:
 
 def is_library_leaf(module: nn.Module) -> bool:
     """Whether `module` is one of torch's own layers, all the way down: a single operation of the graph."""
-    return not isinstance(module, nn.Sequential) and all(
-        type(part).__module__.startswith(LIBRARY_LEAVES) for part in module.modules()
-    )
+    return not isinstance(module, nn.Sequential) and all(is_library_class(type(part)) for part in module.modules())
+
+
+def is_library_class(kind: type) -> bool:
+    """Whether a module's class is one of torch's own."""
+    return any(kind.__module__ == home or kind.__module__.startswith(f"{home}.") for home in LIBRARY_LEAVES)
+
+
+def has_fingerprint(module: nn.Module) -> bool:
+    """Whether the author of `module` vouches for what it computes with a method ``fingerprint() -> str``."""
+    return callable(getattr(type(module), "fingerprint", None))
 
 
 _IN_PLACE_OPERATORS = {
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem", "delitem",
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift",
+    "irshift", "setitem", "delitem",
 }  # fmt: skip
-_VIEW_MAKERS = {
-    "view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "expand", "getitem", "chunk", "split",
-    "unbind", "narrow", "select", "contiguous", "detach", "unflatten", "movedim", "swapaxes", "t", "to", "float",
-}  # fmt: skip
-
-
-def _may_be_a_view(node: fx.Node, root: nn.Module) -> bool:
-    if node.op == "call_module":
-        return isinstance(root.get_submodule(str(node.target)), nn.Identity | nn.Flatten | nn.Unflatten | nn.Dropout)
-    return node.op != "output" and _operation_name(node) in _VIEW_MAKERS
 
 
 def _inplace_position(function: Callable[..., Any]) -> int | None:
@@ -185,15 +196,19 @@ def _inplace_position(function: Callable[..., Any]) -> int | None:
 class _Tracer(fx.Tracer):
     """torch.fx's tracer, with the path of every operation and a set of modules that stay whole."""
 
+    # A buffer is an operand like a parameter: arithmetic between buffers belongs to the graph, not to the tracing.
+    proxy_buffer_attributes = True
+
     def __init__(self, opaque: Collection[str]) -> None:
         super().__init__()
         self.opaque = opaque
         self.paths: dict[fx.Node, str] = {}
+        self.plain_paths: dict[fx.Node, str] = {}  # without the number of the use
         self.inside: list[str] = []
         self._uses: Counter[str] = Counter()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_library_leaf(m) or module_qualified_name in self.opaque
+        return is_library_leaf(m) or has_fingerprint(m) or module_qualified_name in self.opaque
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -205,7 +220,9 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         self.inside.append(self.path_of_module(m))
+        before = random_states()
         result = super().call_module(m, forward, args, kwargs)
+        _refuse_draws(before)
         self.inside.pop()  # not in a finally: after an error the path says where it was raised
         return result
 
@@ -215,7 +232,7 @@ class _Tracer(fx.Tracer):
         path = str(node.target) if kind == "call_module" else ".".join(filter(None, [inside, _operation_name(node)]))
         uses = self._uses[path]
         self._uses[path] += 1
-        self.paths[node] = f"{path}_{uses}" if uses else path
+        self.plain_paths[node], self.paths[node] = path, f"{path}_{uses}" if uses else path
         return node
 
 
@@ -224,8 +241,19 @@ class _Trace:
     root: nn.Module
     nodes: list[fx.Node]  # without get_attr nodes: a tensor is taken where it is used
     paths: dict[fx.Node, str]
+    plain_paths: dict[fx.Node, str]
     output: fx.Node
-    constants: dict[str, torch.Tensor]
+    constants: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    path: str
+    value: fx.Node | None  # None: the input
+    end: int  # position of the last operation before the cut
+
+
+_START = _Cut(path="", value=None, end=0)
 
 
 def _traced(module: nn.Module, *, training: bool, opaque: frozenset[str]) -> tuple[_Trace, frozenset[str]]:
@@ -233,36 +261,69 @@ def _traced(module: nn.Module, *, training: bool, opaque: frozenset[str]) -> tup
     while True:
         tracer = _Tracer(opaque)
         attributes = set(vars(module))
-        try:
-            with mode_of(module, training=training):
+        with _attributes_kept(module), mode_of(module, training=training), random_states_kept():
+            before = random_states()
+            try:
                 graph = tracer.trace(module)
-        except Exception as error:
-            where = tracer.inside[-1] if tracer.inside else ""
-            if not where:
-                raise ModelError(
-                    f"{type(module).__name__} can't be traced ({_first_line(error)}). Give its stages in order: "
-                    'nn.Sequential(OrderedDict(stem=..., body=...)), or StagedModel.from_stages({"stem": ...}).'
-                ) from error
-            opaque = opaque | {where}
-            continue
-        finally:
-            # The tracer parks constant tensors on the module it traces; it's the caller's module, so take them off.
-            constants = {name: vars(module)[name] for name in set(vars(module)) - attributes}
-            for name in constants:
-                delattr(module, name)
-        return _as_trace(module, graph, tracer.paths, constants), opaque
+                _refuse_draws(before)
+            except Exception as error:
+                where = tracer.inside[-1] if tracer.inside else ""
+                if not where:
+                    raise ModelError(
+                        f"{type(module).__name__} can't be traced ({_first_line(error)}). Give its stages in order: "
+                        'nn.Sequential(OrderedDict(stem=..., body=...)), or StagedModel.from_stages({"stem": ...}).'
+                    ) from error
+                opaque = opaque | {where}
+                continue
+            used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+            # Constant tensors, which the tracer parked on the caller's module.
+            constants = {name: vars(module)[name] for name in (set(vars(module)) - attributes) & used}
+        return _as_trace(module, graph, tracer, constants, training=training), opaque
 
 
-def _as_trace(module: nn.Module, graph: fx.Graph, paths: dict[fx.Node, str], constants: dict[str, Any]) -> _Trace:
+def _refuse_draws(before: tuple[Any, ...]) -> None:
+    """A number drawn while tracing would be a constant of the graph; the module that draws it must stay whole."""
+    if random_states() != before:
+        raise RuntimeError("its forward draws random numbers that don't depend on its input")
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Undoes what a forward assigns to its modules while it is traced: proxies, counters, parked constants."""
+    owned = [
+        content
+        for part in module.modules()
+        for content in (vars(part), *(vars(part).get(name) for name in ("_parameters", "_buffers", "_modules")))
+        if isinstance(content, dict)
+    ]
+    before = [dict(content) for content in owned]
+    try:
+        yield
+    finally:
+        for content, saved in zip(owned, before, strict=True):
+            if content.keys() != saved.keys() or any(content[name] is not saved[name] for name in saved):
+                content.clear()
+                content.update(saved)
+
+
+def _as_trace(
+    module: nn.Module, graph: fx.Graph, tracer: _Tracer, constants: dict[str, Any], *, training: bool
+) -> _Trace:
     *_, end = graph.nodes
     output = end.args[0]
     if not isinstance(output, fx.Node) or output.op not in {"call_module", "call_function", "call_method"}:
         raise ModelError(
-            f"{type(module).__name__} returns {_described(output)}; a staged model returns one tensor computed from "
-            "its input. Write a wrapper whose forward returns just that tensor."
+            f"{type(module).__name__} returns {_described(output)} in {'train' if training else 'eval'} mode; a staged "
+            "model returns one tensor computed from its input. Write a wrapper whose forward returns just that tensor."
         )
-    nodes = [node for node in graph.nodes if node.op != "get_attr"]
-    return _Trace(root=module, nodes=nodes, paths=paths, output=output, constants=constants)
+    return _Trace(
+        root=module,
+        nodes=[node for node in graph.nodes if node.op not in {"get_attr", "output"}],
+        paths=tracer.paths,
+        plain_paths=tracer.plain_paths,
+        output=output,
+        constants=constants,
+    )
 
 
 def _described(output: Any) -> str:
@@ -273,79 +334,99 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _cuts(trace: _Trace) -> dict[str, tuple[fx.Node, int]]:
-    """Path -> (the value that alone crosses, position of the last operation before the cut), in order."""
+def _cuts(evaluated: _Trace, trained: _Trace) -> list[tuple[_Cut, _Cut]]:
+    """The cut points that both modes have, in order, each as it lies in either trace; the output is the last."""
+    in_eval, in_train = _crossings(evaluated), _crossings(trained)
+    uses, uses_in_training = (
+        Counter(trace.plain_paths[node] for node in trace.nodes) for trace in (evaluated, trained)
+    )
+    # An equal path means the same operation only where both modes run it equally often: with noise that is added in
+    # train mode alone, the first `add` of one mode is the second of the other.
+    shared = [
+        path
+        for path, cut in in_eval.items()
+        if path in in_train
+        and uses[evaluated.plain_paths[cut.value]] == uses_in_training[evaluated.plain_paths[cut.value]]  # type: ignore[index]
+    ]
+    ordered = [
+        path
+        for path in shared
+        if all(
+            (in_eval[path].end < in_eval[other].end) == (in_train[path].end < in_train[other].end) for other in shared
+        )
+    ]
+    cuts = [(in_eval[path], in_train[path]) for path in ordered]
+    open_cuts = [cut for cut, is_open in zip(cuts, _are_open(evaluated, trained, cuts), strict=True) if is_open]
+    return [*open_cuts, (_end(evaluated), _end(trained))]
+
+
+def _crossings(trace: _Trace) -> dict[str, _Cut]:
+    """Path -> cut, for each value before the output that at some position crosses alone, in order."""
     place = {node: index for index, node in enumerate(trace.nodes)}
-    last_use = {node: max((place[user] for user in node.users if user in place), default=-1) for node in trace.nodes}
-    closed = _closed_to_cuts(trace, place)
-    cuts: dict[str, tuple[fx.Node, int]] = {}
+    last_use = {node: max((place.get(user, len(place)) for user in node.users), default=-1) for node in trace.nodes}
+    cuts: dict[str, _Cut] = {}
     alive: set[fx.Node] = set()
-    end = place[trace.output]
-    for index, node in enumerate(trace.nodes[: end + 1]):
-        alive.add(node)
-        alive = {value for value in alive if last_use[value] > index}
+    for index, node in enumerate(trace.nodes):
+        alive = {value for value in (*alive, node) if last_use[value] > index}
         (crossing,) = alive if len(alive) == 1 else (None,)
-        if crossing is None or crossing.op == "placeholder" or closed[index] or _is_unpacked(crossing):
+        if crossing is None or crossing.op == "placeholder" or crossing is trace.output or _is_unpacked(crossing):
             continue
-        cuts.setdefault(trace.paths[crossing], (crossing, index))
-    cuts[trace.paths[trace.output]] = (trace.output, end)
+        path = trace.paths[crossing]
+        cuts.setdefault(path, _Cut(path=path, value=crossing, end=index))
     return cuts
 
 
-def _closed_to_cuts(trace: _Trace, place: dict[fx.Node, int]) -> list[bool]:
-    """Positions after which no cut may be made: between two uses of one parameter or buffer."""
-    uses: dict[int, list[int]] = {}
-    for node in trace.nodes:
-        for tensor in _tensors_used(trace, node):
-            uses.setdefault(id(tensor), []).append(place[node])
-    closed = [False] * len(trace.nodes)
-    for positions in uses.values():
-        for index in range(min(positions), max(positions)):
-            closed[index] = True
-    return closed
+def _end(trace: _Trace) -> _Cut:
+    # What runs after the output has been computed (a counter, say) belongs to the last stage.
+    return _Cut(path=trace.paths[trace.output], value=trace.output, end=len(trace.nodes) - 1)
 
 
-def _tensors_used(trace: _Trace, node: fx.Node) -> Iterator[torch.Tensor]:
+def _are_open(evaluated: _Trace, trained: _Trace, cuts: list[tuple[_Cut, _Cut]]) -> list[bool]:
+    """For each cut whether no tensor is used on both sides of it, in whichever mode."""
+    stages_of: dict[int, set[int]] = {}
+    for mode, trace in enumerate((evaluated, trained)):
+        ends = [cut[mode].end for cut in cuts]
+        for position, node in enumerate(trace.nodes):
+            for tensor in _tensors_used(trace, node):
+                stages_of.setdefault(id(tensor), set()).add(bisect_left(ends, position))
+    spans = [(min(stages), max(stages)) for stages in stages_of.values()]
+    return [not any(first <= index < last for first, last in spans) for index in range(len(cuts))]
+
+
+def _tensors_used(trace: _Trace, node: fx.Node) -> Iterator[Tensor]:
     if node.op == "call_module":
         leaf = trace.root.get_submodule(str(node.target))
         yield from leaf.parameters()
         yield from leaf.buffers()
     for operand in node.all_input_nodes:
-        if operand.op == "get_attr":
-            yield _attribute(trace, str(operand.target))
-
-
-def _attribute(trace: _Trace, path: str) -> torch.Tensor:
-    value = trace.constants.get(path)
-    return operator.attrgetter(path)(trace.root) if value is None else value
+        if operand.op == "get_attr" and str(operand.target) not in trace.constants:
+            yield operator.attrgetter(str(operand.target))(trace.root)
 
 
 def _is_unpacked(node: fx.Node) -> bool:
-    """Whether the value is a tuple (of `chunk`, `max`, ...), seen from how it is used: only by whole-number indices."""
-    users = list(node.users)
-    return bool(users) and all(
-        user.target is operator.getitem and isinstance(user.args[1], int) and user.args[0] is node for user in users
+    """Whether the value is a tuple, a dict or an object that its users only take apart (`chunk`, `max`, ...)."""
+    return bool(node.users) and all(
+        (user.target is operator.getitem and isinstance(user.args[1], int | str) and user.args[0] is node)
+        or user.target is getattr
+        for user in node.users
     )
 
 
-def _names(
-    trace: _Trace, cuts: Sequence[str], containers: Collection[str], preferred: Collection[str]
-) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _names(trace: _Trace, cuts: Sequence[str], containers: Collection[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
     """For each cut's path: its name (the coarsest allowed), and all its other names."""
     last: dict[str, str] = {}  # module path -> path of the last operation in it
     for node in trace.nodes:
-        if node.op in {"placeholder", "output"}:
-            continue
-        path = trace.paths[node]
-        for prefix in _prefixes(path):
-            last[prefix] = path
+        if node.op != "placeholder":
+            path = trace.paths[node]
+            for prefix in _prefixes(path):
+                last[prefix] = path
     by_path: dict[str, list[str]] = {path: [path] for path in cuts}
     for prefix, path in last.items():
-        if path in by_path and prefix != path:
+        if path in by_path and prefix not in by_path:
             by_path[path].append(prefix)
     names = {}
     for path, known in by_path.items():
-        known.sort(key=lambda name: (name not in preferred, name in containers, name.count("."), len(name)))
+        known.sort(key=lambda name: (name in containers, name.count("."), len(name)))
         names[path] = (known[0], tuple(known[1:]))
     return names
 
@@ -355,45 +436,58 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-def _subgraph(trace: _Trace, cuts: dict[str, tuple[fx.Node, int]], before: str | None, path: str) -> fx.GraphModule:
-    """The operations after the cut `before` (None: the start) up to the cut `path`, as a module of one input."""
+def _subgraph(trace: _Trace, before: _Cut, cut: _Cut) -> fx.GraphModule:
+    """The operations after one cut up to another, as a module of one input."""
     graph = fx.Graph()
-    start = 0
-    source = trace.nodes[0]
-    if before is not None:
-        source, end_before = cuts[before]
-        start = end_before + 1
-    value, end = cuts[path]
-    copies = {source: graph.placeholder("input")}
+    copies = {before.value or trace.nodes[0]: graph.placeholder("input")}
 
     def copied(operand: fx.Node) -> fx.Node:
         if operand.op == "get_attr" and operand not in copies:
             copies[operand] = graph.node_copy(operand)
         return copies[operand]
 
-    for node in trace.nodes[start : end + 1]:
-        if node.op != "placeholder":
-            copies[node] = graph.node_copy(node, copied)
-    graph.output(copies[value])
-    with _constants_on(trace.root, trace.constants):
-        staged = fx.GraphModule(trace.root, graph, class_name="StageGraph")
-    staged.graph.lint()
-    return staged
+    for node in trace.nodes[before.end + 1 : cut.end + 1]:
+        copies[node] = graph.node_copy(node, copied)
+    assert cut.value is not None
+    graph.output(copies[cut.value])
+    with _constants_on(trace):
+        stage = fx.GraphModule(trace.root, graph, class_name="StageGraph")
+    stage.graph.lint()
+    return stage
 
 
 @contextmanager
-def _constants_on(root: nn.Module, constants: dict[str, torch.Tensor]) -> Iterator[None]:
-    for name, value in constants.items():
-        setattr(root, name, value)
+def _constants_on(trace: _Trace) -> Iterator[None]:
+    for name, value in trace.constants.items():
+        setattr(trace.root, name, value)
     try:
         yield
     finally:
-        for name in constants:
-            delattr(root, name)
+        for name in trace.constants:
+            delattr(trace.root, name)
 
 
-def _text(stage: fx.GraphModule) -> str:
-    return stage.graph.python_code("self").src
+def _is_same(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+    """Whether two graphs of one module run the same operations with the same constants."""
+    forms, tensors = zip(_form(one), _form(other), strict=True)
+    return forms[0] == forms[1] and all(
+        mine is yours or (mine.dtype == yours.dtype and not mine.is_meta and torch.equal(mine, yours))
+        for mine, yours in zip(*tensors, strict=True)
+    )
+
+
+def _form(stage: fx.GraphModule) -> tuple[list[Any], list[Tensor]]:
+    """The operations of `stage` with places for names, and the tensors it takes from its attributes."""
+    places: dict[fx.Node, str] = {}
+    form, tensors = [], []
+    for node in stage.graph.nodes:
+        places[node] = f"%{len(places)}"
+        target = node.target
+        if node.op == "get_attr":
+            tensors.append(operator.attrgetter(str(target))(stage))
+            target = "tensor"
+        form.append((node.op, target, fx.node.map_arg((node.args, node.kwargs), places.__getitem__)))
+    return form, tensors
 
 
 def _operation_name(node: fx.Node) -> str:

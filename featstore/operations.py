@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from featstore.digest import Json, digest_json, digest_tensor
 from featstore.errors import ModelError
-from featstore.graph import is_in_place, is_library_leaf, refuse_patched
+from featstore.graph import has_fingerprint, is_in_place, is_library_class, is_library_leaf, refuse_patched
 from featstore.source import source_digests
 
 START = digest_json(["featstore operations", 1])
@@ -26,6 +26,7 @@ START = digest_json(["featstore operations", 1])
 ALLOWED_MODULES = ("torch", "torchvision.ops", "operator", "_operator", "math", "builtins")
 """Where the functions of a graph may come from: code that a name and the recorded probe can stand for."""
 
+_LIBRARY_OPERATORS = ("torch._ops.aten", "torch._ops.prims", "torch._ops.torchvision")  # others are a person's own
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _COUNTER = "num_batches_tracked"  # of batch norm; read in train mode only
 _DROPOUTS = (
@@ -60,12 +61,6 @@ def chain(before: str, stage: fx.GraphModule) -> str:
     return digest
 
 
-def chain_module(before: str, module: nn.Module) -> str:
-    """The digest after a whole module that stays one opaque operation: its class, source, configuration and tensors."""
-    refuse_patched(module)
-    return digest_json([before, _opaque(module, type(module).__name__)])
-
-
 def passes_through(stage: fx.GraphModule) -> bool:
     """Whether `stage` changes nothing in eval mode (dropout, identity): its output is its input."""
     *_, end = stage.graph.nodes
@@ -90,7 +85,7 @@ def _needed(stage: fx.GraphModule) -> set[fx.Node]:
 
 def _passed_through(node: fx.Node, stage: fx.GraphModule) -> fx.Node | None:
     """The operand that `node` returns unchanged in eval mode, or None if it computes something."""
-    if node.op == "call_module" and isinstance(stage.get_submodule(str(node.target)), _DROPOUTS):
+    if node.op == "call_module" and type(stage.get_submodule(str(node.target))) in _DROPOUTS:
         source = node.args[0] if node.args else None
     elif node.op == "call_function" and _is_switched_off(node):
         source = node.args[0] if node.args else node.kwargs.get("input")
@@ -103,7 +98,8 @@ def _is_switched_off(node: fx.Node) -> bool:
     """Whether a call has a `training` argument that is False and is one of the dropout family."""
     assert callable(node.target)
     name = getattr(node.target, "__name__", "")
-    if "dropout" not in name and name not in {"stochastic_depth", "drop_block2d", "drop_block3d"}:
+    is_dropout = "dropout" in name or name in {"stochastic_depth", "drop_block2d", "drop_block3d"}
+    if not is_dropout or not _is_allowed(node.target):
         return False
     try:
         arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs)
@@ -140,14 +136,16 @@ def _leaf(leaf: nn.Module) -> Json:
 
 
 def _opaque(module: nn.Module, where: str) -> Json:
-    """A module that can't be traced, or a person's own: what decides its results, as far as can be known."""
-    fingerprint = getattr(module, "fingerprint", None)
-    if callable(fingerprint):
-        text = fingerprint()
+    """A module that stays whole: its author's fingerprint, or class, source and configuration; and its tensors."""
+    if has_fingerprint(module):
+        text = module.fingerprint()  # type: ignore[operator]
         if not isinstance(text, str):
             raise ModelError(f"{where}.fingerprint() returned a {type(text).__name__}; it must return a str.")
         return ["fingerprint", text, dict(_tensors(module))]
-    parts = {path: [type(part).__qualname__, _configuration(part, path)] for path, part in module.named_modules()}
+    parts = {
+        path: [type(part).__qualname__, _configuration(part, path, public_only=is_library_class(type(part)))]
+        for path, part in module.named_modules()
+    }
     classes = {kind for part in module.modules() for kind in type(part).__mro__}
     return ["source", parts, source_digests(*classes), dict(_tensors(module))]
 
@@ -220,16 +218,29 @@ def _constant(value: Any, where: str, nested: Callable[[Any], Json] | None = Non
 
 
 def _function_name(function: Any, where: str) -> str:
-    name = getattr(function, "__name__", None)
-    home = getattr(function, "__module__", None)
-    if home is None and name is not None:  # torch's C functions: torch.flatten, torch.nn.functional.gelu
-        spaces = {"torch": torch, "torch.nn.functional": nn.functional, "torch._C._nn": torch._C._nn}
-        home = next((space for space, module in spaces.items() if getattr(module, name, None) is function), None)
-    allowed = home is not None and any(home == root or home.startswith(f"{root}.") for root in ALLOWED_MODULES)
-    if not allowed or name is None or "<" in name:
+    name, home = getattr(function, "__name__", None), _home(function)
+    if not _is_allowed(function) or name is None or "<" in name:
         raise ModelError(
             f"{where} calls {home or 'unknown'}.{name or function}, which is neither torch's, torchvision.ops' nor "
             "plain Python's, so no key can cover it. Write it with torch's functions, or move it into a module with "
             "a method fingerprint()."
         )
     return f"{home}.{name}"
+
+
+def _is_allowed(function: Any) -> bool:
+    home = _home(function)
+    if home is None or (home.startswith("torch._ops.") and home not in _LIBRARY_OPERATORS):
+        return False
+    return any(home == root or home.startswith(f"{root}.") for root in ALLOWED_MODULES)
+
+
+def _home(function: Any) -> str | None:
+    """The name of the module that `function` comes from."""
+    home = getattr(function, "__module__", None)
+    if home is not None:
+        return str(home)
+    # torch's C functions: torch.flatten, torch.nn.functional.gelu
+    spaces = {"torch": torch, "torch.nn.functional": nn.functional, "torch._C._nn": torch._C._nn}
+    name = getattr(function, "__name__", "")
+    return next((space for space, module in spaces.items() if getattr(module, name, None) is function), None)

@@ -53,10 +53,13 @@ class Policy:
         return {"name": self.name, **json.loads(self.identity)}
 
     def describe(self) -> str:
-        """Name and version, or as much of the identity as tells two policies of one name apart."""
+        """The name, and for all but the built-in ones of this version what tells two of one name apart."""
+        if BUILT_IN.get(self.name) == self:
+            return self.name
         identity = json.loads(self.identity)
-        kind, value = next((each for each in identity.items() if each[0] != "params"), ("identity", self.identity))
-        return f"{self.name} ({kind} {value if kind != 'source' else value[:12]})"
+        if "source" in identity:
+            identity["source"] = identity["source"][:12]
+        return f"{self.name} ({', '.join(f'{kind} {value}' for kind, value in identity.items())})"
 
     @classmethod
     def from_facts(cls, facts: dict[str, Json]) -> Policy:

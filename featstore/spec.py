@@ -59,8 +59,25 @@ class FeatureSpec:
 
     @classmethod
     def from_facts(cls, facts: Any) -> FeatureSpec:
-        """The inverse of `facts`."""
-        return cls(**{name: facts[name] for name in ("trunk", "pool", "view", "precision", "dtype")})
+        """The inverse of `facts`.
+
+        Raises:
+            ValueError: for facts of another version, or not those of a spec: a part read with a guess at what its
+                facts mean could be joined to a request that it doesn't fit.
+        """
+        names = ("trunk", "pool", "view", "precision", "dtype")
+        if not isinstance(facts, dict) or set(facts) != {"version", *names} or facts["version"] != VERSION:
+            raise ValueError(f"a spec with the facts {facts}; this featstore knows version {VERSION}: {list(names)}")
+        return cls(**{name: facts[name] for name in names})
+
+    def differences(self, other: FeatureSpec) -> list[tuple[str, str, str]]:
+        """The facts in which two specs differ: what it is, its value here, its value in `other`, in words.
+
+        That the trunks differ is all a spec can say; which stage does, say the stage digests kept with each part.
+        """
+        mine, others = self._words(), other._words()
+        found = [(name, mine[name], others[name]) for name in mine if mine[name] != others[name]]
+        return found + self.rendered.differences(other.rendered)
 
     @property
     def reduction(self) -> str:
@@ -71,3 +88,12 @@ class FeatureSpec:
     def rendered(self) -> View:
         """The view."""
         return View.from_facts(self.view)
+
+    def _words(self) -> dict[str, str]:
+        details = ", ".join(f"{name} {value}" for name, value in sorted(self.pool.items()) if name != "reduction")
+        return {
+            "trunk": self.trunk[:8],
+            "reduction": f"{self.reduction} ({details})" if details else self.reduction,
+            "precision": self.precision,
+            "storage type": self.dtype,
+        }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from featstore.digest import Json, digest_json, digest_tensor
 from featstore.errors import ModelError
-from featstore.graph import GraphStage, mode_of, split_into_stages, writes_its_input
+from featstore.graph import GraphStage, may_write, mode_of, random_states_kept, split_into_stages
 from featstore.operations import START, chain, passes_through
 from featstore.pool import Pool, automatic
 from featstore.views import View
@@ -46,16 +46,21 @@ class Stage(nn.Module):
 
 
 class TracedStage(Stage):
-    """Operations of a traced module; holds its leaf layers."""
+    """Operations of a traced module; holds its leaf layers.
 
-    def __init__(self, stage: GraphStage) -> None:
+    Args:
+        stage: the operations.
+        state: names of the tensors that the whole module saves; constants of its forward aren't among them.
+    """
+
+    def __init__(self, stage: GraphStage, state: Collection[str]) -> None:
         super().__init__()
         self.name, self.aliases = stage.name, stage.aliases
         self.in_eval, self.in_train = stage.eval, stage.train
-        self.may_write_input = writes_its_input(stage.eval.graph) or (
-            stage.train is not None and writes_its_input(stage.train.graph)
-        )
+        self.training = stage.eval.training
+        self.may_write_input = may_write(stage.eval) or (stage.train is not None and may_write(stage.train))
         self.has_effect = not passes_through(stage.eval)
+        self._state = frozenset(state) & self._all_tensors().keys()
 
     def digest(self, before: str) -> str:
         """See Stage."""
@@ -63,16 +68,17 @@ class TracedStage(Stage):
 
     def tensors(self) -> dict[str, Tensor]:
         """See Stage."""
-        in_train = {} if self.in_train is None else self.in_train.state_dict()
-        return {**in_train, **self.in_eval.state_dict()}
+        return {name: value for name, value in self._all_tensors().items() if name in self._state}
 
     def forward(self, activations: Tensor) -> Tensor:
-        """The value at the end of the stage."""
+        """The value at the end of the stage; whole modules may hand over other things than tensors between them."""
         graph = self.in_train if self.training and self.in_train is not None else self.in_eval
-        value = graph(activations)
-        if not isinstance(value, Tensor):
-            raise ModelError(f"The value at {self.name} is a {type(value).__name__}, not a tensor; cut elsewhere.")
+        value: Tensor = graph(activations)
         return value
+
+    def _all_tensors(self) -> dict[str, Tensor]:
+        in_train = {} if self.in_train is None else self.in_train.state_dict()
+        return {**in_train, **self.in_eval.state_dict()}
 
 
 class PoolStage(Stage):
@@ -103,6 +109,7 @@ class HeadStage(Stage):
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__()
         self.name, self.module = name, module
+        self.training = module.training
         self.may_write_input = True  # a person's module may do anything
 
     def digest(self, before: str) -> str:
@@ -160,6 +167,7 @@ class StagedModel(nn.Module):
         class_tokens: tokens at the start of each NLC value that stand for the whole image.
         fixed_size: the only image size it takes (a ViT), or None.
         notes: sentences about how it was made that its user should read once.
+        unused: names of tensors of the module it was made from that its output doesn't depend on.
     """
 
     def __init__(
@@ -178,6 +186,8 @@ class StagedModel(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.fixed_size = fixed_size
         self.notes: tuple[str, ...] = ()
+        self.unused: frozenset[str] = frozenset()
+        self.training = any(stage.training for stage in stages)
         self._default_cut = default_cut
         self.view, self.name, self.class_tokens = view, name, class_tokens
         self.origin = dict(origin or {})
@@ -214,8 +224,9 @@ class StagedModel(nn.Module):
         Raises:
             ModelError: what can't be traced or keyed, named.
         """
-        stages = [TracedStage(stage) for stage in split_into_stages(module, containers=containers)]
-        return cls(
+        state = module.state_dict(keep_vars=True).keys()
+        stages = [TracedStage(stage, state) for stage in split_into_stages(module, containers=containers)]
+        model = cls(
             stages,
             view=view or View(),
             name=name or type(module).__name__.lower(),
@@ -224,11 +235,22 @@ class StagedModel(nn.Module):
             origin=origin,
             fixed_size=fixed_size,
         )
+        model.unused = frozenset(state - model.tensors().keys())
+        return model
 
     @classmethod
     def from_stages(cls, stages: Mapping[str, nn.Module], **options: Any) -> StagedModel:
         """A staged model of modules that run one after the other, by name; `options` as in `from_module`."""
         return cls.from_module(nn.Sequential(OrderedDict(stages)), **options)
+
+    @classmethod
+    def absent(cls, stages: Sequence[Mapping[str, Json]], *, view: View, name: str, class_tokens: int) -> StagedModel:
+        """A trunk known by what was recorded of it: name, layout, shape and digest of each stage."""
+        known = [
+            AbsentStage(name=stage["name"], layout=stage["layout"], shape=tuple(stage["shape"]), digest=stage["digest"])
+            for stage in stages
+        ]
+        return cls(known, view=view, name=name, class_tokens=class_tokens)
 
     # ------------------------------------------------------------------------------------------------ cuts and digests
 
@@ -339,28 +361,27 @@ class StagedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The output for normalised images ``(N, 3, H, W)``; frozen stages run in eval mode without gradient."""
-        stages = self._ordered()
-        activations = images
-        if self._num_frozen:
-            frozen = nn.Sequential(*stages[: self._num_frozen])
-            with torch.no_grad(), mode_of(frozen, training=False):
-                activations = frozen(activations)
-        for stage in stages[self._num_frozen :]:
-            activations = stage(activations)
-        return activations
+        values = images
+        for index in range(len(self.stages)):
+            values = self._after(index, values)
+        return values
 
     def activations(self, images: Tensor, cuts: Iterable[str]) -> dict[str, Tensor]:
-        """Cut -> activations ``(N, *F)``, all from one pass in whatever mode the stages are."""
-        wanted = {self.index(cut): cut for cut in cuts}
-        found: dict[str, Tensor] = {}
+        """Cut -> activations ``(N, *F)``, all from one pass; frozen stages run in eval mode without gradient.
+
+        Raises:
+            ModelError: for a cut where the value isn't a tensor.
+        """
+        places = {cut: self.index(cut) for cut in cuts}
+        taken: dict[int, Tensor] = {}
         values = images
-        for index, stage in enumerate(self._ordered()[: max(wanted) + 1]):
-            if index - 1 in wanted and stage.may_write_input:
-                values = values.clone()  # an in-place ReLU would overwrite what was just taken
-            values = stage(values)
-            if index in wanted:
-                found[wanted[index]] = values
-        return found
+        for index in range(max(places.values(), default=-1) + 1):
+            if self._ordered()[index].may_write_input and _shares_memory(values, taken.values()):
+                values = values.clone()  # an in-place ReLU would overwrite what was taken
+            values = self._after(index, values)
+            if index in places.values():
+                taken[index] = self._checked_tensor(index, values)
+        return {cut: taken[index] for cut, index in places.items()}
 
     # ---------------------------------------------------------------------------------------------- freezing and heads
 
@@ -402,6 +423,7 @@ class StagedModel(nn.Module):
         """
         kept = self._ordered()[: self.index(cut) + 1]
         used = {name for stage in kept for name in (stage.name, *stage.aliases)}
+        used |= {name.partition(".")[0] for name in (*used, *self.tensors())}  # saved tensors keep names of their own
         pool = PoolStage(_unused(POOL, used), self.pool(cut, reduction))
         model = self._with_stages([*kept, pool, HeadStage(_unused(HEAD, used), head)], default_cut=kept[-1].name)
         model._num_shared = len(kept)
@@ -449,6 +471,7 @@ class StagedModel(nn.Module):
         self.stages = nn.ModuleList([*trunk, *stages[absent[-1] + 1 :]])
         self.view, self.class_tokens, self.name = model.view, model.class_tokens, model.name
         self._layouts, self.origin, self._shapes = dict(model._layouts), dict(model.origin), {}
+        self.fixed_size = model.fixed_size
         self._num_shared = len(trunk)
         self._num_frozen = len(trunk) + max(frozen_behind, 0)
 
@@ -458,13 +481,19 @@ class StagedModel(nn.Module):
         return any(isinstance(stage, AbsentStage) for stage in self.stages)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the stages that aren't frozen, in order."""
+        """Parameters of the stages that aren't frozen, in order; this model's own, no other's."""
+        self._own(self._num_frozen)
         return [parameter for stage in self._ordered()[self._num_frozen :] for parameter in stage.parameters()]
 
     def train(self, mode: bool = True) -> StagedModel:
-        """Sets the mode of the stages that aren't frozen; frozen ones run in eval mode anyway and aren't touched."""
+        """Sets the mode of the stages that aren't frozen; frozen ones run in eval mode anyway and aren't touched.
+
+        Train mode moves batch-norm statistics, so stages shared with another model are replaced by copies first.
+        """
         self.training = mode
-        for stage in self._ordered()[self._num_frozen :]:
+        if mode:
+            self._own(self._num_frozen)
+        for stage in self._ordered()[max(self._num_frozen, self._num_shared) :]:
             stage.train(mode)
         return self
 
@@ -480,7 +509,6 @@ class StagedModel(nn.Module):
         Raises:
             ModelError: if names or shapes don't fit; the first few are named.
         """
-        self._own(0)
         mine = self.tensors()
         wrong = [f"{name} is missing" for name in mine if name not in tensors]
         wrong += [f"{name} is unknown" for name in tensors if name not in mine]
@@ -494,12 +522,14 @@ class StagedModel(nn.Module):
                 f"These tensors don't fit {self.name}: {'; '.join(wrong[:5])}"
                 f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}."
             )
+        self._own(0)
         with torch.no_grad():
-            for name, value in mine.items():
+            for name, value in self.tensors().items():
                 value.copy_(tensors[name])
 
     def to_device(self, device: torch.device) -> None:
         """Moves the model; stages shared with another model that live elsewhere are replaced by copies."""
+        device = exact_device(device)
         for index, stage in enumerate(self._ordered()):
             tensors = [*stage.parameters(), *stage.buffers()]
             if any(tensor.device != device for tensor in tensors):
@@ -528,10 +558,33 @@ class StagedModel(nn.Module):
             fixed_size=self.fixed_size,
         )
         model._shapes = {size: dict(shapes) for size, shapes in self._shapes.items()}
+        model.unused = self.unused
+        model.training = self.training
         return model
 
     def _ordered(self) -> list[Stage]:
         return list(self.stages)  # type: ignore[arg-type]
+
+    def _after(self, index: int, values: Tensor) -> Tensor:
+        """The values after the stage `index`, from those before it."""
+        stage = self._ordered()[index]
+        if index < self._num_frozen:
+            with torch.no_grad(), mode_of(stage, training=False):
+                result: Tensor = stage(values)
+        elif index < self._num_shared and not self.training:  # the flags are the other model's as well
+            with mode_of(stage, training=False):
+                result = stage(values)
+        else:
+            result = stage(values)
+        return result
+
+    def _checked_tensor(self, index: int, values: Any) -> Tensor:
+        if not isinstance(values, Tensor):
+            raise ModelError(
+                f"The value of {self.name} at {self._ordered()[index].name} is a {type(values).__name__}; only tensors "
+                "can be activations. Cut before or after it."
+            )
+        return values
 
     def _freeze(self, count: int) -> None:
         self._own(count)
@@ -556,22 +609,46 @@ class StagedModel(nn.Module):
         """Shapes from a pass without data where the model can run so, else on one empty image."""
         try:
             return self._shapes_of(torch.empty((1, 3, size, size), device="meta"), on_meta=True)
-        except Exception:  # opaque modules may make tensors of their own, which don't live on the meta device
+        except Exception:  # whole modules may make tensors of their own, which don't live on the meta device
             device = next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
             return self._shapes_of(torch.zeros((1, 3, size, size), device=device), on_meta=False)
 
     def _shapes_of(self, images: Tensor, *, on_meta: bool) -> dict[str, tuple[int, ...]]:
-        shapes, values = {}, images
+        shapes: dict[str, tuple[int, ...]] = {}
+        values = images
         for stage in self._ordered():
-            with torch.no_grad(), mode_of(stage, training=False):
-                if on_meta:
-                    state = dict(stage.named_parameters()) | dict(stage.named_buffers())
-                    empty = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
-                    values = torch.func.functional_call(stage, empty, (values,))
-                else:
-                    values = stage(values)
-            shapes[stage.name] = tuple(values.shape[1:])
+            try:
+                with torch.no_grad(), mode_of(stage, training=False), random_states_kept():
+                    values = _on_meta(stage, values) if on_meta else stage(values)
+            except Exception as error:
+                raise ModelError(
+                    f"{self.name} can't take images of {images.shape[-1]} x {images.shape[-1]} pixels: its stage "
+                    f"{stage.name} fails with {str(error).strip() or type(error).__name__}. Give it a view of the size "
+                    "it was made for: StagedModel.from_module(module, view=View(size=..., resize=...))."
+                ) from error
+            shapes[stage.name] = tuple(values.shape[1:]) if isinstance(values, Tensor) else ()
         return shapes
+
+
+def exact_device(device: torch.device | str) -> torch.device:
+    """`device` with its number: plain ``cuda`` is the current GPU, which its tensors call ``cuda:0``."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _on_meta(stage: Stage, values: Tensor) -> Tensor:
+    state = dict(stage.named_parameters()) | dict(stage.named_buffers())
+    empty = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    result: Tensor = torch.func.functional_call(stage, empty, (values,))
+    return result
+
+
+def _shares_memory(values: Any, others: Iterable[Tensor]) -> bool:
+    if not isinstance(values, Tensor):  # a tuple between two whole modules may hold views
+        return False
+    return values.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in others}
 
 
 def _unused(name: str, used: Collection[str]) -> str:

@@ -4,6 +4,8 @@ Folders are named for people and keyed by hashes::
 
     <root>/<backbone>@<cut>-<trunk12>/<reduction>-<view>-<dtype>-<key8>[-seed3]/part-*.h5
     <root>/images/<name>-<hash8>.h5
+
+A set is known by what its parts say, not by what folders are called. `docs/format.md` is normative.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import hashlib
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +29,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featstore.digest import Json, canonical_json
-from featstore.errors import AmbiguousRequestError, DamagedFileError, FeatureStoreError, MissingFeaturesError
-from featstore.features import Features, RowIndex
+from featstore.digest import Json, canonical_json, digest_json
+from featstore.errors import (
+    AmbiguousRequestError,
+    DamagedFileError,
+    FactsDifferError,
+    FeatureStoreError,
+    MissingFeaturesError,
+)
+from featstore.features import Features, RowIndex, is_among
 from featstore.images import AbsentSource, Digests, ImageSet, KnownDigest, StatFacts
 from featstore.part import Part, Table, write_part, write_table
 from featstore.spec import FeatureSpec
-from featstore.staged import AbsentStage, StagedModel
+from featstore.staged import StagedModel
+from featstore.trunk import Precision
 from featstore.views import View
 
 IMAGES = "images"
 """The folder of the image tables."""
+
+_PARTS = "part-*.h5"
+_TRUNK_DIGITS, _KEY_DIGITS = 12, 8
+_FACTS = frozenset(
+    {"spec", "key", "backbone", "cut", "stages", "class_tokens", "profile", "probe", "failed", "supersedes", "when"}
+)
+"""What readers of a part rely on."""
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,7 +74,7 @@ class FeatureRequest:
     pool: Json
     view: View
     dtype: str | None = None
-    precision: str | None = None
+    precision: Precision | None = None
 
     def accepts(self, spec: FeatureSpec) -> bool:
         """Whether features of `spec` are what is asked for."""
@@ -68,13 +86,24 @@ class FeatureRequest:
             and self.precision in (None, spec.precision)
         )
 
+    def differences(self, spec: FeatureSpec) -> list[tuple[str, str, str]]:
+        """Why `spec` isn't accepted: each fact that differs, its value there, and the one asked for, in words."""
+        asked = FeatureSpec(
+            trunk=self.trunk,
+            pool=self.pool,
+            view=self.view.facts(),
+            precision=self.precision or spec.precision,
+            dtype=self.dtype or spec.dtype,
+        )
+        return spec.differences(asked)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureSet:
-    """The parts of one spec.
+    """The parts of one spec: at least one, maybe without rows.
 
     Attributes:
-        folder: where they lie.
+        folder: where they lie; the first one, if jobs that call the model differently have filled several.
         spec: what decided their values.
         parts: in the order of their names, without those that another part supersedes.
     """
@@ -98,12 +127,12 @@ class FeatureSet:
         """Where each image's row lies."""
         return RowIndex(self.parts)
 
-    @property
+    @cached_property
     def failed(self) -> dict[str, str]:
-        """Digest (hexadecimal) -> reason, of the images that have failed and have no row."""
-        failed = {digest: reason for part in self.parts for digest, reason in part.facts["failed"].items()}
-        rows = {bytes(row).hex() for part in self.parts for row in part.digests} if failed else set()
-        return {digest: reason for digest, reason in failed.items() if digest not in rows}
+        """Digest (hexadecimal) -> reason, of the images that have failed and have no row: a later success counts."""
+        reasons = {digest: reason for part in self.parts for digest, reason in part.facts["failed"].items()}
+        has_row = self.index.find(_digest_rows(reasons))[0] >= 0
+        return {digest: reason for (digest, reason), has in zip(reasons.items(), has_row, strict=True) if not has}
 
     @property
     def num_bytes(self) -> int:
@@ -136,13 +165,20 @@ class FeatureSet:
 class FeatureStore:
     """Feature sets and image sets below the folder `root`.
 
-    Any number of processes may read and write one store. Parts are immutable, so an opened one is kept.
+    Any number of processes may read and write one store. Files in it never change, so what was opened is kept.
+
+    Raises:
+        ValueError: if `root` is a file.
     """
 
     def __init__(self, root: str | Path) -> None:
+        if Path(root).is_file():
+            raise ValueError(f"{root} is a file. Expected the folder of a store, or the name of a new one.")
         self.root = Path(root)  # as given, for messages
         self._folder = self.root.absolute()  # parts are mapped later, maybe from another working directory
-        self._opened: dict[Path, Part] = {}
+        self._parts: dict[Path, _OpenedPart] = {}
+        self._sets: dict[str, FeatureSet] = {}
+        self._tables: dict[Path, _ImageTable] = {}
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.root)!r})"
@@ -150,22 +186,44 @@ class FeatureStore:
     # ------------------------------------------------------------------------------------------------- feature sets
 
     def sets(self, trunk: str | None = None) -> list[FeatureSet]:
-        """All feature sets that have a part, or those of one trunk digest, in the order of their folders.
+        """The sound feature sets, or those of one trunk digest, in the order of their folders.
+
+        A set that a damaged file belongs to is left out, as its rows can't be told from missing ones; `damaged` names
+        such files. Whoever asks for that very set gets the error.
 
         Raises:
             FeatureStoreError: if there is no store.
-            DamagedFileError: for a part that is damaged or lies in another set's folder.
         """
         self.check_exists()
-        pattern = "*/*" if trunk is None else f"*-{trunk[:12]}/*"
-        found = [self._set_in(folder) for folder in sorted(self._folder.glob(pattern)) if _may_hold_parts(folder)]
-        return [each for each in found if each is not None and trunk in (None, each.spec.trunk)]
+        found = []
+        for spec, folders in self._folders_by_spec(self._folders(trunk)):
+            with suppress(DamagedFileError):
+                found.append(self._set_of(spec, folders))
+        return [each for each in found if trunk in (None, each.spec.trunk)]
+
+    def damaged(self) -> list[DamagedFileError]:
+        """An error for each part and image table that can't be used: it names the file and what to do."""
+        errors: dict[str, DamagedFileError] = {}
+        for folder in self._folders(None):
+            for path in sorted(folder.glob(_PARTS)):
+                with _collected(errors):
+                    self._part(path)
+        for spec, folders in self._folders_by_spec(self._folders(None)):
+            with _collected(errors):  # sound files in the wrong place
+                self._set_of(spec, folders)
+        for path in self._table_paths():
+            with _collected(errors):
+                self._table(path)
+        return list(errors.values())
 
     def find(self, request: FeatureRequest) -> list[FeatureSet]:
-        """The sets that a request accepts; an empty list also where there is no store yet."""
-        if not self.root.is_dir():
-            return []
-        return [each for each in self.sets(request.trunk) if request.accepts(each.spec)]
+        """The sets that a request accepts; an empty list also where there is no store yet.
+
+        Raises:
+            DamagedFileError: for a damaged file of such a set. Other sets' files don't matter.
+        """
+        specs = self._folders_by_spec(self._folders(request.trunk), is_strict=True)
+        return [self._set_of(spec, folders) for spec, folders in specs if request.accepts(spec)]
 
     def find_one(self, request: FeatureRequest, key: str | None = None) -> FeatureSet | None:
         """The one set that a request accepts (and whose key starts with `key`), or None.
@@ -184,13 +242,21 @@ class FeatureStore:
         Raises:
             FeatureStoreError: if there is none.
             AmbiguousRequestError: if there are several.
+            DamagedFileError: for a damaged file of that set.
         """
-        found = [each for each in self.sets() if each.key.startswith(key)]
-        if not found:
-            raise FeatureStoreError(f"{self.root} holds no feature set {key}. List what it holds: {self._ls()}.")
-        if len(found) > 1:
-            raise AmbiguousRequestError(self._ambiguous(found, f"have keys that start with {key}"))
-        return found[0]
+        self.check_exists()
+        folders = self._folders(None)
+        # A set's folder is named with its key: looking there first spares opening a file of each set, which matters
+        # with hundreds of them. The names are for people, though, so a folder may have been renamed.
+        named = [folder for folder in folders if f"-{key[:_KEY_DIGITS]}" in folder.name]
+        for candidates in (named, folders):
+            specs = [each for each in self._folders_by_spec(candidates) if each[0].key.startswith(key)]
+            found = [self._set_of(spec, holding) for spec, holding in specs]
+            if len(found) > 1:
+                raise AmbiguousRequestError(self._ambiguous(found, f"have keys that start with {key}"))
+            if found:
+                return found[0]
+        raise FeatureStoreError(f"{self.root} holds no feature set {key}. List what it holds: {self._ls()}.")
 
     def features(
         self,
@@ -204,30 +270,26 @@ class FeatureStore:
         Args:
             images: any set; its digests are taken as far as they aren't known.
             which: a request, a set, or the start of a key.
-            on_error: `skip` leaves out images that failed when they were extracted.
+            on_error: `skip` leaves out images that failed when they were extracted, or can't be read now.
 
         Raises:
             MissingFeaturesError: if images lack a row; nothing is ever filled in.
-            FeatureStoreError: if no set fits.
+            FactsDifferError: if no set fits; the message names the facts in which the nearest one differs.
+            FeatureStoreError: if there is no store, or no set of that key.
         """
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
         chosen = self._chosen(which)
         digests = images.digests(self.known_digests(images))
         missing = self.missing(chosen, digests)
         if on_error == "skip":
-            keep = ~(missing & self.is_failed(chosen, digests))
-            if not keep.all():
-                images, missing = images.select(keep), missing[keep]
-                digests = images.digests(self.known_digests(images))
+            missing &= ~self.is_failed(chosen, digests)
         if missing.any():
-            names = [images.ids[index] for index in np.flatnonzero(missing)[:3]]
-            raise MissingFeaturesError(
-                f"{self.root} holds {int((~missing).sum()):,} of the {len(images):,} images asked for "
-                f"({chosen.facts['backbone']}@{chosen.facts['cut']} {chosen.spec.reduction}, "
-                f"{chosen.spec.rendered.label()}); {int(missing.sum()):,} are missing ({', '.join(names)}"
-                f"{', ...' if missing.sum() > 3 else ''}). Compute them with featstore extract, or ask for the images "
-                "that are there."
-            )
+            raise MissingFeaturesError(self._lacks(chosen, images, digests, missing))
         part_of, row_in = chosen.index.find(digests.values)
+        has_row = (part_of >= 0) & ~digests.is_failed
+        if not has_row.all():
+            images, part_of, row_in = images.select(has_row), part_of[has_row], row_in[has_row]
         return Features(images, chosen.spec, chosen.index.parts, part_of, row_in)
 
     def missing(self, chosen: FeatureSet | None, digests: Digests) -> NDArray[np.bool_]:
@@ -241,10 +303,7 @@ class FeatureStore:
     def is_failed(self, chosen: FeatureSet | None, digests: Digests) -> NDArray[np.bool_]:
         """``(N,)``: True where an image can't be read now, or failed when the set was extracted."""
         failed = {} if chosen is None else chosen.failed
-        if not failed:
-            return digests.is_failed
-        recorded = np.array([bytes(row).hex() in failed for row in digests.values], dtype=np.bool_)
-        return np.logical_or(digests.is_failed, recorded)
+        return np.logical_or(digests.is_failed, is_among(digests.values, _digest_rows(failed)))
 
     def model(self, key: str) -> StagedModel:
         """The model of a set as far as a store knows it: stage names, shapes and digests, without weights.
@@ -252,12 +311,8 @@ class FeatureStore:
         Heads on it train, save and predict on stored features; `StagedModel.attach` puts the real trunk in.
         """
         chosen = self.set(key)
-        stages = [
-            AbsentStage(name=stage["name"], layout=stage["layout"], shape=tuple(stage["shape"]), digest=stage["digest"])
-            for stage in chosen.facts["stages"]
-        ]
-        return StagedModel(
-            stages,
+        return StagedModel.absent(
+            chosen.facts["stages"],
             view=chosen.spec.rendered.evaluation,
             name=chosen.facts["backbone"],
             class_tokens=chosen.facts["class_tokens"],
@@ -281,17 +336,10 @@ class FeatureStore:
             decoders: ``(n,)``.
             facts: at least backbone, cut, stages, class_tokens, profile, probe and failed.
         """
-        folder = self._folder / _folder_name(spec, str(facts["backbone"]), str(facts["cut"]))
+        folder = self._folder_of(spec) or self._folder / _folder_name(spec, str(facts["backbone"]), str(facts["cut"]))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"part-{secrets.token_hex(8)}.h5"
-        stamped = {
-            **facts,
-            "spec": spec.facts(),
-            "key": spec.key,
-            "supersedes": [],
-            "who": _who(),
-            "when": datetime.now(UTC).isoformat(timespec="microseconds"),
-        }
+        stamped = {**facts, "spec": spec.facts(), "key": spec.key, "view": spec.view, "supersedes": [], **_signature()}
         write_part(path, features=features, digests=digests, decoders=decoders, facts=stamped)
         return path
 
@@ -304,43 +352,49 @@ class FeatureStore:
             FeatureStoreError: if there is none.
             AmbiguousRequestError: if there are several names, or two newest ones of a name.
         """
-        newest = [table for table in self._newest_tables() if name is None or name in (table.name, table.path.stem)]
+        self.check_exists()
+        newest = self._newest_tables(lambda table: name in (None, table))
+        if name is not None and not newest:
+            newest = [self._table(path) for path in self._table_paths() if path.stem == name]
         if not newest:
             called = f" called {name}" if name else ""
-            raise FeatureStoreError(f"{self.root} holds no image set{called}. Extract features into it first.")
+            names = ", ".join(sorted({_table_name(path) for path in self._table_paths()})) or "none"
+            raise FeatureStoreError(
+                f"{self.root} holds no image set{called}; those it holds: {names}. Extract features of it first."
+            )
         if len(newest) > 1:
             listed = ", ".join(f"{table.path.stem} ({table.num_images:,} images)" for table in newest)
             raise AmbiguousRequestError(
                 f"{self.root} holds several image sets: {listed}. Name one: ImageSet.from_store(store, name=...)."
             )
-        return newest[0].image_set()
+        (table,) = newest
+        return table.image_set(where=str(self.root / IMAGES / table.path.stem))
 
     def save_images(self, images: ImageSet, digests: Digests) -> Path | None:
         """Files an image set as a new table, child of the newest of its name; None if that one says the same.
 
-        A label edit, a new split or new images make a new table and touch no features.
+        A label edit, a new split or new images make a new table and touch no features. Two newest tables of a name,
+        left by jobs that filed different content at once, both become parents, so that there is one newest again.
         """
-        parents = [table for table in self._newest_tables() if table.name == images.name]
+        parents = self._newest_tables(lambda name: name == images.name)
         columns, facts = _table_content(images, digests)
         content = _content_hash(columns, facts)
         if len(parents) == 1 and parents[0].table.facts["content"] == content:
             return None
         facts = {**facts, "content": content, "parents": sorted(parent.path.stem for parent in parents)}
-        name8 = hashlib.sha256(canonical_json([content, facts["parents"]]).encode("ascii")).hexdigest()[:8]
-        path = self._folder / IMAGES / f"{images.name}-{name8}.h5"
-        if path.exists():  # another process has just filed the same
-            return None
+        path = self._folder / IMAGES / f"{images.name}-{_table_hash8(columns, facts)}.h5"
         path.parent.mkdir(parents=True, exist_ok=True)
-        stamped = {**facts, "who": _who(), "when": datetime.now(UTC).isoformat(timespec="microseconds")}
-        write_table(path, columns=columns, facts=stamped)
+        try:
+            write_table(path, columns=columns, facts={**facts, **_signature()})
+        except FileExistsError:  # another process has just filed the same
+            return None
         return path
 
     def known_digests(self, images: ImageSet) -> dict[str, KnownDigest]:
         """What the newest tables of this set's name know of its files, so that unchanged ones aren't read again."""
         known: dict[str, KnownDigest] = {}
-        for table in self._newest_tables():
-            if images.name == table.name or images.name.startswith(f"{table.name}-"):
-                known.update(table.known())
+        for table in self._newest_tables(lambda name: images.name == name or images.name.startswith(f"{name}-")):
+            known.update(table.known)
         return known
 
     def check_exists(self) -> None:
@@ -360,45 +414,184 @@ class FeatureStore:
             return self.set(which)
         found = self.find_one(which)
         if found is None:
-            raise MissingFeaturesError(f"{self.root} holds no features that fit this request. It holds: {self._ls()}.")
+            self.check_exists()
+            raise FactsDifferError(self._differs(which))
         return found
 
-    def _set_in(self, folder: Path) -> FeatureSet | None:
-        parts = [self._part(path) for path in sorted(folder.glob("part-*.h5"))]
-        superseded = {name for part in parts for name in part.facts["supersedes"]}
-        parts = [part for part in parts if part.path.name not in superseded]
-        if not parts:
-            return None
-        spec = FeatureSpec.from_facts(parts[0].facts["spec"])
-        for part in parts:
-            if part.facts["key"] != spec.key or FeatureSpec.from_facts(part.facts["spec"]).key != spec.key:
+    def _folders(self, trunk: str | None) -> list[Path]:
+        """Folders that may hold a set of one trunk, or of any: below a trunk's folder, or copied here by themselves."""
+        below = self._folder.glob("*/*" if trunk is None else f"*-{trunk[:_TRUNK_DIGITS]}/*")
+        return sorted(folder for folder in {*below, *self._folder.glob("*")} if self._may_hold_parts(folder))
+
+    def _may_hold_parts(self, folder: Path) -> bool:
+        names = folder.relative_to(self._folder).parts
+        return names[0] != IMAGES and not any(name.startswith(".") for name in names) and folder.is_dir()
+
+    def _folders_by_spec(
+        self, folders: Iterable[Path], *, is_strict: bool = False
+    ) -> list[tuple[FeatureSpec, list[Path]]]:
+        """Each spec that has parts in `folders`, and where; a folder holds parts of one spec.
+
+        One sound part says what a folder holds, and the others stay closed until someone wants them. A folder without
+        one is left out, or, if `is_strict`, is an error: it may hold what is asked for.
+        """
+        found: dict[str, tuple[FeatureSpec, list[Path]]] = {}
+        for folder in folders:
+            try:
+                spec = self._spec_in(folder)
+            except DamagedFileError:
+                if is_strict:
+                    raise
+                continue
+            if spec is not None:
+                found.setdefault(spec.key, (spec, []))[1].append(folder)
+        return list(found.values())
+
+    def _spec_in(self, folder: Path) -> FeatureSpec | None:
+        damage: DamagedFileError | None = None
+        for path in sorted(folder.glob(_PARTS)):
+            try:
+                return self._part(path).spec
+            except FileNotFoundError:  # superseded, and unlinked since it was listed
+                continue
+            except DamagedFileError as error:
+                damage = damage or error
+        if damage is not None:
+            raise damage
+        return None
+
+    def _set_of(self, spec: FeatureSpec, folders: Sequence[Path]) -> FeatureSet:
+        opened = sorted((each for folder in folders for each in self._parts_in(folder)), key=lambda each: each.name)
+        for each in opened:
+            if each.spec.key != spec.key:
                 raise DamagedFileError(
-                    f"{part.path} belongs to set {part.facts['key'][:8]}, and {parts[0].path.name} beside it to set "
-                    f"{spec.key[:8]}. A folder holds one set; move the file back to where it was written."
+                    f"{each.part.path} belongs to set {each.spec.key[:8]}, and others beside it to set {spec.key[:8]}. "
+                    "A folder holds one set; move the file back to where it was written."
                 )
-        return FeatureSet(folder=folder, spec=spec, parts=tuple(parts))
+        superseded = {name for each in opened for name in each.part.facts["supersedes"]}
+        current = tuple(each.part for each in opened if each.name not in superseded)
+        known = self._sets.get(spec.key)
+        if known is None or known.parts != current:
+            known = self._sets[spec.key] = FeatureSet(folder=folders[0], spec=spec, parts=current)
+        return known
 
-    def _part(self, path: Path) -> Part:
-        if path not in self._opened:
-            self._opened[path] = Part.open(path)
-        return self._opened[path]
+    def _parts_in(self, folder: Path) -> list[_OpenedPart]:
+        while True:
+            paths = sorted(folder.glob(_PARTS))
+            try:
+                return [self._part(path) for path in paths]
+            except FileNotFoundError as error:  # superseded, and unlinked since it was listed: look again
+                if Path(error.filename).is_symlink():
+                    raise DamagedFileError(
+                        f"{error.filename} is a link to a file that isn't there. Put a sound copy of the file in its "
+                        "place, or delete the link and extract again, which computes only what is then missing."
+                    ) from error
 
-    def _newest_tables(self) -> list[_ImageTable]:
-        tables = [_ImageTable(path, Table.open(path)) for path in sorted((self._folder / IMAGES).glob("*.h5"))]
+    def _part(self, path: Path) -> _OpenedPart:
+        if path not in self._parts:
+            self._parts[path] = _OpenedPart.of(Part.open(path))
+        return self._parts[path]
+
+    def _folder_of(self, spec: FeatureSpec) -> Path | None:
+        """The folder that holds the set already, whatever the model was called when it was made."""
+        for folder in self._folders(spec.trunk):
+            with suppress(DamagedFileError):  # what has been computed is filed all the same
+                if f"-{spec.key[:_KEY_DIGITS]}" in folder.name and self._spec_in(folder) == spec:
+                    return folder
+        return None
+
+    def _table_paths(self) -> list[Path]:
+        return sorted(path for path in (self._folder / IMAGES).glob("*.h5") if not path.name.startswith("."))
+
+    def _newest_tables(self, is_asked: Callable[[str], bool]) -> list[_ImageTable]:
+        """Of the tables whose name is asked for, those that are no other's parent."""
+        tables = []
+        for path in self._table_paths():
+            if is_asked(_table_name(path)):
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    tables.append(self._table(path))
         parents = {name for table in tables for name in table.table.facts["parents"]}
         return [table for table in tables if table.path.stem not in parents]
 
-    def _ambiguous(self, found: Sequence[FeatureSet], how: str) -> str:
-        facts = [_flat(each.spec) | {"cut": each.facts["cut"], "backbone": each.facts["backbone"]} for each in found]
-        differing = [name for name in facts[0] if len({str(fact.get(name)) for fact in facts}) > 1]
-        listed = "; ".join(
-            f"{each.key[:8]} ({', '.join(f'{name} {fact[name]}' for name in differing) or 'equal'})"
-            for each, fact in zip(found, facts, strict=True)
+    def _table(self, path: Path) -> _ImageTable:
+        if path not in self._tables:
+            self._tables[path] = _ImageTable(path, Table.open(path))
+        return self._tables[path]
+
+    def _lacks(self, chosen: FeatureSet, images: ImageSet, digests: Digests, missing: NDArray[np.bool_]) -> str:
+        places = np.flatnonzero(missing).tolist()
+        named = [images.ids[place] + (f": {digests.failed[place]}" * (place in digests.failed)) for place in places[:3]]
+        return (
+            f"{self.root} holds {len(images) - len(places):,} of the {len(images):,} images asked for "
+            f"({chosen.facts['backbone']}@{chosen.facts['cut']} {chosen.spec.reduction}, "
+            f"{chosen.spec.rendered.label()}, set {chosen.key[:8]}); {len(places):,} are missing ({'; '.join(named)}"
+            f"{'; ...' if len(places) > 3 else ''}). Compute them with featstore extract, or ask for the images that "
+            "are there."
         )
-        return f"{len(found)} feature sets in {self.root} {how}: {listed}. Choose one by its key: --features KEY."
+
+    def _differs(self, request: FeatureRequest) -> str:
+        """Which set is nearest to a request that none fits, and in what it differs."""
+        compared = [(request.differences(each.spec), each) for each in self.sets()]
+        if not compared:
+            return f"{self.root} holds no features yet. Compute them with featstore extract."
+        differences, nearest = min(compared, key=lambda item: (len(item[0]), -item[1].index.num_images))
+        listed = "; ".join(f"{name} (stored {stored}, yours {yours})" for name, stored, yours in differences)
+        return (
+            f"No stored features fit this request in {self.root}. Nearest is set {nearest.key[:8]} "
+            f"({nearest.facts['backbone']}@{nearest.facts['cut']}); it differs in: {listed}. Compute what you ask for "
+            f"with featstore extract, or ask for what is there: {self._ls()}."
+        )
+
+    def _ambiguous(self, found: Sequence[FeatureSet], how: str) -> str:
+        differing = {name: None for each in found for name, _, _ in found[0].spec.differences(each.spec)}
+        listed = []
+        for each in found:
+            # Against another one: a fact's value stands in the words of a difference.
+            others = [other.spec for other in found if other is not each]
+            facts = {name: value for other in others for name, value, _ in each.spec.differences(other)}
+            words = ", ".join(f"{name} {facts[name]}" for name in differing if name in facts)
+            listed.append(f"{each.key[:8]} ({words})")
+        return (
+            f"{len(found)} feature sets in {self.root} {how}: {'; '.join(listed)}. Choose one by its key: --features "
+            "KEY."
+        )
 
     def _ls(self) -> str:
         return f"featstore ls --store {self.root}"
+
+
+@dataclass(frozen=True)
+class _OpenedPart:
+    """A part whose facts are those of the format, whole and understood."""
+
+    part: Part
+    spec: FeatureSpec
+
+    @classmethod
+    def of(cls, part: Part) -> _OpenedPart:
+        """`part` with its spec.
+
+        Raises:
+            DamagedFileError: for facts that are incomplete, contradict each other, or come from a newer featstore.
+        """
+        try:
+            spec = FeatureSpec.from_facts(part.facts["spec"])
+            if missing := _FACTS - part.facts.keys():
+                raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
+            if part.facts["key"] != spec.key or spec.rendered.facts() != spec.view:
+                raise ValueError("its key isn't that of its spec")
+            if part.dtype != DTYPES[spec.dtype]:
+                raise ValueError(f"it holds {part.dtype}, and its spec says {spec.dtype}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedFileError(
+                f"{part.path} can't be used by this featstore: {error}. If a newer one wrote it, upgrade; else put a "
+                "sound copy in its place, or delete it and extract again."
+            ) from error
+        return cls(part, spec)
+
+    @property
+    def name(self) -> str:
+        return self.part.path.name
 
 
 @dataclass(frozen=True)
@@ -419,16 +612,17 @@ class _ImageTable:
     def ids(self) -> tuple[str, ...]:
         return tuple(_texts(self.table.columns["id_bytes"], self.table.columns["id_ends"]))
 
+    @cached_property
     def known(self) -> dict[str, KnownDigest]:
         columns = self.table.columns
         rows = zip(self.ids(), columns["digest"], columns["stat"].tolist(), columns["has_digest"].tolist(), strict=True)
         return {
-            name: KnownDigest(bytes(digest), StatFacts(*stat) if stat[0] >= 0 else None)
+            name: KnownDigest(bytes(digest), _unpacked_stat(stat))
             for name, digest, stat, has_digest in rows
             if has_digest
         }
 
-    def image_set(self) -> ImageSet:
+    def image_set(self, *, where: str) -> ImageSet:
         columns, facts = self.table.columns, self.table.facts
         groups = facts["groups"]
         return ImageSet(
@@ -439,7 +633,7 @@ class _ImageTable:
             splits=np.array(_SPLIT_NAMES)[columns["split"]],
             groups=None if groups is None else tuple(groups[place] for place in columns["group"]),
             task=facts["task"],
-            source=AbsentSource(where=str(self.path.with_suffix("")), known=self.known()),
+            source=AbsentSource(where=where, known=self.known),
         )
 
 
@@ -448,13 +642,12 @@ _SPLIT_NAMES = ("", "train", "valid", "test")
 
 def _table_content(images: ImageSet, digests: Digests) -> tuple[dict[str, NDArray[Any]], dict[str, Json]]:
     id_bytes, id_ends = _packed(images.ids)
-    no_stat = StatFacts(-1, -1, -1, -1, -1)
     columns: dict[str, NDArray[Any]] = {
         "id_bytes": id_bytes,
         "id_ends": id_ends,
         "digest": np.ascontiguousarray(digests.values),
         "has_digest": (~digests.is_failed).astype(np.uint8),
-        "stat": np.array([tuple(stat or no_stat) for stat in digests.stats], np.int64).reshape(-1, 5),
+        "stat": np.array([_packed_stat(stat) for stat in digests.stats], np.int64).reshape(-1, 5),
         "split": np.array([_SPLIT_NAMES.index(split) for split in images.splits.tolist()], np.uint8),
     }
     groups: list[str] | None = None
@@ -465,6 +658,32 @@ def _table_content(images: ImageSet, digests: Digests) -> tuple[dict[str, NDArra
     if images.targets is not None:
         columns["target"] = np.ascontiguousarray(images.targets)
     return columns, {"name": images.name, "task": images.task, "classes": list(images.classes), "groups": groups}
+
+
+def _packed_stat(stat: StatFacts | None) -> tuple[int, ...]:
+    if stat is None:
+        return (-1,) * 5
+    # An inode is a uint64, and some file systems use the upper half: kept as the int64 of the same bits.
+    return tuple(stat._replace(inode=stat.inode - (stat.inode >> 63 << 64)))
+
+
+def _unpacked_stat(stat: Sequence[int]) -> StatFacts | None:
+    facts = StatFacts(*stat)
+    return facts._replace(inode=facts.inode % (1 << 64)) if facts.size >= 0 else None
+
+
+def _table_name(path: Path) -> str:
+    return path.stem.rpartition("-")[0]
+
+
+def _table_hash8(columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> str:
+    """What tells a table from others of its name: what it says and its parents, not when the files were hashed.
+
+    Jobs that start at once on the same images thus make one table, not several that contradict each other.
+    """
+    said = _content_hash({**columns, "stat": columns["stat"][:, :4]}, {"parents": facts["parents"]})
+    described = {name: value for name, value in facts.items() if name not in ("content", "parents")}
+    return digest_json([said, described])[:8]
 
 
 def _content_hash(columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> str:
@@ -490,27 +709,45 @@ def _texts(packed: NDArray[np.uint8], ends: NDArray[np.int64]) -> Iterator[str]:
 
 def _folder_name(spec: FeatureSpec, backbone: str, cut: str) -> Path:
     view = spec.rendered
-    words = [spec.reduction, "evaluation" if view.policy is None else view.policy.name, spec.dtype, spec.key[:8]]
+    words = [
+        spec.reduction,
+        "evaluation" if view.policy is None else view.policy.name,
+        spec.dtype,
+        spec.key[:_KEY_DIGITS],
+    ]
     seed = [] if view.seed is None else [f"seed{view.seed}"]
-    return Path(f"{_safe(backbone)}@{_safe(cut)}-{spec.trunk[:12]}", "-".join([*map(_safe, words), *seed]))
+    return Path(f"{_safe(backbone)}@{_safe(cut)}-{spec.trunk[:_TRUNK_DIGITS]}", "-".join([*map(_safe, words), *seed]))
 
 
 def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "_", text)[:80]
 
 
-def _may_hold_parts(folder: Path) -> bool:
-    return folder.is_dir() and folder.parent.name != IMAGES and not folder.name.startswith(".")
+@contextmanager
+def _collected(errors: dict[str, DamagedFileError]) -> Iterator[None]:
+    try:
+        yield
+    except DamagedFileError as error:
+        errors[str(error)] = error
+    except FileNotFoundError:  # deleted since it was listed
+        pass
 
 
-def _flat(spec: FeatureSpec) -> dict[str, Json]:
-    view = {f"view {name}": value for name, value in spec.view.items()}
-    return {"trunk": spec.trunk[:8], "reduce": spec.reduction, "dtype": spec.dtype, "precision": spec.precision} | view
+def _digest_rows(digests: Iterable[str]) -> NDArray[np.uint8]:
+    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
 
 
-def _who() -> str:
+def _signature() -> dict[str, Json]:
+    """Who writes a file, and when."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # a container without a user database
         user = "unknown"
-    return f"{user}@{socket.gethostname()}"
+    try:
+        version = metadata.version("featstore")
+    except metadata.PackageNotFoundError:  # run from its source, not installed
+        version = "of unknown version"
+    return {
+        "who": f"featstore {version}, {user}@{socket.gethostname()}",
+        "when": datetime.now(UTC).isoformat(timespec="microseconds"),
+    }

@@ -301,7 +301,7 @@ _policy = policy  # inside View and Augment the name means the field
 
 
 def _checked_seeds(seeds: Iterable[int] | str) -> tuple[int, ...] | Literal["fresh"]:
-    if seeds == "fresh":
+    if isinstance(seeds, str) and seeds == "fresh":
         return "fresh"
     if isinstance(seeds, str) or not isinstance(seeds, Iterable):
         raise TypeError(f'seeds {seeds!r} are neither integers, such as range(4), nor "fresh"')

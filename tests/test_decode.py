@@ -233,6 +233,19 @@ def test_exif_is_read_in_both_byte_orders(order: str, kind: int, offset: int) ->
     np.testing.assert_array_equal(turned, np.rot90(PHOTO, -1))
 
 
+def with_segment(jpeg: bytes, segment: bytes) -> bytes:
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
+
+
+def test_the_first_exif_of_several_counts() -> None:
+    plain = encoded(photo("RGB"), "JPEG")
+    turned = with_segment(plain, b"Exif\0\0" + exif_block(">", [(ORIENTATION, 3, 6)]))
+
+    data = with_segment(turned, b"Exif\0\0" + exif_block(">", [(ORIENTATION, 3, 3)]))
+
+    np.testing.assert_array_equal(pixels_of(data), np.rot90(pixels_of(plain), 2))
+
+
 @pytest.mark.parametrize(
     "block",
     [b"", b"II", b"XX*\0garbage", exif_block("<", [(ORIENTATION, 3, 9)]), exif_block("<", [(ORIENTATION, 3, 6)])[:-9],
@@ -240,8 +253,7 @@ def test_exif_is_read_in_both_byte_orders(order: str, kind: int, offset: int) ->
 )  # fmt: skip
 def test_exif_that_makes_no_sense_turns_nothing(block: bytes) -> None:
     plain = encoded(photo("RGB"), "JPEG")
-    segment = b"Exif\0\0" + block
-    data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + plain[2:]
+    data = with_segment(plain, b"Exif\0\0" + block)
 
     np.testing.assert_array_equal(pixels_of(data), pixels_of(plain))
 
@@ -275,7 +287,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(mode: str, form: str, opti
 def test_a_jpeg_cut_behind_its_thumbnail_is_truncated() -> None:
     thumbnail = b"Exif\0\0" + exif_block("<", []) + encoded(photo("RGB"), "JPEG")
     plain = encoded(photo("RGB"), "JPEG")
-    data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + plain[2:]
+    data = with_segment(plain, thumbnail)
 
     np.testing.assert_array_equal(pixels_of(data), pixels_of(plain))
     with pytest.raises(DecodeError, match="end marker is missing"):

@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
-from featstore.errors import ImageError
+from featstore.errors import FeatureStoreError, ImageError
 from featstore.images import (
     AbsentSource,
     ArraySource,
@@ -171,6 +171,12 @@ class TestFolders:
         images = ImageSet.from_folder(tmp_path / "root")
         assert images.ids == ("a/0.png", "b/1.png", "b/inner/2.png")
         assert images.skipped == (("b/inner/up", "links back to a folder above it"),)
+
+    def test_a_folder_that_cant_be_listed_is_an_error_that_names_it(self, tmp_path: Path) -> None:
+        fill(tmp_path, "a/0.png")
+        (tmp_path / "a" / "knot").symlink_to("knot")
+        with pytest.raises(FeatureStoreError, match=r"a can't be listed \(Too many .*knot"):
+            ImageSet.from_folder(tmp_path)
 
     def test_a_link_to_nothing_is_an_image_that_fails(self, tmp_path: Path) -> None:
         fill(tmp_path, "a/0.png")
@@ -376,6 +382,11 @@ class TestArrays:
         np.testing.assert_array_equal(images.targets, [0, 1, 0])
         assert images.splits.tolist() == ["train", "train", "valid"]
         assert images.groups == ("p", "q", "r")
+        targets, origin = np.array([0, 1, 1]), {"root": "here"}
+        direct = ImageSet(**{**vars(images), "targets": targets, "origin": origin})
+        targets[:], origin["root"] = 0, "there"
+        np.testing.assert_array_equal(direct.targets, [0, 1, 1])
+        assert direct.origin == {"root": "here"}
 
     def test_neither_targets_nor_splits_nor_images_can_be_written_to(self) -> None:
         images = ImageSet.from_arrays(np.zeros((2, 2, 2), np.uint8), [0, 1])
@@ -607,6 +618,13 @@ class TestGroups:
         shares = np.array(per_class(images.split(0.2).valid)) / np.array(per_class(images))
         assert np.abs(shares - 0.2).max() < 0.06
 
+    def test_a_group_is_dealt_among_those_of_its_commonest_class(self) -> None:
+        labels = [label for g in range(20) for label in ("ant" if g < 10 else "bee", "cow", "ant" if g < 10 else "bee")]
+        groups = [i // 3 for i in range(60)]
+        images = ImageSet.from_arrays(np.zeros((60, 2, 2), np.uint8), labels)
+        for seed in range(5):
+            assert per_class(images.split(0.2, groups=groups, seed=seed).valid) == [4, 4, 4]
+
     def test_groups_may_be_given_and_are_kept(self) -> None:
         images = counted(12, 1)
         dealt = images.split(0.5, groups=[i // 4 for i in range(12)])
@@ -770,6 +788,23 @@ class TestDigests:
         assert not digests.values[1].any()
         assert digests.is_failed.tolist() == [False, True, False]
         assert digests.stats[1] is None
+
+    def test_a_file_that_changes_while_it_is_hashed_fails(self, tmp_path: Path) -> None:
+        images = ImageSet.from_folder(fill(tmp_path, "a/1.png"))
+        file, is_done = tmp_path / "a" / "1.png", threading.Event()
+        os.truncate(file, 100_000_000)  # all hole, but long enough to hash that the clock ticks
+
+        def write() -> None:
+            while not is_done.wait(0.001):
+                os.utime(file)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            assert "changed while it was read" in images.digests().failed[0]
+        finally:
+            is_done.set()
+            writer.join()
 
     def test_the_facts_of_each_file_are_its_own(self, tmp_path: Path) -> None:
         images = ImageSet.from_folder(fill(tmp_path, "a/1.png"))

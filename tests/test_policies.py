@@ -70,6 +70,9 @@ def test_random_boxes_are_distributed_as_torchvisions(height: int, width: int) -
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 0.001
     areas, their_areas = ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]
     assert stats.ks_2samp(areas, their_areas).pvalue > 0.001
+    if height == width:
+        assert areas.min() < 0.1 * height * width
+        assert areas.max() > 0.95 * height * width
     aspects = ours[:, 3] / ours[:, 2]
     if height > 32:  # whole pixels widen the range in small images
         assert aspects.min() > 0.74
@@ -132,13 +135,14 @@ from operator import floordiv as divide
 from torch.nn.functional import pad
 
 WIDTH = 3
+BY = 2
 
 
 def border(image):
     return pad(image, (WIDTH,) * 4)
 
 
-def own(image, generator, value=2):
+def own(image, generator, value=BY):
     """Adds a border."""
     return divide(border(image), value)
 '''
@@ -170,7 +174,7 @@ def test_comments_docstrings_and_layout_dont_matter(identity: Callable[[str], st
     ("old", "new"),
     [
         ("border(image), value", "border(image), value + 1"),
-        ("value=2", "value=3"),
+        ("BY = 2", "BY = 3"),
         ("WIDTH = 3", "WIDTH = 4"),
         ("(WIDTH,) * 4", "(WIDTH,) * 2"),
         ("floordiv", "mod"),
@@ -347,4 +351,6 @@ def test_two_of_one_name_are_told_apart_in_words() -> None:
 
     assert named(1).name == named(2).name == "own"
     assert named(1).describe() != named(2).describe()
-    assert policy("flip").describe() == "flip (version 1)"
+    assert policy("flip").describe() == "flip"
+    later = Policy.from_facts({**policy("flip").facts, "version": 2})
+    assert later.describe() == "flip (params {'probability': 0.5}, version 2)"

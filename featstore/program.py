@@ -1,0 +1,196 @@
+"""A program: one run of a typer app, what it prints and where, and the exit code that each kind of error gets.
+
+Results go to stdout; everything said to a person goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import typer
+import typer.main
+
+from featstore.digest import Json
+from featstore.errors import FeatureStoreError, ImageError
+
+DONE, FAILED, WRONG_USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes of both programs; INCOMPLETE is for `extract` and `status` alone."""
+
+MOST_LISTED = 10
+
+# The parent of all errors in a command line. It has no public name, and its module differs between typer's versions.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def new_app(**settings: Any) -> typer.Typer:
+    """A typer app whose help is plain text, the same in a terminal and in a file."""
+    return typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"max_content_width": 110},
+        **settings,
+    )
+
+
+def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
+    """The exit code of one run of `app` under the name `name`; raises nothing but what ends an interpreter.
+
+    An error is one sentence on stderr. With ``--debug`` among the arguments its traceback comes first.
+
+    Args:
+        app: the commands; they return nothing, or raise `typer.Exit` with a code.
+        name: of the program, for messages.
+        argv: arguments after the program's name; default: the process's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context(name, arguments) as context:
+            command.invoke(context)
+        return DONE
+    except typer.Exit as end:
+        return end.exit_code
+    except BrokenPipeError:  # whoever read our results has seen enough
+        _forget_stdout()
+        return FAILED
+    except KeyboardInterrupt as error:
+        tell(" ".join(["Interrupted.", *getattr(error, "__notes__", ())]))
+        return INTERRUPTED
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exception(error)
+        tell(_sentence(error, name))
+        return WRONG_USAGE if _is_wrong_usage(error) else FAILED
+
+
+def show(text: str) -> None:
+    """Prints a result."""
+    _write(text, sys.stdout)
+
+
+def show_json(value: Json) -> None:
+    """Prints a result for machines. ASCII, since file names need not be valid in any encoding."""
+    _write(json.dumps(value, indent=1), sys.stdout)
+
+
+def tell(text: str) -> None:
+    """Says something to the person who runs the program."""
+    _write(text, sys.stderr)
+
+
+def tell_all(lines: Sequence[str], *, indent: str = "") -> None:
+    """Says `lines`, at most `MOST_LISTED` of them."""
+    for line in lines[:MOST_LISTED]:
+        tell(indent + line)
+    if len(lines) > MOST_LISTED:
+        tell(f"{indent}... and {len(lines) - MOST_LISTED:,} more")
+
+
+def table(rows: Sequence[Mapping[str, Json]]) -> str:
+    """Rows of equal columns, aligned under the columns' names; numbers to the right, None as ``-``, lists as shapes.
+
+    >>> print(table([{"cut": "layer4", "rows": 1200}, {"cut": "avgpool", "rows": 7}]))
+    cut       rows
+    layer4   1,200
+    avgpool      7
+    """
+    names = list(rows[0]) if rows else []
+    columns = []
+    for name in names:
+        is_number = any(isinstance(row[name], int | float) for row in rows)
+        cells = [name, *(_cell(row[name]) for row in rows)]
+        width = max(map(len, cells))
+        columns.append([cell.rjust(width) if is_number else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+def facts_table(facts: Json) -> str:
+    """Nested facts, one line each, their names joined by dots.
+
+    >>> print(facts_table({"dtype": "float16", "view": {"size": 224, "policy": None}}))
+    dtype        float16
+    view.size    224
+    view.policy  -
+    """
+    lines = list(_flat("", facts))
+    width = max((len(name) for name, _ in lines), default=0)
+    return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in lines)
+
+
+def one_of(flag: str, value: str, known: Sequence[str]) -> str:
+    """`value`, if it is one of `known`; else ValueError that names the flag and lists them."""
+    if value not in known:
+        raise ValueError(f"{flag} is {value!r}. Expected {', '.join(known[:-1])} or {known[-1]}.")
+    return value
+
+
+def _cell(value: Json) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _flat(prefix: str, value: Json) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flat(f"{prefix}.{name}" if prefix else name, inner)
+    elif isinstance(value, list):
+        yield prefix, ", ".join(map(str, value)) or "-"
+    else:
+        yield prefix, "-" if value is None else str(value)
+
+
+def _sentence(error: Exception, name: str) -> str:
+    if isinstance(error, _UsageError):
+        return _usage_sentence(error, name)
+    if isinstance(error, ImageError):
+        return f"{error}. Repair or remove the file, or leave such images out with --on-error skip."
+    if isinstance(error, FeatureStoreError) or _is_wrong_usage(error):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def _usage_sentence(error: Any, name: str) -> str:
+    text = str(error.format_message())
+    command = name if error.ctx is None else error.ctx.command_path
+    if text.startswith("Usage:"):  # no arguments at all: the message is the help
+        return text
+    end = "" if text.endswith((".", "?")) else "."
+    return f"{text}{end} {command} --help lists what can be given."
+
+
+def _is_wrong_usage(error: Exception) -> bool:
+    """Whether the command line is to blame: what typer refused, or a ValueError or TypeError that we raised."""
+    if isinstance(error, _UsageError):
+        return True
+    return isinstance(error, ValueError | TypeError) and _raised_in(error).split(".")[0] in ("featstore", "training")
+
+
+def _raised_in(error: Exception) -> str:
+    """The module whose code raised `error`."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _write(text: str, stream: TextIO) -> None:
+    encoding = stream.encoding or "utf-8"  # a file name may hold what the terminal, or UTF-8 itself, can't say
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def _forget_stdout() -> None:
+    """Keeps the interpreter from failing again when it flushes a closed stdout at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

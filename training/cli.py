@@ -1,0 +1,334 @@
+"""The `featstore-train` program: train a head, fine-tune, evaluate, predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featstore.digest import Json
+from featstore.flags import (
+    AugmentFlags,
+    ImageFlags,
+    ModelFlags,
+    OutputFlags,
+    RunFlags,
+    StoreOption,
+    ViewFlags,
+    load_model,
+    parse_numbers,
+    spread,
+)
+from featstore.images import ImageSet
+from featstore.pool import REDUCTIONS
+from featstore.program import new_app, one_of, run, show, show_json, table, tell, tell_all
+from featstore.staged import StagedModel
+from featstore.store import FeatureStore
+from featstore.views import View
+from training.heads import HEADS
+from training.learner import Learner, finetune, train_head
+from training.metrics import wilson_interval
+from training.optim import LearningRate
+from training.predict import as_images, predictions, write_csv
+
+DEFAULTS = """\b
+Defaults that depend on what is asked for:
+  --cut         the only cut that the store has features of, else the last
+                value with positions before the last layer with parameters
+  --freeze-to   head: the cut; finetune: nothing is frozen
+  --reduce      auto: concat for maps, token for a ViT, none for vectors
+  --lr          head: what the learning-rate finder suggests, printed
+  --size ...    what the store has features of, else the weights' own
+  --valid       head: 0.2 of images without a split of their own, by
+                --split-seed 0; finetune --from and evaluate: the run's split
+  AdamW with weight decay 0.01, one cycle; the epoch with the lowest
+  validation loss is saved and reported; without validation, the last.
+
+\b
+Exit codes: 0 done; 1 failed; 2 wrong usage.
+"""
+
+app = new_app(help=__doc__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit code; `argv` are the arguments after its name."""
+    return run(app, "featstore-train", argv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags:
+    """How a model is trained, and where it goes."""
+
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the run that is saved.")]
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in that folder.")] = False
+    allow_leak: Annotated[
+        bool, typer.Option("--allow-leak", help="Train also on images that an earlier run held out.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassFlags(RunFlags):
+    """How the work of a training program is done."""
+
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images a training step.")] = 64
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of head weights, order, views and dropout.")] = 0
+
+    def options(self) -> dict[str, Any]:
+        """As arguments of `Learner`."""
+        return {
+            "device": self.device,
+            "workers": self.workers,
+            "on_error": self.on_image_error,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+
+FreezeToOption = Annotated[
+    str | None, typer.Option("--freeze-to", metavar="CUT", help="The last frozen stage.", show_default="see below")
+]
+EpochsOption = Annotated[int, typer.Option("--epochs", min=1, metavar="N", help="Passes over the training images.")]
+
+
+@app.command(epilog=DEFAULTS)
+@spread
+def head(
+    images: ImageFlags,
+    store: StoreOption,
+    model: ModelFlags,
+    view: ViewFlags,
+    augment: AugmentFlags,
+    training: TrainingFlags,
+    how: PassFlags,
+    output: OutputFlags,
+    cut: Annotated[
+        str | None, typer.Option(metavar="CUT", help="Where the head sits.", show_default="see below")
+    ] = None,
+    freeze_to: FreezeToOption = None,
+    reduce: Annotated[
+        str, typer.Option(metavar="|".join(("auto", *REDUCTIONS)), help="Reduction at the cut.")
+    ] = "auto",
+    kind: Annotated[str, typer.Option("--head", metavar="|".join(HEADS), help="Kind of head.")] = "concat",
+    epochs: EpochsOption = 10,
+    lr: Annotated[
+        str | None, typer.Option(metavar="LR", help="Highest learning rate.", show_default="the finder's suggestion")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Start of the key of the feature set to use.")
+    ] = None,
+    extract: Annotated[bool, typer.Option("--extract", help="Compute features that are missing.")] = False,
+) -> None:
+    """Train a head on stored features."""
+    one_of("--head", kind, tuple(HEADS))
+    one_of("--reduce", reduce, ("auto", *REDUCTIONS))
+    chosen, notes = images.image_set()
+    staged = model.model([each for each in (cut, freeze_to) if each is not None])
+    tell_all([*notes, *staged.notes])
+    feature_store = FeatureStore(store)
+    learn = train_head(
+        staged,
+        chosen,
+        feature_store,
+        cut=cut,
+        reduce=reduce,
+        head=kind,
+        freeze_to=freeze_to,
+        features=features,
+        augment=augment.augmentation(),
+        on_missing="extract" if extract else "error",
+        view=_view(staged, feature_store, view, features),
+        epochs=epochs,
+        lr=None if lr is None else _learning_rate(lr),
+        out=training.out,
+        overwrite=training.overwrite,
+        allow_leak=training.allow_leak,
+        **how.options(),
+    )
+    _report_training(learn, training.out, output)
+
+
+@app.command("finetune", epilog=DEFAULTS)
+@spread
+def finetune_command(
+    images: ImageFlags,
+    view: ViewFlags,
+    augment: AugmentFlags,
+    training: TrainingFlags,
+    how: PassFlags,
+    output: OutputFlags,
+    lr: Annotated[str, typer.Option(metavar="LR|LO,HI|A,B,C", help="One rate; low and high; or one a layer group.")],
+    epochs: EpochsOption,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="RUN_DIR", help="A saved run to go on with; or --backbone.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE.py:FN|RUN_DIR", help="A backbone that gets a new head; or --from.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="DEFAULT|ENUM|none|FILE", help="Weights of --backbone.")
+    ] = None,
+    cut: Annotated[
+        str | None, typer.Option(metavar="CUT", help="With --backbone: where the head sits.", show_default="see below")
+    ] = None,
+    freeze_to: FreezeToOption = None,
+    store: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Features to read where the freeze point allows it.")
+    ] = None,
+) -> None:
+    """Train a model from images, or from features up to where it is frozen."""
+    if (start is None) == (backbone is None):
+        raise ValueError("Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head.")
+    if start is not None and (weights is not None or cut is not None):
+        raise ValueError("--weights and --cut belong to --backbone; a run brings its own weights and its head.")
+    options: dict[str, Any] = {}
+    source: StagedModel | str
+    if backbone is not None:
+        chosen, notes = images.image_set()
+        source = load_model(backbone, weights, [each for each in (cut, freeze_to) if each is not None])
+        notes = [*notes, *source.notes]
+        options = {"cut": cut, "view": view.view(source.view)}
+    else:
+        assert start is not None
+        if view != ViewFlags():
+            raise ValueError("--size, --resize, --mean, --std and --interpolation come with the run of --from.")
+        chosen, notes = _for_run(images)
+        source = start
+    tell_all(notes)
+    learn = finetune(
+        source,
+        chosen,
+        store=None if store is None else FeatureStore(store),
+        freeze_to=freeze_to,
+        epochs=epochs,
+        lr=_learning_rate(lr),
+        augment=augment.augmentation(),
+        out=training.out,
+        overwrite=training.overwrite,
+        allow_leak=training.allow_leak,
+        **options,
+        **how.options(),
+    )
+    _report_training(learn, training.out, output)
+
+
+ModelOption = Annotated[str, typer.Option("--model", metavar="RUN_DIR", help="Folder of a saved run.")]
+
+
+@app.command()
+@spread
+def evaluate(
+    model: ModelOption,
+    images: ImageFlags,
+    how: PassFlags,
+    output: OutputFlags,
+    split: Annotated[str, typer.Option(metavar="train|valid|test", help="Which images to score.")] = "valid",
+) -> None:
+    """Score a saved model on images of a split; without a split of their own they get the run's."""
+    one_of("--split", split, ("train", "valid", "test"))
+    chosen, notes = _for_run(images)
+    tell_all(notes)
+    learn = Learner.load(model, chosen, **how.options())
+    scored = learn.evaluate(split)
+    if output.json:
+        show_json({split: _finite(scored), "inputs": learn.read_from})
+    else:
+        show(_scores_line(split, scored))
+
+
+@app.command()
+@spread
+def predict(
+    model: ModelOption,
+    how: PassFlags,
+    output: OutputFlags,
+    items: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", show_default=False)],
+    csv: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Also write a table: image, label, probability, a column a class."),
+    ] = None,
+) -> None:
+    """Name the class of images, with probabilities."""
+    learn = Learner.load(model, **how.options())
+    images = as_images(items)
+    ids, values = learn.scored(images)
+    left_out = [name for name in images.ids if name not in set(ids)]
+    if left_out:
+        tell(f"{len(left_out):,} images can't be read and are left out:")
+        tell_all(left_out, indent="  ")
+    if csv is not None:
+        write_csv(Path(csv), ids, values, learn.classes, learn.task)
+    records = predictions(ids, values, learn.classes, learn.task)
+    if output.json:
+        show_json([each.facts() for each in records])
+    elif csv is None:
+        show(table([{"image": each.image, "label": each.label, "probability": each.probability} for each in records]))
+    else:
+        tell(f"{len(records):,} predictions in {csv}")
+
+
+def _for_run(flags: ImageFlags) -> tuple[ImageSet, list[str]]:
+    """The images as a saved run shall split them, unless they bring a split or the flags name one."""
+    images, notes = flags.image_set()
+    if "split" in images.origin and flags.valid is None and flags.split_seed is None:
+        return images.with_splits([""] * len(images)), notes[:-1]  # the last note tells of the default split
+    return images, notes
+
+
+def _view(model: StagedModel, store: FeatureStore, flags: ViewFlags, key: str | None) -> View:
+    """The view that the flags ask for; without flags that of the stored features, if there is just one."""
+    wanted = flags.view(model.view)
+    if flags != ViewFlags() or not store.root.is_dir():
+        return wanted
+    if key is not None:
+        return store.set(key).spec.rendered.evaluation
+    digests = set(model.digests().values())
+    stored = {each.spec.rendered.evaluation for each in store.sets() if each.spec.trunk in digests}
+    if wanted in stored or len(stored) != 1:
+        return wanted
+    (only,) = stored
+    differing = ", ".join(f"{name} {theirs}" for name, theirs, _ in only.differences(wanted))
+    tell(f"{store.root} holds features of this model with {differing} only, so that is used")
+    return only
+
+
+def _learning_rate(text: str) -> LearningRate:
+    rates = parse_numbers(text, "--lr")
+    if any(rate <= 0 for rate in rates):
+        raise ValueError(f"--lr is {text!r}. Expected positive numbers, such as --lr 3e-3 or --lr 1e-5,1e-3.")
+    return rates[0] if len(rates) == 1 else rates
+
+
+def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:
+    record = learn.history.best
+    read_from, epochs = learn.read_from, len(learn.history.records)
+    has_valid = "valid_loss" in record
+    scored = learn.evaluate("valid") if has_valid else {}
+    if output.json:
+        result: dict[str, Json] = {
+            "inputs": read_from,
+            "epochs": epochs,
+            "best_epoch": int(record["epoch"]),
+            "run": out,
+        }
+        show_json({"valid": _finite(scored) if has_valid else None, **result})
+    elif has_valid:
+        show(f"{_scores_line('valid', scored)} - {out}")
+    else:
+        show(f"train loss {record['train_loss']:.4g}, no validation images - {out}")
+
+
+def _scores_line(split: str, scored: dict[str, float]) -> str:
+    count = int(scored["images"])
+    if "accuracy" in scored:
+        low, high = wilson_interval(round(scored["accuracy"] * count), count)
+        return f"{split} accuracy {scored['accuracy']:.3f} (95 % interval {low:.3f}-{high:.3f}, {count:,} images)"
+    return f"{split} mAP {scored['map']:.3f}, F1 {scored['f1']:.3f} ({count:,} images)"
+
+
+def _finite(scored: dict[str, float]) -> dict[str, Json]:
+    return {name: value if math.isfinite(value) else None for name, value in scored.items()}

@@ -1,0 +1,717 @@
+"""Learner: one model, one image set, maybe one store; what is frozen and which augmentation decide what a fit reads."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import featstore
+from featstore.backbones import architecture, restored
+from featstore.commands import DEFAULT_SPLIT_SEED, DEFAULT_VALID, seed_ranges
+from featstore.digest import Json
+from featstore.errors import AmbiguousRequestError, FeatureStoreError
+from featstore.extract import check_size
+from featstore.images import AbsentSource, ImageSet
+from featstore.runs import Run, check_free, new_run, read_run, write_run
+from featstore.staged import PoolStage, StagedModel
+from featstore.store import FeatureStore
+from featstore.trunk import choose_device
+from featstore.views import Augment, View
+from training import metrics as scores
+from training import optim, schedules
+from training.batches import Batches
+from training.fit import History, Record, outputs, predicted, run_epochs
+from training.heads import build_head
+from training.inputs import (
+    Inputs,
+    OnError,
+    OnMissing,
+    Origin,
+    Situation,
+    Source,
+    derive,
+    find,
+    frozen_words,
+    labelled,
+    training_part,
+    training_words,
+)
+from training.lr_find import LearningRates, find_lr
+from training.predict import Prediction, as_images, predictions, probabilities, write_csv
+from training.splits import PastSplit, with_classes
+
+HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.json", "valid_predictions.csv"
+
+
+class Learner:
+    """Fits a head to features, or a model to images: one loop, and no mode.
+
+    The model is `learn.model`: the backbone's stages up to the cut, a pool, and the head. The caller's backbone is
+    never changed: frozen stages are shared with it, thawed ones are copies. Where the next fit reads from is derived,
+    and `learn.inputs` says it in words.
+
+    Args:
+        model: the backbone; or a model with its own head, with ``head="keep"``.
+        images: labelled, with a split; without one, all images train and none validate.
+        store: where features are looked up; None: images are read.
+        cut: where the head sits; default: the model's default cut, or the only one this model has features of.
+        reduce: the pool at the cut: auto, none, avg, max, concat, token or tokens.
+        head: concat, linear, mlp, a module of your own from pooled activations to logits, or ``keep``.
+        features: start of the key of the set to use; it fixes cut, reduction, storage type and precision.
+        augment: policy and seeds of the training images; None: the evaluation view.
+        on_missing: what happens when the store doesn't hold what could be read from it: ``error``, ``images`` (read
+            them and run the trunk) or ``extract``. Default: ``error`` with a store.
+        on_error: an image that can't be read: ``raise``, or ``skip`` it, and say how many.
+        view: geometry and normalisation; default: the model's.
+        loss: of (logits, targets); default: cross-entropy, or binary cross-entropy for several labels.
+        metrics: functions of (logits, targets), added to the task's own under their names.
+        optimizer: adamw, adam, sgd, or a callable that takes parameter groups.
+        batch_size: of training and scoring.
+        device: auto, cpu, cuda or cuda:1.
+        seed: of head weights, order, views and dropout.
+        workers: threads that read images.
+        quiet: prints nothing while it works.
+        allow_leak: allows training on images that the run, which the backbone comes from, held out.
+
+    Attributes:
+        model: the model as it is now.
+        inputs: where the next fit reads from.
+        read_from: what the last fit or pass read: features, images, or None before the first.
+        history: the epochs of all fits.
+        classes: the class table; logit k is of class k.
+    """
+
+    def __init__(
+        self,
+        model: StagedModel | nn.Module,
+        images: ImageSet,
+        store: FeatureStore | None = None,
+        *,
+        cut: str | None = None,
+        reduce: str = "auto",
+        head: str | nn.Module = "concat",
+        features: str | None = None,
+        augment: Augment | None = None,
+        on_missing: OnMissing | None = None,
+        on_error: OnError = "raise",
+        view: View | None = None,
+        loss: scores.Loss | None = None,
+        metrics: Iterable[scores.Metric] | None = None,
+        optimizer: str | optim.MakeOptimizer = "adamw",
+        batch_size: int = 64,
+        device: torch.device | str = "auto",
+        seed: int = 0,
+        workers: int | None = None,
+        quiet: bool = False,
+        allow_leak: bool = False,
+    ) -> None:
+        if on_missing not in (None, "error", "images", "extract"):
+            raise ValueError(f"on_missing is {on_missing!r}; expected error, images or extract.")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
+        backbone = model if isinstance(model, StagedModel) else StagedModel.from_module(model)
+        self.images, self.store, self.augment = images, store, augment
+        self.on_missing: OnMissing = on_missing or ("error" if store is not None else "images")
+        self.on_error: OnError = on_error
+        self.optimizer, self.batch_size, self.seed = optimizer, batch_size, seed
+        self.workers, self.quiet, self.allow_leak = workers, quiet, allow_leak
+        self.device = choose_device(device)
+        self.view = (view or backbone.view).evaluation
+        check_size(backbone, self.view)
+        self.classes, self.task = images.classes, images.task
+        self.history = History()
+        self.read_from: Literal["features", "images"] | None = None
+        self._loss, self._metrics = loss, {_name_of(each): each for each in metrics or ()}
+        self._key = features
+        self._probed: set[tuple[str, str]] = set()
+        self._origins = [Origin(dict(backbone.origin), backbone.digests(), backbone.view)]
+        self._past = _past_split(backbone)
+        self.head_name = head if isinstance(head, str) else "module"
+        self.model = self._with_head(backbone, cut, reduce, head)
+        self.model.to_device(self.device)
+        self.model.eval()
+
+    def __repr__(self) -> str:
+        pool = f" ({self._reduction})" if self._reduction else ""
+        return "\n".join(
+            [
+                f"Learner: {self.model.name}, {self.head_name} head at {self.cut}{pool}, {len(self.classes)} classes; "
+                f"{_images_words(self.images)}",
+                self._frozen_line(),
+                f"augmentation: {_augment_words(self.augment)}",
+                "inputs:",
+                *(f"  {line}" for line in str(self.inputs).splitlines()),
+            ]
+        )
+
+    # ----------------------------------------------------------------------------------------------- what is frozen
+
+    @property
+    def inputs(self) -> Inputs:
+        """Where the next fit would read from, and why; prints as sentences."""
+        return derive(self._situation(), self.augment)
+
+    def freeze_to(self, cut: str) -> None:
+        """Freezes everything up to the value `cut` (the last frozen stage, by name) and thaws the rest."""
+        self.model.freeze_to(cut)
+        self._say_frozen()
+
+    def unfreeze(self) -> None:
+        """Thaws everything; the next fit reads images."""
+        self.model.unfreeze()
+        self._say_frozen()
+
+    def freeze(self) -> None:
+        """Freezes everything but the head, as a new learner is."""
+        self.freeze_to(self.cut)
+
+    @property
+    def cut(self) -> str:
+        """Where the head sits: the last value before pool and head."""
+        return self.model.cut_points[-1] if self.model.head is not None else self.model.default_cut
+
+    def attach(self, model: StagedModel) -> None:
+        """Puts the trunk in that a store knew by digest only; its digest is checked."""
+        self.model.attach(model)
+        self.model.to_device(self.device)
+        self._origins.append(Origin(dict(model.origin), model.digests(), model.view))
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def fit(
+        self,
+        epochs: int,
+        lr: optim.LearningRate | None = None,
+        *,
+        schedule: str = "one_cycle",
+        weight_decay: float = 0.01,
+        on_epoch_end: Callable[[Record], Any] | None = None,
+        keep: Literal["last", "best"] = "last",
+    ) -> History:
+        """Trains what isn't frozen.
+
+        Args:
+            epochs: passes over the training images.
+            lr: one rate, one a layer group, or (low, high); with one_cycle the highest. Default: what `lr_find`
+                suggests, printed as a number.
+            schedule: one_cycle (torch's defaults) or constant.
+            weight_decay: of every parameter.
+            on_epoch_end: gets each epoch's record.
+            keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
+
+        Raises:
+            FeatureStoreError: if the inputs can't be had; nothing is trained then.
+            ValueError: if nothing is left to train.
+        """
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}; expected at least 1.")
+        source, held_out = self._ready_inputs()
+        if lr is None:
+            lr = float(f"{self._found(source, weight_decay).suggestion:.2g}")
+            self._say(f"learning rate {lr:g}, the finder's suggestion (to use it again: --lr {lr:g})")
+        train = self._batches(source)
+        valid = None if held_out is None else self._batches(held_out)
+        self.read_from = source.kind
+        optimizer = optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        scheduler = schedules.build(schedule, optimizer, rates, epochs * len(train))
+
+        def told(record: Record) -> None:
+            self._say(_line(record))
+            if on_epoch_end is not None:
+                on_epoch_end(record)
+
+        history = run_epochs(
+            self._tail(),
+            train,
+            valid,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            loss=self._criterion(),
+            metrics=self._scores(),
+            epochs=epochs,
+            seed=self.seed,
+            first_epoch=len(self.history.records),
+            keep=keep,
+            on_epoch_end=told,
+        )
+        self._say_left_out(train, valid)
+        self.history.best_epoch = len(self.history.records) + history.best_epoch
+        self.history.records += history.records
+        self.history.losses += history.losses
+        return history
+
+    def lr_find(self, *, weight_decay: float = 0.01) -> LearningRates:
+        """Tries rising learning rates on what would train now; weights, statistics and random state come back."""
+        source, _ = self._ready_inputs()
+        return self._found(source, weight_decay)
+
+    def _found(self, source: Source, weight_decay: float) -> LearningRates:
+        return find_lr(
+            self._tail(),
+            self._batches(source),
+            lambda: optim.build(self.model, 1.0, optimizer=self.optimizer, weight_decay=weight_decay),
+            loss=self._criterion(),
+            seed=self.seed,
+        )
+
+    # --------------------------------------------------------------------------------------------------- inference
+
+    def evaluate(self, split: str = "valid") -> dict[str, float]:
+        """Loss, metrics and number of the labelled images of a split: train, valid or test, in the evaluation view."""
+        logits, targets = outputs(self._tail(), self._batches(self._split_source(split)))
+        scored = {name: metric(logits, targets) for name, metric in self._scores().items()}
+        return {"loss": float(self._criterion()(logits, targets)), **scored, "images": len(logits)}
+
+    def predict(self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Prediction]:
+        """One record an image (label, probability, top), in order.
+
+        Args:
+            items: an image set, or files and folders.
+        """
+        ids, values = self.scored(items)
+        return predictions(ids, values, self.classes, self.task)
+
+    def predict_proba(
+        self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+    ) -> NDArray[np.float64]:
+        """Probabilities ``(N, K)``, columns in the order of `classes`."""
+        return self.scored(items)[1]
+
+    def scored(
+        self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+    ) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+        """Ids and probabilities ``(N, K)``, without images that can't be read where ``on_error`` is ``skip``."""
+        images = as_images(items)
+        source = find(self._reading(images), images, None)
+        logits, rows = predicted(self._tail(), self._batches(source))
+        ids = tuple(source.images.ids[row] for row in rows.tolist())
+        return ids, probabilities(logits, self.task)
+
+    # ----------------------------------------------------------------------------------------------- save and load
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the whole model and what is known of it: a run folder, whole or not at all.
+
+        model.safetensors, model.json, split.npz, history.csv, metrics.json, valid_predictions.csv and run.json. An
+        absent trunk is saved by its digests.
+        """
+        folder = Path(folder)
+        with new_run(folder, overwrite=overwrite) as made:
+            write_run(made, self._facts(), self.model.tensors())
+            self._write_reports(made)
+        origin = {"backbone": str(folder), "architecture": self.model.origin.get("architecture")}
+        self._origins.append(Origin(origin, self.model.digests(), self.view))
+        return folder
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        images: ImageSet | None = None,
+        store: FeatureStore | None = None,
+        *,
+        module: nn.Module | None = None,
+        head: nn.Module | None = None,
+        **options: Any,
+    ) -> Learner:
+        """A learner with a saved run's model as it was saved: weights, head, classes, freeze point, view.
+
+        Images without a split get the run's, by content; images it hadn't seen are dealt by its rule.
+
+        Args:
+            run: the folder.
+            images: to go on with; None to predict only.
+            store: as in `Learner`.
+            module: the backbone, for a run whose backbone has no name.
+            head: the head, for a run whose head was a module of your own.
+            options: further arguments of `Learner`.
+
+        Raises:
+            FeatureStoreError: if the run is damaged, needs `module` or `head`, or `images` have a class it lacks.
+        """
+        folder = Path(run)
+        saved = read_run(folder)
+        facts = saved.facts
+        classes, past = tuple(facts["classes"]), PastSplit.read(folder)
+        images = _no_images(classes, facts["task"]) if images is None else with_classes(images, classes, folder)
+        if past is not None:
+            images = past.applied(images, {} if store is None else store.known_digests(images))
+        base = _base(saved, folder, module)
+        learn = cls(
+            base,
+            images,
+            store,
+            cut=facts["model"]["cut"],
+            reduce=facts["model"]["reduction"] or "none",
+            head=_saved_head(facts["head"], head, folder),
+            view=View.from_facts(facts["model"]["view"]),
+            **options,
+        )
+        learn.head_name = facts["head"]["name"]
+        learn.model.load_tensors(saved.tensors)
+        learn._past = past
+        if facts["model"]["frozen"] is None:
+            learn.model.unfreeze()
+        else:
+            learn.model.freeze_to(facts["model"]["frozen"])
+        learn.model.eval()
+        return learn
+
+    # ------------------------------------------------------------------------------------------------------- inside
+
+    @property
+    def _reduction(self) -> str | None:
+        pools = [stage.pool.reduction for stage in self.model.stages if isinstance(stage, PoolStage)]
+        return pools[-1] if pools else None
+
+    def _situation(self) -> Situation:
+        return Situation(
+            model=self.model,
+            origins=tuple(self._origins),
+            images=self.images,
+            store=self.store,
+            view=self.view,
+            key=self._key,
+            on_missing=self.on_missing,
+            on_error=self.on_error,
+            device=self.device,
+            probed=self._probed,
+        )
+
+    def _with_head(self, backbone: StagedModel, cut: str | None, reduce: str, head: str | nn.Module) -> StagedModel:
+        if head == "keep":
+            model = backbone.sharing()
+            model.freeze_to(cut or model.default_cut)
+            return model
+        cut, reduce = self._chosen(backbone, cut, reduce)
+        pool = backbone.pool(cut, reduce)
+        shape = pool.shape(backbone.shape(cut, self.view.size))
+        module = build_head(head, shape, max(len(self.classes), 1), self.seed)
+        return backbone.with_head(module, cut=cut, reduction=pool.reduction)
+
+    def _chosen(self, backbone: StagedModel, cut: str | None, reduce: str) -> tuple[str, str]:
+        """Cut and reduction where the caller left them open: the default ones, or the only ones that are stored."""
+        if self.store is None or not self.store.root.is_dir():
+            return cut or backbone.default_cut, reduce
+        digests = backbone.digests()
+        sets = self.store.sets() if self._key is None else [self.store.set(self._key)]
+        stored = {
+            (name, each.spec.reduction)
+            for each in sets
+            for name, digest in digests.items()
+            if digest == each.spec.trunk
+            and cut in (None, name, str(each.facts["cut"]))
+            and reduce in ("auto", each.spec.reduction)
+        }
+        wanted = cut or backbone.default_cut
+        default = (backbone.canonical(wanted), backbone.pool(wanted, reduce).reduction)
+        pooled = {each for each in stored if each[1] != "none" or backbone.layout(each[0]) == "NC"}
+        if self._key is None and (default in stored or not pooled):
+            return default
+        if len(pooled) > 1 and self._key is None:
+            listed = ", ".join(f"{name} {reduction}" for name, reduction in sorted(pooled))
+            raise AmbiguousRequestError(
+                f"{self.store.root} holds several kinds of features of {backbone.name}: {listed}. Choose one with "
+                "cut= and reduce=, or by its key with features= (--cut, --reduce, --features)."
+            )
+        name, reduction = min(pooled or stored or {default})
+        return name, reduce if reduction == "none" and backbone.layout(name) != "NC" else reduction
+
+    def _tail(self) -> nn.Sequential:
+        return nn.Sequential(*list(self.model.stages)[self.model.num_frozen :])
+
+    def _criterion(self) -> scores.Loss:
+        return self._loss or scores.loss(self.task)
+
+    def _scores(self) -> dict[str, scores.Metric]:
+        return {**scores.default_metrics(self.task, len(self.classes)), **self._metrics}
+
+    def _batches(self, source: Source) -> Batches:
+        self.read_from = source.kind
+        return Batches(source, self._situation(), batch_size=self.batch_size, workers=self.workers)
+
+    def _ready_inputs(self) -> tuple[Source, Source | None]:
+        """The sources of training and validation, checked, and said."""
+        training = labelled(training_part(self.images))
+        if not len(training) or training.targets is None:
+            raise ValueError("There are no labelled images to train on. Give an image set with classes.")
+        optim.build(self.model, 1.0, optimizer="sgd", weight_decay=0.0)  # raises if nothing would train
+        if self._past is not None and not self.allow_leak:
+            known = {} if self.store is None else self.store.known_digests(self.images)
+            self._past.check(training, training.digests(known))
+        inputs = self.inputs
+        if inputs.problem is not None:
+            raise inputs.problem
+        assert inputs.train is not None
+        self._say(str(inputs))
+        left_out = len(training) - len(inputs.train.images)
+        if left_out:
+            self._say(f"{left_out:,} training images can't be read and are left out")
+        return inputs.train, inputs.valid
+
+    def _split_source(self, split: str) -> Source:
+        if split not in ("train", "valid", "test"):
+            raise ValueError(f"{split!r} is no split; expected train, valid or test.")
+        part = training_part(self.images) if split == "train" else getattr(self.images, split)
+        chosen = labelled(part)
+        if not len(chosen) or chosen.targets is None:
+            raise ValueError(f"The split {split} has no labelled images.")
+        return find(self._reading(chosen), chosen, None)
+
+    def _reading(self, images: ImageSet) -> Situation:
+        """For scores and predictions: what isn't stored is read, unless there is nothing to read."""
+        situation = self._situation()
+        return situation if self.model.is_absent or images.absent(1) else replace(situation, on_missing="images")
+
+    def _frozen_line(self) -> str:
+        count = sum(parameter.numel() for parameter in self.model.trained_parameters())
+        return (
+            f"frozen: {frozen_words(self.model)}; training: {training_words(self.model)} "
+            f"({count / 1e6:.1f} M parameters)"
+        )
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    def _say_left_out(self, *passes: Batches | None) -> None:
+        failures = {name: reason for each in passes if each is not None for name, reason in each.failures.items()}
+        for name, reason in list(failures.items())[:1]:
+            self._say(f"{len(failures):,} images can't be read and were left out (first: {name}: {reason})")
+
+    def _say_frozen(self) -> None:
+        self._say(self._frozen_line())
+
+    def _facts(self) -> dict[str, Json]:
+        model, origin = self.model, self.model.origin
+        digests = model.digests()
+        frozen = [stage.name for stage in list(model.stages)[: model.num_frozen] if not isinstance(stage, PoolStage)]
+        last = model.stages[-1]
+        return {
+            "model": {
+                "name": model.name,
+                "backbone": origin.get("backbone"),
+                "architecture": origin.get("architecture"),
+                "cut": self.cut if model.head is not None else model.cut_points[-1],
+                "reduction": self._reduction,
+                "stages": [
+                    {
+                        "name": name,
+                        "layout": model.layout(name),
+                        "shape": list(model.shape(name, self.view.size)),
+                        "digest": digests[name],
+                    }
+                    for name in model.cut_points
+                ],
+                "digests": {name: digests[name] for name in model.cut_points},
+                "class_tokens": model.class_tokens,
+                "view": self.view.facts(),
+                "frozen": frozen[-1] if frozen else None,
+                "is_absent": model.is_absent,
+            },
+            "head": {"name": self.head_name, "stage": str(last.name)},
+            "classes": list(self.classes),
+            "task": self.task,
+            "seed": self.seed,
+        }
+
+    def _write_reports(self, folder: Path) -> None:
+        split = self.images.origin.get("split") or {}
+        past = self._past
+        PastSplit.write(
+            folder,
+            self.images,
+            self.images.digests({} if self.store is None else self.store.known_digests(self.images)),
+            valid=split.get("valid", past.valid if past else DEFAULT_VALID),
+            seed=split.get("seed", past.seed if past else DEFAULT_SPLIT_SEED),
+        )
+        if self.history.records:
+            with (folder / HISTORY).open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(self.history.records[0]))
+                writer.writeheader()
+                writer.writerows(self.history.records)
+        about = {
+            "featstore": featstore.__version__,
+            "torch": torch.__version__,
+            "device": str(self.device),
+            "batch_size": self.batch_size,
+            "epochs": len(self.history.records),
+            "inputs": str(self.inputs),
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        (folder / RUN).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        if len(labelled(self.images.valid)):
+            self._write_valid(folder)
+
+    def _write_valid(self, folder: Path) -> None:
+        try:
+            source = self._split_source("valid")
+        except FeatureStoreError:  # the images went away since; the model can be saved all the same
+            return
+        logits, targets = outputs(self._tail(), self._batches(source))
+        scored = {name: metric(logits, targets) for name, metric in self._scores().items()}
+        facts = {"loss": float(self._criterion()(logits, targets)), **scored, "images": len(logits)}
+        finite = {name: value if math.isfinite(value) else None for name, value in facts.items()}
+        (folder / METRICS).write_text(json.dumps({"valid": finite}, indent=1) + "\n", encoding="utf-8")
+        values = probabilities(logits, self.task)
+        write_csv(folder / VALID_PREDICTIONS, source.images.ids, values, self.classes, self.task)
+
+
+def train_head(
+    model: StagedModel | nn.Module,
+    images: ImageSet,
+    store: FeatureStore | None = None,
+    *,
+    freeze_to: str | None = None,
+    epochs: int = 10,
+    lr: optim.LearningRate | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Learner:
+    """Trains a head (and the stages behind `freeze_to`, if given) and keeps the epoch with the lowest validation loss.
+
+    The function behind ``featstore-train head``. `options` are those of `Learner`; `out` names a run folder.
+    """
+    if out is not None:
+        check_free(Path(out), overwrite=overwrite)
+    learn = Learner(model, images, store, **options)
+    if freeze_to is not None:
+        learn.freeze_to(freeze_to)
+    learn.fit(epochs, lr, keep="best")
+    if out is not None:
+        learn.save(out, overwrite=overwrite)
+    return learn
+
+
+def finetune(
+    model_or_run: StagedModel | nn.Module | str | Path,
+    images: ImageSet,
+    *,
+    store: FeatureStore | None = None,
+    freeze_to: str | None = None,
+    epochs: int,
+    lr: optim.LearningRate,
+    augment: Augment | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Learner:
+    """Trains everything behind `freeze_to` (None: everything) and keeps the epoch with the lowest validation loss.
+
+    The function behind ``featstore-train finetune``.
+
+    Args:
+        model_or_run: a saved run's folder, to go on with its model; or a backbone, which gets a new head.
+        images: as in `Learner`; without a split they get the run's.
+        store: read where it has what the freeze point needs; otherwise images are read.
+        freeze_to: the last frozen stage.
+        epochs: passes over the training images.
+        lr: one rate, one a layer group, or (low, high).
+        augment: of the training images.
+        out: run folder to save.
+        overwrite: replaces a run there.
+        options: further arguments of `Learner`.
+    """
+    if out is not None:
+        check_free(Path(out), overwrite=overwrite)
+    settings = {"augment": augment, "on_missing": "images", **options}
+    if isinstance(model_or_run, str | Path):
+        learn = Learner.load(model_or_run, images, store, **settings)
+    else:
+        learn = Learner(model_or_run, images, store, **settings)
+    if freeze_to is None:
+        learn.unfreeze()
+    else:
+        learn.freeze_to(freeze_to)
+    learn.fit(epochs, lr, keep="best")
+    if out is not None:
+        learn.save(out, overwrite=overwrite)
+    return learn
+
+
+def _base(saved: Run, folder: Path, module: nn.Module | None) -> StagedModel:
+    """The backbone of a saved run, with the run's weights."""
+    facts = saved.facts["model"]
+    if facts["is_absent"]:
+        return StagedModel.absent(
+            facts["stages"],
+            view=View.from_facts(facts["view"]),
+            name=facts["name"],
+            class_tokens=facts["class_tokens"],
+        )
+    if module is not None:
+        given = module if isinstance(module, StagedModel) else StagedModel.from_module(module)
+        return restored(given, saved)
+    if facts["architecture"] is None:
+        raise FeatureStoreError(
+            f"The backbone of {folder} was made in Python and has no name. Give it: Learner.load({str(folder)!r}, "
+            "module=...)."
+        )
+    return restored(architecture(facts["architecture"]), saved, origin=str(folder))
+
+
+def _saved_head(facts: Mapping[str, Json], head: nn.Module | None, folder: Path) -> str | nn.Module:
+    if facts["name"] != "module":
+        return str(facts["name"])
+    if head is None:
+        raise FeatureStoreError(
+            f"The head of {folder} was a module of your own. Give it: Learner.load({str(folder)!r}, head=...)."
+        )
+    return head
+
+
+def _past_split(backbone: StagedModel) -> PastSplit | None:
+    folder = Path(str(backbone.origin.get("backbone", "")))
+    return PastSplit.read(folder) if folder.is_dir() and "backbone" in backbone.origin else None
+
+
+def _no_images(classes: tuple[str, ...], task: Any) -> ImageSet:
+    return ImageSet(
+        name="none",
+        ids=(),
+        targets=None,
+        classes=classes,
+        splits=np.zeros(0, dtype="<U5"),
+        groups=None,
+        task=task,
+        source=AbsentSource(where="nowhere"),
+    )
+
+
+def _images_words(images: ImageSet) -> str:
+    if not len(images):
+        return "no images"
+    parts = [(name, int((images.splits == name).sum())) for name in ("train", "valid", "test")]
+    dealt = ", ".join(f"{name} {count:,}" for name, count in parts if count)
+    return f"{len(images):,} images" + (f": {dealt}" if dealt else "")
+
+
+def _augment_words(augment: Augment | None) -> str:
+    if augment is None:
+        return "none"
+    seeds = "fresh seeds" if augment.seeds == "fresh" else f"seeds {seed_ranges(augment.seeds)}"
+    return f"{augment.policy.name}, {seeds}"
+
+
+def _name_of(metric: scores.Metric) -> str:
+    return str(getattr(metric, "__name__", type(metric).__name__))
+
+
+def _line(record: Record) -> str:
+    words = [f"{name} {value:.4g}" for name, value in record.items() if name != "epoch"]
+    return f"epoch {int(record['epoch'])}: {', '.join(words)}"

@@ -1,0 +1,129 @@
+"""Optimizers: layer groups, learning rates spread over them, and the optimizer of what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from featstore.staged import StagedModel
+
+LearningRate = float | Sequence[float]
+"""One rate for all groups; one for each group; or two, (low, high), spread geometrically over all groups."""
+
+MakeOptimizer = Callable[[Iterable[dict[str, Any]]], Optimizer]
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9),  # each group brings its own rate
+}
+
+_BOUNDARY, _MEMBERS = "layer2", {"layer1", "layer2", "layer3", "layer4"}
+"""Where fastai 0.7 parts the body of a resnet (its `lr_cut`): the early body ends with layer2."""
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Stages that share a learning rate.
+
+    Attributes:
+        name: early body, late body, body or head.
+        stages: their places in the model.
+    """
+
+    name: str
+    stages: range
+
+
+def layer_groups(model: StagedModel) -> list[LayerGroup]:
+    """Early body, late body and head, without groups that have no parameters; frozen ones count.
+
+    The head is what `with_head` added, else the last stage with parameters. The body of a resnet is parted as fastai
+    parted it, any other in the middle of its stages with parameters.
+    """
+    with_parameters = [place for place, stage in enumerate(model.stages) if next(stage.parameters(), None) is not None]
+    if not with_parameters:
+        raise ValueError(f"{model.name} has no parameters, so there is nothing to train.")
+    head = len(model.stages) - 1 if model.head is not None else with_parameters[-1]
+    body = [place for place in with_parameters if place < head]
+    if not body:
+        return [LayerGroup("head", range(len(model.stages)))]
+    if set(model.cut_points) >= _MEMBERS and model.index(_BOUNDARY) < head:
+        middle = model.index(_BOUNDARY) + 1
+    else:
+        middle = body[len(body) // 2]
+    parts = [
+        LayerGroup("early body", range(middle)),
+        LayerGroup("late body", range(middle, head)),
+        LayerGroup("head", range(head, len(model.stages))),
+    ]
+    return [part for part in parts if set(part.stages) & set(with_parameters)]
+
+
+def spread(lr: LearningRate, num_groups: int) -> list[float]:
+    """The rate of each group.
+
+    >>> [round(rate, 6) for rate in spread((1e-5, 1e-3), 3)]
+    [1e-05, 0.0001, 0.001]
+
+    Raises:
+        ValueError: for a rate that isn't positive, or a number of rates that is neither 1, 2 nor `num_groups`.
+    """
+    rates = [float(lr)] if isinstance(lr, int | float) else [float(rate) for rate in lr]
+    if not rates or any(not 0 < rate < float("inf") for rate in rates):
+        raise ValueError(f"lr is {lr!r}; expected positive numbers, for example 3e-3 or (1e-5, 1e-3).")
+    if len(rates) == 1:
+        return rates * num_groups
+    if len(rates) == num_groups:
+        return rates
+    if len(rates) == 2:
+        if num_groups == 1:
+            return [rates[1]]
+        low, high = rates
+        return [float(low * (high / low) ** (place / (num_groups - 1))) for place in range(num_groups)]
+    raise ValueError(
+        f"lr has {len(rates)} rates; this model has {num_groups} layer groups, frozen ones included. Give one rate, "
+        f"{num_groups} rates, or (low, high)."
+    )
+
+
+def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimizer, weight_decay: float) -> Optimizer:
+    """The optimizer of the stages that aren't frozen, one parameter group for each layer group that trains.
+
+    Freezing a group never changes another group's rate: rates are spread over all groups first.
+
+    Raises:
+        ValueError: if nothing trains, or for an unknown optimizer.
+    """
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"{optimizer!r} is no optimizer. The optimizers are {', '.join(OPTIMIZERS)}; or pass a callable."
+        )
+    groups = layer_groups(model)
+    parameter_groups: list[dict[str, Any]] = []
+    for group, rate in zip(groups, spread(lr, len(groups)), strict=True):
+        parameters = [
+            parameter
+            for place in group.stages
+            if place >= model.num_frozen
+            for parameter in _stage(model, place).parameters()
+            if parameter.requires_grad
+        ]
+        if parameters:
+            parameter_groups.append(
+                {"params": parameters, "lr": rate, "weight_decay": weight_decay, "name": group.name}
+            )
+    if not parameter_groups:
+        raise ValueError(
+            "Everything is frozen, so there is nothing to train. Freeze less: freeze_to(...) or unfreeze()."
+        )
+    return (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)(parameter_groups)
+
+
+def _stage(model: StagedModel, place: int) -> nn.Module:
+    return model.stages[place]

@@ -1,0 +1,117 @@
+"""Predictions: classes and probabilities of images, one record each."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featstore.digest import Json
+from featstore.images import IMAGE_SUFFIXES, FolderSource, ImageSet
+
+NUM_TOP = 5
+THRESHOLD = 0.5
+"""Probability from which a label of a multi-label model counts."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image.
+
+    Attributes:
+        image: id or path.
+        label: the most probable class; of a multi-label model all classes from probability 0.5 on, joined by ``;``.
+        probability: of the most probable class.
+        top: (class, probability), the five most probable first.
+    """
+
+    image: str
+    label: str
+    probability: float
+    top: tuple[tuple[str, float], ...]
+
+    def facts(self) -> Json:
+        """As JSON."""
+        top = [{"label": name, "probability": value} for name, value in self.top]
+        return {"image": self.image, "label": self.label, "probability": self.probability, "top": top}
+
+
+def probabilities(logits: Tensor, task: str) -> NDArray[np.float64]:
+    """Probabilities ``(N, K)`` of logits: softmax for one class an image, sigmoid for any number of labels."""
+    wide = logits.double()
+    values = torch.softmax(wide, dim=1) if task == "single" else torch.sigmoid(wide)
+    array: NDArray[np.float64] = values.numpy()
+    return array
+
+
+def predictions(ids: Sequence[str], values: NDArray[np.float64], classes: Sequence[str], task: str) -> list[Prediction]:
+    """One record an image, from probabilities ``(N, K)``."""
+    return [_prediction(name, row, classes, task) for name, row in zip(ids, values, strict=True)]
+
+
+def write_csv(path: Path, ids: Sequence[str], values: NDArray[np.float64], classes: Sequence[str], task: str) -> None:
+    """A table: image, label, probability, then a column a class."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "probability", *classes])
+        for each, row in zip(predictions(ids, values, classes, task), values, strict=True):
+            writer.writerow([each.image, each.label, f"{each.probability:.6f}", *(f"{value:.6f}" for value in row)])
+
+
+def as_images(items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> ImageSet:
+    """An unlabelled image set of files and folders, in the order given; a folder's images at any depth, sorted.
+
+    Raises:
+        ValueError: if there is no image, or a path doesn't exist.
+    """
+    if isinstance(items, ImageSet):
+        return items
+    paths = [items] if isinstance(items, str | os.PathLike) else list(items)
+    found: list[str] = []
+    for item in paths:
+        path = Path(item)
+        if path.is_dir():
+            inside = [
+                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and _is_shown(file, path)
+            ]
+            found += [file.as_posix() for file in sorted(inside)]
+        elif path.exists():
+            found.append(path.as_posix())
+        else:
+            raise ValueError(f"There is no image {item}. Give files or folders that exist.")
+    if not found:
+        raise ValueError(
+            f"No image in {', '.join(map(str, paths)) or 'an empty list'}; expected {', '.join(IMAGE_SUFFIXES)}."
+        )
+    ids = tuple(dict.fromkeys(found))
+    return ImageSet(
+        name="predict",
+        ids=ids,
+        targets=None,
+        classes=(),
+        splits=np.full(len(ids), "", dtype="<U5"),
+        groups=None,
+        task="single",
+        source=FolderSource(root=os.getcwd()),
+    )
+
+
+def _is_shown(file: Path, below: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(below).parts)
+
+
+def _prediction(name: str, row: NDArray[np.float64], classes: Sequence[str], task: str) -> Prediction:
+    order = np.argsort(-row, kind="stable")
+    best = int(order[0])
+    label = classes[best]
+    if task == "multi":
+        label = ";".join(classes[place] for place in np.flatnonzero(row >= THRESHOLD).tolist())
+    top = tuple((classes[place], float(row[place])) for place in order[:NUM_TOP].tolist())
+    return Prediction(name, label, float(row[best]), top)

@@ -1,0 +1,111 @@
+"""Splits across runs: what a saved run trained on and held out, by image content, so that no later run mixes it up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import DamagedFileError, FeatureStoreError
+from featstore.images import Digests, ImageSet, KnownDigest
+
+FILE = "split.npz"
+_SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PastSplit:
+    """The split of a saved run.
+
+    Attributes:
+        run: its folder.
+        digests: split -> ``(n, 32)`` uint8, the contents of its images.
+        valid: share held out by the rule that dealt them.
+        seed: of that rule.
+    """
+
+    run: Path
+    digests: Mapping[str, NDArray[np.uint8]]
+    valid: float
+    seed: int
+
+    @classmethod
+    def read(cls, run: Path) -> PastSplit | None:
+        """The split of the run in `run`; None if it recorded none."""
+        path = run / FILE
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                digests = {name: file[name].reshape(-1, 32) for name in _SPLITS}
+                return cls(run=run, digests=digests, valid=float(file["rule_valid"]), seed=int(file["rule_seed"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise DamagedFileError(f"{path} is damaged ({error}). Restore it, or train the model again.") from error
+
+    @staticmethod
+    def write(run: Path, images: ImageSet, digests: Digests, *, valid: float, seed: int) -> None:
+        """Records the split of `images` in the run folder `run`; an undealt set counts as training."""
+        dealt = (images.splits != "").any()
+        of_split = {
+            name: digests.values[(images.splits == name) & ~digests.is_failed]
+            if dealt
+            else digests.values[: len(images) if name == "train" else 0]
+            for name in _SPLITS
+        }
+        np.savez(run / FILE, allow_pickle=False, rule_valid=np.float64(valid), rule_seed=np.int64(seed), **of_split)
+
+    def applied(self, images: ImageSet, known: Mapping[str, KnownDigest]) -> ImageSet:
+        """`images` with this split, by content; images that the run hadn't seen are dealt by its rule.
+
+        A set that has a split of its own keeps it.
+        """
+        if (images.splits != "").any():
+            return images
+        splits = images.split(valid=self.valid, seed=self.seed).splits.copy()
+        contents = images.digests(known).values
+        past = {bytes(row): name for name in _SPLITS for row in self.digests[name]}
+        for place, content in enumerate(contents):
+            splits[place] = past.get(bytes(content), splits[place])
+        return images.with_splits(splits)
+
+    def check(self, training: ImageSet, digests: Digests) -> None:
+        """Checks that none of the images to train on was held out by the run.
+
+        Raises:
+            FeatureStoreError: with their number.
+        """
+        held_out = {bytes(row) for name in ("valid", "test") for row in self.digests[name]}
+        leaked = [name for name, row in zip(training.ids, digests.values, strict=True) if bytes(row) in held_out]
+        if leaked:
+            raise FeatureStoreError(
+                f"{len(leaked):,} of the {len(training):,} images to train on were held out by {self.run} (first: "
+                f"{leaked[0]}); its scores, and those of what follows, would be of images it has learned. Leave out "
+                "--valid, --split-seed and own splits, then the run's split is used; or pass --allow-leak."
+            )
+
+
+def with_classes(images: ImageSet, classes: tuple[str, ...], run: Path) -> ImageSet:
+    """`images` with targets that count in the class table of a run.
+
+    Raises:
+        FeatureStoreError: if they have a class that the run lacks; it is named, and nothing is shifted.
+    """
+    unknown = [name for name in images.classes if name not in classes]
+    if unknown:
+        raise FeatureStoreError(
+            f"The images have {'the class' if len(unknown) == 1 else 'the classes'} {', '.join(unknown)}, which the "
+            f"model of {run} doesn't know (it knows {', '.join(classes)}). Train a head for the new classes, or leave "
+            "their images out."
+        )
+    if images.classes == classes or images.targets is None:
+        return replace(images, classes=classes)
+    places = np.array([classes.index(name) for name in images.classes], np.int64)
+    if images.task == "single":
+        targets = np.where(images.targets >= 0, places[np.maximum(images.targets, 0).astype(np.int64)], -1)
+        return replace(images, classes=classes, targets=targets)
+    wide = np.zeros((len(images), len(classes)), np.float32)
+    wide[:, places] = images.targets
+    return replace(images, classes=classes, targets=wide)
