@@ -76,7 +76,7 @@ def run_epochs(
         train: batches to learn from.
         valid: batches to score, or None.
         optimizer: of the tail's parameters.
-        scheduler: stepped after each batch.
+        scheduler: stepped between two batches.
         loss: of logits and targets.
         metrics: by name, over all rows at once.
         epochs: how many.
@@ -91,15 +91,17 @@ def run_epochs(
     history = History()
     best: dict[str, Tensor] | None = None
     lowest = math.inf
+    optimizer_steps = 0
     for number in range(epochs):
         started = time.perf_counter()
         losses = []
         with seeded(seed, first_epoch + number, train.device), mode_of(tail, training=True):
             tail.train()
             for inputs, targets in train.epoch(seed, first_epoch + number):
-                value = step(tail, inputs, targets, loss, optimizer)
-                scheduler.step()
-                losses.append((value, len(targets)))
+                if optimizer_steps:
+                    scheduler.step()  # between steps, so that the rate on record is the one that was used
+                losses.append((step(tail, inputs, targets, loss, optimizer), len(targets)))
+                optimizer_steps += 1
         rows = sum(count for _, count in losses)
         history.losses += [value for value, _ in losses]
         record: Record = {

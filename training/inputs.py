@@ -490,16 +490,19 @@ class _Search:
         is_other = each.facts["backbone"] != self.model.name
         if not shared or (is_other and stored[shared[0]] != self.model_digests[shared[0]]):
             return f"model (stored {each.facts['backbone']}@{stored_cut}, yours {self.model.name}@{cut})"
-        first = next((name for name in shared if stored[name] != self.model_digests[name]), stored_cut)
-        equal = shared[: shared.index(first)] if first in shared else shared
+        first = next((name for name in shared if stored[name] != self.model_digests[name]), None)
+        if first is None:  # as far as both go they are equal
+            return f"cut (stored {stored_cut}, yours {cut})"
+        equal = shared[: shared.index(first)]
         equals = f"; {_range([self._coarse(equal[0]), equal[-1]])} are equal" if equal else ""
-        mine = self.model_digests.get(first, "absent")
+        mine = self.model_digests[first]
         return f"weights of stage {self._coarse(first)} (stored {stored[first][:8]}, yours {mine[:8]}{equals})"
 
     def _still_valid(self, each: FeatureSet) -> str:
         stored = {stage["name"]: stage["digest"] for stage in each.facts["stages"]}
-        equal = [name for name, digest in stored.items() if self.model_digests.get(name) == digest]
-        if not equal or each.spec.trunk in self.model_digests.values():
+        shared = [name for name in stored if name in self.model_digests]
+        equal = [name for name in shared if self.model_digests[name] == stored[name]]
+        if not equal or equal == shared:
             return ""
         return f"Features at {equal[-1]} would still be valid. "
 

@@ -481,7 +481,7 @@ class Learner:
         count = sum(parameter.numel() for parameter in self.model.trained_parameters())
         return (
             f"frozen: {frozen_words(self.model)}; training: {training_words(self.model)} "
-            f"({count / 1e6:.1f} M parameters)"
+            f"({f'{count / 1e6:.1f} M' if count >= 100_000 else f'{count:,}'} parameters)"
         )
 
     def _say(self, text: str) -> None:
@@ -713,5 +713,5 @@ def _name_of(metric: scores.Metric) -> str:
 
 
 def _line(record: Record) -> str:
-    words = [f"{name} {value:.4g}" for name, value in record.items() if name != "epoch"]
-    return f"epoch {int(record['epoch'])}: {', '.join(words)}"
+    words = [f"{name} {value:.4g}" for name, value in record.items() if name not in ("epoch", "seconds")]
+    return f"epoch {int(record['epoch'])}: {', '.join(words)}, {record['seconds']:.1f} s"
