@@ -27,6 +27,7 @@ from featstore.flags import (
 from featstore.pool import REDUCTIONS
 from featstore.program import (
     DONE,
+    FAILED,
     INCOMPLETE,
     facts_table,
     new_app,
@@ -161,14 +162,21 @@ def status(
 @app.command()
 @spread
 def ls(store: StoreOption, output: OutputFlags) -> None:
-    """List the feature sets of a store."""
-    found = [each.describe() for each in FeatureStore(store).sets()]
+    """List the feature sets of a store.
+
+    Damaged files are named, and their sets left out; the exit code is then 1.
+    """
+    filed = FeatureStore(store)
+    found = [each.describe() for each in filed.sets()]
+    damaged = filed.damaged()
     if output.json:
         show_json(found)
     elif found:
         show(table([_ls_row(each) for each in found]))
     else:
-        tell(f"{store} holds no feature sets.")
+        tell(f"{store} holds no {'sound ' if damaged else ''}feature sets.")
+    tell_all([str(error) for error in damaged])
+    raise typer.Exit(FAILED if damaged else DONE)
 
 
 @app.command("show")

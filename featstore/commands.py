@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from featstore.digest import Json
@@ -89,7 +90,8 @@ def model_flags(model: StagedModel) -> list[str] | None:
 def view_flags(view: View, default: View) -> list[str] | None:
     """The flags that turn the evaluation view `default` into `view`'s, or None where no flags can."""
     wanted, start = view.evaluation, default.evaluation
-    if (wanted.decode, wanted.apply_exif, wanted.antialias) != (start.decode, start.apply_exif, start.antialias):
+    turned = replace(start, interpolation=wanted.interpolation)  # the nearest pixel has no antialiasing
+    if (wanted.decode, wanted.apply_exif, wanted.antialias) != (start.decode, start.apply_exif, turned.antialias):
         return None
     flags = _unless("--size", wanted.size, start.size)
     scaled = start.resized(size=wanted.size) if wanted.size != start.size else start

@@ -6,7 +6,6 @@ Results go to stdout; everything said to a person goes to stderr.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +57,6 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     except typer.Exit as end:
         return end.exit_code
     except BrokenPipeError:  # whoever read our results has seen enough
-        _forget_stdout()
         return FAILED
     except KeyboardInterrupt as error:
         tell(" ".join(["Interrupted.", *getattr(error, "__notes__", ())]))
@@ -156,7 +154,7 @@ def _sentence(error: Exception, name: str) -> str:
         return _usage_sentence(error, name)
     if isinstance(error, ImageError):
         return f"{error}. Repair or remove the file, or leave such images out with --on-error skip."
-    if isinstance(error, FeatureStoreError) or _is_wrong_usage(error):
+    if isinstance(error, FeatureStoreError | FloatingPointError) or _is_wrong_usage(error):
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error)
@@ -189,8 +187,3 @@ def _raised_in(error: Exception) -> str:
 def _write(text: str, stream: TextIO) -> None:
     encoding = stream.encoding or "utf-8"  # a file name may hold what the terminal, or UTF-8 itself, can't say
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-
-
-def _forget_stdout() -> None:
-    """Keeps the interpreter from failing again when it flushes a closed stdout at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -248,14 +248,19 @@ class FeatureStore:
         folders = self._folders(None)
         # A set's folder is named with its key: looking there first spares opening a file of each set, which matters
         # with hundreds of them. The names are for people, though, so a folder may have been renamed.
-        named = [folder for folder in folders if f"-{key[:_KEY_DIGITS]}" in folder.name]
+        named = [folder for folder in folders if _key_in(folder.name).startswith(key[:_KEY_DIGITS])]
         for candidates in (named, folders):
-            specs = [each for each in self._folders_by_spec(candidates) if each[0].key.startswith(key)]
-            found = [self._set_of(spec, holding) for spec, holding in specs]
-            if len(found) > 1:
+            specs = [
+                (spec, holding)
+                for spec, holding in self._folders_by_spec(candidates, is_strict=candidates is named)
+                if spec.key.startswith(key)
+            ]
+            if len(specs) > 1:
+                found = [self._set_of(spec, holding) for spec, holding in specs]
                 raise AmbiguousRequestError(self._ambiguous(found, f"have keys that start with {key}"))
-            if found:
-                return found[0]
+            for spec, holding in specs:
+                beside = {each.key: there for each, there in self._folders_by_spec(self._folders(spec.trunk))}
+                return self._set_of(spec, sorted({*holding, *beside.get(spec.key, [])}))
         raise FeatureStoreError(f"{self.root} holds no feature set {key}. List what it holds: {self._ls()}.")
 
     def features(
@@ -399,7 +404,7 @@ class FeatureStore:
 
     def check_exists(self) -> None:
         """Raises FeatureStoreError if there is no folder."""
-        if not self.root.is_dir():
+        if not self._folder.is_dir():
             raise FeatureStoreError(
                 f"There is no store {self.root}. Give the folder of an existing one with --store, or make one: "
                 "featstore extract --store."
@@ -496,7 +501,7 @@ class FeatureStore:
         """The folder that holds the set already, whatever the model was called when it was made."""
         for folder in self._folders(spec.trunk):
             with suppress(DamagedFileError):  # what has been computed is filed all the same
-                if f"-{spec.key[:_KEY_DIGITS]}" in folder.name and self._spec_in(folder) == spec:
+                if _key_in(folder.name) == spec.key[:_KEY_DIGITS] and self._spec_in(folder) == spec:
                     return folder
         return None
 
@@ -520,7 +525,10 @@ class FeatureStore:
 
     def _lacks(self, chosen: FeatureSet, images: ImageSet, digests: Digests, missing: NDArray[np.bool_]) -> str:
         places = np.flatnonzero(missing).tolist()
-        named = [images.ids[place] + (f": {digests.failed[place]}" * (place in digests.failed)) for place in places[:3]]
+        named = [
+            f"{images.ids[place]}: {digests.failed[place]}" if place in digests.failed else images.ids[place]
+            for place in places[:3]
+        ]
         return (
             f"{self.root} holds {len(images) - len(places):,} of the {len(images):,} images asked for "
             f"({chosen.facts['backbone']}@{chosen.facts['cut']} {chosen.spec.reduction}, "
@@ -717,6 +725,12 @@ def _folder_name(spec: FeatureSpec, backbone: str, cut: str) -> Path:
     ]
     seed = [] if view.seed is None else [f"seed{view.seed}"]
     return Path(f"{_safe(backbone)}@{_safe(cut)}-{spec.trunk[:_TRUNK_DIGITS]}", "-".join([*map(_safe, words), *seed]))
+
+
+def _key_in(folder_name: str) -> str:
+    """The digits of the key in the name of a set's folder; none if someone has renamed it."""
+    found = re.search(rf"-([0-9a-f]{{{_KEY_DIGITS}}})(-seed\d+)?$", folder_name)
+    return found[1] if found else ""
 
 
 def _safe(text: str) -> str:

@@ -103,6 +103,16 @@ def test_of_duplicate_rows_the_smallest_part_name_wins_for_every_reader(tmp_path
         assert index.num_images == 3
 
 
+def test_of_many_duplicate_rows_the_first_of_the_smallest_part_name_wins(tmp_path: Path) -> None:
+    names = [place * 7 % 5 for place in range(300)]
+    made = [
+        part(tmp_path / f"part-{place}.h5", digests_of(*names[place:]), rows_of(*names[place:])) for place in (2, 0, 1)
+    ]
+    part_of, row_in = RowIndex(made).find(digests_of(*range(5)))
+    assert part_of.tolist() == [0] * 5
+    assert row_in.tolist() == [names.index(name) for name in range(5)]
+
+
 def test_digests_among_others_are_found_by_all_their_bytes() -> None:
     digests = digests_of(0, 1, 2, 3, 1).copy()
     near = digests[[0]].copy()
@@ -140,7 +150,8 @@ def test_rows_are_chosen_as_numpy_chooses(tmp_path: Path, contents: Any, dtype: 
         chosen = stored[rows]
         assert torch.equal(chosen, everything[torch.from_numpy(places.copy())])
         assert chosen.dtype == dtype
-    for one in (0, 4, -1, -5, np.int64(2), torch.tensor(3)):
+    ones: list[Any] = [0, 4, -1, -5, np.int64(2), torch.tensor(3)]
+    for one in ones:
         assert torch.equal(stored[one], everything[int(one)])
 
 
@@ -200,11 +211,11 @@ def test_shuffled_batches_hold_each_row_once_in_an_order_that_the_seed_decides(t
         assert all(first_values(values) == rows.tolist() for values, rows in batches)
         return [row for _, rows in batches for row in rows.tolist()]
 
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
     assert order(0) == order(0)
     assert sorted(order(0)) == list(range(8))
     assert len({tuple(order(seed)) for seed in range(5)} | {tuple(range(8))}) == 6
-    after = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]  # noqa: NPY002
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
     assert torch.equal(before[0], after[0])
     assert before[1] == after[1]
 
