@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,14 +27,16 @@ from featstore.flags import (
 from featstore.images import ImageSet
 from featstore.pool import REDUCTIONS
 from featstore.program import new_app, one_of, run, show, show_json, table, tell, tell_all
+from featstore.runs import check_free
 from featstore.staged import StagedModel
 from featstore.store import FeatureStore
 from featstore.views import View
 from training.heads import HEADS
-from training.learner import Learner, finetune, train_head
+from training.learner import METRICS, Learner, finetune, train_head
 from training.metrics import wilson_interval
 from training.optim import LearningRate
 from training.predict import as_images, predictions, write_csv
+from training.splits import PastSplit
 
 DEFAULTS = """\b
 Defaults that depend on what is asked for:
@@ -43,14 +46,18 @@ Defaults that depend on what is asked for:
   --reduce      auto: concat for maps, token for a ViT, none for vectors
   --lr          head: what the learning-rate finder suggests, printed
   --size ...    what the store has features of, else the weights' own
-  --valid       head: 0.2 of images without a split of their own, by
-                --split-seed 0; finetune --from and evaluate: the run's split
+  --valid       0.2 of images without a split of their own, by --split-seed 0;
+                with a saved run (--from, --model, --backbone RUN_DIR): the
+                run's split, and new images dealt by its rule
   AdamW with weight decay 0.01, one cycle; the epoch with the lowest
   validation loss is saved and reported; without validation, the last.
 
 \b
 Exit codes: 0 done; 1 failed; 2 wrong usage.
 """
+
+_SCORES = {"map": "mAP", "f1": "F1", "loss": "loss"}
+"""Metric -> how a result line names it, where there is no accuracy."""
 
 app = new_app(help=__doc__)
 
@@ -69,6 +76,9 @@ class TrainingFlags:
     allow_leak: Annotated[
         bool, typer.Option("--allow-leak", help="Train also on images that an earlier run held out.")
     ] = False
+
+    def __post_init__(self) -> None:
+        check_free(Path(self.out), overwrite=self.overwrite)  # before anything is downloaded, read or computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +136,8 @@ def head(
     """Train a head on stored features."""
     one_of("--head", kind, tuple(HEADS))
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
-    chosen, notes = images.image_set()
+    rate = None if lr is None else _learning_rate(lr)
+    chosen, notes = _images(images, model.backbone)
     staged = model.model([each for each in (cut, freeze_to) if each is not None])
     tell_all([*notes, *staged.notes])
     feature_store = FeatureStore(store)
@@ -143,7 +154,7 @@ def head(
         on_missing="extract" if extract else "error",
         view=_view(staged, feature_store, view, features),
         epochs=epochs,
-        lr=None if lr is None else _learning_rate(lr),
+        lr=rate,
         out=training.out,
         overwrite=training.overwrite,
         allow_leak=training.allow_leak,
@@ -185,10 +196,11 @@ def finetune_command(
         raise ValueError("Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head.")
     if start is not None and (weights is not None or cut is not None):
         raise ValueError("--weights and --cut belong to --backbone; a run brings its own weights and its head.")
+    rate = _learning_rate(lr)
     options: dict[str, Any] = {}
     source: StagedModel | str
     if backbone is not None:
-        chosen, notes = images.image_set()
+        chosen, notes = _images(images, backbone)
         source = load_model(backbone, weights, [each for each in (cut, freeze_to) if each is not None])
         notes = [*notes, *source.notes]
         options = {"cut": cut, "view": view.view(source.view)}
@@ -196,7 +208,7 @@ def finetune_command(
         assert start is not None
         if view != ViewFlags():
             raise ValueError("--size, --resize, --mean, --std and --interpolation come with the run of --from.")
-        chosen, notes = _for_run(images)
+        chosen, notes = _images(images, start)
         source = start
     tell_all(notes)
     learn = finetune(
@@ -205,7 +217,7 @@ def finetune_command(
         store=None if store is None else FeatureStore(store),
         freeze_to=freeze_to,
         epochs=epochs,
-        lr=_learning_rate(lr),
+        lr=rate,
         augment=augment.augmentation(),
         out=training.out,
         overwrite=training.overwrite,
@@ -230,12 +242,12 @@ def evaluate(
 ) -> None:
     """Score a saved model on images of a split; without a split of their own they get the run's."""
     one_of("--split", split, ("train", "valid", "test"))
-    chosen, notes = _for_run(images)
+    chosen, notes = _images(images, model)
     tell_all(notes)
     learn = Learner.load(model, chosen, **how.options())
-    scored = learn.evaluate(split)
+    scored = _finite(learn.evaluate(split))
     if output.json:
-        show_json({split: _finite(scored), "inputs": learn.read_from})
+        show_json({split: scored, "inputs": learn.read_from})
     else:
         show(_scores_line(split, scored))
 
@@ -256,9 +268,10 @@ def predict(
     learn = Learner.load(model, **how.options())
     images = as_images(items)
     ids, values = learn.scored(images)
-    left_out = [name for name in images.ids if name not in set(ids)]
+    are_scored = set(ids)
+    left_out = [name for name in images.ids if name not in are_scored]
     if left_out:
-        tell(f"{len(left_out):,} images can't be read and are left out:")
+        tell(f"{len(left_out):,} image{'s' * (len(left_out) > 1)} can't be read, left out:")
         tell_all(left_out, indent="  ")
     if csv is not None:
         write_csv(Path(csv), ids, values, learn.classes, learn.task)
@@ -271,9 +284,16 @@ def predict(
         tell(f"{len(records):,} predictions in {csv}")
 
 
-def _for_run(flags: ImageFlags) -> tuple[ImageSet, list[str]]:
-    """The images as a saved run shall split them, unless they bring a split or the flags name one."""
+def _images(flags: ImageFlags, source: str) -> tuple[ImageSet, list[str]]:
+    """The images to use with the backbone or run `source`, and what their owner should read about them.
+
+    A saved run brings its own split: without a split of their own, or flags that ask for one, they are left undealt.
+    """
     images, notes = flags.image_set()
+    if not Path(source).is_dir() or PastSplit.read(Path(source)) is None:
+        return images, notes
+    if flags.valid == 0:
+        return images.with_splits(["train"] * len(images)), notes
     if "split" in images.origin and flags.valid is None and flags.split_seed is None:
         return images.with_splits([""] * len(images)), notes[:-1]  # the last note tells of the default split
     return images, notes
@@ -297,37 +317,51 @@ def _view(model: StagedModel, store: FeatureStore, flags: ViewFlags, key: str | 
 
 
 def _learning_rate(text: str) -> LearningRate:
-    rates = parse_numbers(text, "--lr")
-    if any(rate <= 0 for rate in rates):
+    try:
+        rates = parse_numbers(text, "--lr")
+    except ValueError:
+        rates = ()
+    if not rates or min(rates) <= 0:
         raise ValueError(f"--lr is {text!r}. Expected positive numbers, such as --lr 3e-3 or --lr 1e-5,1e-3.")
     return rates[0] if len(rates) == 1 else rates
 
 
 def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:
     record = learn.history.best
-    read_from, epochs = learn.read_from, len(learn.history.records)
-    has_valid = "valid_loss" in record
-    scored = learn.evaluate("valid") if has_valid else {}
+    scored = _saved_scores(Path(out))
     if output.json:
-        result: dict[str, Json] = {
-            "inputs": read_from,
-            "epochs": epochs,
-            "best_epoch": int(record["epoch"]),
-            "run": out,
-        }
-        show_json({"valid": _finite(scored) if has_valid else None, **result})
-    elif has_valid:
+        show_json(
+            {
+                "valid": scored,
+                "inputs": learn.read_from,
+                "epochs": len(learn.history.records),
+                "best_epoch": int(record["epoch"]),
+                "run": out,
+            }
+        )
+    elif scored is not None:
         show(f"{_scores_line('valid', scored)} - {out}")
     else:
         show(f"train loss {record['train_loss']:.4g}, no validation images - {out}")
 
 
-def _scores_line(split: str, scored: dict[str, float]) -> str:
-    count = int(scored["images"])
-    if "accuracy" in scored:
-        low, high = wilson_interval(round(scored["accuracy"] * count), count)
-        return f"{split} accuracy {scored['accuracy']:.3f} (95 % interval {low:.3f}-{high:.3f}, {count:,} images)"
-    return f"{split} mAP {scored['map']:.3f}, F1 {scored['f1']:.3f} ({count:,} images)"
+def _saved_scores(run: Path) -> dict[str, Json] | None:
+    """What the saved model scored on the images held out; None if there are none."""
+    path = run / METRICS
+    if not path.is_file():
+        return None
+    scores: dict[str, Json] = json.loads(path.read_text(encoding="utf-8"))["valid"]
+    return scores
+
+
+def _scores_line(split: str, scored: Mapping[str, Json]) -> str:
+    count = scored["images"]
+    accuracy = scored.get("accuracy")
+    if accuracy is not None:
+        low, high = wilson_interval(round(accuracy * count), int(count))
+        return f"{split} accuracy {accuracy:.3f} (95 % interval {low:.3f}-{high:.3f}, {count:,} images)"
+    words = [f"{words} {scored[name]:.3f}" for name, words in _SCORES.items() if scored.get(name) is not None]
+    return f"{split} {', '.join(words)} ({count:,} images)"
 
 
 def _finite(scored: dict[str, float]) -> dict[str, Json]:
