@@ -16,7 +16,8 @@ from featstore.graph import mode_of
 from featstore.render import Job, render
 from featstore.trunk import default_batch_size, numerics
 from featstore.views import View
-from training.inputs import FeatureSource, OnError, Situation, Source, frozen_trunk, stored_batch_size
+from training.inputs import FeatureSource, Source, frozen_trunk, stored_batch_size
+from training.situation import OnError, Situation
 
 
 class Batches:
@@ -28,7 +29,8 @@ class Batches:
     Args:
         source: features or images.
         situation: the model and where its trunk runs.
-        batch_size: rows a batch. In training a last batch of one joins the batch before it (batch norm needs two).
+        batch_size: rows a batch. In training a last batch of one joins the batch before it (batch norm needs two);
+            with a batch size of 1, which asks for single rows, it does not.
         workers: threads that read and decode images.
     """
 
@@ -49,9 +51,8 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches an epoch in training."""
-        count = len(self.source.images)
-        full, rest = divmod(count, self.batch_size)
-        return max(full + (rest > 1) + (rest == 1 and full == 0), 1)
+        full, rest = divmod(self.num_images, self.batch_size)
+        return full + (rest > 1 or (rest == 1 and full == 0))
 
     @property
     def num_images(self) -> int:
@@ -111,11 +112,10 @@ class Batches:
         used = np.unique(views)
         if len(used) == 1:
             return source.features[int(used[0])][rows]
-        first = source.features[0]
-        gathered = torch.empty((len(rows), *first.shape[1:]), dtype=first.dtype)
+        gathered = torch.empty((len(rows), *source.features[0].shape[1:]))  # float32 holds every stored type
         for view in used:
             here = np.flatnonzero(views == view)
-            gathered[torch.from_numpy(here)] = source.features[int(view)][rows[here]]
+            gathered[torch.from_numpy(here)] = source.features[int(view)][rows[here]].float()
         return gathered
 
     def _from_images(
@@ -156,8 +156,12 @@ class Batches:
     def _batched(
         self, chunks: Iterator[tuple[Tensor, NDArray[np.int64]]], *, merge_single: bool
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        """Chunks cut anew into batches, each a tensor of its own, aligned as torch aligns them."""
-        size, spare = self.batch_size, 1 if merge_single else 0
+        """Chunks cut anew into batches, each a tensor of its own, aligned as torch aligns them.
+
+        A stage may write into its input, and kernels may sum in another order where memory is aligned otherwise.
+        """
+        size = self.batch_size
+        spare = 1 if merge_single and size > 1 else 0
         held: list[tuple[Tensor, NDArray[np.int64]]] = []
         count = 0
         for chunk in chunks:
@@ -167,8 +171,6 @@ class Batches:
                 batch, held = _taken(held, size)
                 count -= size
                 yield batch
-        if count > size + spare:
-            raise AssertionError("a batch was left over")
         if count:
             batch, _ = _taken(held, count)
             yield batch

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from featstore.errors import FeatureStoreError
 from featstore.graph import mode_of
 from training.batches import Batches
 from training.metrics import Loss, Metric
@@ -48,8 +48,9 @@ class History:
         return self.records[self.best_epoch]
 
     def frame(self) -> dict[str, list[float]]:
-        """Column -> values, one an epoch: what ``pandas.DataFrame`` takes."""
-        return {name: [record[name] for record in self.records] for name in self.records[0]} if self.records else {}
+        """Column -> values, one an epoch, NaN where an epoch lacks it: what ``pandas.DataFrame`` takes."""
+        names = dict.fromkeys(name for record in self.records for name in record)
+        return {name: [record.get(name, math.nan) for record in self.records] for name in names}
 
 
 def run_epochs(
@@ -69,7 +70,7 @@ def run_epochs(
 ) -> History:
     """Trains `tail` for some epochs and scores it after each.
 
-    Global random state, training flags and the device's settings are as before when it ends, also by an error.
+    Global random state and training flags are as before when it ends, also by an error.
 
     Args:
         tail: the stages that aren't frozen.
@@ -87,26 +88,26 @@ def run_epochs(
 
     Raises:
         FloatingPointError: when the loss is no longer finite.
+        FeatureStoreError: when not one image of an epoch could be read.
     """
+    if keep not in ("last", "best"):
+        raise ValueError(f"keep is {keep!r}; expected last or best.")
     history = History()
     best: dict[str, Tensor] | None = None
     lowest = math.inf
-    optimizer_steps = 0
     for number in range(epochs):
         started = time.perf_counter()
         losses = []
-        with seeded(seed, first_epoch + number, train.device), mode_of(tail, training=True):
-            tail.train()
+        with seeded(seed, first_epoch + number, train.device), training_mode(tail):
             for inputs, targets in train.epoch(seed, first_epoch + number):
-                if optimizer_steps:
+                if history.losses:
                     scheduler.step()  # between steps, so that the rate on record is the one that was used
-                losses.append((step(tail, inputs, targets, loss, optimizer), len(targets)))
-                optimizer_steps += 1
-        rows = sum(count for _, count in losses)
-        history.losses += [value for value, _ in losses]
+                history.losses.append(step(tail, inputs, targets, loss, optimizer))
+                losses.append((history.losses[-1], len(targets)))
+        check_any(len(losses), train)
         record: Record = {
             "epoch": first_epoch + number + 1,
-            "train_loss": sum(value * count for value, count in losses) / rows,
+            "train_loss": sum(value * count for value, count in losses) / sum(count for _, count in losses),
             "lr": float(optimizer.param_groups[-1]["lr"]),
         }
         if valid is not None:
@@ -115,56 +116,117 @@ def run_epochs(
             record |= {name: metric(logits, targets) for name, metric in metrics.items()}
         record["seconds"] = time.perf_counter() - started
         history.records.append(record)
-        if valid is None or record["valid_loss"] < lowest or history.best_epoch < 0:
-            lowest = record.get("valid_loss", math.inf)
+        if valid is None or history.best_epoch < 0 or record["valid_loss"] < lowest:
+            # A loss that isn't a number is above any other, so that a later epoch can be better.
+            lowest = math.inf if valid is None or math.isnan(record["valid_loss"]) else record["valid_loss"]
             history.best_epoch = number
-            best = copy.deepcopy(tail.state_dict()) if keep == "best" and valid is not None else None
+            best = copied_tensors(tail) if keep == "best" and valid is not None else None
         if on_epoch_end is not None:
             on_epoch_end(dict(record))
-    if best is not None and history.best_epoch != epochs - 1:
-        tail.load_state_dict(best)
+    if best is not None:
+        put_back(tail, best)
     return history
 
 
 def step(tail: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, optimizer: Optimizer) -> float:
-    """One step of gradient descent; returns the loss before it."""
-    optimizer.zero_grad(set_to_none=True)
+    """One step of gradient descent; returns the loss before it, and leaves no gradient.
+
+    Raises:
+        FloatingPointError: before anything moves, if the loss isn't finite.
+    """
     value = loss(tail(inputs), targets)
     number = float(value.detach())
     if not math.isfinite(number):
         raise FloatingPointError(
             f"The training loss became {number}. Lower the learning rate (--lr), or find one: lr_find()."
         )
+    optimizer.zero_grad(set_to_none=True)
     value.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return number
 
 
 def outputs(tail: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, K)`` and targets of all rows, on the CPU, in eval mode and without gradient."""
-    logits, rows = predicted(tail, batches)
+    """Logits ``(N, K)`` and targets of all rows, in eval mode and without gradient.
+
+    They lie on the device of the batches, where a loss with class weights has these too.
+
+    Raises:
+        ValueError: if the images have no labels.
+    """
     if batches.targets is None:
         raise ValueError("These images have no labels, so they can't be scored.")
-    return logits, batches.targets[rows]
+    logits, rows = predicted(tail, batches)
+    return logits.to(batches.device), batches.targets[rows].to(batches.device)
 
 
 def predicted(tail: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, K)`` and the row numbers ``(N,)`` they belong to, on the CPU."""
+    """Logits ``(N, K)`` float32 and the row numbers ``(N,)`` they belong to, on the CPU.
+
+    Raises:
+        FeatureStoreError: if there is no image, or not one could be read.
+    """
     logits: list[Tensor] = []
     rows: list[Tensor] = []
     with torch.no_grad(), mode_of(tail, training=False):
         for inputs, numbers in batches.in_order():
             logits.append(tail(inputs).float().cpu())
             rows.append(torch.from_numpy(numbers))
-    if not logits:
-        raise ValueError("There is no image to run the model on.")
+    check_any(len(rows), batches)
     return torch.cat(logits), torch.cat(rows)
+
+
+def check_any(num_batches: int, batches: Batches) -> None:
+    """Checks that a pass over `batches` gave at least one of them.
+
+    Raises:
+        FeatureStoreError: if not, with the number of images and the reason of the first.
+    """
+    if num_batches:
+        return
+    name, reason = next(iter(batches.failures.items()), ("", ""))
+    first = f" (first: {name}: {reason})" if name else ""
+    raise FeatureStoreError(
+        f"Not one of {batches.num_images:,} images could be read{first}. Give images that can be, or their folder with "
+        "images.with_root(...)."
+    )
+
+
+@contextmanager
+def training_mode(tail: nn.Module) -> Iterator[None]:
+    """Train mode as the modules' own `train` sets it, which may keep some part in eval mode; flags come back."""
+    with mode_of(tail, training=True):
+        tail.train()
+        yield
 
 
 @contextmanager
 def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
-    """Dropout's random state for one epoch; the caller's comes back afterwards."""
-    devices: Sequence[torch.device] = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    """Dropout's random state for one epoch; the caller's comes back afterwards.
+
+    Only the generators that are put back are seeded: `torch.manual_seed` would change those of other devices for good.
+    """
+    number = (seed * 1_000_003 + epoch) % 2**63
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(number)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(number)
         yield
+
+
+def copied_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of each parameter and buffer, those that are never saved among them."""
+    return {name: tensor.detach().clone() for name, tensor in _tensors(module)}
+
+
+def put_back(module: nn.Module, copied: Mapping[str, Tensor]) -> None:
+    """Writes what `copied_tensors` copied into the module's own tensors."""
+    with torch.no_grad():
+        for name, tensor in _tensors(module):
+            tensor.copy_(copied[name])
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from torch import nn
 
 import featstore
 from featstore.backbones import architecture, restored
-from featstore.commands import DEFAULT_SPLIT_SEED, DEFAULT_VALID, seed_ranges
+from featstore.commands import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.digest import Json
 from featstore.errors import AmbiguousRequestError, FeatureStoreError
 from featstore.extract import check_size
@@ -35,22 +36,11 @@ from training import optim, schedules
 from training.batches import Batches
 from training.fit import History, Record, outputs, predicted, run_epochs
 from training.heads import build_head
-from training.inputs import (
-    Inputs,
-    OnError,
-    OnMissing,
-    Origin,
-    Situation,
-    Source,
-    derive,
-    find,
-    frozen_words,
-    labelled,
-    training_part,
-    training_words,
-)
+from training.inputs import Inputs, Source, derive, extract_missing, find, labelled, training_part
 from training.lr_find import LearningRates, find_lr
 from training.predict import Prediction, as_images, predictions, probabilities, write_csv
+from training.situation import OnError, OnMissing, Origin, Situation, frozen_words, training_words, views_words
+from training.splits import FILE as SPLIT
 from training.splits import PastSplit, with_classes
 
 HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.json", "valid_predictions.csv"
@@ -61,16 +51,18 @@ class Learner:
 
     The model is `learn.model`: the backbone's stages up to the cut, a pool, and the head. The caller's backbone is
     never changed: frozen stages are shared with it, thawed ones are copies. Where the next fit reads from is derived,
-    and `learn.inputs` says it in words.
+    and `learn.inputs` says it in words. Arguments are attributes that may be set later, such as `learn.augment`; an
+    attribute that isn't known is refused.
 
     Args:
         model: the backbone; or a model with its own head, with ``head="keep"``.
-        images: labelled, with a split; without one, all images train and none validate.
+        images: labelled, with a split. Without one they get that of the run that the backbone comes from; where there
+            is none, all images train and none validate.
         store: where features are looked up; None: images are read.
         cut: where the head sits; default: the model's default cut, or the only one this model has features of.
         reduce: the pool at the cut: auto, none, avg, max, concat, token or tokens.
         head: concat, linear, mlp, a module of your own from pooled activations to logits, or ``keep``.
-        features: start of the key of the set to use; it fixes cut, reduction, storage type and precision.
+        features: start of the key of the set to use; it fixes cut, reduction, view, storage type and precision.
         augment: policy and seeds of the training images; None: the evaluation view.
         on_missing: what happens when the store doesn't hold what could be read from it: ``error``, ``images`` (read
             them and run the trunk) or ``extract``. Default: ``error`` with a store.
@@ -93,6 +85,12 @@ class Learner:
         history: the epochs of all fits.
         classes: the class table; logit k is of class k.
     """
+
+    __slots__ = (
+        "_cut", "_features", "_images", "_loss", "_metrics", "_origins", "_past", "_probed", "_trained_on",
+        "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history", "model", "on_error",
+        "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -123,26 +121,40 @@ class Learner:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
         backbone = model if isinstance(model, StagedModel) else StagedModel.from_module(model)
-        self.images, self.store, self.augment = images, store, augment
+        self._past = _past_split(backbone)
+        if self._past is not None:
+            images = self._past.applied(images, {} if store is None else store.known_digests(images))
+        self._images, self.store, self.augment = images, store, augment
         self.on_missing: OnMissing = on_missing or ("error" if store is not None else "images")
         self.on_error: OnError = on_error
         self.optimizer, self.batch_size, self.seed = optimizer, batch_size, seed
         self.workers, self.quiet, self.allow_leak = workers, quiet, allow_leak
         self.device = choose_device(device)
-        self.view = (view or backbone.view).evaluation
+        self._features = features
+        self.view = (view or self._features_view() or backbone.view).evaluation
         check_size(backbone, self.view)
         self.classes, self.task = images.classes, images.task
         self.history = History()
         self.read_from: Literal["features", "images"] | None = None
-        self._loss, self._metrics = loss, {_name_of(each): each for each in metrics or ()}
-        self._key = features
+        self._loss, self._metrics = loss, _by_name(metrics or ())
+        self._trained_on: str | None = None
         self._probed: set[tuple[str, str]] = set()
         self._origins = [Origin(dict(backbone.origin), backbone.digests(), backbone.view)]
-        self._past = _past_split(backbone)
         self.head_name = head if isinstance(head, str) else "module"
-        self.model = self._with_head(backbone, cut, reduce, head)
+        self.model, self._cut = self._with_head(backbone, cut, reduce, head)
         self.model.to_device(self.device)
         self.model.eval()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(type(self), name):
+            hint = f"Its attributes are {', '.join(each for each in self.__slots__ if not each.startswith('_'))}."
+            if name == "precompute":
+                hint = (
+                    "There is no precompute mode: stored features are used where what is frozen and the augmentation "
+                    "allow it, and learn.inputs says so. See freeze_to(...), unfreeze() and augment."
+                )
+            raise AttributeError(f"A Learner has no attribute {name!r}. {hint}")
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         pool = f" ({self._reduction})" if self._reduction else ""
@@ -151,7 +163,7 @@ class Learner:
                 f"Learner: {self.model.name}, {self.head_name} head at {self.cut}{pool}, {len(self.classes)} classes; "
                 f"{_images_words(self.images)}",
                 self._frozen_line(),
-                f"augmentation: {_augment_words(self.augment)}",
+                f"augmentation: {'none' if self.augment is None else views_words(self.augment)}",
                 "inputs:",
                 *(f"  {line}" for line in str(self.inputs).splitlines()),
             ]
@@ -160,8 +172,22 @@ class Learner:
     # ----------------------------------------------------------------------------------------------- what is frozen
 
     @property
+    def images(self) -> ImageSet:
+        """The image set; another one must have the same classes."""
+        return self._images
+
+    @images.setter
+    def images(self, images: ImageSet) -> None:
+        if (images.classes, images.task) != (self.classes, self.task):
+            raise ValueError(
+                f"These images have the classes {', '.join(images.classes)} ({images.task}), and the head was made for "
+                f"{', '.join(self.classes)} ({self.task}). Make a new Learner for them."
+            )
+        self._images = images
+
+    @property
     def inputs(self) -> Inputs:
-        """Where the next fit would read from, and why; prints as sentences."""
+        """Where the next fit would read from, and why; prints as sentences. Nothing is extracted yet."""
         return derive(self._situation(), self.augment)
 
     def freeze_to(self, cut: str) -> None:
@@ -181,7 +207,7 @@ class Learner:
     @property
     def cut(self) -> str:
         """Where the head sits: the last value before pool and head."""
-        return self.model.cut_points[-1] if self.model.head is not None else self.model.default_cut
+        return self._cut
 
     def attach(self, model: StagedModel) -> None:
         """Puts the trunk in that a store knew by digest only; its digest is checked."""
@@ -218,13 +244,14 @@ class Learner:
         """
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}; expected at least 1.")
-        source, held_out = self._ready_inputs()
+        situation, inputs = self._ready()
+        assert inputs.train is not None
+        train = self._batches(inputs.train, situation)
+        valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
         if lr is None:
-            lr = float(f"{self._found(source, weight_decay).suggestion:.2g}")
+            lr = float(f"{self._found(train, weight_decay).suggestion:.2g}")
             self._say(f"learning rate {lr:g}, the finder's suggestion (to use it again: --lr {lr:g})")
-        train = self._batches(source)
-        valid = None if held_out is None else self._batches(held_out)
-        self.read_from = source.kind
+        self.read_from, self._trained_on = inputs.train.kind, str(inputs)
         optimizer = optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         scheduler = schedules.build(schedule, optimizer, rates, epochs * len(train))
@@ -256,13 +283,14 @@ class Learner:
 
     def lr_find(self, *, weight_decay: float = 0.01) -> LearningRates:
         """Tries rising learning rates on what would train now; weights, statistics and random state come back."""
-        source, _ = self._ready_inputs()
-        return self._found(source, weight_decay)
+        situation, inputs = self._ready()
+        assert inputs.train is not None
+        return self._found(self._batches(inputs.train, situation), weight_decay)
 
-    def _found(self, source: Source, weight_decay: float) -> LearningRates:
+    def _found(self, train: Batches, weight_decay: float) -> LearningRates:
         return find_lr(
             self._tail(),
-            self._batches(source),
+            train,
             lambda: optim.build(self.model, 1.0, optimizer=self.optimizer, weight_decay=weight_decay),
             loss=self._criterion(),
             seed=self.seed,
@@ -272,9 +300,9 @@ class Learner:
 
     def evaluate(self, split: str = "valid") -> dict[str, float]:
         """Loss, metrics and number of the labelled images of a split: train, valid or test, in the evaluation view."""
-        logits, targets = outputs(self._tail(), self._batches(self._split_source(split)))
-        scored = {name: metric(logits, targets) for name, metric in self._scores().items()}
-        return {"loss": float(self._criterion()(logits, targets)), **scored, "images": len(logits)}
+        source, logits, targets = self._split_outputs(split)
+        self.read_from = source.kind
+        return self._scored(logits, targets)
 
     def predict(self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Prediction]:
         """One record an image (label, probability, top), in order.
@@ -296,8 +324,10 @@ class Learner:
     ) -> tuple[tuple[str, ...], NDArray[np.float64]]:
         """Ids and probabilities ``(N, K)``, without images that can't be read where ``on_error`` is ``skip``."""
         images = as_images(items)
-        source = find(self._reading(images), images, None)
-        logits, rows = predicted(self._tail(), self._batches(source))
+        situation = self._reading(images)
+        source = find(situation, images, None)
+        self.read_from = source.kind
+        logits, rows = predicted(self._tail(), self._batches(source, situation))
         ids = tuple(source.images.ids[row] for row in rows.tolist())
         return ids, probabilities(logits, self.task)
 
@@ -313,8 +343,10 @@ class Learner:
         with new_run(folder, overwrite=overwrite) as made:
             write_run(made, self._facts(), self.model.tensors())
             self._write_reports(made)
-        origin = {"backbone": str(folder), "architecture": self.model.origin.get("architecture")}
-        self._origins.append(Origin(origin, self.model.digests(), self.view))
+        made_by = self.model.origin.get("architecture")
+        if made_by is not None:  # else no command can make the model anew
+            origin = {"backbone": str(folder), "architecture": made_by}
+            self._origins.append(Origin(origin, self.model.digests(), self.view))
         return folder
 
     @classmethod
@@ -355,13 +387,15 @@ class Learner:
             base,
             images,
             store,
-            cut=facts["model"]["cut"],
+            cut=facts["model"]["default_cut"],
             reduce=facts["model"]["reduction"] or "none",
             head=_saved_head(facts["head"], head, folder),
             view=View.from_facts(facts["model"]["view"]),
             **options,
         )
         learn.head_name = facts["head"]["name"]
+        if "backbone" not in base.origin:
+            learn._origins.clear()  # the caller's module has other weights than the run
         learn.model.load_tensors(saved.tensors)
         learn._past = past
         if facts["model"]["frozen"] is None:
@@ -385,51 +419,77 @@ class Learner:
             images=self.images,
             store=self.store,
             view=self.view,
-            key=self._key,
+            key=self._features,
             on_missing=self.on_missing,
             on_error=self.on_error,
             device=self.device,
             probed=self._probed,
         )
 
-    def _with_head(self, backbone: StagedModel, cut: str | None, reduce: str, head: str | nn.Module) -> StagedModel:
+    def _features_view(self) -> View | None:
+        if self._features is None:
+            return None
+        if self.store is None:
+            raise ValueError(
+                f"features is {self._features!r} and there is no store. Pass the store that holds the set."
+            )
+        return self.store.set(self._features).spec.rendered
+
+    def _with_head(
+        self, backbone: StagedModel, cut: str | None, reduce: str, head: str | nn.Module
+    ) -> tuple[StagedModel, str]:
+        """The model with its head, and the cut where that sits."""
         if head == "keep":
             model = backbone.sharing()
-            model.freeze_to(cut or model.default_cut)
-            return model
-        cut, reduce = self._chosen(backbone, cut, reduce)
+            cut = model.canonical(cut or model.default_cut)
+            model.freeze_to(cut)
+            return model, cut
+        cut, reduce = self._place_of_head(backbone, cut, reduce)
         pool = backbone.pool(cut, reduce)
         shape = pool.shape(backbone.shape(cut, self.view.size))
         module = build_head(head, shape, max(len(self.classes), 1), self.seed)
-        return backbone.with_head(module, cut=cut, reduction=pool.reduction)
+        return backbone.with_head(module, cut=cut, reduction=pool.reduction), cut
 
-    def _chosen(self, backbone: StagedModel, cut: str | None, reduce: str) -> tuple[str, str]:
-        """Cut and reduction where the caller left them open: the default ones, or the only ones that are stored."""
-        if self.store is None or not self.store.root.is_dir():
-            return cut or backbone.default_cut, reduce
-        digests = backbone.digests()
-        sets = self.store.sets() if self._key is None else [self.store.set(self._key)]
-        stored = {
-            (name, each.spec.reduction)
-            for each in sets
-            for name, digest in digests.items()
-            if digest == each.spec.trunk
-            and cut in (None, name, str(each.facts["cut"]))
-            and reduce in ("auto", each.spec.reduction)
-        }
-        wanted = cut or backbone.default_cut
-        default = (backbone.canonical(wanted), backbone.pool(wanted, reduce).reduction)
-        pooled = {each for each in stored if each[1] != "none" or backbone.layout(each[0]) == "NC"}
-        if self._key is None and (default in stored or not pooled):
+    def _place_of_head(self, backbone: StagedModel, cut: str | None, reduce: str) -> tuple[str, str]:
+        """Cut and reduction; where the caller left them open the default ones, or the only ones that are stored.
+
+        Raises:
+            AmbiguousRequestError: where several are stored and the default ones aren't among them.
+        """
+        stored = self._stored_places(backbone, cut, reduce)
+        if self._features is not None and stored:
+            ((name, reduction),) = stored
+            is_maps = reduction == "none" and backbone.layout(name) != "NC"
+            return name, reduce if is_maps else reduction
+        name = backbone.canonical(cut or backbone.default_cut)
+        default = name, backbone.pool(name, reduce).reduction
+        pooled = [each for each in stored if each[1] != "none" or backbone.layout(each[0]) == "NC"]
+        # A store's own model was asked for by a key, and there is no telling which of several it was.
+        if not pooled or (default in pooled and not (backbone.is_absent and len(pooled) > 1)):
             return default
-        if len(pooled) > 1 and self._key is None:
-            listed = ", ".join(f"{name} {reduction}" for name, reduction in sorted(pooled))
+        if len(pooled) > 1:
+            assert self.store is not None
+            listed = ", ".join(f"{name} {reduction}" for name, reduction in pooled)
             raise AmbiguousRequestError(
                 f"{self.store.root} holds several kinds of features of {backbone.name}: {listed}. Choose one with "
                 "cut= and reduce=, or by its key with features= (--cut, --reduce, --features)."
             )
-        name, reduction = min(pooled or stored or {default})
-        return name, reduce if reduction == "none" and backbone.layout(name) != "NC" else reduction
+        return pooled[0]
+
+    def _stored_places(self, backbone: StagedModel, cut: str | None, reduce: str) -> list[tuple[str, str]]:
+        """Cuts and reductions of the stored sets, or of the one that was chosen, that are this backbone's."""
+        if self.store is None or not self.store.root.is_dir():
+            return []
+        sets = self.store.sets() if self._features is None else [self.store.set(self._features)]
+        digests = self._origins[0].digests
+        wanted = None if cut is None else backbone.canonical(cut)
+        found = {}
+        for each in sets:
+            names = [name for name in backbone.cut_points if digests[name] == each.spec.trunk]
+            label = str(each.facts["cut"])
+            if names and wanted in (None, *names) and reduce in ("auto", each.spec.reduction):
+                found[wanted or (label if label in names else names[0]), each.spec.reduction] = each
+        return sorted(found)
 
     def _tail(self) -> nn.Sequential:
         return nn.Sequential(*list(self.model.stages)[self.model.num_frozen :])
@@ -440,42 +500,66 @@ class Learner:
     def _scores(self) -> dict[str, scores.Metric]:
         return {**scores.default_metrics(self.task, len(self.classes)), **self._metrics}
 
-    def _batches(self, source: Source) -> Batches:
-        self.read_from = source.kind
-        return Batches(source, self._situation(), batch_size=self.batch_size, workers=self.workers)
+    def _batches(self, source: Source, situation: Situation) -> Batches:
+        return Batches(source, situation, batch_size=self.batch_size, workers=self.workers)
 
-    def _ready_inputs(self) -> tuple[Source, Source | None]:
-        """The sources of training and validation, checked, and said."""
+    def _ready(self) -> tuple[Situation, Inputs]:
+        """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""
         training = labelled(training_part(self.images))
         if not len(training) or training.targets is None:
             raise ValueError("There are no labelled images to train on. Give an image set with classes.")
         optim.build(self.model, 1.0, optimizer="sgd", weight_decay=0.0)  # raises if nothing would train
+        situation = self._situation()
         if self._past is not None and not self.allow_leak:
-            known = {} if self.store is None else self.store.known_digests(self.images)
-            self._past.check(training, training.digests(known))
-        inputs = self.inputs
+            self._past.check(training, training.digests(situation.known))
+        inputs = derive(situation, self.augment)
+        if inputs.first is not None:
+            self._say(inputs.first)
+            extract_missing(situation, self.augment, progress=not self.quiet)
+            situation = replace(self._situation(), on_missing="error")
+            inputs = derive(situation, self.augment)
         if inputs.problem is not None:
             raise inputs.problem
         assert inputs.train is not None
+        self._refuse_batches_of_one(len(inputs.train.images))
         self._say(str(inputs))
-        left_out = len(training) - len(inputs.train.images)
+        kept = {name for source in (inputs.train, inputs.valid) if source is not None for name in source.images.ids}
+        left_out = [name for part in (training, labelled(self.images.valid)) for name in part.ids if name not in kept]
         if left_out:
-            self._say(f"{left_out:,} training images can't be read and are left out")
-        return inputs.train, inputs.valid
+            named = f"{', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}"
+            self._say(f"{len(left_out):,} image{'s' * (len(left_out) > 1)} can't be read, left out: {named}")
+        return situation, inputs
 
-    def _split_source(self, split: str) -> Source:
+    def _refuse_batches_of_one(self, num_images: int) -> None:
+        """Batch norm over vectors has no statistics of a single row; torch would say so in the middle of the work."""
+        has_norm = any(isinstance(module, nn.BatchNorm1d) for module in self._tail().modules())
+        if has_norm and min(self.batch_size, num_images) == 1:
+            raise ValueError(
+                f"Batch norm can't be trained on one image at a time ({num_images:,} to train on, batch size "
+                f"{self.batch_size}). Give more images or a larger --batch-size, or a head without it: --head linear "
+                '(in Python: batch_size=, head="linear").'
+            )
+
+    def _split_outputs(self, split: str) -> tuple[Source, torch.Tensor, torch.Tensor]:
+        """Where a split's labelled images were read from, their logits ``(N, K)`` and targets."""
         if split not in ("train", "valid", "test"):
             raise ValueError(f"{split!r} is no split; expected train, valid or test.")
         part = training_part(self.images) if split == "train" else getattr(self.images, split)
         chosen = labelled(part)
         if not len(chosen) or chosen.targets is None:
             raise ValueError(f"The split {split} has no labelled images.")
-        return find(self._reading(chosen), chosen, None)
+        situation = self._reading(chosen)
+        source = find(situation, chosen, None)
+        return source, *outputs(self._tail(), self._batches(source, situation))
+
+    def _scored(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+        values = {name: metric(logits, targets) for name, metric in self._scores().items()}
+        return {"loss": float(self._criterion()(logits, targets)), **values, "images": len(logits)}
 
     def _reading(self, images: ImageSet) -> Situation:
         """For scores and predictions: what isn't stored is read, unless there is nothing to read."""
-        situation = self._situation()
-        return situation if self.model.is_absent or images.absent(1) else replace(situation, on_missing="images")
+        is_readable = not self.model.is_absent and not images.absent(1)
+        return replace(self._situation(), on_missing="images" if is_readable else "error")
 
     def _frozen_line(self) -> str:
         count = sum(parameter.numel() for parameter in self.model.trained_parameters())
@@ -491,7 +575,9 @@ class Learner:
     def _say_left_out(self, *passes: Batches | None) -> None:
         failures = {name: reason for each in passes if each is not None for name, reason in each.failures.items()}
         for name, reason in list(failures.items())[:1]:
-            self._say(f"{len(failures):,} images can't be read and were left out (first: {name}: {reason})")
+            self._say(
+                f"{len(failures):,} image{'s' * (len(failures) > 1)} can't be read, left out (first: {name}: {reason})"
+            )
 
     def _say_frozen(self) -> None:
         self._say(self._frozen_line())
@@ -506,7 +592,8 @@ class Learner:
                 "name": model.name,
                 "backbone": origin.get("backbone"),
                 "architecture": origin.get("architecture"),
-                "cut": self.cut if model.head is not None else model.cut_points[-1],
+                "cut": model.cut_points[-1],
+                "default_cut": self.cut,
                 "reduction": self._reduction,
                 "stages": [
                     {
@@ -530,44 +617,49 @@ class Learner:
         }
 
     def _write_reports(self, folder: Path) -> None:
-        split = self.images.origin.get("split") or {}
-        past = self._past
-        PastSplit.write(
-            folder,
-            self.images,
-            self.images.digests({} if self.store is None else self.store.known_digests(self.images)),
-            valid=split.get("valid", past.valid if past else DEFAULT_VALID),
-            seed=split.get("seed", past.seed if past else DEFAULT_SPLIT_SEED),
-        )
+        self._write_split(folder)
         if self.history.records:
+            columns = self.history.frame()
             with (folder / HISTORY).open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(self.history.records[0]))
-                writer.writeheader()
-                writer.writerows(self.history.records)
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                writer.writerows(zip(*columns.values(), strict=True))
         about = {
             "featstore": featstore.__version__,
             "torch": torch.__version__,
             "device": str(self.device),
             "batch_size": self.batch_size,
             "epochs": len(self.history.records),
-            "inputs": str(self.inputs),
+            "inputs": self._trained_on,
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         (folder / RUN).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         if len(labelled(self.images.valid)):
             self._write_valid(folder)
 
+    def _write_split(self, folder: Path) -> None:
+        if not len(self.images) and self._past is not None:
+            shutil.copy(self._past.run / SPLIT, folder / SPLIT)
+            return
+        split, past = self.images.origin.get("split") or {}, self._past
+        PastSplit.write(
+            folder,
+            self.images,
+            self.images.digests(self._situation().known),
+            valid=split.get("valid", past.valid if past else DEFAULT_VALID),
+            seed=split.get("seed", past.seed if past else DEFAULT_SPLIT_SEED),
+        )
+
     def _write_valid(self, folder: Path) -> None:
         try:
-            source = self._split_source("valid")
-        except FeatureStoreError:  # the images went away since; the model can be saved all the same
+            source, logits, targets = self._split_outputs("valid")
+        except FeatureStoreError as error:  # the images went away since; the model can be saved all the same
+            self._say(f"saved without validation scores: {error}")
             return
-        logits, targets = outputs(self._tail(), self._batches(source))
-        scored = {name: metric(logits, targets) for name, metric in self._scores().items()}
-        facts = {"loss": float(self._criterion()(logits, targets)), **scored, "images": len(logits)}
-        finite = {name: value if math.isfinite(value) else None for name, value in facts.items()}
+        scored = self._scored(logits, targets).items()
+        finite = {name: value if math.isfinite(value) else None for name, value in scored}
         (folder / METRICS).write_text(json.dumps({"valid": finite}, indent=1) + "\n", encoding="utf-8")
-        values = probabilities(logits, self.task)
+        values = probabilities(logits.cpu(), self.task)
         write_csv(folder / VALID_PREDICTIONS, source.images.ids, values, self.classes, self.task)
 
 
@@ -701,15 +793,16 @@ def _images_words(images: ImageSet) -> str:
     return f"{len(images):,} images" + (f": {dealt}" if dealt else "")
 
 
-def _augment_words(augment: Augment | None) -> str:
-    if augment is None:
-        return "none"
-    seeds = "fresh seeds" if augment.seeds == "fresh" else f"seeds {seed_ranges(augment.seeds)}"
-    return f"{augment.policy.name}, {seeds}"
-
-
-def _name_of(metric: scores.Metric) -> str:
-    return str(getattr(metric, "__name__", type(metric).__name__))
+def _by_name(metrics: Iterable[scores.Metric]) -> dict[str, scores.Metric]:
+    found: dict[str, scores.Metric] = {}
+    for each in metrics:
+        name = str(getattr(each, "__name__", type(each).__name__))
+        if name in found:
+            raise ValueError(
+                f"Two metrics are called {name}, and records hold one number a name. Name them differently."
+            )
+        found[name] = each
+    return found
 
 
 def _line(record: Record) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from featstore.staged import StagedModel
+from featstore.staged import AbsentStage, Stage, StagedModel
 
 LearningRate = float | Sequence[float]
 """One rate for all groups; one for each group; or two, (low, high), spread geometrically over all groups."""
@@ -23,11 +24,11 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9),  # each group brings its own rate
 }
 
-_BOUNDARY, _MEMBERS = "layer2", {"layer1", "layer2", "layer3", "layer4"}
+_BOUNDARY, _AROUND = "layer2", {"layer1", "layer2", "layer3"}
 """Where fastai 0.7 parts the body of a resnet (its `lr_cut`): the early body ends with layer2."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerGroup:
     """Stages that share a learning rate.
 
@@ -44,23 +45,27 @@ def layer_groups(model: StagedModel) -> list[LayerGroup]:
     """Early body, late body and head, without groups that have no parameters; frozen ones count.
 
     The head is what `with_head` added, else the last stage with parameters. The body of a resnet is parted as fastai
-    parted it, any other in the middle of its stages with parameters.
+    parted it, any other in the middle of its stages with parameters. Stages of an absent trunk count as having some, so
+    that the same rates are accepted with and without the weights.
+
+    Raises:
+        ValueError: for a model without parameters.
     """
-    with_parameters = [place for place, stage in enumerate(model.stages) if next(stage.parameters(), None) is not None]
+    with_parameters = [place for place, stage in enumerate(_stages(model)) if _has_parameters(stage)]
     if not with_parameters:
         raise ValueError(f"{model.name} has no parameters, so there is nothing to train.")
     head = len(model.stages) - 1 if model.head is not None else with_parameters[-1]
     body = [place for place in with_parameters if place < head]
     if not body:
-        return [LayerGroup("head", range(len(model.stages)))]
-    if set(model.cut_points) >= _MEMBERS and model.index(_BOUNDARY) < head:
+        return [LayerGroup(name="head", stages=range(len(model.stages)))]
+    if set(model.cut_points) >= _AROUND:
         middle = model.index(_BOUNDARY) + 1
     else:
         middle = body[len(body) // 2]
     parts = [
-        LayerGroup("early body", range(middle)),
-        LayerGroup("late body", range(middle, head)),
-        LayerGroup("head", range(head, len(model.stages))),
+        LayerGroup(name="early body", stages=range(middle)),
+        LayerGroup(name="late body", stages=range(middle, head)),
+        LayerGroup(name="head", stages=range(head, len(model.stages))),
     ]
     return [part for part in parts if set(part.stages) & set(with_parameters)]
 
@@ -74,8 +79,8 @@ def spread(lr: LearningRate, num_groups: int) -> list[float]:
     Raises:
         ValueError: for a rate that isn't positive, or a number of rates that is neither 1, 2 nor `num_groups`.
     """
-    rates = [float(lr)] if isinstance(lr, int | float) else [float(rate) for rate in lr]
-    if not rates or any(not 0 < rate < float("inf") for rate in rates):
+    rates = _numbers(lr)
+    if not rates or any(not 0 < rate < math.inf for rate in rates):
         raise ValueError(f"lr is {lr!r}; expected positive numbers, for example 3e-3 or (1e-5, 1e-3).")
     if len(rates) == 1:
         return rates * num_groups
@@ -85,7 +90,7 @@ def spread(lr: LearningRate, num_groups: int) -> list[float]:
         if num_groups == 1:
             return [rates[1]]
         low, high = rates
-        return [float(low * (high / low) ** (place / (num_groups - 1))) for place in range(num_groups)]
+        return [low * (high / low) ** (place / (num_groups - 1)) for place in range(num_groups)]
     raise ValueError(
         f"lr has {len(rates)} rates; this model has {num_groups} layer groups, frozen ones included. Give one rate, "
         f"{num_groups} rates, or (low, high)."
@@ -97,8 +102,15 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
 
     Freezing a group never changes another group's rate: rates are spread over all groups first.
 
+    Args:
+        model: whose stages train.
+        lr: as in `spread`.
+        optimizer: a key of `OPTIMIZERS`, or a callable that takes parameter groups, each with its rate, weight decay
+            and name.
+        weight_decay: of every parameter.
+
     Raises:
-        ValueError: if nothing trains, or for an unknown optimizer.
+        ValueError: if nothing trains, for an unknown optimizer, or for rates that don't fit.
     """
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise ValueError(
@@ -111,7 +123,7 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
             parameter
             for place in group.stages
             if place >= model.num_frozen
-            for parameter in _stage(model, place).parameters()
+            for parameter in model.stages[place].parameters()
             if parameter.requires_grad
         ]
         if parameters:
@@ -125,5 +137,16 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
     return (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)(parameter_groups)
 
 
-def _stage(model: StagedModel, place: int) -> nn.Module:
-    return model.stages[place]
+def _stages(model: StagedModel) -> list[Stage]:
+    return list(model.stages)  # type: ignore[arg-type]
+
+
+def _has_parameters(stage: Stage) -> bool:
+    return isinstance(stage, AbsentStage) or next(stage.parameters(), None) is not None
+
+
+def _numbers(lr: LearningRate) -> list[float]:
+    try:
+        return [float(lr)] if isinstance(lr, Real | str) else [float(rate) for rate in lr]  # type: ignore[union-attr]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr is {lr!r}; expected numbers, for example 3e-3 or (1e-5, 1e-3).") from error

@@ -45,7 +45,7 @@ class Prediction:
 
 def probabilities(logits: Tensor, task: str) -> NDArray[np.float64]:
     """Probabilities ``(N, K)`` of logits: softmax for one class an image, sigmoid for any number of labels."""
-    wide = logits.double()
+    wide = logits.cpu().double()
     values = torch.softmax(wide, dim=1) if task == "single" else torch.sigmoid(wide)
     array: NDArray[np.float64] = values.numpy()
     return array
@@ -67,6 +67,8 @@ def write_csv(path: Path, ids: Sequence[str], values: NDArray[np.float64], class
 
 def as_images(items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> ImageSet:
     """An unlabelled image set of files and folders, in the order given; a folder's images at any depth, sorted.
+
+    Hidden files and folders inside a folder are left out. What is named twice comes once, at its first place.
 
     Raises:
         ValueError: if there is no image, or a path doesn't exist.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,36 +40,38 @@ class PastSplit:
         if not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as file:
-                digests = {name: file[name].reshape(-1, 32) for name in _SPLITS}
-                return cls(run=run, digests=digests, valid=float(file["rule_valid"]), seed=int(file["rule_seed"]))
-        except (OSError, ValueError, KeyError) as error:
+            # Opened here, since numpy leaves a file open that turns out to be no archive.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+                digests = {name: _checked(saved[name]) for name in _SPLITS}
+                return cls(run=run, digests=digests, valid=float(saved["rule_valid"]), seed=int(saved["rule_seed"]))
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise DamagedFileError(f"{path} is damaged ({error}). Restore it, or train the model again.") from error
 
     @staticmethod
     def write(run: Path, images: ImageSet, digests: Digests, *, valid: float, seed: int) -> None:
         """Records the split of `images` in the run folder `run`; an undealt set counts as training."""
-        dealt = (images.splits != "").any()
-        of_split = {
-            name: digests.values[(images.splits == name) & ~digests.is_failed]
-            if dealt
-            else digests.values[: len(images) if name == "train" else 0]
-            for name in _SPLITS
-        }
-        np.savez(run / FILE, allow_pickle=False, rule_valid=np.float64(valid), rule_seed=np.int64(seed), **of_split)
+        splits = images.splits if (images.splits != "").any() else np.full(len(images), "train")
+        of_split = {name: digests.values[(splits == name) & ~digests.is_failed] for name in _SPLITS}
+        np.savez(run / FILE, rule_valid=np.float64(valid), rule_seed=np.int64(seed), **of_split)
 
     def applied(self, images: ImageSet, known: Mapping[str, KnownDigest]) -> ImageSet:
         """`images` with this split, by content; images that the run hadn't seen are dealt by its rule.
 
-        A set that has a split of its own keeps it.
+        An image of a group that the run had seen goes where its group went. A set that has a split of its own keeps it.
         """
-        if (images.splits != "").any():
+        if (images.splits != "").any() or not len(images):
             return images
-        splits = images.split(valid=self.valid, seed=self.seed).splits.copy()
-        contents = images.digests(known).values
+        # Of content that lies in two splits the later one counts: what was held out stays so.
         past = {bytes(row): name for name in _SPLITS for row in self.digests[name]}
-        for place, content in enumerate(contents):
-            splits[place] = past.get(bytes(content), splits[place])
+        recorded = [past.get(bytes(content), "") for content in images.digests(known).values]
+        of_group: dict[str, str] = {}
+        for group, name in zip(images.groups or (), recorded, strict=False):
+            of_group[group] = max(of_group.get(group, ""), name, key=("", *_SPLITS).index)
+        by_rule = images.split(valid=self.valid, seed=self.seed).splits
+        splits = [
+            name or of_group.get(group, "") or rule
+            for name, group, rule in zip(recorded, images.groups or [""] * len(images), by_rule.tolist(), strict=True)
+        ]
         return images.with_splits(splits)
 
     def check(self, training: ImageSet, digests: Digests) -> None:
@@ -83,7 +86,8 @@ class PastSplit:
             raise FeatureStoreError(
                 f"{len(leaked):,} of the {len(training):,} images to train on were held out by {self.run} (first: "
                 f"{leaked[0]}); its scores, and those of what follows, would be of images it has learned. Leave out "
-                "--valid, --split-seed and own splits, then the run's split is used; or pass --allow-leak."
+                "--valid, --split-seed and own splits, then the run's split is used; or pass --allow-leak (in Python: "
+                "allow_leak=True)."
             )
 
 
@@ -109,3 +113,9 @@ def with_classes(images: ImageSet, classes: tuple[str, ...], run: Path) -> Image
     wide = np.zeros((len(images), len(classes)), np.float32)
     wide[:, places] = images.targets
     return replace(images, classes=classes, targets=wide)
+
+
+def _checked(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if digests.dtype != np.uint8 or digests.ndim != 2 or digests.shape[1] != 32:
+        raise ValueError(f"digests are {digests.dtype} of shape {digests.shape}")
+    return digests
