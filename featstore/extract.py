@@ -21,7 +21,7 @@ from tqdm import tqdm
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ImageError
 from featstore.features import first_places, is_among
-from featstore.images import Digests, ImageSet, split_overlap
+from featstore.images import Digests, ImageSet, overlap_note
 from featstore.pool import REDUCTIONS
 from featstore.probe import Probe, check_probe, take_probes
 from featstore.purity import check_pure
@@ -128,14 +128,8 @@ class Plan:
         if absent:
             named = f"{', '.join(absent[:3])}{', ...' * (len(absent) > 3)}"
             notes.append(f"{len(absent):,} image files are absent ({named})")
-        pairs = split_overlap(self.images, self.digests)
-        if pairs:
-            named = ", ".join(f"{seen} = {held_out}" for seen, held_out in pairs[:3]) + ", ..." * (len(pairs) > 3)
-            notes.append(
-                f"{len(pairs):,} held-out images are byte for byte the same as images in another split ({named}); "
-                "scores on them say nothing about new images"
-            )
-        return notes
+        overlap = overlap_note(self.images, self.digests)
+        return notes if overlap is None else [*notes, overlap]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -567,6 +567,18 @@ def split_overlap(images: ImageSet, digests: Digests) -> list[tuple[str, str]]:
     return pairs
 
 
+def overlap_note(images: ImageSet, digests: Digests) -> str | None:
+    """A sentence that counts and names byte-identical images in different splits; None if there are none."""
+    pairs = split_overlap(images, digests)
+    if not pairs:
+        return None
+    named = ", ".join(f"{seen} = {held_out}" for seen, held_out in pairs[:3]) + ", ..." * (len(pairs) > 3)
+    return (
+        f"{len(pairs):,} held-out images are byte for byte the same as images in another split ({named}); "
+        "scores on them say nothing about new images"
+    )
+
+
 def content_digest(data: bytes | NDArray[np.uint8]) -> bytes:
     """SHA-256 (32 bytes) of an image as `ImageSet.read` gives it; of an array with its shape, unlike any file's."""
     if isinstance(data, bytes):

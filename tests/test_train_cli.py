@@ -69,7 +69,20 @@ def test_training_reports_json_that_evaluate_repeats(run: Run) -> None:
     evaluated = run("featstore-train", "evaluate", "--model", "runs/tuned", "--images", "photos", "--json").json
     assert evaluated == {"valid": tuned["valid"], "inputs": "images"}
     evaluated = run("featstore-train", "evaluate", "--model", "runs/head", "--images", "photos", "--json").json
+    assert evaluated == {"valid": trained["valid"], "inputs": "features"}  # to the last digit, though float16
+    shutil.rmtree("feats")
+    evaluated = run("featstore-train", "evaluate", "--model", "runs/head", "--images", "photos", "--json").json
+    assert evaluated["inputs"] == "images"
     assert evaluated["valid"] == pytest.approx(trained["valid"], rel=1e-3)  # its features were stored as float16
+
+
+def test_the_same_image_in_training_and_validation_is_named(run: Run, here: Path) -> None:
+    held_out = ImageSet.from_folder("photos").split(valid=0.2, seed=0).valid.ids[0]
+    shutil.copy(here / "photos" / held_out, here / "photos" / Path(held_out).parent / "again.jpg")
+    ran = head(run)
+    assert ran.code == 0
+    assert "1 held-out images are byte for byte the same as images in another split" in ran.err
+    assert held_out in ran.err
 
 
 def test_the_command_is_the_function_of_the_library(run: Run, here: Path) -> None:

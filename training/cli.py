@@ -244,7 +244,8 @@ def evaluate(
     one_of("--split", split, ("train", "valid", "test"))
     chosen, notes = _images(images, model)
     tell_all(notes)
-    learn = Learner.load(model, chosen, **how.options())
+    # The features it was trained on give its scores again exactly; images give them to the storage type's precision.
+    learn = Learner.load(model, chosen, Learner.store_of(model), on_missing="images", **how.options())
     scored = _finite(learn.evaluate(split))
     if output.json:
         show_json({split: scored, "inputs": learn.read_from})

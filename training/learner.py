@@ -25,7 +25,7 @@ from featstore.commands import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.digest import Json
 from featstore.errors import AmbiguousRequestError, FeatureStoreError
 from featstore.extract import check_size
-from featstore.images import AbsentSource, ImageSet
+from featstore.images import AbsentSource, ImageSet, overlap_note
 from featstore.runs import Run, check_free, new_run, read_run, write_run
 from featstore.staged import PoolStage, StagedModel
 from featstore.store import FeatureStore
@@ -324,8 +324,7 @@ class Learner:
     ) -> tuple[tuple[str, ...], NDArray[np.float64]]:
         """Ids and probabilities ``(N, K)``, without images that can't be read where ``on_error`` is ``skip``."""
         images = as_images(items)
-        situation = self._reading(images)
-        source = find(situation, images, None)
+        situation, source = self._reading(images)
         self.read_from = source.kind
         logits, rows = predicted(self._tail(), self._batches(source, situation))
         ids = tuple(source.images.ids[row] for row in rows.tolist())
@@ -404,6 +403,19 @@ class Learner:
             learn.model.freeze_to(facts["model"]["frozen"])
         learn.model.eval()
         return learn
+
+    @staticmethod
+    def store_of(run: str | Path) -> FeatureStore | None:
+        """The store that a saved run was trained with, if it is still where it was.
+
+        Read from there, a run's scores are those it was saved with, to the last digit, and no trunk runs.
+        """
+        about = Path(run) / RUN
+        try:
+            folder = json.loads(about.read_text(encoding="utf-8"))["store"]
+        except (OSError, ValueError, KeyError):  # a run without that fact is a run all the same
+            return None
+        return FeatureStore(folder) if folder is not None and Path(folder).is_dir() else None
 
     # ------------------------------------------------------------------------------------------------------- inside
 
@@ -523,6 +535,9 @@ class Learner:
         assert inputs.train is not None
         self._refuse_batches_of_one(len(inputs.train.images))
         self._say(str(inputs))
+        overlap = overlap_note(self.images, self.images.digests(situation.known))
+        if overlap is not None:
+            self._say(overlap)
         kept = {name for source in (inputs.train, inputs.valid) if source is not None for name in source.images.ids}
         left_out = [name for part in (training, labelled(self.images.valid)) for name in part.ids if name not in kept]
         if left_out:
@@ -548,18 +563,27 @@ class Learner:
         chosen = labelled(part)
         if not len(chosen) or chosen.targets is None:
             raise ValueError(f"The split {split} has no labelled images.")
-        situation = self._reading(chosen)
-        source = find(situation, chosen, None)
+        situation, source = self._reading(chosen)
         return source, *outputs(self._tail(), self._batches(source, situation))
 
     def _scored(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         values = {name: metric(logits, targets) for name, metric in self._scores().items()}
         return {"loss": float(self._criterion()(logits, targets)), **values, "images": len(logits)}
 
-    def _reading(self, images: ImageSet) -> Situation:
-        """For scores and predictions: what isn't stored is read, unless there is nothing to read."""
+    def _reading(self, images: ImageSet) -> tuple[Situation, Source]:
+        """For scores and predictions: what isn't stored is read, unless there is nothing to read.
+
+        Their numbers are right either way, so several fitting sets are no reason to stop: images are read then, too.
+        """
         is_readable = not self.model.is_absent and not images.absent(1)
-        return replace(self._situation(), on_missing="images" if is_readable else "error")
+        situation = replace(self._situation(), on_missing="images" if is_readable else "error")
+        try:
+            return situation, find(situation, images, None)
+        except AmbiguousRequestError:
+            if not is_readable:
+                raise
+            situation = replace(situation, store=None)
+            return situation, find(situation, images, None)
 
     def _frozen_line(self) -> str:
         count = sum(parameter.numel() for parameter in self.model.trained_parameters())
@@ -631,6 +655,7 @@ class Learner:
             "batch_size": self.batch_size,
             "epochs": len(self.history.records),
             "inputs": self._trained_on,
+            "store": None if self.store is None else str(self.store.root.absolute()),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         (folder / RUN).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
