@@ -22,8 +22,8 @@ ORDER = {
         "store", "extract", "__init__", "program", "flags", "cli", "__main__",
     ),
     "training": (
-        "metrics", "schedules", "plots", "heads", "inputs", "splits", "batches", "optim", "fit", "lr_find", "predict",
-        "learner", "__init__", "cli", "__main__",
+        "metrics", "schedules", "plots", "heads", "situation", "search", "explain", "inputs", "splits", "batches",
+        "optim", "fit", "lr_find", "predict", "saved", "learner", "recipes", "__init__", "cli", "__main__",
     ),
 }  # fmt: skip
 

@@ -4,9 +4,10 @@ from featstore.views import Augment
 from training.fit import History
 from training.heads import build_head
 from training.inputs import Inputs
-from training.learner import Learner, finetune, train_head
+from training.learner import Learner
 from training.lr_find import LearningRates
 from training.predict import Prediction
+from training.recipes import finetune, train_head
 
 __all__ = [
     "Augment",

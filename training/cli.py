@@ -32,10 +32,11 @@ from featstore.staged import StagedModel
 from featstore.store import FeatureStore
 from featstore.views import View
 from training.heads import HEADS
-from training.learner import METRICS, Learner, finetune, train_head
+from training.learner import METRICS, Learner
 from training.metrics import wilson_interval
 from training.optim import LearningRate
 from training.predict import as_images, predictions, write_csv
+from training.recipes import finetune, train_head
 from training.splits import PastSplit
 
 DEFAULTS = """\b

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 import featstore
-from featstore.backbones import architecture, restored
 from featstore.commands import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.digest import Json
 from featstore.errors import AmbiguousRequestError, FeatureStoreError
 from featstore.extract import check_size
-from featstore.images import AbsentSource, ImageSet, overlap_note
-from featstore.runs import Run, check_free, new_run, read_run, write_run
+from featstore.images import ImageSet, overlap_note
+from featstore.runs import new_run, read_run, write_run
 from featstore.staged import PoolStage, StagedModel
 from featstore.store import FeatureStore
 from featstore.trunk import choose_device
@@ -39,6 +38,7 @@ from training.heads import build_head
 from training.inputs import Inputs, Source, derive, extract_missing, find, labelled, training_part
 from training.lr_find import LearningRates, find_lr
 from training.predict import Prediction, as_images, predictions, probabilities, write_csv
+from training.saved import no_images, past_split, saved_backbone, saved_head
 from training.situation import OnError, OnMissing, Origin, Situation, frozen_words, training_words, views_words
 from training.splits import FILE as SPLIT
 from training.splits import PastSplit, with_classes
@@ -121,7 +121,7 @@ class Learner:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
         backbone = model if isinstance(model, StagedModel) else StagedModel.from_module(model)
-        self._past = _past_split(backbone)
+        self._past = past_split(backbone)
         if self._past is not None:
             images = self._past.applied(images, {} if store is None else store.known_digests(images))
         self._images, self.store, self.augment = images, store, augment
@@ -378,17 +378,17 @@ class Learner:
         saved = read_run(folder)
         facts = saved.facts
         classes, past = tuple(facts["classes"]), PastSplit.read(folder)
-        images = _no_images(classes, facts["task"]) if images is None else with_classes(images, classes, folder)
+        images = no_images(classes, facts["task"]) if images is None else with_classes(images, classes, folder)
         if past is not None:
             images = past.applied(images, {} if store is None else store.known_digests(images))
-        base = _base(saved, folder, module)
+        base = saved_backbone(saved, folder, module)
         learn = cls(
             base,
             images,
             store,
             cut=facts["model"]["default_cut"],
             reduce=facts["model"]["reduction"] or "none",
-            head=_saved_head(facts["head"], head, folder),
+            head=saved_head(facts["head"], head, folder),
             view=View.from_facts(facts["model"]["view"]),
             **options,
         )
@@ -686,128 +686,6 @@ class Learner:
         (folder / METRICS).write_text(json.dumps({"valid": finite}, indent=1) + "\n", encoding="utf-8")
         values = probabilities(logits.cpu(), self.task)
         write_csv(folder / VALID_PREDICTIONS, source.images.ids, values, self.classes, self.task)
-
-
-def train_head(
-    model: StagedModel | nn.Module,
-    images: ImageSet,
-    store: FeatureStore | None = None,
-    *,
-    freeze_to: str | None = None,
-    epochs: int = 10,
-    lr: optim.LearningRate | None = None,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    **options: Any,
-) -> Learner:
-    """Trains a head (and the stages behind `freeze_to`, if given) and keeps the epoch with the lowest validation loss.
-
-    The function behind ``featstore-train head``. `options` are those of `Learner`; `out` names a run folder.
-    """
-    if out is not None:
-        check_free(Path(out), overwrite=overwrite)
-    learn = Learner(model, images, store, **options)
-    if freeze_to is not None:
-        learn.freeze_to(freeze_to)
-    learn.fit(epochs, lr, keep="best")
-    if out is not None:
-        learn.save(out, overwrite=overwrite)
-    return learn
-
-
-def finetune(
-    model_or_run: StagedModel | nn.Module | str | Path,
-    images: ImageSet,
-    *,
-    store: FeatureStore | None = None,
-    freeze_to: str | None = None,
-    epochs: int,
-    lr: optim.LearningRate,
-    augment: Augment | None = None,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    **options: Any,
-) -> Learner:
-    """Trains everything behind `freeze_to` (None: everything) and keeps the epoch with the lowest validation loss.
-
-    The function behind ``featstore-train finetune``.
-
-    Args:
-        model_or_run: a saved run's folder, to go on with its model; or a backbone, which gets a new head.
-        images: as in `Learner`; without a split they get the run's.
-        store: read where it has what the freeze point needs; otherwise images are read.
-        freeze_to: the last frozen stage.
-        epochs: passes over the training images.
-        lr: one rate, one a layer group, or (low, high).
-        augment: of the training images.
-        out: run folder to save.
-        overwrite: replaces a run there.
-        options: further arguments of `Learner`.
-    """
-    if out is not None:
-        check_free(Path(out), overwrite=overwrite)
-    settings = {"augment": augment, "on_missing": "images", **options}
-    if isinstance(model_or_run, str | Path):
-        learn = Learner.load(model_or_run, images, store, **settings)
-    else:
-        learn = Learner(model_or_run, images, store, **settings)
-    if freeze_to is None:
-        learn.unfreeze()
-    else:
-        learn.freeze_to(freeze_to)
-    learn.fit(epochs, lr, keep="best")
-    if out is not None:
-        learn.save(out, overwrite=overwrite)
-    return learn
-
-
-def _base(saved: Run, folder: Path, module: nn.Module | None) -> StagedModel:
-    """The backbone of a saved run, with the run's weights."""
-    facts = saved.facts["model"]
-    if facts["is_absent"]:
-        return StagedModel.absent(
-            facts["stages"],
-            view=View.from_facts(facts["view"]),
-            name=facts["name"],
-            class_tokens=facts["class_tokens"],
-        )
-    if module is not None:
-        given = module if isinstance(module, StagedModel) else StagedModel.from_module(module)
-        return restored(given, saved)
-    if facts["architecture"] is None:
-        raise FeatureStoreError(
-            f"The backbone of {folder} was made in Python and has no name. Give it: Learner.load({str(folder)!r}, "
-            "module=...)."
-        )
-    return restored(architecture(facts["architecture"]), saved, origin=str(folder))
-
-
-def _saved_head(facts: Mapping[str, Json], head: nn.Module | None, folder: Path) -> str | nn.Module:
-    if facts["name"] != "module":
-        return str(facts["name"])
-    if head is None:
-        raise FeatureStoreError(
-            f"The head of {folder} was a module of your own. Give it: Learner.load({str(folder)!r}, head=...)."
-        )
-    return head
-
-
-def _past_split(backbone: StagedModel) -> PastSplit | None:
-    folder = Path(str(backbone.origin.get("backbone", "")))
-    return PastSplit.read(folder) if folder.is_dir() and "backbone" in backbone.origin else None
-
-
-def _no_images(classes: tuple[str, ...], task: Any) -> ImageSet:
-    return ImageSet(
-        name="none",
-        ids=(),
-        targets=None,
-        classes=classes,
-        splits=np.zeros(0, dtype="<U5"),
-        groups=None,
-        task=task,
-        source=AbsentSource(where="nowhere"),
-    )
 
 
 def _images_words(images: ImageSet) -> str:
