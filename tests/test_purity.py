@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from splitting import randomise
+from torch import Tensor, nn
+
+from featstore import ModelError, StagedModel, View
+from featstore.graph import random_states
+from featstore.purity import check_pure
+
+VIEW = View(size=12, resize=14)
+
+
+class Applied(nn.Module):
+    """A convolution, and a function behind it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 4, 3), function
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.function(self.conv(values))
+
+
+class Whole(Applied):
+    """The same, with control flow that can't be traced."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        if values.sum() > 1e9:
+            return values
+        return self.function(self.conv(values))
+
+
+def staged(inner: nn.Module) -> StagedModel:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(inner), nn.ReLU(inplace=True))
+    randomise(module, 0)
+    return StagedModel.from_module(module.eval(), view=VIEW)
+
+
+def batch_norm(values: Tensor) -> Tensor:
+    return F.batch_norm(values, None, None, training=True)
+
+
+def rarely(values: Tensor) -> Tensor:
+    return values if random.random() < 0.8 else -values
+
+
+@pytest.mark.parametrize(
+    ("inner", "where"),
+    [
+        (Applied(lambda values: F.dropout(values, 0.5)), "dropout in stage 1"),
+        (Applied(lambda values: values + F.dropout(values.relu(), 0.5, inplace=True)), "dropout in stage"),
+        (Applied(lambda values: values + torch.rand_like(values)), "rand_like in stage"),
+        (Applied(lambda values: values + torch.rand(values.shape)), "rand in stage"),
+        (Applied(lambda values: values + torch.rand(1)), r"1.0 \(Applied\)"),
+        (Applied(lambda values: values * random.random()), r"1.0 \(Applied\)"),
+        (Applied(lambda values: values * float(np.random.rand())), r"1.0 \(Applied\)"),  # noqa: NPY002
+        (Applied(rarely), r"1.0 \(Applied\)"),
+        (Whole(lambda values: values * random.random()), r"1.0 \(Whole\)"),
+        (Whole(rarely), r"1.0 \(Whole\)"),
+    ],
+)
+def test_what_stays_random_in_eval_mode_is_refused_by_name(inner: nn.Module, where: str) -> None:
+    model = staged(inner)
+    random.seed(3)  # `rarely` changes nothing in the first seven runs
+    with pytest.raises(ModelError, match=rf"sequential can't be cached at 2: {where}.* gives other values each time"):
+        check_pure(model, "2")
+    check_pure(model, "0")  # the advice: cut before it
+
+
+@pytest.mark.parametrize(
+    ("inner", "where"),
+    [
+        (nn.BatchNorm2d(3, track_running_stats=False), r"1.0 \(BatchNorm2d\)"),
+        (Applied(batch_norm), "batch_norm in stage 1"),
+        (Applied(lambda values: values - values.mean(0)), "sub in stage 1"),
+        (Applied(lambda values: values / values.shape[0]), "truediv in stage 1"),
+        (Applied(lambda values: values + torch.arange(values.shape[0]).reshape(-1, 1, 1, 1)), "arange in stage 1"),
+        (Applied(lambda values: values + values.roll(1, 0)), "roll in stage 1"),
+        (Whole(lambda values: values - values.mean(0)), r"1.0 \(Whole\)"),
+    ],
+)
+def test_what_depends_on_the_other_images_of_a_batch_is_refused_by_name(inner: nn.Module, where: str) -> None:
+    model = staged(inner)
+    with pytest.raises(
+        ModelError, match=rf"can't be cached at 2: what {where} gives for an image depends on the other"
+    ):
+        check_pure(model, "2")
+    check_pure(model, "0")
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        nn.BatchNorm2d(3),
+        nn.InstanceNorm2d(3),
+        nn.Dropout(),
+        Applied(lambda values: F.dropout(values, 0.5, training=False)),
+        Whole(lambda values: values * (1 + 0 * random.random())),  # draws a number and doesn't use it
+        Whole(lambda values: values * 2),
+        Applied(lambda values: values.argmax(1, keepdim=True)),
+        Applied(lambda values: (values * 0).log() * 0),  # nothing but NaN
+    ],
+)
+def test_a_function_of_one_image_passes(inner: nn.Module) -> None:
+    check_pure(staged(inner), "1")
+
+
+def test_tokens_before_images_pass_through_and_are_no_place_to_cut() -> None:
+    module = nn.Sequential(Applied(lambda values: values.flatten(2).permute(2, 0, 1)), nn.LayerNorm(4), Mixed())
+    model = StagedModel.from_module(module.eval(), view=VIEW)
+    check_pure(model, "2")
+    with pytest.raises(ModelError, match=r"for 3 images the value there is \(100, 3, 4\), and rows are images"):
+        check_pure(model, "1")
+
+
+class Mixed(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return values.mean(0)
+
+
+def test_the_check_leaves_the_model_and_the_random_states_alone() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout(), Whole(lambda v: v + 0 * torch.rand(1)))
+    model = StagedModel.from_module(module.train(), view=VIEW)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    states = random_states()
+    check_pure(model, "3")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert all(part.training for part in module.modules())
+    assert random_states() == states
+
+
+def test_a_network_of_another_type_can_be_checked() -> None:
+    check_pure(staged(nn.BatchNorm2d(3)).double(), "2")
