@@ -586,3 +586,26 @@ def test_without_a_rate_the_finders_suggestion_is_printed_as_a_number_to_paste(
     number = said.partition("(to use it again: --lr ")[2].partition(")")[0]
     again = learner(store=features)
     assert again.fit(1, lr=float(number)).losses == learn.history.losses
+
+
+def test_a_validation_image_that_cannot_be_decoded_gets_no_row_in_the_saved_predictions(tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    images = ImageSet.from_folder(tmp_path / "photos").split(valid=0.4)
+    broken, *whole = images.valid.ids
+    (tmp_path / "photos" / broken).write_bytes(b"no picture")
+    learn = learner(staged(), images, on_error="skip")
+    learn.fit(1, lr=1e-3)
+    learn.save(tmp_path / "run")
+    with (tmp_path / "run/valid_predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == whole
+    expected = {each.image: each.label for each in learn.predict(images.select([name in whole for name in images.ids]))}
+    assert {row["image"]: row["label"] for row in rows} == expected
+
+
+def test_images_labelled_for_another_task_than_the_run_are_refused(tmp_path: Path) -> None:
+    learn = learner()
+    learn.save(tmp_path / "run")
+    several = ImageSet.from_arrays(pixels(4), [["0"], ["1"], ["0", "1"], []], task="multi")
+    with pytest.raises(FeatureStoreError, match="is for the task single, and these images are labelled for multi"):
+        Learner.load(tmp_path / "run", several, module=net())

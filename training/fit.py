@@ -111,7 +111,7 @@ def run_epochs(
             "lr": float(optimizer.param_groups[-1]["lr"]),
         }
         if valid is not None:
-            logits, targets = outputs(tail, valid)
+            logits, targets, _ = outputs(tail, valid)
             record["valid_loss"] = float(loss(logits, targets))
             record |= {name: metric(logits, targets) for name, metric in metrics.items()}
         record["seconds"] = time.perf_counter() - started
@@ -147,10 +147,10 @@ def step(tail: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, optimizer
     return number
 
 
-def outputs(tail: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, K)`` and targets of all rows, in eval mode and without gradient.
+def outputs(tail: nn.Module, batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``(N, K)``, targets and row numbers ``(N,)`` of all images that can be read, in eval mode.
 
-    They lie on the device of the batches, where a loss with class weights has these too.
+    Logits and targets lie on the device of the batches, where a loss with class weights has these too.
 
     Raises:
         ValueError: if the images have no labels.
@@ -158,7 +158,7 @@ def outputs(tail: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     if batches.targets is None:
         raise ValueError("These images have no labels, so they can't be scored.")
     logits, rows = predicted(tail, batches)
-    return logits.to(batches.device), batches.targets[rows].to(batches.device)
+    return logits.to(batches.device), batches.targets[rows].to(batches.device), rows
 
 
 def predicted(tail: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:

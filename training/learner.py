@@ -300,7 +300,7 @@ class Learner:
 
     def evaluate(self, split: str = "valid") -> dict[str, float]:
         """Loss, metrics and number of the labelled images of a split: train, valid or test, in the evaluation view."""
-        source, logits, targets = self._split_outputs(split)
+        source, _, logits, targets = self._split_outputs(split)
         self.read_from = source.kind
         return self._scored(logits, targets)
 
@@ -378,7 +378,14 @@ class Learner:
         saved = read_run(folder)
         facts = saved.facts
         classes, past = tuple(facts["classes"]), PastSplit.read(folder)
-        images = no_images(classes, facts["task"]) if images is None else with_classes(images, classes, folder)
+        if images is None:
+            images = no_images(classes, facts["task"])
+        elif images.is_labelled and images.task != facts["task"]:
+            raise FeatureStoreError(
+                f"The model of {folder} is for the task {facts['task']}, and these images are labelled for "
+                f"{images.task}. Give their labels so: --task {facts['task']}."
+            )
+        images = with_classes(images, classes, folder)
         if past is not None:
             images = past.applied(images, {} if store is None else store.known_digests(images))
         base = saved_backbone(saved, folder, module)
@@ -555,8 +562,8 @@ class Learner:
                 '(in Python: batch_size=, head="linear").'
             )
 
-    def _split_outputs(self, split: str) -> tuple[Source, torch.Tensor, torch.Tensor]:
-        """Where a split's labelled images were read from, their logits ``(N, K)`` and targets."""
+    def _split_outputs(self, split: str) -> tuple[Source, tuple[str, ...], torch.Tensor, torch.Tensor]:
+        """Where a split's labelled images were read from; ids, logits ``(N, K)`` and targets of those that could be."""
         if split not in ("train", "valid", "test"):
             raise ValueError(f"{split!r} is no split; expected train, valid or test.")
         part = training_part(self.images) if split == "train" else getattr(self.images, split)
@@ -564,7 +571,9 @@ class Learner:
         if not len(chosen) or chosen.targets is None:
             raise ValueError(f"The split {split} has no labelled images.")
         situation, source = self._reading(chosen)
-        return source, *outputs(self._tail(), self._batches(source, situation))
+        batches = self._batches(source, situation)
+        logits, targets, rows = outputs(self._tail(), batches)
+        return source, tuple(source.images.ids[row] for row in rows.tolist()), logits, targets
 
     def _scored(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         values = {name: metric(logits, targets) for name, metric in self._scores().items()}
@@ -677,7 +686,7 @@ class Learner:
 
     def _write_valid(self, folder: Path) -> None:
         try:
-            source, logits, targets = self._split_outputs("valid")
+            _, ids, logits, targets = self._split_outputs("valid")
         except FeatureStoreError as error:  # the images went away since; the model can be saved all the same
             self._say(f"saved without validation scores: {error}")
             return
@@ -685,7 +694,7 @@ class Learner:
         finite = {name: value if math.isfinite(value) else None for name, value in scored}
         (folder / METRICS).write_text(json.dumps({"valid": finite}, indent=1) + "\n", encoding="utf-8")
         values = probabilities(logits.cpu(), self.task)
-        write_csv(folder / VALID_PREDICTIONS, source.images.ids, values, self.classes, self.task)
+        write_csv(folder / VALID_PREDICTIONS, ids, values, self.classes, self.task)
 
 
 def _images_words(images: ImageSet) -> str:
