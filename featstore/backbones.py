@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import nn
 
 from featstore.digest import Json, digest_bytes
-from featstore.errors import FeatureStoreError, WeightsError
+from featstore.errors import FeatureStoreError, ModelError, WeightsError
+from featstore.graph import random_states_kept
 from featstore.runs import Run, read_run
-from featstore.source import source_digests
+from featstore.source import outdated_sources, own_files, source_digests
 from featstore.staged import StagedModel
 from featstore.views import View
 from featstore.weights import fitting, read_tensors
@@ -77,7 +81,7 @@ def backbone(
     """
     if isinstance(source, nn.Module):
         model = source if isinstance(source, StagedModel) else StagedModel.from_module(source)
-        return model if weights is None else _with_file(model, weights, cut)
+        return model if weights is None or str(weights) == "none" else _with_file(model, weights, cut)
     text = str(source)
     if text in backbone_names():
         return _named(text, "DEFAULT" if weights is None else weights, cut)
@@ -95,9 +99,9 @@ def outline(name: str) -> StagedModel:
     """The staged model of a name without any weights, on the meta device: for its cuts, shapes and sizes."""
     if name not in backbone_names():
         raise ValueError(f"{name!r} is no backbone. Expected one of {', '.join(backbone_names())}.")
-    with torch.device("meta"):
+    with torch.device("meta"), random_states_kept():
         module = torchvision.models.get_model(name, weights=None)
-    return _staged(module, name, View(), {})
+    return _staged(module, name, View())
 
 
 def weight_names(name: str) -> list[str]:
@@ -108,24 +112,26 @@ def weight_names(name: str) -> list[str]:
 
 
 def _named(name: str, weights: str | Path, cut: str | None) -> StagedModel:
-    origin = {"backbone": name, "weights": str(weights), "architecture": {"name": name}}
     if str(weights) == "none":
-        with _seeded():
-            module = torchvision.models.get_model(name, weights=None)
-        return _staged(module, name, View(), origin)
+        return _initial(name)
     enum = torchvision.models.get_model_weights(name)
     known = {"DEFAULT", *(member.name for member in enum)}
     if str(weights) in known:
         chosen = enum[str(weights)] if str(weights) != "DEFAULT" else enum.DEFAULT
-        return _staged(_pretrained(name, chosen), name, View.from_preset(chosen.transforms()), origin)
+        return _staged(_pretrained(name, chosen), name, View.from_preset(chosen.transforms()), weights=str(weights))
     if not _looks_like_a_file(weights):
         raise ValueError(
             f"{str(weights)!r} are no weights of {name}. Expected {', '.join(['DEFAULT', *weight_names(name)])}, none, "
             "or a file (.safetensors, .pth, .pt, .th, .bin, .ckpt)."
         )
+    return _with_file(_initial(name), weights, cut)
+
+
+def _initial(name: str, **arguments: Any) -> StagedModel:
+    """The backbone with its seeded initialisation."""
     with _seeded():
-        module = torchvision.models.get_model(name, weights=None)
-    return _with_file(_staged(module, name, View(), origin), weights, cut)
+        module = torchvision.models.get_model(name, weights=None, **arguments)
+    return _staged(module, name, View())
 
 
 def _pretrained(name: str, weights: Any) -> nn.Module:
@@ -143,9 +149,11 @@ def _pretrained(name: str, weights: Any) -> nn.Module:
     return module
 
 
-def _staged(module: nn.Module, name: str, view: View, origin: Mapping[str, Json]) -> StagedModel:
+def _staged(module: nn.Module, name: str, view: View, *, weights: str = "none") -> StagedModel:
     family = next(family for family in FAMILIES if name in family.names)
     size = int(module.image_size) if family.has_fixed_size else None  # type: ignore[arg-type]
+    # Some weights come for another image size than the name alone gives: vit_b_16's 384, say.
+    built_by = {"name": name} if size is None else {"name": name, "image_size": size}
     if size is not None and view.size != size:
         view = view.resized(size=size)
     return StagedModel.from_module(
@@ -155,7 +163,7 @@ def _staged(module: nn.Module, name: str, view: View, origin: Mapping[str, Json]
         layouts=dict(family.layouts),
         class_tokens=family.class_tokens,
         containers=family.containers,
-        origin=origin,
+        origin={"backbone": name, "weights": weights, "architecture": built_by},
         fixed_size=size,
     )
 
@@ -168,17 +176,22 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None) -> Stag
     tensors = read_tensors(path)
     last_used = model.index(cut or model.default_cut)
     stages = {name: stage.tensors() for name, stage in zip(model.cut_points, model.stages, strict=True)}  # type: ignore[operator]
-    fit = fitting(tensors, list(stages.values()), num_needed=last_used + 1, file=path, model=model.name)
+    fit = fitting(
+        tensors, list(stages.values()), num_needed=last_used + 1, file=path, model=model.name, unused=model.unused
+    )
     trimmed = model.up_to(list(stages)[fit.num_stages - 1])
     trimmed.load_tensors(fit.tensors)
     trimmed.origin = {**model.origin, "weights": str(weights)}
     trimmed.notes = (*fit.notes, *_view_note(model))
-    trimmed.keep_default_cut(model.cut_points[min(model.index(model.default_cut), fit.num_stages - 1)])
+    with suppress(ModelError):  # no default cut at the view's size: with `cut` given, another size may follow
+        trimmed.keep_default_cut(model.cut_points[min(model.index(model.default_cut), fit.num_stages - 1)])
     return trimmed
 
 
 def _view_note(model: StagedModel) -> tuple[str, ...]:
     view = model.view
+    if view != View().resized(size=view.size):  # its author chose one
+        return ()
     return (
         f"a weights file carries no preprocessing: {view.resize}/{view.size} and ImageNet's mean assumed; "
         "--resize --size --mean --std --interpolation",
@@ -192,6 +205,7 @@ def _from_file(text: str, weights: str | Path | None, cut: str | None) -> Staged
         raise ValueError(f"There is no file {file}. Expected path/to/file.py:function, where function makes the model.")
     with _seeded(), _importable(path.parent):
         module = _imported(path)
+        _check_helpers(module, path.parent)
         make = getattr(module, function, None)
         if not callable(make):
             raise ValueError(f"{file} has no function {function}. Expected path/to/file.py:function.")
@@ -206,8 +220,27 @@ def _from_file(text: str, weights: str | Path | None, cut: str | None) -> Staged
     return model
 
 
-def _imported(path: Path) -> Any:
-    name = f"{path.stem}__{digest_bytes(str(path).encode('utf-8', 'surrogateescape'))[:8]}"
+def _check_helpers(module: ModuleType, folder: Path) -> None:
+    """Refuses helper modules that Python has loaded before and that aren't what lies in `folder` now."""
+    for name, file in own_files(module).items():
+        beside = folder.joinpath(*name.split("."))
+        expected = next((each for each in (beside.with_suffix(".py"), beside / "__init__.py") if each.is_file()), file)
+        if expected.resolve() != file:
+            raise ValueError(
+                f"{module.__file__} imports {name}, and Python has loaded another {name} before, from {file}. Rename "
+                "one of them, or use a new Python process."
+            )
+    if changed := outdated_sources(module):
+        raise ValueError(
+            f"{changed[0]} has changed since Python loaded it, so {module.__file__} would run the old code. Start a "
+            "new Python process, or importlib.reload() it."
+        )
+
+
+def _imported(path: Path) -> ModuleType:
+    # A name for each path and text: classes from before an edit keep the module they came from.
+    text = str(path).encode("utf-8", "surrogateescape") + path.read_bytes()
+    name = f"{path.stem}__{digest_bytes(text)[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -237,7 +270,7 @@ def architecture(facts: Mapping[str, Json]) -> StagedModel:
         FeatureStoreError: if it comes from a file whose source has changed since.
     """
     if "name" in facts:
-        return _named(facts["name"], "none", None)
+        return _initial(**facts)
     model = _from_file(f"{facts['file']}:{facts['function']}", None, None)
     if model.origin["architecture"]["source"] != facts["source"]:
         raise FeatureStoreError(
@@ -267,28 +300,36 @@ def restored(model: StagedModel, run: Run, *, origin: str | None = None) -> Stag
             "that builds the model, or its files were changed."
         )
     trunk.view = View.from_facts(facts["view"])
-    trunk.keep_default_cut(facts["cut"])
-    if origin is not None:
-        trunk.origin = {"backbone": origin, "architecture": model.origin["architecture"]}
+    trunk.keep_default_cut(facts["default_cut"])
+    made_by = {"architecture": model.origin["architecture"]} if "architecture" in model.origin else {}
+    trunk.origin = (
+        made_by if origin is None else {"backbone": origin, **made_by}
+    )  # the model's own name has other weights
     return trunk
 
 
 @contextmanager
 def _seeded() -> Iterator[None]:
     """A fixed seed for the block; the caller's random state is put back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(INITIAL_SEED)
+    with random_states_kept():
+        random.seed(INITIAL_SEED)
+        np.random.seed(INITIAL_SEED)  # noqa: NPY002 - a person's file may draw from it
+        torch.default_generator.manual_seed(INITIAL_SEED)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(INITIAL_SEED)
         yield
 
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    before = list(sys.path)
+    path, writes = list(sys.path), sys.dont_write_bytecode
     sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True  # it is keyed by whole seconds: an edit within one would go unseen
+    importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path[:] = before
+        sys.path[:], sys.dont_write_bytecode = path, writes
 
 
 def _looks_like_a_file(weights: str | Path) -> bool:

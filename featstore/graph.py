@@ -327,7 +327,9 @@ def _as_trace(
 
 
 def _described(output: Any) -> str:
-    return f"a {type(output).__name__}" if not isinstance(output, fx.Node) else "its input or a parameter unchanged"
+    if isinstance(output, fx.Node):
+        return "its input or a parameter unchanged"
+    return f"a value of type {type(output).__name__.removeprefix('immutable_')}"
 
 
 def _first_line(error: Exception) -> str:

@@ -50,7 +50,7 @@ def chain(before: str, stage: fx.GraphModule) -> str:
     for node in stage.graph.nodes:
         if node.op == "placeholder":
             places[node] = 0
-        elif node in needed and node.op != "get_attr":
+        elif node in needed and node.op not in {"get_attr", "output"}:
             source = _passed_through(node, stage)
             if source is not None:
                 places[node] = places[source]
@@ -58,6 +58,8 @@ def chain(before: str, stage: fx.GraphModule) -> str:
             place += 1
             places[node] = place
             digest = digest_json([digest, _operation(node, stage, places)])
+        elif node.op == "output" and places[node.args[0]] != place:  # something that may write comes after it
+            digest = digest_json([digest, ["output", place - places[node.args[0]]]])
     return digest
 
 
@@ -120,19 +122,18 @@ def _operation(node: fx.Node, stage: fx.GraphModule, places: dict[fx.Node, int])
     arguments = [encoded(node.args), encoded(dict(sorted(node.kwargs.items())))]
     if node.op == "call_module":
         leaf = stage.get_submodule(str(node.target))
-        described = _leaf(leaf) if is_library_leaf(leaf) else _opaque(leaf, str(node.target))
+        where = str(node.target)
+        described = _leaf(leaf, where) if is_library_leaf(leaf) else _opaque(leaf, where)
         return ["module", described, *arguments]
     if node.op == "call_method":
         return ["method", str(node.target), *arguments]
     return ["function", _function_name(node.target, node.name), *arguments]
 
 
-def _leaf(leaf: nn.Module) -> Json:
+def _leaf(leaf: nn.Module, where: str) -> Json:
     """One of torch's own layers: class and configuration of it and its parts, and its tensors."""
-    parts = {
-        path: [type(part).__name__, _configuration(part, path, public_only=True)] for path, part in leaf.named_modules()
-    }
-    return [parts, dict(_tensors(leaf))]
+    parts = {path: [type(part).__name__, _configuration(part, where)] for path, part in leaf.named_modules()}
+    return [parts, dict(_tensors(leaf, where))]
 
 
 def _opaque(module: nn.Module, where: str) -> Json:
@@ -141,25 +142,25 @@ def _opaque(module: nn.Module, where: str) -> Json:
         text = module.fingerprint()  # type: ignore[operator]
         if not isinstance(text, str):
             raise ModelError(f"{where}.fingerprint() returned a {type(text).__name__}; it must return a str.")
-        return ["fingerprint", text, dict(_tensors(module))]
+        return ["fingerprint", text, dict(_tensors(module, where))]
     parts = {
-        path: [type(part).__qualname__, _configuration(part, path, public_only=is_library_class(type(part)))]
+        path: [type(part).__qualname__, _configuration(part, f"{where}.{path}" if path else where)]
         for path, part in module.named_modules()
     }
     classes = {kind for part in module.modules() for kind in type(part).__mro__}
-    return ["source", parts, source_digests(*classes), dict(_tensors(module))]
+    return ["source", parts, source_digests(*classes), dict(_tensors(module, where))]
 
 
-def _configuration(module: nn.Module, path: str, *, public_only: bool = False) -> Json:
-    settings = {
-        name: value
-        for name, value in vars(module).items()
+def _configuration(module: nn.Module, where: str) -> Json:
+    """The settings of a module; of torch's own layers the public ones that evaluation reads."""
+    is_library = is_library_class(type(module))
+    return {
+        name: _constant(value, f"{where}.{name}")
+        for name, value in sorted(vars(module).items())
         if name not in _MODULE_ATTRIBUTES
-        and not (public_only and (name.startswith("_") or _is_ignored_in_eval(module, name)))
         and not isinstance(value, Tensor)
+        and not (is_library and (name.startswith("_") or _is_ignored_in_eval(module, name)))
     }
-    where = f"{path or type(module).__name__}"
-    return {name: _constant(value, f"{where}.{name}") for name, value in sorted(settings.items())}
 
 
 def _is_ignored_in_eval(module: nn.Module, setting: str) -> bool:
@@ -168,7 +169,7 @@ def _is_ignored_in_eval(module: nn.Module, setting: str) -> bool:
     return setting == "dropout" or (setting in {"p", "inplace"} and isinstance(module, _DROPOUTS))
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
+def _tensors(module: nn.Module, where: str) -> Iterator[tuple[str, str]]:
     """Name -> digest of each parameter, buffer (also non-persistent) and plain tensor attribute below `module`."""
     for path, part in module.named_modules():
         plain = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
@@ -176,7 +177,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
         for name, tensor in own:
             if name != _COUNTER:
                 full = f"{path}.{name}" if path else name
-                yield full, _tensor(tensor, full)
+                yield full, _tensor(tensor, f"{where}.{full}")
 
 
 def _tensor(tensor: Any, where: str) -> str:

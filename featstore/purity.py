@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from featstore.errors import ModelError
-from featstore.graph import mode_of
+from featstore.graph import mode_of, random_states, random_states_kept
 from featstore.probe import probe_images
 from featstore.staged import StagedModel, TracedStage
 from featstore.trunk import numerics
@@ -20,62 +17,115 @@ from featstore.trunk import numerics
 TOLERANCE = 1e-4
 """Difference that other rows of a batch may make by rounding, as a share of the output's largest value."""
 
+NUM_REPEATS = 16
+"""Runs of a stage that draws random numbers: one that uses them rarely (a branch of probability 1/4) is found too."""
+
 
 def check_pure(model: StagedModel, cut: str) -> None:
     """Checks that the trunk up to `cut`, in eval mode, is a function of one image.
 
-    Runs four small batches. The model, its batch-norm statistics, and all global random states are left as they were.
+    Runs a few batches of two and three images. The model, its batch-norm statistics, and all global random states are
+    left as they were.
 
     Raises:
-        ModelError: if the output changes from run to run (dropout left on), or with the other images of the batch
-            (batch norm without running statistics); the first operation that does is named.
+        ModelError: if the output changes from run to run (dropout left on), or with the other images of the batch,
+            their number or the place among them (batch norm without running statistics); the first operation that
+            does is named.
     """
     trunk = model.trunk(cut)
-    device = next((tensor.device for tensor in trunk.parameters()), torch.device("cpu"))
-    first, second = model.view.normalise(probe_images(model.view.size)).to(device)
-    mixed, alone = torch.stack([first, second, first.flip(1)]), torch.stack([first, first, first])
-    with torch.no_grad(), numerics("fp32", device), mode_of(trunk, training=False), _random_states_kept():
+    parameter = next(trunk.parameters(), torch.empty(0))
+    first, second = model.view.normalise(probe_images(model.view.size)).to(parameter)
+    mixed: Any = torch.stack([first, second, first.flip(1)])
+    alone: Any = torch.stack([first, first])
+    with torch.no_grad(), numerics("fp32", parameter.device), mode_of(trunk, training=False), random_states_kept():
         for stage in trunk:
-            again = _in_eval(stage, mixed)
-            mixed_after, alone_after = _in_eval(stage, mixed), _in_eval(stage, alone)
-            if not torch.equal(again, mixed_after):
-                where = _first_difference(stage, mixed, mixed, rows=slice(None), tolerance=0.0)
+            mixed_after, alone_after = _once(stage, mixed), _once(stage, alone)
+            if not _is_repeatable(stage, mixed, mixed_after):
                 raise ModelError(
-                    f"{model.name} can't be cached at {cut}: {where} gives other values each time it runs, also in "
-                    "eval mode. Make it depend on self.training (nn.Dropout does), or cut before it."
+                    f"{model.name} can't be cached at {cut}: {_random_operation(stage, mixed)} gives other values each "
+                    "time it runs, also in eval mode. Make it depend on self.training (nn.Dropout does), or cut before "
+                    "it."
                 )
-            if not _close(mixed_after[:1], alone_after[:1]):
-                where = _first_difference(stage, mixed, alone, rows=slice(0, 1), tolerance=TOLERANCE)
+            if not _is_of_one_image(mixed_after, alone_after):
                 raise ModelError(
-                    f"{model.name} can't be cached at {cut}: what {where} gives for an image depends on the other "
-                    "images of the batch. Batch norm needs running statistics (track_running_stats=True) for "
-                    "eval mode; or cut before it."
+                    f"{model.name} can't be cached at {cut}: what {_mixing_operation(stage, mixed, alone)} gives for "
+                    "an image depends on the other images of the batch. Batch norm needs running statistics "
+                    "(track_running_stats=True) for eval mode; or cut before it."
                 )
             mixed, alone = mixed_after, alone_after
+    if not _has_rows(mixed, 3):
+        shape = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
+        raise ModelError(
+            f"{model.name} can't be cached at {cut}: for 3 images the value there is {shape}, and rows are images. Cut "
+            "before or after it."
+        )
 
 
-def _in_eval(stage: nn.Module, values: Tensor) -> Tensor:
-    result: Tensor = stage(values.clone())  # a stage may write into its input
-    return result
+def _once(stage: nn.Module, values: Any) -> Any:
+    # A stage may write into its input.
+    return stage(values.clone() if isinstance(values, Tensor) else values)
 
 
-def _close(one: Tensor, other: Tensor, tolerance: float = TOLERANCE) -> bool:
-    largest = float(one.abs().max()) if one.numel() else 0.0
-    return bool(((one - other).abs() <= tolerance * max(largest, 1e-30)).all())
+def _is_repeatable(stage: nn.Module, values: Any, result: Any) -> bool:
+    before = random_states()
+    if not _equal(_once(stage, values), result):
+        return False
+    draws = random_states() != before
+    return not draws or all(_equal(_once(stage, values), result) for _ in range(NUM_REPEATS))
 
 
-def _first_difference(stage: nn.Module, one: Tensor, other: Tensor, *, rows: slice, tolerance: float) -> str:
-    """The first operation of `stage` whose results differ between two batches, in words."""
+def _is_of_one_image(mixed: Any, alone: Any) -> bool:
+    """Whether the first of three different images got what both of two equal images got, where rows are images."""
+    if not (_has_rows(mixed, 3) and _has_rows(alone, 2)):
+        return True  # what is made of it is looked at next
+    return mixed.shape[1:] == alone.shape[1:] and all(_close(mixed[0], row) for row in alone)
+
+
+def _has_rows(values: Any, num_images: int) -> bool:
+    return isinstance(values, Tensor) and values.ndim > 0 and len(values) == num_images
+
+
+def _random_operation(stage: nn.Module, values: Any) -> str:
+    def differ(one: Any, other: Any) -> bool:
+        return not _equal(one, other)
+
+    return _first_operation(stage, [(values, values)] * NUM_REPEATS, differ)
+
+
+def _mixing_operation(stage: nn.Module, mixed: Any, alone: Any) -> str:
+    def differ(one: Any, other: Any) -> bool:
+        return not _is_of_one_image(one, other)
+
+    return _first_operation(stage, [(mixed, alone)], differ)
+
+
+def _first_operation(stage: nn.Module, inputs: list[tuple[Any, Any]], differ: Callable[[Any, Any], bool]) -> str:
+    """The first operation of `stage` whose results for one of the pairs of `inputs` differ, in words."""
     if not isinstance(stage, TracedStage):
         return f"stage {getattr(stage, 'name', type(stage).__name__)}"
-    first, second = _values(stage.in_eval, one), _values(stage.in_eval, other)
-    for node in stage.in_eval.graph.nodes:
-        mine, others = first.get(node), second.get(node)
-        if not isinstance(mine, Tensor) or not isinstance(others, Tensor) or node.op in {"placeholder", "get_attr"}:
-            continue
-        if mine.shape[:1] == others.shape[:1] and not _close(mine[rows].float(), others[rows].float(), tolerance):
-            return _described(node, stage)
+    for one, other in inputs:
+        mine, others = _Recorder(stage).results(one), _Recorder(stage).results(other)
+        for node in stage.in_eval.graph.nodes:
+            if node.op not in {"placeholder", "get_attr", "output"} and differ(mine[node], others[node]):
+                return _described(node, stage)
     return f"stage {stage.name}"
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps a copy of each result, since a later operation may write into it."""
+
+    def __init__(self, stage: TracedStage) -> None:
+        super().__init__(stage.in_eval)
+        self.kept: dict[fx.Node, Any] = {}
+
+    def results(self, values: Any) -> dict[fx.Node, Any]:
+        self.run(values.clone() if isinstance(values, Tensor) else values)
+        return self.kept
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.kept[n] = result.clone() if isinstance(result, Tensor) else result
+        return result
 
 
 def _described(node: fx.Node, stage: TracedStage) -> str:
@@ -85,18 +135,15 @@ def _described(node: fx.Node, stage: TracedStage) -> str:
     return f"{function} in stage {stage.name}"
 
 
-def _values(graph: fx.GraphModule, values: Tensor) -> dict[fx.Node, Any]:
-    interpreter = fx.Interpreter(graph, garbage_collect_values=False)
-    interpreter.run(values.clone())
-    return dict(interpreter.env)
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two results are the same to the last bit; not-a-number is the same as itself."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return True
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is kept
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+def _close(one: Tensor, other: Tensor) -> bool:
+    one, other = one.double(), other.double()
+    largest = float(one.nan_to_num(posinf=0, neginf=0).abs().max()) if one.numel() else 0.0
+    is_close = (one - other).abs() <= TOLERANCE * max(largest, 1e-30)
+    return bool((is_close | (one == other) | (one.isnan() & other.isnan())).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -43,13 +44,7 @@ def new_run(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         made.chmod(0o777 & ~_umask())
         yield made
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-            folder.rename(old / folder.name)
-            made.rename(folder)
-            shutil.rmtree(old)
-        else:
-            made.rename(folder)
+        _put(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -68,9 +63,11 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 
 def write_run(folder: Path, facts: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
     """Writes facts and tensors into an existing `folder` (from `new_run`)."""
+    # Copies: safetensors refuses tensors that share memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     safetensors.torch.save_file(own, folder / TENSORS)
-    text = json.dumps({"format": FORMAT_VERSION, **facts}, indent=1, ensure_ascii=False)
+    frame = {"format": FORMAT_VERSION, "tensors": _digest(folder / TENSORS)}
+    text = json.dumps({**facts, **frame}, indent=1, ensure_ascii=False)
     (folder / FACTS).write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
 
 
@@ -79,21 +76,45 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         FeatureStoreError: if it is no run, or of a newer format.
-        DamagedFileError: if its files can't be read.
+        DamagedFileError: if its files can't be read, or aren't those that were saved.
     """
     path = folder / FACTS
     if not path.is_file():
         raise FeatureStoreError(f"{folder} is no saved run: it has no {FACTS}. Give the folder that --out named.")
     try:
         facts = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-        version = facts["format"]
+        version, digest = int(facts["format"]), facts["tensors"]
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFileError(f"{path} is damaged ({error}); train the model again, or restore the file.") from error
     if version > FORMAT_VERSION:
         raise FeatureStoreError(
             f"{folder} has run format {version}; this featstore reads up to {FORMAT_VERSION}. Upgrade featstore."
         )
-    return Run(facts, read_tensors(folder / TENSORS))
+    tensors = folder / TENSORS
+    if not tensors.is_file() or _digest(tensors) != digest:
+        raise DamagedFileError(
+            f"{tensors} isn't the file that was saved with the run (SHA-256 {digest[:8]}... expected); train the model "
+            "again, or restore the file."
+        )
+    return Run(facts, read_tensors(tensors))
+
+
+def _put(made: Path, folder: Path) -> None:
+    aside = made.with_name(f"{made.name}.old")
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        made.rename(folder)
+    except OSError:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

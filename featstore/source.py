@@ -127,5 +127,5 @@ def _library_folders() -> tuple[Path, ...]:
     named = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     here = Path(__file__).resolve().parent
     ours = [here, here.parent / "training"]  # also where they are installed in place
-    folders = [*named, *site.getsitepackages(), site.getusersitepackages(), *ours]
-    return tuple({Path(folder).resolve() for folder in folders})
+    installed = [*named, *site.getsitepackages(), site.getusersitepackages()]
+    return tuple({*ours, *(Path(folder).resolve() for folder in installed)})

@@ -615,16 +615,17 @@ class StagedModel(nn.Module):
 
     def _shapes_of(self, images: Tensor, *, on_meta: bool) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
-        values = images
+        values: Any = images
         for stage in self._ordered():
             try:
                 with torch.no_grad(), mode_of(stage, training=False), random_states_kept():
                     values = _on_meta(stage, values) if on_meta else stage(values)
             except Exception as error:
+                reason = str(error).strip().rstrip(".") or type(error).__name__
                 raise ModelError(
                     f"{self.name} can't take images of {images.shape[-1]} x {images.shape[-1]} pixels: its stage "
-                    f"{stage.name} fails with {str(error).strip() or type(error).__name__}. Give it a view of the size "
-                    "it was made for: StagedModel.from_module(module, view=View(size=..., resize=...))."
+                    f"{stage.name} fails with {reason}. Give it a view of the size it was made for: "
+                    "StagedModel.from_module(module, view=View(size=..., resize=...))."
                 ) from error
             shapes[stage.name] = tuple(values.shape[1:]) if isinstance(values, Tensor) else ()
         return shapes
@@ -633,16 +634,13 @@ class StagedModel(nn.Module):
 def exact_device(device: torch.device | str) -> torch.device:
     """`device` with its number: plain ``cuda`` is the current GPU, which its tensors call ``cuda:0``."""
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def _on_meta(stage: Stage, values: Tensor) -> Tensor:
+def _on_meta(stage: Stage, values: Any) -> Any:
     state = dict(stage.named_parameters()) | dict(stage.named_buffers())
     empty = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
-    result: Tensor = torch.func.functional_call(stage, empty, (values,))
-    return result
+    return torch.func.functional_call(stage, empty, (values,))
 
 
 def _shares_memory(values: Any, others: Iterable[Tensor]) -> bool:

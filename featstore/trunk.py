@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from featstore.digest import Json
 from featstore.graph import mode_of
 from featstore.pool import Pool
-from featstore.staged import StagedModel
+from featstore.staged import StagedModel, exact_device
 from featstore.views import View
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-_CAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Trunk:
         batch_size: the fixed number of images a pass; a shorter batch is padded by repeating its last image. Default:
             32 on a CPU, 256 on a GPU.
         precision: `fp32` is IEEE float32 (TF32 and other shortcuts off), `tf32` allows TF32 where the device has it,
-            `bf16` and `fp16` cast weights and images.
+            `bf16` and `fp16` cast weights and images. Weights of another type are cast, for `fp32` too.
         device: where to run.
     """
 
@@ -62,7 +62,7 @@ class Trunk:
             raise ValueError(f"{precision!r} is no precision. The precisions are {', '.join(PRECISIONS)}.")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch size {batch_size} is too small; it counts the images of one pass, at least 1.")
-        self.device = torch.device(device)
+        self.device = exact_device(device)
         self.batch_size = batch_size or default_batch_size(self.device)
         self.precision: Precision = precision
         self.outputs = tuple(outputs)
@@ -98,18 +98,17 @@ class Trunk:
         cuts = [output.cut for output in self.outputs]
         with torch.no_grad(), numerics(self.precision, self.device), mode_of(self._model, training=False):
             values = self.view.normalise(images.to(self.device))
-            values = values.to(_CAST.get(self.precision, torch.float32))
+            values = values.to(_DTYPES[self.precision])
             activations = self._model.activations(values, cuts)
             return [output.pool(activations[output.cut])[:rows] for output in self.outputs]
 
     def _prepared(self, model: StagedModel) -> StagedModel:
         last = max(model.index(output.cut) for output in self.outputs)
         stages = [model.stages[index] for index in range(last + 1)]
-        dtype = _CAST.get(self.precision)
+        dtype = _DTYPES[self.precision]
         tensors = [tensor for stage in stages for tensor in (*stage.parameters(), *stage.buffers())]
-        if dtype is not None or any(tensor.device != self.device for tensor in tensors):
-            copied = copy.deepcopy(nn.ModuleList(stages)).to(self.device)
-            stages = list(copied if dtype is None else copied.to(dtype))
+        if any(each.device != self.device or (each.is_floating_point() and each.dtype != dtype) for each in tensors):
+            stages = list(copy.deepcopy(nn.ModuleList(stages)).to(self.device, dtype))
         return StagedModel(stages, view=self.view, name=model.name)  # type: ignore[arg-type]
 
 
@@ -125,41 +124,47 @@ def choose_device(name: torch.device | str) -> torch.device:
         ValueError: for a name torch doesn't know, or a GPU that isn't there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return exact_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{name!r} is no device. Expected auto, cpu, cuda or cuda:1.") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"There is no GPU {name} here ({torch.cuda.device_count()} found). Use cpu or auto.")
-    return device
+    return exact_device(device)
 
 
 @contextmanager
 def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
     """Pins what float32 arithmetic means for the block, and puts every setting back, also after an error."""
-    tf32 = "tf32" if precision == "tf32" else "ieee"
-    wanted = [
-        (torch.backends.cuda.matmul, "fp32_precision", tf32),
-        (torch.backends.cudnn.conv, "fp32_precision", tf32),  # type: ignore[attr-defined]
-        (torch.backends.cudnn.rnn, "fp32_precision", tf32),
-        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
-        (torch.backends.mkldnn.conv, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
-        (torch.backends.mkldnn.rnn, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
-        (torch.backends.cudnn, "benchmark", False),  # the fastest algorithm may change from run to run
-        (torch.backends.cudnn, "deterministic", True),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in wanted]
-    older = _older_switch()
+    wanted = "tf32" if precision == "tf32" and device.type == "cuda" else "ieee"
+    cuda, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
     with ExitStack() as stack:
+
+        def pin(owner: Any, name: str, value: Any) -> None:
+            before = getattr(owner, name)
+            if before != value:  # a child that follows its parent goes on following it
+                stack.callback(setattr, owner, name, before)
+                setattr(owner, name, value)
+
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        for owner, name, value in before:
-            stack.callback(setattr, owner, name, value)
-        if older is not None:
-            stack.callback(torch.set_float32_matmul_precision, older)  # runs first: it sets some of the newer ones too
-            torch.set_float32_matmul_precision("high" if precision == "tf32" and device.type == "cuda" else "highest")
-        for owner, name, value in wanted:
-            setattr(owner, name, value)
+        older, older_wanted = _older_switch(), "high" if wanted == "tf32" else "highest"
+        if older not in {None, older_wanted}:
+            for owner in (cuda, mkldnn.matmul):  # type: ignore[attr-defined] # the older switch sets these too
+                stack.callback(setattr, owner, "fp32_precision", owner.fp32_precision)
+            stack.callback(torch.set_float32_matmul_precision, older)
+            torch.set_float32_matmul_precision(older_wanted)
+        pin(torch.backends, "fp32_precision", wanted)
+        for owner in (cudnn, cuda, cudnn.conv, cudnn.rnn):  # type: ignore[attr-defined]
+            pin(owner, "fp32_precision", wanted)
+        for owner in (mkldnn.matmul, mkldnn.conv, mkldnn.rnn) if wanted == "ieee" else ():  # type: ignore[attr-defined]
+            pin(owner, "fp32_precision", wanted)
+        pin(cudnn, "benchmark", False)  # the fastest algorithm may change from run to run
+        pin(cudnn, "deterministic", True)
+        pin(cuda, "allow_fp16_accumulation", False)
+        for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
+            stack.callback(setattr, cuda, name, (getattr(cuda, name), getattr(cuda, f"{name}_split_k")))
+            setattr(cuda, name, False)
         yield
 
 

@@ -232,7 +232,9 @@ class View:
                 "views that this view rendered"
             )
         # Divisors are tensors: by a plain number a GPU multiplies with the rounded reciprocal, in other last bits.
-        constants = torch.tensor([[255.0] * 3, self.mean, self.std], device=batch.device)[:, :, None, None]
+        constants = torch.tensor([[255.0] * 3, self.mean, self.std], dtype=torch.float32, device=batch.device)[
+            :, :, None, None
+        ]
         return batch.to(torch.float32).div_(constants[0]).sub_(constants[1]).div_(constants[2])
 
     def _resized_and_cropped(self, image: Tensor) -> Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -48,53 +47,49 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # a damaged pickle can fail in any way
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if foreign is not None:
+            raise WeightsError(_holds_objects(path, foreign[1])) from error
         raise WeightsError(
-            f"{path} holds pickled objects besides tensors, and loading those would run code from the file "
-            f"({str(error).strip().splitlines()[0]}). If you trust it, save its tensors alone, where it was made:\n"
-            "    import torch\n"
-            f"    content = torch.load({path.name!r}, map_location='cpu', weights_only=False)\n"
-            f"    torch.save(content.get('state_dict', content.get('model', content)), {'tensors-' + path.name!r})"
+            f"{path} can't be read as a weights file ({type(error).__name__}: {_first_line(error)}). Expected "
+            "safetensors, or what torch.save wrote; give an undamaged copy."
         ) from error
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        safetensors.SafetensorError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise WeightsError(f"{path} can't be read as a weights file: {error}.") from error
     return _unwrapped(content, path)
 
 
 def fitting(
-    tensors: Mapping[str, Tensor], stages: Sequence[Mapping[str, Tensor]], *, num_needed: int, file: Path, model: str
+    tensors: Mapping[str, Tensor],
+    stages: Sequence[Mapping[str, Tensor]],
+    *,
+    num_needed: int,
+    file: Path,
+    model: str,
+    unused: Collection[str] = (),
 ) -> Fit:
     """How far `tensors` fit the `stages` (name -> tensor, each) of `model`.
 
     Prefixes (`PREFIXES`) are taken off where that makes names fit.
 
+    Args:
+        tensors: the file's.
+        stages: the model's, in order.
+        num_needed: the first so many stages must be fitted exactly.
+        file: for messages.
+        model: for messages.
+        unused: names of tensors that the model has and doesn't need.
+
     Raises:
-        WeightsError: if one of the first `num_needed` stages isn't fitted exactly, or the file holds more tensors
-            for the modules of those stages (it is another model's); the first few names are given.
+        WeightsError: if a needed stage isn't fitted exactly, or the file holds more tensors for the modules of those
+            stages (it is another model's), or its names fit in two ways; the first few names are given.
     """
-    names = {name for stage in stages for name in stage}
-    given = _stripped(tensors, names)
-    needed = {name for stage in stages[:num_needed] for name in stage}
-    wrong = [
-        problem for stage in stages[:num_needed] for name in stage if (problem := _problem(name, stage[name], given))
-    ]
-    # A module shared by trunk and tail is told apart by its full path; resnet34's layer1.2 isn't in resnet18.
-    modules = {name.partition(".")[0] for name in needed} - {
-        name.partition(".")[0] for stage in stages[num_needed:] for name in stage
-    }
-    wrong += [
-        f"{name} is unknown to {model}"
-        for name in given
-        if name not in names and name.partition(".")[0] in modules and not name.endswith(_COUNTER)
-    ]
+    needed = {name: tensor for stage in stages[:num_needed] for name, tensor in stage.items()}
+    behind = {name for stage in stages[num_needed:] for name in stage}
+    known = {*needed, *behind, *unused}
+    given = _stripped(tensors, known, file)
+    wrong = [problem for name, tensor in needed.items() if (problem := _problem(name, tensor, given))]
+    surplus = [name for name in given if name not in known and not name.endswith(_COUNTER)]
+    wrong += [f"{name} is unknown to {model}" for name in surplus if _belongs(name, needed, behind)]
     if wrong:
         raise WeightsError(
             f"The weights in {file} don't fit {model}: {'; '.join(wrong[:4])}"
@@ -106,12 +101,29 @@ def fitting(
         _problem(name, tensor, given) for name, tensor in stages[num_stages].items()
     ):
         num_stages += 1
-    behind = [
-        problem for stage in stages[num_stages:] for name in stage if (problem := _unused(name, stage[name], given))
+    left_out = [
+        note for stage in stages[num_stages:] for name in stage if (note := _left_out(name, stage[name], given))
     ]
-    surplus = [f"{name}: not used" for name in given if name not in names and not name.endswith(_COUNTER)]
     kept = {name: given.get(name, tensor) for stage in stages[:num_stages] for name, tensor in stage.items()}
-    return Fit(num_stages=num_stages, tensors=kept, notes=(*behind, *surplus))
+    notes = [*left_out, *(f"{name}: not used" for name in surplus[:4])]
+    if len(surplus) > 4:
+        notes.append(f"{len(surplus) - 4} more tensors that {model} doesn't have: not used")
+    return Fit(num_stages=num_stages, tensors=kept, notes=tuple(notes))
+
+
+def _holds_objects(path: Path, foreign: str) -> str:
+    return (
+        f"{path} holds pickled objects besides tensors ({foreign}), and loading those would run code from the file. If "
+        "you trust it, save its tensors alone, where it was made:\n"
+        f"    import torch; content = torch.load({path.name!r}, map_location='cpu', weights_only=False)\n"
+        "    tensors = content.get('state_dict', content.get('model', content))\n"
+        "    torch.save({name: value for name, value in tensors.items() if torch.is_tensor(value)}, "
+        f"{'tensors-' + path.name!r})"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
 
 
 def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
@@ -129,15 +141,41 @@ def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
     )
 
 
-def _stripped(tensors: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
-    """`tensors` without the prefixes that keep their names from fitting."""
-    given = dict(tensors)
-    while not names & set(given):
-        prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in given)), None)
-        if prefix is None:
-            break
-        given = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
-    return given
+def _stripped(tensors: Mapping[str, Tensor], names: Collection[str], file: Path) -> dict[str, Tensor]:
+    """`tensors` without the prefix that keeps most of their names from fitting; others keep their names."""
+    prefixes = dict.fromkeys(["", *(prefix for name in tensors for prefix in _prefixes(name))])
+    fits = {prefix: sum(prefix + name in tensors for name in names) for prefix in prefixes}
+    best = [prefix for prefix in prefixes if fits[prefix] == max(fits.values())]
+    if max(fits.values()) > 0 and len(best) > 1:
+        raise WeightsError(
+            f"{file} holds tensors that fit under each of the prefixes {', '.join(map(repr, best))}. Save those of one "
+            "into a file of their own."
+        )
+    stripped = {name.removeprefix(best[0]): tensor for name, tensor in tensors.items() if name.startswith(best[0])}
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(best[0])}
+    return {**others, **stripped}
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """What of `PREFIXES`, one behind the other, can be taken off `name`: ``module.``, ``module.model.``."""
+    taken = ""
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(taken + prefix)), ""):
+        taken += prefix
+        yield taken
+
+
+def _belongs(name: str, needed: Collection[str], behind: Collection[str]) -> bool:
+    """Whether a tensor that the model lacks lies in a module that only the needed stages use.
+
+    resnet34's ``layer1.2.conv1.weight`` lies in resnet18's ``layer1``; ``head.weight`` lies nowhere in it.
+    """
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:length]) + "."
+        uses = [any(known.startswith(module) for known in names) for names in (needed, behind)]
+        if any(uses):
+            return uses == [True, False]
+    return False
 
 
 def _problem(name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> str | None:
@@ -148,7 +186,7 @@ def _problem(name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> str | No
     return None
 
 
-def _unused(name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> str | None:
+def _left_out(name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> str | None:
     if name not in given:
         return None
     rows = f" has {len(given[name])} rows" if given[name].ndim and given[name].shape != tensor.shape else ""

@@ -425,3 +425,17 @@ def test_what_is_no_augmentation_is_refused(name: str, seeds: Any, error: type[E
 def test_seeds_have_no_default() -> None:
     with pytest.raises(TypeError, match="seeds"):
         Augment("flip")  # type: ignore[call-arg]
+
+
+def test_the_callers_default_type_does_not_change_a_models_input() -> None:
+    batch = torch.arange(2 * 3 * 8 * 8, dtype=torch.uint8).reshape(2, 3, 8, 8)
+    view = View(size=8, resize=8)
+    expected = view.normalise(batch)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        found = view.normalise(batch)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
