@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,18 @@ def test_a_wheel_holds_just_the_two_packages(tmp_path: Path) -> None:
     expected = {str(path.relative_to(ROOT)) for path in modules().values()}
     assert {name for name in names if name.endswith(".py")} == expected
     assert {"featstore/py.typed", "training/py.typed"} <= set(names)
+
+
+def test_the_design_page_lists_the_modules_in_their_order() -> None:
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    block = page.partition("```\n")[2].partition("```")[0]
+    listed: dict[str, list[str]] = {}
+    for line in block.splitlines():
+        if line.endswith("/"):
+            package = line.removesuffix("/")
+            listed[package] = []
+        else:
+            names = re.split(r"\s{2,}", line.strip())  # then what it is for, which is no name
+            listed[package] += takewhile(ORDER[package].__contains__, names)
+    for package, order in ORDER.items():
+        assert listed[package] == [name for name in order if not name.startswith("__")]

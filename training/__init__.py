@@ -2,7 +2,7 @@
 
 from featstore.views import Augment
 from training.fit import History
-from training.heads import build_head
+from training.heads import build_head, concat_head, linear_head, mlp_head
 from training.inputs import Inputs
 from training.learner import Learner
 from training.lr_find import LearningRates
@@ -17,6 +17,9 @@ __all__ = [
     "LearningRates",
     "Prediction",
     "build_head",
+    "concat_head",
     "finetune",
+    "linear_head",
+    "mlp_head",
     "train_head",
 ]
