@@ -86,7 +86,7 @@ class ImageFlags:
         """
         is_table = not os.path.isdir(self.images) and (_is_table(self.images) or os.path.isfile(self.images))
         images = self._from_table() if is_table else self._from_folder()
-        notes = _skipped_note(images)
+        notes = [*_skipped_note(images), *self._single_labels_note(images)]
         if self.split_column is not None or (images.splits != "").any():
             self._refuse_a_second_split(images)
             return images, notes
@@ -97,6 +97,14 @@ class ImageFlags:
         dealt = images.split(valid=valid, seed=seed)
         lacking = "no split column" if is_table else "no valid/ folder"
         return dealt, [*notes, f"{lacking}: {_held_out(dealt, valid, seed)}"]
+
+    def _single_labels_note(self, images: ImageSet) -> list[str]:
+        """A word of doubt where a table for several labels an image never has more than one."""
+        if images.task == "single" or images.targets is None or (images.targets.sum(axis=1) > 1).any():
+            return []
+        classes = ", ".join(images.classes[:4]) + ", ..." * (len(images.classes) > 4)
+        separator = "is --label-sep missing?" if self.label_sep is None else f"is --label-sep {self.label_sep!r} right?"
+        return [f"no image has more than one label (the classes are {classes}); {separator}"]
 
     def _from_table(self) -> ImageSet:
         task: Task = "multi" if self.task == "multi" else "single"

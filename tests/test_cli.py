@@ -699,3 +699,13 @@ def _center(path: Path, resize: int, size: int) -> torch.Tensor:
     pixels = torchvision.transforms.functional.resize(pixels, [resize], antialias=True)
     view: torch.Tensor = torchvision.transforms.functional.center_crop(pixels, [size])
     return view
+
+
+def test_a_table_for_several_labels_without_any_says_so(featstore: Program, here: Path) -> None:
+    names = sorted(path.relative_to(here).as_posix() for path in (here / "photos").rglob("*.jpg"))
+    rows = [f"{name},{'red;big' if place % 2 else 'red'}" for place, name in enumerate(names)]
+    (here / "table.csv").write_text("\n".join(["path,label", *rows]) + "\n", encoding="utf-8")
+    wanted = ["--images", "table.csv", "--task", "multi", "--store", "feats", "--backbone", "tiny.py:make_model"]
+    doubt = "no image has more than one label (the classes are red, red;big); is --label-sep missing?"
+    assert doubt in featstore("status", *wanted).err
+    assert "no image has more than one label" not in featstore("status", *wanted, "--label-sep", ";").err
