@@ -173,7 +173,7 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None) -> Stag
     path = Path(weights).expanduser()
     if not path.is_file():
         raise WeightsError(f"There is no weights file {path}. Give the path of an existing file, or --weights none.")
-    tensors = read_tensors(path)
+    tensors, choices = read_tensors(path)
     last_used = model.index(cut or model.default_cut)
     stages = {name: stage.tensors() for name, stage in zip(model.cut_points, model.stages, strict=True)}  # type: ignore[operator]
     fit = fitting(
@@ -182,7 +182,7 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None) -> Stag
     trimmed = model.up_to(list(stages)[fit.num_stages - 1])
     trimmed.load_tensors(fit.tensors)
     trimmed.origin = {**model.origin, "weights": str(weights)}
-    trimmed.notes = (*fit.notes, *_view_note(model))
+    trimmed.notes = (*choices, *fit.notes, *_view_note(model))
     with suppress(ModelError):  # no default cut at the view's size: with `cut` given, another size may follow
         trimmed.keep_default_cut(model.cut_points[min(model.index(model.default_cut), fit.num_stages - 1)])
     return trimmed
@@ -267,10 +267,15 @@ def architecture(facts: Mapping[str, Json]) -> StagedModel:
     """The model that a run's facts name, with whatever weights its constructor gives it.
 
     Raises:
-        FeatureStoreError: if it comes from a file whose source has changed since.
+        FeatureStoreError: if it comes from a file that is gone, or whose source has changed since.
     """
     if "name" in facts:
         return _initial(**facts)
+    if not Path(facts["file"]).is_file():
+        raise FeatureStoreError(
+            f"The model was made by {facts['function']} in {facts['file']}, and that file is gone. Put it back, or "
+            "give the model in Python: Learner.load(run, module=...)."
+        )
     model = _from_file(f"{facts['file']}:{facts['function']}", None, None)
     if model.origin["architecture"]["source"] != facts["source"]:
         raise FeatureStoreError(
@@ -302,9 +307,9 @@ def restored(model: StagedModel, run: Run, *, origin: str | None = None) -> Stag
     trunk.view = View.from_facts(facts["view"])
     trunk.keep_default_cut(facts["default_cut"])
     made_by = {"architecture": model.origin["architecture"]} if "architecture" in model.origin else {}
-    trunk.origin = (
-        made_by if origin is None else {"backbone": origin, **made_by}
-    )  # the model's own name has other weights
+    # The model's own name has other weights. The folder is absolute, since the working directory may change.
+    named = {} if origin is None else {"backbone": origin, "run": str(Path(origin).absolute())}
+    trunk.origin = {**named, **made_by}
     return trunk
 
 

@@ -241,7 +241,8 @@ class ImageSet:
         each image. `classes` keeps the order it is given in; without it, the classes are those of the images in
         `train` or in no split, sorted (integers by value).
 
-        A writable array is copied; a read-only one (`np.load(..., mmap_mode="r")`) is kept as it is.
+        A writable array is copied; a read-only one (`np.load(..., mmap_mode="r")`) is kept as it is, and hashed anew
+        by each call of `digests`, as its file may have been written to.
 
         Raises:
             TypeError: for images that are not a uint8 array, and labels that are neither names nor integers.
@@ -272,7 +273,7 @@ class ImageSet:
             task=task,
             classes=_class_table(rows, given=given, by_value=_are_integers(cells, task)),
             is_labelled=labels is not None,
-            source=ArraySource(images=array),
+            source=ArraySource(images=array, is_own=array is not images),
             origin={},
         )
 
@@ -650,9 +651,15 @@ class FolderSource:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ArraySource:
-    """Images in one array `(N, H, W[, 3])` uint8 that nobody changes; an id is an index."""
+    """Images in one read-only array `(N, H, W[, 3])` uint8; an id is an index.
+
+    Attributes:
+        images: the array.
+        is_own: nobody else has it, so it never changes. The file of a mapped one may be written to.
+    """
 
     images: NDArray[np.uint8]
+    is_own: bool = False
 
     def read(self, image: str) -> NDArray[np.uint8]:
         """The `(H, W[, 3])` array, not to be written to."""
@@ -662,7 +669,9 @@ class ArraySource:
 
     def digest(self, image: str, remembered: KnownDigest | None, known: KnownDigest | None) -> KnownDigest:
         """The array's digest. A table's is not trusted: nothing says that its image 7 was this one."""
-        return remembered or KnownDigest(content_digest(self.read(image)), None)
+        if remembered is not None and self.is_own:
+            return remembered
+        return KnownDigest(content_digest(self.read(image)), None)
 
     def has(self, image: str) -> bool:
         """True: arrays are here."""
@@ -690,8 +699,8 @@ class AbsentSource:
         )
 
     def digest(self, image: str, remembered: KnownDigest | None, known: KnownDigest | None) -> KnownDigest:
-        """The digest that was filed: there is no file that could disagree."""
-        found = self.known.get(image) or known
+        """The digest that was filed with it. Another table's is not trusted: its image of this id may be another."""
+        found = self.known.get(image)
         if found is None:
             raise ImageError(image, f"{self.where} has no digest of it; give its folder with images.with_root(...)")
         return found

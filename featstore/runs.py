@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
             f"{tensors} isn't the file that was saved with the run (SHA-256 {digest[:8]}... expected); train the model "
             "again, or restore the file."
         )
-    return Run(facts, read_tensors(tensors))
+    return Run(facts, read_tensors(tensors)[0])
 
 
 def _put(made: Path, folder: Path) -> None:

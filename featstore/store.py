@@ -15,7 +15,7 @@ import hashlib
 import re
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,10 +39,10 @@ from featstore.errors import (
 )
 from featstore.features import Features, RowIndex, is_among
 from featstore.images import AbsentSource, Digests, ImageSet, KnownDigest, StatFacts
-from featstore.part import Part, Table, write_part, write_table
+from featstore.part import Part, Table, make_folder, write_part, write_table
 from featstore.spec import FeatureSpec
 from featstore.staged import StagedModel
-from featstore.trunk import Precision
+from featstore.trunk import PRECISIONS, Precision
 from featstore.views import View
 
 IMAGES = "images"
@@ -78,12 +78,16 @@ class FeatureRequest:
 
     def accepts(self, spec: FeatureSpec) -> bool:
         """Whether features of `spec` are what is asked for."""
-        return (
-            spec.trunk == self.trunk
-            and spec.pool == self.pool
-            and spec.view == self.view.facts()
-            and self.dtype in (None, spec.dtype)
-            and self.precision in (None, spec.precision)
+        return spec.key in self.keys
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """The keys of all specs that are what is asked for."""
+        view = self.view.facts()
+        return frozenset(
+            FeatureSpec(trunk=self.trunk, pool=self.pool, view=view, precision=precision, dtype=dtype).key
+            for precision in ([self.precision] if self.precision else PRECISIONS)
+            for dtype in ([self.dtype] if self.dtype else DTYPES)
         )
 
     def differences(self, spec: FeatureSpec) -> list[tuple[str, str, str]]:
@@ -220,10 +224,14 @@ class FeatureStore:
         """The sets that a request accepts; an empty list also where there is no store yet.
 
         Raises:
-            DamagedFileError: for a damaged file of such a set. Other sets' files don't matter.
+            DamagedFileError: for a damaged file of such a set. Other sets' files don't matter, but in a renamed folder
+                that holds nothing else: it may be of such a set.
         """
-        specs = self._folders_by_spec(self._folders(request.trunk), is_strict=True)
-        return [self._set_of(spec, folders) for spec, folders in specs if request.accepts(spec)]
+        folders = self._folders(request.trunk)
+        digits = {"", *(key[:_KEY_DIGITS] for key in request.keys)}
+        asked = [folder for folder in folders if _key_in(folder.name) in digits]
+        specs = self._folders_by_spec(folders, asked=asked)
+        return [self._set_of(spec, holding) for spec, holding in specs if request.accepts(spec)]
 
     def find_one(self, request: FeatureRequest, key: str | None = None) -> FeatureSet | None:
         """The one set that a request accepts (and whose key starts with `key`), or None.
@@ -252,7 +260,7 @@ class FeatureStore:
         for candidates in (named, folders):
             specs = [
                 (spec, holding)
-                for spec, holding in self._folders_by_spec(candidates, is_strict=candidates is named)
+                for spec, holding in self._folders_by_spec(candidates, asked=named)
                 if spec.key.startswith(key)
             ]
             if len(specs) > 1:
@@ -342,7 +350,7 @@ class FeatureStore:
             facts: at least backbone, cut, stages, class_tokens, profile, probe and failed.
         """
         folder = self._folder_of(spec) or self._folder / _folder_name(spec, str(facts["backbone"]), str(facts["cut"]))
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, root=self._folder)
         path = folder / f"part-{secrets.token_hex(8)}.h5"
         stamped = {**facts, "spec": spec.facts(), "key": spec.key, "view": spec.view, "supersedes": [], **_signature()}
         write_part(path, features=features, digests=digests, decoders=decoders, facts=stamped)
@@ -388,7 +396,7 @@ class FeatureStore:
             return None
         facts = {**facts, "content": content, "parents": sorted(parent.path.stem for parent in parents)}
         path = self._folder / IMAGES / f"{images.name}-{_table_hash8(columns, facts)}.h5"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, root=self._folder)
         try:
             write_table(path, columns=columns, facts={**facts, **_signature()})
         except FileExistsError:  # another process has just filed the same
@@ -433,19 +441,19 @@ class FeatureStore:
         return names[0] != IMAGES and not any(name.startswith(".") for name in names) and folder.is_dir()
 
     def _folders_by_spec(
-        self, folders: Iterable[Path], *, is_strict: bool = False
+        self, folders: Iterable[Path], *, asked: Collection[Path] = ()
     ) -> list[tuple[FeatureSpec, list[Path]]]:
         """Each spec that has parts in `folders`, and where; a folder holds parts of one spec.
 
         One sound part says what a folder holds, and the others stay closed until someone wants them. A folder without
-        one is left out, or, if `is_strict`, is an error: it may hold what is asked for.
+        one is left out, or, if it is in `asked`, is an error: it may hold what is asked for.
         """
         found: dict[str, tuple[FeatureSpec, list[Path]]] = {}
         for folder in folders:
             try:
                 spec = self._spec_in(folder)
             except DamagedFileError:
-                if is_strict:
+                if folder in asked:
                     raise
                 continue
             if spec is not None:
@@ -541,6 +549,9 @@ class FeatureStore:
         """Which set is nearest to a request that none fits, and in what it differs."""
         compared = [(request.differences(each.spec), each) for each in self.sets()]
         if not compared:
+            unusable = self.damaged()
+            if unusable:
+                return f"{self.root} holds no features that can be used. {unusable[0]}"
             return f"{self.root} holds no features yet. Compute them with featstore extract."
         differences, nearest = min(compared, key=lambda item: (len(item[0]), -item[1].index.num_images))
         listed = "; ".join(f"{name} (stored {stored}, yours {yours})" for name, stored, yours in differences)

@@ -34,18 +34,18 @@ class Fit:
     notes: tuple[str, ...]
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Name -> CPU tensor of a weights file.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Name -> CPU tensor of a weights file, and a sentence for each choice that the file left open.
 
     ``.safetensors`` is read by safetensors, anything else by ``torch.load(weights_only=True)``: never code. A wrapper
-    (`WRAPPERS`) around the tensors is opened.
+    around the tensors is opened; of several models in a file the first in the order of `WRAPPERS` is taken.
 
     Raises:
         WeightsError: for a file that can't be read, holds other objects than tensors, or holds no tensors.
     """
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device="cpu")
+            return safetensors.torch.load_file(path, device="cpu"), ()
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
@@ -116,9 +116,10 @@ def _holds_objects(path: Path, foreign: str) -> str:
         f"{path} holds pickled objects besides tensors ({foreign}), and loading those would run code from the file. If "
         "you trust it, save its tensors alone, where it was made:\n"
         f"    import torch; content = torch.load({path.name!r}, map_location='cpu', weights_only=False)\n"
-        "    tensors = content.get('state_dict', content.get('model', content))\n"
-        "    torch.save({name: value for name, value in tensors.items() if torch.is_tensor(value)}, "
-        f"{'tensors-' + path.name!r})"
+        "    model = content.get('state_dict', content.get('model', content)) if isinstance(content, dict) "
+        "else content\n"
+        "    torch.save({name: value for name, value in getattr(model, 'state_dict', lambda: model)().items() "
+        f"if torch.is_tensor(value)}}, {'tensors-' + path.name!r})"
     )
 
 
@@ -126,19 +127,34 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
 
 
-def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
+def _unwrapped(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    notes: list[str] = []
     while isinstance(content, Mapping):
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
+        taken = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
+        if taken is None:
             if tensors:
-                return tensors
+                return tensors, tuple(notes)
             break
-        content = inner
+        own = _bare_names(content[taken])
+        others = [
+            str(name)
+            for name, value in content.items()
+            if name != taken and isinstance(value, Mapping) and _bare_names(value) & own
+        ]
+        if others:
+            named = " and ".join([taken, *others])
+            notes.append(f"{path.name} holds {named}: {taken} used; to use another, save it alone")
+        content = content[taken]
     raise WeightsError(
         f"{path} holds no tensors by name (it holds a {type(content).__name__}). Expected a state dict, alone or under "
         f"one of the names {', '.join(WRAPPERS)}."
     )
+
+
+def _bare_names(content: Mapping[object, object]) -> set[str]:
+    """The names without all their prefixes: an average of a model's weights is often saved with other ones."""
+    return {str(name).removeprefix(max(_prefixes(str(name)), key=len, default="")) for name in content}
 
 
 def _stripped(tensors: Mapping[str, Tensor], names: Collection[str], file: Path) -> dict[str, Tensor]:

@@ -247,7 +247,8 @@ def _digits_job(arguments: argparse.Namespace) -> Job:
     source = f"{os.path.relpath(DIGITS_BACKBONE)}:make_model"
     run = out / "runs" / "backbone"
     _say("A small backbone, trained on the digits 0-4 (yours would come with its weights)")
-    training_flags = ["--epochs", "8", "--lr", "1e-2", "--device", arguments.device, "--out", str(run)]
+    epochs = str(arguments.epochs or 8)
+    training_flags = ["--epochs", epochs, "--lr", "1e-2", "--device", arguments.device, "--out", str(run)]
     _run("featstore-train", "finetune", "--images", str(out / "digits" / "0-4"), "--backbone", source, *training_flags)
     weights = out / "digits_backbone.pth"
     torch.save(backbone(run).tensors(), weights)  # without the head of that run

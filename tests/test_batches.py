@@ -247,3 +247,16 @@ def test_images_without_labels_cannot_be_trained_on() -> None:
     made = batches(ImageSet.from_arrays(pixels(3)), batch_size=2)
     with pytest.raises(ValueError, match="no labels"):
         next(iter(made.epoch(0, 0)))
+
+
+def test_a_policy_that_has_changed_since_it_was_keyed_is_refused() -> None:
+    amount = 2
+
+    def divided(image: Tensor, generator: torch.Generator) -> Tensor:
+        return image // amount
+
+    made = [batches(numbered(4), batch_size=2, augment=Augment(divided, seeds)) for seeds in ([0], "fresh")]
+    amount = 3
+    for each in made:
+        with pytest.raises(ValueError, match="the policy divided has changed"):
+            next(each.epoch(0, 0))

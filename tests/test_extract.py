@@ -331,6 +331,7 @@ def changed_weight(bit: bool) -> StagedModel:
         (lambda: request(staged(), view=replace(VIEW, resize=18)), "resize .stored 20, yours 18"),
         (lambda: request(staged(), view=replace(VIEW, interpolation="bicubic")), "interpolation .stored bilinear"),
         (lambda: request(staged(), view=replace(VIEW, mean=(0.5, 0.5, 0.5))), "mean .stored 0.485"),
+        (lambda: request(staged(), view=replace(VIEW, std=(0.25, 0.25, 0.25))), "std .stored 0.229"),
         (lambda: request(staged(), view=replace(VIEW, apply_exif=False)), "EXIF orientation"),
         (lambda: request(staged(), view=VIEW.with_seed("flip", 0)), "augmentation"),
         (lambda: request(staged(), dtype="float16"), "storage type .stored float32, yours float16"),
@@ -651,6 +652,32 @@ def test_a_policy_that_fails_names_image_and_policy(store: FeatureStore) -> None
     total = int(pixels(3)[1].astype(np.int64).sum())
     with pytest.raises(ImageError, match=r"^1: .*picky.*not this one"):
         run(arrays(3), store, augment=Augment(picky, seeds=[0]))
+
+
+def test_a_policy_that_has_changed_since_it_was_keyed_is_refused_before_anything_is_filed(store: FeatureStore) -> None:
+    amount = 2
+
+    def divided(image: Tensor, generator: torch.Generator) -> Tensor:
+        return image // amount
+
+    augment = Augment(divided, seeds=[0])
+    amount = 3
+    with pytest.raises(ValueError, match="the policy divided has changed since this Augment was made"):
+        run(arrays(3), store, augment=augment)
+    assert not Path(store.root).exists()
+    run(arrays(3), store, augment=Augment(divided, seeds=[0]))  # the advice
+
+
+def test_the_batch_size_that_runs_is_the_one_that_is_checked(store: FeatureStore) -> None:
+    class Ghost(nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return values if len(values) % 8 else values - values.mean(0)
+
+    module = nn.Sequential(nn.Conv2d(3, 2, 3), Ghost())
+    model = StagedModel.from_module(module.eval(), view=VIEW)
+    with pytest.raises(ModelError, match="stage 1, in batches of 8, gives for an image depends on the other images"):
+        run(arrays(3), store, model=model, cuts=["1"], batch_size=8)
+    run(arrays(3), store, model=model, cuts=["1"], batch_size=6)
 
 
 # ---- values that can't be stored

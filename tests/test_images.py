@@ -397,6 +397,17 @@ class TestArrays:
                 with pytest.raises(ValueError, match="read-only"):
                     array[0] = 0
 
+    def test_a_file_written_to_below_a_read_only_array_is_hashed_again(self, tmp_path: Path) -> None:
+        np.save(tmp_path / "a.npy", np.zeros((2, 4, 4), np.uint8))
+        images = ImageSet.from_arrays(np.load(tmp_path / "a.npy", mmap_mode="r"))
+        before = images.digests().values
+        written = np.load(tmp_path / "a.npy", mmap_mode="r+")
+        written[0] = 1
+        written.flush()
+        after = images.digests().values
+        assert (before != after).any(axis=1).tolist() == [True, False]
+        assert after[0].tobytes() == content_digest(np.ones((4, 4), np.uint8))
+
     def test_a_read_only_array_is_not_copied(self, tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", np.arange(32, dtype=np.uint8).reshape(2, 4, 4))
         mapped = np.load(tmp_path / "a.npy", mmap_mode="r")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from tiny import VIEW, arrays, jpeg, photos, pixels, staged
 
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, extract
+from featstore.decode import decode
 from featstore.errors import AmbiguousRequestError, FactsDifferError, FeatureStoreError, MissingFeaturesError
+from featstore.trunk import Output, Trunk
 from training import Learner
-from training.inputs import FeatureSource, ImageSource
+from training.batches import Batches
+from training.inputs import FeatureSource, ImageSource, _live, find
 
 
 class World:
@@ -121,6 +125,70 @@ def test_two_storage_types_are_ambiguous_and_a_key_chooses(world: World) -> None
         assert keys(chosen) == (key,)
         assert stored(chosen).features[0].dtype == dtype
         chosen.fit(1, lr=1e-2)
+
+
+def test_views_of_one_search_have_one_storage_type(world: World) -> None:
+    flips = [Augment("flip", seeds=[seed]) for seed in (0, 1)]
+    both = Augment("flip", seeds=[0, 1])
+    evaluation, first = world.extract("layer2", augment=flips[0])
+    world.extract("layer2:concat", augment=flips[1], dtype="float32")
+    learn = world.learner(features=evaluation, augment=both)
+    assert isinstance(learn.inputs.problem, MissingFeaturesError)
+    learn = world.learner(augment=both)
+    assert learn.inputs.problem is not None  # float16 of one seed and float32 of the other are no request's answer
+    _, second = world.extract("layer2", augment=flips[1], dtype="float16")
+    learn = world.learner(features=evaluation, augment=both)
+    assert keys(learn) == (first, second)
+    source = find(world.learner(augment=both)._situation(), world.images.train, both)
+    assert isinstance(source, FeatureSource)
+    assert [each.key for each in source.features] == [first, second]
+    world.extract("layer2", augment=flips[0], dtype="float32")
+    with pytest.raises(AmbiguousRequestError, match=r"storage type float16.*storage type float32"):
+        find(world.learner(augment=both)._situation(), world.images.train, both)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_live_trunk_and_what_continues_features_run_at_their_precision(world: World, precision: str) -> None:
+    world.extract("layer1:none", dtype="float32", precision=precision)
+    continued = world.learner(cut="layer2", reduce="concat", device="cpu")
+    assert reads_of(continued) == FeatureSource
+    expected = Trunk(
+        world.model,
+        [Output("layer2", world.model.pool("layer2", "concat"))],
+        view=VIEW,
+        precision=precision,  # type: ignore[arg-type]
+    )
+    live = world.learner(cut="layer2", reduce="concat", device="cpu", augment=Augment("flip", seeds="fresh"))
+    assert reads_of(live) == ImageSource
+    for learn in (continued, live):
+        assert (f" in {precision}" in str(learn.inputs)) == (precision != "fp32")
+    uint8 = [VIEW.render(decode(world.images.read(place))[0], b"") for place in range(4)]
+    rows = expected(torch.stack(uint8))[0]
+    for on in ("features", "images"):
+        situation = continued._situation()
+        if on == "images":
+            situation = replace(situation, on_missing="images", images=world.images)
+        part = world.images.select(range(4))
+        source = find(situation, part, None) if on == "features" else _live(situation, part, None)
+        ((values, _),) = list(Batches(source, situation, batch_size=4, workers=0).in_order())
+        assert torch.equal(values, rows)
+
+
+def reads_of(learn: Learner) -> type:
+    return type(learn.inputs.train)
+
+
+def test_scores_are_of_images_where_the_store_is_damaged_or_of_another_trunk(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.extract("layer2")
+    learn = world.learner(quiet=False)
+    (only,) = world.store.sets()
+    only.facts["probe"]["values"][0][0] += 1.0
+    expected = Learner(world.model, world.images, head="linear", quiet=True).evaluate("valid")
+    assert learn.evaluate("valid") == expected
+    assert reads(learn) == "images"
+    assert "images are read instead of features: " in capsys.readouterr().err
 
 
 def test_a_key_fixes_cut_reduction_view_and_precision_and_its_seeds_are_looked_up(world: World) -> None:

@@ -174,7 +174,7 @@ def test_a_number_of_rates_that_fits_no_groups_is_refused() -> None:
 
 def test_with_everything_frozen_there_is_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
-        learner(head="keep", cut="fc").fit(1, lr=1e-2)
+        learner(images=ImageSet.from_arrays(pixels(6), [0, 1, 2] * 2), head="keep", cut="fc").fit(1, lr=1e-2)
 
 
 # --------------------------------------------------------------------------------------------- options and attributes
@@ -195,6 +195,31 @@ def test_an_unknown_attribute_is_an_error_and_precompute_gets_an_answer() -> Non
         learn.inputs = None  # type: ignore[misc, assignment]
     learn.batch_size = 3
     learn.fit(1, lr=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("on_missing", "guess", "on_missing is 'guess'; expected error, images or extract"),
+        ("on_error", "ignore", "on_error is 'ignore'; expected raise or skip"),
+        ("batch_size", 0, "batch_size is 0; expected at least 1"),
+        ("classes", ("1", "0"), "classes is fixed when a Learner is made"),
+        ("task", "multi", "task is fixed"),
+        ("device", "cpu", "device is fixed"),
+    ],
+)
+def test_an_attribute_that_is_set_later_is_checked(name: str, value: Any, message: str) -> None:
+    learn = learner()
+    before = getattr(learn, name)
+    with pytest.raises((AttributeError, ValueError), match=message):
+        setattr(learn, name, value)
+    assert getattr(learn, name) == before
+
+
+def test_a_view_that_is_set_later_is_the_evaluation_view() -> None:
+    learn = learner()
+    learn.view = VIEW.with_seed("flip", 3)
+    assert learn.view == VIEW
 
 
 @pytest.mark.parametrize(
@@ -479,6 +504,19 @@ def test_a_model_or_head_without_a_name_has_to_be_given(tmp_path: Path) -> None:
     assert torch.equal(loaded.model.tensors()["head.weight"], head.weight)
 
 
+def test_a_head_of_ones_own_with_other_code_is_refused(tmp_path: Path) -> None:
+    def head(activation: nn.Module) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(24, 5), activation, nn.Dropout(0.3), nn.Linear(5, 2))
+
+    learn = learner(head=head(nn.ReLU()))
+    learn.fit(1, lr=1e-2)
+    run = learn.save(tmp_path / "run")
+    again = Learner.load(run, module=staged(), head=head(nn.ReLU()), quiet=True, batch_size=4)
+    np.testing.assert_array_equal(again.predict_proba(arrays(5)), learn.predict_proba(arrays(5)))
+    with pytest.raises(FeatureStoreError, match=f"The head given for {run} computes something else"):
+        Learner.load(run, module=staged(), head=head(nn.Tanh()), quiet=True)
+
+
 def test_a_run_loaded_into_a_named_model_does_not_pass_for_that_model(tmp_path: Path, own_file: Path) -> None:
     name = f"{own_file}:make_model"
     images = ImageSet.from_folder(photos(tmp_path / "photos", 12)).split(valid=0.25)
@@ -539,6 +577,100 @@ def test_training_on_what_a_run_held_out_is_refused_with_the_count(tmp_path: Pat
     for dealt in (Learner.load(run, images, quiet=True), learner(backbone(run), images)):
         assert dealt.images.splits.tolist() == learn.images.splits.tolist()
         dealt.fit(1, lr=1e-2)
+
+
+def test_a_run_remembers_what_the_runs_it_came_from_trained_on_and_held_out(tmp_path: Path) -> None:
+    everything, module = arrays(24), staged()
+    first, second = everything.select(range(12)).split(valid=0.25), everything.select(range(12, 24)).split(valid=0.25)
+    learn = learner(module, first)
+    learn.fit(1, lr=1e-2)
+    run = learn.save(tmp_path / "first")
+    for name, images in (("second", second), ("third", None)):
+        again = Learner.load(run, images, module=module, quiet=True)
+        if images is not None:
+            again.fit(1, lr=1e-2)
+        run = again.save(tmp_path / name)
+    for held_out in (first.valid, second.valid):
+        last = Learner.load(run, held_out.with_splits(["train"] * len(held_out)), module=module, quiet=True)
+        with pytest.raises(FeatureStoreError, match=f"4 of the 4 images to train on were held out by {run}"):
+            last.fit(1, lr=1e-2)
+    dealt = Learner.load(run, everything, module=module, quiet=True).images.splits.tolist()
+    assert dealt == [*first.splits.tolist(), *second.splits.tolist()]
+
+
+def test_what_a_fit_held_out_is_not_trained_on_by_the_next_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = arrays(12)
+    learn = learner(images=images.split(valid=0.25), quiet=False)
+    learn.fit(1, lr=1e-2)
+    learn.evaluate()
+    assert "trained on by" not in capsys.readouterr().err
+    first, other = learn.images, images.split(valid=0.25, seed=3)
+    learn.images = other
+    leaked = sum(a != "train" and b == "train" for a, b in zip(first.splits, other.splits, strict=True))
+    with pytest.raises(FeatureStoreError, match=f"{leaked} of the 8 images to train on were held out by an earlier"):
+        learn.fit(1, lr=1e-2)
+    seen = sum(a == "train" and b == "valid" for a, b in zip(first.splits, other.splits, strict=True))
+    learn.evaluate()
+    assert f"{seen} of the 4 images were trained on by an earlier fit" in capsys.readouterr().err
+    learn.save(tmp_path / "before")  # nothing was fitted to the new split
+    before = Learner.load(tmp_path / "before", images, module=staged(), quiet=True)
+    assert before.images.splits.tolist() == first.splits.tolist()
+    learn.allow_leak = True
+    learn.fit(1, lr=1e-2)
+    learn.save(tmp_path / "run")
+    assert Learner.load(tmp_path / "run", images, module=staged()).images.splits.tolist() == other.splits.tolist()
+
+
+def test_a_run_is_found_from_another_working_directory(
+    tmp_path: Path, own_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = arrays(12)
+    learn = learner(backbone(f"{own_file}:make_model"), images.split(valid=0.25, seed=3), view=VIEW)
+    learn.fit(1, lr=1e-2)
+    learn.save("run")
+    again = backbone("run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert learner(again, images).images.splits.tolist() == learn.images.splits.tolist()
+
+
+def test_a_run_folder_called_as_a_backbone_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    learner(images=arrays(12).split(valid=0.25)).save("net")
+    model = staged()
+    model.origin = {"backbone": "net", "weights": "none"}
+    assert learner(model, arrays(12)).images.splits.tolist() == [""] * 12
+
+
+def test_a_run_whose_source_file_is_gone_says_where_it_was(tmp_path: Path, own_file: Path) -> None:
+    run = learner(backbone(f"{own_file}:make_model"), view=VIEW).save(tmp_path / "run")
+    own_file.rename(tmp_path / "renamed.py")
+    with pytest.raises(FeatureStoreError, match=rf"made by make_model in {own_file}, and that file is gone\. Put it"):
+        Learner.load(run)
+    module = backbone(f"{tmp_path / 'renamed.py'}:make_model")
+    assert Learner.load(run, module=module, quiet=True).classes == ("0", "1")
+
+
+def test_images_without_labels_take_the_runs_task(tmp_path: Path) -> None:
+    labels = [["a"], ["a", "b"], [], ["b", "c"]]
+    learn = learner(images=ImageSet.from_arrays(pixels(4), labels, task="multi"))
+    learn.fit(1, lr=1e-2)
+    run = learn.save(tmp_path / "run")
+    images = ImageSet.from_arrays(pixels(5))
+    loaded = Learner.load(run, images, module=staged(), quiet=True, batch_size=4)
+    assert (loaded.task, loaded.images.task) == ("multi", "multi")
+    np.testing.assert_array_equal(loaded.predict_proba(images), learn.predict_proba(images))
+    assert loaded.predict(images) == learn.predict(images)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_kept_head_has_a_logit_for_each_class(count: int) -> None:
+    images = ImageSet.from_arrays(pixels(8), [place % count for place in range(8)])
+    with pytest.raises(ValueError, match=f"net ends in 3 values an image, and the images have {count} classes"):
+        learner(images=images, head="keep")
 
 
 def test_a_run_saved_again_without_images_keeps_its_split(tmp_path: Path) -> None:

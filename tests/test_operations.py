@@ -428,3 +428,70 @@ def test_an_old_model_keeps_its_key_when_its_file_is_edited_and_loaded_again(tmp
     assert model.digest("1") != newer.digest("1")
     path.write_text(OWN.format(imports="", text="", comment="", factor="2"))
     assert backbone(f"{path}:make").digest("1") == model.digest("1")
+
+
+def bypassed(values: Tensor) -> bool:
+    return bool(values.sum() > 1e9)  # control flow: the module stays whole
+
+
+TABLE = torch.ones(3)
+
+
+class Reading(nn.Module):
+    slope = 1.0
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values if bypassed(values) else self.scaled(values)
+
+    def scaled(self, values: Tensor) -> Tensor:
+        return values * self.slope * TABLE[:, None, None]
+
+
+def closed(gain: Any) -> nn.Module:
+    class Closed(nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return values if bypassed(values) else values * gain
+
+    return nn.Sequential(Closed())
+
+
+def test_what_the_methods_of_a_whole_module_capture_is_in_its_key() -> None:
+    for one, other in ((1.0, 1.5), (torch.ones(3, 1, 1), torch.full((3, 1, 1), 2.0))):
+        assert digest(closed(one)) == digest(closed(one)) != digest(closed(other))
+
+
+def test_class_attributes_globals_and_methods_that_a_whole_module_reads_are_in_its_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Inheriting(Reading):
+        def forward(self, values: Tensor) -> Tensor:
+            return super().forward(values)
+
+    for module in (nn.Sequential(Reading()), nn.Sequential(Inheriting())):
+        before = digest(module)
+        assert digest(module) == before
+        for owner, name, value in (
+            (Reading, "slope", 2.0),
+            (sys.modules[__name__], "TABLE", TABLE * 2),
+            (Reading, "scaled", lambda self, values: -values),
+            (sys.modules[__name__], "bypassed", lambda values: bool(values.sum() > 0)),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, value)
+                assert digest(module) != before
+        assert digest(module) == before
+
+
+def test_a_value_without_a_key_that_a_whole_module_reads_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"0 \(Closed\) can't be keyed: it uses gain, a object, .* fingerprint\(\)"):
+        digest(closed(object()))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao's quantization is deprecated, and people have such models
+def test_packed_weights_of_a_quantized_layer_are_refused_by_name() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 2), nn.ReLU()).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)  # type: ignore[no-untyped-call]
+    model = StagedModel.from_module(quantized)
+    model.up_to("0").digest("0")  # the advice: cut before it
+    with pytest.raises(ModelError, match=r"1 holds packed weights .* Cut before it, or use the float model"):
+        model.digest("1")

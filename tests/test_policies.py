@@ -7,6 +7,7 @@ import pickle
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -205,8 +206,99 @@ def test_captured_values_matter_and_need_a_form() -> None:
 
     assert policy(divided_by(2)) == policy(divided_by(2))
     assert policy(divided_by(2)) != policy(divided_by(3))
-    with pytest.raises(ValueError, match=r"can't be keyed: it uses divisor, a Tensor.*fingerprint"):
-        policy(divided_by(torch.tensor(2, dtype=torch.uint8)))
+    two, three = (torch.tensor(number, dtype=torch.uint8) for number in (2, 3))
+    assert policy(divided_by(two)) == policy(divided_by(two.clone())) != policy(divided_by(three))
+    with pytest.raises(ValueError, match=r"can't be keyed: it uses divisor, a uint8.*fingerprint"):
+        policy(divided_by(np.uint8(2)))
+
+
+SETTINGS = """\
+STRENGTH = 2
+
+class Config:
+    amount = 2
+
+def divided(image):
+    return image // STRENGTH
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "change"),
+    [
+        ("return image // settings.STRENGTH", "settings.STRENGTH = 3"),
+        ("return settings.divided(image)", "settings.STRENGTH = 3"),
+        ("return image // settings.Config.amount", "settings.Config.amount = 3"),
+        ("return image // Config.amount", "Config.amount = 3"),
+        ("import settings as late; return image // late.STRENGTH", "settings.STRENGTH = 3"),
+        ("from settings import STRENGTH; return image // STRENGTH", "settings.STRENGTH = 3"),
+        ("return image // own.amount", "own.amount = 3"),
+        ("return image // AMOUNT", "AMOUNT = 3"),
+        ("return (lambda: image // AMOUNT)()", "AMOUNT = 3"),
+    ],
+)
+def test_what_a_policy_reads_and_finds_changed_is_another_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, change: str
+) -> None:
+    for name in ("own_policy", "settings"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    module_of(tmp_path, SETTINGS, "settings")
+    head = "import settings\nfrom settings import Config\nAMOUNT = 2\n"
+    module = module_of(tmp_path, f"{head}def own(image, generator):\n    {source}\nown.amount = 2\n")
+    before = policy(module.own)
+    before.check_unchanged()
+
+    exec(change, vars(module))
+
+    assert policy(module.own) != before
+    with pytest.raises(ValueError, match=r"policy own has changed since this Augment was made.*make it again"):
+        before.check_unchanged()
+
+
+def test_own_modules_that_hold_each_other_can_be_keyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("own_policy", "settings"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    module = module_of(
+        tmp_path, "import settings\ndef own(image, generator):\n    return settings.back.AMOUNT * image\n"
+    )
+    settings = module_of(tmp_path, "", "settings")
+    vars(module).update(settings=settings, back=settings, AMOUNT=1)
+    vars(settings).update(back=module)
+    before = policy(module.own)
+    vars(module).update(AMOUNT=2)
+    assert policy(module.own) != before
+
+
+@dataclass
+class Amount:
+    by: int = 2
+
+    def of(self, image: Tensor) -> Tensor:
+        return image // self.by
+
+
+def with_dataclass(image: Tensor, generator: torch.Generator) -> Tensor:
+    return Amount().of(image)
+
+
+def test_a_policy_that_makes_a_dataclass_is_keyed_by_its_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = policy(with_dataclass)
+    monkeypatch.setattr(Amount, "by", 3)
+    assert policy(with_dataclass) != before
+
+
+@torch.no_grad()
+def decorated(image: Tensor, generator: torch.Generator) -> Tensor:
+    return image // FACTOR
+
+
+FACTOR = 2
+
+
+def test_a_policy_with_a_decorator_of_torchs_is_keyed_by_what_it_decorates(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = policy(decorated)
+    monkeypatch.setitem(globals(), "FACTOR", 3)
+    assert policy(decorated) != before
 
 
 def test_a_function_that_calls_itself_has_a_key(identity: Callable[[str], str]) -> None:

@@ -138,3 +138,26 @@ def test_the_check_leaves_the_model_and_the_random_states_alone() -> None:
 
 def test_a_network_of_another_type_can_be_checked() -> None:
     check_pure(staged(nn.BatchNorm2d(3)).double(), "2")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda values: values - values.unflatten(0, (-1, 8)).mean(1).repeat_interleave(8, 0),
+        lambda values: values + torch.arange(len(values)).reshape(-1, 1, 1, 1),
+    ],
+)
+def test_what_mixes_images_in_batches_of_the_size_that_runs_alone_is_refused(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    model = staged(Whole(lambda values: values if len(values) % 8 else function(values)))
+    check_pure(model, "2")
+    check_pure(model, "2", batch_size=12)
+    check_pure(model, "0", batch_size=16)
+    with pytest.raises(ModelError, match=r"what stage 1, in batches of 16, gives for an image depends on the other"):
+        check_pure(model, "2", batch_size=16)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 33])
+def test_a_function_of_one_image_passes_at_every_batch_size(batch_size: int) -> None:
+    check_pure(staged(nn.BatchNorm2d(3)), "2", batch_size=batch_size, device=torch.device("cpu"))

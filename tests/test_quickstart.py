@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,12 +24,23 @@ from featstore.backbones import outline
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "quickstart.py"
+PROMISES = (
+    "a second extraction computed no row",
+    "cached and live losses are equal, bit for bit",
+    "unfreezing moved the first stage",
+)
 
 
 def quickstart(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+
+
+def promises(printed: str) -> dict[str, str]:
+    """Claim -> what the quickstart says of it."""
+    said = [line.split(None, 1) for line in printed.splitlines()[-5:-2]]
+    return {claim: word for word, claim in said}
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +59,86 @@ def test_own_photographs_go_all_the_way_and_every_promise_holds(tmp_path: Path) 
     own = f"{os.path.relpath(ROOT / 'scripts/digits_backbone.py', tmp_path)}:make_model"
     ran = quickstart("--images", "photos", "--backbone", own, "--epochs", "1", "--out", "made", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    promises = ran.stdout.splitlines()[-5:-2]
-    assert [line.split(None, 1) for line in promises] == [
-        ["yes", "a second extraction computed no row"],
-        ["yes", "cached and live losses are equal, bit for bit"],
-        ["yes", "unfreezing moved the first stage"],
-    ]
+    assert promises(ran.stdout) == dict.fromkeys(PROMISES, "yes")
     assert re.search(r"^head at layer3 +\d\.\d{3} +\d+\.\d\d +\d+\.\d\d$", ran.stdout, re.MULTILINE)
     assert "--cut layer2:none --cut layer3 --augment flip --seeds 0-3 --dtype float32" in ran.stdout
     for name in ("views.png", "learning-rates.png", "history.png"):
         with Image.open(tmp_path / "made" / name) as plot:
             assert plot.size >= (600, 400)
     assert len((tmp_path / "made/predictions.csv").read_text(encoding="utf-8").splitlines()) == 11
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the quickstart on scikit-learn's digits came to, and what its verdict was of."""
+
+    code: int
+    printed: str
+    job: Any
+    steps: Any
+    num_recomputed: int
+
+
+@pytest.fixture(scope="module")
+def digits(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    judged: list[Any] = []
+
+    def verdict(*of: Any) -> Any:
+        judged.extend(of)
+        return judge(*of)
+
+    judge = script._verdict
+    out = tmp_path_factory.mktemp("quickstart") / "made"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(printed):
+        patched.setattr(script, "_verdict", verdict)
+        patched.setattr(sys, "argv", ["quickstart", "--epochs", "1", "--out", str(out)])
+        code = script.main()
+    return Done(code, printed.getvalue(), *judged)
+
+
+def test_digits_go_all_the_way_and_every_promise_holds(digits: Done) -> None:
+    assert digits.code == 0
+    assert promises(digits.printed) == dict.fromkeys(PROMISES, "yes")
+    assert re.search(r"^head at layer3 +\d\.\d{3} +\d+\.\d\d +\d+\.\d\d$", digits.printed, re.MULTILINE)
+    assert re.search(r"^tail from layer2 +\d\.\d{3} +\d+\.\d\d +\d+\.\d\d$", digits.printed, re.MULTILINE)
+    assert len((digits.job.out / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 897
+
+
+def recomputed(done: Done, _: Path) -> Done:
+    return replace(done, num_recomputed=1)
+
+
+def one_bit_off(done: Done, folder: Path) -> Done:
+    """The tail's loss as read from its run is the next float."""
+    shutil.copytree(done.steps[1].run, folder / "tail")
+    history = folder / "tail/history.csv"
+    loss = done.steps[1].records()[0]["train_loss"]
+    text = history.read_text(encoding="utf-8")
+    history.write_text(text.replace(loss, str(math.nextafter(float(loss), math.inf))), encoding="utf-8")
+    steps = [done.steps[0], replace(done.steps[1], run=folder / "tail"), done.steps[2]]
+    return replace(done, steps=steps)
+
+
+def unmoved(done: Done, folder: Path) -> Done:
+    """The tuned model is the tail."""
+    for name in ("tail", "tuned"):
+        shutil.copytree(done.job.run("tail"), folder / "runs" / name)
+    return replace(done, job=replace(done.job, out=folder))
+
+
+@pytest.mark.parametrize(("broken", "claim"), list(zip((recomputed, one_bit_off, unmoved), PROMISES, strict=True)))
+def test_each_promise_that_is_broken_is_named_and_ends_in_exit_code_1(
+    script: ModuleType,
+    digits: Done,
+    broken: Callable[[Done, Path], Done],
+    claim: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done = broken(digits, tmp_path)
+    assert script._verdict(done.job, done.steps, done.num_recomputed) == 1
+    assert promises(capsys.readouterr().out) == {**dict.fromkeys(PROMISES, "yes"), claim: "NO"}
 
 
 def test_a_folder_that_isnt_ours_is_left_alone(

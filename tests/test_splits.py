@@ -22,7 +22,7 @@ def images(tmp_path: Path) -> ImageSet:
 
 def recorded(run: Path, images: ImageSet, *, valid: float = 0.3, seed: int = 4) -> PastSplit:
     run.mkdir()
-    PastSplit.write(run, images, images.digests(), valid=valid, seed=seed)
+    PastSplit.of(images, images.digests(), valid=valid, seed=seed).write(run)
     past = PastSplit.read(run)
     assert past is not None
     return past
@@ -128,6 +128,25 @@ def test_training_on_what_a_run_held_out_is_refused_with_the_count(tmp_path: Pat
         past.check(training, training.digests())
     assert "--allow-leak (in Python: allow_leak=True)" in str(caught.value)
     past.check(images.train, images.train.digests())
+
+
+def test_the_newer_split_decides_and_nothing_older_is_forgotten() -> None:
+    images = ImageSet.from_arrays(pixels(6))
+    older = images.select(range(4)).with_splits(["train", "valid", "test", "train"])
+    newer = images.select(range(2, 6)).with_splits(["train", "train", "valid", "test"])
+    old, new = (PastSplit.of(each, each.digests(), valid=0.2, seed=seed) for seed, each in enumerate((older, newer)))
+    merged = new.over(old)
+    assert merged.applied(images, {}).splits.tolist() == ["train", "valid", "train", "train", "valid", "test"]
+    assert sum(len(rows) for rows in merged.digests.values()) == 6
+    assert (merged.seed, new.over(None)) == (1, new)
+
+
+def test_scored_images_that_were_trained_on_are_counted(tmp_path: Path, images: ImageSet) -> None:
+    past = recorded(tmp_path / "run", images)
+    assert past.trained_note(images.valid, images.valid.digests()) is None
+    note = past.trained_note(images, images.digests())
+    assert note is not None
+    assert note.startswith(f"{len(images.train)} of the 20 images were trained on by {tmp_path / 'run'}: ")
 
 
 def test_one_new_name_hides_no_leak(tmp_path: Path, images: ImageSet) -> None:

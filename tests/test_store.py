@@ -23,6 +23,7 @@ from featstore import (
     AmbiguousRequestError,
     Augment,
     DamagedFileError,
+    FactsDifferError,
     FeatureRequest,
     FeatureSet,
     FeatureStore,
@@ -278,6 +279,16 @@ def test_a_laptop_without_images_or_weights_has_features_targets_and_a_model(
 # ---- image sets
 
 
+def test_an_image_without_a_digest_gets_no_row_of_another_stores_image_of_that_name(root: Path, run: Run) -> None:
+    (key,) = run(arrays(4))
+    images = arrays(4, seed=1)
+    elsewhere = FeatureStore(root.with_name("elsewhere"))
+    elsewhere.save_images(images, replace(images.digests(), failed={1: "broken"}))
+    there = ImageSet.from_store(elsewhere).select([1])
+    with pytest.raises(MissingFeaturesError, match=r"\(1: .*has no digest of it"):
+        FeatureStore(root).features(there, key)
+
+
 def content(images: ImageSet) -> list[Any]:
     targets = None if images.targets is None else images.targets.tolist()
     return [images.ids, targets, images.classes, images.splits.tolist(), images.groups, images.task]
@@ -488,6 +499,9 @@ def test_a_damaged_part_stops_requests_for_its_set_and_no_other(root: Path, run:
             asked()
     assert store.set(keys[0]).key == keys[0]
     assert [each.key for each in store.find(request("layer1"))] == [keys[0]]
+    augmented = request("layer2", view=VIEW.with_seed("flip", 0))  # of the same trunk
+    assert [each.key for each in store.find(augmented)] == [keys[3]]
+    assert store.find(request("layer2", dtype="float16")) == []
     assert sorted(each.key for each in store.sets()) == sorted(key for key in keys if key != keys[2])
     (error,) = store.damaged()
     assert part.name in str(error)
@@ -496,6 +510,16 @@ def test_a_damaged_part_stops_requests_for_its_set_and_no_other(root: Path, run:
     part.unlink()  # the other
     assert run() == (keys[2],)
     assert len(FeatureStore(root).features(arrays(4), keys[2])) == 4
+
+
+def test_a_damaged_part_in_a_renamed_folder_stops_requests_that_it_might_fit(root: Path, run: Run) -> None:
+    (key,) = run()
+    folder = folder_of(root, key)
+    flip_byte(next(folder.iterdir()))
+    folder.rename(folder.with_name("the good ones"))
+    for asked in (request(), request(dtype="float16")):
+        with pytest.raises(DamagedFileError, match=r"the good ones/part-\w+\.h5 is damaged"):
+            FeatureStore(root).find(asked)
 
 
 def test_a_damaged_part_beside_a_sound_one_stops_requests_for_its_set_only(root: Path, run: Run) -> None:
@@ -557,6 +581,28 @@ def test_superseded_parts_are_left_out(root: Path, run: Run) -> None:
     rewritten(found.folder, {**found.facts, "supersedes": [found.parts[0].path.name]})
     (part,) = FeatureStore(root).set(key).parts
     assert part.path.name == "part-0000000000000000.h5"
+
+
+def test_features_of_another_decode_policy_are_refused_with_its_name_and_hold_up_no_job(root: Path, run: Run) -> None:
+    (key,) = run()
+    found = FeatureStore(root).set(key)
+    view = {**found.spec.view, "decode": "rgb8-v9"}
+    spec = {**found.spec.facts(), "view": view}
+    other = digest_json(spec)
+    found.parts[0].path.unlink()
+    folder = found.folder.rename(found.folder.with_name(found.folder.name.replace(key[:8], other[:8])))
+    rewritten(folder, {**found.facts, "spec": spec, "view": view, "key": other})
+    store = FeatureStore(root)
+    sentence = (
+        r"part-0000000000000000\.h5 can't be used by this featstore: decode policy 'rgb8-v9' is unknown here; this "
+        r"featstore has '[\w-]+'\. If a newer one wrote it, upgrade"
+    )
+    with pytest.raises(DamagedFileError, match=sentence):
+        store.set(other)
+    with pytest.raises(FactsDifferError, match=rf"holds no features that can be used\. .*{sentence}"):
+        store.features(arrays(4), request())
+    assert run() == (key,)
+    assert len(FeatureStore(root).features(arrays(4), request())) == 4
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -76,6 +76,18 @@ def test_training_reports_json_that_evaluate_repeats(run: Run) -> None:
     assert evaluated["valid"] == pytest.approx(trained["valid"], rel=1e-3)  # its features were stored as float16
 
 
+def test_scores_of_images_that_a_run_trained_on_come_with_their_count(run: Run) -> None:
+    head(run)
+    evaluate = ["evaluate", "--model", "runs/head", "--images", "photos"]
+    assert "trained on by" not in run("featstore-train", *evaluate).err
+    assert "trained on by" not in run("featstore-train", *evaluate, "--split", "train").err
+    other = ImageSet.from_folder("photos").split(valid=0.2, seed=3).valid.ids
+    count = len(set(other) - set(ImageSet.from_folder("photos").split(valid=0.2, seed=0).valid.ids))
+    ran = run("featstore-train", *evaluate, "--split-seed", "3")
+    assert ran.code == 0
+    assert f"{count} of the 4 images were trained on by runs/head: " in ran.err
+
+
 def test_the_same_image_in_training_and_validation_is_named(run: Run, here: Path) -> None:
     held_out = ImageSet.from_folder("photos").split(valid=0.2, seed=0).valid.ids[0]
     shutil.copy(here / "photos" / held_out, here / "photos" / Path(held_out).parent / "again.jpg")

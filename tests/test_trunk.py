@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -283,3 +284,23 @@ def test_tf32_is_allowed_on_a_gpu_for_tf32_alone() -> None:
         with numerics(precision, torch.device("cuda")):
             expected = "tf32" if precision == "tf32" else "ieee"
             assert {settings()[kind] for kind in ("cuda.matmul", "cuda.conv", "cuda.rnn")} == {expected}
+
+
+def test_threads_that_run_trunks_of_one_model_leave_each_other_alone() -> None:
+    module = net().train()
+    model = staged(module)
+    wanted = outputs(model, "1")
+    images = views(32)
+    expected = Trunk(model, wanted, view=VIEW, batch_size=2)(images)[0]
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    def passes() -> list[Tensor]:
+        trunk = Trunk(model, wanted, view=VIEW, batch_size=2)
+        return [trunk(images)[0] for _ in range(6)]
+
+    with ThreadPoolExecutor(3) as threads:
+        futures = [threads.submit(passes) for _ in range(3)]
+    results = [result for future in futures for result in future.result()]
+    assert all(torch.equal(result, expected) for result in results)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert all(part.training for part in module.modules())

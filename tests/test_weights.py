@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
+from tiny import net
+from torch import Tensor, nn
 
-from featstore import WeightsError
+from featstore import WeightsError, backbone
 from featstore.weights import Fit, fitting, read_tensors
 
 TENSORS = {"stem.weight": torch.arange(6.0).reshape(2, 3), "fc.weight": torch.ones(4, 2)}
@@ -45,13 +46,61 @@ def test_tensors_come_out_of_the_wrappers_that_people_save(
 ) -> None:
     path = tmp_path / f"weights{suffix}"
     torch.save(wrap(TENSORS), path)
-    assert same(read_tensors(path), TENSORS)
+    tensors, notes = read_tensors(path)
+    assert same(tensors, TENSORS)
+    assert notes == ()
+
+
+EMA = {name: tensor + 1 for name, tensor in TENSORS.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        ({"state_dict_ema": EMA, "state_dict": TENSORS, "epoch": 3}, "state_dict and state_dict_ema: state_dict used"),
+        (
+            {"model": TENSORS, "model_ema": {f"module.{name}": tensor for name, tensor in EMA.items()}},
+            "model and model_ema: model used",
+        ),
+        ({"model": {"state_dict": TENSORS}, "ema": {"state_dict": EMA}}, "model and ema: model used"),
+        ({"model": TENSORS, "teacher": EMA, "ema": EMA}, "model and teacher and ema: model used"),
+    ],
+)
+def test_of_several_models_in_a_file_the_one_taken_is_named(content: Any, note: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "ep37.pth")
+    tensors, notes = read_tensors(tmp_path / "ep37.pth")
+    assert same(tensors, TENSORS)
+    assert notes == (f"ep37.pth holds {note}; to use another, save it alone",)
+
+
+def test_what_else_a_training_program_saves_is_no_other_model(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    content = {
+        "state_dict": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "hyper_parameters": {"class_weights": torch.ones(2), "lr": 0.1},
+    }
+    torch.save(content, tmp_path / "ep37.pth")
+    assert read_tensors(tmp_path / "ep37.pth")[1] == ()
+
+
+def test_the_user_of_a_backbone_is_told_which_model_of_a_file_was_taken(tmp_path: Path) -> None:
+    used, average = net(0), net(1)
+    torch.save({"state_dict": used.state_dict(), "state_dict_ema": average.state_dict()}, tmp_path / "both.pth")
+    model = backbone(net(2), tmp_path / "both.pth")
+    assert same(model.tensors(), {name: used.state_dict()[name] for name in model.tensors()})
+    assert model.notes[0] == (
+        "both.pth holds state_dict and state_dict_ema: state_dict used; to use another, save it alone"
+    )
 
 
 def test_safetensors_are_read(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(TENSORS, path)
-    assert same(read_tensors(path), TENSORS)
+    assert same(read_tensors(path)[0], TENSORS)
 
 
 def test_pickled_objects_are_refused_with_three_lines_that_save_the_tensors(
@@ -65,7 +114,20 @@ def test_pickled_objects_are_refused_with_three_lines_that_save_the_tensors(
     assert len(lines) == 3
     monkeypatch.chdir(tmp_path)
     exec("\n".join(lines), {})
-    assert same(read_tensors(tmp_path / "tensors-run 7.pth"), TENSORS)
+    assert same(read_tensors(tmp_path / "tensors-run 7.pth")[0], TENSORS)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_those_lines_also_save_the_tensors_of_a_whole_module(
+    wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    torch.save({"model": module} if wrapped else module, tmp_path / "whole.pth")
+    with pytest.raises(WeightsError, match="holds pickled objects besides tensors") as error:
+        read_tensors(tmp_path / "whole.pth")
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(line.strip() for line in str(error.value).splitlines()[1:]), {})
+    assert same(read_tensors(tmp_path / "tensors-whole.pth")[0], module.state_dict())
 
 
 class Evil:

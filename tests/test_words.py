@@ -455,7 +455,8 @@ def test_features_that_are_too_deep_or_pooled_are_refused_with_three_ways_out(wo
     assert text == (
         'freeze_to("layer1") trains layer2, so it needs maps at layer1; features holds only layer2, pooled (concat), '
         "which can train the head alone. Extract maps (20 x 6x4x4 float16 = 0.00384 MB): "
-        f'{EXTRACT} --cut layer1:none --size 16; or freeze_to("layer2"); or on_missing="images".'
+        f'{EXTRACT} --cut layer1:none --size 16; or --freeze-to layer2 (in Python: freeze_to("layer2"), or '
+        'learn.on_missing = "images").'
     )
     learn.freeze_to("layer2")
     learn.fit(1, lr=1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featstore.graph import mode_of
+from featstore.graph import eval_mode
 from featstore.render import Job, render
-from featstore.trunk import default_batch_size, numerics
+from featstore.trunk import Precision, default_batch_size, numerics
 from featstore.views import View
 from training.inputs import FeatureSource, Source, frozen_trunk, stored_batch_size
 from training.situation import OnError, Situation
+
+_CAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Batches:
@@ -123,6 +126,9 @@ class Batches:
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         source = self.source
         assert not isinstance(source, FeatureSource)
+        policy = source.views[0].policy if isinstance(source.views, tuple) else source.views.policy
+        if policy is not None:
+            policy.check_unchanged()
         jobs = (
             Job(int(row), bytes(source.digests[row]), (self._view_of(views if isinstance(views, int) else views[row]),))
             for row in order
@@ -178,15 +184,16 @@ class Batches:
 
 @dataclass(frozen=True, eq=False)
 class _FrozenRest:
-    """Frozen stages behind stored activations, run as the trunk runs them."""
+    """Frozen stages behind stored activations, run as the trunk runs them, at the precision of the activations."""
 
     stages: nn.Sequential
+    precision: Precision
 
     def __call__(self, values: Tensor, batch_size: int) -> Tensor:
         rows = len(values)
         padding = values[-1:].expand(batch_size - rows, *values.shape[1:])
-        with torch.no_grad(), numerics("fp32", values.device), mode_of(self.stages, training=False):
-            result: Tensor = self.stages(torch.cat([values, padding]))
+        with eval_mode(self.stages), torch.no_grad(), numerics("fp32", values.device):
+            result: Tensor = self.stages(torch.cat([values, padding]).to(_CAST.get(self.precision, torch.float32)))
         return result[:rows].float().contiguous()
 
 
@@ -199,7 +206,10 @@ def _frozen_rest(source: Source, situation: Situation) -> _FrozenRest | None:
     stages = list(situation.model.stages)[source.start : situation.model.num_frozen]
     if source.kind == "images" or not stages:
         return None
-    return _FrozenRest(nn.Sequential(*stages))
+    rest, precision = nn.Sequential(*stages), source.features[0].spec.precision
+    if precision in _CAST:
+        rest = copy.deepcopy(rest).to(_CAST[precision])
+    return _FrozenRest(rest, precision)
 
 
 def _taken(

@@ -138,8 +138,9 @@ def head(
     one_of("--head", kind, tuple(HEADS))
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else _learning_rate(lr)
-    chosen, notes = _images(images, model.backbone)
+    chosen, notes = images.image_set()
     staged = model.model([each for each in (cut, freeze_to) if each is not None])
+    chosen, notes = _for_run(staged.origin.get("run"), images, chosen, notes)
     tell_all([*notes, *staged.notes])
     feature_store = FeatureStore(store)
     learn = train_head(
@@ -201,15 +202,16 @@ def finetune_command(
     options: dict[str, Any] = {}
     source: StagedModel | str
     if backbone is not None:
-        chosen, notes = _images(images, backbone)
+        chosen, notes = images.image_set()
         source = load_model(backbone, weights, [each for each in (cut, freeze_to) if each is not None])
+        chosen, notes = _for_run(source.origin.get("run"), images, chosen, notes)
         notes = [*notes, *source.notes]
         options = {"cut": cut, "view": view.view(source.view)}
     else:
         assert start is not None
         if view != ViewFlags():
             raise ValueError("--size, --resize, --mean, --std and --interpolation come with the run of --from.")
-        chosen, notes = _images(images, start)
+        chosen, notes = _for_run(start, images, *images.image_set())
         source = start
     tell_all(notes)
     learn = finetune(
@@ -243,7 +245,7 @@ def evaluate(
 ) -> None:
     """Score a saved model on images of a split; without a split of their own they get the run's."""
     one_of("--split", split, ("train", "valid", "test"))
-    chosen, notes = _images(images, model)
+    chosen, notes = _for_run(model, images, *images.image_set())
     tell_all(notes)
     # The features it was trained on give its scores again exactly; images give them to the storage type's precision.
     learn = Learner.load(model, chosen, Learner.store_of(model), on_missing="images", **how.options())
@@ -286,13 +288,12 @@ def predict(
         tell(f"{len(records):,} predictions in {csv}")
 
 
-def _images(flags: ImageFlags, source: str) -> tuple[ImageSet, list[str]]:
-    """The images to use with the backbone or run `source`, and what their owner should read about them.
+def _for_run(run: str | None, flags: ImageFlags, images: ImageSet, notes: list[str]) -> tuple[ImageSet, list[str]]:
+    """The images to use with what comes from `run`, if it is one, and what their owner should read about them.
 
     A saved run brings its own split: without a split of their own, or flags that ask for one, they are left undealt.
     """
-    images, notes = flags.image_set()
-    if not Path(source).is_dir() or PastSplit.read(Path(source)) is None:
+    if run is None or PastSplit.read(Path(run)) is None:
         return images, notes
     if flags.valid == 0:
         return images.with_splits(["train"] * len(images)), notes

@@ -27,7 +27,7 @@ def why_not(search: Search, asked: ImageSet) -> FeatureStoreError:
     situation = search.situation
     for entry in situation.entries:
         evaluation = search.set_at(entry, situation.view)
-        sets = search.sets_at(entry)
+        sets = search.sets_at(entry, evaluation)
         present = [each for each in sets if each is not None]
         if len(present) == len(sets):
             return _rows_missing(search, entry, present, asked)
@@ -151,12 +151,15 @@ def _too_deep(search: Search, deeper: dict[str, FeatureSet]) -> FeatureStoreErro
     count = len(situation.images)
     dtype = "float16" if situation.chosen is None else situation.chosen.spec.dtype
     num_bytes = count * int(np.prod(shape, dtype=np.int64)) * (4 if dtype == "float32" else 2)
+    remedy = _remedy(search, needed, situation.chosen)
+    instead = f'freeze_to("{cut}"); or on_missing="images"'
+    if remedy.startswith("featstore "):
+        instead = f'--freeze-to {cut} (in Python: freeze_to("{cut}"), or learn.on_missing = "images")'
     serves = "the head alone" if cut == model.cut_points[-1] else f"what follows {cut}"
     return MissingFeaturesError(
         f'freeze_to("{needed.cut}") trains {training_words(model, with_head=False)}, so it needs {kind} at '
         f"{needed.cut}; {search.store.root} holds only {listed}, which can train {serves}. Extract {kind} "
-        f"({count:,} x {'x'.join(map(str, shape))} {dtype} = {_size(num_bytes)}): "
-        f'{_remedy(search, needed, situation.chosen)}; or freeze_to("{cut}"); or on_missing="images".'
+        f"({count:,} x {'x'.join(map(str, shape))} {dtype} = {_size(num_bytes)}): {remedy}; or {instead}."
     )
 
 

@@ -16,7 +16,7 @@ from featstore.images import ImageSet
 from featstore.probe import check_probe, take_probes
 from featstore.staged import PoolStage
 from featstore.store import FeatureSet
-from featstore.trunk import Output, Trunk
+from featstore.trunk import Output, Precision, Trunk
 from featstore.views import Augment, View
 from training.explain import images_absent, why_not
 from training.search import Search
@@ -180,8 +180,9 @@ def extract_missing(situation: Situation, augment: Augment | None, *, progress: 
     """
     assert situation.store is not None
     entry = situation.entries[0]
-    search = Search(situation, situation.images, None)
-    like = search.set_at(entry, situation.view) or situation.chosen
+    search = Search(situation, situation.images, augment)
+    sets = [search.set_at(entry, situation.view), *search.sets_at(entry), situation.chosen]
+    like = next((each for each in sets if each is not None), None)
     settings = {} if like is None else {"dtype": like.spec.dtype, "precision": like.spec.precision}
     extract(
         situation.model,
@@ -202,8 +203,24 @@ def frozen_trunk(situation: Situation, batch_size: int | None) -> Trunk | None:
     if not situation.entries:
         return None
     entry = situation.entries[0]
-    outputs = [Output(entry.cut, entry.pool)]
-    return Trunk(situation.model, outputs, view=situation.view, batch_size=batch_size, device=situation.device)
+    return Trunk(
+        situation.model,
+        [Output(entry.cut, entry.pool)],
+        view=situation.view,
+        batch_size=batch_size,
+        precision=live_precision(situation),
+        device=situation.device,
+    )
+
+
+def live_precision(situation: Situation) -> Precision:
+    """The precision of a live frozen trunk: of the chosen set, or of all that are stored of it; else fp32."""
+    trunks = {situation.digests[entry.cut] for entry in situation.entries}
+    specs = [each.spec for each in situation.sets if each.spec.trunk in trunks]
+    stored = {spec.precision for spec in specs if spec.rendered.evaluation == situation.view}
+    if situation.chosen is not None:
+        stored = {situation.chosen.spec.precision}
+    return stored.pop() if len(stored) == 1 else "fp32"
 
 
 def stored_batch_size(situation: Situation) -> int | None:
@@ -256,8 +273,12 @@ def _stored(search: Search, entry: Entry, sets: Sequence[FeatureSet]) -> Feature
         images=features[0].images,
         features=features,
         start=entry.start,
-        words=f"features, {name}, {views_words(search.augment)} ({keys})",
+        words=f"features, {name}{_in_words(sets[0].spec.precision)}, {views_words(search.augment)} ({keys})",
     )
+
+
+def _in_words(precision: Precision) -> str:
+    return "" if precision == "fp32" else f" in {precision}"
 
 
 def _joined(search: Search, sets: Sequence[FeatureSet]) -> tuple[Features, ...]:
@@ -312,7 +333,7 @@ def _live(situation: Situation, images: ImageSet, augment: Augment | None) -> Im
     if augment is not None:
         views = augment if augment.is_fresh else augment.views(situation.view)
     frozen = frozen_words(model)
-    runs = f"; {frozen} {run_or_runs(frozen)} on them" if model.num_frozen else ""
+    runs = f"; {frozen} {run_or_runs(frozen)} on them{_in_words(live_precision(situation))}" if model.num_frozen else ""
     can_be_read = ~digests.is_failed
     return ImageSource(
         images=images if can_be_read.all() else images.select(can_be_read),

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,7 +21,7 @@ from torch import nn
 import featstore
 from featstore.commands import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.digest import Json
-from featstore.errors import AmbiguousRequestError, FeatureStoreError
+from featstore.errors import AmbiguousRequestError, DamagedFileError, FactsDifferError, FeatureStoreError
 from featstore.extract import check_size
 from featstore.images import ImageSet, overlap_note
 from featstore.runs import new_run, read_run, write_run
@@ -38,12 +37,14 @@ from training.heads import build_head
 from training.inputs import Inputs, Source, derive, extract_missing, find, labelled, training_part
 from training.lr_find import LearningRates, find_lr
 from training.predict import Prediction, as_images, predictions, probabilities, write_csv
-from training.saved import no_images, past_split, saved_backbone, saved_head
+from training.saved import check_head, head_digest, no_images, past_split, saved_backbone, saved_head
 from training.situation import OnError, OnMissing, Origin, Situation, frozen_words, training_words, views_words
-from training.splits import FILE as SPLIT
 from training.splits import PastSplit, with_classes
 
 HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.json", "valid_predictions.csv"
+
+_FIXED = ("classes", "task", "device")
+_CHOICES = {"on_missing": ("error", "images", "extract"), "on_error": ("raise", "skip")}
 
 
 class Learner:
@@ -51,8 +52,9 @@ class Learner:
 
     The model is `learn.model`: the backbone's stages up to the cut, a pool, and the head. The caller's backbone is
     never changed: frozen stages are shared with it, thawed ones are copies. Where the next fit reads from is derived,
-    and `learn.inputs` says it in words. Arguments are attributes that may be set later, such as `learn.augment`; an
-    attribute that isn't known is refused.
+    and `learn.inputs` says it in words. These may be set later: images, store, augment, on_missing, on_error,
+    optimizer, batch_size, seed, view, workers, quiet and allow_leak. The rest is fixed; an attribute that isn't known
+    is refused.
 
     Args:
         model: the backbone; or a model with its own head, with ``head="keep"``.
@@ -87,7 +89,7 @@ class Learner:
     """
 
     __slots__ = (
-        "_cut", "_features", "_images", "_loss", "_metrics", "_origins", "_past", "_probed", "_trained_on",
+        "_cut", "_features", "_images", "_loss", "_metrics", "_origins", "_past", "_probed", "_seen", "_trained_on",
         "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history", "model", "on_error",
         "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
     )  # fmt: skip
@@ -116,12 +118,9 @@ class Learner:
         quiet: bool = False,
         allow_leak: bool = False,
     ) -> None:
-        if on_missing not in (None, "error", "images", "extract"):
-            raise ValueError(f"on_missing is {on_missing!r}; expected error, images or extract.")
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
         backbone = model if isinstance(model, StagedModel) else StagedModel.from_module(model)
         self._past = past_split(backbone)
+        self._seen: PastSplit | None = None  # of this learner's own fits
         if self._past is not None:
             images = self._past.applied(images, {} if store is None else store.known_digests(images))
         self._images, self.store, self.augment = images, store, augment
@@ -154,7 +153,14 @@ class Learner:
                     "allow it, and learn.inputs says so. See freeze_to(...), unfreeze() and augment."
                 )
             raise AttributeError(f"A Learner has no attribute {name!r}. {hint}")
-        super().__setattr__(name, value)
+        if name in _FIXED and hasattr(self, name):
+            raise AttributeError(f"{name} is fixed when a Learner is made. Make a new one for another.")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            *others, last = _CHOICES[name]
+            raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}.")
+        if name == "batch_size" and value < 1:
+            raise ValueError(f"batch_size is {value}; expected at least 1.")
+        super().__setattr__(name, value.evaluation if name == "view" else value)
 
     def __repr__(self) -> str:
         pool = f" ({self._reduction})" if self._reduction else ""
@@ -252,6 +258,7 @@ class Learner:
             lr = float(f"{self._found(train, weight_decay).suggestion:.2g}")
             self._say(f"learning rate {lr:g}, the finder's suggestion (to use it again: --lr {lr:g})")
         self.read_from, self._trained_on = inputs.train.kind, str(inputs)
+        self._seen = self._split(situation).over(self._seen)  # before the first step: a fit may be interrupted
         optimizer = optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         scheduler = schedules.build(schedule, optimizer, rates, epochs * len(train))
@@ -302,6 +309,8 @@ class Learner:
         """Loss, metrics and number of the labelled images of a split: train, valid or test, in the evaluation view."""
         source, _, logits, targets = self._split_outputs(split)
         self.read_from = source.kind
+        if split != "train":
+            self._say_trained(source.images)
         return self._scored(logits, targets)
 
     def predict(self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Prediction]:
@@ -380,7 +389,9 @@ class Learner:
         classes, past = tuple(facts["classes"]), PastSplit.read(folder)
         if images is None:
             images = no_images(classes, facts["task"])
-        elif images.is_labelled and images.task != facts["task"]:
+        elif not images.is_labelled:
+            images = replace(images, task=facts["task"])
+        elif images.task != facts["task"]:
             raise FeatureStoreError(
                 f"The model of {folder} is for the task {facts['task']}, and these images are labelled for "
                 f"{images.task}. Give their labels so: --task {facts['task']}."
@@ -403,6 +414,7 @@ class Learner:
         if "backbone" not in base.origin:
             learn._origins.clear()  # the caller's module has other weights than the run
         learn.model.load_tensors(saved.tensors)
+        check_head(learn.model, facts["head"], folder)
         learn._past = past
         if facts["model"]["frozen"] is None:
             learn.model.unfreeze()
@@ -461,6 +473,12 @@ class Learner:
         if head == "keep":
             model = backbone.sharing()
             cut = model.canonical(cut or model.default_cut)
+            shape, count = model.shape(model.cut_points[-1], self.view.size), len(self.classes)
+            if shape != (count,):
+                raise ValueError(
+                    f"{model.name} ends in {'x'.join(map(str, shape))} values an image, and the images have {count:,} "
+                    'classes; head="keep" needs a logit a class. Give a class table with classes=, or another head.'
+                )
             model.freeze_to(cut)
             return model, cut
         cut, reduce = self._place_of_head(backbone, cut, reduce)
@@ -529,8 +547,9 @@ class Learner:
             raise ValueError("There are no labelled images to train on. Give an image set with classes.")
         optim.build(self.model, 1.0, optimizer="sgd", weight_decay=0.0)  # raises if nothing would train
         situation = self._situation()
-        if self._past is not None and not self.allow_leak:
-            self._past.check(training, training.digests(situation.known))
+        for past in (self._seen, self._past):
+            if past is not None and not self.allow_leak:
+                past.check(training, training.digests(situation.known))
         inputs = derive(situation, self.augment)
         if inputs.first is not None:
             self._say(inputs.first)
@@ -582,15 +601,18 @@ class Learner:
     def _reading(self, images: ImageSet) -> tuple[Situation, Source]:
         """For scores and predictions: what isn't stored is read, unless there is nothing to read.
 
-        Their numbers are right either way, so several fitting sets are no reason to stop: images are read then, too.
+        Their numbers are right either way, so neither several fitting sets nor a damaged one are a reason to stop:
+        images are read then, too.
         """
         is_readable = not self.model.is_absent and not images.absent(1)
         situation = replace(self._situation(), on_missing="images" if is_readable else "error")
         try:
             return situation, find(situation, images, None)
-        except AmbiguousRequestError:
+        except (AmbiguousRequestError, DamagedFileError, FactsDifferError) as error:
             if not is_readable:
                 raise
+            if not isinstance(error, AmbiguousRequestError):
+                self._say(f"images are read instead of features: {error}")
             situation = replace(situation, store=None)
             return situation, find(situation, images, None)
 
@@ -611,6 +633,12 @@ class Learner:
             self._say(
                 f"{len(failures):,} image{'s' * (len(failures) > 1)} can't be read, left out (first: {name}: {reason})"
             )
+
+    def _say_trained(self, images: ImageSet) -> None:
+        digests = images.digests(self._situation().known)
+        notes = [past.trained_note(images, digests) for past in (self._seen, self._past) if past is not None]
+        for note in [each for each in notes if each is not None][:1]:
+            self._say(note)
 
     def _say_frozen(self) -> None:
         self._say(self._frozen_line())
@@ -643,14 +671,21 @@ class Learner:
                 "frozen": frozen[-1] if frozen else None,
                 "is_absent": model.is_absent,
             },
-            "head": {"name": self.head_name, "stage": str(last.name)},
+            "head": {
+                "name": self.head_name,
+                "stage": str(last.name),
+                "digest": head_digest(model) if self.head_name == "module" else None,
+            },
             "classes": list(self.classes),
             "task": self.task,
             "seed": self.seed,
         }
 
     def _write_reports(self, folder: Path) -> None:
-        self._write_split(folder)
+        split = self._split(self._situation())
+        if self._seen is not None:
+            split = self._seen.over(split)  # what was fitted, though the images may be others by now
+        split.over(self._past).write(folder)
         if self.history.records:
             columns = self.history.frame()
             with (folder / HISTORY).open("w", newline="", encoding="utf-8") as file:
@@ -671,15 +706,12 @@ class Learner:
         if len(labelled(self.images.valid)):
             self._write_valid(folder)
 
-    def _write_split(self, folder: Path) -> None:
-        if not len(self.images) and self._past is not None:
-            shutil.copy(self._past.run / SPLIT, folder / SPLIT)
-            return
+    def _split(self, situation: Situation) -> PastSplit:
+        """What the images as they are dealt now train and hold out."""
         split, past = self.images.origin.get("split") or {}, self._past
-        PastSplit.write(
-            folder,
+        return PastSplit.of(
             self.images,
-            self.images.digests(self._situation().known),
+            self.images.digests(situation.known),
             valid=split.get("valid", past.valid if past else DEFAULT_VALID),
             seed=split.get("seed", past.seed if past else DEFAULT_SPLIT_SEED),
         )

@@ -10,10 +10,12 @@ from torch import nn
 
 from featstore.backbones import architecture, restored
 from featstore.digest import Json
-from featstore.errors import FeatureStoreError
+from featstore.errors import FeatureStoreError, ModelError
+from featstore.graph import split_into_stages
 from featstore.images import AbsentSource, ImageSet, Task
+from featstore.operations import START, chain
 from featstore.runs import Run
-from featstore.staged import StagedModel
+from featstore.staged import HeadStage, StagedModel
 from featstore.views import View
 from training.splits import PastSplit
 
@@ -59,10 +61,38 @@ def saved_head(facts: Mapping[str, Json], head: nn.Module | None, folder: Path) 
     return head
 
 
+def head_digest(model: StagedModel) -> str | None:
+    """What a head of a person's own computes in eval mode, its tensors included; None if that can't be traced."""
+    head, digest = list(model.stages)[-1], START
+    if not isinstance(head, HeadStage):
+        return None
+    try:
+        for stage in split_into_stages(head.module):
+            digest = chain(digest, stage.eval)
+    except ModelError:
+        return None
+    return digest
+
+
+def check_head(model: StagedModel, facts: Mapping[str, Json], folder: Path) -> None:
+    """Checks that the head given again computes what the saved one did: tensors of the same names say little.
+
+    Raises:
+        FeatureStoreError: if it computes something else.
+    """
+    digest = head_digest(model)
+    if facts["name"] == "module" and facts["digest"] is not None and digest != facts["digest"]:
+        raise FeatureStoreError(
+            f"The head given for {folder} computes something else than the one that was saved (digest "
+            f"{facts['digest'][:8]} expected, {'none' if digest is None else digest[:8]} found). Give the head as it "
+            "was, with its layers and settings; its tensors come from the run."
+        )
+
+
 def past_split(backbone: StagedModel) -> PastSplit | None:
     """The split of the run that `backbone` comes from, if it comes from one."""
-    folder = Path(str(backbone.origin.get("backbone", "")))
-    return PastSplit.read(folder) if folder.is_dir() and "backbone" in backbone.origin else None
+    run = backbone.origin.get("run")
+    return None if run is None else PastSplit.read(Path(run))
 
 
 def no_images(classes: tuple[str, ...], task: Task) -> ImageSet:

@@ -19,16 +19,16 @@ _SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PastSplit:
-    """The split of a saved run.
+    """What was trained on and held out: by a saved run and all that it came from, or by the fits of one learner.
 
     Attributes:
-        run: its folder.
+        run: the run's folder; None for the fits of a learner.
         digests: split -> ``(n, 32)`` uint8, the contents of its images.
         valid: share held out by the rule that dealt them.
         seed: of that rule.
     """
 
-    run: Path
+    run: Path | None
     digests: Mapping[str, NDArray[np.uint8]]
     valid: float
     seed: int
@@ -47,12 +47,29 @@ class PastSplit:
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise DamagedFileError(f"{path} is damaged ({error}). Restore it, or train the model again.") from error
 
-    @staticmethod
-    def write(run: Path, images: ImageSet, digests: Digests, *, valid: float, seed: int) -> None:
-        """Records the split of `images` in the run folder `run`; an undealt set counts as training."""
+    @classmethod
+    def of(cls, images: ImageSet, digests: Digests, *, valid: float, seed: int) -> PastSplit:
+        """The split of `images`; an undealt set counts as training."""
         splits = images.splits if (images.splits != "").any() else np.full(len(images), "train")
         of_split = {name: digests.values[(splits == name) & ~digests.is_failed] for name in _SPLITS}
-        np.savez(run / FILE, rule_valid=np.float64(valid), rule_seed=np.int64(seed), **of_split)
+        return cls(run=None, digests=of_split, valid=valid, seed=seed)
+
+    def over(self, older: PastSplit | None) -> PastSplit:
+        """This split, and what `older` knows of images that this one doesn't have: nothing is forgotten."""
+        if older is None:
+            return self
+        known = {bytes(row) for rows in self.digests.values() for row in rows}
+        merged = {
+            name: np.concatenate([rows, older.digests[name][[bytes(row) not in known for row in older.digests[name]]]])
+            for name, rows in self.digests.items()
+        }
+        return replace(self, digests=merged)
+
+    def write(self, run: Path) -> None:
+        """Records it in the run folder `run`."""
+        train, valid, test = (self.digests[name] for name in _SPLITS)
+        rule_valid, rule_seed = np.float64(self.valid), np.int64(self.seed)
+        np.savez(run / FILE, train=train, valid=valid, test=test, rule_valid=rule_valid, rule_seed=rule_seed)
 
     def applied(self, images: ImageSet, known: Mapping[str, KnownDigest]) -> ImageSet:
         """`images` with this split, by content; images that the run hadn't seen are dealt by its rule.
@@ -75,7 +92,7 @@ class PastSplit:
         return images.with_splits(splits)
 
     def check(self, training: ImageSet, digests: Digests) -> None:
-        """Checks that none of the images to train on was held out by the run.
+        """Checks that none of the images to train on was held out.
 
         Raises:
             FeatureStoreError: with their number.
@@ -83,12 +100,31 @@ class PastSplit:
         held_out = {bytes(row) for name in ("valid", "test") for row in self.digests[name]}
         leaked = [name for name, row in zip(training.ids, digests.values, strict=True) if bytes(row) in held_out]
         if leaked:
-            raise FeatureStoreError(
-                f"{len(leaked):,} of the {len(training):,} images to train on were held out by {self.run} (first: "
-                f"{leaked[0]}); its scores, and those of what follows, would be of images it has learned. Leave out "
-                "--valid, --split-seed and own splits, then the run's split is used; or pass --allow-leak (in Python: "
-                "allow_leak=True)."
+            remedy = (
+                "Leave out --valid, --split-seed and own splits, then the run's split is used; or pass --allow-leak "
+                "(in Python: allow_leak=True)."
             )
+            if self.run is None:
+                remedy = "Keep the split, make a new Learner, or set allow_leak = True."
+            raise FeatureStoreError(
+                f"{len(leaked):,} of the {len(training):,} images to train on were held out by {self._words} (first: "
+                f"{leaked[0]}); its scores, and those of what follows, would be of images it has learned. {remedy}"
+            )
+
+    def trained_note(self, images: ImageSet, digests: Digests) -> str | None:
+        """How many of the images to score were trained on, in words; None if none was."""
+        trained = {bytes(row) for row in self.digests["train"]}
+        count = sum(bytes(row) in trained for row in digests.values)
+        if not count:
+            return None
+        return (
+            f"{count:,} of the {len(images):,} images were trained on by {self._words}: their scores say little about "
+            "new images"
+        )
+
+    @property
+    def _words(self) -> str:
+        return "an earlier fit" if self.run is None else str(self.run)
 
 
 def with_classes(images: ImageSet, classes: tuple[str, ...], run: Path) -> ImageSet:
