@@ -178,7 +178,8 @@ def plan(
     """What `extract` with the same arguments would do. Reads images as far as their digests aren't known.
 
     Raises:
-        ValueError: for an unknown cut, reduction, type or precision, a size the model can't take, or no images.
+        ValueError: for an unknown cut, reduction, type or precision, a size the model can't take, no images, or a
+            policy that has changed since it was made.
         TypeError: for cuts that are a text, not a list.
         ModelError: for a model that can't be keyed.
         DamagedFileError: for a damaged part or image table of what is asked for.
@@ -187,6 +188,8 @@ def plan(
         raise ValueError(f"{images.name} holds no images. Expected some to extract. Give the set that has been dealt.")
     if isinstance(cuts, str):
         raise TypeError(f"cuts is {cuts!r}. Expected a list of cuts. Write [{cuts!r}].")
+    if augment is not None:
+        augment.policy.check_unchanged()
     staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)
     geometry = (view or staged.view).evaluation
     check_size(staged, geometry)
@@ -325,7 +328,8 @@ def run_plan(
     )
     probes = _checked_probes(planned, model, outputs, trunk)
     if lacking:
-        check_pure(model, max((output.cut for output in lacking), key=model.index))
+        last = max((output.cut for output in lacking), key=model.index)
+        check_pure(model, last, batch_size=trunk.batch_size, device=trunk.device)
     store.save_images(planned.images, planned.digests)
     job = _Job(planned, store, trunk, probes, _stage_facts(planned, model))
     job.run(on_error=on_error, workers=workers, progress=_Progress(job.num_jobs, is_shown=progress))

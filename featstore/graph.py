@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
+import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -53,6 +54,21 @@ def mode_of(module: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for part, flag in before:
             part.training = flag
+
+
+_passes = threading.RLock()
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """`mode_of` for one pass in eval mode; one such pass at a time in a process, others wait.
+
+    Models share modules, and flags belong to modules: a pass that ends would switch the layers of another thread's
+    pass back to train mode. Training loops keep `mode_of`: the stages that they train are copies of their own, and
+    nobody should wait for an epoch. Not around a `yield`, for the same reason.
+    """
+    with _passes, mode_of(module, training=False):
+        yield
 
 
 @contextmanager
@@ -261,7 +277,7 @@ def _traced(module: nn.Module, *, training: bool, opaque: frozenset[str]) -> tup
     while True:
         tracer = _Tracer(opaque)
         attributes = set(vars(module))
-        with _attributes_kept(module), mode_of(module, training=training), random_states_kept():
+        with _passes, _attributes_kept(module), mode_of(module, training=training), random_states_kept():
             before = random_states()
             try:
                 graph = tracer.trace(module)

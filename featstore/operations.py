@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from featstore.digest import Json, digest_json, digest_tensor
 from featstore.errors import ModelError
 from featstore.graph import has_fingerprint, is_in_place, is_library_class, is_library_leaf, refuse_patched
-from featstore.source import source_digests
+from featstore.source import class_facts, source_digests
 
 START = digest_json(["featstore operations", 1])
 """The digest before the first operation. The number is raised when the meaning of a digest changes."""
@@ -137,7 +137,7 @@ def _leaf(leaf: nn.Module, where: str) -> Json:
 
 
 def _opaque(module: nn.Module, where: str) -> Json:
-    """A module that stays whole: its author's fingerprint, or class, source and configuration; and its tensors."""
+    """A module that stays whole: its author's fingerprint, or source, what it reads, configuration; and its tensors."""
     if has_fingerprint(module):
         text = module.fingerprint()  # type: ignore[operator]
         if not isinstance(text, str):
@@ -147,12 +147,25 @@ def _opaque(module: nn.Module, where: str) -> Json:
         path: [type(part).__qualname__, _configuration(part, f"{where}.{path}" if path else where)]
         for path, part in module.named_modules()
     }
-    classes = {kind for part in module.modules() for kind in type(part).__mro__}
-    return ["source", parts, source_digests(*classes), dict(_tensors(module, where))]
+    kinds = list(dict.fromkeys(type(part) for part in module.modules()))
+    sources = source_digests(*{base for kind in kinds for base in kind.__mro__})
+    try:
+        values = class_facts(*kinds)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ModelError(
+            f"{where} ({type(module).__name__}) can't be keyed: {error}. Hand it to the module as a setting, or give "
+            "the module a method fingerprint() that returns a text which changes whenever its results do."
+        ) from error
+    return ["source", parts, sources, values, dict(_tensors(module, where))]
 
 
 def _configuration(module: nn.Module, where: str) -> Json:
     """The settings of a module; of torch's own layers the public ones that evaluation reads."""
+    if any(isinstance(value, torch.ScriptObject) for value in vars(module).values()):
+        raise ModelError(
+            f"{where} holds packed weights ({type(module).__name__}, a quantized layer), which no key can cover. Cut "
+            "before it, or use the float model."
+        )
     is_library = is_library_class(type(module))
     return {
         name: _constant(value, f"{where}.{name}")

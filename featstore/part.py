@@ -99,6 +99,27 @@ def write_table(path: Path, *, columns: Mapping[str, NDArray[Any]], facts: Mappi
         _write_frame(fd, frame)
 
 
+def make_folder(path: Path, *, root: Path) -> None:
+    """Make the folder `path`, and those above it, such that no power loss takes it away with the files in it.
+
+    A folder's name is safe once the folder above it is synced. Below `root` that is done for those that were there as
+    well: whoever made them may have been killed before the sync. Above it not everyone may read the folders.
+
+    Args:
+        path: below `root`.
+        root: of the store; made as well.
+
+    Raises:
+        OSError: as the system gave it.
+    """
+    for folder in (*reversed(path.parents), path):
+        is_new = not folder.is_dir()
+        if is_new:
+            folder.mkdir(exist_ok=True)  # another process may be as far
+        if is_new or root in folder.parents:
+            _sync_folder(folder.parent)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
     """A part that `Part.open` found sound. It holds no file handle, pickles, and works in other processes.

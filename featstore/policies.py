@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-import dis
 import hashlib
-import inspect
 import json
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from types import FunctionType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +18,7 @@ from torch import Tensor
 
 from featstore.digest import Json, canonical_json, digest_json
 from featstore.errors import ModelError
-from featstore.source import normalised_source, source_digests
+from featstore.source import function_facts
 
 OwnPolicy = Callable[[Tensor, torch.Generator], Tensor]
 """A person's policy: uint8 `(3, H, W)` and a CPU generator to uint8 `(3, H', W')`, before the evaluation geometry."""
@@ -51,6 +47,18 @@ class Policy:
     def facts(self) -> dict[str, Json]:
         """Name and identity, as JSON values."""
         return {"name": self.name, **json.loads(self.identity)}
+
+    def check_unchanged(self) -> None:
+        """Checks that a person's own function still is what this policy was keyed by.
+
+        Raises:
+            ValueError: if its code or a value that it reads has changed since.
+        """
+        if self.function is not None and canonical_json(_identity(self.function, self.name)) != self.identity:
+            raise ValueError(
+                f"the policy {self.name} has changed since this Augment was made: its code, or a value that it reads. "
+                "What it computes now has another key; make it again: Augment(policy, seeds)."
+            )
 
     def describe(self) -> str:
         """The name, and for all but the built-in ones of this version what tells two of one name apart."""
@@ -92,9 +100,10 @@ def policy(given: str | OwnPolicy | Policy) -> Policy:
     """The policy of that name, or a person's own function as one.
 
     A function is keyed by its attribute or method ``fingerprint`` (a text) if it has one, else by its source without
-    comments and layout, with the values it captures: closure, defaults, globals; of other own modules that it uses,
-    their whole source. It is tried on a made-up image, so that one with random numbers from elsewhere than its
-    generator is refused here.
+    comments and layout, with the values it reads: closure, defaults, globals, what it takes from own modules and
+    classes; of other own modules that it uses, their whole source as well. Of libraries the names alone count: an
+    upgrade that changes what one computes goes unseen. It is tried on a made-up image, so that one with random numbers
+    from elsewhere than its generator is refused here.
 
     Raises:
         ValueError: for an unknown name, a function that can't be keyed, and one that isn't a function of image and
@@ -199,97 +208,12 @@ def _identity(function: OwnPolicy, name: str) -> dict[str, Json]:
     try:
         if not isinstance(function, FunctionType):
             raise TypeError(f"it is a {type(function).__name__}, not a plain function")
-        return {"source": digest_json(_function_facts(function, []))}
+        return {"source": digest_json(function_facts(function))}
     except (TypeError, ValueError, SyntaxError, ModelError) as error:
         raise ValueError(
             f"the policy {name} can't be keyed: {error}. Give it an attribute or method fingerprint, a text that "
             "changes whenever its results do."
         ) from error
-
-
-def _function_facts(function: FunctionType, seen: list[FunctionType]) -> Json:
-    """The function's source and every value it takes from outside its arguments, followed through own functions."""
-    if function in seen:
-        return {"function": seen.index(function)}
-    seen.append(function)
-    code = function.__code__
-    closure = [cell.cell_contents for cell in function.__closure__ or ()]
-    outside = {name: function.__globals__[name] for name in _names(code, "LOAD_") if name in function.__globals__}
-    imported = {name: sys.modules[name] for name in _names(code, "IMPORT_NAME") if name in sys.modules}
-    taken: dict[str, dict[Any, Any]] = {
-        "defaults": dict(enumerate(function.__defaults__ or ())),
-        "keyword defaults": function.__kwdefaults__ or {},
-        "closure": dict(zip(code.co_freevars, closure, strict=True)),
-        "globals": outside,
-        "imports": imported,
-    }
-    return {
-        "source": _source(code),
-        **{
-            kind: {str(name): _value_facts(str(name), values[name], seen) for name in values}
-            for kind, values in taken.items()
-        },
-    }
-
-
-def _value_facts(name: str, value: Any, seen: list[FunctionType]) -> Json:
-    if isinstance(value, ModuleType):
-        return {"module": source_digests(value)}  # nothing for libraries: their versions are facts of the run
-    if isinstance(value, FunctionType | type) and _is_from_library(value):
-        return {"library": [value.__module__, value.__qualname__, value.__name__]}
-    if isinstance(value, FunctionType):
-        return _function_facts(value, seen)
-    if isinstance(value, type):
-        return {"class": value.__qualname__, "module": source_digests(value)}
-    if isinstance(value, BuiltinFunctionType) and isinstance(value.__self__, ModuleType | type | None):
-        return {"library": value.__qualname__}  # compiled, and bound to no object that could hold state
-    try:
-        canonical_json(value)
-    except TypeError as error:
-        raise TypeError(f"it uses {name}, a {type(value).__name__}, of which no key can be made") from error
-    return {"value": value}
-
-
-def _is_from_library(value: FunctionType | type) -> bool:
-    module = sys.modules.get(value.__module__)
-    try:
-        return module is not None and not source_digests(module)
-    except ModelError:  # typed into a prompt or notebook
-        return False
-
-
-def _source(code: CodeType) -> str:
-    """The normalised source of the one function that compiles to `code`."""
-    try:
-        text = "".join(inspect.findsource(code)[0])
-    except OSError as error:
-        raise ValueError("its source can't be found") from error
-    # What is keyed is what runs: a file that was edited after it was imported holds another function.
-    if code not in _all_codes(compile(text, code.co_filename, "exec", dont_inherit=True)):
-        raise ValueError(f"{code.co_filename} is no longer what was imported from it (import it again)")
-    found = [
-        node
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        and getattr(node, "name", "<lambda>") == code.co_name
-        and min(each.lineno for each in [node, *getattr(node, "decorator_list", [])]) == code.co_firstlineno
-    ]
-    if len(found) != 1:
-        raise ValueError(f"line {code.co_firstlineno} of its file has several functions of its name")
-    return normalised_source(ast.unparse(found[0]))
-
-
-def _all_codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _all_codes(constant)
-
-
-def _names(code: CodeType, operation: str) -> list[str]:
-    """The names that `code` and what is nested in it looks up by `operation`; LOAD_GLOBAL and LOAD_NAME for LOAD_."""
-    wanted = ("LOAD_GLOBAL", "LOAD_NAME") if operation == "LOAD_" else (operation,)
-    return sorted({each.argval for part in _all_codes(code) for each in dis.Bytecode(part) if each.opname in wanted})
 
 
 # --- a person's own policy: calling it, and trying it out ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from featstore.errors import ModelError
-from featstore.graph import mode_of, random_states, random_states_kept
+from featstore.graph import eval_mode, random_states, random_states_kept
 from featstore.probe import probe_images
 from featstore.staged import StagedModel, TracedStage
 from featstore.trunk import numerics
@@ -21,11 +22,20 @@ NUM_REPEATS = 16
 """Runs of a stage that draws random numbers: one that uses them rarely (a branch of probability 1/4) is found too."""
 
 
-def check_pure(model: StagedModel, cut: str) -> None:
+def check_pure(
+    model: StagedModel, cut: str, *, batch_size: int | None = None, device: torch.device | None = None
+) -> None:
     """Checks that the trunk up to `cut`, in eval mode, is a function of one image.
 
-    Runs a few batches of two and three images. The model, its batch-norm statistics, and all global random states are
-    left as they were.
+    Runs a few batches of two and three images, and two of the size that will run: a model may treat that one in
+    another way (statistics of groups of 8). The model, its batch-norm statistics, and all global random states are left
+    as they were.
+
+    Args:
+        model: never changed.
+        cut: where the trunk ends.
+        batch_size: images in each batch of the passes to come, if they are known.
+        device: where they run; default: where the model is.
 
     Raises:
         ModelError: if the output changes from run to run (dropout left on), or with the other images of the batch,
@@ -33,11 +43,13 @@ def check_pure(model: StagedModel, cut: str) -> None:
             does is named.
     """
     trunk = model.trunk(cut)
-    parameter = next(trunk.parameters(), torch.empty(0))
+    if device is not None and any(each.device != device for each in (*trunk.parameters(), *trunk.buffers())):
+        trunk = copy.deepcopy(trunk).to(device)
+    parameter = next(trunk.parameters(), torch.empty(0, device=device))
     first, second = model.view.normalise(probe_images(model.view.size)).to(parameter)
     mixed: Any = torch.stack([first, second, first.flip(1)])
     alone: Any = torch.stack([first, first])
-    with torch.no_grad(), numerics("fp32", parameter.device), mode_of(trunk, training=False), random_states_kept():
+    with eval_mode(trunk), torch.no_grad(), numerics("fp32", parameter.device), random_states_kept():
         for stage in trunk:
             mixed_after, alone_after = _once(stage, mixed), _once(stage, alone)
             if not _is_repeatable(stage, mixed, mixed_after):
@@ -47,18 +59,45 @@ def check_pure(model: StagedModel, cut: str) -> None:
                     "it."
                 )
             if not _is_of_one_image(mixed_after, alone_after):
-                raise ModelError(
-                    f"{model.name} can't be cached at {cut}: what {_mixing_operation(stage, mixed, alone)} gives for "
-                    "an image depends on the other images of the batch. Batch norm needs running statistics "
-                    "(track_running_stats=True) for eval mode; or cut before it."
-                )
+                raise _mixes(model, cut, _mixing_operation(stage, mixed, alone))
             mixed, alone = mixed_after, alone_after
+        if batch_size is not None and batch_size > 1:
+            where = _mixing_stage(trunk, first, second, batch_size)
+            if where is not None:
+                raise _mixes(model, cut, f"stage {where}, in batches of {batch_size},")
     if not _has_rows(mixed, 3):
         shape = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
         raise ModelError(
             f"{model.name} can't be cached at {cut}: for 3 images the value there is {shape}, and rows are images. Cut "
             "before or after it."
         )
+
+
+def _mixes(model: StagedModel, cut: str, what: str) -> ModelError:
+    return ModelError(
+        f"{model.name} can't be cached at {cut}: what {what} gives for an image depends on the other images of the "
+        "batch. Batch norm needs running statistics (track_running_stats=True) for eval mode; or cut before it."
+    )
+
+
+def _mixing_stage(trunk: nn.Sequential, first: Tensor, second: Tensor, batch_size: int) -> str | None:
+    """The first stage whose result for `first` depends on place and company in batches of that size."""
+    others = [second.roll(shift, -1) for shift in range(1, batch_size)]
+    at_start = _results_at(trunk, torch.stack([first, *others]), 0)
+    at_end = _results_at(trunk, torch.stack([*(other.flip(1) for other in others), first]), batch_size - 1)
+    for stage, one, other in zip(trunk, at_start, at_end, strict=True):
+        if one is not None and other is not None and not (one.shape == other.shape and _close(one, other)):
+            return str(getattr(stage, "name", type(stage).__name__))
+    return None
+
+
+def _results_at(trunk: nn.Sequential, values: Any, place: int) -> list[Tensor | None]:
+    """What each stage gives for the image at `place`: rows alone are kept, whole batches may fill a GPU."""
+    num_images, rows = len(values), list[Tensor | None]()
+    for stage in trunk:
+        values = stage(values)
+        rows.append(values[place].clone() if _has_rows(values, num_images) else None)
+    return rows
 
 
 def _once(stage: nn.Module, values: Any) -> Any:

@@ -1,21 +1,27 @@
-"""Python source as a fact: normalised, so that comments and layout don't matter, and followed through own modules."""
+"""Python code as a fact: its source without comments and layout, and the values that it reads from outside itself."""
 
 from __future__ import annotations
 
 import ast
+import dis
 import importlib.util
 import inspect
+import logging
 import site
 import sys
 import sysconfig
 from collections.abc import Iterator
+from enum import Enum
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from featstore.digest import digest_bytes
+import torch
+from torch import Tensor
+
+from featstore.digest import Json, canonical_json, digest_bytes, digest_tensor
 from featstore.errors import ModelError
 
 _sources: WeakKeyDictionary[ModuleType, tuple[object, Path, str]] = WeakKeyDictionary()
@@ -54,6 +60,203 @@ def outdated_sources(*objects: type | ModuleType) -> list[Path]:
 def own_files(*objects: type | ModuleType) -> dict[str, Path]:
     """Name -> file of the modules that `source_digests` covers."""
     return {name: path for name, (path, _) in _own_sources(objects).items()}
+
+
+def function_facts(function: FunctionType) -> Json:
+    """The function's source and every value it takes from outside its arguments, as they are now.
+
+    Values are followed through closures, defaults, attributes, globals, and what the code reads of own modules and
+    classes. Of libraries the names alone are facts, not their versions, which would make each upgrade another key.
+
+    Raises:
+        TypeError: for a value of which no key can be made.
+        ValueError: for a function whose source can't be found, or is no longer what was imported.
+        ModelError: for a class whose source can't be found.
+    """
+    return _function_facts(function, [])
+
+
+def class_facts(*classes: type) -> Json:
+    """Attributes of own classes and of their own bases, and what their methods read from outside, as they are now.
+
+    For classes of objects that are there already: what ``__init__`` reads is in the objects. Errors as of
+    `function_facts`.
+    """
+    seen: list[object] = []
+    return [_class_facts(kind, seen, is_made=True) for kind in classes if not _is_from_library(kind)]
+
+
+def _function_facts(function: FunctionType, seen: list[object], *, is_method: bool = False) -> Json:
+    if function in seen:
+        return {"seen": seen.index(function)}
+    seen.append(function)
+    wrapped = vars(function).get("__wrapped__")
+    home = sys.modules.get(str(function.__globals__.get("__name__")))
+    if wrapped is not None and home is not None and _is_library(home):  # @torch.no_grad(), @functools.wraps of one
+        return {"decorator": function.__code__.co_name, "wrapped": _value_facts("__wrapped__", wrapped, set(), seen)}
+    code = function.__code__
+    names, attributes = _names(code, "LOAD_GLOBAL", "LOAD_NAME"), set(_names(code, *_ATTRIBUTE_READS))
+    taken: dict[str, dict[Any, Any]] = {
+        "defaults": dict(enumerate(function.__defaults__ or ())),
+        "keyword defaults": function.__kwdefaults__ or {},
+        "closure": dict(_closure(function)),
+        "globals": {name: function.__globals__[name] for name in names if name in function.__globals__},
+        "imports": {name: sys.modules[name] for name in _names(code, "IMPORT_NAME") if name in sys.modules},
+        "attributes": vars(function),
+    }
+    facts = {
+        kind: {str(name): _value_facts(str(name), value, attributes, seen) for name, value in values.items()}
+        for kind, values in taken.items()
+    }
+    return facts if is_method else {"source": _function_source(function), **facts}  # a class has its file's source
+
+
+def _closure(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # nothing has been assigned to it
+            continue
+
+
+def _class_facts(kind: type, seen: list[object], *, is_made: bool = False) -> Json:
+    if kind in seen:
+        return {"seen": seen.index(kind)}
+    seen.append(kind)
+    facts = {"class": kind.__qualname__, "module": source_digests(kind)}
+    if issubclass(kind, Enum) or hasattr(kind, "_field_defaults"):  # the members of neither can be assigned
+        return facts
+    attributes = {
+        name: _attribute_facts(kind, name, value, seen)
+        for name, value in sorted(vars(kind).items())
+        if not _is_made_by_python(name, value) and not (is_made and name == "__init__")
+    }
+    bases = [_class_facts(base, seen, is_made=is_made) for base in kind.__bases__ if not _is_from_library(base)]
+    return {**facts, "attributes": attributes, "bases": bases}
+
+
+def _is_made_by_python(name: str, value: Any) -> bool:
+    """Whether a class attribute follows from the source: annotations, slots, a dataclass's ``__init__``."""
+    if isinstance(value, MemberDescriptorType | GetSetDescriptorType) or name == "_abc_impl":
+        return True
+    is_special = name.startswith("__") and name.endswith("__")
+    return is_special and (
+        not isinstance(value, FunctionType) or inspect.unwrap(value).__code__.co_filename == "<string>"
+    )
+
+
+def _attribute_facts(kind: type, name: str, value: Any, seen: list[object]) -> Json:
+    if isinstance(value, property):
+        return [_attribute_facts(kind, name, each, seen) for each in (value.fget, value.fset, value.fdel)]
+    if isinstance(value, staticmethod | classmethod):
+        value = value.__func__
+    own = (kind.__module__, f"{kind.__qualname__}.{name}")
+    if isinstance(value, FunctionType) and (value.__module__, value.__qualname__) == own and "<locals>" not in own[1]:
+        return _function_facts(value, seen, is_method=True)
+    return _value_facts(name, value, set(), seen)
+
+
+def _value_facts(name: str, value: Any, attributes: set[str], seen: list[object]) -> Json:
+    """The facts of a value of code that reads `attributes`, of whatever object."""
+    if isinstance(value, ModuleType):
+        return _module_facts(value, attributes, seen)
+    if isinstance(value, FunctionType | type) and _is_from_library(value):
+        return {"library": [value.__module__, value.__qualname__, value.__name__]}
+    if isinstance(value, FunctionType):
+        return _function_facts(value, seen)
+    if isinstance(value, type):
+        return _class_facts(value, seen)
+    if isinstance(value, BuiltinFunctionType) and isinstance(value.__self__, ModuleType | type | None):
+        return {"library": value.__qualname__}  # compiled, and bound to no object that could hold state
+    if isinstance(value, logging.Logger):
+        return {"logger": value.name}
+    if isinstance(value, Enum):
+        return {"member": value.name, "of": _value_facts(name, type(value), attributes, seen)}
+    if isinstance(value, list | tuple):
+        return {"items": [_value_facts(name, item, attributes, seen) for item in value]}
+    if isinstance(value, dict):
+        return {"mapping": [[_value_facts(name, part, attributes, seen) for part in pair] for pair in value.items()]}
+    return _plain_facts(name, value)
+
+
+def _plain_facts(name: str, value: Any) -> Json:
+    try:
+        if isinstance(value, Tensor):
+            return {"tensor": digest_tensor(value)}
+        if isinstance(value, torch.dtype | torch.device | torch.memory_format):
+            return {"torch": str(value)}
+        if isinstance(value, float):
+            return {"float": value.hex()}  # infinity as well
+        canonical_json(value)
+    except TypeError as error:
+        raise TypeError(f"it uses {name}, a {type(value).__name__}, of which no key can be made") from error
+    return {"value": value}
+
+
+def _module_facts(module: ModuleType, attributes: set[str], seen: list[object]) -> Json:
+    if _is_library(module):
+        return {"library": module.__name__}
+    facts: dict[str, Json] = {}
+    for name in sorted(attributes & vars(module).keys()):
+        place = (module.__name__, name, tuple(sorted(attributes)))  # modules may hold each other
+        if place in seen:
+            facts[name] = {"seen": seen.index(place)}
+        else:
+            seen.append(place)
+            facts[name] = _value_facts(name, vars(module)[name], attributes, seen)
+    return {"module": source_digests(module), "values": facts}
+
+
+def _is_from_library(value: FunctionType | type) -> bool:
+    module = sys.modules.get(value.__module__)
+    return module is not None and _is_library(module)
+
+
+_ATTRIBUTE_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")
+
+
+def _names(code: CodeType, *operations: str) -> list[str]:
+    """The names that `code` and what is nested in it looks up by one of `operations`."""
+    found = {each.argval for part in _all_codes(code) for each in dis.Bytecode(part) if each.opname in operations}
+    return sorted(found)
+
+
+def _all_codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _all_codes(constant)
+
+
+def _function_source(function: FunctionType) -> str:
+    """The normalised source of the one function that compiles to the same code."""
+    code = function.__code__
+    text = _function_text(function)
+    # What is keyed is what runs: a file that was edited after it was imported holds another function.
+    if code not in _all_codes(compile(text, code.co_filename, "exec", dont_inherit=True)):
+        raise ValueError(f"{code.co_filename} is no longer what was imported from it (import it again)")
+    found = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        and getattr(node, "name", "<lambda>") == code.co_name
+        and min(each.lineno for each in [node, *getattr(node, "decorator_list", [])]) == code.co_firstlineno
+    ]
+    if len(found) != 1:
+        raise ValueError(f"line {code.co_firstlineno} of its file has several functions of its name")
+    return normalised_source(ast.unparse(found[0]))
+
+
+def _function_text(function: FunctionType) -> str:
+    """The text of the file that holds `function`: as first seen, so that editing it later doesn't matter."""
+    module = sys.modules.get(str(function.__globals__.get("__name__")))
+    path = getattr(module, "__file__", None)
+    if module is not None and vars(module) is function.__globals__ and path == function.__code__.co_filename:
+        return _source(module)[1]
+    try:
+        return "".join(inspect.findsource(function.__code__)[0])  # a notebook's cell
+    except OSError as error:
+        raise ValueError("its source can't be found") from error
 
 
 def _own_sources(objects: tuple[type | ModuleType, ...]) -> dict[str, tuple[Path, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from featstore.digest import Json, digest_json, digest_tensor
 from featstore.errors import ModelError
-from featstore.graph import GraphStage, may_write, mode_of, random_states_kept, split_into_stages
+from featstore.graph import GraphStage, eval_mode, may_write, random_states_kept, split_into_stages
 from featstore.operations import START, chain, passes_through
 from featstore.pool import Pool, automatic
 from featstore.views import View
@@ -569,10 +569,10 @@ class StagedModel(nn.Module):
         """The values after the stage `index`, from those before it."""
         stage = self._ordered()[index]
         if index < self._num_frozen:
-            with torch.no_grad(), mode_of(stage, training=False):
+            with torch.no_grad(), eval_mode(stage):
                 result: Tensor = stage(values)
         elif index < self._num_shared and not self.training:  # the flags are the other model's as well
-            with mode_of(stage, training=False):
+            with eval_mode(stage):
                 result = stage(values)
         else:
             result = stage(values)
@@ -618,7 +618,7 @@ class StagedModel(nn.Module):
         values: Any = images
         for stage in self._ordered():
             try:
-                with torch.no_grad(), mode_of(stage, training=False), random_states_kept():
+                with torch.no_grad(), eval_mode(stage), random_states_kept():
                     values = _on_meta(stage, values) if on_meta else stage(values)
             except Exception as error:
                 reason = str(error).strip().rstrip(".") or type(error).__name__

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from featstore.digest import Json
-from featstore.graph import mode_of
+from featstore.graph import eval_mode
 from featstore.pool import Pool
 from featstore.staged import StagedModel, exact_device
 from featstore.views import View
@@ -96,7 +96,8 @@ class Trunk:
         if rows < self.batch_size:
             images = torch.cat([images, images[-1:].expand(self.batch_size - rows, *images.shape[1:])])
         cuts = [output.cut for output in self.outputs]
-        with torch.no_grad(), numerics(self.precision, self.device), mode_of(self._model, training=False):
+        # The mode first: numerics are the process's own as well, and one pass at a time has the mode.
+        with eval_mode(self._model), torch.no_grad(), numerics(self.precision, self.device):
             values = self.view.normalise(images.to(self.device))
             values = values.to(_DTYPES[self.precision])
             activations = self._model.activations(values, cuts)
