@@ -359,6 +359,11 @@ class StagedModel(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- running
 
+    def __repr__(self) -> str:
+        cuts = self.cut_points
+        head = "" if self.head is None else f", {type(self.head).__name__} head"
+        return f"StagedModel({self.name}: {len(cuts)} cuts {cuts[0]} ... {cuts[-1]}{head}, {self.view.size} px)"
+
     def forward(self, images: Tensor) -> Tensor:
         """The output for normalised images ``(N, 3, H, W)``; frozen stages run in eval mode without gradient."""
         values = images
@@ -535,16 +540,6 @@ class StagedModel(nn.Module):
             if any(tensor.device != device for tensor in tensors):
                 moved = copy.deepcopy(stage) if index < self._num_shared else stage
                 self.stages[index] = moved.to(device)
-
-    def stage_groups(self) -> list[list[str]]:
-        """Cut names grouped by their first part (``layer1``, ``features``), in order: for messages."""
-        groups: list[list[str]] = []
-        for name in (stage.name for stage in self._ordered()):
-            if groups and groups[-1][-1].partition(".")[0] == name.partition(".")[0]:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-        return groups
 
     def _with_stages(self, stages: Sequence[Stage], *, default_cut: str | None) -> StagedModel:
         model = StagedModel(

@@ -102,7 +102,7 @@ class FeatureRequest:
         return spec.differences(asked)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FeatureSet:
     """The parts of one spec: at least one, maybe without rows.
 
@@ -115,6 +115,11 @@ class FeatureSet:
     folder: Path
     spec: FeatureSpec
     parts: tuple[Part, ...]
+
+    def __repr__(self) -> str:
+        facts = self.describe()
+        named = f"{facts['backbone']}@{facts['cut']} {facts['reduce']}, {self.spec.rendered.label()}"
+        return f"FeatureSet({self.key[:8]}: {named}, {self.spec.dtype}, {facts['rows']:,} rows)"
 
     @property
     def key(self) -> str:

@@ -368,3 +368,20 @@ def test_a_loss_with_weights_on_the_gpu_scores_there_too() -> None:
     loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0], device="cuda"))
     learn = Learner(staged(), images, None, cut="layer2", head=head(), loss=loss, device="cuda", quiet=True)
     assert learn.fit(1, lr=1e-2).last["valid_loss"] == learn.evaluate("valid")["loss"]
+
+
+def test_the_best_epoch_of_several_fits_is_the_best_of_all() -> None:
+    history = History()
+    for losses in ([5.0, 2.0, 3.0], [4.0, 2.5], [1.0, 1.5]):
+        records = [{"epoch": float(place), "valid_loss": loss} for place, loss in enumerate(losses)]
+        history.extend(History(records=records, best_epoch=losses.index(min(losses))))
+        assert history.best["valid_loss"] == min(record["valid_loss"] for record in history.records)
+    assert (history.best_epoch, len(history.records)) == (5, 7)
+    assert repr(history) == "History(7 epochs; best: epoch 0, valid_loss 1)"
+
+
+def test_without_validation_the_last_epoch_counts_as_the_best() -> None:
+    history = History()
+    for _ in range(2):
+        history.extend(History(records=[{"epoch": 1.0}, {"epoch": 2.0}], best_epoch=1))
+    assert history.best_epoch == 3

@@ -23,19 +23,38 @@ Record = dict[str, float]
 """What is known of one epoch: epoch (from 1), train_loss, valid_loss, the metrics, lr (of the last group), seconds."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class History:
-    """The epochs of one fit.
+    """The epochs of one fit, or of all fits of a learner.
 
     Attributes:
         records: one an epoch.
-        best_epoch: place of the epoch with the lowest validation loss; of the last one without validation.
+        best_epoch: place in `records`, from 0, of the epoch with the lowest validation loss; of the last one without
+            validation.
         losses: of each training step.
     """
 
     records: list[Record] = field(default_factory=list)
     best_epoch: int = -1
     losses: list[float] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        if not self.records:
+            return "History(no epochs)"
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in self.best.items() if name != "seconds")
+        return f"History({len(self.records)} epochs; best: {scores})"
+
+    def extend(self, later: History) -> None:
+        """Adds the epochs of a later fit; the best is then the best of all."""
+        start = len(self.records)
+        self.records += later.records
+        self.losses += later.losses
+        mine, others = (
+            record.get("valid_loss", math.inf)
+            for record in (self.records[self.best_epoch], self.records[start + later.best_epoch])
+        )
+        if not start or not mine < others:
+            self.best_epoch = start + later.best_epoch
 
     @property
     def last(self) -> Record:

@@ -283,9 +283,7 @@ class Learner:
             on_epoch_end=told,
         )
         self._say_left_out(train, valid)
-        self.history.best_epoch = len(self.history.records) + history.best_epoch
-        self.history.records += history.records
-        self.history.losses += history.losses
+        self.history.extend(history)
         return history
 
     def lr_find(self, *, weight_decay: float = 0.01) -> LearningRates:
@@ -307,10 +305,12 @@ class Learner:
 
     def evaluate(self, split: str = "valid") -> dict[str, float]:
         """Loss, metrics and number of the labelled images of a split: train, valid or test, in the evaluation view."""
-        source, _, logits, targets = self._split_outputs(split)
+        source, ids, logits, targets = self._split_outputs(split)
         self.read_from = source.kind
         if split != "train":
             self._say_trained(source.images)
+        if len(ids) < len(source.images):
+            self._say(f"{len(source.images) - len(ids):,} of {len(source.images):,} images can't be read, left out")
         return self._scored(logits, targets)
 
     def predict(self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Prediction]:

@@ -27,7 +27,7 @@ _MOMENTUM = 0.9
 _STOP = 4.0  # times the lowest smoothed loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LearningRates:
     """What the finder saw.
 
@@ -42,6 +42,10 @@ class LearningRates:
     losses: tuple[float, ...]
     smoothed: tuple[float, ...]
     suggestion: float
+
+    def __repr__(self) -> str:
+        span = f"{self.lrs[0]:.2g} to {self.lrs[-1]:.2g}"
+        return f"LearningRates({len(self.lrs)} steps, {span}; suggestion {self.suggestion:.2g})"
 
     def plot(self) -> Plot:
         """Loss against rate, the suggestion marked."""
