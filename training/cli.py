@@ -253,8 +253,8 @@ def evaluate(
     elsewhere = len(chosen) - int((learn.images.splits == split).sum())
     if elsewhere and (learn.images.splits != "").any():
         tell(
-            f"{elsewhere:,} of {len(chosen):,} images are in other splits, which --split names; --valid 0 --split train "
-            "scores all"
+            f"{elsewhere:,} of {len(chosen):,} images are in other splits, which --split names; --valid 0 --split "
+            "train scores all"
         )
     if output.json:
         show_json({split: scored, "inputs": learn.read_from})
