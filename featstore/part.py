@@ -114,6 +114,8 @@ def make_folder(path: Path, *, root: Path) -> None:
     """
     for folder in (*reversed(path.parents), path):
         is_new = not folder.is_dir()
+        if is_new and folder.exists():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder))
         if is_new:
             folder.mkdir(exist_ok=True)  # another process may be as far
         if is_new or root in folder.parents:

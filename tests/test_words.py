@@ -16,7 +16,7 @@ import torch
 from tiny import arrays, jpeg, photos, staged
 from torch import Tensor
 
-from featstore import Augment, FeatureStore, ImageSet, View, backbone, extract
+from featstore import Augment, FeatureStore, ImageSet, StagedModel, View, backbone, extract
 from featstore.cli import main
 from featstore.errors import FeatureStoreError, ImageError
 from featstore.images import AbsentSource
@@ -536,3 +536,21 @@ def test_an_image_that_breaks_in_a_reader_thread_is_named(world: World) -> None:
     learn = world.learner(on_missing="images")
     with pytest.raises(ImageError, match=r"^dog/1\.jpg: "):
         learn.fit(1, lr=1e-2)
+
+
+def test_the_nearest_set_is_this_backbones_own_also_where_a_strangers_differs_in_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, store = arrays(10).split(valid=0.2), FeatureStore("features")
+    convolution = torch.nn.Conv2d(3, 4, 3)
+    module = torch.nn.Sequential(convolution, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(784, 3))
+    view = View(size=16, resize=16)
+    mine = StagedModel.from_module(module, view=view)
+    stranger = StagedModel.from_module(torch.nn.Sequential(convolution, torch.nn.Tanh()), view=view, name="other")
+    own = extract(mine, images.select(range(8)), store, cuts=["1"])
+    extract(stranger, images, store, cuts=["1"])  # holds more of the images
+    with torch.no_grad():
+        convolution.weight.add_(0.1)
+    said = str(Learner(mine, images, store, cut="1", head="linear", quiet=True).inputs)
+    assert f"Nearest is set {own.keys[0][:8]} (8 of 10 images); it differs in: weights of stage 0 (stored" in said

@@ -175,7 +175,10 @@ def _facts_differ(search: Search, asked: ImageSet) -> FeatureStoreError:
         )
     digests = asked.digests(situation.known)
     compared = [(_differences(situation, each, needed), _num_held(search, each, asked), each) for each in sets]
-    differences, rows, nearest = min(compared, key=lambda item: (len(item[0]), -item[1]))
+    # Of sets that differ in as many facts, those of this very backbone and cut are nearer than a stranger's.
+    differences, rows, nearest = min(
+        compared, key=lambda item: (len(item[0]), _is_a_strangers(situation, item[2], needed), -item[1])
+    )
     still, subject = "", "what you ask for"
     if nearest.spec.trunk != situation.digests[needed.cut]:
         still, subject = _still_valid(situation, nearest), "for these weights"
@@ -183,6 +186,10 @@ def _facts_differ(search: Search, asked: ImageSet) -> FeatureStoreError:
         f"No stored features fit this request in {root}. Nearest is set {nearest.key[:8]} ({rows:,} of "
         f"{len(digests):,} images); it differs in: {'; '.join(differences)}. {still}Extract {subject}: {remedy}."
     )
+
+
+def _is_a_strangers(situation: Situation, each: FeatureSet, needed: Entry) -> tuple[bool, bool]:
+    return each.facts["backbone"] != situation.model.name, each.facts["cut"] != needed.cut
 
 
 def _num_held(search: Search, each: FeatureSet, asked: ImageSet) -> int:
