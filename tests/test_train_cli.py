@@ -88,6 +88,19 @@ def test_scores_of_images_that_a_run_trained_on_come_with_their_count(run: Run) 
     assert f"{count} of the 4 images were trained on by runs/head: " in ran.err
 
 
+def test_evaluate_says_how_many_new_images_it_leaves_out_and_how_to_score_all(run: Run, here: Path) -> None:
+    head(run)
+    assert "new to" not in run("featstore-train", "evaluate", "--model", "runs/head", "--images", "photos").err
+    photographs(here / "test", count=10, first=20)
+    ran = run("featstore-train", "evaluate", "--model", "runs/head", "--images", "test", "--json")
+    assert (ran.code, ran.json["valid"]["images"]) == (0, 4)
+    assert "16 of the 20 images are new to runs/head and were dealt to other splits than valid" in ran.err
+    assert "to score all: --valid 0 --split train" in ran.err
+    flags = ["--images", "test", "--valid", "0", "--split", "train", "--json"]
+    everything = run("featstore-train", "evaluate", "--model", "runs/head", *flags)
+    assert everything.json["train"]["images"] == 20
+
+
 def test_the_same_image_in_training_and_validation_is_named(run: Run, here: Path) -> None:
     held_out = ImageSet.from_folder("photos").split(valid=0.2, seed=0).valid.ids[0]
     shutil.copy(here / "photos" / held_out, here / "photos" / Path(held_out).parent / "again.jpg")

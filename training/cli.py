@@ -250,12 +250,6 @@ def evaluate(
     # The features it was trained on give its scores again exactly; images give them to the storage type's precision.
     learn = Learner.load(model, chosen, Learner.store_of(model), on_missing="images", **how.options())
     scored = _finite(learn.evaluate(split))
-    elsewhere = len(chosen) - int((learn.images.splits == split).sum())
-    if elsewhere and (learn.images.splits != "").any():
-        tell(
-            f"{elsewhere:,} of {len(chosen):,} images are in other splits, which --split names; --valid 0 --split "
-            "train scores all"
-        )
     if output.json:
         show_json({split: scored, "inputs": learn.read_from})
     else:

@@ -309,6 +309,7 @@ class Learner:
         self.read_from = source.kind
         if split != "train":
             self._say_trained(source.images)
+            self._say_unseen(split)
         if len(ids) < len(source.images):
             self._say(f"{len(source.images) - len(ids):,} of {len(source.images):,} images can't be read, left out")
         return self._scored(logits, targets)
@@ -638,6 +639,13 @@ class Learner:
         digests = images.digests(self._situation().known)
         notes = [past.trained_note(images, digests) for past in (self._seen, self._past) if past is not None]
         for note in [each for each in notes if each is not None][:1]:
+            self._say(note)
+
+    def _say_unseen(self, split: str) -> None:
+        note = None
+        if self._past is not None:
+            note = self._past.unseen_note(self.images, self.images.digests(self._situation().known), split)
+        if note is not None:
             self._say(note)
 
     def _say_frozen(self) -> None:

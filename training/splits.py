@@ -111,6 +111,18 @@ class PastSplit:
                 f"{leaked[0]}); its scores, and those of what follows, would be of images it has learned. {remedy}"
             )
 
+    def unseen_note(self, images: ImageSet, digests: Digests, split: str) -> str | None:
+        """How many images that are new to the run aren't in the split to score, in words; None if none is."""
+        seen = {bytes(row) for name in _SPLITS for row in self.digests[name]}
+        elsewhere = (images.splits != split) & (images.splits != "")
+        count = sum(bytes(row) not in seen for row in digests.values[elsewhere & ~digests.is_failed])
+        if not count:
+            return None
+        return (
+            f"{count:,} of the {len(images):,} images are new to {self._words} and were dealt to other splits than "
+            f"{split}, so they aren't scored; to score all: --valid 0 --split train"
+        )
+
     def trained_note(self, images: ImageSet, digests: Digests) -> str | None:
         """How many of the images to score were trained on, in words; None if none was."""
         trained = {bytes(row) for row in self.digests["train"]}
