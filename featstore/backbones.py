@@ -209,7 +209,10 @@ def _from_file(text: str, weights: str | Path | None, cut: str | None) -> Staged
         make = getattr(module, function, None)
         if not callable(make):
             raise ValueError(f"{file} has no function {function}. Expected path/to/file.py:function.")
-        made = make()
+        try:
+            made = make()
+        except Exception as error:
+            raise ModelError(f"{text} failed with {type(error).__name__}: {error}. Mend that function.") from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"{text} returned a {type(made).__name__}; expected an nn.Module or a StagedModel.")
     model = made if isinstance(made, StagedModel) else StagedModel.from_module(made.eval(), name=path.stem)

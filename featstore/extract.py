@@ -184,6 +184,13 @@ def plan(
         ModelError: for a model that can't be keyed.
         DamagedFileError: for a damaged part or image table of what is asked for.
     """
+    for name, value, kind, example in (
+        ("model", model, nn.Module, 'backbone("resnet34")'),
+        ("images", images, ImageSet, 'ImageSet.from_folder("photos")'),
+        ("store", store, FeatureStore, 'FeatureStore("features")'),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}; expected what {example} gives.")
     if not len(images):
         raise ValueError(f"{images.name} holds no images. Expected some to extract. Give the set that has been dealt.")
     if isinstance(cuts, str):

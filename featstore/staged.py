@@ -294,12 +294,19 @@ class StagedModel(nn.Module):
         if not isinstance(cut, str):
             raise TypeError(
                 f"{cut!r} is no name of a cut. Groups aren't numbered here: name the last frozen stage, for example "
-                f'freeze_to("{self.cut_points[max(len(self.cut_points) - 2, 0)]}"). unfreeze() trains everything.'
+                f'freeze_to("{self._example_cut()}"). unfreeze() trains everything.'
             )
         for index, stage in enumerate(self._ordered()):
             if cut == stage.name or cut in stage.aliases:
                 return index
         raise ValueError(f"{self.name} has no cut {cut!r}. Its cuts are {_listed(self.cut_points)}.")
+
+    def _example_cut(self) -> str:
+        """A cut that a person might have meant: where the head goes, else the last but one."""
+        try:
+            return self.default_cut
+        except ModelError:
+            return self.cut_points[max(len(self.cut_points) - 2, 0)]
 
     def canonical(self, cut: str) -> str:
         """The name under which `cut` is listed."""

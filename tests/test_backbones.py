@@ -392,3 +392,10 @@ def test_tensors_of_another_model_than_was_saved_are_refused() -> None:
         restored(model, Run({"model": facts}, other))
     with pytest.raises(WeightsError, match=re.escape("lacks the tensors 0.bias of sequential")):
         restored(model, Run({"model": facts}, {"0.weight": other["0.weight"]}))
+
+
+def test_a_function_that_fails_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("def make():\n    return 1 / 0\n")
+    with pytest.raises(ModelError, match=r"broken.py:make failed with ZeroDivisionError: division by zero"):
+        backbone(f"{path}:make")

@@ -599,7 +599,7 @@ def test_an_unknown_key_is_a_sentence(featstore: Program, here: Path) -> None:
 def test_a_fault_in_my_own_file_is_no_wrong_usage(featstore: Program, here: Path) -> None:
     (here / "faulty.py").write_text("def make_model():\n    raise ValueError('no such layer')\n", encoding="utf-8")
     assert featstore("backbones", "faulty.py:make_model") == Ran(
-        1, "", "ValueError: no such layer (--debug shows where)\n"
+        1, "", "faulty.py:make_model failed with ValueError: no such layer. Mend that function.\n"
     )
 
 

@@ -741,3 +741,20 @@ def test_images_labelled_for_another_task_than_the_run_are_refused(tmp_path: Pat
     several = ImageSet.from_arrays(pixels(4), [["0"], ["1"], ["0", "1"], []], task="multi")
     with pytest.raises(FeatureStoreError, match="is for the task single, and these images are labelled for multi"):
         Learner.load(tmp_path / "run", several, module=net())
+
+
+def test_names_and_paths_in_the_place_of_things_are_refused_with_what_to_write() -> None:
+    images = arrays(12).split(valid=0.25)
+    with pytest.raises(TypeError, match=r'model is .resnet18.; expected a model, backbone\("resnet34"\)'):
+        Learner("resnet18", images)  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r'images are .photos.; expected an image set, ImageSet.from_folder\("photos"\)'
+    ):
+        Learner(staged(), "photos")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r'store is .features.; expected a store, FeatureStore\("features"\)'):
+        Learner(staged(), images, "features")  # type: ignore[arg-type]
+    learn = learner()
+    with pytest.raises(TypeError, match=r"augment is .flip.; expected an augmentation with its seeds"):
+        learn.augment = "flip"  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r'store is .features.; expected what FeatureStore\("features"\) gives'):
+        extract(staged(), images, "features")  # type: ignore[arg-type]

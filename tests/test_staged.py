@@ -75,7 +75,7 @@ def test_an_unknown_cut_is_refused_with_the_list_of_cuts() -> None:
 
 
 def test_a_number_for_a_cut_is_refused_with_the_new_spelling() -> None:
-    with pytest.raises(TypeError, match=r'6 is no name of a cut. .* freeze_to\("dropout"\). unfreeze\(\) trains'):
+    with pytest.raises(TypeError, match=r'6 is no name of a cut. .* freeze_to\("layer3"\). unfreeze\(\) trains'):
         staged().freeze_to(6)  # type: ignore[arg-type]
 
 

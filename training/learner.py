@@ -45,6 +45,12 @@ HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.j
 
 _FIXED = ("classes", "task", "device")
 _CHOICES = {"on_missing": ("error", "images", "extract"), "on_error": ("raise", "skip")}
+_KINDS: dict[str, tuple[type, str]] = {
+    "store": (FeatureStore, 'a store, FeatureStore("features")'),
+    "augment": (Augment, 'an augmentation with its seeds, Augment("flip", seeds=range(4))'),
+    "view": (View, "a view, model.view.resized(size=64) for example"),
+    "batch_size": (int, "a number of images"),
+}
 
 
 class Learner:
@@ -118,6 +124,14 @@ class Learner:
         quiet: bool = False,
         allow_leak: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f'model is {model!r}; expected a model, backbone("resnet34") for example.')
+        if not isinstance(images, ImageSet):
+            raise TypeError(
+                f'images are {images!r}; expected an image set, ImageSet.from_folder("photos") for example.'
+            )
+        if store is not None and not isinstance(store, FeatureStore):
+            raise TypeError(f'store is {store!r}; expected a store, FeatureStore("features") for example.')
         backbone = model if isinstance(model, StagedModel) else StagedModel.from_module(model)
         self._past = past_split(backbone)
         self._seen: PastSplit | None = None  # of this learner's own fits
@@ -158,6 +172,8 @@ class Learner:
         if name in _CHOICES and value not in _CHOICES[name]:
             *others, last = _CHOICES[name]
             raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}.")
+        if name in _KINDS and value is not None and not isinstance(value, _KINDS[name][0]):
+            raise TypeError(f"{name} is {value!r}; expected {_KINDS[name][1]}.")
         if name == "batch_size" and value < 1:
             raise ValueError(f"batch_size is {value}; expected at least 1.")
         super().__setattr__(name, value.evaluation if name == "view" else value)
