@@ -114,10 +114,12 @@ def make_folder(path: Path, *, root: Path) -> None:
     """
     for folder in (*reversed(path.parents), path):
         is_new = not folder.is_dir()
-        if is_new and folder.exists():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder))
         if is_new:
-            folder.mkdir(exist_ok=True)  # another process may be as far
+            try:
+                folder.mkdir()
+            except FileExistsError:  # another process may be as far; but a file there stays one
+                if not folder.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder)) from None
         if is_new or root in folder.parents:
             _sync_folder(folder.parent)
 
