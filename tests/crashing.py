@@ -460,6 +460,9 @@ class Forker:
         Raises:
             AssertionError: if it failed; stderr says why.
         """
+        assert self._process.stdin is not None
+        self._process.stdin.write("end\n")  # only now may the process be reaped, and its number be another's
+        self._process.stdin.flush()
         status, *computed = self._answer()
         assert status in (0, -signal.SIGKILL), f"the extraction ended with status {status}"
         return computed[0] if status == 0 else None
@@ -528,6 +531,7 @@ def main() -> None:
         os.close(writing)
         with open(reading) as computed:
             answer = [int(number) for number in computed.read().split()]
+        sys.stdin.readline()
         print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), *answer], flush=True)
 
 
