@@ -519,7 +519,6 @@ def test_without_network_the_sentence_says_which_file_belongs_where(
             ["--cut", "conv2:mean"],
             "'mean' is no reduction. The reductions are auto, none, avg, max, concat, token, tokens.",
         ),
-        (["--bogus"], "No such option: --bogus. featstore extract --help lists what can be given."),
         (
             ["--valid", "1.5"],
             "valid is 1.5 and test is 0.0. Expected fractions of 0 or more with a sum below 1. Leave ",

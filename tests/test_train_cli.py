@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import re
 import shutil
@@ -11,11 +12,21 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from programs import BACKBONE, Ran, Run, photographs, runner
+from typer.models import OptionInfo
 
+import featstore.cli
+import training.cli
 from featstore import ImageSet, backbone
 from training import Learner
 
 EPOCHS = ["--epochs", "2"]
+APPS = {"featstore": featstore.cli.app, "featstore-train": training.cli.app}
+COMMANDS = [
+    (program, command.name or command.callback.__name__, command.callback)
+    for program, app in APPS.items()
+    for command in app.registered_commands
+    if command.callback is not None
+]
 
 
 @pytest.fixture
@@ -237,7 +248,6 @@ def test_a_class_that_the_run_lacks_is_named(run: Run, here: Path) -> None:
         (["--head", "deep"], 2, "--head is 'deep'. Expected concat, linear or mlp."),
         (["--reduce", "mean"], 2, "--reduce is 'mean'. Expected auto, none, avg, max, concat, token or tokens."),
         (["--cut", "layer9"], 2, "tiny has no cut 'layer9'. Its cuts are conv1, bn1, relu1, conv2, pool, flat, fc."),
-        (["--qqq"], 2, "No such option: --qqq. featstore-train head --help lists what can be given."),
         (["--features", "7c41"], 1, "feats holds no feature set 7c41. List what it holds: featstore ls --store feats."),
         (
             ["--augment", "flip"],
@@ -352,6 +362,32 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
         assert re.search(r"\[default: ([^]]*)\]", after)[1] == default  # type: ignore[index]
     assert "--reduce auto: concat for maps, token for a ViT, none for vectors" in text
     assert run("featstore-train", "head").code == 2
+
+
+@pytest.mark.parametrize(("program", "command"), [names for *names, _ in COMMANDS])
+def test_every_option_of_both_programs_is_written_in_lower_case(run: Run, program: str, command: str) -> None:
+    options = re.findall(r"^  (--?[\w-]+)", run(program, command, "--help").out, re.MULTILINE)
+    assert "--help" in options
+    assert options == [option.lower() for option in options]
+
+
+def test_no_option_is_called_by_its_metavar_alone() -> None:
+    # typer 0.27 writes the flag of `lr: Annotated[str, Option(metavar="LR")]` as --LR; other versions as --lr.
+    for program, command, callback in COMMANDS:
+        for name, parameter in inspect.signature(callback).parameters.items():
+            (flag,) = parameter.annotation.__metadata__
+            has_own_name = flag.default is not ...  # in Annotated, typer keeps the first name in this place
+            if isinstance(flag, OptionInfo) and not has_own_name:
+                assert (flag.metavar or "").lower().replace("-", "_") != name, f"{program} {command}"
+
+
+@pytest.mark.parametrize(("program", "command"), [("featstore", "extract"), ("featstore-train", "head")])
+def test_an_unknown_option_is_named(run: Run, program: str, command: str) -> None:
+    ran = run(program, command, "--qqq")
+    assert (ran.code, ran.out) == (2, "")
+    # How the first sentence is punctuated differs between versions of typer.
+    expected = rf"No such option:? '?--qqq'?\. {program} {command} --help lists what can be given\."
+    assert re.fullmatch(expected, ran.last_words)
 
 
 def test_the_program_runs_as_a_module(here: Path) -> None:

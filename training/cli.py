@@ -118,7 +118,7 @@ def head(
     how: PassFlags,
     output: OutputFlags,
     cut: Annotated[
-        str | None, typer.Option(metavar="CUT", help="Where the head sits.", show_default="see below")
+        str | None, typer.Option("--cut", metavar="CUT", help="Where the head sits.", show_default="see below")
     ] = None,
     freeze_to: FreezeToOption = None,
     reduce: Annotated[
@@ -127,7 +127,8 @@ def head(
     kind: Annotated[str, typer.Option("--head", metavar="|".join(HEADS), help="Kind of head.")] = "concat",
     epochs: EpochsOption = 10,
     lr: Annotated[
-        str | None, typer.Option(metavar="LR", help="Highest learning rate.", show_default="the finder's suggestion")
+        str | None,
+        typer.Option("--lr", metavar="LR", help="Highest learning rate.", show_default="the finder's suggestion"),
     ] = None,
     features: Annotated[
         str | None, typer.Option(metavar="KEY", help="Start of the key of the feature set to use.")
@@ -186,7 +187,8 @@ def finetune_command(
         str | None, typer.Option(metavar="DEFAULT|ENUM|none|FILE", help="Weights of --backbone.")
     ] = None,
     cut: Annotated[
-        str | None, typer.Option(metavar="CUT", help="With --backbone: where the head sits.", show_default="see below")
+        str | None,
+        typer.Option("--cut", metavar="CUT", help="With --backbone: where the head sits.", show_default="see below"),
     ] = None,
     freeze_to: FreezeToOption = None,
     store: Annotated[
