@@ -149,7 +149,7 @@ def test_views_of_one_search_have_one_storage_type(world: World) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_live_trunk_and_what_continues_features_run_at_their_precision(world: World, precision: str) -> None:
-    world.extract("layer1:none", dtype="float32", precision=precision)
+    world.extract("layer1:none", dtype="float32", precision=precision, device="cpu")
     continued = world.learner(cut="layer2", reduce="concat", device="cpu")
     assert reads_of(continued) == FeatureSource
     expected = Trunk(
