@@ -28,6 +28,10 @@ class DamagedFileError(FeatureStoreError):
     """A part or an image table that is truncated, altered, or of an unknown newer format."""
 
 
+class NewerFormatError(DamagedFileError):
+    """A part or an image table of a format version that this featstore doesn't know; the file itself may be sound."""
+
+
 class ImageError(FeatureStoreError):
     """One image that can't be read, decoded or rendered.
 

@@ -16,14 +16,17 @@ import math
 import os
 import re
 import secrets
+import stat
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -32,19 +35,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.digest import Json, canonical_json
-from featstore.errors import DamagedFileError
+from featstore.errors import DamagedFileError, NewerFormatError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """The version of `docs/format.md` that is written; every version from 1 up to this one can be read."""
 
 
 def write_part(
     path: Path,
     *,
-    features: Tensor | Sequence[Tensor],
+    features: Tensor | Sequence[Tensor] | Iterator[Tensor],
     digests: NDArray[np.uint8],
     decoders: NDArray[np.uint8],
     facts: Mapping[str, Json],
+    columns: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
     """Write a part that appears at `path` whole and synced, or not at all.
 
@@ -56,25 +60,39 @@ def write_part(
             processes choose need something random in them.
         features: activations `(n, *F)`, contiguous, on the CPU, float16, float32 or bfloat16; or the same rows in
             chunks, of which there must be one even if it has no rows. That values are finite is the caller's check.
+            An iterator's chunks are drawn while the file is written, each once the one before it is on its way.
         digests: `(n, 32)`, the SHA-256 of each row's image.
         decoders: `(n,)`, which decoder read each row's image.
         facts: everything else there is to say.
+        columns: more datasets, for other tools: arrays as `write_table` takes them, and byte strings of one length.
+            `Part` leaves them alone; `opened_hdf5` reads them.
 
     Raises:
-        ValueError: for arrays that don't fit together.
+        ValueError: for arrays that don't fit together, and columns whose names are taken or can't be used.
         TypeError: for dtypes that can't be stored, and facts that are not JSON.
         FileExistsError: if `path` is taken.
         OSError: as the system gave it (disk full, read-only folder); no file is left then.
     """
-    chunks = [features] if isinstance(features, Tensor) else list(features)
-    rows = _check_features(chunks)
+    chunks: Iterable[Tensor]
+    if isinstance(features, Iterator):
+        first = list(islice(features, 1))
+        rows = _check_features(first, num_rows=len(digests))
+        chunks = _check_drawn(chain(first, features), rows)
+    else:
+        chunks = [features] if isinstance(features, Tensor) else features
+        rows = _check_features(chunks)
     _check_row_facts("digests", digests, (rows.num_rows, _DIGEST_BYTES))
     _check_row_facts("decoders", decoders, (rows.num_rows,))
     checksums = np.zeros(rows.num_blocks, "<u4")
-    frame = _make_frame("part", {"digest": digests, "decoder": decoders, "crc": checksums}, facts, rows)
-    with _whole_or_nothing(path, frame.user_block.length) as fd:
-        checksums[:] = _write_features(fd, chunks, frame.user_block.features_offset, rows.block_rows * rows.row_bytes)
-        frame.image[frame.checksums_offset :][: checksums.nbytes] = checksums.tobytes()
+    own: dict[str, NDArray[Any]] = {"digest": digests, "decoder": decoders, "crc": checksums}
+    more = dict(columns or {})
+    _check_more_columns(more, taken={"features", *own})
+    frame = _make_frame("part", {**own, **more}, facts, rows)
+    layout = frame.layout
+    with _whole_or_nothing(path, layout.length) as fd:
+        checksums[:] = _write_features(fd, chunks, layout.features.start, rows.block_rows * rows.row_bytes)
+        if rows.num_rows:
+            frame.bytes_of(layout.regions["crc"])[:] = checksums.tobytes()
         _write_frame(fd, frame)
 
 
@@ -83,19 +101,19 @@ def write_table(path: Path, *, columns: Mapping[str, NDArray[Any]], facts: Mappi
 
     Args:
         path: the final name, which must be free, in a folder that exists (see `write_part`).
-        columns: arrays of integers or floats, of any shape; their names are made of `a-z` and `_`, and not `facts`.
+        columns: up to 61 arrays of integers or floats, of any shape; their names are up to 40 of `a-z` and `_`, and
+            not `facts`.
         facts: everything else there is to say.
 
     Raises:
-        ValueError: for other names.
+        ValueError: for other names, and more columns.
         TypeError: for other dtypes, and facts that are not JSON.
         FileExistsError: if `path` is taken.
         OSError: as the system gave it; no file is left then.
     """
-    for name, column in columns.items():
-        _check_table_column(name, column)
+    _check_table_columns(columns)
     frame = _make_frame("images", columns, facts, rows=None)
-    with _whole_or_nothing(path, frame.user_block.length) as fd:
+    with _whole_or_nothing(path, frame.layout.length) as fd:
         _write_frame(fd, frame)
 
 
@@ -122,6 +140,33 @@ def make_folder(path: Path, *, root: Path) -> None:
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder)) from None
         if is_new or root in folder.parents:
             _sync_folder(folder.parent)
+
+
+def is_part(path: Path) -> bool:
+    """Whether the file at `path` begins as a part does; it may be damaged."""
+    with path.open("rb") as file:
+        head = file.read(_FIELDS.size)
+    return head.startswith(_MAGIC) and len(head) == _FIELDS.size and _FIELDS.unpack(head)[2].startswith(b"part")
+
+
+@contextmanager
+def opened_hdf5(path: Path) -> Iterator[Any]:
+    """Any HDF5 file for reading, as h5py's `File`: what other programs have written, and columns beside a part's own.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        DamagedFileError: if it is no HDF5 file.
+        OSError: from what h5py reads inside the block, for damage deeper in the file.
+    """
+    with path.open("rb") as file:
+        try:
+            hdf5 = h5py.File(file, "r")
+        except (OSError, RuntimeError) as error:
+            raise DamagedFileError(
+                f"{path} can't be read as HDF5 ({error}). Expected a sound HDF5 file. Give an undamaged copy."
+            ) from error
+        with hdf5:
+            yield hdf5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -160,8 +205,8 @@ class Part:
             FileNotFoundError: if there is no such file.
             DamagedFileError: if it is not a part, of a newer version, truncated, or altered outside its features.
         """
-        with _open_checked(path, "part") as (user_block, hdf5):
-            rows = _read_features_type(hdf5, user_block)
+        with _open_checked(path, "part") as (layout, hdf5):
+            rows = _read_features_type(hdf5, layout)
             block_rows = _read_block_rows(hdf5)
             return cls(
                 path=path,
@@ -173,7 +218,7 @@ class Part:
                 decoders=_read_column(hdf5, "decoder", "u1", (rows.num_rows,)),
                 checksums=_read_column(hdf5, "crc", "<u4", (math.ceil(rows.num_rows / block_rows),)),
                 block_rows=block_rows,
-                features_offset=user_block.features_offset,
+                features_offset=layout.features.start,
             )
 
     @cached_property
@@ -188,35 +233,129 @@ class Part:
         """
         if not self.num_rows:
             return torch.empty((0, *self.shape), dtype=self.dtype)
-        end = self.features_offset + self._rows.num_bytes
-        size = self.path.stat().st_size
-        if size < end:  # Touching a mapped page behind the end of its file kills the process.
-            raise _truncated(self.path, missing=end - size)
+        self._check_size(self.path.stat().st_size)  # touching a mapped page behind its file's end kills the process
         # A private mapping of torch's is copy-on-write and keeps no descriptor open; Python's mmap keeps one a part.
-        file_bytes = torch.from_file(os.fspath(self.path), shared=False, size=end, dtype=torch.uint8)
+        file_bytes = torch.from_file(os.fspath(self.path), shared=False, size=self._features_end, dtype=torch.uint8)
         return file_bytes[self.features_offset :].view(self.dtype).view(self.num_rows, *self.shape)
+
+    def read_blocks(self, blocks: Iterable[int], *, verify: bool = True) -> Iterator[tuple[range, Tensor]]:
+        """For each of `blocks` the range of its rows and their activations `(rows, *F)`, by plain reads.
+
+        All tensors are one piece of memory: each holds its block until the next step, and who keeps rows copies them.
+        The file is opened at the first step, and closed after the last one or with the iterator.
+
+        Args:
+            blocks: numbers below `len(checksums)`, in any order; block b begins at row b * `block_rows`.
+            verify: whether each block must fit its checksum.
+
+        Raises:
+            IndexError: for a block that isn't there.
+            FileNotFoundError: if the file is gone.
+            DamagedFileError: for a block that doesn't fit its checksum, and bytes that can't be read: it names the
+                rows or bytes; and if the file has become too short.
+        """
+        memory = torch.empty(min(self.num_rows, self.block_rows) * self._rows.row_bytes, dtype=torch.uint8)
+        with self._open_features() as fd:
+            for block in blocks:
+                if not 0 <= block < len(self.checksums):
+                    raise IndexError(f"there is no block {block} in {self.path}; it has {len(self.checksums)}, from 0")
+                rows, extent = self._rows_of(block), self._extent(block)
+                content = memory[: len(extent)]
+                _read_at(self.path, fd, [content.numpy().data], extent.start)
+                if verify and zlib.crc32(content.numpy().data) != self.checksums[block]:
+                    raise _damaged(self.path, f"its rows {rows.start} to {rows.stop - 1} don't fit their checksum")
+                yield rows, content.view(self.dtype).view(len(rows), *self.shape)
+
+    def read_rows(self, rows: NDArray[np.int64], out: Tensor | None = None) -> Tensor:
+        """Activations `(n, *F)` of `rows` by plain reads: for files that may shrink, which kills whoever maps them.
+
+        Rows that lie side by side are read at once, and repeated ones only once. No checksum is looked at.
+
+        Args:
+            rows: `(n,)`, in any order, with repeats.
+            out: where to put them: contiguous `(n, *F)` of the part's dtype, on the CPU; a new tensor if None.
+
+        Raises:
+            IndexError: for a row that isn't there.
+            ValueError: for another `out`.
+            FileNotFoundError: if the file is gone.
+            DamagedFileError: for bytes that can't be read, and if the file has become too short.
+        """
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_rows:
+            raise IndexError(
+                f"rows from {rows.min()} to {rows.max()} of {self.path}; it has {self.num_rows} rows, counted from 0"
+            )
+        out = torch.empty((len(rows), *self.shape), dtype=self.dtype) if out is None else self._checked(out, len(rows))
+        distinct, places, which = np.unique(rows, return_index=True, return_inverse=True)
+        memory, row_bytes = out.view(-1).view(torch.uint8).numpy().data, self._rows.row_bytes
+        with self._open_features() as fd:
+            for row, stretches in _reads(distinct, places):
+                buffers = [memory[each.start * row_bytes : each.stop * row_bytes] for each in stretches]
+                _read_at(self.path, fd, buffers, self.features_offset + row * row_bytes)
+        sources = places[which]
+        repeats = np.flatnonzero(sources != np.arange(len(rows)))
+        out[torch.from_numpy(repeats)] = out[torch.from_numpy(sources[repeats])]
+        return out
 
     def verify(self) -> list[range]:
         """The rows of each block whose checksum no longer fits its features; an empty list for a sound part.
 
-        Reads all features with plain reads, past the mapping.
+        Reads all features with plain reads, past the mapping, in a few threads that hold 256 KiB each.
 
         Raises:
             FileNotFoundError: if the file is gone.
-            DamagedFileError: if it has become too short.
+            DamagedFileError: for bytes that can't be read, and if the file has become too short.
         """
-        damaged = []
-        with self.path.open("rb") as file:
-            for block, checksum in enumerate(self.checksums):
-                rows = range(self.num_rows)[block * self.block_rows :][: self.block_rows]
-                start = self.features_offset + rows.start * self._rows.row_bytes
-                if _crc_of_file(self.path, file, range(start, start + len(rows) * self._rows.row_bytes)) != checksum:
-                    damaged.append(rows)
-        return damaged
+        blocks = range(len(self.checksums))
+        shares = [blocks[start : start + _SHARE_BLOCKS] for start in blocks[::_SHARE_BLOCKS]]
+        with self._open_features() as fd, ThreadPoolExecutor(_num_threads()) as pool:
+            damaged = chain.from_iterable(pool.map(partial(self._damaged_among, fd), shares))
+            return [self._rows_of(block) for block in damaged]
 
     @property
     def _rows(self) -> _Rows:
         return _Rows(num_rows=self.num_rows, shape=self.shape, dtype=self.dtype)
+
+    @property
+    def _features_end(self) -> int:
+        return self.features_offset + self._rows.num_bytes
+
+    def _rows_of(self, block: int) -> range:
+        return range(self.num_rows)[block * self.block_rows :][: self.block_rows]
+
+    def _extent(self, block: int) -> range:
+        """The bytes of the file that hold a block."""
+        rows, row_bytes = self._rows_of(block), self._rows.row_bytes
+        return range(self.features_offset + rows.start * row_bytes, self.features_offset + rows.stop * row_bytes)
+
+    def _damaged_among(self, fd: int, blocks: range) -> list[int]:
+        buffer = _new_buffer()
+        return [
+            block
+            for block in blocks
+            if _crc_of_file(self.path, fd, [self._extent(block)], buffer) != self.checksums[block]
+        ]
+
+    @contextmanager
+    def _open_features(self) -> Iterator[int]:
+        """A descriptor of the file, which reaches behind its features."""
+        with _opened(self.path) as fd:
+            self._check_size(os.fstat(fd).st_size)
+            yield fd
+
+    def _check_size(self, size: int) -> None:
+        if size < self._features_end:
+            raise _truncated(self.path, missing=self._features_end - size)
+
+    def _checked(self, out: Tensor, num_rows: int) -> Tensor:
+        """`out`, if it has place for so many rows, and for nothing else."""
+        shape = (num_rows, *self.shape)
+        if (out.dtype, out.shape) != (self.dtype, shape) or out.device.type != "cpu" or not out.is_contiguous():
+            raise ValueError(
+                f"out is {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}; for these rows "
+                f"pass one of {self.dtype} {shape}, contiguous on the CPU"
+            )
+        return out
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "features"}  # mapped anew when used
@@ -296,7 +435,8 @@ def _hdf5_type(dtype: torch.dtype) -> h5py.h5t.TypeFloatID:
 # ---- what a caller may pass
 
 
-def _check_features(chunks: Sequence[Tensor]) -> _Rows:
+def _check_features(chunks: Sequence[Tensor], *, num_rows: int | None = None) -> _Rows:
+    """What the chunks hold together, or the first of those that `num_rows` rows come in."""
     if not chunks:
         raise ValueError("there are no chunks of features, hence no row shape; for a part without rows pass (0, *F)")
     first = chunks[0]
@@ -305,14 +445,36 @@ def _check_features(chunks: Sequence[Tensor]) -> _Rows:
     if first.ndim == 0 or 0 in first.shape[1:]:
         raise ValueError(f"features of shape {tuple(first.shape)} are not rows of values; pass (n, *F), no zeros in F")
     for chunk in chunks:
-        if (chunk.dtype, chunk.ndim, chunk.shape[1:]) != (first.dtype, first.ndim, first.shape[1:]):
-            raise ValueError(
-                f"a chunk of features is {chunk.dtype} {tuple(chunk.shape)}, the first one {first.dtype} "
-                f"{tuple(first.shape)}; all rows of a part must have one dtype and shape"
-            )
-        if chunk.device.type != "cpu" or not chunk.is_contiguous():
-            raise ValueError(f"a chunk of features on {chunk.device} is not contiguous on the CPU; pass a copy that is")
-    return _Rows(num_rows=sum(map(len, chunks)), shape=tuple(first.shape[1:]), dtype=first.dtype)
+        _check_chunk(chunk, first)
+    return _Rows(
+        num_rows=sum(map(len, chunks)) if num_rows is None else num_rows,
+        shape=tuple(first.shape[1:]),
+        dtype=first.dtype,
+    )
+
+
+def _check_chunk(chunk: Tensor, first: Tensor) -> None:
+    if (chunk.dtype, chunk.ndim, chunk.shape[1:]) != (first.dtype, first.ndim, first.shape[1:]):
+        raise ValueError(
+            f"a chunk of features is {chunk.dtype} {tuple(chunk.shape)}, the first one {first.dtype} "
+            f"{tuple(first.shape)}; all rows of a part must have one dtype and shape"
+        )
+    if chunk.device.type != "cpu" or not chunk.is_contiguous():
+        raise ValueError(f"a chunk of features on {chunk.device} is not contiguous on the CPU; pass a copy that is")
+
+
+def _check_drawn(chunks: Iterator[Tensor], rows: _Rows) -> Iterator[Tensor]:
+    """`chunks`, each checked when it is drawn; together they must be `rows`."""
+    first, drawn = None, 0
+    for chunk in chunks:
+        first = chunk[:0] if first is None else first
+        _check_chunk(chunk, first)
+        drawn += len(chunk)
+        if drawn > rows.num_rows:
+            break
+        yield chunk
+    if drawn != rows.num_rows:
+        raise ValueError(f"the chunks of features have not the {rows.num_rows} rows that there are digests of: {drawn}")
 
 
 def _check_row_facts(name: str, array: NDArray[np.uint8], shape: tuple[int, ...]) -> None:
@@ -320,13 +482,32 @@ def _check_row_facts(name: str, array: NDArray[np.uint8], shape: tuple[int, ...]
         raise ValueError(f"{name} are {array.dtype} {array.shape}; beside these features they must be uint8 {shape}")
 
 
-def _check_table_column(name: str, column: NDArray[Any]) -> None:
-    if not re.fullmatch("[a-z_]+", name) or name == "facts":
-        raise ValueError(f"a column can't be named {name!r}; use the letters a-z and _, and not 'facts'")
-    if column.dtype.kind not in "iuf" or column.dtype.itemsize > 8:
-        raise TypeError(
-            f"column {name} is {column.dtype}; store integers or floats of at most 8 bytes (text as uint8 with offsets)"
-        )
+def _check_table_columns(columns: Mapping[str, NDArray[Any]]) -> None:
+    if len(columns) >= _MAX_REGIONS:
+        raise ValueError(f"a table of {len(columns)} columns; its user block has room for {_MAX_REGIONS - 1}")
+    for name, column in columns.items():
+        if not re.fullmatch(f"[a-z_]{{1,{_MAX_NAME_BYTES}}}", name) or name == "facts":
+            raise ValueError(
+                f"a column can't be named {name!r}; use up to {_MAX_NAME_BYTES} of a-z and _, and not 'facts'"
+            )
+        if column.dtype.kind not in "iuf" or column.dtype.itemsize > 8:
+            raise TypeError(
+                f"column {name} is {column.dtype}; store integers or floats of at most 8 bytes (text as uint8 with "
+                "offsets)"
+            )
+
+
+def _check_more_columns(columns: Mapping[str, NDArray[Any]], *, taken: Collection[str]) -> None:
+    room = _MAX_REGIONS - len(taken)  # the features need none there, and the facts one
+    if len(columns) > room:
+        raise ValueError(f"{len(columns)} columns beside a part's own; its user block has room for {room}")
+    for name in columns:
+        if name in taken:
+            raise ValueError(f"a part has a dataset {name!r} of its own; give that column another name")
+    # To the format a string is so many bytes: their names and number are checked as those of bytes.
+    _check_table_columns(
+        {name: np.zeros(0, np.uint8) if column.dtype.kind == "S" else column for name, column in columns.items()}
+    )
 
 
 # ---- the user block, which lies before the HDF5 file
@@ -334,31 +515,57 @@ def _check_table_column(name: str, column: NDArray[Any]) -> None:
 _MAGIC = b"featstore; HDF5 from byte 4096.\n"
 _USER_BLOCK_BYTES = 4096
 _FEATURES_ALIGNMENT = 4096
-_USER_BLOCK = struct.Struct("<32sI12sQQQI")  # magic, version, kind, file length, features offset, their bytes, CRC-32
-_CRC_FIELD = slice(_USER_BLOCK.size - 4, _USER_BLOCK.size)
+_FIELDS = struct.Struct("<32sI12sQQQI")  # magic, version, kind, file length, features offset, their bytes, CRC-32
+_REGION_FIELDS = struct.Struct("<III")  # since version 2: CRC-32 of the user block and of the structure, regions
+_REGION = struct.Struct("<40sQQI4x")  # dataset, offset, bytes, CRC-32
+_CRC_OFFSET, _HEADER_CRC_OFFSET, _REGIONS_OFFSET = 72, 76, 128
+_MAX_REGIONS = (_USER_BLOCK_BYTES - _REGIONS_OFFSET) // _REGION.size
+_MAX_NAME_BYTES = 40
 
 _Kind = Literal["part", "images"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _UserBlock:
+class _Layout:
+    """Where everything lies in a file, as its user block says.
+
+    Attributes:
+        kind: of the file.
+        length: of the file, in bytes.
+        features: their bytes; none at 0 if there are none.
+        regions: the bytes of each dataset beside the features that has any, in the order of the file.
+    """
+
     kind: _Kind
     length: int
-    features_offset: int = 0
-    features_bytes: int = 0
-
-    def pack(self, crc: int) -> bytes:
-        extents = (self.length, self.features_offset, self.features_bytes)
-        head = _USER_BLOCK.pack(_MAGIC, FORMAT_VERSION, self.kind.encode(), *extents, crc)
-        return head.ljust(_USER_BLOCK_BYTES, b"\0")
+    features: range
+    regions: Mapping[str, range]
 
     @property
     def rest(self) -> list[range]:
-        """The bytes of the file that belong neither to the user block nor to the features, in file order."""
-        features_end = self.features_offset + self.features_bytes
-        before = range(_USER_BLOCK_BYTES, self.features_offset)
-        behind = range(max(_USER_BLOCK_BYTES, features_end), self.length)
+        """The bytes that belong neither to the user block nor to the features."""
+        before = range(_USER_BLOCK_BYTES, self.features.start)
+        behind = range(max(_USER_BLOCK_BYTES, self.features.stop), self.length)
         return [extent for extent in (before, behind) if extent]
+
+    @property
+    def structure(self) -> list[range]:
+        """The bytes of the rest that belong to no region."""
+        found = []
+        for extent in self.rest:
+            start = extent.start
+            for region in self.regions.values():
+                if region.start in extent:
+                    found.append(range(start, region.start))
+                    start = region.stop
+            found.append(range(start, extent.stop))
+        return [extent for extent in found if extent]
+
+
+def _own_crc(user_block: bytes | bytearray) -> int:
+    """CRC-32 of a user block, the fields of this one and of the whole file's taken as zero."""
+    end = _HEADER_CRC_OFFSET + 4
+    return zlib.crc32(user_block[:_CRC_OFFSET] + bytes(end - _CRC_OFFSET) + user_block[end:])
 
 
 # ---- making the frame: every byte of a file outside its features
@@ -372,9 +579,30 @@ class _Frame:
     is as good; it only takes the memory.
     """
 
-    user_block: _UserBlock
+    layout: _Layout
     image: memoryview  # its first 4096 bytes are still empty
-    checksums_offset: int
+
+    def bytes_of(self, extent: range) -> memoryview:
+        return self.image[extent.start : extent.stop]
+
+    def user_block(self) -> bytes:
+        """The user block, for `image` as it is now."""
+        layout = self.layout
+        block = bytearray(_USER_BLOCK_BYTES)
+        extents = (layout.length, layout.features.start, len(layout.features))
+        _FIELDS.pack_into(block, 0, _MAGIC, FORMAT_VERSION, layout.kind.encode(), *extents, 0)
+        _REGION_FIELDS.pack_into(block, _FIELDS.size, 0, self._crc(layout.structure), len(layout.regions))
+        for number, (name, extent) in enumerate(layout.regions.items()):
+            place = _REGIONS_OFFSET + number * _REGION.size
+            _REGION.pack_into(block, place, name.encode(), extent.start, len(extent), self._crc([extent]))
+        struct.pack_into("<I", block, _HEADER_CRC_OFFSET, _own_crc(block))
+        struct.pack_into("<I", block, _CRC_OFFSET, self._crc(layout.rest, zlib.crc32(block)))
+        return bytes(block)
+
+    def _crc(self, extents: Iterable[range], crc: int = 0) -> int:
+        for extent in extents:
+            crc = zlib.crc32(self.bytes_of(extent), crc)
+        return crc
 
 
 def _make_frame(
@@ -382,7 +610,7 @@ def _make_frame(
 ) -> _Frame:
     text = canonical_json(dict(facts)).encode("ascii")
     features_bytes = rows.num_bytes if rows else 0
-    features_offset = checksums_offset = 0
+    features_offset = 0
     image = io.BytesIO()
     with h5py.File(
         image,
@@ -400,17 +628,18 @@ def _make_frame(
         _add_dataset(hdf5, "facts", text_type, ())[()] = text
         if rows:
             hdf5["crc"].attrs["block_rows"] = np.uint64(rows.block_rows)
-            checksums_offset = _offset(hdf5["crc"])
-            features_offset = _offset(_add_features(hdf5, rows))
+            features_offset = _extent_of(_add_features(hdf5, rows)).start
+        regions = [(name, _extent_of(hdf5[name])) for name in (*columns, "facts") if hdf5[name].size]
     image.seek(0, io.SEEK_END)
     image.write(bytes(max(0, features_offset - image.tell())))  # up to the page where the features begin
-    user_block = _UserBlock(
+    features = range(features_offset, features_offset + features_bytes)
+    layout = _Layout(
         kind=kind,
-        length=max(image.tell(), features_offset + features_bytes),
-        features_offset=features_offset,
-        features_bytes=features_bytes,
+        length=max(image.tell(), features.stop),
+        features=features,
+        regions=dict(sorted(regions, key=lambda region: region[1].start)),
     )
-    return _Frame(user_block=user_block, image=image.getbuffer(), checksums_offset=checksums_offset)
+    return _Frame(layout=layout, image=image.getbuffer())
 
 
 def _add_features(hdf5: h5py.File, rows: _Rows) -> h5py.Dataset:
@@ -431,39 +660,51 @@ def _add_dataset(hdf5: h5py.File, name: str, hdf5_type: h5py.h5t.TypeID, shape: 
     return h5py.Dataset(h5py.h5d.create(hdf5.id, name.encode("ascii"), hdf5_type, space, properties))
 
 
-def _offset(dataset: h5py.Dataset) -> int:
-    """Where the dataset's values begin in the file; 0 for one without values, for which HDF5 has no answer."""
-    return int(dataset.id.get_offset()) if dataset.size else 0
+def _extent_of(dataset: h5py.Dataset) -> range:
+    """The bytes of the file that hold the dataset's values; none at 0 if it has none, for which HDF5 has no answer."""
+    if not dataset.size:
+        return range(0)
+    start = dataset.id.get_offset()
+    if start is None:
+        raise ValueError(f"{dataset.name} is not contiguous")
+    return range(start, start + dataset.id.get_storage_size())
 
 
 # ---- writing
 
 
-def _write_features(fd: int, chunks: Sequence[Tensor], offset: int, block_bytes: int) -> list[int]:
+def _write_features(fd: int, chunks: Iterable[Tensor], offset: int, block_bytes: int) -> list[int]:
     """Write all chunks from `offset` on; the CRC-32 of each block, which chunks may share."""
     checksums: list[int] = []
     written = 0
-    for chunk in chunks:
-        rest = chunk.reshape(-1).view(torch.uint8).numpy().data
-        while rest:
-            piece = rest[: block_bytes - written % block_bytes]
-            if written % block_bytes == 0:
-                checksums.append(0)
-            checksums[-1] = zlib.crc32(piece, checksums[-1])
-            _write_at(fd, piece, offset + written)
-            written += len(piece)
-            rest = rest[len(piece) :]
+    with ThreadPoolExecutor(1) as pool:
+        for chunk in chunks:
+            content = chunk.reshape(-1).view(torch.uint8).numpy().data
+            add = partial(_add_checksums, checksums, content, written, block_bytes)
+            # Summed up while the system copies it; a thread costs more than it saves for less.
+            summed = pool.submit(add) if len(content) >= _BLOCK_BYTES else add()
+            _write_at(fd, content, offset + written)
+            if summed is not None:
+                summed.result()
+            written += len(content)
     return checksums
+
+
+def _add_checksums(checksums: list[int], content: memoryview, written: int, block_bytes: int) -> None:
+    """Continue the CRC-32 of each block with `content`, before which lie `written` bytes."""
+    while content:
+        piece = content[: block_bytes - written % block_bytes]
+        if written % block_bytes == 0:
+            checksums.append(0)
+        checksums[-1] = zlib.crc32(piece, checksums[-1])
+        content, written = content[len(piece) :], written + len(piece)
 
 
 def _write_frame(fd: int, frame: _Frame) -> None:
     """Write everything but the features, the user block last."""
-    crc = zlib.crc32(frame.user_block.pack(crc=0))
-    for extent in frame.user_block.rest:
-        piece = frame.image[extent.start : extent.stop]
-        crc = zlib.crc32(piece, crc)
-        _write_at(fd, piece, extent.start)
-    _write_at(fd, memoryview(frame.user_block.pack(crc)), 0)
+    for extent in frame.layout.rest:
+        _write_at(fd, frame.bytes_of(extent), extent.start)
+    _write_at(fd, memoryview(frame.user_block()), 0)
 
 
 @contextmanager
@@ -535,25 +776,56 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _open_checked(path: Path, kind: _Kind) -> Iterator[tuple[_UserBlock, h5py.File]]:
-    """The file's user block and HDF5 structure, open for reading, after every check that needs no structure.
+def _open_checked(path: Path, kind: _Kind) -> Iterator[tuple[_Layout, h5py.File]]:
+    """The file's layout and HDF5 structure, open for reading, after every check that needs no structure.
 
     `ValueError`, and what h5py raises about files, becomes a `DamagedFileError` about the structure.
     """
-    with path.open("rb") as file:
-        user_block = _read_user_block(path, file, kind)
+    with _opened(path) as fd:
+        layout = _read_layout(path, fd, kind)
         try:
-            with h5py.File(file, "r") as hdf5:
-                yield user_block, hdf5
+            with os.fdopen(fd, "rb", closefd=False) as file, h5py.File(file, "r") as hdf5:
+                yield layout, hdf5
         except (KeyError, OSError, RuntimeError, ValueError) as error:
-            raise _damaged(
-                path, f"its HDF5 structure is not that of format version {FORMAT_VERSION} ({error})"
-            ) from error
+            raise _damaged(path, f"its HDF5 structure is not that of the format ({error})") from error
 
 
-def _read_user_block(path: Path, file: BinaryIO, kind: _Kind) -> _UserBlock:
-    size = os.fstat(file.fileno()).st_size
-    head = file.read(_USER_BLOCK_BYTES)
+def _read_layout(path: Path, fd: int, kind: _Kind) -> _Layout:
+    """The file's layout, once every byte outside the features is what was written."""
+    head = _read_user_block(path, fd)
+    size = os.fstat(fd).st_size
+    _, version, kind_found, length, features_offset, features_bytes, crc_expected = _FIELDS.unpack_from(head)
+    if size < length:
+        raise _truncated(path, missing=length - size)
+    if kind_found != kind.encode().ljust(len(kind_found), b"\0"):
+        kind_named = kind_found.rstrip(b"\0").decode("ascii", "backslashreplace")
+        raise DamagedFileError(f"{path} is of the kind {kind_named!r}, where {kind!r} was expected. {_REMEDY}")
+    if size > length or features_offset + features_bytes > length:
+        raise _damaged(path, f"it has {size} bytes, which its user block contradicts")
+    layout = _Layout(
+        kind=kind,
+        length=length,
+        features=range(features_offset, features_offset + features_bytes),
+        regions={name: extent for name, extent, _ in _read_regions(head)} if version > 1 else {},
+    )
+    crc = zlib.crc32(head[:_CRC_OFFSET] + bytes(4) + head[_CRC_OFFSET + 4 :])
+    crc = _crc_of_file(path, fd, layout.rest, _new_buffer(), crc)
+    if crc != crc_expected:
+        where = "outside its features" if version == 1 else f"in its {_altered(path, fd, head, layout)}"
+        found = f"the checksum of all outside the features is {crc:08x}, not {crc_expected:08x}"
+        raise _damaged(path, f"bytes are altered {where} ({found})")
+    return layout
+
+
+def _read_user_block(path: Path, fd: int) -> bytes:
+    """The user block of a file of a version that can be read; from version 2 on it fits its own checksum."""
+    buffer = bytearray(min(_USER_BLOCK_BYTES, os.fstat(fd).st_size))
+    _read_at(path, fd, [memoryview(buffer)], 0)
+    head = bytes(buffer)
+    start = _MAGIC + struct.pack("<I", FORMAT_VERSION)
+    is_sealed = len(head) == _USER_BLOCK_BYTES and _fits_own_crc(start + head[len(start) :])
+    if is_sealed and not head.startswith(start):
+        raise _damaged(path, "bytes are altered in its header, in the first line or the version")
     if not head.startswith(_MAGIC[: len(head)]):
         raise DamagedFileError(
             f"{path} is not a file of featstore's, or damaged: it begins with {head[: len(_MAGIC)]!r}, "
@@ -561,40 +833,63 @@ def _read_user_block(path: Path, file: BinaryIO, kind: _Kind) -> _UserBlock:
         )
     if len(head) < _USER_BLOCK_BYTES:
         raise _truncated(path, missing=_USER_BLOCK_BYTES - len(head))
-    _, version, kind_found, length, features_offset, features_bytes, crc_expected = _USER_BLOCK.unpack_from(head)
+    (version,) = struct.unpack_from("<I", head, len(_MAGIC))
     if not 1 <= version <= FORMAT_VERSION:
-        raise DamagedFileError(
+        raise NewerFormatError(
             f"{path} has format version {version}; this featstore reads versions up to {FORMAT_VERSION}. "
             "Upgrade featstore to read it."
         )
-    if size < length:
-        raise _truncated(path, missing=length - size)
-    if kind_found != kind.encode().ljust(len(kind_found), b"\0"):
-        found = kind_found.rstrip(b"\0").decode("ascii", "backslashreplace")
-        raise DamagedFileError(f"{path} is of the kind {found!r}, where {kind!r} was expected. {_REMEDY}")
-    if size > length or features_offset + features_bytes > length:
-        raise _damaged(path, f"it has {size} bytes, which its user block contradicts")
-    user_block = _UserBlock(kind=kind, length=length, features_offset=features_offset, features_bytes=features_bytes)
-    crc = zlib.crc32(head[: _CRC_FIELD.start] + bytes(4) + head[_CRC_FIELD.stop :])
-    for extent in user_block.rest:
-        crc = _crc_of_file(path, file, extent, crc)
-    if crc != crc_expected:
-        raise _damaged(path, f"the checksum of its bytes outside the features is {crc:08x}, not {crc_expected:08x}")
-    return user_block
+    if version > 1 and not is_sealed:
+        raise _damaged(path, "bytes are altered in its header (it doesn't fit its checksum)")
+    return head
 
 
-def _read_features_type(hdf5: h5py.File, user_block: _UserBlock) -> _Rows:
+def _fits_own_crc(user_block: bytes) -> bool:
+    (expected,) = struct.unpack_from("<I", user_block, _HEADER_CRC_OFFSET)
+    return bool(_own_crc(user_block) == expected)
+
+
+def _read_regions(user_block: bytes) -> list[tuple[str, range, int]]:
+    """Each region's dataset, bytes and CRC-32."""
+    _, _, count = _REGION_FIELDS.unpack_from(user_block, _FIELDS.size)
+    found = []
+    for number in range(min(count, _MAX_REGIONS)):
+        name, start, length, crc = _REGION.unpack_from(user_block, _REGIONS_OFFSET + number * _REGION.size)
+        found.append((name.rstrip(b"\0").decode("ascii", "backslashreplace"), range(start, start + length), crc))
+    return found
+
+
+_REGION_WORDS: dict[_Kind, dict[str, str]] = {
+    "part": {"digest": "digests", "decoder": "decoders", "crc": "checksums", "facts": "facts"},
+    "images": {"facts": "facts"},
+}
+
+
+def _altered(path: Path, fd: int, user_block: bytes, layout: _Layout) -> str:
+    """What of a file from version 2 on is altered, in words, when all outside the features doesn't fit its checksum."""
+    buffer = _new_buffer()
+    found = []
+    for name, extent, crc in _read_regions(user_block):
+        if _crc_of_file(path, fd, [extent], buffer) != crc:
+            found.append(_REGION_WORDS[layout.kind].get(name, f"column {name}"))
+    _, structure_crc, _ = _REGION_FIELDS.unpack_from(user_block, _FIELDS.size)
+    if _crc_of_file(path, fd, layout.structure, buffer) != structure_crc:
+        found.append("structure")
+    return " and ".join(found) or "header"  # if all else is sound, the checksum that didn't fit is not
+
+
+def _read_features_type(hdf5: h5py.File, layout: _Layout) -> _Rows:
     features = _dataset(hdf5, "features")
     stored_type = features.id.get_type()
     dtype = next((dtype for dtype in _DTYPES if stored_type.equal(_hdf5_type(dtype))), None)
     if dtype is None or features.ndim == 0 or 0 in features.shape[1:]:
         raise ValueError(f"/features is {features.dtype} {features.shape}")
     rows = _Rows(num_rows=features.shape[0], shape=features.shape[1:], dtype=dtype)
-    offset = _offset(features)
-    if (offset, rows.num_bytes) != (user_block.features_offset, user_block.features_bytes):
+    extent = _extent_of(features)
+    if (extent.start, extent.stop) != (layout.features.start, layout.features.stop):  # empty ranges are all equal
         raise ValueError("/features lies elsewhere than the user block says")
-    if offset % _FEATURES_ALIGNMENT:
-        raise ValueError(f"/features begins at byte {offset}, no multiple of {_FEATURES_ALIGNMENT}")
+    if layout.features.start % _FEATURES_ALIGNMENT:
+        raise ValueError(f"/features begins at byte {layout.features.start}, no multiple of {_FEATURES_ALIGNMENT}")
     return rows
 
 
@@ -627,17 +922,109 @@ def _dataset(hdf5: h5py.File, name: str) -> h5py.Dataset:
     return dataset
 
 
-def _crc_of_file(path: Path, file: BinaryIO, extent: range, crc: int = 0) -> int:
-    """CRC-32 of the bytes of `extent`, continued from `crc`."""
-    file.seek(extent.start)
-    missing = len(extent)
-    while missing:
-        piece = file.read(min(missing, _BLOCK_BYTES))
-        if not piece:
-            raise _truncated(path, missing)
-        crc = zlib.crc32(piece, crc)
-        missing -= len(piece)
+# ---- bytes of a file, by plain reads
+
+_BUFFER_BYTES = 1 << 18  # stays in the processor's cache between the read and the checksum
+_SHARE_BLOCKS = 4  # a share takes about a millisecond, which is much beside handing it to a thread
+_MAX_BUFFERS = 1024  # what Linux and macOS take in one call
+_IS_NO_FILE = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor to read the file at `path`; what else may be there under its name is refused without waiting."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # a pipe would wait for someone who writes
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # ENXIO: a socket
+            raise DamagedFileError(f"{path} can't be opened: {error.strerror}. {_REMEDY}") from error
+        raise
+    try:
+        if what := _IS_NO_FILE.get(stat.S_IFMT(os.fstat(fd).st_mode)):
+            raise DamagedFileError(f"{path} is {what}, where a file was expected. {_REMEDY}")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _reads(rows: NDArray[np.int64], places: NDArray[np.int64]) -> Iterator[tuple[int, list[range]]]:
+    """What to read at once: its first row, and the stretches of places that its rows go to one after the other.
+
+    Args:
+        rows: rising.
+        places: where each of them goes.
+    """
+    is_next_row = np.diff(rows, prepend=-2) == 1
+    starts = np.flatnonzero(~(is_next_row & (np.diff(places, prepend=-2) == 1)))
+    lengths = np.diff(starts, append=len(rows))
+    columns = (rows[starts], places[starts], lengths, is_next_row[starts])
+    first_row, stretches = 0, list[range]()
+    for row, place, length, continues in zip(*(column.tolist() for column in columns), strict=True):
+        if stretches and (not continues or len(stretches) == _MAX_BUFFERS):
+            yield first_row, stretches
+            stretches = []
+        if not stretches:
+            first_row = row
+        stretches.append(range(place, place + length))
+    if stretches:
+        yield first_row, stretches
+
+
+def _crc_of_file(path: Path, fd: int, extents: Iterable[range], buffer: memoryview, crc: int = 0) -> int:
+    """CRC-32 of the bytes of all `extents`, continued from `crc`; they pass through `buffer`."""
+    for extent in extents:
+        for start in range(extent.start, extent.stop, len(buffer)):
+            piece = buffer[: extent.stop - start]
+            _read_at(path, fd, [piece], start)
+            crc = zlib.crc32(piece, crc)
     return crc
+
+
+def _new_buffer() -> memoryview:
+    return memoryview(bytearray(_BUFFER_BYTES))
+
+
+def _read_at(path: Path, fd: int, buffers: list[memoryview], offset: int) -> None:
+    """Fill up to 1024 `buffers`, one after the other, from the bytes at `offset`.
+
+    Raises:
+        DamagedFileError: if the file ends before, or the disk can't read it.
+        FileNotFoundError: if the file was deleted on the file server that holds it.
+        OSError: as the system gave it otherwise, with the file's name.
+    """
+    end = offset + sum(map(len, buffers))
+    while offset < end:
+        try:
+            count = os.preadv(fd, buffers, offset)
+        except OSError as error:
+            raise _unreadable(path, range(offset, end), error) from error
+        if not count:
+            raise _truncated(path, missing=end - offset)
+        offset += count
+        buffers = _unfilled(buffers, count)
+
+
+def _unfilled(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """What is left to fill of `buffers` after `count` bytes."""
+    for place, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[place + 1 :]]
+        count -= len(buffer)
+    return []
+
+
+def _num_threads() -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, usable)
+
+
+# ---- what is said about a file
 
 
 _REMEDY = "Put a sound copy in its place, or delete it and extract again, which computes only what is then missing."
@@ -649,3 +1036,12 @@ def _damaged(path: Path, what: str) -> DamagedFileError:
 
 def _truncated(path: Path, missing: int) -> DamagedFileError:
     return _damaged(path, f"it is truncated, {missing} bytes are missing at its end")
+
+
+def _unreadable(path: Path, extent: range, error: OSError) -> OSError | DamagedFileError:
+    where = f"its bytes {extent.start} to {extent.stop - 1} can't be read ({error.strerror})"
+    if error.errno == errno.EIO:
+        return _damaged(path, where)
+    if error.errno == errno.ESTALE:  # how a network file system says that an open file has been deleted
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    return OSError(error.errno, where, os.fspath(path))

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -8,8 +9,9 @@ import resource
 import shutil
 import struct
 import subprocess
+import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,15 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import released
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from featstore import FeatureStore
 from featstore import part as part_module
-from featstore.errors import DamagedFileError
-from featstore.part import Part, Table, write_part, write_table
+from featstore.errors import DamagedFileError, NewerFormatError
+from featstore.part import FORMAT_VERSION, Part, Table, write_part, write_table
 
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
 SHAPES = ((), (5,), (3, 2, 2))
@@ -71,11 +75,12 @@ def flip_bit(path: Path, byte: int) -> None:
 
 
 def reseal(path: Path, start: int, data: bytes) -> None:
-    """Put `data` into the user block and correct its checksum as docs/format.md defines it."""
+    """Put `data` into the user block and correct its two checksums as docs/format.md defines them."""
     content = bytearray(path.read_bytes())
     content[start : start + len(data)] = data
     offset, num_bytes = struct.unpack_from("<QQ", content, 56)
-    content[72:76] = bytes(4)
+    content[72:80] = bytes(8)
+    content[76:80] = struct.pack("<I", zlib.crc32(content[:4096]))
     content[72:76] = struct.pack("<I", zlib.crc32(content[:offset] + content[offset + num_bytes :]))
     path.write_bytes(content)
 
@@ -181,11 +186,23 @@ def test_the_user_block_says_what_the_format_page_says(path: Path) -> None:
     content = path.read_bytes()
     magic, version, kind, length, offset, num_bytes, crc = struct.unpack_from("<32sI12sQQQI", content)
     assert magic == b"featstore; HDF5 from byte 4096.\n"
-    assert (version, kind.rstrip(b"\0"), length) == (1, b"part", len(content))
+    assert (version, kind.rstrip(b"\0"), length) == (2, b"part", len(content))
     assert range(offset, offset + num_bytes) == extent(path, "features")
     assert content[offset : offset + num_bytes] == bits(features)
     assert crc == zlib.crc32(content[:72] + bytes(4) + content[76:offset] + content[offset + num_bytes :])
-    assert content[76:4096] == bytes(4020)
+
+    own_crc, structure_crc, num_regions = struct.unpack_from("<III", content, 76)
+    assert own_crc == zlib.crc32(content[:72] + bytes(8) + content[80:4096])
+    assert content[88:128] == bytes(40)
+    structure, end = b"", 4096
+    for number in range(num_regions):
+        name, start, region_bytes, crc = struct.unpack_from("<40sQQI4x", content, 128 + 64 * number)
+        assert range(start, start + region_bytes) == extent(path, name.rstrip(b"\0").decode())
+        assert crc == zlib.crc32(content[start : start + region_bytes])
+        structure, end = structure + content[end:start], start + region_bytes
+    assert num_regions == 4
+    assert structure_crc == zlib.crc32(structure + content[end:offset])
+    assert content[128 + 64 * num_regions : 4096] == bytes(4096 - 128 - 64 * num_regions)
 
 
 def test_features_begin_on_a_page_and_end_the_file(path: Path) -> None:
@@ -320,15 +337,16 @@ def test_verify_names_the_rows_of_every_damaged_block(path: Path) -> None:
     assert Part.open(path).verify() == [blocks[0], blocks[2]]
 
 
-def test_a_newer_version_is_refused_with_the_remedy_whatever_else_it_holds(path: Path) -> None:
+@pytest.mark.parametrize("edit", [lambda block: block + b"unknown", lambda block: block], ids=["other", "alike"])
+def test_a_newer_version_is_refused_with_the_remedy_whatever_else_it_holds(
+    path: Path, edit: Callable[[bytes], bytes]
+) -> None:
     write(path, random_bits(10))
-    with path.open("r+b") as file:
-        file.seek(32)
-        file.write(struct.pack("<I", 2) + b"unknown")
-    with pytest.raises(DamagedFileError) as error:
+    reseal(path, 32, edit(struct.pack("<I", 3)))
+    with pytest.raises(NewerFormatError) as error:
         Part.open(path)
     assert str(error.value) == (
-        f"{path} has format version 2; this featstore reads versions up to 1. Upgrade featstore to read it."
+        f"{path} has format version 3; this featstore reads versions up to 2. Upgrade featstore to read it."
     )
 
 
@@ -372,6 +390,13 @@ def replace_dataset(file: h5py.File, name: str, data: Any) -> None:
         (lambda file: (file.__delitem__("decoder"), file.create_group("decoder")), "/decoder is not a dataset"),
         (lambda file: replace_dataset(file, "features", np.zeros((9, 5))), r"/features is float64 \(9, 5\)"),
         (lambda file: replace_dataset(file, "features", np.ones((9, 5), np.float16)), "elsewhere than the user block"),
+        (
+            lambda file: (
+                file.__delitem__("features"),
+                file.create_dataset("features", data=np.ones((9, 5), np.float16), chunks=True),
+            ),
+            "/features is not contiguous",
+        ),
     ],
 )
 def test_another_structure_under_a_right_checksum_is_refused(
@@ -401,6 +426,13 @@ def test_a_features_extent_other_than_the_structures_is_refused(path: Path) -> N
         Part.open(path)
 
 
+def test_features_without_rows_have_no_place(path: Path) -> None:
+    write(path, random_bits(0))
+    reseal(path, 56, struct.pack("<Q", 4096))
+    with pytest.raises(DamagedFileError, match="elsewhere than the user block says"):
+        Part.open(path)
+
+
 def test_a_missing_file_is_the_systems_error(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Part.open(path)
@@ -408,7 +440,15 @@ def test_a_missing_file_is_the_systems_error(path: Path) -> None:
         Table.open(path)
 
 
-@pytest.mark.parametrize("use", [lambda part: part.features, lambda part: part.verify()], ids=["map", "verify"])
+USES: dict[str, Callable[[Part], Any]] = {
+    "map": lambda part: part.features,
+    "verify": lambda part: part.verify(),
+    "read_blocks": lambda part: list(part.read_blocks([0])),
+    "read_rows": lambda part: part.read_rows(np.array([1])),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_a_part_that_shrinks_or_goes_after_it_was_opened_is_an_error(path: Path, use: Callable[[Part], Any]) -> None:
     write(path, random_bits(100))
     part = Part.open(path)
@@ -418,6 +458,277 @@ def test_a_part_that_shrinks_or_goes_after_it_was_opened_is_an_error(path: Path,
     path.unlink()
     with pytest.raises(FileNotFoundError):
         use(part)
+
+
+# ---- every version that was ever released
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_every_value_of_every_released_version_is_read(version: int) -> None:
+    part, empty = Part.open(released.part_of(version)), Part.open(released.empty_part_of(version))
+    assert struct.unpack_from("<I", part.path.read_bytes(), 32) == (version,)
+    assert (part.num_rows, part.shape, part.dtype) == (released.NUM_ROWS, (3, 8, 8), torch.bfloat16)
+    assert torch.equal(part.features, released.FEATURES)
+    assert np.array_equal(part.digests, released.DIGESTS)
+    assert np.array_equal(part.decoders, released.DECODERS)
+    assert part.facts == released.PART_FACTS
+    assert part.verify() == []
+    assert (empty.num_rows, empty.shape, empty.facts) == (0, (3, 8, 8), released.PART_FACTS)
+
+    table = Table.open(released.table_of(version))
+    assert table.facts == released.TABLE_FACTS
+    assert table.columns.keys() == released.COLUMNS.keys()
+    for name, column in released.COLUMNS.items():
+        assert table.columns[name].dtype == column.dtype
+        assert np.array_equal(table.columns[name], column)
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_a_store_of_every_released_version_is_read(version: int) -> None:
+    store = FeatureStore(released.store_of(version))
+    images = store.images("photos")
+    assert list(images.ids) == released.IDS
+    assert torch.equal(store.features(images, released.PART_FACTS["key"])[:], released.FEATURES)
+
+
+def test_damage_in_a_file_of_version_1_is_found_as_far_as_it_can_be_named(path: Path) -> None:
+    shutil.copy(released.part_of(1), path)
+    features = extent(path, "features")
+    for byte in {*range(36, 84), *range(84, features.start, 37), *extent(path, "digest"), *extent(path, "crc")}:
+        flip_bit(path, byte)
+        with pytest.raises(DamagedFileError, match=re.escape(str(path))) as error:
+            Part.open(path)
+        assert byte < 72 or "bytes are altered outside its features" in str(error.value)
+        flip_bit(path, byte)
+    flip_bit(path, features.stop - 1)
+    assert Part.open(path).verify() == [range(released.NUM_ROWS)]
+
+    shutil.copy(released.table_of(1), path)
+    for byte in range(76, path.stat().st_size, 37):
+        flip_bit(path, byte)
+        with pytest.raises(DamagedFileError, match="bytes are altered outside its features"):
+            Table.open(path)
+        flip_bit(path, byte)
+
+
+# ---- plain reads
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (5000,), (30, 50, 7)])
+@pytest.mark.parametrize("verify", [True, False])
+def test_blocks_are_read_as_they_were_written(
+    path: Path, shape: tuple[int, ...], dtype: torch.dtype, verify: bool
+) -> None:
+    features = random_bits(300, shape, dtype)
+    write(path, features)
+    part = Part.open(path)
+    num_blocks = len(part.checksums)
+    order = [*reversed(range(num_blocks)), 0, 0]
+    seen = []
+    for rows, block in part.read_blocks(order, verify=verify):
+        assert (block.shape, block.dtype) == ((len(rows), *shape), dtype)
+        assert bits(block) == bits(features[rows.start : rows.stop])
+        seen.append(rows.start // part.block_rows)
+    assert seen == order
+    assert sum(len(rows) for rows, _ in part.read_blocks(range(num_blocks))) == 300
+
+
+def test_a_part_without_rows_has_no_blocks(path: Path) -> None:
+    write(path, torch.empty(0, 5))
+    assert list(Part.open(path).read_blocks([])) == []
+    assert Part.open(path).read_rows(np.array([], np.int64)).shape == (0, 5)
+
+
+def test_reading_blocks_takes_the_memory_of_one(path: Path) -> None:
+    write(path, random_bits(300, (5000,)))
+    part = Part.open(path)
+    assert len({block.data_ptr() for _, block in part.read_blocks(range(3))}) == 1
+
+
+@pytest.mark.parametrize("block", [-1, 3])
+def test_a_block_that_is_not_there_is_an_index_error(path: Path, block: int) -> None:
+    write(path, random_bits(300, (5000,)))
+    with pytest.raises(IndexError, match=rf"no block {block} in .*part-0\.h5; it has 3, from 0"):
+        list(Part.open(path).read_blocks([0, block]))
+
+
+def test_a_damaged_block_is_refused_with_its_rows_and_the_others_are_read(path: Path) -> None:
+    features = random_bits(300, (5000,))
+    write(path, features)
+    part = Part.open(path)
+    flip_bit(path, part.features_offset + 150 * 10_000)
+    blocks = part.read_blocks([2, 1])
+    assert bits(next(blocks)[1]) == bits(features[208:])
+    with pytest.raises(DamagedFileError, match=r"part-0\.h5 is damaged: its rows 104 to 207 don't fit their checksum"):
+        next(blocks)
+    assert len(list(part.read_blocks(range(3), verify=False))) == 3
+
+
+ROWS: dict[str, Sequence[int]] = {
+    "none": [],
+    "one": [299],
+    "all": range(300),
+    "backwards": range(299, -1, -1),
+    "every second": range(0, 300, 2),
+    "in two runs": [*range(200, 300), *range(100, 200)],
+    "one often": [7] * 20,
+    "random": np.random.default_rng(0).integers(0, 300, 500).tolist(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_rows_are_read_in_any_order_with_repeats(
+    path: Path, rows: Sequence[int], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    features = random_bits(300, shape, dtype)
+    write(path, features)
+    part = Part.open(path)
+    expected = features[list(rows)]
+    read = part.read_rows(np.array(rows, np.int64))
+    assert (read.shape, read.dtype) == (expected.shape, dtype)
+    assert bits(read) == bits(expected)
+
+    out = torch.empty_like(expected)
+    assert part.read_rows(np.array(rows, np.int64), out) is out
+    assert bits(out) == bits(expected)
+
+
+def test_neighbours_are_read_at_once_and_repeats_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = random_bits(3000)
+    write(path, features)
+    part = Part.open(path)
+    read: list[int] = []
+    preadv = os.preadv
+
+    def counted(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        read.append(preadv(fd, buffers, offset))
+        return read[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
+    for rows, sizes in [
+        (np.arange(3000), [30_000]),
+        (np.arange(3000)[::-1], [10_240, 10_240, 9_520]),  # a call takes 1024 buffers
+        (np.array([5, 2, 1, 5, 6, 2]), [20, 20]),
+    ]:
+        read.clear()
+        assert bits(part.read_rows(rows)) == bits(features[torch.from_numpy(rows.copy())])
+        assert read == sizes
+
+
+@pytest.mark.parametrize("row", [-1, 10])
+def test_a_row_that_is_not_there_is_an_index_error(path: Path, row: int) -> None:
+    write(path, random_bits(10))
+    with pytest.raises(IndexError, match=r"rows from .* of .*part-0\.h5; it has 10 rows, counted from 0"):
+        Part.open(path).read_rows(np.array([3, row]))
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(1, 5, dtype=torch.float16),
+        torch.empty(2, 6, dtype=torch.float16),
+        torch.empty(2, 5),
+        torch.empty(5, 2, dtype=torch.float16).T,
+        torch.empty(2, 5, dtype=torch.float16, device="meta"),
+    ],
+)
+def test_rows_are_put_only_where_they_fit(path: Path, out: Tensor) -> None:
+    write(path, random_bits(10))
+    with pytest.raises(ValueError, match=r"pass one of torch.float16 \(2, 5\), contiguous on the CPU"):
+        Part.open(path).read_rows(np.array([3, 4]), out)
+
+
+def test_a_short_read_is_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = random_bits(300, (5000,))
+    write(path, features)
+    preadv = os.preadv
+
+    def short(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fills a buffer and a half."""
+        half = buffers[1:2] and [buffers[1][: len(buffers[1]) // 2]]
+        return preadv(fd, [buffers[0][: len(buffers[0]) // 2 + 1]] if not half else [buffers[0], *half], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    part = Part.open(path)
+    assert part.verify() == []
+    assert bits(part.read_rows(np.arange(300)[::-1])) == bits(features.flip(0))
+    assert b"".join(bits(block) for _, block in part.read_blocks(range(3))) == bits(features)
+
+
+READS = {name: use for name, use in USES.items() if name != "map"}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_bytes_that_the_disk_cannot_read_are_named(
+    path: Path, read: Callable[[Part], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, random_bits(300, (5000,)))
+    part = Part.open(path)
+    failure = errno.EIO
+
+    def failing(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        raise OSError(failure, os.strerror(failure))
+
+    monkeypatch.setattr(os, "preadv", failing)
+    start = part.features_offset
+    with pytest.raises(
+        DamagedFileError, match=rf"part-0\.h5 .*its bytes ({start}|{start + 10_000}) to \d+ can't be read"
+    ):
+        read(part)
+    failure = errno.ESTALE  # what NFS answers for an open file that someone has deleted
+    with pytest.raises(FileNotFoundError, match=r"part-0\.h5"):
+        read(part)
+    failure = errno.ETIMEDOUT
+    with pytest.raises(TimeoutError, match=r"its bytes .* can't be read .*part-0\.h5"):
+        read(part)
+
+
+def test_a_user_block_that_the_disk_cannot_read_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(path, random_bits(10))
+
+    def failing(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(DamagedFileError, match=r"part-0\.h5 is damaged: its bytes 0 to 4095 can't be read"):
+        Part.open(path)
+
+
+def test_verify_holds_little_memory_however_large_a_block_is(path: Path) -> None:
+    features = random_bits(4000, (5000,))
+    write(path, features)
+    part = dataclasses.replace(
+        Part.open(path), block_rows=4000, checksums=np.array([zlib.crc32(bits(features))], np.uint32)
+    )
+    tracemalloc.start()
+    try:
+        assert part.verify() == []
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_plain_reads_map_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not list what is mapped")
+    write(path, random_bits(100))
+    part = Part.open(path)
+    preadv = os.preadv
+
+    def looked_at(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        assert path.name not in maps.read_text()
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", looked_at)
+    for read in READS.values():
+        read(part)
+    part.features.sum()
+    with pytest.raises(AssertionError):
+        part.verify()
 
 
 # ---- whole or not at all
@@ -453,7 +764,7 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 
 
 def test_the_user_block_is_written_last_and_the_name_given_after_the_sync(path: Path, disk_log: list[str]) -> None:
-    write(path, random_bits(150, (5000,)))
+    write(path, list(torch.split(random_bits(150, (5000,)), 104)))
     offset = extent(path, "features").start
     assert disk_log == [
         "create",
@@ -506,7 +817,7 @@ def test_a_failure_at_any_step_before_the_rename_is_told_and_leaves_nothing(
     for name in DISK_OPERATIONS:
         monkeypatch.setattr(part_module, name, failing_at_step(getattr(part_module, name)))
     with pytest.raises(type(failure)) as error:
-        write(path, random_bits(150, (5000,)))
+        write(path, list(torch.split(random_bits(150, (5000,)), 104)))
     assert error.value is failure
     assert os.listdir(path.parent) == []
 
@@ -574,6 +885,12 @@ def test_an_open_part_holds_no_file_handle(path: Path) -> None:
     assert os.listdir(descriptors) == before
     assert len(bits(part.features)) == 1000
     assert part.verify() == []
+    part.read_rows(np.arange(3))
+    assert len(list(part.read_blocks([0]))) == 1
+    assert os.listdir(descriptors) == before
+    blocks = part.read_blocks([0, 0])
+    next(blocks)
+    del blocks  # half-way
     assert os.listdir(descriptors) == before
 
 
@@ -664,7 +981,36 @@ def test_facts_that_are_not_json_are_refused(path: Path) -> None:
     assert os.listdir(path.parent) == []
 
 
-@pytest.mark.parametrize("name", ["facts", "", "Ids", "a/b", "a1", "ids\n"])
+def test_a_table_has_as_many_columns_as_its_user_block_has_room_for(path: Path) -> None:
+    names = ["column_" + "a" * place for place in range(1, 34)] + ["b" * place for place in range(1, 30)]
+    columns = {name: np.arange(3) for name in names}
+    with pytest.raises(ValueError, match="62 columns; its user block has room for 61"):
+        write_table(path, columns=columns, facts={})
+    del columns["b"]
+    write_table(path, columns=columns, facts={})
+    assert Table.open(path).columns.keys() == columns.keys()
+
+
+def test_a_part_has_as_many_more_columns_as_its_user_block_has_room_for(path: Path) -> None:
+    columns = {"a" * place: np.array([b"cat", b"dog"]) for place in range(1, 41)}
+    columns |= {"b" * place: np.arange(2) for place in range(1, 20)}
+    own: dict[str, Any] = {
+        "features": torch.zeros(2, 5),
+        "digests": some_digests(2),
+        "decoders": some_decoders(2),
+        "facts": {},
+    }
+    with pytest.raises(ValueError, match="59 columns beside a part's own; its user block has room for 58"):
+        write_part(path, **own, columns=columns)
+    del columns["b"]
+    write_part(path, **own, columns=columns)
+    assert Part.open(path).num_rows == 2
+    flip_bit(path, extent(path, "aaa").start)
+    with pytest.raises(DamagedFileError, match="bytes are altered in its column aaa "):
+        Part.open(path)
+
+
+@pytest.mark.parametrize("name", ["facts", "", "Ids", "a/b", "a1", "ids\n", "a" * 41])
 def test_a_column_with_another_name_is_refused(path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(name))):
         write_table(path, columns={name: np.arange(3)}, facts={})
