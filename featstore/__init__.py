@@ -15,9 +15,10 @@ from featstore.extract import ExtractReport, Plan, extract, plan
 from featstore.features import Features
 from featstore.images import ImageSet
 from featstore.pool import Pool
+from featstore.sets import FeatureRequest, FeatureSet
 from featstore.spec import FeatureSpec
 from featstore.staged import StagedModel
-from featstore.store import FeatureRequest, FeatureSet, FeatureStore
+from featstore.store import FeatureStore
 from featstore.trunk import Output, Trunk
 from featstore.views import Augment, View
 

@@ -1,4 +1,4 @@
-"""The `featstore` program: extract features, see what a store holds and lacks, see where a backbone can be cut."""
+"""The `featstore` program: extract features, keep the stores that hold them, see where a backbone can be cut."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ from featstore.flags import (
 from featstore.pool import REDUCTIONS
 from featstore.program import (
     DONE,
-    FAILED,
     INCOMPLETE,
-    facts_table,
     new_app,
     one_of,
     run,
@@ -39,8 +37,10 @@ from featstore.program import (
     tell,
     tell_all,
 )
+from featstore.sets import DTYPES
 from featstore.staged import Stage, StagedModel
-from featstore.store import DTYPES, FeatureSet, FeatureStore
+from featstore.store import FeatureStore
+from featstore.store_cli import COMMANDS
 from featstore.trunk import PRECISIONS, Precision
 
 DEFAULTS = """\b
@@ -153,49 +153,15 @@ def status(
     else:
         failed = f", {counts['failed']:,} failed" if counts["failed"] else ""
         show(
-            f"{counts['images']:,} images, {counts['stored']:,} stored, {counts['missing']:,} to compute{failed}, "
+            f"{counts['images']:,} images, {counts['stored']:,} stored, {planned.to_compute(on_error=how.on_error)}"
+            f"{failed}, "
             f"{counts['bytes'] / 1e9:.2f} GB"
         )
     raise typer.Exit(INCOMPLETE if counts["missing"] else DONE)
 
 
-@app.command()
-@spread
-def ls(store: StoreOption, output: OutputFlags) -> None:
-    """List the feature sets of a store.
-
-    Damaged files are named, and their sets left out; the exit code is then 1.
-    """
-    filed = FeatureStore(store)
-    found = [each.describe() for each in filed.sets()]
-    damaged = filed.damaged()
-    if output.json:
-        show_json(found)
-    elif found:
-        show(table([_ls_row(each) for each in found]))
-    else:
-        tell(f"{store} holds no {'sound ' if damaged else ''}feature sets.")
-    tell_all([str(error) for error in damaged])
-    raise typer.Exit(FAILED if damaged else DONE)
-
-
-@app.command("show")
-@spread
-def show_set(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="A feature set's key, or the start of it (featstore ls).")],
-    store: StoreOption,
-    output: OutputFlags,
-) -> None:
-    """Show every fact about one feature set."""
-    facts = _set_facts(FeatureStore(store).set(key))
-    if output.json:
-        show_json(facts)
-        return
-    tables = {name: facts.pop(name) for name in ("stages", "files", "failures")}
-    show(facts_table(facts))
-    for name, rows in tables.items():
-        if rows:
-            show(f"\n{name}:\n{table(rows)}")
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 @app.command()
@@ -260,42 +226,6 @@ def _report(report: ExtractReport, output: OutputFlags) -> None:
         show_json({"sets": list(report.sets), "seconds": report.seconds, "failures": failures})
     else:
         show(table([each | {"key": each["key"][:8]} for each in report.sets]))
-
-
-def _ls_row(facts: dict[str, Json]) -> dict[str, Json]:
-    return {
-        "key": facts["key"][:8],
-        **{
-            name: facts[name]
-            for name in ("backbone", "cut", "reduce", "view", "seed", "size", "dtype", "precision", "rows", "failed")
-        },
-        "shape": facts["shape"],
-        "MB": facts["bytes"] / 1e6,
-        "when": facts["when"][:16].replace("T", " "),
-    }
-
-
-def _set_facts(found: FeatureSet) -> dict[str, Json]:
-    facts = found.facts
-    return {
-        **found.describe(),
-        "who": facts["who"],
-        "class_tokens": facts["class_tokens"],
-        "spec": found.spec.facts(),
-        "profile": facts["profile"],
-        "stages": [{name: stage[name] for name in ("name", "layout", "shape", "digest")} for stage in facts["stages"]],
-        "files": [
-            {
-                "file": part.path.name,
-                "rows": part.num_rows,
-                "bytes": part.path.stat().st_size,
-                "who": part.facts["who"],
-                "when": part.facts["when"],
-            }
-            for part in found.parts
-        ],
-        "failures": [{"digest": digest, "reason": reason} for digest, reason in sorted(found.failed.items())],
-    }
 
 
 def _cut_facts(model: StagedModel) -> dict[str, Json]:

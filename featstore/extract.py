@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,21 +21,26 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ImageError
-from featstore.features import first_places, is_among
 from featstore.images import Digests, ImageSet, overlap_note
+from featstore.index import first_places, is_among
 from featstore.pool import REDUCTIONS
 from featstore.probe import Probe, check_probe, take_probes
 from featstore.purity import check_pure
 from featstore.render import Job, Rendered, render
+from featstore.sets import DTYPES, FeatureRequest, FeatureSet
 from featstore.spec import FeatureSpec
 from featstore.staged import StagedModel
-from featstore.store import DTYPES, FeatureRequest, FeatureSet, FeatureStore
+from featstore.store import FeatureStore
+from featstore.tables import is_changed
 from featstore.trunk import Output, Precision, Trunk, choose_device, default_batch_size
 from featstore.views import Augment, View
 
 COMMIT_BYTES = 256 << 20
 COMMIT_SECONDS = 60.0
 """A part is written when this much has been gathered, or this long after the last one."""
+
+MERGE_BYTES = 1 << 30
+"""Of the parts that a job has written, those of less are merged at its end."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +80,7 @@ class Plan:
         digests: of the images.
         sets: the evaluation view's and each seed's, for every cut; no two of one key.
         is_absent: ``(N,)``, images whose files aren't there.
+        is_changed: ``(N,)``, images that the store knew by their ids, with another content.
         stage_digests: cut -> digest of the model up to it.
     """
 
@@ -82,6 +89,7 @@ class Plan:
     digests: Digests
     sets: tuple[PlannedSet, ...]
     is_absent: NDArray[np.bool_]
+    is_changed: NDArray[np.bool_]
     stage_digests: dict[str, str]
 
     @cached_property
@@ -95,31 +103,43 @@ class Plan:
         return _any([each.is_missing & each.is_failed for each in self.sets])
 
     def status(self, *, on_error: str = "raise") -> dict[str, Json]:
-        """Images, stored, missing, failed and the bytes to write.
+        """Images, stored, missing, changed (of the missing), failed and the bytes to write.
 
         With `raise` a failed image is one of the missing; with `skip` it isn't, and an absent file still is: a disk
         that isn't there must not pass for a finished job.
         """
-        to_compute = [
-            each.is_missing & ~each.is_failed if on_error == "skip" else each.is_missing for each in self.sets
-        ]
+        to_compute = self._to_compute(on_error)
         missing = _any(to_compute)
         return {
             "images": len(self.images),
             "stored": int((~self.is_missing).sum()),
             "missing": int(missing.sum()),
+            "changed": int((missing & self.is_changed).sum()),
             "failed": int((self.is_failed & ~missing if on_error == "skip" else self.is_failed).sum()),
             "bytes": sum(int(rows.sum()) * each.row_bytes for rows, each in zip(to_compute, self.sets, strict=True)),
         }
 
     def describe(self) -> str:
-        """One line: ``10,500 images: 10,000 stored, 500 to compute, 0.01 GB``."""
+        """One line: ``10,500 images: 10,000 stored, 500 to compute, 0.01 GB in 1 feature set``."""
         status = self.status()
         failed = f" ({status['failed']:,} of them failed before)" if status["failed"] else ""
         return (
-            f"{status['images']:,} images: {status['stored']:,} stored, {status['missing']:,} to compute{failed}, "
+            f"{status['images']:,} images: {status['stored']:,} stored, {self.to_compute()}{failed}, "
             f"{status['bytes'] / 1e9:.2f} GB in {len(self.sets)} feature set{'' if len(self.sets) == 1 else 's'}"
         )
+
+    def to_compute(self, *, on_error: str = "raise") -> str:
+        """What `status` counts as missing: ``500 to compute``, or ``500 to compute (497 new, 3 changed: a, b, c)``."""
+        missing = _any(self._to_compute(on_error))
+        changed = np.flatnonzero(missing & self.is_changed).tolist()
+        counted = f"{int(missing.sum()):,} to compute"
+        if not changed:
+            return counted
+        named = f"{', '.join(self.images.ids[place] for place in changed[:3])}{', ...' * (len(changed) > 3)}"
+        return f"{counted} ({int(missing.sum()) - len(changed):,} new, {len(changed):,} changed: {named})"
+
+    def _to_compute(self, on_error: str) -> list[NDArray[np.bool_]]:
+        return [each.is_missing & ~each.is_failed if on_error == "skip" else each.is_missing for each in self.sets]
 
     def notes(self) -> list[str]:
         """Sentences about the images that their owner should read."""
@@ -145,6 +165,7 @@ class ExtractReport:
         keys: of the sets, in the order of cuts, each with the evaluation view first.
         sets: one record a set: key, cut, reduce, view, seed, rows (images that have one now), computed, reused, failed.
         failures: (image id, reason) of failed and absent images.
+        notes: sentences about what could not be done afterwards; all rows are filed.
     """
 
     computed: int
@@ -155,12 +176,14 @@ class ExtractReport:
     keys: tuple[str, ...]
     sets: tuple[dict[str, Json], ...]
     failures: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (
+        done = (
             f"{self.reused:,} rows reused, {self.computed:,} computed, {self.failed:,} images failed, "
             f"{self.seconds:.1f} s"
         )
+        return ". ".join([done, *self.notes])
 
 
 def plan(
@@ -214,7 +237,8 @@ def plan(
                 dtype=dtype,
             )
             by_key.setdefault(spec.key, (spec, output, each))
-    digests = images.digests(store.known_digests(images))
+    known = store.known_digests(images)
+    digests = images.digests(known)
     is_absent = _absent(images, digests)
     is_training = images.splits == "train"
     everything = np.ones(len(images), dtype=bool)
@@ -243,6 +267,7 @@ def plan(
         digests=digests,
         sets=tuple(planned),
         is_absent=is_absent,
+        is_changed=is_changed(images, digests, known),
         stage_digests=stage_digests,
     )
 
@@ -340,6 +365,7 @@ def run_plan(
     store.save_images(planned.images, planned.digests)
     job = _Job(planned, store, trunk, probes, _stage_facts(planned, model))
     job.run(on_error=on_error, workers=workers, progress=_Progress(job.num_jobs, is_shown=progress))
+    job.merge(is_shown=progress)
     return job.report(time.perf_counter() - started)
 
 
@@ -380,6 +406,8 @@ class _Job:
         self.gathered = [_Gathered() for _ in planned.sets]
         self.computed = [0] * len(planned.sets)
         self.failures: dict[bytes, str] = {}
+        self.written: list[list[Path]] = [[] for _ in planned.sets]
+        self.notes: list[str] = []
         self.last_commit = time.monotonic()
 
     @property
@@ -411,6 +439,25 @@ class _Job:
             raise
         finally:
             self._commit()
+
+    def merge(self, *, is_shown: bool) -> None:
+        """Makes few parts of the many that this job has written. What goes wrong costs time when reading, no rows."""
+        for each, paths in zip(self.planned.sets, self.written, strict=True):
+            try:
+                small = [path for path in paths if path.stat().st_size < MERGE_BYTES]
+                if len(small) < 2:
+                    continue
+                if is_shown:
+                    print(f"merging {len(small):,} parts of set {each.spec.key[:8]}", file=sys.stderr)
+                left = self.store.merge(each.spec.key, small).left
+                problem = left[0].reason if left else None
+            except Exception as error:  # the disk may be full: the rows are filed all the same
+                problem = str(error)
+            if problem:
+                self.notes.append(
+                    f"The parts that were written of set {each.spec.key[:8]} could not be merged ({problem}). All rows "
+                    "are filed; merge them later with featstore compact"
+                )
 
     def report(self, seconds: float) -> ExtractReport:
         """What was done."""
@@ -444,6 +491,7 @@ class _Job:
             failures=tuple(
                 (planned.images.ids[index], self._reason(index)) for index in np.flatnonzero(failed).tolist()
             ),
+            notes=tuple(self.notes),
         )
 
     def _reason(self, index: int) -> str:
@@ -513,15 +561,15 @@ class _Job:
     def _commit(self) -> None:
         for place, each in enumerate(self.planned.sets):
             if self.gathered[place].rows or self.gathered[place].failed:
-                self._write(each, self.gathered[place])
+                self.written[place].append(self._write(each, self.gathered[place]))
                 # Forgotten only now: after an interrupt while a part is written, its rows are written again.
                 self.gathered[place] = _Gathered()
         self.last_commit = time.monotonic()
 
-    def _write(self, each: PlannedSet, gathered: _Gathered) -> None:
+    def _write(self, each: PlannedSet, gathered: _Gathered) -> Path:
         shape = each.output.pool.shape(tuple(self.stages[each.cut][-1]["shape"]))
         items = [item for _, items in gathered.rows for item in items]
-        self.store.write(
+        return self.store.write(
             each.spec,
             features=[values for values, _ in gathered.rows]
             or [torch.empty((0, *shape), dtype=DTYPES[each.spec.dtype])],

@@ -1,85 +1,102 @@
-"""Features: rows of one feature set for one image set, in mapped parts, joined by image and never by position."""
+"""Features: rows of one feature set for one image set, joined by image and never by position."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import Any
+import errno
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from featstore.errors import MissingFeaturesError
 from featstore.images import ImageSet
+from featstore.index import RowIndex
+from featstore.machine import available_bytes, file_system, is_local
 from featstore.part import Part
+from featstore.reading import (
+    NUM_THREADS,
+    Blocks,
+    InMemory,
+    Mapped,
+    Places,
+    Plain,
+    Rows,
+    Source,
+    ahead,
+    as_bytes,
+    load,
+)
 from featstore.spec import FeatureSpec
 
+Access = Literal["memory", "map", "stream"]
 
-class RowIndex:
-    """Where each image's row lies among several parts: by the first 64 bits of its digest, all 256 verified."""
+_Batch = tuple[Tensor, NDArray[np.int64]]
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = tuple(sorted(parts, key=lambda part: part.path.name))
-        counts = [part.num_rows for part in self.parts]
-        self._part_of = np.repeat(np.arange(len(self.parts)), counts)
-        self._row_in = np.concatenate([np.arange(count) for count in counts] or [np.zeros(0, np.int64)])
-        digests = [part.digests for part in self.parts] or [np.zeros((0, 32), np.uint8)]
-        self._digests = np.concatenate(digests)
-        # Stable: among equal digests the row of the smallest part name comes first, for every reader the same one.
-        self._order = np.argsort(_prefixes(self._digests), kind="stable")
-        self._sorted = _prefixes(self._digests)[self._order]
-
-    @cached_property
-    def num_images(self) -> int:
-        """Distinct images that have a row."""
-        return len(first_places(self._digests))  # 0.4 s for a million rows
-
-    def find(self, digests: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For digests ``(N, 32)``: the part's place and the row in it, each ``(N,)``; -1 where there is no row."""
-        wanted = _prefixes(digests)
-        place = np.searchsorted(self._sorted, wanted)
-        found = np.full(len(digests), -1, np.int64)
-        open_rows = np.arange(len(digests))
-        while len(open_rows):  # more than once only where two digests share their first 64 bits
-            inside = place[open_rows] < len(self._sorted)
-            open_rows = open_rows[inside]
-            open_rows = open_rows[self._sorted[place[open_rows]] == wanted[open_rows]]
-            candidates = self._order[place[open_rows]]
-            same = (self._digests[candidates] == digests[open_rows]).all(axis=1)
-            found[open_rows[same]] = candidates[same]
-            open_rows = open_rows[~same]
-            place[open_rows] += 1
-        has_row = found >= 0
-        part, row = np.full(len(digests), -1, np.int64), np.full(len(digests), -1, np.int64)
-        part[has_row], row[has_row] = self._part_of[found[has_row]], self._row_in[found[has_row]]
-        return part, row
+ACCESSES = ("auto", "memory", "map", "stream")
 
 
 class Features:
     """Activations ``(N, *F)`` of the N images of `images`, in their order.
 
-    Holds no file handle, pickles, and may be used from several threads and processes.
+    They are read in one of three ways. Which one is chosen by size when the first rows are wanted, and `access` says
+    it:
 
-    Attributes:
+    * ``memory``: all rows are read once, each block checked against its checksum, where they take no more than half of
+      the memory that is free. Single rows are read from the files until a tenth of all has been asked for.
+    * ``map``: rows are copied out of mapped files, which stay in the system's cache; where they fit into free memory.
+    * ``stream``: for what is larger than memory. A shuffled epoch reads whole stretches of the files, in random order,
+      and mixes rows within a window of many stretches: `shuffling` says how well. Memory stays bounded.
+
+    Files that another machine might make shorter meanwhile (on a network file system) are never mapped, but read.
+
+    Holds no file handle, pickles (without rows in memory), and may be used from several threads and processes.
+
+    Args:
         images: whose features these are; images without a row (failed ones, where that was allowed) are left out.
         spec: what decided the values.
-        parts: the files that hold them.
+        index: of the feature set.
+        part_of: ``(N,)``, the place of each image's part in the index.
+        row_in: ``(N,)``, its row in that part.
+        access: auto, or one of the ways.
+        memory_bytes: most memory that rows may take, in memory or as a window of a stream; default: half of what is
+            free, and 256 MiB for a window.
+        lookup: gives an index of the set as it is now, for when a file has vanished: compaction replaces files.
+
+    Attributes:
+        images: as above.
+        spec: as above.
     """
 
     def __init__(
         self,
         images: ImageSet,
         spec: FeatureSpec,
-        parts: Sequence[Part],
+        index: RowIndex,
         part_of: NDArray[np.int64],
         row_in: NDArray[np.int64],
+        *,
+        access: Access | Literal["auto"] = "auto",
+        memory_bytes: int | None = None,
+        lookup: Callable[[], RowIndex] | None = None,
     ) -> None:
-        self.images, self.spec, self.parts = images, spec, tuple(parts)
-        self._part_of, self._row_in = part_of, row_in
+        self.images, self.spec = images, spec
+        self._places = Places(parts=index.parts, part_of=part_of, row_in=row_in)
+        self._access, self._memory_bytes, self._lookup = access, memory_bytes, lookup
+        self._forget()
 
     def __len__(self) -> int:
-        return len(self._row_in)
+        return len(self._places)
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The files that hold the rows."""
+        return self._places.parts
 
     @property
     def key(self) -> str:
@@ -97,6 +114,11 @@ class Features:
         return self.parts[0].dtype
 
     @property
+    def num_bytes(self) -> int:
+        """Size of all rows."""
+        return len(self) * self._places.row_bytes
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """The images' ids."""
         return self.images.ids
@@ -105,6 +127,30 @@ class Features:
     def targets(self) -> NDArray[Any] | None:
         """The images' targets, as `ImageSet.targets`."""
         return self.images.targets
+
+    @property
+    def access(self) -> str:
+        """How rows are read, in words."""
+        size = f"{self.num_bytes / 1e9:.3g} GB"
+        if self._way == "memory":
+            return f"memory: {size}, read once"
+        kinds = {file_system(part.path) for part in self.parts}
+        how = "mapped" if self._is_mapped else f"read plainly from {', '.join(sorted(map(str, kinds)))}"
+        if self._way == "map":
+            return f"map: {size}, {how}"
+        return f"stream: {size}, {how} in windows of {self._window_bytes / 1e6:,.0f} MB"
+
+    @property
+    def shuffling(self) -> str:
+        """How well a shuffled epoch is mixed, in words."""
+        if self._way != "stream":
+            return "uniform: every order of the rows is equally likely"
+        stretch = max(part.block_rows for part in self.parts)
+        window = max(self._window_bytes // self._places.row_bytes, stretch)
+        return (
+            f"by blocks: stretches of {stretch:,} rows in random order, and rows mix uniformly within windows of "
+            f"{window // stretch:,} stretches, about {window:,} of {len(self):,} rows"
+        )
 
     def __getitem__(self, rows: int | slice | Sequence[int] | NDArray[Any] | Tensor) -> Tensor:
         """Activations of `rows`, which may repeat and come in any order: a new tensor ``(n, *F)`` in the stored type.
@@ -115,40 +161,53 @@ class Features:
         Raises:
             IndexError: for a row that isn't there, and for anything but whole numbers, slices and masks of rows.
         """
-        if isinstance(rows, Tensor):
-            rows = rows.cpu().numpy()
-        part_of, row_in = np.asarray(self._part_of[rows]), np.asarray(self._row_in[rows])
-        if part_of.ndim > 1:
-            raise IndexError(f"rows have {part_of.ndim} dimensions; expected whole numbers in one, a slice or a mask.")
-        gathered = self._gathered(part_of.reshape(-1), row_in.reshape(-1))
-        return gathered if part_of.ndim else gathered[0]
+        chosen = _numbers(rows.cpu().numpy() if isinstance(rows, Tensor) else rows, len(self))
+        if chosen.ndim > 1:
+            raise IndexError(f"rows have {chosen.ndim} dimensions; expected whole numbers in one, a slice or a mask.")
+        wanted, out = chosen.reshape(-1), self._empty(chosen.size)
+        several = max(1, self._task_bytes // self._places.row_bytes)
+        if len(wanted) < 2 * several:
+            self._fill(wanted, out)
+        else:
+            pieces = range(0, len(wanted), several)
+            tasks = (partial(self._fill, wanted[at : at + several], out[at : at + several]) for at in pieces)
+            for _ in ahead(tasks, depth=NUM_THREADS):
+                pass
+        return out if chosen.ndim else out[0]
 
     def batches(
         self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        """Batches of (activations ``(n, *F)``, row numbers ``(n,)``), each row once.
+        """Batches of (activations ``(n, *F)``, row numbers ``(n,)``), each row once; threads read ahead.
 
         Args:
             batch_size: rows a batch; the last may have fewer.
-            shuffle: a uniformly random order, the same for the same seed.
+            shuffle: a random order, the same for the same seed; `shuffling` says how random.
             seed: of that order.
             drop_last: leaves a short last batch out.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1 row a batch.")
-        order = np.random.default_rng(seed).permutation(len(self)) if shuffle else np.arange(len(self))
         end = len(self) // batch_size * batch_size if drop_last else len(self)
-        for start in range(0, end, batch_size):
-            rows = order[start : start + batch_size]
-            yield self[rows], rows
+        for values, rows in self._shuffled(batch_size, seed) if shuffle else self._in_order(batch_size):
+            if len(rows) == batch_size or end == len(self):
+                yield values, rows
+
+    def dataset(self) -> FeatureDataset:
+        """The rows as a `torch.utils.data.Dataset`, for a DataLoader; `batches` is faster."""
+        return FeatureDataset(self)
 
     def tensor(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """All activations ``(N, *F)`` in memory, on `device`, in the stored type or in `dtype`."""
-        return self[:].to(device=device, dtype=dtype or self.dtype)
+        """All activations ``(N, *F)`` in memory, on `device`, in the stored type or in `dtype`.
+
+        Raises:
+            DamagedFileError: for rows that don't fit their checksum.
+        """
+        return self._all().to(device=device, dtype=dtype or self.dtype)
 
     def numpy(self) -> NDArray[Any]:
-        """All activations ``(N, *F)`` in memory; bfloat16, which numpy lacks, as float32."""
-        values = self[:]
+        """All activations ``(N, *F)`` in memory; bfloat16, which numpy lacks, as float32. Errors as in `tensor`."""
+        values = self._all()
         array: NDArray[Any] = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
         return array
 
@@ -157,35 +216,236 @@ class Features:
             f"Features({'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}, set {self.key[:4]})"
         )
 
-    def _gathered(self, part_of: NDArray[np.int64], row_in: NDArray[np.int64]) -> Tensor:
-        used, rows = np.unique(part_of), torch.from_numpy(row_in.copy())
-        if len(used) == 1:
-            only: Tensor = self.parts[used[0]].features.index_select(0, rows)
-            return only
-        gathered = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
-        for place in used:
-            here = torch.from_numpy(np.flatnonzero(part_of == place))
-            gathered.index_copy_(0, here, self.parts[place].features.index_select(0, rows[here]))
-        return gathered
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = {"_lock", "_memory", "_files", "_chosen", "_blocks"}
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    # -------------------------------------------------------------------------------------------- which way to read
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._memory: InMemory | None = None
+        self._files: Source | None = None
+        self._chosen: tuple[Access, bool] | None = None
+        self._blocks: Blocks | None = None
+        self._asked = 0  # rows, one by one
+
+    @property
+    def _way(self) -> Access:
+        return self._choice[0]
+
+    @property
+    def _is_mapped(self) -> bool:
+        return self._choice[1]
+
+    @property
+    def _choice(self) -> tuple[Access, bool]:
+        """The way, and whether files are mapped where it reads files; chosen once, as free memory changes."""
+        if self._chosen is None:
+            may_map = all(is_local(folder) for folder in {part.path.parent for part in self.parts})
+            if self._access == "auto":
+                self._chosen = self._way_by_size(may_map), may_map
+            else:
+                self._chosen = self._access, may_map or self._access == "map"
+        return self._chosen
+
+    def _way_by_size(self, may_map: bool) -> Access:
+        free = available_bytes()
+        if self.num_bytes <= (free // 2 if self._memory_bytes is None else self._memory_bytes):
+            return "memory"
+        return "map" if may_map and self._memory_bytes is None and self.num_bytes <= free else "stream"
+
+    @property
+    def _window_bytes(self) -> int:
+        """Of a stream, which holds two at a time."""
+        return _WINDOW_BYTES if self._memory_bytes is None else max(1, min(_WINDOW_BYTES, self._memory_bytes // 4))
+
+    @property
+    def _kept_bytes(self) -> int:
+        """Of mapped pages of a stream; to let them go and map them again costs as much as to copy a few of them."""
+        return _KEPT_BYTES if self._memory_bytes is None else self._window_bytes
+
+    @property
+    def _task_bytes(self) -> int:
+        """Rows that a thread takes at once: enough to be worth its while, and a few times this in all."""
+        return _TASK_BYTES if self._memory_bytes is None else min(_TASK_BYTES, self._memory_bytes // 16)
+
+    def _source(self, num_rows: int) -> Source:
+        """Where to take `num_rows` rows from; all rows are loaded once so many have been asked for that it pays."""
+        if self._memory is not None:
+            return self._memory
+        with self._lock:
+            self._asked += num_rows
+            if self._way == "memory" and self._asked * _LOAD_SHARE >= len(self) and self._memory is None:
+                self._memory = InMemory(load(self._places, self._empty(len(self))))
+            if self._memory is not None:
+                return self._memory
+            if self._files is None:
+                kept = self._kept_bytes if self._way == "stream" else None
+                self._files = Mapped(self._places, kept_bytes=kept) if self._is_mapped else Plain(self._places)
+            return self._files
+
+    # ------------------------------------------------------------------------------------------------- taking rows
+
+    def _empty(self, num_rows: int) -> Tensor:
+        return torch.empty((num_rows, *self.parts[0].shape), dtype=self.dtype)
+
+    def _fill(self, rows: Rows, out: Tensor) -> None:
+        self._retried(lambda: self._source(len(out)).take(rows, as_bytes(out)))
+
+    def _all(self) -> Tensor:
+        """All rows, the caller's own."""
+        if self._memory is not None:
+            return self._memory.values.clone()
+        everything = self._empty(len(self))
+        self._retried(lambda: load(self._places, everything))
+        return everything
+
+    def _retried(self, read: Callable[[], Any]) -> Any:
+        """What `read` gives, after vanished files have been looked up again."""
+        for _ in range(_LOOKUPS):
+            places = self._places
+            try:
+                return read()
+            except OSError as error:
+                if self._lookup is None or error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+                self._look_up_again(places, error)
+        return read()
+
+    def _look_up_again(self, places: Places, error: OSError) -> None:
+        with self._lock:
+            if self._places is not places:  # another thread was faster
+                return
+            assert self._lookup is not None
+            digests = np.empty((len(places), 32), np.uint8)
+            for part, where in places.by_part():
+                digests[where] = places.parts[part].digests[places.row_in[where]]
+            index = self._lookup()
+            part_of, row_in = index.find(digests)
+            if (part_of < 0).any():
+                raise MissingFeaturesError(
+                    f"{error.filename} is gone, and with it the rows of {int((part_of < 0).sum()):,} of the "
+                    f"{len(places):,} images of {self.images.name} in set {self.key[:8]}. Someone has removed them. "
+                    "Compute them again with featstore extract."
+                ) from error
+            self._places = Places(parts=index.parts, part_of=part_of, row_in=row_in)
+            self._files = None
+
+    # ----------------------------------------------------------------------------------------------------- batches
+
+    def _in_order(self, batch_size: int) -> Iterator[_Batch]:
+        several = self._several(batch_size)
+        everything = np.arange(len(self))
+        pieces = (slice(start, min(start + several, len(self))) for start in range(0, len(self), several))
+        return self._gathered(((piece, everything[piece]) for piece in pieces), batch_size)
+
+    def _shuffled(self, batch_size: int, seed: int) -> Iterator[_Batch]:
+        rng, several = np.random.default_rng(seed), self._several(batch_size)
+        if self._way != "stream":
+            order = rng.permutation(len(self))
+            pieces = (order[start : start + several] for start in range(0, len(self), several))
+            return self._gathered(((piece, piece) for piece in pieces), batch_size)
+        windows = self._windows(rng)
+        if not self._is_mapped:
+            return self._read(windows, batch_size)
+        return self._gathered(((piece, piece) for piece in _cut(windows, several)), batch_size)
+
+    def _several(self, batch_size: int) -> int:
+        """Rows of the batches that one thread takes at once."""
+        return max(1, self._task_bytes // (batch_size * self._places.row_bytes)) * batch_size
+
+    def _windows(self, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+        if self._blocks is None or self._blocks.places is not self._places:
+            self._blocks = Blocks(self._places)
+        return self._blocks.windows(rng, num_rows=max(1, self._window_bytes // self._places.row_bytes))
+
+    def _gathered(self, pieces: Iterator[tuple[Rows, NDArray[np.int64]]], batch_size: int) -> Iterator[_Batch]:
+        """Batches of rows and their numbers that come in pieces; each piece but the last holds whole batches."""
+        self._retried(lambda: self._source(len(self)))  # loads once, before threads want rows
+
+        def taken(rows: Rows, numbers: NDArray[np.int64], values: Tensor) -> _Batch:
+            self._fill(rows, values)
+            return values, numbers
+
+        # Made here and not in the threads, whose memory goes back to the system and comes zeroed each time.
+        tasks = (partial(taken, rows, numbers, self._empty(len(numbers))) for rows, numbers in pieces)
+        for values, numbers in ahead(tasks, depth=NUM_THREADS):
+            for first in range(0, len(numbers), batch_size):
+                yield values[first : first + batch_size], numbers[first : first + batch_size]
+
+    def _read(self, windows: Iterator[NDArray[np.int64]], batch_size: int) -> Iterator[_Batch]:
+        """Batches out of windows that are read plainly, each block checked against its checksum."""
+        # Windows are made here and not in the threads, as batches are.
+        tasks = (partial(self._load_window, rows, self._empty(len(rows))) for rows in windows)
+        held, numbers = self._empty(0), np.zeros(0, np.int64)
+        for values, rows in ahead(tasks, depth=2):
+            first = 0
+            while len(held) + len(rows) - first >= batch_size:
+                end = first + batch_size - len(held)
+                yield torch.cat([held, values[first:end]]), np.concatenate([numbers, rows[first:end]])
+                held, numbers, first = held[:0], numbers[:0], end
+            held, numbers = torch.cat([held, values[first:]]), np.concatenate([numbers, rows[first:]])
+        if len(held):
+            yield held, numbers
+
+    def _load_window(self, rows: NDArray[np.int64], window: Tensor) -> _Batch:
+        self._retried(lambda: load(self._places.of(rows), window))
+        return window, rows
 
 
-def is_among(digests: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """``(N,)``: which of the digests ``(N, 32)`` are among the (few) others ``(M, 32)``."""
-    found: NDArray[np.bool_] = np.isin(_prefixes(digests), _prefixes(others))
-    known = {bytes(row) for row in others}
-    candidates = np.flatnonzero(found)
-    found[candidates] = [bytes(row) in known for row in digests[candidates]]
-    return found
+class FeatureDataset(Dataset[Any]):
+    """`(activations (*F), target)` of each image, or activations alone where the images have no labels.
+
+    A DataLoader takes all rows of a batch at once. Works in worker processes however they are started.
+    """
+
+    def __init__(self, features: Features) -> None:
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[Any]:
+        """The items of several rows; torch's fetcher calls this."""
+        values, targets = self.features[rows], self.features.targets
+        if targets is None:
+            return list(values)
+        return list(zip(values, torch.from_numpy(np.asarray(targets[rows])), strict=True))
 
 
-def first_places(digests: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Places ``(M,)``, rising, at which each distinct digest of ``(N, 32)`` stands first."""
-    # As byte strings, which numpy sorts three times as fast as rows. They are filled up with zeros to 32 bytes, and
-    # compared as if filled up, so all 32 bytes count.
-    _, places = np.unique(np.ascontiguousarray(digests).view("S32").reshape(-1), return_index=True)
-    return np.sort(places).astype(np.int64)
+def _cut(windows: Iterator[NDArray[np.int64]], size: int) -> Iterator[NDArray[np.int64]]:
+    """The rows of all windows, in pieces of `size`; the last one may have fewer."""
+    held = np.zeros(0, np.int64)
+    for window in windows:
+        held = np.concatenate([held, window])
+        whole = len(held) // size * size
+        for start in range(0, whole, size):
+            yield held[start : start + size]
+        held = held[whole:]
+    if len(held):
+        yield held
 
 
-def _prefixes(digests: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    first: NDArray[np.uint64] = np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)
-    return first
+_WINDOW_BYTES = 256 << 20
+_KEPT_BYTES = 1 << 30
+_TASK_BYTES = 4 << 20
+_LOAD_SHARE = 10
+_LOOKUPS = 5
+
+
+def _numbers(rows: Any, length: int) -> NDArray[np.int64]:
+    """The rows that numpy would choose of `length`; none or one dimension where `rows` are what they should be."""
+    numbers = None if isinstance(rows, slice | tuple) else np.asarray(rows)
+    if numbers is None or numbers.dtype.kind not in "iu" or (numbers.size and not -length <= numbers.min()):
+        return np.asarray(np.arange(length)[rows])
+    if numbers.size and numbers.max() >= length:
+        raise IndexError(f"row {numbers.max()} of {length:,}; rows are counted from 0.")
+    return np.where(numbers < 0, numbers + length, numbers).astype(np.int64)  # in place of all numbers, for speed

@@ -1,35 +1,22 @@
-"""FeatureStore: feature sets on disk and image sets beside them; finds them by what decides their values.
-
-Folders are named for people and keyed by hashes::
-
-    <root>/<backbone>@<cut>-<trunk12>/<reduction>-<view>-<dtype>-<key8>[-seed3]/part-*.h5
-    <root>/images/<name>-<hash8>.h5
-
-A set is known by what its parts say, not by what folders are called. `docs/format.md` is normative.
-"""
+"""FeatureStore: feature sets on disk and image sets beside them; finds them by what decides their values."""
 
 from __future__ import annotations
 
-import getpass
-import hashlib
-import re
 import secrets
-import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cached_property
-from importlib import metadata
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featstore.digest import Json, canonical_json, digest_json
+from featstore.catalogue import Catalogue, part_paths
+from featstore.compaction import CompactReport, LeftAlone, compact, delete_replaced, merge
+from featstore.difference import SetDifference, diff
+from featstore.digest import Json
 from featstore.errors import (
     AmbiguousRequestError,
     DamagedFileError,
@@ -37,163 +24,66 @@ from featstore.errors import (
     FeatureStoreError,
     MissingFeaturesError,
 )
-from featstore.features import Features, RowIndex, is_among
-from featstore.images import AbsentSource, Digests, ImageSet, KnownDigest, StatFacts
-from featstore.part import Part, Table, make_folder, write_part, write_table
+from featstore.features import ACCESSES, Access, Features
+from featstore.garbage import GcReport, gc
+from featstore.images import Digests, ImageSet, KnownDigest
+from featstore.index import RowIndex, is_among
+from featstore.part import make_folder, write_part, write_table
+from featstore.removal import RemoveReport, remove
+from featstore.sets import FeatureRequest, FeatureSet, digest_rows, folder_name, key_in, short_key
+from featstore.signature import signature
 from featstore.spec import FeatureSpec
 from featstore.staged import StagedModel
-from featstore.trunk import PRECISIONS, Precision
-from featstore.views import View
+from featstore.tables import IMAGES, ImageTables, is_changed, table_content, table_file, table_name
+from featstore.verification import VerifyReport, verify
 
-IMAGES = "images"
-"""The folder of the image tables."""
+DAY_SECONDS = 24 * 3600.0
 
-_PARTS = "part-*.h5"
-_TRUNK_DIGITS, _KEY_DIGITS = 12, 8
-_FACTS = frozenset(
-    {"spec", "key", "backbone", "cut", "stages", "class_tokens", "profile", "probe", "failed", "supersedes", "when"}
-)
-"""What readers of a part rely on."""
-
-DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureRequest:
-    """What a reader asks for: the facts it fixes, and None for those it leaves open.
-
-    Attributes:
-        trunk: digest of the model up to the cut.
-        pool: facts of the reduction.
-        view: of the evaluation or of one seed.
-        dtype: storage type, if it matters.
-        precision: of the arithmetic, if it matters.
-    """
-
-    trunk: str
-    pool: Json
-    view: View
-    dtype: str | None = None
-    precision: Precision | None = None
-
-    def accepts(self, spec: FeatureSpec) -> bool:
-        """Whether features of `spec` are what is asked for."""
-        return spec.key in self.keys
-
-    @cached_property
-    def keys(self) -> frozenset[str]:
-        """The keys of all specs that are what is asked for."""
-        view = self.view.facts()
-        return frozenset(
-            FeatureSpec(trunk=self.trunk, pool=self.pool, view=view, precision=precision, dtype=dtype).key
-            for precision in ([self.precision] if self.precision else PRECISIONS)
-            for dtype in ([self.dtype] if self.dtype else DTYPES)
-        )
-
-    def differences(self, spec: FeatureSpec) -> list[tuple[str, str, str]]:
-        """Why `spec` isn't accepted: each fact that differs, its value there, and the one asked for, in words."""
-        asked = FeatureSpec(
-            trunk=self.trunk,
-            pool=self.pool,
-            view=self.view.facts(),
-            precision=self.precision or spec.precision,
-            dtype=self.dtype or spec.dtype,
-        )
-        return spec.differences(asked)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class FeatureSet:
-    """The parts of one spec: at least one, maybe without rows.
-
-    Attributes:
-        folder: where they lie; the first one, if jobs that call the model differently have filled several.
-        spec: what decided their values.
-        parts: in the order of their names, without those that another part supersedes.
-    """
-
-    folder: Path
-    spec: FeatureSpec
-    parts: tuple[Part, ...]
-
-    def __repr__(self) -> str:
-        facts = self.describe()
-        named = f"{facts['backbone']}@{facts['cut']} {facts['reduce']}, {self.spec.rendered.label()}"
-        return f"FeatureSet({self.key[:8]}: {named}, {self.spec.dtype}, {facts['rows']:,} rows)"
-
-    @property
-    def key(self) -> str:
-        """The spec's key."""
-        return self.spec.key
-
-    @cached_property
-    def facts(self) -> dict[str, Json]:
-        """Facts of the newest part: stages, profile, probe, backbone and cut as people call them, who and when."""
-        return max(self.parts, key=lambda part: str(part.facts["when"])).facts
-
-    @cached_property
-    def index(self) -> RowIndex:
-        """Where each image's row lies."""
-        return RowIndex(self.parts)
-
-    @cached_property
-    def failed(self) -> dict[str, str]:
-        """Digest (hexadecimal) -> reason, of the images that have failed and have no row: a later success counts."""
-        reasons = {digest: reason for part in self.parts for digest, reason in part.facts["failed"].items()}
-        has_row = self.index.find(_digest_rows(reasons))[0] >= 0
-        return {digest: reason for (digest, reason), has in zip(reasons.items(), has_row, strict=True) if not has}
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of its files."""
-        return sum(part.path.stat().st_size for part in self.parts)
-
-    def describe(self) -> dict[str, Json]:
-        """What `ls` lists."""
-        view = self.spec.rendered
-        return {
-            "key": self.key,
-            "backbone": self.facts["backbone"],
-            "cut": self.facts["cut"],
-            "reduce": self.spec.reduction,
-            "view": "evaluation" if view.policy is None else view.policy.name,
-            "seed": view.seed,
-            "size": view.size,
-            "dtype": self.spec.dtype,
-            "precision": self.spec.precision,
-            "rows": self.index.num_images,
-            "failed": len(self.failed),
-            "shape": list(self.parts[0].shape),
-            "parts": len(self.parts),
-            "bytes": self.num_bytes,
-            "when": self.facts["when"],
-            "folder": str(self.folder),
-        }
+_TRIES = 10
+"""Of writing a part whose folder is taken away each time; twice in a row is rare already."""
 
 
 class FeatureStore:
     """Feature sets and image sets below the folder `root`.
 
-    Any number of processes may read and write one store. Files in it never change, so what was opened is kept.
+    Any number of processes may read and write one store, also while it is compacted, cleared of garbage, or a set
+    removed. Files in it never change, so what was opened is kept. Pickles without that.
+
+    Args:
+        root: the folder; `write` and `save_images` make it.
+        access: how `features` are read: auto, memory, map or stream (see `Features`).
+        memory_bytes: most memory that one `Features` of this store may take for rows; default: see there.
 
     Raises:
-        ValueError: if `root` is a file.
+        ValueError: if `root` is a file, or for another access or less than 1 byte.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        access: Access | Literal["auto"] = "auto",
+        memory_bytes: int | None = None,
+    ) -> None:
         if Path(root).is_file():
             raise ValueError(f"{root} is a file. Expected the folder of a store, or the name of a new one.")
+        if access not in ACCESSES:
+            raise ValueError(f"access is {access!r}; expected {', '.join(ACCESSES)}.")
+        if memory_bytes is not None and memory_bytes < 1:
+            raise ValueError(
+                f"memory_bytes is {memory_bytes}; expected at least 1, or None for a share of what is free."
+            )
         self.root = Path(root)  # as given, for messages
-        self._folder = self.root.absolute()  # parts are mapped later, maybe from another working directory
-        self._parts: dict[Path, _OpenedPart] = {}
-        self._sets: dict[str, FeatureSet] = {}
-        self._tables: dict[Path, _ImageTable] = {}
+        self.access = access
+        self.memory_bytes = memory_bytes
+        self._folder = self.root.absolute()  # parts are read later, maybe from another working directory
+        self._catalogue = Catalogue(self._folder)
+        self._tables = ImageTables(self._folder)
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.root)!r})"
 
     # ------------------------------------------------------------------------------------------------- feature sets
-
     def sets(self, trunk: str | None = None) -> list[FeatureSet]:
         """The sound feature sets, or those of one trunk digest, in the order of their folders.
 
@@ -205,24 +95,28 @@ class FeatureStore:
         """
         self.check_exists()
         found = []
-        for spec, folders in self._folders_by_spec(self._folders(trunk)):
+        for spec, folders in self._catalogue.specs(self._catalogue.folders(trunk)):
             with suppress(DamagedFileError):
-                found.append(self._set_of(spec, folders))
+                found.append(self._catalogue.set_of(spec, folders))
         return [each for each in found if trunk in (None, each.spec.trunk)]
 
     def damaged(self) -> list[DamagedFileError]:
-        """An error for each part and image table that can't be used: it names the file and what to do."""
+        """An error for each part and image table that can't be used: it names the file and what to do.
+
+        They are opened; `verify` looks at the features as well.
+        """
         errors: dict[str, DamagedFileError] = {}
-        for folder in self._folders(None):
-            for path in sorted(folder.glob(_PARTS)):
+        folders = self._catalogue.folders()
+        for folder in folders:
+            for path in part_paths(folder):
                 with _collected(errors):
-                    self._part(path)
-        for spec, folders in self._folders_by_spec(self._folders(None)):
+                    self._catalogue.part(path)
+        for spec, holding in self._catalogue.specs(folders):
             with _collected(errors):  # sound files in the wrong place
-                self._set_of(spec, folders)
-        for path in self._table_paths():
+                self._catalogue.set_of(spec, holding)
+        for path in self._tables.paths():
             with _collected(errors):
-                self._table(path)
+                self._tables.open(path)
         return list(errors.values())
 
     def find(self, request: FeatureRequest) -> list[FeatureSet]:
@@ -232,11 +126,11 @@ class FeatureStore:
             DamagedFileError: for a damaged file of such a set. Other sets' files don't matter, but in a renamed folder
                 that holds nothing else: it may be of such a set.
         """
-        folders = self._folders(request.trunk)
-        digits = {"", *(key[:_KEY_DIGITS] for key in request.keys)}
-        asked = [folder for folder in folders if _key_in(folder.name) in digits]
-        specs = self._folders_by_spec(folders, asked=asked)
-        return [self._set_of(spec, holding) for spec, holding in specs if request.accepts(spec)]
+        folders = self._catalogue.folders(request.trunk)
+        digits = {"", *map(short_key, request.keys)}
+        asked = [folder for folder in folders if key_in(folder.name) in digits]
+        specs = self._catalogue.specs(folders, asked=asked)
+        return [self._catalogue.set_of(spec, holding) for spec, holding in specs if request.accepts(spec)]
 
     def find_one(self, request: FeatureRequest, key: str | None = None) -> FeatureSet | None:
         """The one set that a request accepts (and whose key starts with `key`), or None.
@@ -257,24 +151,7 @@ class FeatureStore:
             AmbiguousRequestError: if there are several.
             DamagedFileError: for a damaged file of that set.
         """
-        self.check_exists()
-        folders = self._folders(None)
-        # A set's folder is named with its key: looking there first spares opening a file of each set, which matters
-        # with hundreds of them. The names are for people, though, so a folder may have been renamed.
-        named = [folder for folder in folders if _key_in(folder.name).startswith(key[:_KEY_DIGITS])]
-        for candidates in (named, folders):
-            specs = [
-                (spec, holding)
-                for spec, holding in self._folders_by_spec(candidates, asked=named)
-                if spec.key.startswith(key)
-            ]
-            if len(specs) > 1:
-                found = [self._set_of(spec, holding) for spec, holding in specs]
-                raise AmbiguousRequestError(self._ambiguous(found, f"have keys that start with {key}"))
-            for spec, holding in specs:
-                beside = {each.key: there for each, there in self._folders_by_spec(self._folders(spec.trunk))}
-                return self._set_of(spec, sorted({*holding, *beside.get(spec.key, [])}))
-        raise FeatureStoreError(f"{self.root} holds no feature set {key}. List what it holds: {self._ls()}.")
+        return self._catalogue.set_of(*self._located(key))
 
     def features(
         self,
@@ -308,7 +185,16 @@ class FeatureStore:
         has_row = (part_of >= 0) & ~digests.is_failed
         if not has_row.all():
             images, part_of, row_in = images.select(has_row), part_of[has_row], row_in[has_row]
-        return Features(images, chosen.spec, chosen.index.parts, part_of, row_in)
+        return Features(
+            images,
+            chosen.spec,
+            chosen.index,
+            part_of,
+            row_in,
+            access=self.access,
+            memory_bytes=self.memory_bytes,
+            lookup=partial(_fresh_index, self._folder, chosen.key),
+        )
 
     def missing(self, chosen: FeatureSet | None, digests: Digests) -> NDArray[np.bool_]:
         """``(N,)``: True where an image has no row in the set (all, where there is no set)."""
@@ -321,7 +207,16 @@ class FeatureStore:
     def is_failed(self, chosen: FeatureSet | None, digests: Digests) -> NDArray[np.bool_]:
         """``(N,)``: True where an image can't be read now, or failed when the set was extracted."""
         failed = {} if chosen is None else chosen.failed
-        return np.logical_or(digests.is_failed, is_among(digests.values, _digest_rows(failed)))
+        return np.logical_or(digests.is_failed, is_among(digests.values, digest_rows(failed)))
+
+    def num_superseded(self, chosen: FeatureSet) -> int:
+        """Rows of images that no newest image table holds: they were replaced or deleted since; 0 without any table."""
+        tables = self._tables.newest(lambda name: True)
+        if not tables:
+            return 0
+        part_of, row_in = chosen.index.find(np.concatenate([table.digests for table in tables]))
+        places = np.stack([part_of, row_in])[:, part_of >= 0]
+        return int(chosen.index.num_images - np.unique(places, axis=1).shape[1])
 
     def model(self, key: str) -> StagedModel:
         """The model of a set as far as a store knows it: stage names, shapes and digests, without weights.
@@ -354,11 +249,19 @@ class FeatureStore:
             decoders: ``(n,)``.
             facts: at least backbone, cut, stages, class_tokens, profile, probe and failed.
         """
-        folder = self._folder_of(spec) or self._folder / _folder_name(spec, str(facts["backbone"]), str(facts["cut"]))
-        make_folder(folder, root=self._folder)
-        path = folder / f"part-{secrets.token_hex(8)}.h5"
-        stamped = {**facts, "spec": spec.facts(), "key": spec.key, "view": spec.view, "supersedes": [], **_signature()}
-        write_part(path, features=features, digests=digests, decoders=decoders, facts=stamped)
+        stamped = {**facts, "spec": spec.facts(), "key": spec.key, "view": spec.view, "supersedes": [], **signature()}
+        named = self._folder / folder_name(spec, str(facts["backbone"]), str(facts["cut"]))
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                folder = self._catalogue.folder_of(spec) or named
+                make_folder(folder, root=self._folder)
+                path = folder / f"part-{secrets.token_hex(8)}.h5"
+                write_part(path, features=features, digests=digests, decoders=decoders, facts=stamped)
+            except FileNotFoundError:  # the folder was removed, or found empty and deleted, while we wrote into it
+                if not tries_left:
+                    raise
+            else:
+                break
         return path
 
     # --------------------------------------------------------------------------------------------------- image sets
@@ -371,22 +274,22 @@ class FeatureStore:
             AmbiguousRequestError: if there are several names, or two newest ones of a name.
         """
         self.check_exists()
-        newest = self._newest_tables(lambda table: name in (None, table))
+        newest = self._tables.newest(lambda table: name in (None, table))
         if name is not None and not newest:
-            newest = [self._table(path) for path in self._table_paths() if path.stem == name]
+            newest = [self._tables.open(path) for path in self._tables.paths() if path.stem == name]
         if not newest:
             called = f" called {name}" if name else ""
-            names = ", ".join(sorted({_table_name(path) for path in self._table_paths()})) or "none"
+            names = ", ".join(sorted({table_name(path) for path in self._tables.paths()})) or "none"
             raise FeatureStoreError(
                 f"{self.root} holds no image set{called}; those it holds: {names}. Extract features of it first."
             )
         if len(newest) > 1:
-            listed = ", ".join(f"{table.path.stem} ({table.num_images:,} images)" for table in newest)
+            listed = ", ".join(f"{table.stem} ({table.num_images:,} images)" for table in newest)
             raise AmbiguousRequestError(
                 f"{self.root} holds several image sets: {listed}. Name one: ImageSet.from_store(store, name=...)."
             )
         (table,) = newest
-        return table.image_set(where=str(self.root / IMAGES / table.path.stem))
+        return table.image_set(where=str(self.root / IMAGES / table.stem))
 
     def save_images(self, images: ImageSet, digests: Digests) -> Path | None:
         """Files an image set as a new table, child of the newest of its name; None if that one says the same.
@@ -394,16 +297,15 @@ class FeatureStore:
         A label edit, a new split or new images make a new table and touch no features. Two newest tables of a name,
         left by jobs that filed different content at once, both become parents, so that there is one newest again.
         """
-        parents = self._newest_tables(lambda name: name == images.name)
-        columns, facts = _table_content(images, digests)
-        content = _content_hash(columns, facts)
-        if len(parents) == 1 and parents[0].table.facts["content"] == content:
+        parents = self._tables.newest(lambda name: name == images.name)
+        columns, facts = table_content(images, digests)
+        if len(parents) == 1 and parents[0].content == facts["content"]:
             return None
-        facts = {**facts, "content": content, "parents": sorted(parent.path.stem for parent in parents)}
-        path = self._folder / IMAGES / f"{images.name}-{_table_hash8(columns, facts)}.h5"
+        facts = {**facts, "parents": sorted(parent.stem for parent in parents)}
+        path = self._tables.folder / table_file(images, columns, facts)
         make_folder(path.parent, root=self._folder)
         try:
-            write_table(path, columns=columns, facts={**facts, **_signature()})
+            write_table(path, columns=columns, facts={**facts, **signature()})
         except FileExistsError:  # another process has just filed the same
             return None
         return path
@@ -411,9 +313,115 @@ class FeatureStore:
     def known_digests(self, images: ImageSet) -> dict[str, KnownDigest]:
         """What the newest tables of this set's name know of its files, so that unchanged ones aren't read again."""
         known: dict[str, KnownDigest] = {}
-        for table in self._newest_tables(lambda name: images.name == name or images.name.startswith(f"{name}-")):
+        for table in self._tables.newest(lambda name: images.name == name or images.name.startswith(f"{name}-")):
             known.update(table.known)
         return known
+
+    # ------------------------------------------------------------------------------------------------------- upkeep
+
+    def verify(self, *, repair: bool = False, progress: bool = False) -> VerifyReport:
+        """Checks every byte of all parts and image tables, each opened anew.
+
+        Args:
+            repair: gives damaged files a hidden name in their folder, where nobody reads them: the next extraction
+                computes their rows again, and `gc` deletes them later. Where an image table is set aside, the one
+                that it replaced is the newest again. Never set aside is what may well be sound: files that a newer
+                featstore wrote, that may not be read, or that lie in another set's folder.
+            progress: shows a bar on stderr.
+
+        Raises:
+            FeatureStoreError: if there is no store.
+            OSError: with `repair`, if a damaged file can't be renamed.
+        """
+        self.check_exists()
+        return verify(self._catalogue, self._tables, repair=repair, progress=progress)
+
+    def diff(self, a: str, b: str) -> SetDifference:
+        """In what two sets differ: facts, images, and values of up to 1,000 images that both have.
+
+        Args:
+            a: the start of a key.
+            b: the start of another.
+
+        Raises:
+            FeatureStoreError: if there is no such set, or several.
+            DamagedFileError: for a damaged file of either.
+        """
+        return diff(self.set(a), self.set(b))
+
+    def compact(self, key: str | None = None) -> CompactReport:
+        """Merges the small parts of one set, or of each, into parts of up to 4 GiB; every row stays as readers see it.
+
+        Parts are merged with those of the same profile only (batch size, device, versions ...), for a part says of all
+        its rows on what they were computed. What they replace is superseded from then on, and stays for `gc`. Rows are
+        checked against their checksums on the way: a set with a damaged row is left alone and reported.
+
+        Args:
+            key: the start of the set's key; None for all sets.
+
+        Raises:
+            FeatureStoreError: if there is no store, or no such set, or several.
+            OSError: as the disk gave it; all rows are there as before.
+        """
+        self.check_exists()
+        located = self._catalogue.specs(self._catalogue.folders()) if key is None else [self._located(key)]
+        report = CompactReport()
+        for spec, folders in located:
+            try:
+                report += compact(self._catalogue.set_of(spec, folders))
+            except DamagedFileError as error:
+                report += CompactReport(left=(LeftAlone(key=spec.key, reason=str(error)),))
+        return report
+
+    def merge(self, key: str, paths: Collection[Path]) -> CompactReport:
+        """Merges the parts at `paths`, which the caller has written to the set `key`, and deletes them at once.
+
+        Whoever reads them meanwhile looks up again where their rows are. A part stays for `gc` if some of its rows
+        are not in the merged one.
+
+        Raises:
+            OSError: as the disk gave it; all rows are there as before.
+            DamagedFileError: for a damaged file of the set.
+        """
+        found = self.set(key)
+        report = merge(found, [part for part in found.parts if part.path in paths])
+        for each in report.merges:
+            if not each.part.verify():
+                delete_replaced(each)
+        return report
+
+    def gc(self, *, older_than: float = DAY_SECONDS, dry_run: bool = False) -> GcReport:
+        """Deletes files that nobody reads: superseded parts, what killed writers, repairs and removals have left.
+
+        A superseded part goes only if all its rows are in parts that every checksum fits. Image tables stay.
+
+        Args:
+            older_than: seconds since a part was replaced, a writer's file last written, or a file set aside. With
+                less than a writer takes for a part, its file may be deleted under it, and it writes the part again.
+            dry_run: deletes nothing, and reports what would be deleted.
+
+        Raises:
+            FeatureStoreError: if there is no store.
+            ValueError: for a negative time.
+            OSError: as the disk gave it.
+        """
+        self.check_exists()
+        return gc(self._catalogue, older_than=older_than, dry_run=dry_run)
+
+    def remove(self, key: str) -> RemoveReport:
+        """Deletes a whole set, wherever it lies; image tables stay.
+
+        Its folders get hidden names first, so that whenever this stops, nobody reads some of the parts for the set.
+
+        Args:
+            key: the start of the set's key.
+
+        Raises:
+            FeatureStoreError: if there is no such set, or several, or something else lies in its folder.
+            DamagedFileError: for a part of another set in its folder.
+            OSError: as the disk gave it.
+        """
+        return remove(self._catalogue, *self._located(key))
 
     def check_exists(self) -> None:
         """Raises FeatureStoreError if there is no folder."""
@@ -424,6 +432,17 @@ class FeatureStore:
             )
 
     # -------------------------------------------------------------------------------------------------------- inside
+
+    def _located(self, key: str) -> tuple[FeatureSpec, tuple[Path, ...]]:
+        """The one spec whose key starts with `key`, and its folders."""
+        self.check_exists()
+        found = self._catalogue.keyed(key)
+        if not found:
+            raise FeatureStoreError(f"{self.root} holds no feature set {key}. List what it holds: {self._ls()}.")
+        if len(found) > 1:
+            sets = [self._catalogue.set_of(spec, folders) for spec, folders in found]
+            raise AmbiguousRequestError(self._ambiguous(sets, f"have keys that start with {key}"))
+        return found[0]
 
     def _chosen(self, which: FeatureRequest | FeatureSet | str) -> FeatureSet:
         if isinstance(which, FeatureSet):
@@ -436,118 +455,25 @@ class FeatureStore:
             raise FactsDifferError(self._differs(which))
         return found
 
-    def _folders(self, trunk: str | None) -> list[Path]:
-        """Folders that may hold a set of one trunk, or of any: below a trunk's folder, or copied here by themselves."""
-        below = self._folder.glob("*/*" if trunk is None else f"*-{trunk[:_TRUNK_DIGITS]}/*")
-        return sorted(folder for folder in {*below, *self._folder.glob("*")} if self._may_hold_parts(folder))
-
-    def _may_hold_parts(self, folder: Path) -> bool:
-        names = folder.relative_to(self._folder).parts
-        return names[0] != IMAGES and not any(name.startswith(".") for name in names) and folder.is_dir()
-
-    def _folders_by_spec(
-        self, folders: Iterable[Path], *, asked: Collection[Path] = ()
-    ) -> list[tuple[FeatureSpec, list[Path]]]:
-        """Each spec that has parts in `folders`, and where; a folder holds parts of one spec.
-
-        One sound part says what a folder holds, and the others stay closed until someone wants them. A folder without
-        one is left out, or, if it is in `asked`, is an error: it may hold what is asked for.
-        """
-        found: dict[str, tuple[FeatureSpec, list[Path]]] = {}
-        for folder in folders:
-            try:
-                spec = self._spec_in(folder)
-            except DamagedFileError:
-                if folder in asked:
-                    raise
-                continue
-            if spec is not None:
-                found.setdefault(spec.key, (spec, []))[1].append(folder)
-        return list(found.values())
-
-    def _spec_in(self, folder: Path) -> FeatureSpec | None:
-        damage: DamagedFileError | None = None
-        for path in sorted(folder.glob(_PARTS)):
-            try:
-                return self._part(path).spec
-            except FileNotFoundError:  # superseded, and unlinked since it was listed
-                continue
-            except DamagedFileError as error:
-                damage = damage or error
-        if damage is not None:
-            raise damage
-        return None
-
-    def _set_of(self, spec: FeatureSpec, folders: Sequence[Path]) -> FeatureSet:
-        opened = sorted((each for folder in folders for each in self._parts_in(folder)), key=lambda each: each.name)
-        for each in opened:
-            if each.spec.key != spec.key:
-                raise DamagedFileError(
-                    f"{each.part.path} belongs to set {each.spec.key[:8]}, and others beside it to set {spec.key[:8]}. "
-                    "A folder holds one set; move the file back to where it was written."
-                )
-        superseded = {name for each in opened for name in each.part.facts["supersedes"]}
-        current = tuple(each.part for each in opened if each.name not in superseded)
-        known = self._sets.get(spec.key)
-        if known is None or known.parts != current:
-            known = self._sets[spec.key] = FeatureSet(folder=folders[0], spec=spec, parts=current)
-        return known
-
-    def _parts_in(self, folder: Path) -> list[_OpenedPart]:
-        while True:
-            paths = sorted(folder.glob(_PARTS))
-            try:
-                return [self._part(path) for path in paths]
-            except FileNotFoundError as error:  # superseded, and unlinked since it was listed: look again
-                if Path(error.filename).is_symlink():
-                    raise DamagedFileError(
-                        f"{error.filename} is a link to a file that isn't there. Put a sound copy of the file in its "
-                        "place, or delete the link and extract again, which computes only what is then missing."
-                    ) from error
-
-    def _part(self, path: Path) -> _OpenedPart:
-        if path not in self._parts:
-            self._parts[path] = _OpenedPart.of(Part.open(path))
-        return self._parts[path]
-
-    def _folder_of(self, spec: FeatureSpec) -> Path | None:
-        """The folder that holds the set already, whatever the model was called when it was made."""
-        for folder in self._folders(spec.trunk):
-            with suppress(DamagedFileError):  # what has been computed is filed all the same
-                if _key_in(folder.name) == spec.key[:_KEY_DIGITS] and self._spec_in(folder) == spec:
-                    return folder
-        return None
-
-    def _table_paths(self) -> list[Path]:
-        return sorted(path for path in (self._folder / IMAGES).glob("*.h5") if not path.name.startswith("."))
-
-    def _newest_tables(self, is_asked: Callable[[str], bool]) -> list[_ImageTable]:
-        """Of the tables whose name is asked for, those that are no other's parent."""
-        tables = []
-        for path in self._table_paths():
-            if is_asked(_table_name(path)):
-                with suppress(FileNotFoundError):  # deleted since it was listed
-                    tables.append(self._table(path))
-        parents = {name for table in tables for name in table.table.facts["parents"]}
-        return [table for table in tables if table.path.stem not in parents]
-
-    def _table(self, path: Path) -> _ImageTable:
-        if path not in self._tables:
-            self._tables[path] = _ImageTable(path, Table.open(path))
-        return self._tables[path]
-
     def _lacks(self, chosen: FeatureSet, images: ImageSet, digests: Digests, missing: NDArray[np.bool_]) -> str:
-        places = np.flatnonzero(missing).tolist()
-        named = [
-            f"{images.ids[place]}: {digests.failed[place]}" if place in digests.failed else images.ids[place]
-            for place in places[:3]
-        ]
+        count = int(missing.sum())
+        changed = missing & is_changed(images, digests, self.known_digests(images))
+        kinds = {
+            "new": missing & ~changed & ~digests.is_failed,
+            "changed since": changed,
+            "unreadable": missing & digests.is_failed,
+        }
+        which = _named(images, digests, missing)
+        if changed.any():
+            listed = {word: mask for word, mask in kinds.items() if mask.any()}
+            which = "; ".join(
+                f"{int(mask.sum()):,} {word}: {_named(images, digests, mask)}" for word, mask in listed.items()
+            )
         return (
-            f"{self.root} holds {len(images) - len(places):,} of the {len(images):,} images asked for "
+            f"{self.root} holds {len(images) - count:,} of the {len(images):,} images asked for "
             f"({chosen.facts['backbone']}@{chosen.facts['cut']} {chosen.spec.reduction}, "
-            f"{chosen.spec.rendered.label()}, set {chosen.key[:8]}); {len(places):,} are missing ({'; '.join(named)}"
-            f"{'; ...' if len(places) > 3 else ''}). Compute them with featstore extract, or ask for the images that "
-            "are there."
+            f"{chosen.spec.rendered.label()}, set {chosen.key[:8]}); {count:,} are missing ({which}). Compute them "
+            "with featstore extract, or ask for the images that are there."
         )
 
     def _differs(self, request: FeatureRequest) -> str:
@@ -584,173 +510,19 @@ class FeatureStore:
         return f"featstore ls --store {self.root}"
 
 
-@dataclass(frozen=True)
-class _OpenedPart:
-    """A part whose facts are those of the format, whole and understood."""
-
-    part: Part
-    spec: FeatureSpec
-
-    @classmethod
-    def of(cls, part: Part) -> _OpenedPart:
-        """`part` with its spec.
-
-        Raises:
-            DamagedFileError: for facts that are incomplete, contradict each other, or come from a newer featstore.
-        """
-        try:
-            spec = FeatureSpec.from_facts(part.facts["spec"])
-            if missing := _FACTS - part.facts.keys():
-                raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
-            if part.facts["key"] != spec.key or spec.rendered.facts() != spec.view:
-                raise ValueError("its key isn't that of its spec")
-            if part.dtype != DTYPES[spec.dtype]:
-                raise ValueError(f"it holds {part.dtype}, and its spec says {spec.dtype}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedFileError(
-                f"{part.path} can't be used by this featstore: {error}. If a newer one wrote it, upgrade; else put a "
-                "sound copy in its place, or delete it and extract again."
-            ) from error
-        return cls(part, spec)
-
-    @property
-    def name(self) -> str:
-        return self.part.path.name
+def _fresh_index(folder: Path, key: str) -> RowIndex:
+    """Where the rows of a set lie now: for a reader whose files have been replaced by merged ones."""
+    return FeatureStore(folder).set(key).index
 
 
-@dataclass(frozen=True)
-class _ImageTable:
-    """An image table as the store reads it; `docs/format.md` lists its columns."""
-
-    path: Path
-    table: Table
-
-    @property
-    def name(self) -> str:
-        return str(self.table.facts["name"])
-
-    @property
-    def num_images(self) -> int:
-        return len(self.table.columns["digest"])
-
-    def ids(self) -> tuple[str, ...]:
-        return tuple(_texts(self.table.columns["id_bytes"], self.table.columns["id_ends"]))
-
-    @cached_property
-    def known(self) -> dict[str, KnownDigest]:
-        columns = self.table.columns
-        rows = zip(self.ids(), columns["digest"], columns["stat"].tolist(), columns["has_digest"].tolist(), strict=True)
-        return {
-            name: KnownDigest(bytes(digest), _unpacked_stat(stat))
-            for name, digest, stat, has_digest in rows
-            if has_digest
-        }
-
-    def image_set(self, *, where: str) -> ImageSet:
-        columns, facts = self.table.columns, self.table.facts
-        groups = facts["groups"]
-        return ImageSet(
-            name=self.name,
-            ids=self.ids(),
-            targets=columns.get("target"),
-            classes=tuple(facts["classes"]),
-            splits=np.array(_SPLIT_NAMES)[columns["split"]],
-            groups=None if groups is None else tuple(groups[place] for place in columns["group"]),
-            task=facts["task"],
-            source=AbsentSource(where=where, known=self.known),
-        )
-
-
-_SPLIT_NAMES = ("", "train", "valid", "test")
-
-
-def _table_content(images: ImageSet, digests: Digests) -> tuple[dict[str, NDArray[Any]], dict[str, Json]]:
-    id_bytes, id_ends = _packed(images.ids)
-    columns: dict[str, NDArray[Any]] = {
-        "id_bytes": id_bytes,
-        "id_ends": id_ends,
-        "digest": np.ascontiguousarray(digests.values),
-        "has_digest": (~digests.is_failed).astype(np.uint8),
-        "stat": np.array([_packed_stat(stat) for stat in digests.stats], np.int64).reshape(-1, 5),
-        "split": np.array([_SPLIT_NAMES.index(split) for split in images.splits.tolist()], np.uint8),
-    }
-    groups: list[str] | None = None
-    if images.groups is not None:
-        groups = sorted(set(images.groups))
-        places = {group: place for place, group in enumerate(groups)}
-        columns["group"] = np.array([places[group] for group in images.groups], np.int64)
-    if images.targets is not None:
-        columns["target"] = np.ascontiguousarray(images.targets)
-    return columns, {"name": images.name, "task": images.task, "classes": list(images.classes), "groups": groups}
-
-
-def _packed_stat(stat: StatFacts | None) -> tuple[int, ...]:
-    if stat is None:
-        return (-1,) * 5
-    # An inode is a uint64, and some file systems use the upper half: kept as the int64 of the same bits.
-    return tuple(stat._replace(inode=stat.inode - (stat.inode >> 63 << 64)))
-
-
-def _unpacked_stat(stat: Sequence[int]) -> StatFacts | None:
-    facts = StatFacts(*stat)
-    return facts._replace(inode=facts.inode % (1 << 64)) if facts.size >= 0 else None
-
-
-def _table_name(path: Path) -> str:
-    return path.stem.rpartition("-")[0]
-
-
-def _table_hash8(columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> str:
-    """What tells a table from others of its name: what it says and its parents, not when the files were hashed.
-
-    Jobs that start at once on the same images thus make one table, not several that contradict each other.
-    """
-    said = _content_hash({**columns, "stat": columns["stat"][:, :4]}, {"parents": facts["parents"]})
-    described = {name: value for name, value in facts.items() if name not in ("content", "parents")}
-    return digest_json([said, described])[:8]
-
-
-def _content_hash(columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> str:
-    digest = hashlib.sha256(canonical_json(dict(facts)).encode("ascii"))
-    for name in sorted(columns):
-        digest.update(canonical_json([name, str(columns[name].dtype), list(columns[name].shape)]).encode("ascii"))
-        digest.update(np.ascontiguousarray(columns[name]).tobytes())
-    return digest.hexdigest()
-
-
-def _packed(texts: Iterable[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    encoded = [text.encode("utf-8", "surrogateescape") for text in texts]  # file names need not be valid UTF-8
-    ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-    return np.frombuffer(b"".join(encoded), np.uint8), ends
-
-
-def _texts(packed: NDArray[np.uint8], ends: NDArray[np.int64]) -> Iterator[str]:
-    data, start = packed.tobytes(), 0
-    for end in ends.tolist():
-        yield data[start:end].decode("utf-8", "surrogateescape")
-        start = end
-
-
-def _folder_name(spec: FeatureSpec, backbone: str, cut: str) -> Path:
-    view = spec.rendered
-    words = [
-        spec.reduction,
-        "evaluation" if view.policy is None else view.policy.name,
-        spec.dtype,
-        spec.key[:_KEY_DIGITS],
+def _named(images: ImageSet, digests: Digests, mask: NDArray[np.bool_]) -> str:
+    """The first of some images by their ids, with the reason where one can't be read."""
+    places = np.flatnonzero(mask).tolist()
+    names = [
+        f"{images.ids[place]}: {digests.failed[place]}" if place in digests.failed else images.ids[place]
+        for place in places[:3]
     ]
-    seed = [] if view.seed is None else [f"seed{view.seed}"]
-    return Path(f"{_safe(backbone)}@{_safe(cut)}-{spec.trunk[:_TRUNK_DIGITS]}", "-".join([*map(_safe, words), *seed]))
-
-
-def _key_in(folder_name: str) -> str:
-    """The digits of the key in the name of a set's folder; none if someone has renamed it."""
-    found = re.search(rf"-([0-9a-f]{{{_KEY_DIGITS}}})(-seed\d+)?$", folder_name)
-    return found[1] if found else ""
-
-
-def _safe(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "_", text)[:80]
+    return "; ".join([*names, *["..."] * (len(places) > 3)])
 
 
 @contextmanager
@@ -761,23 +533,3 @@ def _collected(errors: dict[str, DamagedFileError]) -> Iterator[None]:
         errors[str(error)] = error
     except FileNotFoundError:  # deleted since it was listed
         pass
-
-
-def _digest_rows(digests: Iterable[str]) -> NDArray[np.uint8]:
-    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
-
-
-def _signature() -> dict[str, Json]:
-    """Who writes a file, and when."""
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container without a user database
-        user = "unknown"
-    try:
-        version = metadata.version("featstore")
-    except metadata.PackageNotFoundError:  # run from its source, not installed
-        version = "of unknown version"
-    return {
-        "who": f"featstore {version}, {user}@{socket.gethostname()}",
-        "when": datetime.now(UTC).isoformat(timespec="microseconds"),
-    }

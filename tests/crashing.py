@@ -46,6 +46,7 @@ def extraction(folder: Path, num_images: int) -> ExtractReport:
     """Files `num_images` in the store below `folder`: two sets, four rows a part. A row of one is four sectors."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys.modules["featstore.extract"], "COMMIT_BYTES", 1)  # featstore.extract is its function
+        patched.setattr(sys.modules["featstore.extract"], "MERGE_BYTES", 0)  # so that no file that was filed goes
         return extract(
             staged(),
             arrays(num_images),

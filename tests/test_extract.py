@@ -191,7 +191,14 @@ def test_added_images_alone_are_computed(store: FeatureStore) -> None:
     run(arrays(10), store)
     more = arrays(14)
     planned = plan(staged(), more, store, cuts=["layer2"], dtype="float32")
-    assert planned.status() == {"images": 14, "stored": 10, "missing": 4, "failed": 0, "bytes": 4 * 24 * 4}
+    assert planned.status() == {
+        "images": 14,
+        "stored": 10,
+        "missing": 4,
+        "changed": 0,
+        "failed": 0,
+        "bytes": 4 * 24 * 4,
+    }
     assert planned.describe() == "14 images: 10 stored, 4 to compute, 0.00 GB in 1 feature set"
     report = run(more, store)
     assert counts(report) == (4, 10, 0)
@@ -206,8 +213,11 @@ def test_an_image_replaced_under_its_name_is_computed_anew(store: FeatureStore, 
     before = rows(store, ImageSet.from_folder(folder), key)
     (folder / "dog/1.jpg").write_bytes(jpeg(99))
     images = ImageSet.from_folder(folder)
-    with pytest.raises(MissingFeaturesError, match=r"5 of the 6 images .* 1 are missing \(dog/1.jpg\)"):
+    with pytest.raises(MissingFeaturesError, match=r"5 of the 6 .* 1 are missing \(1 changed since: dog/1.jpg\)"):
         store.features(images, key)
+    planned = plan(staged(), images, store, cuts=["layer2"], dtype="float32")
+    assert planned.describe().startswith("6 images: 5 stored, 1 to compute (0 new, 1 changed: dog/1.jpg), 0.00 GB")
+    assert planned.status()["changed"] == 1
     assert counts(run(images, store)) == (1, 5, 0)
     changed = images.ids.index("dog/1.jpg")
     after = rows(store, images, key)
@@ -414,6 +424,7 @@ def test_several_cuts_and_several_parts_have_the_right_rows(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(MODULE, "MERGE_BYTES", 0)
     images = arrays(23)
     report = run(images, store, cuts=["layer1:none", "layer2", "layer2:none"], batch_size=5)
     for key, cut, reduction in zip(
@@ -569,8 +580,15 @@ def test_failed_images_count_as_missing_unless_they_are_skipped(store: FeatureSt
     run(images, store, on_error="skip")
     planned = plan(staged(), images, store, cuts=["layer2"], dtype="float32")
     size = 24 * 4
-    assert planned.status() == {"images": 6, "stored": 5, "missing": 1, "failed": 1, "bytes": size}
-    assert planned.status(on_error="skip") == {"images": 6, "stored": 5, "missing": 0, "failed": 1, "bytes": 0}
+    assert planned.status() == {"images": 6, "stored": 5, "missing": 1, "changed": 0, "failed": 1, "bytes": size}
+    assert planned.status(on_error="skip") == {
+        "images": 6,
+        "stored": 5,
+        "missing": 0,
+        "changed": 0,
+        "failed": 1,
+        "bytes": 0,
+    }
     assert planned.describe().startswith("6 images: 5 stored, 1 to compute (1 of them failed before)")
     seeds = plan(staged(), images, store, cuts=["layer2"], dtype="float32", augment=Augment("flip", seeds=[0]))
     assert seeds.status(on_error="skip")["missing"] == 6  # none has been tried with this seed
@@ -787,6 +805,58 @@ def test_an_image_changed_while_the_job_ran_is_not_filed(store: FeatureStore, tm
     (folder / "dog/1.jpg").write_bytes(jpeg(99))
     with pytest.raises(ImageError, match=r"dog/1\.jpg: it was changed while the job ran; run the job again"):
         run_plan(planned, store, workers=0)
+
+
+# ---- the parts of one job become one
+
+
+def test_a_job_leaves_one_part_with_its_rows_in_the_order_of_its_images(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
+    key = run(arrays(6), store, batch_size=4).keys[0]
+    (old,) = store.set(key).parts
+    images = arrays(30)
+    report = run(images, store, batch_size=4, augment=Augment("flip", seeds=[0]))
+    assert report.notes == ()
+    for each, start in zip(report.keys, (6, 0), strict=True):
+        found = store.set(each)
+        (part,) = (part for part in found.parts if part.path != old.path)
+        assert (part.digests == images.digests().values[start:]).all()
+        assert len(list(found.folder.iterdir())) == len(found.parts)  # the small ones are gone
+    assert old.path.exists()  # another job's
+    by_hand = reduced(rows_by_hand(up_to("layer2", net()), images, VIEW, batch_size=4), "concat")
+    assert torch.equal(rows(store, images, key), by_hand)
+    assert counts(run(images, store, augment=Augment("flip", seeds=[0]))) == (0, 60, 0)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("too large")])
+def test_a_job_that_cannot_merge_its_parts_has_not_failed(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(FeatureStore, "merge", failing)
+    report = run(arrays(12), store, batch_size=4)
+    assert counts(report) == (12, 0, 0)
+    (note,) = report.notes
+    assert "could not be merged" in note
+    assert str(error) in note
+    assert str(report).endswith(f"{note}")
+    assert len(store.set(report.keys[0]).parts) == 3
+    assert len(rows(store, arrays(12), report.keys[0])) == 12
+    monkeypatch.undo()
+    store.compact()
+    assert len(store.set(report.keys[0]).parts) == 1
+
+
+def test_large_parts_of_a_job_stay_as_they_are(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(MODULE, "MERGE_BYTES", 1000)
+    report = run(arrays(12), store, batch_size=4)
+    assert len(store.set(report.keys[0]).parts) == 3
 
 
 # ---- nothing of the caller's is touched

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tiny import VIEW, arrays
 
 from featstore import Features, FeatureSpec
-from featstore.features import RowIndex, first_places, is_among
+from featstore.index import RowIndex, first_places, is_among
 from featstore.part import Part, write_part
 
 SHAPE = (4, 3)
@@ -53,7 +53,7 @@ def features(folder: Path, *contents: tuple[int, ...], dtype: torch.dtype = torc
     count = sum(map(len, contents))
     index = RowIndex(made)
     part_of, row_in = index.find(digests_of(*range(count)))
-    return Features(arrays(count), SPEC, index.parts, part_of, row_in)
+    return Features(arrays(count), SPEC, index, part_of, row_in)
 
 
 def first_values(rows: torch.Tensor) -> list[float]:
@@ -185,7 +185,7 @@ def test_everything_at_once_as_tensor_or_array(tmp_path: Path) -> None:
 def test_no_images_are_no_rows(tmp_path: Path) -> None:
     made = parts(tmp_path, (1, 2))
     none = np.zeros(0, np.int64)
-    stored = Features(arrays(3).select([]), SPEC, made, none, none)
+    stored = Features(arrays(3).select([]), SPEC, RowIndex(made), none, none)
     assert (len(stored), stored[:].shape, stored.numpy().shape) == (0, (0, *SHAPE), (0, *SHAPE))
     assert list(stored.batches(2)) == []
 

@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[1]
 ORDER = {
     "featstore": (
         "errors", "digest", "source", "images", "decode", "policies", "views", "render", "graph", "pool", "operations",
-        "staged", "trunk", "weights", "runs", "backbones", "probe", "purity", "spec", "part", "features", "commands",
-        "store", "extract", "__init__", "program", "flags", "cli", "__main__",
+        "staged", "trunk", "weights", "runs", "backbones", "probe", "purity", "spec", "part", "index", "machine",
+        "reading", "features", "signature", "disk", "sets", "tables", "catalogue", "verification", "compaction",
+        "removal", "garbage", "difference", "commands", "store", "extract", "feature_files", "export", "foreign",
+        "adopt", "__init__", "program", "flags", "store_cli", "cli", "__main__",
     ),
     "training": (
         "metrics", "schedules", "plots", "heads", "situation", "search", "explain", "inputs", "splits", "batches",
@@ -37,8 +39,9 @@ DOORS = {
     "torchvision.models": {"featstore.backbones"},
     "timm": {"featstore.backbones"},
     "torchvision.transforms": {"featstore.views"},
-    "safetensors": {"featstore.weights", "featstore.runs"},
-    "typer": {"featstore.program", "featstore.flags", "featstore.cli", "training.cli"},
+    "safetensors": {"featstore.weights", "featstore.runs", "featstore.feature_files"},
+    "pyarrow": {"featstore.export"},
+    "typer": {"featstore.program", "featstore.flags", "featstore.store_cli", "featstore.cli", "training.cli"},
     "matplotlib": {"training.plots"},
 }
 

@@ -139,6 +139,42 @@ def test_chunks_make_the_same_file_as_one_tensor(path: Path) -> None:
     assert chunked.read_bytes() == path.read_bytes()
 
 
+def test_chunks_that_are_drawn_one_by_one_make_the_same_file(path: Path) -> None:
+    features = random_bits(300, (5000,))
+    write(path, features)
+    memory = torch.empty((100, 5000), dtype=features.dtype)  # one piece for all, as `read_blocks` has it
+    drawn = (memory.copy_(chunk) for chunk in torch.split(features, 100))
+    lazily = path.with_name("lazily.h5")
+    whole = Part.open(path)
+    write_part(lazily, features=drawn, digests=whole.digests, decoders=whole.decoders, facts=whole.facts)
+    assert lazily.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("sizes", [[], [2], [2, 2], [2, 1, 1]])
+def test_chunks_that_are_not_the_rows_there_are_digests_of_leave_no_file(path: Path, sizes: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"no chunks of features|not the 3 rows that there are digests of"):
+        write_part(
+            path,
+            features=(torch.zeros(size, 4) for size in sizes),
+            digests=np.zeros((3, 32), np.uint8),
+            decoders=np.zeros(3, np.uint8),
+            facts={},
+        )
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_chunk_of_another_shape_that_is_drawn_later_leaves_no_file(path: Path) -> None:
+    with pytest.raises(ValueError, match="a chunk of features is"):
+        write_part(
+            path,
+            features=iter([torch.zeros(1, 4), torch.zeros(2, 5)]),
+            digests=np.zeros((3, 32), np.uint8),
+            decoders=np.zeros(3, np.uint8),
+            facts={},
+        )
+    assert list(path.parent.iterdir()) == []
+
+
 def test_features_that_require_gradients_can_be_written(path: Path) -> None:
     write(path, torch.ones(2, 3, requires_grad=True))
     assert torch.equal(Part.open(path).features, torch.ones(2, 3))

@@ -35,7 +35,7 @@ from featstore import (
 )
 from featstore.digest import digest_json
 from featstore.images import Digests, StatFacts
-from featstore.part import write_part
+from featstore.part import Part, write_part
 
 Run = Callable[..., tuple[str, ...]]
 
@@ -466,7 +466,10 @@ def test_unchanged_files_are_not_read_again_and_changed_ones_are(
     os.utime(folder / "dog/1.jpg", ns=(before.st_atime_ns, before.st_mtime_ns))
     after = (folder / "dog/1.jpg").stat()
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
-    with opened_files(folder, monkeypatch) as names, pytest.raises(MissingFeaturesError, match=r"\(dog/1\.jpg\)"):
+    with (
+        opened_files(folder, monkeypatch) as names,
+        pytest.raises(MissingFeaturesError, match=r"\(1 changed since: dog/1\.jpg\)"),
+    ):
         FeatureStore(root).features(ImageSet.from_folder(folder), key)
     assert names == ["dog/1.jpg"]
 
@@ -615,14 +618,14 @@ def test_a_part_that_vanishes_while_the_store_is_opened_is_no_error(
     paths = sorted(folder.iterdir())
     superseded = paths.pop(place)
     store = FeatureStore(root)
-    real_open = Path.open
+    real_open = Part.open
 
-    def unlinking(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if self == superseded:
+    def unlinking(path: Path) -> Part:
+        if path == superseded:
             superseded.unlink(missing_ok=True)  # another process has compacted meanwhile
-        return real_open(self, *args, **kwargs)
+        return real_open(path)
 
-    monkeypatch.setattr(Path, "open", unlinking)
+    monkeypatch.setattr(Part, "open", unlinking)
     (found,) = store.find(request())
     assert [part.path for part in found.parts] == paths
 

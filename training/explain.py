@@ -10,8 +10,8 @@ from featstore.commands import extract_remedy, seed_ranges
 from featstore.errors import FactsDifferError, FeatureStoreError, MissingFeaturesError
 from featstore.images import AbsentSource, ImageSet
 from featstore.pool import automatic
+from featstore.sets import FeatureSet
 from featstore.staged import StagedModel
-from featstore.store import FeatureSet
 from featstore.views import Augment
 from training.search import Search
 from training.situation import Entry, Situation, group_of, is_or_are, name_range, training_words, views_words

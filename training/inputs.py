@@ -14,8 +14,8 @@ from featstore.extract import extract
 from featstore.features import Features
 from featstore.images import ImageSet
 from featstore.probe import check_probe, take_probes
+from featstore.sets import FeatureSet
 from featstore.staged import PoolStage
-from featstore.store import FeatureSet
 from featstore.trunk import Output, Precision, Trunk
 from featstore.views import Augment, View
 from training.explain import images_absent, why_not

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.images import Digests, ImageSet
-from featstore.store import FeatureRequest, FeatureSet
+from featstore.sets import FeatureRequest, FeatureSet
 from featstore.views import Augment, View
 from training.situation import Entry, Situation
 

@@ -13,8 +13,9 @@ from featstore.commands import seed_ranges
 from featstore.digest import Json
 from featstore.images import ImageSet, KnownDigest
 from featstore.pool import Pool
+from featstore.sets import FeatureSet
 from featstore.staged import AbsentStage, HeadStage, PoolStage, Stage, StagedModel
-from featstore.store import FeatureSet, FeatureStore
+from featstore.store import FeatureStore
 from featstore.views import Augment, View
 
 OnMissing = Literal["error", "images", "extract"]

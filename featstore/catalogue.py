@@ -1,0 +1,197 @@
+"""Catalogue: which feature sets lie in the folders of a store, with the parts that were opened.
+
+Other processes add parts, replace them by larger ones and remove sets meanwhile. Whatever is looked up is as the
+folders were at one moment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import DamagedFileError
+from featstore.part import Part
+from featstore.sets import PART_NAME, FeatureSet, SetPart, key_in, short_key, short_trunk, superseded_names
+from featstore.spec import FeatureSpec
+from featstore.tables import IMAGES
+
+
+class Catalogue:
+    """The feature sets below the folder `root`. Parts never change, so what was opened is kept."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._parts: dict[Path, SetPart] = {}
+        self._sets: dict[str, FeatureSet] = {}
+
+    def folders(self, trunk: str | None = None) -> list[Path]:
+        """Folders that may hold a set of one trunk, or of any: below a trunk's folder, or copied here by themselves."""
+        top = [folder for folder in subfolders(self.root) if folder.name != IMAGES]
+        trunks = top if trunk is None else [each for each in top if each.name.endswith(f"-{short_trunk(trunk)}")]
+        return sorted([*top, *(folder for each in trunks for folder in subfolders(each))])
+
+    def specs(
+        self, folders: Iterable[Path], *, asked: Collection[Path] = ()
+    ) -> list[tuple[FeatureSpec, tuple[Path, ...]]]:
+        """Each spec that has parts in `folders`, and where; a folder holds parts of one spec.
+
+        One sound part says what a folder holds, and the others stay closed until someone wants them. A folder without
+        one is left out, or, if it is in `asked`, is an error: it may hold what is asked for.
+
+        Raises:
+            DamagedFileError: for such a folder.
+        """
+        found: dict[str, tuple[FeatureSpec, list[Path]]] = {}
+        for folder in folders:
+            try:
+                spec = self._spec_in(folder)
+            except DamagedFileError:
+                if folder in asked:
+                    raise
+                continue
+            if spec is not None:
+                found.setdefault(spec.key, (spec, []))[1].append(folder)
+        return [(spec, tuple(holding)) for spec, holding in found.values()]
+
+    def keyed(self, key: str) -> list[tuple[FeatureSpec, tuple[Path, ...]]]:
+        """The specs whose keys start with `key`, with all their folders.
+
+        Raises:
+            DamagedFileError: for a folder that is called as such a set's and holds nothing sound.
+        """
+        folders = self.folders()
+        # A set's folder is named with its key: looking there first spares opening a file of each set, which matters
+        # with hundreds of them. The names are for people, though, so a folder may have been renamed.
+        named = [folder for folder in folders if key_in(folder.name).startswith(short_key(key))]
+        for candidates in (named, folders):
+            found = [each for each in self.specs(candidates, asked=named) if each[0].key.startswith(key)]
+            if found:
+                return [(spec, self._all_of(spec, holding)) for spec, holding in found]
+        return []
+
+    def set_of(self, spec: FeatureSpec, folders: Sequence[Path]) -> FeatureSet:
+        """The set `spec`, which lies in `folders`.
+
+        Raises:
+            DamagedFileError: for a part that can't be used and that no other replaces, and one of another set.
+        """
+        opened, damage = self._opened_in(folders)
+        for each in opened:
+            if each.spec.key != spec.key:
+                raise DamagedFileError(misplaced(each.part.path, each.spec.key, spec.key))
+        superseded = superseded_names(opened)
+        for path, error in damage.items():
+            if path.name not in superseded:
+                raise error
+        current = tuple(each.part for each in opened if each.name not in superseded)
+        known = self._sets.get(spec.key)
+        if known is None or known.parts != current:
+            known = self._sets[spec.key] = FeatureSet(folders=tuple(folders), spec=spec, parts=current)
+        return known
+
+    def part(self, path: Path) -> SetPart:
+        """The part at `path`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            DamagedFileError: if it can't be used.
+        """
+        if path not in self._parts:
+            self._parts[path] = SetPart.of(Part.open(path))
+        return self._parts[path]
+
+    def folder_of(self, spec: FeatureSpec) -> Path | None:
+        """The folder that holds the set already, whatever the model was called when it was made."""
+        for folder in self.folders(spec.trunk):
+            with suppress(DamagedFileError):  # what has been computed is filed all the same
+                if key_in(folder.name) == short_key(spec.key) and self._spec_in(folder) == spec:
+                    return folder
+        return None
+
+    def forget(self, path: Path) -> None:
+        """Opens the part at `path` anew when it is asked for again."""
+        self._parts.pop(path, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_parts": {}, "_sets": {}}
+
+    def _all_of(self, spec: FeatureSpec, holding: Sequence[Path]) -> tuple[Path, ...]:
+        beside = {each.key: there for each, there in self.specs(self.folders(spec.trunk))}
+        return tuple(sorted({*holding, *beside.get(spec.key, ())}))
+
+    def _spec_in(self, folder: Path) -> FeatureSpec | None:
+        damage: DamagedFileError | None = None
+        for path in part_paths(folder):
+            try:
+                return self.part(path).spec
+            except FileNotFoundError:  # superseded, and unlinked since it was listed
+                continue
+            except DamagedFileError as error:
+                damage = damage or error
+        if damage is not None:
+            raise damage
+        return None
+
+    def _opened_in(self, folders: Sequence[Path]) -> tuple[list[SetPart], dict[Path, DamagedFileError]]:
+        """The parts in `folders` in the order of their names, and what is wrong with those that can't be used.
+
+        A listing isn't taken at one moment: it may miss a part that was published meanwhile and those that it
+        replaces, unlinked meanwhile. Two equal listings one after the other miss no row: what the first one missed
+        for having been published too late is in the second one, unless it is gone, and then its replacement is.
+        """
+        paths = _all_part_paths(folders)
+        while True:
+            opened, damage, is_complete = [], {}, True
+            for path in paths:
+                try:
+                    opened.append(self.part(path))
+                except DamagedFileError as error:
+                    damage[path] = error
+                except FileNotFoundError:  # superseded, and unlinked since it was listed
+                    is_complete = path.is_symlink()
+                    damage[path] = DamagedFileError(dangling(path))
+            again = _all_part_paths(folders)
+            if is_complete and again == paths:
+                return sorted(opened, key=lambda each: each.name), damage
+            paths = again
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in `folder`, but for hidden ones; none if it is gone."""
+    return [folder / name for name in listed(folder) if not name.startswith(".") and (folder / name).is_dir()]
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """The files in `folder` that are called as parts, in the order of their names; none if it is gone."""
+    return sorted(folder / name for name in listed(folder) if PART_NAME.fullmatch(name))
+
+
+def listed(folder: Path) -> list[str]:
+    """All names in `folder`; none if it is gone, for others may remove it at any moment."""
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def misplaced(path: Path, key: str, key_of_folder: str) -> str:
+    """What is said of a part of set `key` in the folder of another set."""
+    return (
+        f"{path} belongs to set {short_key(key)}, and others beside it to set {short_key(key_of_folder)}. A folder "
+        "holds one set; move the file back to where it was written."
+    )
+
+
+def dangling(path: Path) -> str:
+    """What is said of a link to nothing."""
+    return (
+        f"{path} is a link to a file that isn't there. Put a sound copy of the file in its place, or delete the link "
+        "and extract again, which computes only what is then missing."
+    )
+
+
+def _all_part_paths(folders: Sequence[Path]) -> list[Path]:
+    return [path for folder in folders for path in part_paths(folder)]

@@ -1,0 +1,227 @@
+"""Image tables: what a store knows about the images of an image set, in small immutable files.
+
+::
+
+    <root>/images/<name>-<hash8>.h5
+
+Each names the tables that it replaces, its parents; the newest is the one that is no parent. `docs/format.md` lists
+the columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.digest import Json, canonical_json, digest_json
+from featstore.images import AbsentSource, Digests, ImageSet, KnownDigest, StatFacts
+from featstore.part import Table
+
+IMAGES = "images"
+"""The folder of the image tables."""
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """One image set as a store knows it."""
+
+    table: Table
+
+    @property
+    def stem(self) -> str:
+        """Name of the file without its ending: what children call their parents."""
+        return self.table.path.stem
+
+    @property
+    def name(self) -> str:
+        """Of the image set."""
+        return str(self.table.facts["name"])
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.table.columns["digest"])
+
+    @property
+    def content(self) -> str:
+        """Equal for two tables that say the same."""
+        return str(self.table.facts["content"])
+
+    @property
+    def parents(self) -> list[str]:
+        """Stems of the tables that this one replaces."""
+        parents: list[str] = self.table.facts["parents"]
+        return parents
+
+    @property
+    def digests(self) -> NDArray[np.uint8]:
+        """``(M, 32)``, of the images that have one."""
+        columns = self.table.columns
+        digests: NDArray[np.uint8] = columns["digest"][columns["has_digest"].astype(bool)]
+        return digests
+
+    @cached_property
+    def known(self) -> dict[str, KnownDigest]:
+        """Id -> digest and the facts of the file when it was hashed."""
+        columns = self.table.columns
+        rows = zip(
+            self._ids(), columns["digest"], columns["stat"].tolist(), columns["has_digest"].tolist(), strict=True
+        )
+        return {
+            name: KnownDigest(bytes(digest), _unpacked_stat(stat))
+            for name, digest, stat, has_digest in rows
+            if has_digest
+        }
+
+    def image_set(self, *, where: str) -> ImageSet:
+        """The image set; its files may be elsewhere. `where` names the table in messages."""
+        columns, facts = self.table.columns, self.table.facts
+        groups = facts["groups"]
+        return ImageSet(
+            name=self.name,
+            ids=self._ids(),
+            targets=columns.get("target"),
+            classes=tuple(facts["classes"]),
+            splits=np.array(_SPLIT_NAMES)[columns["split"]],
+            groups=None if groups is None else tuple(groups[place] for place in columns["group"]),
+            task=facts["task"],
+            source=AbsentSource(where=where, known=self.known),
+        )
+
+    def _ids(self) -> tuple[str, ...]:
+        return tuple(_texts(self.table.columns["id_bytes"], self.table.columns["id_ends"]))
+
+
+class ImageTables:
+    """The image tables in the folder of a store; what was opened is kept, for they never change."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / IMAGES
+        self._opened: dict[Path, ImageTable] = {}
+
+    def paths(self) -> list[Path]:
+        """All of them, in the order of their names."""
+        return sorted(path for path in self.folder.glob("*.h5") if not path.name.startswith("."))
+
+    def open(self, path: Path) -> ImageTable:
+        """The table at `path`.
+
+        Raises:
+            DamagedFileError: as `Table.open`.
+            FileNotFoundError: if there is none.
+        """
+        if path not in self._opened:
+            self._opened[path] = ImageTable(Table.open(path))
+        return self._opened[path]
+
+    def newest(self, is_asked: Callable[[str], bool]) -> list[ImageTable]:
+        """Of the tables whose name is asked for, those that are no other's parent."""
+        tables = []
+        for path in self.paths():
+            if is_asked(table_name(path)):
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    tables.append(self.open(path))
+        parents = {parent for table in tables for parent in table.parents}
+        return [table for table in tables if table.stem not in parents]
+
+    def forget(self, path: Path) -> None:
+        """Opens the table at `path` anew when it is asked for again."""
+        self._opened.pop(path, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}
+
+
+def is_changed(images: ImageSet, digests: Digests, known: Mapping[str, KnownDigest]) -> NDArray[np.bool_]:
+    """``(N,)``: images whose ids are `known` with another content than they have now."""
+    before = [known.get(name) for name in images.ids]
+    is_other = [
+        each is not None and each.digest != bytes(row) for each, row in zip(before, digests.values, strict=True)
+    ]
+    return np.array(is_other, bool) & ~digests.is_failed
+
+
+def table_name(path: Path) -> str:
+    """The name of the image set, from the name of a table's file."""
+    return path.stem.rpartition("-")[0]
+
+
+def table_file(images: ImageSet, columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> str:
+    """The name of a table's file: it tells tables of one image set by what they say, not by when files were hashed.
+
+    Jobs that start at once on the same images thus make one table, not several that contradict each other.
+    """
+    said = _content_hash({**columns, "stat": columns["stat"][:, :4]}, {"parents": facts["parents"]})
+    described = {name: value for name, value in facts.items() if name not in ("content", "parents")}
+    return f"{images.name}-{digest_json([said, described])[:8]}.h5"
+
+
+def table_content(images: ImageSet, digests: Digests) -> tuple[dict[str, NDArray[Any]], dict[str, Json]]:
+    """The columns and the facts of a table, but for its parents and who wrote it."""
+    id_bytes, id_ends = _packed(images.ids)
+    columns: dict[str, NDArray[Any]] = {
+        "id_bytes": id_bytes,
+        "id_ends": id_ends,
+        "digest": np.ascontiguousarray(digests.values),
+        "has_digest": (~digests.is_failed).astype(np.uint8),
+        "stat": np.array([_packed_stat(stat) for stat in digests.stats], np.int64).reshape(-1, 5),
+        "split": np.array([_SPLIT_NAMES.index(split) for split in images.splits.tolist()], np.uint8),
+    }
+    groups: list[str] | None = None
+    if images.groups is not None:
+        groups = sorted(set(images.groups))
+        places = {group: place for place, group in enumerate(groups)}
+        columns["group"] = np.array([places[group] for group in images.groups], np.int64)
+    if images.targets is not None:
+        columns["target"] = np.ascontiguousarray(images.targets)
+    facts: dict[str, Json] = {
+        "name": images.name,
+        "task": images.task,
+        "classes": list(images.classes),
+        "groups": groups,
+    }
+    return columns, {**facts, "content": _content_hash(columns, facts)}
+
+
+_SPLIT_NAMES = ("", "train", "valid", "test")
+
+
+def _packed_stat(stat: StatFacts | None) -> tuple[int, ...]:
+    if stat is None:
+        return (-1,) * 5
+    # An inode is a uint64, and some file systems use the upper half: kept as the int64 of the same bits.
+    return tuple(stat._replace(inode=stat.inode - (stat.inode >> 63 << 64)))
+
+
+def _unpacked_stat(stat: Sequence[int]) -> StatFacts | None:
+    facts = StatFacts(*stat)
+    return facts._replace(inode=facts.inode % (1 << 64)) if facts.size >= 0 else None
+
+
+def _content_hash(columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> str:
+    digest = hashlib.sha256(canonical_json(dict(facts)).encode("ascii"))
+    for name in sorted(columns):
+        digest.update(canonical_json([name, str(columns[name].dtype), list(columns[name].shape)]).encode("ascii"))
+        digest.update(np.ascontiguousarray(columns[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _packed(texts: Iterable[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    encoded = [text.encode("utf-8", "surrogateescape") for text in texts]  # file names need not be valid UTF-8
+    ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), np.uint8), ends
+
+
+def _texts(packed: NDArray[np.uint8], ends: NDArray[np.int64]) -> Iterator[str]:
+    data, start = packed.tobytes(), 0
+    for end in ends.tolist():
+        yield data[start:end].decode("utf-8", "surrogateescape")
+        start = end

@@ -1,0 +1,64 @@
+"""What the machine says of itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from featstore.machine import _left, available_bytes, file_system, is_local, num_processors
+
+
+def test_processors_are_those_that_this_process_may_use() -> None:
+    assert num_processors() >= 1
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("the system pins no process to a processor")
+    program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + (
+        "from featstore.machine import num_processors; print(num_processors())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+def test_available_memory_is_some_and_no_more_than_there_is() -> None:
+    assert 0 < available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "left"),
+    [
+        ("1000\n", "300\n", "inactive_file 0\nactive_file 0\n", [700]),
+        ("1000\n", "900\n", "anon 100\ninactive_file 500\nactive_file 100\n", [700]),  # pages of files can be dropped
+        ("1000\n", "1200\n", "inactive_file 0\nactive_file 0\n", [0]),
+        ("max\n", "300\n", "inactive_file 0\nactive_file 0\n", []),
+        ("1000\n", "300\n", None, [700]),
+        (None, None, None, []),
+    ],
+)
+def test_a_control_group_leaves_its_limit_less_what_is_used(
+    tmp_path: Path, limit: str | None, used: str | None, stat: str | None, left: list[int]
+) -> None:
+    for name, content in (("memory.max", limit), ("memory.current", used), ("memory.stat", stat)):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+    assert _left(tmp_path, "memory.max", "memory.current") == left
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="the system doesn't list its mounts")
+def test_a_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
+    assert file_system(Path("/proc/self/status")) == "proc"
+    assert file_system(Path("/proc")) == "proc"
+    assert file_system(Path("/processes")) == file_system(Path("/"))
+    assert file_system(tmp_path / "not" / "there") == file_system(tmp_path)
+    (tmp_path / "link").symlink_to("/proc/self")
+    assert file_system(tmp_path / "link" / "status") == "proc"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="the system doesn't list its mounts")
+def test_only_known_file_systems_are_mapped(tmp_path: Path) -> None:
+    assert not is_local(Path("/proc/self"))
+    if file_system(tmp_path) in ("ext4", "xfs", "btrfs", "tmpfs", "overlay"):
+        assert is_local(tmp_path)

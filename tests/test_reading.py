@@ -1,0 +1,390 @@
+"""Ways of reading: whichever is chosen gives the same rows, within its memory, from files that move or are damaged."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from test_features import SPEC, digests_of
+from tiny import arrays
+from torch.utils.data import DataLoader
+
+from featstore import DamagedFileError, Features, MissingFeaturesError
+from featstore import features as features_module
+from featstore.features import ACCESSES, Access
+from featstore.index import RowIndex
+from featstore.part import Part, write_part
+from featstore.reading import Blocks, Places, ahead
+
+SHAPE = (64, 64, 4)
+NUM_ROWS = 100
+BLOCK_ROWS = 16
+WAYS = ["memory", "map", "stream", "memory, read plainly", "stream, read plainly"]
+
+
+def rows_of(names: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    values = torch.arange(64 * 64 * 4).reshape(SHAPE) % 251
+    return (torch.tensor(names).reshape(-1, 1, 1, 1) + values).to(dtype)
+
+
+def write(folder: Path, names: list[int], place: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    path = folder / f"part-{place}.h5"
+    decoders = np.zeros(len(names), np.uint8)
+    write_part(path, features=rows_of(names, dtype), digests=digests_of(*names), decoders=decoders, facts={})
+    return path
+
+
+def index_of(folder: Path) -> RowIndex:
+    return RowIndex([Part.open(path) for path in sorted(folder.glob("part-*.h5"))])
+
+
+def joined(folder: Path, access: Any = "auto", count: int = NUM_ROWS, **options: Any) -> Features:
+    """Of the images called 0 to `count` - 1."""
+    index = index_of(folder)
+    return Features(arrays(count), SPEC, index, *index.find(digests_of(*range(count))), access=access, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of three parts, whose rows are in another order than the images."""
+    folder = tmp_path_factory.mktemp("parts")
+    names = np.random.default_rng(0).permutation(NUM_ROWS).tolist()
+    for place, (start, end) in enumerate([(0, 50), (50, 53), (53, NUM_ROWS)]):
+        write(folder, names[start:end], place)
+    return folder
+
+
+@pytest.fixture
+def stored(folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Features:
+    way, _, plainly = request.param.partition(", ")
+    if plainly:
+        monkeypatch.setattr(features_module, "is_local", lambda path: False)
+    return joined(folder, way, memory_bytes=12 << 20)
+
+
+ways = pytest.mark.parametrize("stored", WAYS, indirect=True)
+
+
+def names_in(values: torch.Tensor) -> list[int]:
+    names: list[int] = values[:, 0, 0, 0].int().tolist()
+    assert torch.equal(values, rows_of(names, values.dtype))
+    return names
+
+
+# ---- the same rows
+
+
+def test_ways_are_those_that_are_documented() -> None:
+    assert ("auto", *get_args(Access)) == ACCESSES
+
+
+@ways
+@pytest.mark.parametrize("rows", [[5, 99, 5, 0], list(range(NUM_ROWS)), [7], []])
+def test_each_way_gives_rows_in_any_order_with_repeats(stored: Features, rows: list[int]) -> None:
+    assert names_in(stored[rows]) == rows
+
+
+@ways
+@pytest.mark.parametrize("batch_size", [1, 7, 33, 100, 300])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_each_way_gives_each_row_once(stored: Features, batch_size: int, shuffle: bool) -> None:
+    seen: list[int] = []
+    sizes = []
+    for values, rows in stored.batches(batch_size, shuffle=shuffle, seed=3):
+        assert names_in(values) == rows.tolist()
+        sizes.append(len(rows))
+        seen += rows.tolist()
+    assert sorted(seen) == list(range(NUM_ROWS))
+    assert (seen == sorted(seen)) == (not shuffle)
+    assert set(sizes[:-1]) <= {batch_size}
+    whole = [len(rows) for _, rows in stored.batches(batch_size, shuffle=shuffle, drop_last=True)]
+    assert whole == [batch_size] * (NUM_ROWS // batch_size)
+
+
+@ways
+def test_each_way_repeats_an_order_for_a_seed(stored: Features) -> None:
+    def order(seed: int) -> list[int]:
+        return [row for _, rows in stored.batches(9, shuffle=True, seed=seed) for row in rows.tolist()]
+
+    assert order(4) == order(4) != order(5)
+
+
+@ways
+def test_each_way_gives_everything_at_once(stored: Features) -> None:
+    for _ in range(2):  # the second time perhaps from memory
+        assert names_in(stored.tensor()) == list(range(NUM_ROWS))
+        assert np.array_equal(stored.numpy(), rows_of(list(range(NUM_ROWS))).numpy())
+        assert len(list(stored.batches(50))) == 2
+
+
+@ways
+def test_rows_and_batches_are_the_callers_own(stored: Features) -> None:
+    list(stored.batches(50))
+    stored[:][...] = -1
+    stored.tensor()[...] = -1
+    for values, _ in stored.batches(50, shuffle=True):
+        values[...] = -1
+    assert names_in(stored[[3, 4]]) == [3, 4]
+    assert names_in(stored.tensor()) == list(range(NUM_ROWS))
+
+
+@ways
+def test_each_way_pickles(stored: Features) -> None:
+    list(stored.batches(50))
+    pickled = pickle.dumps(stored)
+    assert len(pickled) < 1_000_000  # the rows are 6.5 MB
+    assert names_in(pickle.loads(pickled)[[8, 1]]) == [8, 1]
+
+
+@ways
+def test_an_epoch_may_be_left_in_the_middle(stored: Features) -> None:
+    batches = stored.batches(5, shuffle=True)
+    assert len(next(batches)[1]) == 5
+    batches.close()  # type: ignore[attr-defined]
+    assert names_in(stored[[1]]) == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", get_args(Access))
+def test_narrow_types_stay_as_they_are(tmp_path: Path, dtype: torch.dtype, way: Access) -> None:
+    write(tmp_path, list(range(40)), dtype=dtype)
+    stored = joined(tmp_path, way, 40)
+    expected = rows_of(list(range(40)), dtype)
+    batches = list(stored.batches(16))
+    assert {values.dtype for values, _ in batches} == {dtype}
+    assert torch.equal(torch.cat([values for values, _ in batches]), expected)
+    assert torch.equal(stored.tensor(dtype=torch.float32), expected.float())
+
+
+# ---- which way
+
+
+def test_the_way_is_chosen_by_size_and_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = NUM_ROWS * 65536
+    for free, way in [(2 * size, "memory"), (2 * size - 2, "map"), (size, "map"), (size - 1, "stream")]:
+        monkeypatch.setattr(features_module, "available_bytes", lambda free=free: free)
+        assert joined(folder).access.startswith(f"{way}: 0.00655 GB")
+    monkeypatch.setattr(features_module, "is_local", lambda path: False)
+    assert joined(folder).access.startswith("stream: 0.00655 GB, read plainly from ")
+
+
+@pytest.mark.parametrize(
+    ("limit", "way"), [(NUM_ROWS * 65536, "memory"), (NUM_ROWS * 65536 - 1, "stream"), (1, "stream")]
+)
+def test_a_limit_of_memory_decides_alone(folder: Path, limit: int, way: str) -> None:
+    stored = joined(folder, memory_bytes=limit)
+    assert stored.access.partition(":")[0] == way
+    assert sum(len(rows) for _, rows in stored.batches(9, shuffle=True)) == NUM_ROWS
+
+
+def test_single_rows_load_nothing_and_a_tenth_of_all_loads_everything(folder: Path) -> None:
+    stored = joined(folder, "memory")
+    for row in range(NUM_ROWS // 10 - 1):
+        assert names_in(stored[[row]]) == [row]
+        assert stored._memory is None
+    assert names_in(stored[[50]]) == [50]
+    assert stored._memory is not None
+
+
+# ---- shuffling by blocks
+
+
+def test_a_stream_says_how_well_it_is_shuffled_and_is(folder: Path) -> None:
+    stored = joined(folder, "stream", memory_bytes=8 << 20)  # windows of two blocks
+    assert stored.shuffling == (
+        "by blocks: stretches of 16 rows in random order, and rows mix uniformly within windows of 2 stretches, about "
+        "32 of 100 rows"
+    )
+    windows = list(stored._windows(np.random.default_rng(5)))
+    order = np.concatenate([rows for _, rows in stored.batches(10, shuffle=True, seed=5)])
+    assert order.tolist() == np.concatenate(windows).tolist()
+    places = stored._places
+    for window in windows:
+        blocks = set(zip(places.part_of[window].tolist(), (places.row_in[window] // BLOCK_ROWS).tolist(), strict=True))
+        assert len(blocks) <= 4  # two, or more where parts end
+        whole = [(places.part_of == part) & (places.row_in // BLOCK_ROWS == block) for part, block in blocks]
+        assert sorted(window) == np.flatnonzero(np.logical_or.reduce(whole)).tolist()  # no block in two windows
+
+
+def test_windows_and_rows_in_them_are_shuffled(folder: Path) -> None:
+    places = joined(folder)._places
+    firsts, orders = set(), set()
+    for seed in range(30):
+        window = next(Blocks(places).windows(np.random.default_rng(seed), num_rows=2 * BLOCK_ROWS))
+        firsts.add(frozenset(zip(places.part_of[window], places.row_in[window] // BLOCK_ROWS, strict=True)))
+        orders.add(tuple(places.row_in[window]))
+    assert len(firsts) > 10
+    assert all(list(order) != sorted(order) for order in orders)
+
+
+def test_other_ways_shuffle_uniformly(folder: Path) -> None:
+    stored = joined(folder, "memory")
+    assert stored.shuffling.startswith("uniform")
+    order = np.concatenate([rows for _, rows in stored.batches(10, shuffle=True, seed=5)])
+    assert order.tolist() == np.random.default_rng(5).permutation(NUM_ROWS).tolist()
+
+
+def test_memory_stays_bounded_while_a_set_larger_than_its_limit_is_read(tmp_path: Path) -> None:
+    """In a process whose memory is looked at after each batch: its own and its share of mapped files."""
+    for place in range(3):
+        write(tmp_path, list(range(place * 1000, place * 1000 + 1000)), place)
+    program = f"""
+        import resource, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from test_reading import joined
+        from featstore import features
+
+        def resident():
+            return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+        for is_local in (True, False):
+            features.is_local = lambda path, is_local=is_local: is_local
+            stored = joined(Path({str(tmp_path)!r}), count=3000, memory_bytes=16 << 20)
+            assert stored.access.startswith("stream"), stored.access
+            next(iter(stored.batches(8, shuffle=True)))
+            before = resident()
+            for shuffle in (True, False):
+                most = max(resident() for _ in stored.batches(8, shuffle=shuffle))
+                print(int(most - before))
+    """
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("the system doesn't tell how much memory a process has")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, env=os.environ
+    )
+    grown = [int(line) for line in done.stdout.split()]
+    assert len(grown) == 4
+    assert max(grown) < 80 << 20, grown  # of 197 MB
+
+
+# ---- damage, and files that go
+
+
+def flip(path: Path, row: int) -> None:
+    part = Part.open(path)
+    with path.open("r+b") as file:
+        file.seek(part.features_offset + row * 65536 + 17)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+
+
+READS: dict[str, Callable[[Features], Any]] = {
+    "an epoch from memory": lambda stored: list(stored.batches(10)),
+    "everything as a tensor": lambda stored: stored.tensor(),
+    "everything as an array": lambda stored: stored.numpy(),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+def test_what_is_read_whole_is_checked(tmp_path: Path, read: Callable[[Features], Any]) -> None:
+    path = write(tmp_path, list(range(NUM_ROWS)))
+    flip(path, 40)
+    with pytest.raises(DamagedFileError, match=r"part-0\.h5 is damaged: its rows 32 to 47 "):
+        read(joined(tmp_path, "memory"))
+
+
+def test_a_plain_stream_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "is_local", lambda path: False)
+    flip(write(tmp_path, list(range(NUM_ROWS))), 40)
+    with pytest.raises(DamagedFileError, match="rows 32 to 47"):
+        list(joined(tmp_path, "stream").batches(10, shuffle=True))
+
+
+def test_only_blocks_with_wanted_rows_are_read(tmp_path: Path) -> None:
+    flip(write(tmp_path, list(range(NUM_ROWS))), 99)
+    assert names_in(joined(tmp_path, "memory", count=96).tensor()) == list(range(96))
+
+
+@ways
+def test_files_that_were_merged_meanwhile_are_looked_up_again(
+    stored: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in range(3):
+        write(tmp_path, list(range(place, NUM_ROWS, 3)), place)
+    moving = joined(tmp_path, stored._access, memory_bytes=12 << 20, lookup=partial(index_of, tmp_path))
+    batches = moving.batches(10, shuffle=True)
+    next(batches)
+    fresh = pickle.loads(pickle.dumps(moving))
+    merged = np.random.default_rng(1).permutation(NUM_ROWS).tolist()
+    write(tmp_path, merged, 7)
+    for place in range(3):
+        (tmp_path / f"part-{place}.h5").unlink()
+    assert sum(len(rows) for values, rows in batches if names_in(values) == rows.tolist()) == NUM_ROWS - 10
+    assert names_in(fresh[[70, 3]]) == [70, 3]
+    assert names_in(pickle.loads(pickle.dumps(moving)).tensor()) == list(range(NUM_ROWS))
+
+
+def test_rows_that_were_removed_are_missing_and_the_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path, list(range(60)), 0)
+    write(tmp_path, list(range(60, NUM_ROWS)), 1)
+    stored = joined(tmp_path, lookup=partial(index_of, tmp_path))
+    (tmp_path / "part-1.h5").unlink()
+    with pytest.raises(MissingFeaturesError, match=r"part-1\.h5 is gone, and with it the rows of 40 of the 100 images"):
+        stored.tensor()
+    with pytest.raises(FileNotFoundError):  # whoever gave no way to look it up gets the system's error
+        joined(tmp_path, count=60)._retried(lambda: Part.open(tmp_path / "part-1.h5"))
+
+
+# ---- for torch's loaders
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_of_torch_gives_rows_with_their_targets(folder: Path, workers: int) -> None:
+    stored = joined(folder)
+    loader = DataLoader(stored.dataset(), batch_size=30, num_workers=workers)
+    batches = list(loader)
+    assert names_in(torch.cat([values for values, _ in batches])) == list(range(NUM_ROWS))
+    assert torch.cat([targets for _, targets in batches]).tolist() == [row % 2 for row in range(NUM_ROWS)]
+
+
+def test_images_without_labels_have_rows_alone(tmp_path: Path) -> None:
+    write(tmp_path, [0, 1, 2])
+    index = index_of(tmp_path)
+    unlabelled = arrays(3).select([0, 1, 2])
+    object.__setattr__(unlabelled, "targets", None)
+    stored = Features(unlabelled, SPEC, index, *index.find(digests_of(0, 1, 2)))
+    assert names_in(torch.stack(list(stored.dataset()))) == [0, 1, 2]  # type: ignore[call-overload]
+
+
+# ---- threads
+
+
+def test_results_come_in_the_order_of_their_tasks_and_a_failure_in_its_place() -> None:
+    assert list(ahead((partial(pow, number, 2) for number in range(50)), depth=3)) == [n * n for n in range(50)]
+    tasks = (partial(divmod, 1, number) for number in (1, 1, 0, 1))
+    results = ahead(tasks, depth=2)
+    assert [next(results), next(results)] == [(1, 0), (1, 0)]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_no_more_tasks_are_begun_than_are_wanted() -> None:
+    begun: list[int] = []
+
+    def tasks() -> Any:
+        for number in range(1000):
+            begun.append(number)
+            yield partial(int, number)
+
+    results = ahead(tasks(), depth=4)
+    assert next(results) == 0
+    assert len(begun) <= 4
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_an_order_of_no_rows_is_no_order() -> None:
+    none: NDArray[np.int64] = np.zeros(0, np.int64)
+    assert list(Places(parts=(), part_of=none, row_in=none).by_part()) == []
