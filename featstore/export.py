@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featstore.digest import Json, canonical_json
-from featstore.errors import DamagedFileError, FeatureStoreError
+from featstore.errors import AmbiguousRequestError, DamagedFileError, FeatureStoreError
 from featstore.features import Features
 from featstore.images import AbsentSource, ImageSet, KnownDigest
 from featstore.part import write_part
@@ -385,7 +385,10 @@ def _decoders(rows: _Rows) -> NDArray[np.uint8]:
 
 def _default_images(store: FeatureStore, chosen: FeatureSet) -> ImageSet:
     if ImageTables(store.root).paths():
-        return store.images()
+        try:
+            return store.images()
+        except AmbiguousRequestError as error:
+            raise AmbiguousRequestError(f"{error} On the command line: --images-name NAME.") from error
     digests = np.unique(np.concatenate([part.digests for part in chosen.parts]), axis=0)
     ids = tuple(row.tobytes().hex() for row in digests)
     return ImageSet(
