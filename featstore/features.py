@@ -30,6 +30,7 @@ from featstore.reading import (
     Source,
     ahead,
     as_bytes,
+    keep_freed_memory,
     load,
 )
 from featstore.spec import FeatureSpec
@@ -171,7 +172,7 @@ class Features:
         else:
             pieces = range(0, len(wanted), several)
             tasks = (partial(self._fill, wanted[at : at + several], out[at : at + several]) for at in pieces)
-            for _ in ahead(tasks, depth=NUM_THREADS):
+            for _ in ahead(tasks, depth=NUM_THREADS + 2):
                 pass
         return out if chosen.ndim else out[0]
 
@@ -367,16 +368,30 @@ class Features:
     def _gathered(self, pieces: Iterator[tuple[Rows, NDArray[np.int64]]], batch_size: int) -> Iterator[_Batch]:
         """Batches of rows and their numbers that come in pieces; each piece but the last holds whole batches."""
         self._retried(lambda: self._source(len(self)))  # loads once, before threads want rows
-
-        def taken(rows: Rows, numbers: NDArray[np.int64], values: Tensor) -> _Batch:
-            self._fill(rows, values)
-            return values, numbers
-
-        # Made here and not in the threads, whose memory goes back to the system and comes zeroed each time.
-        tasks = (partial(taken, rows, numbers, self._empty(len(numbers))) for rows, numbers in pieces)
-        for values, numbers in ahead(tasks, depth=NUM_THREADS):
+        for batches in ahead(self._tasks(pieces), depth=NUM_THREADS + 2):
+            if batches is None:
+                continue
+            values, numbers = batches
             for first in range(0, len(numbers), batch_size):
                 yield values[first : first + batch_size], numbers[first : first + batch_size]
+
+    def _tasks(self, pieces: Iterator[tuple[Rows, NDArray[np.int64]]]) -> Iterator[Callable[[], _Batch | None]]:
+        """What threads do: fill the memory of a piece, a few megabytes each; the last of them gives the piece."""
+        step = max(1, self._task_bytes // self._places.row_bytes)
+
+        def fill(rows: Rows, values: Tensor, piece: _Batch | None) -> _Batch | None:
+            self._fill(rows, values)
+            return piece
+
+        keep_freed_memory()
+        for rows, numbers in pieces:
+            # Made here and not in the threads, whose memory goes back to the system and comes zeroed each time.
+            values = self._empty(len(numbers))
+            for start in range(0, len(numbers), step):
+                end = min(start + step, len(numbers))
+                is_last = end == len(numbers)
+                some = slice(rows.start + start, rows.start + end) if isinstance(rows, slice) else rows[start:end]
+                yield partial(fill, some, values[start:end], (values, numbers) if is_last else None)
 
     def _read(self, windows: Iterator[NDArray[np.int64]], batch_size: int) -> Iterator[_Batch]:
         """Batches out of windows that are read plainly, each block checked against its checksum."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import socket
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 
 from featstore.digest import Json
@@ -16,11 +17,16 @@ def signature() -> dict[str, Json]:
         user = getpass.getuser()
     except (OSError, KeyError):  # a container without a user database
         user = "unknown"
-    try:
-        version = metadata.version("featstore")
-    except metadata.PackageNotFoundError:  # run from its source, not installed
-        version = "of unknown version"
     return {
-        "who": f"featstore {version}, {user}@{socket.gethostname()}",
+        "who": f"featstore {_version()}, {user}@{socket.gethostname()}",
         "when": datetime.now(UTC).isoformat(timespec="microseconds"),
     }
+
+
+@cache
+def _version() -> str:
+    """Looked up once: where featstore isn't installed, all of the environment's packages are searched for it."""
+    try:
+        return metadata.version("featstore")
+    except metadata.PackageNotFoundError:  # run from its source, not installed
+        return "of unknown version"
