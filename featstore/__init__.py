@@ -1,5 +1,6 @@
 """featstore: run a frozen backbone once, file its activations under everything that decides their values."""
 
+from featstore.adopt import AdoptReport, adopt
 from featstore.backbones import backbone, backbone_names
 from featstore.errors import (
     AmbiguousRequestError,
@@ -11,8 +12,10 @@ from featstore.errors import (
     ModelError,
     WeightsError,
 )
+from featstore.export import ExportReport, export
 from featstore.extract import ExtractReport, Plan, extract, plan
 from featstore.features import Features
+from featstore.foreign import ImportReport, import_features, import_file
 from featstore.images import ImageSet
 from featstore.pool import Pool
 from featstore.sets import FeatureRequest, FeatureSet
@@ -25,9 +28,11 @@ from featstore.views import Augment, View
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdoptReport",
     "AmbiguousRequestError",
     "Augment",
     "DamagedFileError",
+    "ExportReport",
     "ExtractReport",
     "FactsDifferError",
     "FeatureRequest",
@@ -38,6 +43,7 @@ __all__ = [
     "Features",
     "ImageError",
     "ImageSet",
+    "ImportReport",
     "MissingFeaturesError",
     "ModelError",
     "Output",
@@ -47,8 +53,12 @@ __all__ = [
     "Trunk",
     "View",
     "WeightsError",
+    "adopt",
     "backbone",
     "backbone_names",
+    "export",
     "extract",
+    "import_features",
+    "import_file",
     "plan",
 ]

@@ -63,7 +63,8 @@ def ls(store: StoreOption, output: OutputFlags) -> None:
 @spread
 def show_set(key: KeyArgument, store: StoreOption, output: OutputFlags) -> None:
     """Show every fact about one feature set."""
-    facts = _set_facts(FeatureStore(store).set(key))
+    filed = FeatureStore(store)
+    facts = _set_facts(filed, filed.set(key))
     if output.json:
         show_json(facts)
         return
@@ -451,10 +452,11 @@ def _ls_row(facts: dict[str, Json]) -> dict[str, Json]:
     }
 
 
-def _set_facts(found: FeatureSet) -> dict[str, Json]:
+def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
     facts = found.facts
     return {
         **found.describe(),
+        "superseded_rows": store.num_superseded(found),
         "who": facts["who"],
         "class_tokens": facts["class_tokens"],
         "spec": found.spec.facts(),

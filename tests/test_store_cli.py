@@ -93,6 +93,15 @@ def featstore(run: Run, *arguments: str) -> Ran:
     return run("featstore", *arguments, "--store", "feats")
 
 
+def test_show_counts_rows_of_images_that_were_replaced_or_deleted(run: Run, here: Path) -> None:
+    assert featstore(run, "show", key_of(), "--json").json["superseded_rows"] == 0
+    first, second, *_ = sorted(here.glob("photos/*/*"))
+    shutil.copy(second, first)
+    flags = ["--backbone", "one.py:make_model", "--size", "32", "--cut", "body:avg"]
+    assert run("featstore", "extract", *images_and_store(), *flags).code == 0
+    assert featstore(run, "show", key_of(), "--json").json["superseded_rows"] == 1
+
+
 def damage(dtype: str = "float16") -> Path:
     """Flips a bit in the features of a set's only part."""
     part = store().set(key_of(dtype)).parts[0]
