@@ -8,7 +8,9 @@ import multiprocessing
 import random
 import re
 import shutil
+import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -949,3 +951,52 @@ def test_two_jobs_at_once_leave_each_row_once_for_every_reader(store: FeatureSto
     assert len(list((store.root / "images").iterdir())) == 1
     assert store.damaged() == []
     assert all(Part.open(path).verify() == [] for path in store.root.rglob("part-*.h5"))
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    """A process whose rows are 164 MB in all, and parts of 8 MB, which it merges at its end."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("the system doesn't tell how much memory a process has")
+    (tmp_path / "photos" / "one").mkdir(parents=True)
+    for number in range(2500):  # a decoder doesn't look behind the end of a JPEG
+        (tmp_path / "photos" / "one" / f"{number:04d}.jpg").write_bytes(jpeg(0) + str(number).encode())
+    program = f"""
+        import resource, sys, threading, time
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch
+        from tiny import VIEW
+        from featstore import FeatureStore, ImageSet, StagedModel, extract
+
+        module = sys.modules["featstore.extract"]
+        module.COMMIT_BYTES = 8 << 20
+        model = StagedModel.from_module(torch.nn.Sequential(torch.nn.Conv2d(3, 256, 2, 2), torch.nn.ReLU()), view=VIEW)
+
+        def resident():
+            return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+        def run(images):
+            return extract(model, images, FeatureStore({str(tmp_path)!r} + "/features"), dtype="float32", device="cpu",
+                           cuts=["0:none"], batch_size=32)
+
+        images = ImageSet.from_folder({str(tmp_path / "photos")!r})
+        assert run(images.select(range(200))).computed == 200
+        before, most, is_done = resident(), [0], threading.Event()
+
+        def watch():
+            while not is_done.is_set():
+                most[0] = max(most[0], resident())
+                time.sleep(0.002)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        assert run(images).computed == 2300
+        is_done.set()
+        watcher.join()
+        (found,) = FeatureStore({str(tmp_path)!r} + "/features").sets()
+        assert sorted(part.num_rows for part in found.parts) == [200, 2300]
+        print(most[0] - before)
+    """
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) < 60 << 20, ran.stdout
