@@ -153,8 +153,10 @@ class Catalogue:
                 except FileNotFoundError:  # superseded, and unlinked since it was listed
                     is_complete = path.is_symlink()
                     damage[path] = DamagedFileError(dangling(path))
-            again = _all_part_paths(folders)
+            again, opened_paths = _all_part_paths(folders), set(paths)
             if is_complete and again == paths:
+                for path in [path for path in self._parts if path.parent in folders and path not in opened_paths]:
+                    self.forget(path)  # a deleted file takes up the disk for as long as somebody has it mapped
                 return sorted(opened, key=lambda each: each.name), damage
             paths = again
 

@@ -294,11 +294,12 @@ def verifying(filed: Filed, rounds: int) -> float:
 
 def memory_of_stream(store: Path, key: str) -> int:
     """Bytes that this process takes more while it streams through a set, pages of mapped files included."""
-    opened = FeatureStore(store, memory_bytes=STREAM_BYTES)
-    features = opened.features(images_of(opened.set(key).index.num_images), key)
+    images = images_of(FeatureStore(store).set(key).index.num_images)
+    size = FeatureStore(store).features(images, key).num_bytes
+    features = FeatureStore(store, memory_bytes=min(STREAM_BYTES, size // 8)).features(images, key)
     assert features.access.startswith("stream")
     before = resident()
-    return max(resident() for _ in features.batches(BATCH, shuffle=True)) - before
+    return max(1, max(resident() for _ in features.batches(BATCH, shuffle=True)) - before)
 
 
 def resident() -> int:
