@@ -27,7 +27,9 @@ from tqdm import tqdm
 from featstore.digest import Json, canonical_json
 from featstore.errors import AmbiguousRequestError, DamagedFileError, FeatureStoreError
 from featstore.features import Features
-from featstore.images import AbsentSource, ImageSet, KnownDigest
+from featstore.image_digests import DigestTable, KnownDigests
+from featstore.image_sources import AbsentSource
+from featstore.images import ImageSet
 from featstore.part import write_part
 from featstore.sets import FeatureSet
 from featstore.store import FeatureStore
@@ -399,10 +401,7 @@ def _default_images(store: FeatureStore, chosen: FeatureSet) -> ImageSet:
         splits=np.full(len(ids), ""),
         groups=None,
         task="single",
-        source=AbsentSource(
-            where=str(store.root),
-            known={name: KnownDigest(row.tobytes(), None) for name, row in zip(ids, digests, strict=True)},
-        ),
+        source=AbsentSource(where=str(store.root), known=KnownDigests([DigestTable.without_files(ids, digests)])),
     )
 
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ImageError
-from featstore.images import Digests, ImageSet, overlap_note
+from featstore.image_digests import Digests
+from featstore.images import ImageSet, overlap_note
 from featstore.index import first_places, is_among
 from featstore.pool import REDUCTIONS
 from featstore.probe import Probe, check_probe, take_probes

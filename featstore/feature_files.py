@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import DamagedFileError
-from featstore.images import AbsentSource, ImageSet, KnownDigest, Task
+from featstore.image_digests import DigestTable, KnownDigests
+from featstore.image_sources import AbsentSource
+from featstore.images import ImageSet, Task
 from featstore.part import Part, is_part, opened_hdf5
 
 SUFFIXES = (".npy", ".h5", ".hdf5", ".safetensors")
@@ -161,7 +163,10 @@ def without_files(images: ImageSet, *, where: str, digests: Sequence[bytes] | No
         where: the table, for messages.
         digests: SHA-256 (32 bytes) of each image's content.
     """
-    known = {} if digests is None else dict(zip(images.ids, (KnownDigest(each, None) for each in digests), strict=True))
+    known = KnownDigests()
+    if digests is not None:
+        values = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+        known = KnownDigests([DigestTable.without_files(images.ids, values)])
     return replace(images, source=AbsentSource(where=where, known=known), origin={})
 
 
@@ -360,10 +365,7 @@ def _described(
         splits=np.array(splits),
         groups=None if groups is None else tuple(groups),
         task=task,
-        source=AbsentSource(
-            where=where,
-            known={name: KnownDigest(row.tobytes(), None) for name, row in zip(ids, digests, strict=True)},
-        ),
+        source=AbsentSource(where=where, known=KnownDigests([DigestTable.without_files(ids, digests)])),
     )
 
 

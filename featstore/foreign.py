@@ -22,7 +22,9 @@ from torch import Tensor
 from featstore.digest import Json, canonical_json, digest_bytes
 from featstore.errors import FeatureStoreError
 from featstore.feature_files import ForeignRows, images_by_id, opened_features, rows_of
-from featstore.images import AbsentSource, Digests, ImageSet
+from featstore.image_digests import Digests
+from featstore.image_sources import AbsentSource
+from featstore.images import ImageSet
 from featstore.index import first_places
 from featstore.sets import DTYPES, FeatureRequest, FeatureSet
 from featstore.spec import FeatureSpec

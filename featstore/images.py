@@ -8,11 +8,8 @@ import math
 import operator
 import os
 import re
-import stat
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from heapq import heapify, heapreplace
@@ -22,8 +19,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from featstore.digest import Json, canonical_json
-from featstore.errors import FeatureStoreError, ImageError
+from featstore.digest import Json
+from featstore.errors import FeatureStoreError
+from featstore.image_digests import Digests, KnownDigest, KnownDigests, Memo
+from featstore.image_sources import AbsentSource, ArraySource, FolderSource
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What a file's name must end with, in any case, to count as an image of a folder. A table names its files itself."""
@@ -32,56 +31,6 @@ Task = Literal["single", "multi"]
 StrPath = str | os.PathLike[str]
 
 _SPLITS = ("train", "valid", "test")
-
-
-class StatFacts(NamedTuple):
-    """What the file system said about a file when its bytes were hashed; times in nanoseconds since 1970."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-    hashed_at_ns: int
-
-
-class KnownDigest(NamedTuple):
-    """The SHA-256 (32 bytes) of an image's content, and the file's facts at that time; None where there was no file."""
-
-    digest: bytes
-    stat: StatFacts | None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Digests:
-    """The content digests of one image set, row i for its image i.
-
-    Attributes:
-        values: `(N, 32)` uint8, read-only; zeros where the image could not be read.
-        failed: why, for each such index.
-        stats: the facts of each file, which let a later run trust the digest; None for arrays and failed images.
-    """
-
-    values: NDArray[np.uint8]
-    failed: dict[int, str]
-    stats: tuple[StatFacts | None, ...]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    @property
-    def is_failed(self) -> NDArray[np.bool_]:
-        """`(N,)` True where there is no digest."""
-        mask = np.zeros(len(self), dtype=bool)
-        mask[list(self.failed)] = True
-        return mask
-
-    def duplicates(self) -> list[tuple[int, ...]]:
-        """Indices of images with equal content, two or more at a time, each in rising order; failed images excluded."""
-        places: dict[bytes, list[int]] = {}
-        for index, value in enumerate(self.values):
-            if index not in self.failed:
-                places.setdefault(value.tobytes(), []).append(index)
-        return [tuple(group) for group in places.values() if len(group) > 1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -123,8 +72,7 @@ class ImageSet:
     source: FolderSource | ArraySource | AbsentSource
     skipped: tuple[tuple[str, str], ...] = ()
     origin: Mapping[str, Json] = field(default_factory=dict)
-    # Shared by all sets derived from one another, so that no image is hashed twice in a process; never pickled.
-    _memo: dict[str, KnownDigest] = field(default_factory=dict)
+    _memo: Memo = field(default_factory=Memo)  # shared by all sets derived from one another; never pickled
 
     def __post_init__(self) -> None:
         if self.task not in ("single", "multi"):
@@ -335,7 +283,7 @@ class ImageSet:
             )
         origin = {**self.origin, "root": os.fspath(root)} if self.origin else {}
         # The files are others, so what was hashed tells nothing; a store's digests come with facts to compare.
-        memo = dict(self.source.known) if isinstance(self.source, AbsentSource) else {}
+        memo = Memo(KnownDigests.of(self.source.known)) if isinstance(self.source, AbsentSource) else Memo()
         return replace(self, source=FolderSource(root=_existing_folder(root)), origin=origin, _memo=memo)
 
     def with_splits(self, splits: Sequence[str] | NDArray[np.str_]) -> ImageSet:
@@ -426,27 +374,7 @@ class ImageSet:
             known: digests from an image table, by id. A file whose size, times and inode are those of `known`, and
                 whose times lie safely before the hash was taken, is not read again.
         """
-        table = {} if known is None else known
-
-        def digest(index: int) -> KnownDigest | str:
-            image = self.ids[index]
-            try:
-                return self.source.digest(image, self._memo.get(image), table.get(image))
-            except ImageError as error:
-                return error.reason
-
-        values: list[bytes] = []
-        stats: list[StatFacts | None] = []
-        failed: dict[int, str] = {}
-        for index, result in enumerate(_map_in_threads(digest, len(self))):
-            if isinstance(result, str):
-                failed[index] = result
-            else:
-                self._memo[self.ids[index]] = result
-            values.append(bytes(32) if isinstance(result, str) else result.digest)
-            stats.append(None if isinstance(result, str) else result.stat)
-        array = np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, 32)
-        return Digests(values=array, failed=failed, stats=tuple(stats))
+        return self.source.digests(self.ids, self._memo, KnownDigests.of({} if known is None else known))
 
     def absent(self, limit: int | None = None) -> list[int]:
         """Indices of the images whose files are not there, at most `limit`; nothing is read."""
@@ -473,7 +401,7 @@ class ImageSet:
         return {key: value for key, value in self.__dict__.items() if key != "_memo"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _memo={})
+        self.__dict__.update(state, _memo=Memo())
         for array in (self.targets, self.splits):
             if array is not None:
                 array.flags.writeable = False  # pickle forgets it
@@ -509,10 +437,10 @@ class ImageSet:
         return replace(
             self,
             name=f"{self.name}-{suffix}",
-            ids=tuple(self.ids[index] for index in indices),
+            ids=_picked(self.ids, indices),
             targets=None if self.targets is None else self.targets[indices],
             splits=self.splits[indices],
-            groups=None if self.groups is None else tuple(self.groups[index] for index in indices),
+            groups=None if self.groups is None else _picked(self.groups, indices),
             skipped=(),
         )
 
@@ -578,159 +506,6 @@ def overlap_note(images: ImageSet, digests: Digests) -> str | None:
         f"{len(pairs):,} held-out images are byte for byte the same as images in another split ({named}); "
         "scores on them say nothing about new images"
     )
-
-
-def content_digest(data: bytes | NDArray[np.uint8]) -> bytes:
-    """SHA-256 (32 bytes) of an image as `ImageSet.read` gives it; of an array with its shape, unlike any file's."""
-    if isinstance(data, bytes):
-        return hashlib.sha256(data).digest()
-    digest = hashlib.sha256(canonical_json(["array", str(data.dtype), list(data.shape)]).encode("ascii"))
-    digest.update(np.ascontiguousarray(data).data)
-    return digest.digest()
-
-
-# ---- Sources: how the bytes of an image are had. `remembered` was hashed in this process, `known` comes from a table.
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderSource:
-    """Image files below an absolute folder; an id is a path below it, or an absolute path of its own."""
-
-    root: str
-
-    def read(self, image: str) -> bytes:
-        """The file's bytes; `ImageError` if there is none, or it can't be read."""
-        try:
-            self._stat(image)
-            with open(self._path(image), "rb") as file:
-                return file.read()
-        except (OSError, ValueError) as error:
-            raise ImageError(image, self._reason(error)) from error
-
-    def digest(self, image: str, remembered: KnownDigest | None, known: KnownDigest | None) -> KnownDigest:
-        """The file's digest, read only if neither digest given is certain still to hold."""
-        try:
-            now = self._stat(image)
-            for candidate in (remembered, known):
-                if candidate is not None and _is_unchanged(candidate.stat, now):
-                    return candidate
-            hashed_at_ns = time.time_ns()
-            with open(self._path(image), "rb") as file:
-                before = os.fstat(file.fileno())
-                value = hashlib.file_digest(file, "sha256").digest()
-                after = os.fstat(file.fileno())
-        except (OSError, ValueError) as error:
-            raise ImageError(image, self._reason(error)) from error
-        facts = _stat_facts(after, hashed_at_ns)
-        if facts != _stat_facts(before, hashed_at_ns):
-            raise ImageError(image, "the file changed while it was read; wait until it is written, then run again")
-        return KnownDigest(value, facts)
-
-    def has(self, image: str) -> bool:
-        """Whether the file is there."""
-        try:
-            self._stat(image)
-        except (OSError, ValueError):
-            return False
-        return True
-
-    def _path(self, image: str) -> str:
-        return os.path.join(self.root, image)
-
-    def _stat(self, image: str) -> os.stat_result:
-        facts = os.stat(self._path(image))
-        if not stat.S_ISREG(facts.st_mode):  # opening a pipe would wait for ever
-            raise ValueError("it is not a file")
-        return facts
-
-    def _reason(self, error: Exception) -> str:
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            return f"there is no such file in {self.root}; give the images' folder with images.with_root(...)"
-        return f"the file can't be read ({getattr(error, 'strerror', None) or error})"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ArraySource:
-    """Images in one read-only array `(N, H, W[, 3])` uint8; an id is an index.
-
-    Attributes:
-        images: the array.
-        is_own: nobody else has it, so it never changes. The file of a mapped one may be written to.
-    """
-
-    images: NDArray[np.uint8]
-    is_own: bool = False
-
-    def read(self, image: str) -> NDArray[np.uint8]:
-        """The `(H, W[, 3])` array, not to be written to."""
-        array = np.asarray(self.images[int(image)])
-        array.flags.writeable = False  # of this view: pickle forgets that the whole is read-only
-        return array
-
-    def digest(self, image: str, remembered: KnownDigest | None, known: KnownDigest | None) -> KnownDigest:
-        """The array's digest. A table's is not trusted: nothing says that its image 7 was this one."""
-        if remembered is not None and self.is_own:
-            return remembered
-        return KnownDigest(content_digest(self.read(image)), None)
-
-    def has(self, image: str) -> bool:
-        """True: arrays are here."""
-        return True
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AbsentSource:
-    """Images of which only the digests are here: a set that came from a store without its images.
-
-    Attributes:
-        where: the image table, for messages.
-        known: what the table says of each id.
-    """
-
-    where: str
-    known: Mapping[str, KnownDigest] = field(default_factory=dict)
-
-    def read(self, image: str) -> bytes:
-        """Nothing: `ImageError`."""
-        raise ImageError(
-            image,
-            f"this image set came from a store ({self.where}), which has no images; "
-            "give their folder with images.with_root(...)",
-        )
-
-    def digest(self, image: str, remembered: KnownDigest | None, known: KnownDigest | None) -> KnownDigest:
-        """The digest that was filed with it. Another table's is not trusted: its image of this id may be another."""
-        found = self.known.get(image)
-        if found is None:
-            raise ImageError(image, f"{self.where} has no digest of it; give its folder with images.with_root(...)")
-        return found
-
-    def has(self, image: str) -> bool:
-        """False: the images are elsewhere."""
-        return False
-
-
-def _stat_facts(facts: os.stat_result, hashed_at_ns: int) -> StatFacts:
-    return StatFacts(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, hashed_at_ns)
-
-
-def _is_unchanged(then: StatFacts | None, now: os.stat_result) -> bool:
-    """Whether the file is certainly the one that was hashed.
-
-    A write within the clock tick of the hash would leave the times as they were; the coarsest tick in use is 2 s (FAT).
-    """
-    if then is None or _stat_facts(now, then.hashed_at_ns) != then:
-        return False
-    return max(then.mtime_ns, then.ctime_ns) + 2_000_000_000 <= then.hashed_at_ns
-
-
-def _map_in_threads(function: Callable[[int], KnownDigest | str], count: int) -> list[KnownDigest | str]:
-    """`function` of 0 to `count - 1`, in that order; in blocks, as a future for each of a million images is slow."""
-    blocks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
-    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading release the GIL
-        return [
-            result for results in pool.map(lambda block: [function(i) for i in block], blocks) for result in results
-        ]
 
 
 # ---- Folders
@@ -1229,11 +1004,16 @@ def _check_test_groups(groups: tuple[str, ...] | None, is_dealt: NDArray[np.bool
 
 def _checked_splits(splits: Sequence[str] | NDArray[np.str_], count: int) -> NDArray[np.str_]:
     _check_length(splits, count, "splits")
-    words = np.asarray(splits, dtype=str).tolist()
-    unknown = sorted({word for word in set(words) if word.lower() not in _SPLIT_WORDS})
-    if unknown:
-        raise ValueError(f"splits holds {_listed(unknown)}. Expected train, valid (or val), test or ''. Correct them.")
-    checked = np.array([_SPLIT_WORDS[word.lower()] for word in words], dtype="<U5")
+    given = np.asarray(splits, dtype=str)
+    checked = given.astype("<U5")
+    if not np.isin(given, ("", *_SPLITS)).all():
+        words = given.tolist()
+        unknown = sorted({word for word in set(words) if word.lower() not in _SPLIT_WORDS})
+        if unknown:
+            raise ValueError(
+                f"splits holds {_listed(unknown)}. Expected train, valid (or val), test or ''. Correct them."
+            )
+        checked = np.array([_SPLIT_WORDS[word.lower()] for word in words], dtype="<U5")
     checked.flags.writeable = False
     return checked
 
@@ -1284,13 +1064,18 @@ def _checked_indices(which: ArrayLike, count: int) -> NDArray[np.int64]:
     return indices
 
 
+def _picked(names: tuple[str, ...], indices: NDArray[np.int64]) -> tuple[str, ...]:
+    return tuple(map(names.__getitem__, indices.tolist()))  # numpy's own integers would be three times as slow
+
+
 def _check_length(values: Sequence[Any] | NDArray[Any] | None, count: int, what: str) -> None:
     if values is not None and len(values) != count:
         raise ValueError(f"{what} has {len(values):,} entries. Expected {count:,}, one for each image. Give them all.")
 
 
 def _check_unique(values: Sequence[object], noun: str, remedy: str) -> None:
-    if len(set(values)) < len(values):
+    hashes = np.sort(np.fromiter(map(hash, values), np.int64, len(values)))  # a set would take ten times the memory
+    if (hashes[1:] == hashes[:-1]).any() and len(set(values)) < len(values):
         value, number = Counter(values).most_common(1)[0]
         raise ValueError(f"{noun} {value!r} appears {number} times. Expected each once. {remedy}")
 

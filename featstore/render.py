@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featstore.decode import DecodeError, decode
 from featstore.errors import ImageError
-from featstore.images import content_digest
+from featstore.image_digests import content_digest
 from featstore.views import RenderError, View
 
 

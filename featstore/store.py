@@ -26,7 +26,8 @@ from featstore.errors import (
 )
 from featstore.features import ACCESSES, Access, Features
 from featstore.garbage import GcReport, gc
-from featstore.images import Digests, ImageSet, KnownDigest
+from featstore.image_digests import Digests, KnownDigests
+from featstore.images import ImageSet
 from featstore.index import RowIndex, is_among
 from featstore.part import make_folder, write_part, write_table
 from featstore.removal import RemoveReport, remove
@@ -176,13 +177,11 @@ class FeatureStore:
             raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
         chosen = self._chosen(which)
         digests = images.digests(self.known_digests(images))
-        missing = self.missing(chosen, digests)
-        if on_error == "skip":
-            missing &= ~self.is_failed(chosen, digests)
-        if missing.any():
-            raise MissingFeaturesError(self._lacks(chosen, images, digests, missing))
         part_of, row_in = chosen.index.find(digests.values)
         has_row = (part_of >= 0) & ~digests.is_failed
+        missing = ~has_row & ~self.is_failed(chosen, digests) if on_error == "skip" else ~has_row
+        if missing.any():
+            raise MissingFeaturesError(self._lacks(chosen, images, digests, missing))
         if not has_row.all():
             images, part_of, row_in = images.select(has_row), part_of[has_row], row_in[has_row]
         return Features(
@@ -310,12 +309,10 @@ class FeatureStore:
             return None
         return path
 
-    def known_digests(self, images: ImageSet) -> dict[str, KnownDigest]:
+    def known_digests(self, images: ImageSet) -> KnownDigests:
         """What the newest tables of this set's name know of its files, so that unchanged ones aren't read again."""
-        known: dict[str, KnownDigest] = {}
-        for table in self._tables.newest(lambda name: images.name == name or images.name.startswith(f"{name}-")):
-            known.update(table.known)
-        return known
+        tables = self._tables.newest(lambda name: images.name == name or images.name.startswith(f"{name}-"))
+        return KnownDigests(table.known for table in tables)
 
     # ------------------------------------------------------------------------------------------------------- upkeep
 

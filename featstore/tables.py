@@ -11,10 +11,11 @@ the columns.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.digest import Json, canonical_json, digest_json
-from featstore.images import AbsentSource, Digests, ImageSet, KnownDigest, StatFacts
+from featstore.image_digests import Digests, DigestTable, KnownDigest, KnownDigests
+from featstore.image_sources import AbsentSource
+from featstore.images import ImageSet
 from featstore.part import Table
 
 IMAGES = "images"
@@ -69,17 +72,14 @@ class ImageTable:
         return digests
 
     @cached_property
-    def known(self) -> dict[str, KnownDigest]:
-        """Id -> digest and the facts of the file when it was hashed."""
+    def known(self) -> DigestTable:
+        """The digests of the images that have one, and the facts of the files when they were hashed."""
         columns = self.table.columns
-        rows = zip(
-            self._ids(), columns["digest"], columns["stat"].tolist(), columns["has_digest"].tolist(), strict=True
-        )
-        return {
-            name: KnownDigest(bytes(digest), _unpacked_stat(stat))
-            for name, digest, stat, has_digest in rows
-            if has_digest
-        }
+        ids, values, stats = self._ids, columns["digest"], columns["stat"]
+        has_digest = columns["has_digest"].astype(bool)
+        if has_digest.all():
+            return DigestTable(ids, values, stats)
+        return DigestTable(tuple(compress(ids, has_digest.tolist())), values[has_digest], stats[has_digest])
 
     def image_set(self, *, where: str) -> ImageSet:
         """The image set; its files may be elsewhere. `where` names the table in messages."""
@@ -87,15 +87,16 @@ class ImageTable:
         groups = facts["groups"]
         return ImageSet(
             name=self.name,
-            ids=self._ids(),
+            ids=self._ids,
             targets=columns.get("target"),
             classes=tuple(facts["classes"]),
             splits=np.array(_SPLIT_NAMES)[columns["split"]],
             groups=None if groups is None else tuple(groups[place] for place in columns["group"]),
             task=facts["task"],
-            source=AbsentSource(where=where, known=self.known),
+            source=AbsentSource(where=where, known=KnownDigests([self.known])),
         )
 
+    @cached_property
     def _ids(self) -> tuple[str, ...]:
         return tuple(_texts(self.table.columns["id_bytes"], self.table.columns["id_ends"]))
 
@@ -142,11 +143,9 @@ class ImageTables:
 
 def is_changed(images: ImageSet, digests: Digests, known: Mapping[str, KnownDigest]) -> NDArray[np.bool_]:
     """``(N,)``: images whose ids are `known` with another content than they have now."""
-    before = [known.get(name) for name in images.ids]
-    is_other = [
-        each is not None and each.digest != bytes(row) for each, row in zip(before, digests.values, strict=True)
-    ]
-    return np.array(is_other, bool) & ~digests.is_failed
+    before = KnownDigests.of(known).find(images.ids)
+    is_other: NDArray[np.bool_] = (before.values != digests.values).any(axis=1)
+    return before.is_known & is_other & ~digests.is_failed
 
 
 def table_name(path: Path) -> str:
@@ -172,8 +171,8 @@ def table_content(images: ImageSet, digests: Digests) -> tuple[dict[str, NDArray
         "id_ends": id_ends,
         "digest": np.ascontiguousarray(digests.values),
         "has_digest": (~digests.is_failed).astype(np.uint8),
-        "stat": np.array([_packed_stat(stat) for stat in digests.stats], np.int64).reshape(-1, 5),
-        "split": np.array([_SPLIT_NAMES.index(split) for split in images.splits.tolist()], np.uint8),
+        "stat": np.ascontiguousarray(digests.stats),
+        "split": _split_numbers(images.splits),
     }
     groups: list[str] | None = None
     if images.groups is not None:
@@ -194,16 +193,11 @@ def table_content(images: ImageSet, digests: Digests) -> tuple[dict[str, NDArray
 _SPLIT_NAMES = ("", "train", "valid", "test")
 
 
-def _packed_stat(stat: StatFacts | None) -> tuple[int, ...]:
-    if stat is None:
-        return (-1,) * 5
-    # An inode is a uint64, and some file systems use the upper half: kept as the int64 of the same bits.
-    return tuple(stat._replace(inode=stat.inode - (stat.inode >> 63 << 64)))
-
-
-def _unpacked_stat(stat: Sequence[int]) -> StatFacts | None:
-    facts = StatFacts(*stat)
-    return facts._replace(inode=facts.inode % (1 << 64)) if facts.size >= 0 else None
+def _split_numbers(splits: NDArray[np.str_]) -> NDArray[np.uint8]:
+    numbers = np.zeros(len(splits), np.uint8)
+    for number, name in enumerate(_SPLIT_NAMES):
+        numbers[splits == name] = number
+    return numbers
 
 
 def _content_hash(columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> str:
@@ -214,14 +208,19 @@ def _content_hash(columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]
     return digest.hexdigest()
 
 
-def _packed(texts: Iterable[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _packed(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    joined = "".join(texts)
+    if joined.isascii():  # one by one takes several times as long
+        ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
+        return np.frombuffer(joined.encode("ascii"), np.uint8), ends
     encoded = [text.encode("utf-8", "surrogateescape") for text in texts]  # file names need not be valid UTF-8
     ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
     return np.frombuffer(b"".join(encoded), np.uint8), ends
 
 
 def _texts(packed: NDArray[np.uint8], ends: NDArray[np.int64]) -> Iterator[str]:
-    data, start = packed.tobytes(), 0
-    for end in ends.tolist():
-        yield data[start:end].decode("utf-8", "surrogateescape")
-        start = end
+    data, last = packed.tobytes(), ends.tolist()
+    places = map(slice, [0, *last[:-1]], last)
+    if data.isascii():
+        return map(data.decode("ascii").__getitem__, places)
+    return (data[place].decode("utf-8", "surrogateescape") for place in places)

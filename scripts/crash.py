@@ -1,9 +1,10 @@
-"""Crashes extractions as tests/test_crash.py does, thousands of times: too slow for the tests, which draw a few cases.
+"""Crashes what changes a store as tests/test_crash.py does, thousands of times: too slow for the tests, which draw few.
 
-    .venv/bin/python scripts/crash.py [--kills 200] [--power-losses 3000] [--second-power-losses 500] [--seed 0]
+    .venv/bin/python scripts/crash.py [--kills 200] [--crowd-kills 200] [--runs 5] [--power-losses 600]
+        [--second-power-losses 15] [--seed 0]
 
-Ends with an error at the first crash that loses, tears or repeats a row; the line before it names the seed to draw it
-again with.
+Ends with an error at the first crash that loses, tears or repeats a row, or lets a reader see what never was; the line
+before it names the seed to draw it again with.
 """
 
 from __future__ import annotations
@@ -13,70 +14,97 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from crashing import (
-    Forker,
-    UnbrokenRun,
-    kill_and_check,
-    lose_power_and_check,
-    lose_power_in_second_run_and_check,
-    rows_in,
-)
+from crashing import SCENARIOS, Forker, UnbrokenRun, crowd_and_check, kill_and_check, rows_in
 
 NUM_IMAGES = 60
+"""Of an extraction that is killed."""
+
+KILLS_A_CROWD = 20
+"""A crowd that goes on for long has extracted all images, and then has little left to do."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kills", type=int, default=200, help="with kill -9, at random instants; default: 200")
-    parser.add_argument("--power-losses", type=int, default=3000, help="simulated; default: 3000")
-    parser.add_argument("--second-power-losses", type=int, default=500, help="in a run after a kill; default: 500")
-    parser.add_argument("--seed", type=int, default=0, help="of the first case, the next one has the next; default: 0")
+    for flag, default, text in (
+        ("--kills", 200, "of extractions with kill -9, at random instants"),
+        ("--crowd-kills", 200, "of one of many processes at work on one store"),
+        ("--runs", 5, "of each scenario, each with other file names, killed at every operation"),
+        ("--power-losses", 600, "simulated in each of these"),
+        ("--second-power-losses", 15, "in each of these, in the run after a kill"),
+        ("--seed", 0, "of the first case, the next one has the next"),
+    ):
+        parser.add_argument(flag, type=int, default=default, help=f"{text}; default: {default}")
     options = parser.parse_args()
     first: int = options.seed
-    with new_folder() as folder:
-        kill(folder, range(first, first + options.kills))
-    with new_folder() as folder:
-        run = UnbrokenRun.in_folder(folder)
-    known: set[frozenset[Path]] = set()
-    repeat(
-        "power losses",
-        range(first, first + options.power_losses),
-        lambda folder, rng: lose_power_and_check(run, folder, rng, known),
-    )
-    repeat(
-        "power losses in the run after a kill",
-        range(first, first + options.second_power_losses),
-        lambda folder, rng: lose_power_in_second_run_and_check(run, folder, rng),
-    )
-
-
-def kill(folder: Path, seeds: range) -> None:
-    """Kills real processes; `folder` is for the unbroken run that theirs are compared with."""
-    num_killed = 0
-
-    def kill_once(inner: Path, rng: random.Random) -> None:
-        nonlocal num_killed
-        num_killed += kill_and_check(forker, inner, NUM_IMAGES, whole, rng)
-
     with Forker() as forker:
-        forker.run(folder, NUM_IMAGES)
+        kill_extractions(forker, range(first, first + options.kills))
+        kill_in_crowds(forker, range(first, first + options.crowd_kills // KILLS_A_CROWD))
+    for name in SCENARIOS:
+        for seed in range(first, first + options.runs):
+            crash_scenario(name, seed, num_losses=options.power_losses, num_second_losses=options.second_power_losses)
+
+
+def kill_extractions(forker: Forker, seeds: range) -> None:
+    """Kills extractions one by one."""
+    num_killed = 0
+    with new_folder() as folder:
+        forker.run("extract", folder, num_images=NUM_IMAGES)
         whole = rows_in(folder)
-        repeat("kills", seeds, kill_once)
-    print(f"{num_killed} of the {len(seeds)} kills came before the extraction had finished.", flush=True)
+
+    def kill_once(inner: Path, seed: int) -> None:
+        nonlocal num_killed
+        num_killed += kill_and_check(forker, inner, NUM_IMAGES, whole, random.Random(seed))
+
+    repeat("kills of an extraction", seeds, kill_once)
+    print(f"  {num_killed} of the {len(seeds)} kills came before the extraction had finished", flush=True)
 
 
-def repeat(what: str, seeds: range, crash: Callable[[Path, random.Random], None]) -> None:
+def kill_in_crowds(forker: Forker, seeds: range) -> None:
+    """Kills processes of all kinds while others read and write the same store."""
+    killed: Counter[str] = Counter()
+    with new_folder() as reference:
+        forker.run("extract reference", reference)
+
+        def kill_some(inner: Path, seed: int) -> None:
+            nonlocal killed
+            killed += crowd_and_check(forker, inner, reference, KILLS_A_CROWD, random.Random(seed))
+
+        repeat("crowds", seeds, kill_some)
+    kinds = ", ".join(f"{count} of {work!r}" for work, count in sorted(killed.items()))
+    print(f"  {killed.total()} kills: {kinds}", flush=True)
+
+
+def crash_scenario(name: str, seed: int, *, num_losses: int, num_second_losses: int) -> None:
+    """Crashes a scenario at each operation, and at random ones."""
+    named = f"{name}, file names of seed {seed}"
+    with new_folder() as folder:
+        run = UnbrokenRun.in_folder(SCENARIOS[name], folder, seed=seed)
+    repeat(
+        f"{named}: kills at each of {len(run.operations)} operations",
+        range(1),
+        lambda inner, _: run.kill_everywhere(inner),
+    )
+    repeat(f"{named}: power losses", range(num_losses), lambda inner, each: run.lose_power(inner, random.Random(each)))
+    repeat(
+        f"{named}: power losses in the run after a kill",
+        range(num_second_losses),
+        lambda inner, each: run.lose_power_in_second_run(inner, random.Random(each)),
+    )
+
+
+def repeat(what: str, seeds: range, crash: Callable[[Path, int], None]) -> None:
     """Crashes once a seed, each time in a new folder."""
     start = time.monotonic()
     for seed in seeds:
         with new_folder() as folder:
             try:
-                crash(folder / "crashed", random.Random(seed))
+                crash(folder / "crashed", seed)
             except Exception:
                 print(f"{what}: seed {seed} failed", flush=True)
                 raise

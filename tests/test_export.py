@@ -375,7 +375,7 @@ def test_ids_that_a_safetensors_header_cannot_hold_are_refused(
     tmp_path: Path, images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = filed(images, store)
-    monkeypatch.setattr("featstore.export._MAX_SAFETENSORS_HEADER", 1000)
+    monkeypatch.setattr(sys.modules["featstore.export"], "_MAX_SAFETENSORS_HEADER", 1000)
     with pytest.raises(FeatureStoreError, match=r"safetensors reads 1,000.*Export them as \.h5"):
         export(store, key, tmp_path / "out.safetensors")
 

@@ -21,7 +21,8 @@ from torch import Tensor
 import featstore.render as render_module
 from featstore.decode import PILLOW, TORCHVISION, decode
 from featstore.errors import ImageError
-from featstore.images import ImageSet, content_digest
+from featstore.image_digests import content_digest
+from featstore.images import ImageSet
 from featstore.render import Job, render
 from featstore.views import View
 
@@ -256,7 +257,7 @@ def test_torchs_thread_count_is_left_alone_also_for_new_threads() -> None:
     # In a process of its own: the count that new threads start with can't be set back once it is wrong.
     program = """
 import threading, numpy as np, torch
-from featstore.images import content_digest
+from featstore.image_digests import content_digest
 from featstore.render import Job, render
 from featstore.views import View
 

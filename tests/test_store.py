@@ -34,7 +34,7 @@ from featstore import (
     extract,
 )
 from featstore.digest import digest_json
-from featstore.images import Digests, StatFacts
+from featstore.image_digests import Digests, StatFacts, stat_rows
 from featstore.part import Part, write_part
 
 Run = Callable[..., tuple[str, ...]]
@@ -330,7 +330,7 @@ def test_names_of_files_that_are_no_text_come_back(root: Path, tmp_path: Path) -
 def test_the_facts_of_files_come_back_exactly(root: Path) -> None:
     images = arrays(3)
     stats = (StatFacts(1, 2, 3, 2**64 - 5, 4), None, StatFacts(0, -7, 2**62, 12, 9))
-    digests = replace(images.digests(), stats=stats)
+    digests = replace(images.digests(), stats=stat_rows(stats))
     store = FeatureStore(root)
     store.save_images(images, digests)
     assert tuple(known.stat for known in FeatureStore(root).known_digests(images).values()) == stats

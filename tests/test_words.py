@@ -19,7 +19,7 @@ from torch import Tensor
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, View, backbone, extract
 from featstore.cli import main
 from featstore.errors import FeatureStoreError, ImageError
-from featstore.images import AbsentSource
+from featstore.image_sources import AbsentSource
 from training import Learner
 
 MAKE_MODEL = """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from featstore import ImageSet, StagedModel, View
 from featstore.decode import decode
-from featstore.images import content_digest
+from featstore.image_digests import content_digest
 
 SIZE = 16
 VIEW = View(size=SIZE, resize=20)

@@ -8,10 +8,12 @@ import numpy as np
 
 from featstore.commands import extract_remedy, seed_ranges
 from featstore.errors import FactsDifferError, FeatureStoreError, MissingFeaturesError
-from featstore.images import AbsentSource, ImageSet
+from featstore.image_sources import AbsentSource
+from featstore.images import ImageSet
 from featstore.pool import automatic
 from featstore.sets import FeatureSet
 from featstore.staged import StagedModel
+from featstore.tables import is_changed
 from featstore.views import Augment
 from training.search import Search
 from training.situation import Entry, Situation, group_of, is_or_are, name_range, training_words, views_words
@@ -69,13 +71,10 @@ def _rows_missing(search: Search, entry: Entry, sets: Sequence[FeatureSet], aske
     lacking = np.logical_or.reduce([search.lacking(each, digests) for each in sets])
     failed = lacking & np.logical_or.reduce([store.is_failed(each, digests) for each in sets])
     is_known = asked.source is situation.images.source  # ids of other images say nothing
-    known = [situation.known.get(name) if is_known else None for name in asked.ids]
-    is_changed = np.array(
-        [each is not None and each.digest != bytes(row) for each, row in zip(known, digests.values, strict=True)], bool
-    )
+    changed = is_changed(asked, digests, situation.known if is_known else {})
     counted = [
-        (int((lacking & ~failed & ~is_changed).sum()), "new"),
-        (int((lacking & ~failed & is_changed).sum()), "changed since"),
+        (int((lacking & ~failed & ~changed).sum()), "new"),
+        (int((lacking & ~failed & changed).sum()), "changed since"),
         (int(failed.sum()), "unreadable"),
     ]
     (first, word), *others = [(count, word) for count, word in counted if count]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.digest import Json
-from featstore.images import IMAGE_SUFFIXES, FolderSource, ImageSet
+from featstore.image_sources import FolderSource
+from featstore.images import IMAGE_SUFFIXES, ImageSet
 
 NUM_TOP = 5
 THRESHOLD = 0.5

@@ -12,7 +12,8 @@ from featstore.backbones import architecture, restored
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError
 from featstore.graph import split_into_stages
-from featstore.images import AbsentSource, ImageSet, Task
+from featstore.image_sources import AbsentSource
+from featstore.images import ImageSet, Task
 from featstore.operations import START, chain
 from featstore.runs import Run
 from featstore.staged import HeadStage, StagedModel

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.images import Digests, ImageSet
+from featstore.image_digests import Digests
+from featstore.images import ImageSet
 from featstore.sets import FeatureRequest, FeatureSet
 from featstore.views import Augment, View
 from training.situation import Entry, Situation

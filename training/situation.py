@@ -11,7 +11,8 @@ import torch
 
 from featstore.commands import seed_ranges
 from featstore.digest import Json
-from featstore.images import ImageSet, KnownDigest
+from featstore.image_digests import KnownDigests
+from featstore.images import ImageSet
 from featstore.pool import Pool
 from featstore.sets import FeatureSet
 from featstore.staged import AbsentStage, HeadStage, PoolStage, Stage, StagedModel
@@ -87,9 +88,9 @@ class Situation:
         return {cut: every[cut] for cut in self.model.cut_points}
 
     @cached_property
-    def known(self) -> dict[str, KnownDigest]:
+    def known(self) -> KnownDigests:
         """What the store knows of the image files."""
-        return {} if self.store is None else self.store.known_digests(self.images)
+        return KnownDigests() if self.store is None else self.store.known_digests(self.images)
 
     @cached_property
     def chosen(self) -> FeatureSet | None:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import DamagedFileError, FeatureStoreError
-from featstore.images import Digests, ImageSet, KnownDigest
+from featstore.image_digests import Digests, KnownDigest
+from featstore.images import ImageSet
 
 FILE = "split.npz"
 _SPLITS = ("train", "valid", "test")

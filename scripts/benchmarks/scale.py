@@ -25,7 +25,8 @@ from measuring import machine
 from store import write
 
 from featstore import Features, FeatureStore, ImageSet, View
-from featstore.images import AbsentSource, Digests
+from featstore.image_digests import Digests, no_stats
+from featstore.image_sources import AbsentSource
 from featstore.spec import FeatureSpec
 
 WIDTH = 16
@@ -82,7 +83,7 @@ def file_rows(folder: Path, num_rows: int) -> None:
         task="single",
         source=AbsentSource(where="nowhere"),
     )
-    store.save_images(images, Digests(values=digests, failed={}, stats=(None,) * num_rows))
+    store.save_images(images, Digests(values=digests, failed={}, stats=no_stats(num_rows)))
 
 
 def measure(folder: Path) -> dict[str, tuple[float, int]]:
