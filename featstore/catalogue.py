@@ -72,8 +72,8 @@ class Catalogue:
                 return [(spec, self._all_of(spec, holding)) for spec, holding in found]
         return []
 
-    def set_of(self, spec: FeatureSpec, folders: Sequence[Path]) -> FeatureSet:
-        """The set `spec`, which lies in `folders`.
+    def set_of(self, spec: FeatureSpec, folders: Sequence[Path]) -> FeatureSet | None:
+        """The set `spec`, which lies in `folders`; None if it was removed since it was seen there.
 
         Raises:
             DamagedFileError: for a part that can't be used and that no other replaces, and one of another set.
@@ -87,6 +87,8 @@ class Catalogue:
             if path.name not in superseded:
                 raise error
         current = tuple(each.part for each in opened if each.name not in superseded)
+        if not current:
+            return None
         known = self._sets.get(spec.key)
         if known is None or known.parts != current:
             known = self._sets[spec.key] = FeatureSet(folders=tuple(folders), spec=spec, parts=current)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -445,7 +445,7 @@ class _Job:
         """Makes few parts of the many that this job has written. What goes wrong costs time when reading, no rows."""
         for each, paths in zip(self.planned.sets, self.written, strict=True):
             try:
-                small = [path for path in paths if path.stat().st_size < MERGE_BYTES]
+                small = list(_small(paths))
                 if len(small) < 2:
                     continue
                 if is_shown:
@@ -586,6 +586,13 @@ class _Job:
                 "failed": gathered.failed,
             },
         )
+
+
+def _small(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        with suppress(FileNotFoundError):  # others have merged it already, or removed the set
+            if path.stat().st_size < MERGE_BYTES:
+                yield path
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,8 +109,9 @@ class _Rubbish:
                     LeftAlone(key=spec.key, reason=f"{each.part.path} was replaced and stays: {reasons[0]}")
                 )
             else:
-                self._sync({heir.path.parent for heir in heirs})
-                self._take(each.part.path)
+                with suppress(FileNotFoundError):  # another process removes the set
+                    self._sync({heir.path.parent for heir in heirs})
+                    self._take(each.part.path)
 
     def take_leftovers(self, folder: Path) -> None:
         """Deletes what killed writers, repairs and removals have left in a folder."""

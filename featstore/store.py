@@ -41,7 +41,7 @@ from featstore.verification import VerifyReport, verify
 DAY_SECONDS = 24 * 3600.0
 
 _TRIES = 10
-"""Of writing a part whose folder is taken away each time; twice in a row is rare already."""
+"""Of writing a file that is taken away each time, or its folder is; twice in a row is rare already."""
 
 
 class FeatureStore:
@@ -99,7 +99,7 @@ class FeatureStore:
         for spec, folders in self._catalogue.specs(self._catalogue.folders(trunk)):
             with suppress(DamagedFileError):
                 found.append(self._catalogue.set_of(spec, folders))
-        return [each for each in found if trunk in (None, each.spec.trunk)]
+        return [each for each in found if each and trunk in (None, each.spec.trunk)]
 
     def damaged(self) -> list[DamagedFileError]:
         """An error for each part and image table that can't be used: it names the file and what to do.
@@ -131,7 +131,8 @@ class FeatureStore:
         digits = {"", *map(short_key, request.keys)}
         asked = [folder for folder in folders if key_in(folder.name) in digits]
         specs = self._catalogue.specs(folders, asked=asked)
-        return [self._catalogue.set_of(spec, holding) for spec, holding in specs if request.accepts(spec)]
+        found = [self._catalogue.set_of(spec, holding) for spec, holding in specs if request.accepts(spec)]
+        return [each for each in found if each]
 
     def find_one(self, request: FeatureRequest, key: str | None = None) -> FeatureSet | None:
         """The one set that a request accepts (and whose key starts with `key`), or None.
@@ -152,7 +153,10 @@ class FeatureStore:
             AmbiguousRequestError: if there are several.
             DamagedFileError: for a damaged file of that set.
         """
-        return self._catalogue.set_of(*self._located(key))
+        found = self._catalogue.set_of(*self._located(key))
+        if found is None:
+            raise FeatureStoreError(self._holds_no(key))
+        return found
 
     def features(
         self,
@@ -302,11 +306,17 @@ class FeatureStore:
             return None
         facts = {**facts, "parents": sorted(parent.stem for parent in parents)}
         path = self._tables.folder / table_file(images, columns, facts)
-        make_folder(path.parent, root=self._folder)
-        try:
-            write_table(path, columns=columns, facts={**facts, **signature()})
-        except FileExistsError:  # another process has just filed the same
-            return None
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                make_folder(path.parent, root=self._folder)
+                write_table(path, columns=columns, facts={**facts, **signature()})
+            except FileExistsError:  # another process has just filed the same
+                return None
+            except FileNotFoundError:  # `gc` took the file for a killed writer's while we wrote it
+                if not tries_left:
+                    raise
+            else:
+                break
         return path
 
     def known_digests(self, images: ImageSet) -> KnownDigests:
@@ -365,7 +375,8 @@ class FeatureStore:
         report = CompactReport()
         for spec, folders in located:
             try:
-                report += compact(self._catalogue.set_of(spec, folders))
+                if found := self._catalogue.set_of(spec, folders):
+                    report += compact(found)
             except DamagedFileError as error:
                 report += CompactReport(left=(LeftAlone(key=spec.key, reason=str(error)),))
         return report
@@ -380,7 +391,9 @@ class FeatureStore:
             OSError: as the disk gave it; all rows are there as before.
             DamagedFileError: for a damaged file of the set.
         """
-        found = self.set(key)
+        found = _set_if_there(self._catalogue, key)
+        if found is None:  # and with it all that was written
+            return CompactReport()
         report = merge(found, [part for part in found.parts if part.path in paths])
         for each in report.merges:
             if not each.part.verify():
@@ -435,10 +448,12 @@ class FeatureStore:
         self.check_exists()
         found = self._catalogue.keyed(key)
         if not found:
-            raise FeatureStoreError(f"{self.root} holds no feature set {key}. List what it holds: {self._ls()}.")
+            raise FeatureStoreError(self._holds_no(key))
         if len(found) > 1:
             sets = [self._catalogue.set_of(spec, folders) for spec, folders in found]
-            raise AmbiguousRequestError(self._ambiguous(sets, f"have keys that start with {key}"))
+            raise AmbiguousRequestError(
+                self._ambiguous([each for each in sets if each], f"have keys that start with {key}")
+            )
         return found[0]
 
     def _chosen(self, which: FeatureRequest | FeatureSet | str) -> FeatureSet:
@@ -503,13 +518,23 @@ class FeatureStore:
             "KEY."
         )
 
+    def _holds_no(self, key: str) -> str:
+        return f"{self.root} holds no feature set {key}. List what it holds: {self._ls()}."
+
     def _ls(self) -> str:
         return f"featstore ls --store {self.root}"
 
 
 def _fresh_index(folder: Path, key: str) -> RowIndex:
-    """Where the rows of a set lie now: for a reader whose files have been replaced by merged ones."""
-    return FeatureStore(folder).set(key).index
+    """Where the rows of a set lie now, none if it was removed: for a reader whose files have vanished."""
+    found = _set_if_there(Catalogue(folder), key)
+    return RowIndex(()) if found is None else found.index
+
+
+def _set_if_there(catalogue: Catalogue, key: str) -> FeatureSet | None:
+    """The set of a whole key; None if others have removed it."""
+    found = (catalogue.set_of(*located) for located in catalogue.keyed(key))
+    return next((each for each in found if each), None)
 
 
 def _named(images: ImageSet, digests: Digests, mask: NDArray[np.bool_]) -> str:
