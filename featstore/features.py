@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from featstore.errors import MissingFeaturesError
 from featstore.images import ImageSet
@@ -139,7 +140,7 @@ class Features:
         how = "mapped" if self._is_mapped else f"read plainly from {', '.join(sorted(map(str, kinds)))}"
         if self._way == "map":
             return f"map: {size}, {how}"
-        return f"stream: {size}, {how} in windows of {self._window_bytes / 1e6:,.0f} MB"
+        return f"stream: {size}, {how} in windows of {self._window_bytes / 1e6:,.3g} MB"
 
     @property
     def shuffling(self) -> str:
@@ -147,10 +148,10 @@ class Features:
         if self._way != "stream":
             return "uniform: every order of the rows is equally likely"
         stretch = max(part.block_rows for part in self.parts)
-        window = max(self._window_bytes // self._places.row_bytes, stretch)
+        window = min(max(self._window_bytes // self._places.row_bytes, stretch), len(self))
         return (
             f"by blocks: stretches of {stretch:,} rows in random order, and rows mix uniformly within windows of "
-            f"{window // stretch:,} stretches, about {window:,} of {len(self):,} rows"
+            f"{math.ceil(window / stretch):,} stretches, about {window:,} of {len(self):,} rows"
         )
 
     def __getitem__(self, rows: int | slice | Sequence[int] | NDArray[Any] | Tensor) -> Tensor:
@@ -181,6 +182,9 @@ class Features:
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         """Batches of (activations ``(n, *F)``, row numbers ``(n,)``), each row once; threads read ahead.
 
+        Nobody writes to a batch's memory again. Small batches that follow one another are views of one tensor of a few
+        megabytes: who keeps one for long keeps all of that, or clones it.
+
         Args:
             batch_size: rows a batch; the last may have fewer.
             shuffle: a random order, the same for the same seed; `shuffling` says how random.
@@ -189,10 +193,8 @@ class Features:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1 row a batch.")
-        end = len(self) // batch_size * batch_size if drop_last else len(self)
-        for values, rows in self._shuffled(batch_size, seed) if shuffle else self._in_order(batch_size):
-            if len(rows) == batch_size or end == len(self):
-                yield values, rows
+        batches = self._shuffled(batch_size, seed) if shuffle else self._in_order(batch_size)
+        return (batch for batch in batches if len(batch[1]) == batch_size) if drop_last else batches
 
     def dataset(self) -> FeatureDataset:
         """The rows as a `torch.utils.data.Dataset`, for a DataLoader; `batches` is faster."""
@@ -255,6 +257,8 @@ class Features:
         return self._chosen
 
     def _way_by_size(self, may_map: bool) -> Access:
+        if may_map and self._memory_bytes is None and get_worker_info() is not None:
+            return "map"  # each worker of a DataLoader would load all rows for itself; they share what is mapped
         free = available_bytes()
         if self.num_bytes <= (free // 2 if self._memory_bytes is None else self._memory_bytes):
             return "memory"
@@ -459,8 +463,9 @@ _LOOKUPS = 5
 def _numbers(rows: Any, length: int) -> NDArray[np.int64]:
     """The rows that numpy would choose of `length`; none or one dimension where `rows` are what they should be."""
     numbers = None if isinstance(rows, slice | tuple) else np.asarray(rows)
-    if numbers is None or numbers.dtype.kind not in "iu" or (numbers.size and not -length <= numbers.min()):
+    if numbers is None or numbers.dtype.kind not in "iu":
         return np.asarray(np.arange(length)[rows])
-    if numbers.size and numbers.max() >= length:
-        raise IndexError(f"row {numbers.max()} of {length:,}; rows are counted from 0.")
-    return np.where(numbers < 0, numbers + length, numbers).astype(np.int64)  # in place of all numbers, for speed
+    if numbers.size and not -length <= int(numbers.min()) <= int(numbers.max()) < length:
+        raise IndexError(f"rows from {numbers.min():,} to {numbers.max():,} of {length:,}; they are counted from 0.")
+    numbers = numbers.astype(np.int64)
+    return np.where(numbers < 0, numbers + length, numbers)  # in place of all numbers, for speed

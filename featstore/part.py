@@ -36,6 +36,7 @@ from torch import Tensor
 
 from featstore.digest import Json, canonical_json
 from featstore.errors import DamagedFileError, NewerFormatError
+from featstore.machine import num_processors
 
 FORMAT_VERSION = 2
 """The version of `docs/format.md` that is written; every version from 1 up to this one can be read."""
@@ -233,9 +234,12 @@ class Part:
         """
         if not self.num_rows:
             return torch.empty((0, *self.shape), dtype=self.dtype)
-        self._check_size(self.path.stat().st_size)  # touching a mapped page behind its file's end kills the process
-        # A private mapping of torch's is copy-on-write and keeps no descriptor open; Python's mmap keeps one a part.
-        file_bytes = torch.from_file(os.fspath(self.path), shared=False, size=self._features_end, dtype=torch.uint8)
+        with self._open_features() as fd:  # and its size checked: touching a page behind the end kills the process
+            # By the descriptor, which a file keeps that has lost its name, and whose name is always text.
+            link = f"/dev/fd/{fd}"
+            name = link if os.path.exists(link) else os.fspath(self.path)
+            # A private mapping of torch's is copy-on-write and keeps no descriptor; Python's mmap keeps one a part.
+            file_bytes = torch.from_file(name, shared=False, size=self._features_end, dtype=torch.uint8)
         return file_bytes[self.features_offset :].view(self.dtype).view(self.num_rows, *self.shape)
 
     def read_blocks(self, blocks: Iterable[int], *, verify: bool = True) -> Iterator[tuple[range, Tensor]]:
@@ -308,7 +312,7 @@ class Part:
         """
         blocks = range(len(self.checksums))
         shares = [blocks[start : start + _SHARE_BLOCKS] for start in blocks[::_SHARE_BLOCKS]]
-        with self._open_features() as fd, ThreadPoolExecutor(_num_threads()) as pool:
+        with self._open_features() as fd, ThreadPoolExecutor(min(4, num_processors())) as pool:
             damaged = chain.from_iterable(pool.map(partial(self._damaged_among, fd), shares))
             return [self._rows_of(block) for block in damaged]
 
@@ -1017,11 +1021,6 @@ def _unfilled(buffers: list[memoryview], count: int) -> list[memoryview]:
             return [buffer[count:], *buffers[place + 1 :]]
         count -= len(buffer)
     return []
-
-
-def _num_threads() -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, usable)
 
 
 # ---- what is said about a file

@@ -127,11 +127,13 @@ class Mapped(Source):
         _copy_rows(near, back, out)
 
     def _bytes_of(self, part: int) -> NDArray[np.uint8]:
-        if part not in self._mapped:
+        mapped = self._mapped  # another thread may let go of it meanwhile
+        found = mapped.get(part)
+        if found is None:
             opened = self.places.parts[part]
             fresh = opened if self.kept_bytes is None else replace(opened)  # a mapping of its own, to let go of
-            self._mapped[part] = as_bytes(fresh.features)
-        return self._mapped[part]
+            found = mapped[part] = as_bytes(fresh.features)
+        return found
 
 
 class Plain(Source):

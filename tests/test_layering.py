@@ -21,7 +21,7 @@ ORDER = {
     "featstore": (
         "errors", "digest", "source", "image_digests", "image_sources", "images", "decode", "policies", "views",
         "render", "graph", "pool", "operations",
-        "staged", "trunk", "weights", "runs", "backbones", "probe", "purity", "spec", "part", "index", "machine",
+        "staged", "trunk", "weights", "runs", "backbones", "probe", "purity", "spec", "machine", "part", "index",
         "reading", "features", "signature", "disk", "sets", "tables", "catalogue", "verification", "compaction",
         "removal", "garbage", "difference", "commands", "store", "extract", "feature_files", "export", "foreign",
         "adopt", "__init__", "program", "flags", "store_cli", "cli", "__main__",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -388,3 +389,68 @@ def test_no_more_tasks_are_begun_than_are_wanted() -> None:
 def test_an_order_of_no_rows_is_no_order() -> None:
     none: NDArray[np.int64] = np.zeros(0, np.int64)
     assert list(Places(parts=(), part_of=none, row_in=none).by_part()) == []
+
+
+# ---- what others do meanwhile, and where files lie
+
+
+def test_a_part_that_is_merged_while_it_is_being_mapped_is_looked_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, list(range(NUM_ROWS)))
+    stored = joined(tmp_path, "map", lookup=partial(index_of, tmp_path))
+    map_file = torch.from_file
+
+    def merged(*arguments: Any, **options: Any) -> torch.Tensor:
+        (tmp_path / "part-0.h5").unlink(missing_ok=True)
+        return map_file(*arguments, **options)
+
+    monkeypatch.setattr(torch, "from_file", merged)
+    assert names_in(stored[[70, 3]]) == [70, 3]  # out of the file that has lost its name
+
+
+def test_files_below_a_name_that_is_no_text_are_mapped(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("the file system takes no such names")
+    write(folder, list(range(NUM_ROWS)))
+    assert names_in(joined(folder, "map")[[7]]) == [7]
+
+
+def test_a_stream_may_be_read_by_several_threads(tmp_path: Path) -> None:
+    for place in range(4):
+        write(tmp_path, list(range(place, NUM_ROWS, 4)), place)
+    stored = joined(tmp_path, "stream", memory_bytes=1)  # lets go of its mappings after each piece
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda row: names_in(stored[[row, 99 - row]]), [row % 100 for row in range(1500)]))
+    assert results == [[row % 100, 99 - row % 100] for row in range(1500)]
+
+
+def _access_in_worker(dataset: Any) -> list[str]:
+    return [access for accesses in DataLoader(dataset, num_workers=1, collate_fn=list) for access in accesses]
+
+
+class Accesses(torch.utils.data.Dataset[str]):
+    def __init__(self, stored: Features) -> None:
+        self.stored = stored
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, row: int) -> str:
+        self.stored[[row]]
+        return self.stored.access
+
+
+def test_workers_of_a_loader_share_what_is_mapped_and_load_nothing(folder: Path) -> None:
+    stored = joined(folder)
+    assert _access_in_worker(Accesses(stored)) == ["map: 0.00655 GB, mapped"]
+    assert stored.access == "memory: 0.00655 GB, read once"
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint64])
+def test_row_numbers_may_be_of_any_whole_type(tmp_path: Path, dtype: Any) -> None:
+    write(tmp_path, list(range(300)))
+    assert names_in(joined(tmp_path, count=300)[np.array([1, 120], dtype)]) == [1, 120]
