@@ -47,12 +47,12 @@ def main() -> None:
         kill_in_crowds(forker, range(first, first + options.crowd_kills // KILLS_A_CROWD))
     for name in SCENARIOS:
         for seed in range(first, first + options.runs):
-            crash_scenario(name, seed, num_losses=options.power_losses, num_second_losses=options.second_power_losses)
+            crash_scenario(name, seed, options.power_losses, options.second_power_losses)
 
 
 def kill_extractions(forker: Forker, seeds: range) -> None:
     """Kills extractions one by one."""
-    num_killed = 0
+    start, num_killed = time.monotonic(), 0
     with new_folder() as folder:
         forker.run("extract", folder, num_images=NUM_IMAGES)
         whole = rows_in(folder)
@@ -61,46 +61,44 @@ def kill_extractions(forker: Forker, seeds: range) -> None:
         nonlocal num_killed
         num_killed += kill_and_check(forker, inner, NUM_IMAGES, whole, random.Random(seed))
 
-    repeat("kills of an extraction", seeds, kill_once)
-    print(f"  {num_killed} of the {len(seeds)} kills came before the extraction had finished", flush=True)
+    repeat("kill of an extraction", seeds, kill_once)
+    tell(f"{len(seeds)} kills of an extraction, {num_killed} of them before it had finished", start)
 
 
 def kill_in_crowds(forker: Forker, seeds: range) -> None:
     """Kills processes of all kinds while others read and write the same store."""
-    killed: Counter[str] = Counter()
+    start, killed = time.monotonic(), Counter[str]()
     with new_folder() as reference:
         forker.run("extract reference", reference)
-
-        def kill_some(inner: Path, seed: int) -> None:
-            nonlocal killed
-            killed += crowd_and_check(forker, inner, reference, KILLS_A_CROWD, random.Random(seed))
-
-        repeat("crowds", seeds, kill_some)
+        repeat(
+            "crowd",
+            seeds,
+            lambda inner, seed: killed.update(
+                crowd_and_check(forker, inner, reference, KILLS_A_CROWD, random.Random(seed))
+            ),
+        )
     kinds = ", ".join(f"{count} of {work!r}" for work, count in sorted(killed.items()))
-    print(f"  {killed.total()} kills: {kinds}", flush=True)
+    tell(f"{killed.total()} kills in {len(seeds)} crowds ({kinds})", start)
 
 
-def crash_scenario(name: str, seed: int, *, num_losses: int, num_second_losses: int) -> None:
+def crash_scenario(name: str, seed: int, num_losses: int, num_second_losses: int) -> None:
     """Crashes a scenario at each operation, and at random ones."""
-    named = f"{name}, file names of seed {seed}"
+    start, what = time.monotonic(), f"{name}, file names of seed {seed}"
     with new_folder() as folder:
         run = UnbrokenRun.in_folder(SCENARIOS[name], folder, seed=seed)
+    repeat(f"{what}, kills", range(1), lambda inner, _: run.kill_everywhere(inner))
+    repeat(f"{what}, power loss", range(num_losses), lambda inner, loss: run.lose_power(inner, random.Random(loss)))
     repeat(
-        f"{named}: kills at each of {len(run.operations)} operations",
-        range(1),
-        lambda inner, _: run.kill_everywhere(inner),
-    )
-    repeat(f"{named}: power losses", range(num_losses), lambda inner, each: run.lose_power(inner, random.Random(each)))
-    repeat(
-        f"{named}: power losses in the run after a kill",
+        f"{what}, power loss in the run after a kill",
         range(num_second_losses),
-        lambda inner, each: run.lose_power_in_second_run(inner, random.Random(each)),
+        lambda inner, loss: run.lose_power_in_second_run(inner, random.Random(loss)),
     )
+    kills = f"killed at each of {len(run.operations)} operations"
+    tell(f"{what}: {kills}, {num_losses} power losses, {num_second_losses} in the run after a kill", start)
 
 
 def repeat(what: str, seeds: range, crash: Callable[[Path, int], None]) -> None:
     """Crashes once a seed, each time in a new folder."""
-    start = time.monotonic()
     for seed in seeds:
         with new_folder() as folder:
             try:
@@ -108,7 +106,11 @@ def repeat(what: str, seeds: range, crash: Callable[[Path, int], None]) -> None:
             except Exception:
                 print(f"{what}: seed {seed} failed", flush=True)
                 raise
-    print(f"{what}: all {len(seeds)} pass ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+def tell(what: str, start: float) -> None:
+    """Says what has passed, and since when it ran."""
+    print(f"{what}: all pass ({time.monotonic() - start:.0f} s)", flush=True)
 
 
 @contextmanager
