@@ -300,10 +300,7 @@ def _compared(old: FeatureSet, live: Tensor, stored: Tensor, ids: Sequence[str])
 
 def _write(store: FeatureStore, old: FeatureSet, spec: FeatureSpec, facts: dict[str, Json], progress: bool) -> int:
     """Files the rows of `old` that the new set lacks, part by part; how many those were."""
-    request = FeatureRequest(
-        trunk=spec.trunk, pool=spec.pool, view=spec.rendered, dtype=spec.dtype, precision=spec.precision
-    )
-    new = store.find_one(request)
+    new = store.find_one(FeatureRequest.of(spec))
     failed = {digest: reason for digest, reason in old.failed.items() if new is None or digest not in new.failed}
     written = 0
     is_shown = progress and sys.stderr.isatty()

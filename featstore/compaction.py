@@ -34,6 +34,10 @@ from featstore.signature import signature
 MAX_PART_BYTES = 4 << 30
 """Features of a merged part, at most; parts of more than half of it are left as they are."""
 
+MAX_PART_ROWS = 1 << 24
+"""Rows of a merged part, at most, which rows of less than 256 bytes reach first. Who writes a part holds 33 bytes a row
+in memory, half a gigabyte then, and so does who opens it: however many parts a machine can read, one has to fit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
@@ -95,7 +99,8 @@ class CompactReport:
 
 def compact(found: FeatureSet) -> CompactReport:
     """Merges all parts of a set that are small enough; see `FeatureStore.compact`."""
-    return merge(found, [part for part in found.parts if features_bytes(part) <= MAX_PART_BYTES // 2])
+    small = (part for part in found.parts if features_bytes(part) <= MAX_PART_BYTES // 2)
+    return merge(found, [part for part in small if part.num_rows <= MAX_PART_ROWS // 2])
 
 
 def merge(found: FeatureSet, parts: Iterable[Part]) -> CompactReport:
@@ -155,12 +160,12 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 def _filled(parts: Sequence[Part]) -> Iterator[list[Part]]:
     batch: list[Part] = []
-    num_bytes = 0
+    num_bytes, num_rows = 0, 0
     for part in parts:
-        num_bytes += features_bytes(part)
-        if num_bytes > MAX_PART_BYTES and batch:
+        num_bytes, num_rows = num_bytes + features_bytes(part), num_rows + part.num_rows
+        if batch and (num_bytes > MAX_PART_BYTES or num_rows > MAX_PART_ROWS):
             yield batch
-            batch, num_bytes = [], features_bytes(part)
+            batch, num_bytes, num_rows = [], features_bytes(part), part.num_rows
         batch.append(part)
     yield batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,9 @@ from featstore.sets import FeatureSet, short_key
 
 NUM_COMPARED = 1000
 """Rows whose values are compared, at most."""
+
+_PIECE_BYTES = 4 << 20
+"""Of float64 values that are compared at once: a row of maps may have a million values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +110,17 @@ def _chosen(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _compared(a: FeatureSet, b: FeatureSet, digests: NDArray[np.uint8]) -> ValueDifference:
-    rows_a, rows_b = _rows(a, digests), _rows(b, digests)
-    largest = float((rows_a.double() - rows_b.double()).abs().max())
-    reached = float(torch.maximum(rows_a.double().abs().max(), rows_b.double().abs().max()))
+    is_equal, largest, reached = a.parts[0].dtype == b.parts[0].dtype, 0.0, 0.0
+    num_rows = max(1, _PIECE_BYTES // (8 * math.prod(a.parts[0].shape)))
+    for start in range(0, len(digests), num_rows):
+        rows_a, rows_b = (_rows(each, digests[start : start + num_rows]) for each in (a, b))
+        is_equal = is_equal and torch.equal(rows_a.view(torch.uint8), rows_b.view(torch.uint8))
+        values_a, values_b = rows_a.double(), rows_b.double()
+        largest = max(largest, float((values_a - values_b).abs().max()))
+        reached = max(reached, float(values_a.abs().max()), float(values_b.abs().max()))
     return ValueDifference(
         rows=len(digests),
-        is_equal=rows_a.dtype == rows_b.dtype and torch.equal(rows_a.view(torch.uint8), rows_b.view(torch.uint8)),
+        is_equal=is_equal,
         largest=largest,
         share=largest / reached if reached else 0.0,
     )

@@ -26,14 +26,12 @@ from tqdm import tqdm
 
 from featstore.digest import Json, canonical_json
 from featstore.errors import AmbiguousRequestError, DamagedFileError, FeatureStoreError
+from featstore.feature_files import images_by_digest
 from featstore.features import Features
-from featstore.image_digests import DigestTable, KnownDigests
-from featstore.image_sources import AbsentSource
 from featstore.images import ImageSet
 from featstore.part import write_part
-from featstore.sets import FeatureSet
+from featstore.sets import FeatureSet, made_by, short_key
 from featstore.store import FeatureStore
-from featstore.tables import ImageTables
 
 SUFFIXES = (".h5", ".hdf5", ".npy", ".safetensors", ".parquet")
 """What a file's name must end with, in any case: the ending chooses the format."""
@@ -118,8 +116,8 @@ def export(
     _check_free(targets)
     chosen = store.set(key)
     wanted = _default_images(store, chosen) if images is None else images
-    # A store of its own, for rows may take half of the memory that is free in the caller's.
-    features = FeatureStore(store.root, access="stream").features(wanted, chosen, on_error=on_error)
+    # As a stream, for in memory all rows may take half of what is free.
+    features = store.features(wanted, chosen, on_error=on_error, access="stream")
     if not len(features):
         raise FeatureStoreError(
             f"None of the {len(wanted):,} images of {wanted.name} has a row in set {chosen.key[:8]}. Expected one at "
@@ -195,11 +193,14 @@ _Write = Callable[[tuple[Path, ...], _Rows], _Written]
 
 def _write_hdf5(targets: tuple[Path, ...], rows: _Rows) -> _Written:
     images = rows.images
-    columns: dict[str, NDArray[Any]] = {"id": _fixed(images.ids), "split": _fixed(images.splits.tolist())}
+    columns: dict[str, NDArray[Any]] = {
+        "id": _fixed(images.ids, "id"),
+        "split": _fixed(images.splits.tolist(), "split"),
+    }
     if images.groups is not None:
-        columns["group"] = _fixed(images.groups)
+        columns["group"] = _fixed(images.groups, "group")
     if images.targets is not None:
-        columns |= {"target": np.ascontiguousarray(images.targets), "class": _fixed(images.classes)}
+        columns |= {"target": np.ascontiguousarray(images.targets), "class": _fixed(images.classes, "class")}
     write_part(
         targets[0],
         features=rows.blocks(),
@@ -349,7 +350,8 @@ def _write_table(file: BinaryIO, rows: _Rows, separator: str) -> None:
         "digest": [row.tobytes().hex() for row in rows.digests],
     }
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    # All texts in quotes: a reader that drops spaces after commas, or takes \r for the end of a line, keeps them so.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     text.flush()
@@ -366,8 +368,14 @@ def _label_separator(images: ImageSet) -> str:
     )
 
 
-def _fixed(texts: Sequence[str]) -> NDArray[np.bytes_]:
+def _fixed(texts: Sequence[str], what: str) -> NDArray[np.bytes_]:
     """Texts as strings of one length, UTF-8, filled up with zero bytes: what MATLAB and R read without effort."""
+    cut_off = next((text for text in texts if text.endswith("\0")), None)
+    if cut_off is not None:
+        raise ValueError(
+            f"The {what} {cut_off!r} ends with a zero byte, with which strings in HDF5 files are filled up. Expected "
+            "another end. Export as .npy or .safetensors, which keep it."
+        )
     encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
     return np.array(encoded, dtype=f"S{max(1, *map(len, encoded), 1)}")
 
@@ -386,23 +394,14 @@ def _decoders(rows: _Rows) -> NDArray[np.uint8]:
 
 
 def _default_images(store: FeatureStore, chosen: FeatureSet) -> ImageSet:
-    if ImageTables(store.root).paths():
+    if store.has_images():
         try:
             return store.images()
         except AmbiguousRequestError as error:
             raise AmbiguousRequestError(f"{error} On the command line: --images-name NAME.") from error
     digests = np.unique(np.concatenate([part.digests for part in chosen.parts]), axis=0)
-    ids = tuple(row.tobytes().hex() for row in digests)
-    return ImageSet(
-        name="images",
-        ids=ids,
-        targets=None,
-        classes=(),
-        splits=np.full(len(ids), ""),
-        groups=None,
-        task="single",
-        source=AbsentSource(where=str(store.root), known=KnownDigests([DigestTable.without_files(ids, digests)])),
-    )
+    # Named after the set, so that an import of the file hides no image set that people call "images".
+    return images_by_digest(digests, where=str(store.root), name=f"set-{short_key(chosen.key)}")
 
 
 def _check_sound(chosen: FeatureSet, store: FeatureStore) -> None:
@@ -413,7 +412,7 @@ def _check_sound(chosen: FeatureSet, store: FeatureStore) -> None:
             raise DamagedFileError(
                 f"{part.path} is damaged: the features of rows {rows}{', ...' * (len(damaged) > 3)} aren't those that "
                 "were written. Nothing was exported. Set it aside with featstore verify --repair --store "
-                f"{shlex.quote(str(store.root))}, and extract again."
+                f"{shlex.quote(str(store.root))}, and run {made_by(part)} again."
             )
 
 

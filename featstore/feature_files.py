@@ -29,6 +29,7 @@ from featstore.image_digests import DigestTable, KnownDigests
 from featstore.image_sources import AbsentSource
 from featstore.images import ImageSet, Task
 from featstore.part import Part, is_part, opened_hdf5
+from featstore.sets import digest_rows
 
 SUFFIXES = (".npy", ".h5", ".hdf5", ".safetensors")
 """What a file's name must end with, in any case."""
@@ -89,19 +90,19 @@ def opened_features(path: Path, *, dataset: str | None = None, id_dataset: str |
             yield found
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class IdTable:
     """The ids of a file's rows, in the order of the rows.
 
     Attributes:
         ids: one a row.
-        digests: the SHA-256 of each image's content, where the table has them.
+        digests: ``(N, 32)``, the SHA-256 of each image's content, where the table has them.
         columns: of the table; none of a list.
         lines: the line of each id among those below the header, from 0.
     """
 
     ids: tuple[str, ...]
-    digests: tuple[bytes, ...] | None
+    digests: NDArray[np.uint8] | None
     columns: tuple[str, ...]
     lines: tuple[int, ...]
 
@@ -120,13 +121,16 @@ def read_ids(path: str | os.PathLike[str], column: str | None = None) -> IdTable
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        # Names may contain any end of a line, so none is translated.
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            text = stream.read()
     except OSError as error:
         raise ValueError(
             f"{file} can't be read ({error.strerror}). Expected the ids of the features' rows. Correct the path."
         ) from error
     if file.suffix.lower() not in (".csv", ".tsv"):
-        ids = tuple(line for line in text.split("\n") if line)  # splitlines would break names with rarer characters
+        # splitlines would break names with rarer characters
+        ids = tuple(line for line in text.replace("\r\n", "\n").split("\n") if line)
         table = IdTable(ids=ids, digests=None, columns=(), lines=tuple(range(len(ids))))
     else:
         table = _id_table(file, text, column)
@@ -155,18 +159,27 @@ def images_by_id(ids: Sequence[str], *, where: str, name: str) -> ImageSet:
     )
 
 
-def without_files(images: ImageSet, *, where: str, digests: Sequence[bytes] | None = None) -> ImageSet:
+def images_by_digest(digests: NDArray[np.uint8], *, where: str, name: str) -> ImageSet:
+    """Unlabelled images of which only the content is known: the hexadecimal digits of the digests are their ids.
+
+    Args:
+        digests: ``(N, 32)``, each once.
+        where: they came from, for messages.
+        name: of the set.
+    """
+    images = images_by_id([row.tobytes().hex() for row in digests], where=where, name=name)
+    return without_files(images, where=where, digests=digests)
+
+
+def without_files(images: ImageSet, *, where: str, digests: NDArray[np.uint8] | None = None) -> ImageSet:
     """The same images with their labels and splits, known by their ids, and by the digests of their contents if given.
 
     Args:
         images: for example of a table whose files aren't here.
         where: the table, for messages.
-        digests: SHA-256 (32 bytes) of each image's content.
+        digests: ``(N, 32)``, SHA-256 of each image's content.
     """
-    known = KnownDigests()
-    if digests is not None:
-        values = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-        known = KnownDigests([DigestTable.without_files(images.ids, values)])
+    known = KnownDigests([] if digests is None else [DigestTable.without_files(images.ids, digests)])
     return replace(images, source=AbsentSource(where=where, known=known), origin={})
 
 
@@ -442,11 +455,11 @@ def _lines_by_row(rows: Sequence[str], file: Path) -> list[int]:
         ) from None
 
 
-def _digests(cells: Sequence[str], file: Path) -> tuple[bytes, ...]:
+def _digests(cells: Sequence[str], file: Path) -> NDArray[np.uint8]:
     wrong = [cell for cell in cells if not re.fullmatch("[0-9a-f]{64}", cell)]
     if wrong:
         raise ValueError(
             f"{file} has the digest {wrong[0]!r}. Expected the SHA-256 of an image's file, 64 hexadecimal digits. "
             "Correct it, or delete the column."
         )
-    return tuple(map(bytes.fromhex, cells))
+    return digest_rows(cells)

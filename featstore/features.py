@@ -49,12 +49,13 @@ class Features:
     They are read in one of three ways. Which one is chosen by size when the first rows are wanted, and `access` says
     it:
 
-    * ``memory``: all rows are read once, each block checked against its checksum, where they take no more than half of
-      the memory that is free. Single rows are read from the files until a tenth of all has been asked for.
+    * ``memory``: all rows are read once, where they take no more than half of the memory that is free. Single rows are
+      read from the files until a tenth of all has been asked for.
     * ``map``: rows are copied out of mapped files, which stay in the system's cache; where they fit into free memory.
     * ``stream``: for what is larger than memory. A shuffled epoch reads whole stretches of the files, in random order,
       and mixes rows within a window of many stretches: `shuffling` says how well. Memory stays bounded.
 
+    In each of them a block of rows (about 1 MB) is checked against its checksum before the first row of it is given.
     Files that another machine might make shorter meanwhile (on a network file system) are never mapped, but read.
 
     Holds no file handle, pickles (without rows in memory), and may be used from several threads and processes.

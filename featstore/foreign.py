@@ -26,7 +26,7 @@ from featstore.image_digests import Digests
 from featstore.image_sources import AbsentSource
 from featstore.images import ImageSet
 from featstore.index import first_places
-from featstore.sets import DTYPES, FeatureRequest, FeatureSet
+from featstore.sets import DTYPES, FeatureRequest, FeatureSet, short_key
 from featstore.spec import FeatureSpec
 from featstore.store import FeatureStore
 from featstore.views import View
@@ -38,6 +38,7 @@ LAYOUTS = ("NCHW", "NHWC", "NLC", "NC", "other")
 
 _VERSION = 1  # of the rules for the digests below, see docs/format.md
 _PART_BYTES = 256 << 20
+_NAME_LENGTH = 80  # of an image set's name before the key's digits: more than 100 in all would be cut off
 _SAME_IMAGE = 1e-2
 """Largest difference, as a share of the largest value, between rows of byte-identical images: their last bits may have
 been computed in different batches, or in half precision."""
@@ -92,7 +93,7 @@ def import_features(
             float32. An array mapped from a ``.npy`` file is read block by block.
         images: N of them. Their rows are filed under the content of their files, all of which must be there; for a set
             without files (`images_by_id`) under digests made of the features and the id, and the image set is then
-            filed under `name`.
+            filed under `name` and the first digits of the key, as it fits this set alone.
         name: what people call the model, in lists and folders.
         layout: NCHW, NHWC, NLC, NC or other. Default: NC for vectors, NLC for (L, C), NCHW for (C, H, W).
         source: where the features came from, kept as a fact.
@@ -247,12 +248,10 @@ def _file(
     )
     digests = content.digests
     if content.is_by_id.any():
-        # Such digests are of this set alone, so another import of the same ids must not become their newest table.
-        images = replace(images, name=name)
+        # Such digests are of this set alone: no other import, nor photographs of that name, may replace their table.
+        images = replace(images, name=f"{name[:_NAME_LENGTH]}-{short_key(spec.key)}")
         digests = _with_derived(digests, images, trunk)
-    stored = store.find_one(
-        FeatureRequest(trunk=trunk, pool=spec.pool, view=View(), dtype=spec.dtype, precision=spec.precision)
-    )
+    stored = store.find_one(FeatureRequest.of(spec))
     store.save_images(images, digests)
     wanted = digests.values[image_of[content.places]]
     is_first = np.zeros(len(wanted), bool)

@@ -58,7 +58,8 @@ def gc(catalogue: Catalogue, *, older_than: float, dry_run: bool) -> GcReport:
     if not dry_run:
         for folder in reversed(folders):  # sets' folders before those they lie in
             if key_in(folder.name) or is_trunk_folder(folder.name):
-                disk.remove_folder(folder)
+                with suppress(PermissionError):  # somebody else's, and there is nothing in it for us to delete
+                    disk.remove_folder(folder)
     return rubbish.report()
 
 
@@ -115,7 +116,11 @@ class _Rubbish:
 
     def take_leftovers(self, folder: Path) -> None:
         """Deletes what killed writers, repairs and removals have left in a folder."""
-        for name in sorted(listed(folder)):
+        try:
+            names = sorted(listed(folder))
+        except DamagedFileError:  # not to be read here: `verify` tells about it
+            return
+        for name in names:
             path = folder / name
             with suppress(FileNotFoundError):
                 facts = path.lstat()
@@ -124,7 +129,10 @@ class _Rubbish:
                 if (disk.is_temporary(name) and written) or (disk.is_set_aside(name) and renamed):
                     self._take(path)
                 elif disk.is_moved_aside(name) and renamed:
-                    self._take_folder(path)
+                    if path.is_symlink():  # what it leads to is whoever's who made the link
+                        self._take(path)
+                    else:
+                        self._take_folder(path)
 
     def _take_folder(self, folder: Path) -> None:
         for path in files_in(folder):

@@ -88,7 +88,29 @@ class InMemory(Source):
         _copy_rows(self._bytes, rows, out)
 
 
-class Mapped(Source):
+class InFiles(Source):
+    """Rows in parts. A block is checked against its checksum before the first row of it is given, and once only."""
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self._checked = [np.zeros(len(part.checksums), bool) for part in places.parts]
+
+    def check(self, part: int, row_in: NDArray[np.int64]) -> None:
+        """Reads the blocks of these rows that nobody has asked for before.
+
+        Raises:
+            DamagedFileError: for one that doesn't fit its checksum; it names the file and the rows.
+        """
+        opened, checked = self.places.parts[part], self._checked[part]
+        blocks = row_in // opened.block_rows
+        unknown = np.unique(blocks[~checked[blocks]])
+        if len(unknown):
+            for _ in opened.read_blocks(unknown.tolist()):
+                pass
+            checked[unknown] = True
+
+
+class Mapped(InFiles):
     """Rows in mapped parts.
 
     Args:
@@ -98,7 +120,8 @@ class Mapped(Source):
     """
 
     def __init__(self, places: Places, *, kept_bytes: int | None = None) -> None:
-        self.places, self.kept_bytes = places, kept_bytes
+        super().__init__(places)
+        self.kept_bytes = kept_bytes
         self._mapped: dict[int, NDArray[np.uint8]] = {}
         self._taken = 0
 
@@ -107,7 +130,7 @@ class Mapped(Source):
         if len(row_in) == 0:
             return
         if (part_of == part_of[0]).all():
-            _copy_rows(self._bytes_of(int(part_of[0])), _as_slice(row_in), out)
+            self._copy(int(part_of[0]), row_in, out)
         else:
             self._gather(part_of, row_in, out)
         if self.kept_bytes is not None:
@@ -121,10 +144,14 @@ class Mapped(Source):
         used, starts = np.unique(part_of[order], return_index=True)
         near = np.empty_like(out)
         for part, start, end in zip(used.tolist(), starts, [*starts[1:], len(order)], strict=True):
-            _copy_rows(self._bytes_of(part), row_in[order[start:end]], near[start:end])
+            self._copy(part, row_in[order[start:end]], near[start:end])
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         _copy_rows(near, back, out)
+
+    def _copy(self, part: int, row_in: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        self.check(part, row_in)
+        _copy_rows(self._bytes_of(part), _as_slice(row_in), out)
 
     def _bytes_of(self, part: int) -> NDArray[np.uint8]:
         mapped = self._mapped  # another thread may let go of it meanwhile
@@ -136,17 +163,15 @@ class Mapped(Source):
         return found
 
 
-class Plain(Source):
+class Plain(InFiles):
     """Rows in parts, by plain reads: for files that may be made shorter meanwhile."""
-
-    def __init__(self, places: Places) -> None:
-        self.places = places
 
     def take(self, rows: Rows, out: NDArray[np.uint8]) -> None:  # noqa: D102
         wanted = self.places.of(rows)
         for part, where in wanted.by_part():
-            opened = self.places.parts[part]
-            out[where] = as_bytes(opened.read_rows(wanted.row_in[where]))
+            row_in = wanted.row_in[where]
+            self.check(part, row_in)
+            out[where] = as_bytes(self.places.parts[part].read_rows(row_in))
 
 
 def load(places: Places, out: Tensor) -> Tensor:

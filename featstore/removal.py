@@ -1,4 +1,8 @@
-"""Removal: a whole feature set deleted, so that whenever it stops, nobody reads a part of it for the whole."""
+"""Removal: a whole feature set deleted.
+
+Whenever it stops, each folder of the set is there as a whole or not at all for readers, and no file is deleted before
+all its folders are out of their sight.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featstore import disk
-from featstore.catalogue import Catalogue, listed, misplaced, part_paths
+from featstore.catalogue import Catalogue, UnsoundSet, listed, misplaced, part_paths
 from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.index import RowIndex
 from featstore.sets import PART_NAME, short_key, superseded_names
@@ -20,9 +24,9 @@ class RemoveReport:
     """What a removal deleted.
 
     Attributes:
-        key: of the set.
+        key: of the set; of one without a sound part its first digits.
         rows: images that had a row, as far as its parts could be opened.
-        parts: files, also those that others superseded.
+        parts: files, also those that others superseded; none of a folder to which there was only a link.
         bytes: size of those files.
     """
 
@@ -37,17 +41,36 @@ class RemoveReport:
         )
 
 
-def remove(catalogue: Catalogue, spec: FeatureSpec, folders: Sequence[Path]) -> RemoveReport:
-    """Deletes the set `spec`, which lies in `folders`; see `FeatureStore.remove`."""
-    for folder in folders:
-        _check_nothing_else(folder, spec)
-    report = _report(catalogue, spec, folders)
+def remove(catalogue: Catalogue, chosen: FeatureSpec | UnsoundSet, folders: Sequence[Path]) -> RemoveReport:
+    """Deletes the set `chosen`, which lies in `folders`; see `FeatureStore.remove`."""
+    report = foreseen(catalogue, chosen, folders)
+    aside = []
     for folder in folders:
         with suppress(FileNotFoundError):  # another process removes it as well
-            clear(disk.move_aside(folder))
+            if folder.is_symlink():
+                disk.unlink(folder)  # what it leads to is whoever's who made the link
+                disk.sync_folder(folder.parent)
+            else:
+                aside.append(disk.move_aside(folder))
+    for moved in aside:
+        clear(moved)
+    for folder in folders:
         if folder.parent != catalogue.root:
             disk.remove_folder(folder.parent)
     return report
+
+
+def foreseen(catalogue: Catalogue, chosen: FeatureSpec | UnsoundSet, folders: Sequence[Path]) -> RemoveReport:
+    """What `remove` would delete now.
+
+    Raises:
+        FeatureStoreError: where it would refuse.
+    """
+    for folder in folders:
+        _check_is_of_this_store(catalogue, folder)
+        if not folder.is_symlink():
+            _check_nothing_else(folder, chosen.key)
+    return _report(catalogue, chosen.key, folders)
 
 
 def clear(folder: Path) -> None:
@@ -63,26 +86,35 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for name in listed(folder) if (path := folder / name).is_symlink() or not path.is_dir())
 
 
-def _check_nothing_else(folder: Path, spec: FeatureSpec) -> None:
+def _check_is_of_this_store(catalogue: Catalogue, folder: Path) -> None:
+    if folder.parent != catalogue.root and folder.parent.is_symlink():
+        raise FeatureStoreError(
+            f"{folder} lies in {folder.parent.resolve()}, to which there is only a link here, and is not removed. "
+            "Remove it from the store that it belongs to, or delete the link, which hides all that lies there."
+        )
+
+
+def _check_nothing_else(folder: Path, key: str) -> None:
     others = sorted(name for name in listed(folder) if not name.startswith(".") and not PART_NAME.fullmatch(name))
     if others:
         raise FeatureStoreError(
-            f"{folder} holds {others[0]!r}, which is no part of set {short_key(spec.key)}. The whole folder goes when "
+            f"{folder} holds {others[0]!r}, which is no part of set {short_key(key)}. The whole folder goes when "
             "the set is removed: move everything else out of it first."
         )
 
 
-def _report(catalogue: Catalogue, spec: FeatureSpec, folders: Sequence[Path]) -> RemoveReport:
+def _report(catalogue: Catalogue, key: str, folders: Sequence[Path]) -> RemoveReport:
     opened, num_parts, num_bytes = [], 0, 0
     for path in [path for folder in folders for path in part_paths(folder)]:
         with suppress(FileNotFoundError):  # superseded, and unlinked since it was listed
-            num_bytes += path.lstat().st_size
-            num_parts += 1
+            if not path.parent.is_symlink():
+                num_bytes += path.lstat().st_size
+                num_parts += 1
             with suppress(DamagedFileError):
                 opened.append(catalogue.part(path))
     for each in opened:
-        if each.spec.key != spec.key:
-            raise DamagedFileError(misplaced(each.part.path, each.spec.key, spec.key))
+        if not each.spec.key.startswith(key):
+            raise DamagedFileError(misplaced(each.part.path, each.spec.key, key))
     superseded = superseded_names(opened)
     index = RowIndex([each.part for each in opened if each.name not in superseded])
-    return RemoveReport(key=spec.key, rows=index.num_images, parts=num_parts, bytes=num_bytes)
+    return RemoveReport(key=key, rows=index.num_images, parts=num_parts, bytes=num_bytes)

@@ -50,6 +50,11 @@ class FeatureRequest:
     dtype: str | None = None
     precision: Precision | None = None
 
+    @classmethod
+    def of(cls, spec: FeatureSpec) -> FeatureRequest:
+        """The request that fixes every fact, so that only features of `spec` fit."""
+        return cls(trunk=spec.trunk, pool=spec.pool, view=spec.rendered, dtype=spec.dtype, precision=spec.precision)
+
     def accepts(self, spec: FeatureSpec) -> bool:
         """Whether features of `spec` are what is asked for."""
         return spec.key in self.keys
@@ -179,7 +184,7 @@ class SetPart:
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(
                 f"{part.path} can't be used by this featstore: {error}. If a newer one wrote it, upgrade; else put a "
-                "sound copy in its place, or delete it and extract again."
+                f"sound copy in its place, or delete it and run {made_by(part)} again."
             ) from error
         return cls(part, spec)
 
@@ -204,6 +209,11 @@ _FACTS = frozenset(
 def newest(parts: Iterable[Part]) -> Part:
     """The part that was written last."""
     return max(parts, key=lambda part: str(part.facts["when"]))
+
+
+def made_by(part: Part) -> str:
+    """The command that makes the rows of a part again."""
+    return "featstore import" if "imported" in part.facts else "featstore extract"
 
 
 def superseded_names(parts: Iterable[SetPart]) -> frozenset[str]:

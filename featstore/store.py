@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featstore.catalogue import Catalogue, part_paths
+from featstore.catalogue import Catalogue, UnsoundSet, part_paths, permitted
 from featstore.compaction import CompactReport, LeftAlone, compact, delete_replaced, merge
 from featstore.difference import SetDifference, diff
 from featstore.digest import Json
@@ -30,7 +30,7 @@ from featstore.image_digests import Digests, KnownDigests
 from featstore.images import ImageSet
 from featstore.index import RowIndex, is_among
 from featstore.part import make_folder, write_part, write_table
-from featstore.removal import RemoveReport, remove
+from featstore.removal import RemoveReport, foreseen, remove
 from featstore.sets import FeatureRequest, FeatureSet, digest_rows, folder_name, key_in, short_key
 from featstore.signature import signature
 from featstore.spec import FeatureSpec
@@ -48,7 +48,8 @@ class FeatureStore:
     """Feature sets and image sets below the folder `root`.
 
     Any number of processes may read and write one store, also while it is compacted, cleared of garbage, or a set
-    removed. Files in it never change, so what was opened is kept. Pickles without that.
+    removed, and any number of threads one object. Files in it never change, so what was opened is kept. Pickles
+    without that.
 
     Args:
         root: the folder; `write` and `save_images` make it.
@@ -68,8 +69,7 @@ class FeatureStore:
     ) -> None:
         if Path(root).is_file():
             raise ValueError(f"{root} is a file. Expected the folder of a store, or the name of a new one.")
-        if access not in ACCESSES:
-            raise ValueError(f"access is {access!r}; expected {', '.join(ACCESSES)}.")
+        _check_access(access)
         if memory_bytes is not None and memory_bytes < 1:
             raise ValueError(
                 f"memory_bytes is {memory_bytes}; expected at least 1, or None for a share of what is free."
@@ -102,21 +102,22 @@ class FeatureStore:
         return [each for each in found if each and trunk in (None, each.spec.trunk)]
 
     def damaged(self) -> list[DamagedFileError]:
-        """An error for each part and image table that can't be used: it names the file and what to do.
+        """An error for each part, image table and folder that can't be used: it names the file and what to do.
 
         They are opened; `verify` looks at the features as well.
         """
         errors: dict[str, DamagedFileError] = {}
         folders = self._catalogue.folders()
         for folder in folders:
-            for path in part_paths(folder):
-                with _collected(errors):
-                    self._catalogue.part(path)
+            with _collected(errors):
+                for path in part_paths(folder):
+                    with _collected(errors):
+                        self._catalogue.part(path)
         for spec, holding in self._catalogue.specs(folders):
             with _collected(errors):  # sound files in the wrong place
                 self._catalogue.set_of(spec, holding)
         for path in self._tables.paths():
-            with _collected(errors):
+            with _collected(errors), permitted(path):
                 self._tables.open(path)
         return list(errors.values())
 
@@ -164,6 +165,7 @@ class FeatureStore:
         which: FeatureRequest | FeatureSet | str,
         *,
         on_error: Literal["raise", "skip"] = "raise",
+        access: Access | Literal["auto"] | None = None,
     ) -> Features:
         """The features of `images`, joined by content, in their order.
 
@@ -171,14 +173,18 @@ class FeatureStore:
             images: any set; its digests are taken as far as they aren't known.
             which: a request, a set, or the start of a key.
             on_error: `skip` leaves out images that failed when they were extracted, or can't be read now.
+            access: how these are read; default: as the store says.
 
         Raises:
+            ValueError: for another `on_error` or `access`.
             MissingFeaturesError: if images lack a row; nothing is ever filled in.
             FactsDifferError: if no set fits; the message names the facts in which the nearest one differs.
             FeatureStoreError: if there is no store, or no set of that key.
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
+        way = self.access if access is None else access
+        _check_access(way)
         chosen = self._chosen(which)
         digests = images.digests(self.known_digests(images))
         part_of, row_in = chosen.index.find(digests.values)
@@ -194,7 +200,7 @@ class FeatureStore:
             chosen.index,
             part_of,
             row_in,
-            access=self.access,
+            access=way,
             memory_bytes=self.memory_bytes,
             lookup=partial(_fresh_index, self._folder, chosen.key),
         )
@@ -227,12 +233,14 @@ class FeatureStore:
         Heads on it train, save and predict on stored features; `StagedModel.attach` puts the real trunk in.
         """
         chosen = self.set(key)
-        return StagedModel.absent(
+        model = StagedModel.absent(
             chosen.facts["stages"],
             view=chosen.spec.rendered.evaluation,
             name=chosen.facts["backbone"],
             class_tokens=chosen.facts["class_tokens"],
         )
+        model.origin = {"features": chosen.key}
+        return model
 
     def write(
         self,
@@ -268,6 +276,10 @@ class FeatureStore:
         return path
 
     # --------------------------------------------------------------------------------------------------- image sets
+
+    def has_images(self) -> bool:
+        """Whether the store holds an image set."""
+        return bool(self._tables.paths())
 
     def images(self, name: str | None = None) -> ImageSet:
         """The newest image set in the store, or the newest called `name`; its files may be elsewhere.
@@ -333,7 +345,7 @@ class FeatureStore:
             repair: gives damaged files a hidden name in their folder, where nobody reads them: the next extraction
                 computes their rows again, and `gc` deletes them later. Where an image table is set aside, the one
                 that it replaced is the newest again. Never set aside is what may well be sound: files that a newer
-                featstore wrote, that may not be read, or that lie in another set's folder.
+                featstore or another program wrote, that may not be read, or that lie in another set's folder.
             progress: shows a bar on stderr.
 
         Raises:
@@ -357,11 +369,12 @@ class FeatureStore:
         return diff(self.set(a), self.set(b))
 
     def compact(self, key: str | None = None) -> CompactReport:
-        """Merges the small parts of one set, or of each, into parts of up to 4 GiB; every row stays as readers see it.
+        """Merges the small parts of one set, or of each, into larger ones; every row stays as readers see it.
 
-        Parts are merged with those of the same profile only (batch size, device, versions ...), for a part says of all
-        its rows on what they were computed. What they replace is superseded from then on, and stays for `gc`. Rows are
-        checked against their checksums on the way: a set with a damaged row is left alone and reported.
+        A merged part has up to 4 GiB of features and 2^24 rows. Parts are merged with those of the same profile only
+        (batch size, device, versions ...), for a part says of all its rows on what they were computed. What they
+        replace is superseded from then on, and stays for `gc`. Rows are checked against their checksums on the way: a
+        set with a damaged row is left alone and reported.
 
         Args:
             key: the start of the set's key; None for all sets.
@@ -421,17 +434,23 @@ class FeatureStore:
     def remove(self, key: str) -> RemoveReport:
         """Deletes a whole set, wherever it lies; image tables stay.
 
-        Its folders get hidden names first, so that whenever this stops, nobody reads some of the parts for the set.
+        All its folders get hidden names before any file is deleted: whenever this stops, nobody reads some of a
+        folder's parts for all of them. Of a folder to which there is only a link, the link alone is deleted.
 
         Args:
-            key: the start of the set's key.
+            key: the start of the set's key. A set without a sound part is known by those digits of its key that its
+                folders are called by.
 
         Raises:
             FeatureStoreError: if there is no such set, or several, or something else lies in its folder.
             DamagedFileError: for a part of another set in its folder.
             OSError: as the disk gave it.
         """
-        return remove(self._catalogue, *self._located(key))
+        return remove(self._catalogue, *self._removable(key))
+
+    def foresee_removal(self, key: str) -> RemoveReport:
+        """What `remove` would delete now; nothing is, and it raises what `remove` would raise at once."""
+        return foreseen(self._catalogue, *self._removable(key))
 
     def check_exists(self) -> None:
         """Raises FeatureStoreError if there is no folder."""
@@ -453,6 +472,20 @@ class FeatureStore:
             sets = [self._catalogue.set_of(spec, folders) for spec, folders in found]
             raise AmbiguousRequestError(
                 self._ambiguous([each for each in sets if each], f"have keys that start with {key}")
+            )
+        return found[0]
+
+    def _removable(self, key: str) -> tuple[FeatureSpec | UnsoundSet, tuple[Path, ...]]:
+        """The one set whose key starts with `key`, sound or not, and its folders."""
+        self.check_exists()
+        found = self._catalogue.keyed_or_unsound(key)
+        if not found:
+            raise FeatureStoreError(self._holds_no(key))
+        if len(found) > 1:
+            listed = ", ".join(short_key(chosen.key) for chosen, _ in found)
+            raise AmbiguousRequestError(
+                f"{len(found)} feature sets in {self.root} have keys that start with {key}: {listed}. Give more of the "
+                f"one that is meant; {self._ls()} lists in what they differ."
             )
         return found[0]
 
@@ -484,8 +517,8 @@ class FeatureStore:
         return (
             f"{self.root} holds {len(images) - count:,} of the {len(images):,} images asked for "
             f"({chosen.facts['backbone']}@{chosen.facts['cut']} {chosen.spec.reduction}, "
-            f"{chosen.spec.rendered.label()}, set {chosen.key[:8]}); {count:,} are missing ({which}). Compute them "
-            "with featstore extract, or ask for the images that are there."
+            f"{chosen.spec.rendered.label()}, set {chosen.key[:8]}); {count:,} are missing ({which}). "
+            f"{_how_to_add(chosen)}, or ask for the images that are there."
         )
 
     def _differs(self, request: FeatureRequest) -> str:
@@ -525,6 +558,11 @@ class FeatureStore:
         return f"featstore ls --store {self.root}"
 
 
+def _check_access(access: str) -> None:
+    if access not in ACCESSES:
+        raise ValueError(f"access is {access!r}; expected {', '.join(ACCESSES)}.")
+
+
 def _fresh_index(folder: Path, key: str) -> RowIndex:
     """Where the rows of a set lie now, none if it was removed: for a reader whose files have vanished."""
     found = _set_if_there(Catalogue(folder), key)
@@ -545,6 +583,13 @@ def _named(images: ImageSet, digests: Digests, mask: NDArray[np.bool_]) -> str:
         for place in places[:3]
     ]
     return "; ".join([*names, *["..."] * (len(places) > 3)])
+
+
+def _how_to_add(chosen: FeatureSet) -> str:
+    """What to do about images without a row in a set."""
+    if "imported" in chosen.facts:  # nobody here can compute them, and more rows have another key
+        return "Its features were made elsewhere: make those of all images there, and featstore import them"
+    return "Compute them with featstore extract"
 
 
 @contextmanager

@@ -7,12 +7,12 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from featstore.adopt import NUM_ROWS, adopt
-from featstore.difference import SetDifference
 from featstore.digest import Json
 from featstore.errors import DamagedFileError
 from featstore.export import SUFFIXES, export
@@ -29,6 +29,7 @@ from featstore.flags import (
 from featstore.foreign import LAYOUTS, import_file
 from featstore.images import ImageSet
 from featstore.program import DONE, FAILED, facts_table, one_of, show, show_json, table, tell, tell_all
+from featstore.removal import RemoveReport
 from featstore.sets import FeatureSet
 from featstore.store import FeatureStore
 from featstore.trunk import choose_device
@@ -87,20 +88,7 @@ def diff(
     if output.json:
         show_json(asdict(found))
         return
-    rows = _difference_rows(found)
-    if rows:
-        show(table(rows))
-    show(_counts(found))
-    if found.values is not None:
-        values = found.values
-        show(
-            f"{values.rows:,} rows compared: "
-            + (
-                "equal bit for bit"
-                if values.is_equal
-                else f"largest difference {values.largest:.3g}, {values.share:.2g} of the largest value"
-            )
-        )
+    show(str(found))
 
 
 # ---- Upkeep
@@ -122,7 +110,12 @@ def verify(
     aside = [each for each in report.damaged if each.set_aside is not None]
     if output.json:
         damaged = [
-            {"path": str(each.path), "reason": each.reason, "set_aside": each.set_aside and str(each.set_aside)}
+            {
+                "path": str(each.path),
+                "reason": each.reason,
+                "is_damage": each.is_damage,
+                "set_aside": each.set_aside and str(each.set_aside),
+            }
             for each in report.damaged
         ]
         show_json({"parts": report.parts, "tables": report.tables, "bytes": report.bytes, "damaged": damaged})
@@ -132,8 +125,11 @@ def verify(
         tell(each.reason if each.set_aside is None else f"{each.reason} It is {each.set_aside.name} now.")
     left = len(report.damaged) - len(aside)
     if aside:
-        tell("What was set aside is missing now: run featstore extract again, which computes just that.")
-    elif left and not repair:
+        tell(
+            "What was set aside is missing now: run featstore extract again, or featstore import for what was "
+            "imported, which adds just that."
+        )
+    elif not repair and any(each.is_damage for each in report.damaged):
         tell(f"Set damaged files aside: featstore verify --repair --store {shlex.quote(store)}")
     raise typer.Exit(FAILED if left else DONE)
 
@@ -196,18 +192,21 @@ def remove(
     output: OutputFlags,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
 ) -> None:
-    """Delete whole feature sets. Asks first, unless --yes is given."""
+    """Delete whole feature sets. Asks first, unless --yes is given; if one of them can't be removed, none is."""
     filed = FeatureStore(store)
-    chosen = list(dict.fromkeys(_key_of(filed, key) for key in keys))
+    chosen = list(dict.fromkeys(filed.foresee_removal(key).key for key in keys))
     if not yes and not _is_confirmed(filed, chosen):
         tell("Nothing was removed.")
         raise typer.Exit(FAILED)
-    reports = [filed.remove(key) for key in chosen]
-    if output.json:
-        show_json([asdict(report) for report in reports])
-    else:
-        for report in reports:
-            show(str(report))
+    reports: list[RemoveReport] = []
+    try:
+        for key in chosen:
+            reports.append(filed.remove(key))
+            if not output.json:
+                show(str(reports[-1]))
+    finally:  # what is gone is said, whatever happens to the next one
+        if output.json:
+            show_json([asdict(report) for report in reports])
 
 
 # ---- In and out
@@ -467,7 +466,7 @@ def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
             {
                 "file": part.path.name,
                 "rows": part.num_rows,
-                "bytes": part.path.stat().st_size,
+                "bytes": _size(part.path),
                 "who": part.facts["who"],
                 "when": part.facts["when"],
             }
@@ -477,34 +476,15 @@ def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
     }
 
 
-def _difference_rows(found: SetDifference) -> list[dict[str, Json]]:
-    columns = [key[:8] for key in found.keys]
-    kinds = {"": (*found.labels, *found.facts), "profile: ": found.profile}
-    rows = [
-        (f"{kind}{name}", mine, others) for kind, differences in kinds.items() for name, mine, others in differences
-    ]
-    if found.stage is not None:
-        rows.append(("first stage that differs", found.stage, found.stage))
-    return [dict(zip(("fact", *columns), row, strict=True)) for row in rows]
-
-
-def _counts(found: SetDifference) -> str:
-    first, second = (key[:8] for key in found.keys)
-    return (
-        f"{found.num_both:,} images in both, {found.num_only_a:,} in {first} alone, {found.num_only_b:,} in {second} "
-        "alone"
-    )
+def _size(path: Path) -> int | None:
+    """Of a file, in bytes; None if it has been merged into another one, and deleted, since it was opened."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 # ---- Removal
-
-
-def _key_of(store: FeatureStore, key: str) -> str:
-    """The whole key; the start that was given where damage hides it, which doesn't keep a set from being removed."""
-    try:
-        return store.set(key).key
-    except DamagedFileError:
-        return key
 
 
 def _is_confirmed(store: FeatureStore, keys: Sequence[str]) -> bool:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from featstore import disk
-from featstore.catalogue import Catalogue, dangling, misplaced, part_paths
+from featstore.catalogue import Catalogue, dangling, listed, misplaced, part_paths, unreadable
 from featstore.errors import DamagedFileError, FeatureStoreError, NewerFormatError
 from featstore.part import Part, Table
-from featstore.sets import SetPart, key_in, short_key
+from featstore.sets import SetPart, key_in, made_by, short_key
 from featstore.tables import ImageTables
 
 
@@ -23,13 +23,15 @@ class BadFile:
     """A part or an image table that can't be used as it is.
 
     Attributes:
-        path: the file.
+        path: the file, or a folder that may not be read.
         reason: a sentence: what is wrong with which of its bytes or rows, and what to do.
+        is_damage: whether a repair sets it aside; else it may well be sound, or no file of featstore's.
         set_aside: its name now, where nobody reads it, if it was renamed for being damaged.
     """
 
     path: Path
     reason: str
+    is_damage: bool
     set_aside: Path | None = None
 
 
@@ -41,8 +43,8 @@ class VerifyReport:
         parts: that were checked.
         tables: image tables that were checked.
         bytes: size of all of them.
-        damaged: what can't be used. Also files that may not be read, that a newer featstore wrote or that lie in
-            another set's folder; those are never set aside.
+        damaged: what can't be used. Also files and folders that may not be read, and files that a newer featstore
+            or another program wrote or that lie in another set's folder; those are never set aside.
     """
 
     parts: int
@@ -63,12 +65,16 @@ def verify(catalogue: Catalogue, tables: ImageTables, *, repair: bool, progress:
     Raises:
         OSError: if a damaged file can't be renamed.
     """
-    parts = [path for folder in catalogue.folders() for path in part_paths(folder)]
+    if repair:
+        _sync_set_aside([*catalogue.folders(), tables.folder])
+    parts, closed = _listed(catalogue)
     checked = _checked(parts, _check_part, progress=progress)
     checked_tables = _checked(tables.paths(), _check_table, progress=False)  # small
-    faults = _misplaced(checked) | {
-        path: each for path, each in (checked | checked_tables).items() if each.reason is not None
-    }
+    faults = (
+        closed
+        | _misplaced(checked)
+        | {path: each for path, each in (checked | checked_tables).items() if each.reason is not None}
+    )
     damaged = []
     for path, each in sorted(faults.items()):
         aside = None
@@ -77,7 +83,7 @@ def verify(catalogue: Catalogue, tables: ImageTables, *, repair: bool, progress:
                 aside = disk.set_aside(path)
         catalogue.forget(path)  # as a sound copy may be put in its place
         tables.forget(path)
-        damaged.append(BadFile(path=path, reason=str(each.reason), set_aside=aside))
+        damaged.append(BadFile(path=path, reason=str(each.reason), is_damage=each.is_damage, set_aside=aside))
     return VerifyReport(
         parts=len(checked),
         tables=len(checked_tables),
@@ -94,6 +100,25 @@ class _Checked:
     key: str = ""  # of a part's set
     reason: str | None = None
     is_damage: bool = False  # what is only not understood, or not to be read here, is no damage
+
+
+def _sync_set_aside(folders: Sequence[Path]) -> None:
+    """Makes safe what a repair has renamed that was killed before it could: else a power loss brings it back."""
+    for folder in folders:
+        with suppress(DamagedFileError, FileNotFoundError):  # not to be read here; removed
+            if any(disk.is_set_aside(name) for name in listed(folder)):
+                disk.sync_folder(folder)
+
+
+def _listed(catalogue: Catalogue) -> tuple[list[Path], dict[Path, _Checked]]:
+    """The parts, and the folders that may not be read, with the reason."""
+    parts, closed = [], {}
+    for folder in catalogue.folders():
+        try:
+            parts += part_paths(folder)
+        except DamagedFileError as error:
+            closed[folder] = _Checked(num_bytes=0, reason=str(error))
+    return parts, closed
 
 
 def _checked(paths: Sequence[Path], check: Callable[[Path], str], *, progress: bool) -> dict[Path, _Checked]:
@@ -113,22 +138,17 @@ def _checked(paths: Sequence[Path], check: Callable[[Path], str], *, progress: b
             except DamagedFileError as error:
                 found[path] = _Checked(num_bytes=num_bytes, reason=str(error), is_damage=True)
             except OSError as error:
-                reason = (
-                    f"{path} can't be read ({error.strerror}). Make it readable, or copy the store to a sound disk."
-                )
-                found[path] = _Checked(num_bytes=num_bytes, reason=reason)
+                found[path] = _Checked(num_bytes=num_bytes, reason=unreadable(path, error))
             bar.update(num_bytes)
     return found
 
 
 def _check_part(path: Path) -> str:
     """The key of a part's set, if all its bytes fit their checksums and its facts are understood."""
-    try:
+    with _told_from_damage(path):
         part = Part.open(path)
-    except NewerFormatError as error:
-        raise _NoDamageError(str(error)) from error
     if blocks := part.verify():
-        raise DamagedFileError(_altered_rows(path, blocks))
+        raise DamagedFileError(_altered_rows(part, blocks))
     try:
         return SetPart.of(part).spec.key
     except DamagedFileError as error:
@@ -136,10 +156,8 @@ def _check_part(path: Path) -> str:
 
 
 def _check_table(path: Path) -> str:
-    try:
+    with _told_from_damage(path):
         Table.open(path)
-    except NewerFormatError as error:
-        raise _NoDamageError(str(error)) from error
     return ""
 
 
@@ -147,13 +165,39 @@ class _NoDamageError(FeatureStoreError):
     """The file is as it was written, and yet it can't be used here."""
 
 
-def _altered_rows(path: Path, blocks: Sequence[range]) -> str:
+@contextmanager
+def _told_from_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except NewerFormatError as error:
+        raise _NoDamageError(str(error)) from error
+    except DamagedFileError as error:
+        if path.is_file() and _is_of_others(path):
+            raise _NoDamageError(
+                f"{path} is no file of featstore's, and left alone, though it is called as one. Move it elsewhere."
+            ) from error
+        raise
+
+
+_FIRST_WORD = b"featstore"
+"""Of every file of featstore's."""
+
+
+def _is_of_others(path: Path) -> bool:
+    """Whether a file doesn't begin as ours do, nor as damaged ones: with a few bytes altered, or with zeros."""
+    with path.open("rb") as file:
+        head = file.read(len(_FIRST_WORD))
+    num_equal = sum(mine == theirs for mine, theirs in zip(_FIRST_WORD, head, strict=False))
+    return any(head) and 2 * num_equal < len(head)
+
+
+def _altered_rows(part: Part, blocks: Sequence[range]) -> str:
     stretches = [f"{rows.start:,} to {rows.stop - 1:,}" for rows in blocks[:3]]
     listed = f"{', '.join(stretches)}{', ...' * (len(blocks) > 3)}"
     return (
-        f"{path} is damaged: {sum(map(len, blocks)):,} rows of its features ({listed}) don't fit their checksums. "
-        "Put a sound copy in its place, or set it aside (featstore verify --repair) and extract again, which computes "
-        "only what is then missing."
+        f"{part.path} is damaged: {sum(map(len, blocks)):,} rows of its features ({listed}) don't fit their checksums. "
+        f"Put a sound copy in its place, or set it aside (featstore verify --repair) and run {made_by(part)} again, "
+        "which adds only what is then missing."
     )
 
 

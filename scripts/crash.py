@@ -10,6 +10,7 @@ before it names the seed to draw it again with.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 import tempfile
@@ -44,7 +45,7 @@ def main() -> None:
     first: int = options.seed
     with Forker() as forker:
         kill_extractions(forker, range(first, first + options.kills))
-        kill_in_crowds(forker, range(first, first + options.crowd_kills // KILLS_A_CROWD))
+        kill_in_crowds(forker, range(first, first + math.ceil(options.crowd_kills / KILLS_A_CROWD)))
     for name in SCENARIOS:
         for seed in range(first, first + options.runs):
             crash_scenario(name, seed, options.power_losses, options.second_power_losses)

@@ -797,12 +797,20 @@ class UnbrokenRun:
         operations = _until_random_moment(self.operations, rng)
         self.check(operations, Disk(self.before, operations).after_power_loss(rng), folder)
 
-    def lose_power_in_second_run(self, folder: Path, rng: random.Random) -> None:
-        """Kills it at a random moment, does the rest, and stops the machine at a random moment of that.
+    def lose_power_in_second_run(
+        self, folder: Path, rng: random.Random, *, killed: Sequence[Operation] | None = None
+    ) -> None:
+        """Kills it, does the rest, and stops the machine at a random moment of that.
 
-        `folder` is made here. Errors as in `check`.
+        Args:
+            folder: made here.
+            rng: chooses the moment.
+            killed: what was done before the kill; default: what was until a random moment.
+
+        Raises:
+            AssertionError: as in `check`.
         """
-        killed = _until_random_moment(self.operations, rng)
+        killed = _until_random_moment(self.operations, rng) if killed is None else killed
         folder.mkdir()
         second = place(Disk(self.before, killed).after_kill(), folder / "second")
         with recorded(second) as operations:

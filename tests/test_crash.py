@@ -94,6 +94,14 @@ def test_nor_does_one_in_the_second_run_after_a_kill(run_of: RunOf, tmp_path: Pa
         run_of(name).lose_power_in_second_run(tmp_path / str(seed), random.Random(seed))
 
 
+def test_a_repair_makes_safe_what_one_that_was_killed_had_set_aside(run_of: RunOf, tmp_path: Path) -> None:
+    run = run_of("repair")
+    renamed = next(place for place, operation in enumerate(run.operations) if isinstance(operation, Rename))
+    for seed in range(6):
+        killed = run.operations[: renamed + 1]
+        run.lose_power_in_second_run(tmp_path / str(seed), random.Random(seed), killed=killed)
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_operations_recorded_are_all_that_was_done(tmp_path: Path, name: str) -> None:
     run = UnbrokenRun.in_folder(SCENARIOS[name], tmp_path)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -28,6 +29,8 @@ from featstore import (
     extract,
 )
 from featstore.export import ExportReport, export
+from featstore.feature_files import images_by_id
+from featstore.foreign import import_features
 from featstore.part import Part, is_part, write_part
 
 DTYPES = ("float16", "float32", "bfloat16")
@@ -230,7 +233,6 @@ def test_a_name_that_is_no_utf_8_survives(tmp_path: Path, store: FeatureStore) -
 def test_parquet_holds_ids_labels_and_lists_of_fixed_size(
     tmp_path: Path, images: ImageSet, store: FeatureStore
 ) -> None:
-    pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
     key = filed(images, store, cut="layer1:none")
@@ -259,6 +261,22 @@ def test_parquet_without_pyarrow_says_how_to_get_it(
         export(store, key, tmp_path / "out.parquet")
 
 
+def test_texts_that_end_with_a_zero_byte_are_refused_for_hdf5_alone(tmp_path: Path, store: FeatureStore) -> None:
+    images = ImageSet.from_arrays(pixels(2), ["a", "b\0"], groups=["p\0", "q"])
+    key = filed(images, store)
+    with pytest.raises(ValueError, match=r"The group 'p\\x00' ends with a zero byte.*\.npy or \.safetensors"):
+        export(store, key, tmp_path / "out.h5")
+    with pytest.raises(ValueError, match=r"The class 'b\\x00' ends with a zero byte"):
+        export(store, key, tmp_path / "out.h5", images=replace(images, groups=None))
+    export(store, key, tmp_path / "out.npy")
+    assert [(row["label"], row["group"]) for row in table(tmp_path / "out.csv")] == [("a", "p\0"), ("b\0", "q")]
+    by_id = images_by_id(["x", "y\0"], where="here", name="ids")
+    imported = import_features(store, np.ones((2, 4), np.float32), by_id, name="clip")
+    with pytest.raises(ValueError, match=r"The id 'y\\x00' ends with a zero byte"):
+        export(store, imported.key, tmp_path / "out.h5", images=ImageSet.from_store(store, imported.images))
+    assert not list(tmp_path.glob("*.h5*"))
+
+
 # ---- Which rows
 
 
@@ -282,6 +300,31 @@ def test_without_any_image_set_all_rows_are_exported_by_digest(
     assert [row["id"] for row in rows] == [row["digest"] for row in rows] == sorted(digests)
     order = np.argsort(digests)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), store.features(images, key).numpy()[order])
+
+
+def test_images_known_by_content_alone_are_named_after_the_set(
+    tmp_path: Path, images: ImageSet, store: FeatureStore
+) -> None:
+    key = filed(images, store)
+    for path in (tmp_path / "features" / "images").iterdir():
+        path.unlink()
+    export(FeatureStore(store.root), key, tmp_path / "out.h5")
+    assert Part.open(tmp_path / "out.h5").facts["images"]["name"] == f"set-{key[:8]}"
+
+
+def test_a_store_named_relatively_is_exported_with_its_labels_from_any_folder(
+    tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere" / "features").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    store = FeatureStore("features")
+    key = filed(images, store)
+    monkeypatch.chdir("elsewhere")
+    export(store, key, "out.npy")
+    assert [(row["id"], row["label"]) for row in table(Path("out.csv"))] == [
+        (image, image.partition("/")[0]) for image in images.ids
+    ]
+    np.testing.assert_array_equal(np.load("out.npy"), store.features(images, key).numpy())
 
 
 def test_several_image_sets_must_be_chosen_from(tmp_path: Path, images: ImageSet, store: FeatureStore) -> None:
@@ -359,6 +402,20 @@ def test_a_damaged_part_is_never_exported(tmp_path: Path, images: ImageSet, stor
     with pytest.raises(DamagedFileError, match=rf"{part.path.name} is damaged.*rows 0 to 7"):
         export(FeatureStore(store.root), key, tmp_path / "out.npy")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_is_to_be_done_about_damage_fits_how_the_set_was_made(
+    tmp_path: Path, images: ImageSet, store: FeatureStore
+) -> None:
+    made = {"extract": filed(images, store)}
+    made["import"] = import_features(store, np.ones((8, 4), np.float32), images, name="clip").key
+    for remedy, key in made.items():
+        (part,) = store.set(key).parts
+        content = bytearray(part.path.read_bytes())
+        content[part.features_offset] ^= 1
+        part.path.write_bytes(content)
+        with pytest.raises(DamagedFileError, match=rf"verify --repair --store \S+, and run featstore {remedy} again\."):
+            export(FeatureStore(store.root), key, tmp_path / "out.npy")
 
 
 def test_another_ending_and_an_absent_folder_are_refused(tmp_path: Path, images: ImageSet, store: FeatureStore) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_images_known_by_their_ids_alone_get_digests_of_set_and_id(store: Featur
     report = import_features(store, values(3), images, name="clip")
     trunk = store.set(report.key).spec.trunk
     stored = ImageSet.from_store(store)
-    assert (stored.name, stored.ids) == ("clip", images.ids)
+    assert (stored.name, stored.ids) == (f"clip-{report.key[:8]}", images.ids)
     assert [bytes(row) for row in stored.digests().values] == [
         hashlib.sha256(canonical_json(["imported", trunk, image]).encode()).digest() for image in images.ids
     ]
@@ -205,7 +206,26 @@ def test_two_imports_of_the_same_ids_are_never_joined_to_each_other(store: Featu
         stored = ImageSet.from_store(store, report.images)
         np.testing.assert_array_equal(store.features(stored, report.key).numpy(), values(2, seed=seed))
     with pytest.raises(MissingFeaturesError):
-        store.features(ImageSet.from_store(store, "dino"), clip.key)
+        store.features(ImageSet.from_store(store, dino.images), clip.key)
+
+
+def test_imports_of_one_name_keep_an_image_set_each(store: FeatureStore) -> None:
+    reports = [
+        import_features(store, values(2, seed=seed), images_by_id(ids, where="ids.txt", name="ids"), name="clip" * 30)
+        for seed, ids in enumerate((["a", "b"], ["c", "d"]))
+    ]
+    for seed, report in enumerate(reports):
+        stored = ImageSet.from_store(store, report.images)
+        np.testing.assert_array_equal(store.features(stored, report.key).numpy(), values(2, seed=seed))
+        assert (report.images.startswith("clip"), report.images.endswith(f"-{report.key[:8]}")) == (True, True)
+
+
+def test_an_import_by_ids_never_replaces_the_image_set_of_an_extraction(images: ImageSet, store: FeatureStore) -> None:
+    key = extract(staged(), images, store, cuts=["layer2:avg"]).keys[0]
+    import_features(store, values(), images_by_id(images.ids, where="ids.txt", name="photos"), name="photos")
+    stored = ImageSet.from_store(store, "photos")
+    np.testing.assert_array_equal(stored.targets, images.targets)
+    assert torch.equal(store.features(stored, key)[:], store.features(images, key)[:])
 
 
 def test_the_trunk_is_the_digest_that_the_format_names(store: FeatureStore) -> None:
@@ -463,13 +483,32 @@ def test_another_ending_and_an_absent_file_are_refused(store: FeatureStore, tmp_
         import_file(store, tmp_path / "clip.npy", name="clip")
 
 
+def test_names_of_any_spelling_come_back_from_every_export(store: FeatureStore, tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", 6)
+    for old, new in (("cat/2.jpg", "cat/Icon\r.jpg"), ("cat/4.jpg", "cat/x\r\ny.jpg"), ("dog/1.jpg", 'dog/,"\n.jpg')):
+        (folder / old).rename(folder / new)
+    (folder / "cat").rename(folder / " cat")
+    shutil.copytree(folder / "dog", folder / "cat")  # as " cat", but for the space
+    images = ImageSet.from_folder(folder)
+    key = extract(staged(), images, store, cuts=["layer2:avg"]).keys[0]
+    for suffix in (".npy", ".h5", ".safetensors"):
+        export(store, key, tmp_path / f"out{suffix}")
+        ids = read_ids(tmp_path / "out.csv").ids if suffix == ".npy" else None
+        other = FeatureStore(tmp_path / f"other{suffix}")
+        report = import_file(other, tmp_path / f"out{suffix}", name="net", images=images, ids=ids)
+        assert report.notes == ()
+        assert torch.equal(other.features(images, report.key)[:], store.features(images, key)[:])
+    table = ImageSet.from_csv(tmp_path / "out.csv", root=folder, path_column="id", split_column="split")
+    assert table.ids == images.ids
+
+
 # ---- Lists of ids
 
 
 def test_ids_are_lines_of_a_text_file(tmp_path: Path) -> None:
-    (tmp_path / "ids.txt").write_bytes(b"a b.jpg\r\nc\xff\xe2\x80\xa8d.jpg\n\n")
+    (tmp_path / "ids.txt").write_bytes(b"a b.jpg\r\nc\xff\xe2\x80\xa8d.jpg\n\n e\rf.jpg\n")
     table = read_ids(tmp_path / "ids.txt")
-    assert (table.ids, table.digests, table.columns) == (("a b.jpg", "c\udcff\u2028d.jpg"), None, ())
+    assert (table.ids, table.digests, table.columns) == (("a b.jpg", "c\udcff\u2028d.jpg", " e\rf.jpg"), None, ())
 
 
 @pytest.mark.parametrize(

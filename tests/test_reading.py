@@ -283,25 +283,48 @@ def flip(path: Path, row: int) -> None:
 
 
 READS: dict[str, Callable[[Features], Any]] = {
-    "an epoch from memory": lambda stored: list(stored.batches(10)),
+    "an epoch": lambda stored: list(stored.batches(10)),
+    "a shuffled epoch": lambda stored: list(stored.batches(10, shuffle=True)),
     "everything as a tensor": lambda stored: stored.tensor(),
     "everything as an array": lambda stored: stored.numpy(),
+    "some rows": lambda stored: stored[[1, 47]],
+    "one row": lambda stored: stored[33],
+    "one item": lambda stored: stored.dataset()[33],
 }
 
 
+@pytest.mark.parametrize("plainly", [False, True])
+@pytest.mark.parametrize("way", get_args(Access))
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
-def test_what_is_read_whole_is_checked(tmp_path: Path, read: Callable[[Features], Any]) -> None:
-    path = write(tmp_path, list(range(NUM_ROWS)))
-    flip(path, 40)
-    with pytest.raises(DamagedFileError, match=r"part-0\.h5 is damaged: its rows 32 to 47 "):
-        read(joined(tmp_path, "memory"))
-
-
-def test_a_plain_stream_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "is_local", lambda path: False)
+def test_no_row_of_a_damaged_block_is_given(
+    tmp_path: Path, read: Callable[[Features], Any], way: Access, plainly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plainly:
+        monkeypatch.setattr(features_module, "is_local", lambda path: False)
     flip(write(tmp_path, list(range(NUM_ROWS))), 40)
-    with pytest.raises(DamagedFileError, match="rows 32 to 47"):
-        list(joined(tmp_path, "stream").batches(10, shuffle=True))
+    stored = joined(tmp_path, way)
+    for _ in range(2):
+        with pytest.raises(DamagedFileError, match=r"part-0\.h5 is damaged: its rows 32 to 47 "):
+            read(stored)
+    assert names_in(joined(tmp_path, way)[[31, 48]]) == [31, 48]
+
+
+@pytest.mark.parametrize("way", ["map", "stream"])
+def test_a_block_is_checked_once(folder: Path, way: Access, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_blocks = Part.read_blocks
+    checked: list[tuple[Path, int]] = []
+
+    def counted(part: Part, blocks: Any, **options: Any) -> Any:
+        checked.extend((part.path, block) for block in blocks)
+        return read_blocks(part, blocks, **options)
+
+    monkeypatch.setattr(Part, "read_blocks", counted)
+    stored = joined(folder, way)
+    for _ in range(3):
+        list(stored.batches(100, shuffle=True))
+        stored[[4, 5]]
+    assert len(set(checked)) == sum(len(part.checksums) for part in stored.parts)
+    assert len(checked) < 2 * len(set(checked))  # of three epochs; threads may meet at a block
 
 
 def test_only_blocks_with_wanted_rows_are_read(tmp_path: Path) -> None:

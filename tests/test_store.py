@@ -151,6 +151,25 @@ def test_a_request_leaves_open_what_nobody_named(root: Path, run: Run) -> None:
     assert FeatureStore(root.with_name("none")).find(request()) == []
 
 
+def test_the_request_of_a_spec_fits_it_alone(root: Path, run: Run) -> None:
+    run()
+    run(dtype="float16", augment=Augment("random_resized_crop", seeds=[0]))
+    sets = FeatureStore(root).sets()
+    assert len(sets) == 3
+    for each in sets:
+        (found,) = FeatureStore(root).find(FeatureRequest.of(each.spec))
+        assert found.key == each.key
+
+
+def test_features_are_read_as_the_call_says_or_else_the_store(root: Path, run: Run) -> None:
+    (key,) = run()
+    store = FeatureStore(root, access="memory")
+    assert store.features(arrays(4), key).access.startswith("memory")
+    assert store.features(arrays(4), key, access="stream").access.startswith("stream")
+    with pytest.raises(ValueError, match="access is 'disk'; expected auto, memory, map, stream"):
+        store.features(arrays(4), key, access="disk")  # type: ignore[arg-type]
+
+
 def test_an_ambiguous_request_lists_the_facts_that_differ_and_a_key_chooses(root: Path, run: Run) -> None:
     keys = [*run(dtype="float16"), *run(dtype="float32")]
     store = FeatureStore(root)

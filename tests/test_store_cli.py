@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import io
+import os
 import re
 import shlex
 import shutil
@@ -12,7 +14,7 @@ import pytest
 import torch
 from programs import Ran, Run, photographs, runner
 
-from featstore import FeatureStore, ImageSet, backbone
+from featstore import FeatureSet, FeatureStore, ImageSet, backbone, disk
 from featstore.part import Part
 from featstore.store_cli import COMMANDS, parse_duration
 from training import Learner
@@ -172,6 +174,14 @@ def test_what_repair_leaves_is_still_a_failure(run: Run, here: Path) -> None:
     assert "belongs to set" in ran.err
 
 
+def test_what_repair_would_not_set_aside_is_not_to_be_repaired(run: Run, here: Path) -> None:
+    (here / "feats/images/labels.h5").write_bytes(b"mine, and none of featstore's")
+    ran = featstore(run, "verify", "--json")
+    (bad,) = ran.json["damaged"]
+    assert (ran.code, bad["is_damage"], bad["set_aside"]) == (1, False, None)
+    assert "--repair" not in ran.err
+
+
 # ---- diff
 
 
@@ -179,11 +189,8 @@ def test_diff_lists_facts_images_and_values(run: Run) -> None:
     narrow, wide = key_of("float16"), key_of("float32")
     ran = featstore(run, "diff", narrow[:8], wide[:8])
     assert ran.code == 0
-    header, line, *counts = ran.out.splitlines()
-    assert header.split() == ["fact", narrow[:8], wide[:8]]
-    assert line.split() == ["storage", "type", "float16", "float32"]
-    assert counts[0] == f"{NUM} images in both, 0 in {narrow[:8]} alone, 0 in {wide[:8]} alone"
-    assert re.fullmatch(rf"{NUM} rows compared: largest difference \S+, \S+ of the largest value", counts[1])
+    assert ran.out == f"{store().diff(narrow, wide)}\n"
+    assert ran.out.splitlines()[0] == f"storage type: float16 in {narrow[:8]}, float32 in {wide[:8]}"
     found = featstore(run, "diff", narrow, wide, "--json").json
     assert (found["num_both"], found["values"]["rows"], found["values"]["is_equal"]) == (NUM, NUM, False)
     assert found["facts"] == [["storage type", "float16", "float32"]]
@@ -192,7 +199,7 @@ def test_diff_lists_facts_images_and_values(run: Run) -> None:
 def test_diff_of_a_set_with_itself_finds_nothing(run: Run) -> None:
     key = key_of()
     ran = featstore(run, "diff", key[:8], key[:8])
-    assert ran.out.splitlines()[1:] == [f"{NUM} rows compared: equal bit for bit"]
+    assert ran.out.splitlines()[1:] == [f"values of {NUM} images: equal bit for bit"]
 
 
 def test_an_unknown_key_is_an_error_whose_remedy_works(run: Run) -> None:
@@ -287,13 +294,65 @@ def test_remove_removes_nothing_if_a_key_is_unknown(run: Run) -> None:
     assert len(store().sets()) == 2
 
 
-def test_a_damaged_set_can_be_removed(run: Run) -> None:
+def test_remove_removes_nothing_if_one_of_the_sets_can_not_be(run: Run) -> None:
+    second = store().set(key_of("float32"))
+    (second.folder / "notes.txt").touch()
+    ran = featstore(run, "remove", key_of(), second.key, "--yes")
+    assert (ran.code, ran.out) == (1, "")
+    assert "holds 'notes.txt'" in ran.err
+    assert len(store().sets()) == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_remove_tells_of_a_set_that_is_gone_though_the_disk_refuses_the_next_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    first, second = (store().set(key_of(dtype)) for dtype in ("float16", "float32"))
+    real = disk.move_aside
+
+    def refusing(folder: Path) -> Path:
+        if folder == second.folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(disk, "move_aside", refusing)
+    ran = featstore(run, "remove", first.key, second.key, "--yes", *flags)
+    assert ran.code == 1
+    assert "Permission denied" in ran.err
+    assert [each["key"] for each in ran.json] == [first.key] if flags else ran.out.startswith(f"set {first.key[:8]} ")
+    assert [each.key for each in store().sets()] == [second.key]
+
+
+@pytest.mark.parametrize("given", [64, 5])
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_damaged_set_can_be_removed(run: Run, monkeypatch: pytest.MonkeyPatch, given: int, is_asked: bool) -> None:
     key = key_of()
     path = store().set(key).parts[0].path
     path.write_bytes(path.read_bytes()[:-10])
-    split = store().set(key_of("float32"))
-    ran = featstore(run, "remove", split.key, "--yes", "--json")
-    assert (ran.code, [each["key"] for each in ran.json]) == (0, [split.key])
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    ran = featstore(run, "remove", key[:given], "--json", *["--yes"] * (not is_asked))
+    assert (ran.code, [(each["key"], each["parts"]) for each in ran.json]) == (0, [(key[:8], 1)])
+    assert ("is truncated" in ran.err) is is_asked
+    assert featstore(run, "ls").code == 0
+    assert len(store().sets()) == 1
+
+
+# ---- show
+
+
+def test_show_goes_on_where_a_job_merges_a_file_and_deletes_it_meanwhile(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (part,) = store().set(key_of()).parts
+    real = FeatureStore.num_superseded
+
+    def merging(self: FeatureStore, chosen: FeatureSet) -> int:
+        part.path.unlink()
+        return real(self, chosen)
+
+    monkeypatch.setattr(FeatureStore, "num_superseded", merging)
+    (shown,) = featstore(run, "show", key_of(), "--json").json["files"]
+    assert (shown["rows"], shown["bytes"]) == (NUM, None)
 
 
 # ---- adopt
@@ -382,11 +441,12 @@ def test_import_by_ids_alone_takes_labels_and_splits_from_the_table(run: Run) ->
     Path("table.csv").write_text("\n".join(["id,label,split", *rows]), encoding="utf-8")
     ran = run("featstore", "import", "clip.npy", "--store", "new", "--name", "clip", "--ids", "table.csv")
     assert ran.code == 0
-    key = re.search(r"set ([0-9a-f]{8}), image set clip", ran.out)
+    key = re.search(r"set ([0-9a-f]{8}), image set clip-\1$", ran.out, re.MULTILINE)
     assert key is not None
     filed = FeatureStore("new")
     images = ImageSet.from_store(filed)
-    assert (images.name, images.classes, len(images.train), len(images.valid)) == ("clip", ("a", "b"), 16, 4)
+    assert (images.name, images.classes) == (f"clip-{key[1]}", ("a", "b"))
+    assert (len(images.train), len(images.valid)) == (16, 4)
     learn = Learner(filed.model(key[1]), images, filed, head="linear", device="cpu")
     learn.fit(5, lr=0.5)
     assert learn.evaluate()["accuracy"] == 1.0

@@ -9,6 +9,9 @@ import pickle
 import random
 import resource
 import shutil
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -36,6 +39,7 @@ from featstore import (
     extract,
 )
 from featstore import part as part_module
+from featstore.foreign import import_file
 from featstore.part import Part, write_part
 
 SPEC = FeatureSpec(trunk="0" * 64, pool={"reduction": "none"}, view=VIEW.facts(), precision="fp32", dtype="float32")
@@ -254,6 +258,21 @@ def test_parts_that_are_large_already_are_left_and_none_grows_too_large(
     assert store.compact().merges == ()
 
 
+def test_no_merged_part_has_more_rows_than_one_machine_can_open(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "MAX_PART_ROWS", 10)
+    large = file(store, *range(6))
+    for start in range(6, 24, 3):
+        file(store, *range(start, start + 3))
+    before = rows_in(store)
+    store.compact()
+    parts = store.set(KEY).parts
+    assert large in [part.path for part in parts]
+    assert sorted(part.num_rows for part in parts) == [6, 9, 9]
+    assert same(rows_in(store), before)
+
+
 def test_parts_of_several_folders_end_in_one(store: FeatureStore) -> None:
     first = file(store, 0, 1)
     elsewhere = first.parent.rename(first.parent.with_name("mine"))
@@ -468,6 +487,8 @@ def test_a_kill_at_any_operation_of_a_removal_leaves_each_folder_whole_or_not_at
                for folder in store.set(KEY).folders}  # fmt: skip
     for killed in kills(store, tmp_path, lambda store: store.remove(KEY)):
         left = [each for each in killed.sets() if each.key == KEY]
+        if left:  # no file is deleted while some are read
+            assert len(list(killed.root.rglob("part-*"))) == 4
         for each in left:
             there = {frozenset(part.digests.tobytes() for part in each.parts if part.path.parent == folder)
                      for folder in each.folders}  # fmt: skip
@@ -623,6 +644,18 @@ def test_what_killed_writers_repairs_and_removals_left_goes_and_nothing_else(sto
     assert store.gc(older_than=0).paths == ()
 
 
+def test_of_a_link_that_a_removal_has_left_nothing_but_the_link_goes(store: FeatureStore, tmp_path: Path) -> None:
+    file(store, 0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/part-1.h5").touch()
+    link = store.root / ".removed-0123456789abcdef"
+    link.symlink_to(tmp_path / "mine")
+    assert store.gc(older_than=0, dry_run=True).paths == (link,)
+    assert store.gc(older_than=0).paths == (link,)
+    assert not link.is_symlink()
+    assert (tmp_path / "mine/part-1.h5").exists()
+
+
 def test_a_time_that_makes_no_sense_is_refused(store: FeatureStore) -> None:
     file(store, 0)
     for seconds in (-1.0, float("nan")):
@@ -742,16 +775,152 @@ def test_what_may_well_be_sound_is_reported_and_never_set_aside(
     assert files_below(store.root) == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_stops_nothing(store: FeatureStore) -> None:
-    closed = file(store, 0)
-    flip_row(file(store, 1))
+@pytest.fixture
+def shared() -> Iterator[FeatureStore]:
+    """A store in a folder that everybody may read."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield FeatureStore(Path(folder) / "features")
+
+
+def as_somebody_else(work: Callable[[], Any]) -> str:
+    """What `work` returns, as text, if it is done by a user who may read only what everybody may."""
+
+    def changed() -> Any:
+        if os.geteuid() == 0:  # who may read everything
+            os.seteuid(65534)
+        return work()
+
+    return in_child(changed)
+
+
+def test_a_file_that_may_not_be_read_is_an_error_of_its_set_alone(shared: FeatureStore) -> None:
+    file(shared, 0)
+    file(shared, 1)
+    closed = file(shared, 2, spec=OTHER)
+    table = shared.save_images(replace(IMAGES, name="plants"), IMAGES.digests())
+    assert table is not None
+    for path in (closed, table):
+        path.chmod(0)
+
+    def seen() -> Any:
+        store = FeatureStore(shared.root)
+        for asked in (lambda: store.set(OTHER.key), lambda: store.images("plants")):
+            with pytest.raises((DamagedFileError, PermissionError)):
+                asked()
+        return [
+            [each.key == KEY for each in store.sets()],
+            len(store.features(IMAGES.select([0, 1]), KEY)[:]),
+            sorted(str(error).partition(". ")[0] for error in store.damaged()),
+            [(bad.path.name, bad.is_damage, bad.reason.partition(". ")[0]) for bad in store.verify().damaged],
+            store.gc(older_than=0, dry_run=True).files,
+            store.diff(KEY, KEY).num_both,
+        ]
+
+    words = [f"{path} can't be read (Permission denied)" for path in (table, closed)]
+    bad = [(path.name, False, said) for path, said in zip((table, closed), words, strict=True)]
+    order = sorted(range(2), key=lambda place: (table, closed)[place])
+    assert as_somebody_else(seen) == str([[True], 2, sorted(words), [bad[place] for place in order], 0, 2])
+
+
+def test_a_set_that_may_not_be_read_is_left_alone_by_a_compaction_of_all(shared: FeatureStore) -> None:
+    for spec in (SPEC, SPEC, OTHER, OTHER):
+        file(shared, 0, spec=spec)
+    shared.set(OTHER.key).parts[0].path.chmod(0)
+    for path in (shared.root, *shared.root.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o777)
+
+    def compacted() -> Any:
+        report = FeatureStore(shared.root).compact()
+        return [each.key == KEY for each in report.merges], [each.key == OTHER.key for each in report.left]
+
+    assert as_somebody_else(compacted) == str(([True], [True]))
+
+
+@pytest.mark.parametrize("name", ["lost+found", "set", "trunk"])
+def test_a_folder_that_may_not_be_read_stops_nobody_who_does_not_need_it(shared: FeatureStore, name: str) -> None:
+    file(shared, 0)
+    file(shared, 1)
+    other = file(shared, 2, spec=OTHER).parent
+    closed = {"lost+found": shared.root / "lost+found", "set": other, "trunk": other.parent}[name]
+    closed.mkdir(exist_ok=True)
     closed.chmod(0)
+
+    def seen() -> Any:
+        store = FeatureStore(shared.root)
+        return [
+            [each.key == KEY for each in store.sets() if each.key != OTHER.key],
+            store.set(KEY).index.num_images,
+            [str(error).partition(". ")[0] for error in store.damaged()],
+            [(bad.path.name, bad.is_damage) for bad in store.verify(repair=True).damaged],
+            store.gc(older_than=0).files,
+            len(store.compact(KEY).merges),
+        ]
+
+    shared.set(KEY).folder.chmod(0o777)
+    is_named = name != "lost+found"
+    said = [f"{closed} can't be read (Permission denied)"] * is_named
+    assert as_somebody_else(seen) == str([[True], 2, said, [(closed.name, False)] * is_named, 0, 1])
+
+
+def test_a_store_that_may_not_be_read_is_not_taken_for_an_empty_one(shared: FeatureStore) -> None:
+    file(shared, 0)
+    shared.root.chmod(0)
+
+    def asked() -> Any:
+        with pytest.raises(DamagedFileError, match=r"features can't be read \(Permission denied\)"):
+            FeatureStore(shared.root).sets()
+        return "refused"
+
+    assert as_somebody_else(asked) == "refused"
+
+
+def test_files_of_other_programs_are_reported_and_left_alone(store: FeatureStore) -> None:
+    part = file(store, 0)
+    table = store.save_images(IMAGES, IMAGES.digests())
+    assert table is not None
+    mine = [table.with_name("labels.h5"), part.with_name("part-of-mine.h5"), table.with_name("short.h5")]
+    for path, content in zip(mine, (b"\x89HDF\r\n\x1a\n" + bytes(9000), b"some words of mine", b"x"), strict=True):
+        path.write_bytes(content)
+    altered, empty, zeros = (file(store, name) for name in range(1, 4))
+    flip_byte(altered, 3)
+    empty.write_bytes(b"")
+    zeros.write_bytes(bytes(8192))
     report = store.verify(repair=True)
-    assert [bad.set_aside is None for bad in sorted(report.damaged, key=lambda bad: bad.path != closed)] == [
-        True,
-        False,
-    ]
+    assert {bad.path: bad.is_damage for bad in report.damaged} == dict.fromkeys(mine, False) | dict.fromkeys(
+        (altered, empty, zeros), True
+    )
+    assert all(bad.is_damage == (bad.set_aside is not None) for bad in report.damaged)
+    assert all(path.exists() for path in mine)
+    assert {bad.reason for bad in report.damaged if bad.path == mine[0]} == {
+        f"{mine[0]} is no file of featstore's, and left alone, though it is called as one. Move it elsewhere."
+    }
+
+
+def test_features_that_were_imported_are_not_to_be_extracted_again(store: FeatureStore, tmp_path: Path) -> None:
+    np.save(tmp_path / "clip.npy", np.ones((2, 3), np.float32))
+    key = import_file(store, tmp_path / "clip.npy", name="clip", ids=["a", "b"]).key
+    with pytest.raises(FeatureStoreError, match=r"make those of all images there, and featstore import them, or ask"):
+        store.features(IMAGES, key)
+    (part,) = store.set(key).parts
+    flip_byte(part.path, part.features_offset)
+    (bad,) = store.verify().damaged
+    assert "and run featstore import again, which adds only what is then missing" in bad.reason
+    assert "extract" not in bad.reason
+    flip_row(file(store, 0))
+    reasons = {each.reason for each in store.verify().damaged} - {bad.reason}
+    assert all("and run featstore extract again" in reason for reason in reasons)
+    part.path.unlink()
+    write_part(
+        part.path,
+        features=torch.ones(2, 3),
+        digests=part.digests,
+        decoders=part.decoders,
+        facts={**part.facts, "spec": {**part.facts["spec"], "version": 9}},
+    )
+    with pytest.raises(DamagedFileError, match="or delete it and run featstore import again"):
+        FeatureStore(store.root).set(key)
 
 
 def test_an_error_of_the_disk_is_reported_and_the_rest_is_checked(
@@ -848,6 +1017,76 @@ def test_a_set_with_a_damaged_part_can_be_removed(store: FeatureStore) -> None:
     report = FeatureStore(store.root).remove(KEY)
     assert (report.rows, report.parts) == (1, 2)
     assert files_below(store.root) == set()
+
+
+@pytest.mark.parametrize("is_beside_a_sound_one", [False, True])
+@pytest.mark.parametrize("damage", ["frame", "truncated", "empty"])
+def test_a_set_without_a_sound_part_is_removed_by_the_key_in_its_folders_name(
+    store: FeatureStore, damage: str, is_beside_a_sound_one: bool
+) -> None:
+    path = file(store, 1, 2)
+    other = file(store, 3, spec=OTHER)
+    if is_beside_a_sound_one:
+        file(FeatureStore(store.root / "aside"), 4, backbone="my").parent.rename(path.parent.with_name("mine"))
+        shutil.rmtree(store.root / "aside")
+    DAMAGE[damage](path)
+    kept = KEY if is_beside_a_sound_one else KEY[:8]
+    for key in (KEY, KEY[:3]):
+        foreseen = FeatureStore(store.root).foresee_removal(key)
+        assert (foreseen.key, foreseen.rows, foreseen.parts) == (kept, *((1, 2) if is_beside_a_sound_one else (0, 1)))
+        assert path.exists()
+    report = FeatureStore(store.root).remove(KEY)
+    assert report == foreseen
+    assert files_below(store.root) == {other.relative_to(store.root.absolute()).as_posix()}
+
+
+def test_a_key_that_a_sound_set_and_a_damaged_one_start_with_removes_none(store: FeatureStore) -> None:
+    second = specs_with_equal_starts(KEY[:1])
+    path = file(store, 0)
+    file(store, 0, spec=second)
+    flip_byte(path, 4500)
+    fresh = FeatureStore(store.root)
+    with pytest.raises(AmbiguousRequestError, match=f"2 feature sets .* keys that start with {KEY[0]}: .*{KEY[:8]}"):
+        fresh.remove(KEY[0])
+    assert len(list(store.root.rglob("part-*"))) == 2
+
+
+def specs_with_equal_starts(start: str) -> FeatureSpec:
+    """Another spec whose key starts like that."""
+    candidates = (replace(SPEC, trunk=f"{number:064x}") for number in range(1, 10_000))
+    return next(each for each in candidates if each.key.startswith(start))
+
+
+def test_a_key_that_a_set_in_a_renamed_folder_starts_with_too_is_ambiguous(store: FeatureStore) -> None:
+    second = specs_with_equal_starts(KEY[:2])
+    folder = file(store, 0).parent
+    file(store, 0, 1, spec=second)
+    folder.rename(folder.with_name("my_old_features"))
+    with pytest.raises(AmbiguousRequestError, match=f"2 feature sets .* keys that start with {KEY[:2]}"):
+        FeatureStore(store.root).set(KEY[:2])
+    assert FeatureStore(store.root).set(second.key).index.num_images == 2
+
+
+def test_of_a_linked_folder_the_link_alone_is_removed(store: FeatureStore, tmp_path: Path) -> None:
+    path = file(FeatureStore(tmp_path / "shared"), 0, 1)
+    own = file(store, 2, 3)
+    link = own.parent.with_name("linked")
+    link.symlink_to(path.parent)
+    report = store.remove(KEY)
+    assert (report.rows, report.parts) == (4, 1)
+    assert Part.open(path).num_rows == 2
+    assert list(store.root.iterdir()) == []
+
+
+def test_a_set_of_which_the_trunks_folder_is_a_link_is_not_removed(store: FeatureStore, tmp_path: Path) -> None:
+    path = file(FeatureStore(tmp_path / "shared"), 0, 1)
+    store.root.mkdir()
+    link = store.root / path.parent.parent.name
+    link.symlink_to(path.parent.parent)
+    with pytest.raises(FeatureStoreError, match=r"to which there is only a link here, and is not removed\. Remove it"):
+        store.remove(KEY)
+    assert path.exists()
+    assert store.set(KEY).index.num_images == 2
 
 
 # ---- writers beside it
@@ -1004,6 +1243,67 @@ def test_a_listing_that_misses_both_a_merged_part_and_what_it_replaced_is_not_be
     assert not own[0].exists()
 
 
+def test_a_name_that_is_listed_for_ever_after_its_file_is_gone_is_an_error_and_no_endless_loop(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system may do for longer than anyone waits."""
+    monkeypatch.setattr(catalogue, "_PAUSES_SECONDS", (0.001, 0.002))
+    listing_also(monkeypatch, file(store, 0).with_name("part-0.h5"), looks=20)
+    with pytest.raises(DamagedFileError, match=r"part-0\.h5 is listed in its folder, and isn't there"):
+        FeatureStore(store.root).set(KEY)
+
+
+def test_a_name_that_is_listed_for_a_while_after_its_file_is_gone_is_waited_for(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file(store, 0)
+    path.with_name("part-zzz.h5").symlink_to("nowhere")  # another reason why a name can't be opened
+    looks = listing_also(monkeypatch, path.with_name("part-0.h5"), looks=6)
+    with pytest.raises(DamagedFileError, match=r"part-zzz\.h5 is a link to a file that isn't there"):
+        FeatureStore(store.root).set(KEY)
+    assert next(looks, None) is None
+
+
+def listing_also(monkeypatch: pytest.MonkeyPatch, gone: Path, *, looks: int) -> Iterator[int]:
+    """Lets a folder list a file that isn't there, for so many looks at it; those that are left."""
+    real, left = catalogue.listed, iter(range(looks))
+
+    def listed(folder: Path) -> list[str]:
+        is_shown = folder == gone.parent and next(left, None) is not None
+        return [*real(folder), *[gone.name] * is_shown]
+
+    monkeypatch.setattr(catalogue, "listed", listed)
+    return left
+
+
+def test_threads_share_one_store_while_others_change_it(store: FeatureStore) -> None:
+    for name in range(6):
+        file(store, name)
+    writer, errors, end = FeatureStore(store.root), list[BaseException](), time.monotonic() + 2
+
+    def read() -> None:
+        try:
+            while time.monotonic() < end and not errors:
+                assert store.set(KEY).index.num_images >= 6
+        except BaseException as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < end and not errors:
+        file(writer, 6)
+        file(writer, 7)
+        writer.compact()
+        writer.gc(older_than=0)
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(before)
+    assert errors == []
+
+
 # ---- difference
 
 
@@ -1078,6 +1378,21 @@ def test_of_many_common_rows_a_thousand_are_compared_evenly(store: FeatureStore)
     assert found is not None
     assert found.rows == 1000
     assert found.largest == pytest.approx(1.0)
+
+
+def test_rows_of_a_million_values_are_compared_in_little_memory(store: FeatureStore) -> None:
+    width = 1 << 18
+    for spec, names in ((SPEC, range(40)), (OTHER, reversed(range(40)))):
+        file(store, *names, spec=spec, width=width)  # 42 MB
+
+    def grown() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        values = FeatureStore(store.root).diff(KEY, OTHER.key).values
+        assert values is not None
+        assert values.is_equal
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+    assert int(in_child(grown)) < 80e6  # all rows at once take 340 MB
 
 
 # ---- the store as an object

@@ -89,8 +89,12 @@ def test_of_several_stored_reductions_none_is_guessed(laptop: tuple[FeatureStore
     images = arrays(16).split(valid=0.25)
     (concat,) = extract(staged(), images, store, cuts=["layer2"]).keys
     with pytest.raises(AmbiguousRequestError, match="layer2 avg, layer2 concat"):
-        Learner(store.model(key), images, store)
+        Learner(store.model(key), images, store, cut="layer2")
     for chosen, reduction in ((key, "avg"), (concat, "concat")):
-        learn = Learner(store.model(chosen), images, store, head="linear", features=chosen, quiet=True)
-        assert f"layer2 ({reduction})" in repr(learn)
-        learn.fit(1, lr=1e-2)
+        for features in (None, chosen):  # the model was made for one key: it need not be given twice
+            learn = Learner(store.model(chosen), images, store, head="linear", features=features, quiet=True)
+            assert f"layer2 ({reduction})" in repr(learn)
+            learn.fit(1, lr=1e-2)
+    other = FeatureStore(store.root.parent / "other")
+    extract(staged(), images, other, cuts=["layer2"], reduce="max")
+    assert "layer2 (max)" in repr(Learner(store.model(key), images, other, head="linear", quiet=True))

@@ -250,7 +250,7 @@ def test_rows_missing_are_counted_and_the_command_computes_them(world: World) ->
     learn = world.learner()
     assert problem(learn) == (
         "features holds 18 of the 21 images asked for (net@layer2 concat, evaluation view): 2 are new, 1 changed since "
-        "(cat/0.jpg, dog/1.jpg, dog/99.jpg). Nothing was trained. Compute the 3: featstore extract --images photos "
+        "(dog/1.jpg). Nothing was trained. Compute the 3: featstore extract --images photos "
         "--store features --backbone net.py:make_model --cut layer2 --size 16 - or pass --extract (in Python: "
         'on_missing="extract").'
     )

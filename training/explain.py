@@ -79,7 +79,9 @@ def _rows_missing(search: Search, entry: Entry, sets: Sequence[FeatureSet], aske
     ]
     (first, word), *others = [(count, word) for count, word in counted if count]
     counts = ", ".join([f"{first:,} {'is' if first == 1 else 'are'} {word}", *(f"{n:,} {w}" for n, w in others)])
-    names = [asked.ids[place] for place in np.flatnonzero(lacking)[:3]]
+    changed &= lacking & ~failed
+    places = np.flatnonzero(changed if changed.any() else lacking)  # what has changed surprises its owner most
+    names = [asked.ids[place] for place in places[:3]]
     total = int(lacking.sum())
     remedy = (
         f"Compute the {total:,}: {_remedy(search, entry, sets[0])} - or pass --extract (in Python: "
@@ -93,7 +95,7 @@ def _rows_missing(search: Search, entry: Entry, sets: Sequence[FeatureSet], aske
     return MissingFeaturesError(
         f"{store.root} holds {len(asked) - total:,} of the {len(asked):,} images asked for "
         f"({situation.model.name}@{entry.cut} {entry.pool.reduction}, {views_words(search.augment)}): {counts} "
-        f"({', '.join(names)}{', ...' if total > 3 else ''}). Nothing was trained. {remedy}"
+        f"({', '.join(names)}{', ...' if len(places) > 3 else ''}). Nothing was trained. {remedy}"
     )
 
 

@@ -144,6 +144,8 @@ class Learner:
         self.workers, self.quiet, self.allow_leak = workers, quiet, allow_leak
         self.device = choose_device(device)
         self._features = features
+        if features is None and cut is None and reduce == "auto":
+            self._features = _made_from(backbone, store)
         self.view = (view or self._features_view() or backbone.view).evaluation
         check_size(backbone, self.view)
         self.classes, self.task = images.classes, images.task
@@ -751,6 +753,14 @@ class Learner:
         (folder / METRICS).write_text(json.dumps({"valid": finite}, indent=1) + "\n", encoding="utf-8")
         values = probabilities(logits.cpu(), self.task)
         write_csv(folder / VALID_PREDICTIONS, ids, values, self.classes, self.task)
+
+
+def _made_from(model: StagedModel, store: FeatureStore | None) -> str | None:
+    """The key that `FeatureStore.model` was given for a model without weights, if the store holds that set."""
+    key = model.origin.get("features")
+    if key is None or store is None or key not in {found.key for found in store.sets()}:
+        return None
+    return str(key)
 
 
 def _images_words(images: ImageSet) -> str:
