@@ -303,7 +303,7 @@ def misplaced(path: Path, key: str, key_of_folder: str) -> str:
     """What is said of a part of set `key` in the folder of another set."""
     return (
         f"{path} belongs to set {short_key(key)}, and others beside it to set {short_key(key_of_folder)}. A folder "
-        "holds one set; move the file back to where it was written."
+        "holds one set: move the file into the folder of its own, or delete it if it is a copy."
     )
 
 

@@ -1026,7 +1026,10 @@ def _unfilled(buffers: list[memoryview], count: int) -> list[memoryview]:
 # ---- what is said about a file
 
 
-_REMEDY = "Put a sound copy in its place, or delete it and extract again, which computes only what is then missing."
+_REMEDY = (
+    "Put a sound copy in its place, or set it aside (featstore verify --repair) and extract again, which computes only "
+    "what is then missing."
+)
 
 
 def _damaged(path: Path, what: str) -> DamagedFileError:

@@ -139,16 +139,17 @@ class FeatureSet:
     def describe(self) -> dict[str, Json]:
         """What `ls` lists."""
         view = self.spec.rendered
+        is_known = "imported" not in self.facts  # the spec of what something else computed holds placeholders
         return {
             "key": self.key,
             "backbone": self.facts["backbone"],
             "cut": self.facts["cut"],
             "reduce": self.spec.reduction,
-            "view": "evaluation" if view.policy is None else view.policy.name,
+            "view": None if not is_known else "evaluation" if view.policy is None else view.policy.name,
             "seed": view.seed,
-            "size": view.size,
+            "size": view.size if is_known else None,
             "dtype": self.spec.dtype,
-            "precision": self.spec.precision,
+            "precision": self.spec.precision if is_known else None,
             "rows": self.index.num_images,
             "failed": len(self.failed),
             "shape": list(self.parts[0].shape),

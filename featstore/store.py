@@ -143,7 +143,9 @@ class FeatureStore:
         """
         found = [each for each in self.find(request) if key is None or each.key.startswith(key)]
         if len(found) > 1:
-            raise AmbiguousRequestError(self._ambiguous(found, "fit this request"))
+            raise AmbiguousRequestError(
+                self._ambiguous(found, "fit this request", "Choose one by its key: --features KEY.")
+            )
         return found[0] if found else None
 
     def set(self, key: str) -> FeatureSet:
@@ -471,7 +473,9 @@ class FeatureStore:
         if len(found) > 1:
             sets = [self._catalogue.set_of(spec, folders) for spec, folders in found]
             raise AmbiguousRequestError(
-                self._ambiguous([each for each in sets if each], f"have keys that start with {key}")
+                self._ambiguous(
+                    [each for each in sets if each], f"have keys that start with {key}", "Give more of the key."
+                )
             )
         return found[0]
 
@@ -537,7 +541,7 @@ class FeatureStore:
             f"with featstore extract, or ask for what is there: {self._ls()}."
         )
 
-    def _ambiguous(self, found: Sequence[FeatureSet], how: str) -> str:
+    def _ambiguous(self, found: Sequence[FeatureSet], how: str, remedy: str) -> str:
         differing = {name: None for each in found for name, _, _ in found[0].spec.differences(each.spec)}
         listed = []
         for each in found:
@@ -546,10 +550,7 @@ class FeatureStore:
             facts = {name: value for other in others for name, value, _ in each.spec.differences(other)}
             words = ", ".join(f"{name} {facts[name]}" for name in differing if name in facts)
             listed.append(f"{each.key[:8]} ({words})")
-        return (
-            f"{len(found)} feature sets in {self.root} {how}: {'; '.join(listed)}. Choose one by its key: --features "
-            "KEY."
-        )
+        return f"{len(found)} feature sets in {self.root} {how}: {'; '.join(listed)}. {remedy}"
 
     def _holds_no(self, key: str) -> str:
         return f"{self.root} holds no feature set {key}. List what it holds: {self._ls()}."

@@ -14,7 +14,7 @@ import typer
 
 from featstore.adopt import NUM_ROWS, adopt
 from featstore.digest import Json
-from featstore.errors import DamagedFileError
+from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.export import SUFFIXES, export
 from featstore.feature_files import ID_COLUMNS, IdTable, read_ids, without_files
 from featstore.flags import (
@@ -32,6 +32,7 @@ from featstore.program import DONE, FAILED, facts_table, one_of, show, show_json
 from featstore.removal import RemoveReport
 from featstore.sets import FeatureSet
 from featstore.store import FeatureStore
+from featstore.tables import IMAGES, table_name
 from featstore.trunk import choose_device
 
 KeyArgument = Annotated[
@@ -124,6 +125,7 @@ def verify(
     for each in report.damaged:
         tell(each.reason if each.set_aside is None else f"{each.reason} It is {each.set_aside.name} now.")
     left = len(report.damaged) - len(aside)
+    tell_all([_older_images(store, each.path) for each in aside if each.path.parent.name == IMAGES])
     if aside:
         tell(
             "What was set aside is missing now: run featstore extract again, or featstore import for what was "
@@ -296,7 +298,7 @@ def export_set(
             "--images-name",
             metavar="NAME",
             help="Image set in the store whose rows are written.",
-            show_default="the newest",
+            show_default="the only one",
         ),
     ] = None,
     on_error: Annotated[
@@ -455,7 +457,7 @@ def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
     facts = found.facts
     return {
         **found.describe(),
-        "superseded_rows": store.num_superseded(found),
+        "superseded_rows": _superseded_rows(store, found),
         "who": facts["who"],
         "class_tokens": facts["class_tokens"],
         "spec": found.spec.facts(),
@@ -474,6 +476,24 @@ def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
         ],
         "failures": [{"digest": digest, "reason": reason} for digest, reason in sorted(found.failed.items())],
     }
+
+
+def _superseded_rows(store: FeatureStore, found: FeatureSet) -> int | None:
+    """None where an image table can't be read, which `ls` and `verify` tell."""
+    try:
+        return store.num_superseded(found)
+    except DamagedFileError:
+        return None
+
+
+def _older_images(store: str, path: Path) -> str:
+    """What an image set is now whose table was set aside."""
+    name = table_name(path)
+    try:
+        now = f"is as an older table has it ({FeatureStore(store).images(name).describe()})"
+    except FeatureStoreError:
+        now = "is gone"
+    return f"The image set {name} {now}, until featstore extract files it again."
 
 
 def _size(path: Path) -> int | None:

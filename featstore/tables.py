@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.digest import Json, canonical_json, digest_json
+from featstore.errors import DamagedFileError
 from featstore.image_digests import Digests, DigestTable, KnownDigest, KnownDigests
 from featstore.image_sources import AbsentSource
 from featstore.images import ImageSet
@@ -119,9 +120,13 @@ class ImageTables:
             DamagedFileError: as `Table.open`.
             FileNotFoundError: if there is none.
         """
-        if path not in self._opened:
-            self._opened[path] = ImageTable(Table.open(path))
-        return self._opened[path]
+        found = self._opened.get(path)  # another thread may forget it meanwhile
+        if found is None:
+            try:
+                found = self._opened[path] = ImageTable(Table.open(path))
+            except PermissionError as error:
+                raise DamagedFileError(f"{path} can't be read ({error.strerror}). Make it readable for you.") from error
+        return found
 
     def newest(self, is_asked: Callable[[str], bool]) -> list[ImageTable]:
         """Of the tables whose name is asked for, those that are no other's parent."""

@@ -517,7 +517,7 @@ def test_a_damaged_part_stops_requests_for_its_set_and_no_other(root: Path, run:
     flip_byte(part)
     store = FeatureStore(root)
     for asked in (lambda: store.set(keys[2]), lambda: store.find(request("layer2")), lambda: run()):
-        with pytest.raises(DamagedFileError, match=f"{part.name} is damaged: .* delete it and extract again"):
+        with pytest.raises(DamagedFileError, match=f"{part.name} is damaged: .* set it aside .* and extract again"):
             asked()
     assert store.set(keys[0]).key == keys[0]
     assert [each.key for each in store.find(request("layer1"))] == [keys[0]]

@@ -95,6 +95,22 @@ def featstore(run: Run, *arguments: str) -> Ran:
     return run("featstore", *arguments, "--store", "feats")
 
 
+def test_a_repaired_image_table_leaves_an_older_set_and_that_is_said(run: Run, here: Path) -> None:
+    older = set(here.glob("feats/images/*.h5"))
+    (here / "photos" / "extra").mkdir()
+    shutil.copy(next(iter(here.glob("photos/*/*.jpg"))), here / "photos" / "extra" / "one.jpg")
+    flags = ["--backbone", "one.py:make_model", "--size", "32", "--cut", "body:avg"]
+    assert run("featstore", "extract", *images_and_store(), *flags).code == 0
+    newest = set(here.glob("feats/images/*.h5")) - older
+    for tables, said in ((newest, "is as an older table has it (12 images, "), (older, "is gone, until ")):
+        for path in tables:
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+        assert featstore(run, "show", key_of(), "--json").json["superseded_rows"] is None
+        assert f"The image set photos {said}" in featstore(run, "verify", "--repair").err
+
+
 def test_show_counts_rows_of_images_that_were_replaced_or_deleted(run: Run, here: Path) -> None:
     assert featstore(run, "show", key_of(), "--json").json["superseded_rows"] == 0
     first, second, *_ = sorted(here.glob("photos/*/*"))
