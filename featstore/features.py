@@ -388,7 +388,8 @@ class Features:
             self._fill(rows, values)
             return piece
 
-        keep_freed_memory()
+        if self._memory_bytes is None:
+            keep_freed_memory()
         for rows, numbers in pieces:
             # Made here and not in the threads, whose memory goes back to the system and comes zeroed each time.
             values = self._empty(len(numbers))

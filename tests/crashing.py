@@ -182,6 +182,7 @@ def _is_hidden(path: Path) -> bool:
 
 # ---- what is done to a store
 
+MODEL = staged()
 IMAGES = arrays(240)
 DIGESTS = IMAGES.digests().values
 
@@ -197,7 +198,7 @@ def extraction(folder: Path, images: ImageSet, *, cuts: Sequence[str] = CUTS, me
         if not merges:
             patched.setattr(sys.modules["featstore.extract"], "MERGE_BYTES", 0)
         return extract(
-            staged(),
+            MODEL,
             images,
             FeatureStore(folder / ROOT),
             cuts=cuts,
