@@ -947,11 +947,11 @@ def _opened(path: Path) -> Iterator[int]:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # a pipe would wait for someone who writes
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # ENXIO: a socket
-            raise DamagedFileError(f"{path} can't be opened: {error.strerror}. {_REMEDY}") from error
+            raise DamagedFileError(f"{path} can't be opened: {error.strerror}. {_NO_FILE_REMEDY}") from error
         raise
     try:
         if what := _IS_NO_FILE.get(stat.S_IFMT(os.fstat(fd).st_mode)):
-            raise DamagedFileError(f"{path} is {what}, where a file was expected. {_REMEDY}")
+            raise DamagedFileError(f"{path} is {what}, where a file was expected. {_NO_FILE_REMEDY}")
         yield fd
     finally:
         os.close(fd)
@@ -1026,6 +1026,9 @@ def _unfilled(buffers: list[memoryview], count: int) -> list[memoryview]:
 # ---- what is said about a file
 
 
+_NO_FILE_REMEDY = (
+    "Put a sound copy in its place, or delete it and extract again, which computes only what is then missing."
+)
 _REMEDY = (
     "Put a sound copy in its place, or set it aside (featstore verify --repair) and extract again, which computes only "
     "what is then missing."

@@ -674,9 +674,10 @@ class StoreMachine(RuleBasedStateMachine):
 
         Where `place` is 999 it is the last byte of a part's features.
         """
-        if before == "compact":
-            self.compact(which=None, fault=None, is_new=is_new)
         files, store = self._files(), self._store(is_new)
+        if before == "compact" and self.model.existing():  # a merged part, beside which lie those that it replaced
+            self.compact(which=None, fault=None, is_new=is_new)
+            files = [part.path for found in store.sets() for part in found.parts]
         path = files[which % len(files)]
         held = self._held_by(path)
         flip(path, place, bit)
