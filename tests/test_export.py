@@ -474,6 +474,8 @@ watching = threading.Thread(target=watch)
 watching.start()
 for suffix in (".npy", ".h5", ".safetensors"):
     export(store, key, out / f"out{suffix}")
+    if suffix != ".npy":
+        (out / f"out{suffix}").unlink()
 is_done.set()
 watching.join()
 print(most - before)
@@ -483,7 +485,7 @@ print(most - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux, which says what a process holds")
 def test_an_export_takes_less_memory_than_its_rows(tmp_path: Path, store: FeatureStore) -> None:
     made = store.set(filed(ImageSet.from_arrays(pixels(4)), store, "float32"))
-    rows = 8_000
+    rows = 24_000
     values = torch.arange(rows * 4096, dtype=torch.float32).reshape(rows, 4096)
     digests = np.frombuffer(np.random.default_rng(0).bytes(32 * rows), np.uint8).reshape(-1, 32)
     wide = FeatureStore(tmp_path / "wide")
@@ -491,6 +493,7 @@ def test_an_export_takes_less_memory_than_its_rows(tmp_path: Path, store: Featur
     command = [sys.executable, "-c", MEMORY, str(wide.root), str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout) < 125, "MB held at most, of 131 MB, with what threads and the allocator keep"
+    # Threads and the allocator keep 60 to 135 MB, whatever the number of rows: far from the half of these 393 MB.
+    assert int(ran.stdout) < 196, "MB held at most"
     order = np.argsort(digests.view("S32").reshape(-1))
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy", mmap_mode="r")[:, 0], values[order, 0])

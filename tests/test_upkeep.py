@@ -384,6 +384,9 @@ def in_child(work: Callable[[], Any], *, kill_after: int | None = None) -> str:
     pid = os.fork()
     if pid == 0:
         try:
+            torch.set_num_threads(
+                1
+            )  # the threads of this process's OpenMP aren't in its fork, which would wait for them
             if kill_after is not None:
                 kill_at(kill_after)
             os.write(writing, str(work()).encode())
