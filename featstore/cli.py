@@ -38,6 +38,7 @@ from featstore.program import (
     tell_all,
 )
 from featstore.sets import DTYPES
+from featstore.sizes import size_text
 from featstore.staged import Stage, StagedModel
 from featstore.store import FeatureStore
 from featstore.store_cli import COMMANDS
@@ -154,8 +155,7 @@ def status(
         failed = f", {counts['failed']:,} failed" if counts["failed"] else ""
         show(
             f"{counts['images']:,} images, {counts['stored']:,} stored, {planned.to_compute(on_error=how.on_error)}"
-            f"{failed}, "
-            f"{counts['bytes'] / 1e9:.2f} GB"
+            f"{failed}, {size_text(counts['bytes'])}"
         )
     raise typer.Exit(INCOMPLETE if counts["missing"] else DONE)
 

@@ -30,6 +30,7 @@ from featstore.index import RowIndex
 from featstore.part import Part, write_part
 from featstore.sets import FeatureSet, digest_rows, features_bytes, newest
 from featstore.signature import signature
+from featstore.sizes import size_text
 
 MAX_PART_BYTES = 4 << 30
 """Features of a merged part, at most; parts of more than half of it are left as they are."""
@@ -94,7 +95,7 @@ class CompactReport:
 
     def __str__(self) -> str:
         left = f"; {len(self.left):,} sets left alone" if self.left else ""
-        return f"{self.replaced:,} parts merged into {len(self.merges):,}, {self.bytes / 1e9:.2f} GB written{left}"
+        return f"{self.replaced:,} parts merged into {len(self.merges):,}, {size_text(self.bytes)} written{left}"
 
 
 def compact(found: FeatureSet) -> CompactReport:

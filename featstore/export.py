@@ -31,6 +31,7 @@ from featstore.features import Features
 from featstore.images import ImageSet
 from featstore.part import write_part
 from featstore.sets import FeatureSet, made_by, short_key
+from featstore.sizes import size_text
 from featstore.store import FeatureStore
 
 SUFFIXES = (".h5", ".hdf5", ".npy", ".safetensors", ".parquet")
@@ -69,7 +70,7 @@ class ExportReport:
         left_out = f", {self.left_out:,} images without a row left out" if self.left_out else ""
         return (
             f"{self.rows:,} rows of set {self.key[:8]} ({'x'.join(map(str, self.shape[1:]))} {self.dtype}) in {named}, "
-            f"{self.bytes / 1e6:,.2f} MB{left_out}"
+            f"{size_text(self.bytes)}{left_out}"
         )
 
 

@@ -29,6 +29,7 @@ from featstore.probe import Probe, check_probe, take_probes
 from featstore.purity import check_pure
 from featstore.render import Job, Rendered, render
 from featstore.sets import DTYPES, FeatureRequest, FeatureSet
+from featstore.sizes import size_text
 from featstore.spec import FeatureSpec
 from featstore.staged import StagedModel
 from featstore.store import FeatureStore
@@ -121,12 +122,12 @@ class Plan:
         }
 
     def describe(self) -> str:
-        """One line: ``10,500 images: 10,000 stored, 500 to compute, 0.01 GB in 1 feature set``."""
+        """One line: ``10,500 images: 10,000 stored, 500 to compute, 13.1 MB in 1 feature set``."""
         status = self.status()
         failed = f" ({status['failed']:,} of them failed before)" if status["failed"] else ""
         return (
             f"{status['images']:,} images: {status['stored']:,} stored, {self.to_compute()}{failed}, "
-            f"{status['bytes'] / 1e9:.2f} GB in {len(self.sets)} feature set{'' if len(self.sets) == 1 else 's'}"
+            f"{size_text(status['bytes'])} in {len(self.sets)} feature set{'' if len(self.sets) == 1 else 's'}"
         )
 
     def to_compute(self, *, on_error: str = "raise") -> str:

@@ -34,6 +34,7 @@ from featstore.reading import (
     keep_freed_memory,
     load,
 )
+from featstore.sizes import size_text
 from featstore.spec import FeatureSpec
 
 Access = Literal["memory", "map", "stream"]
@@ -134,14 +135,14 @@ class Features:
     @property
     def access(self) -> str:
         """How rows are read, in words."""
-        size = f"{self.num_bytes / 1e9:.3g} GB"
+        size = size_text(self.num_bytes)
         if self._way == "memory":
             return f"memory: {size}, read once"
         kinds = {file_system(part.path) for part in self.parts}
         how = "mapped" if self._is_mapped else f"read plainly from {', '.join(sorted(map(str, kinds)))}"
         if self._way == "map":
             return f"map: {size}, {how}"
-        return f"stream: {size}, {how} in windows of {self._window_bytes / 1e6:,.3g} MB"
+        return f"stream: {size}, {how} in windows of {size_text(self._window_bytes)}"
 
     @property
     def shuffling(self) -> str:

@@ -20,6 +20,7 @@ from featstore.index import RowIndex
 from featstore.part import Part
 from featstore.removal import files_in
 from featstore.sets import SetPart, is_trunk_folder, key_in, superseded_names
+from featstore.sizes import size_text
 from featstore.spec import FeatureSpec
 from featstore.tables import IMAGES
 
@@ -42,7 +43,7 @@ class GcReport:
 
     def __str__(self) -> str:
         left = f"; {len(self.left):,} superseded parts kept, as what took their place is damaged" if self.left else ""
-        return f"{self.files:,} files, {self.bytes / 1e9:.2f} GB{left}"
+        return f"{self.files:,} files, {size_text(self.bytes)}{left}"
 
 
 def gc(catalogue: Catalogue, *, older_than: float, dry_run: bool) -> GcReport:

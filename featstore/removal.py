@@ -16,6 +16,7 @@ from featstore.catalogue import Catalogue, UnsoundSet, listed, misplaced, part_p
 from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.index import RowIndex
 from featstore.sets import PART_NAME, short_key, superseded_names
+from featstore.sizes import size_text
 from featstore.spec import FeatureSpec
 
 
@@ -36,9 +37,7 @@ class RemoveReport:
     bytes: int
 
     def __str__(self) -> str:
-        return (
-            f"set {short_key(self.key)} removed: {self.rows:,} rows in {self.parts:,} parts, {self.bytes / 1e9:.2f} GB"
-        )
+        return f"set {short_key(self.key)} removed: {self.rows:,} rows in {self.parts:,} parts, {size_text(self.bytes)}"
 
 
 def remove(catalogue: Catalogue, chosen: FeatureSpec | UnsoundSet, folders: Sequence[Path]) -> RemoveReport:

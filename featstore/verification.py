@@ -15,6 +15,7 @@ from featstore.catalogue import Catalogue, dangling, listed, misplaced, part_pat
 from featstore.errors import DamagedFileError, FeatureStoreError, NewerFormatError
 from featstore.part import Part, Table
 from featstore.sets import SetPart, key_in, made_by, short_key
+from featstore.sizes import size_text
 from featstore.tables import ImageTables
 
 
@@ -56,7 +57,7 @@ class VerifyReport:
         aside = sum(each.set_aside is not None for each in self.damaged)
         found = f"{len(self.damaged):,} can't be used" if self.damaged else "all sound"
         moved = f", {aside:,} set aside" if aside else ""
-        return f"{self.parts:,} parts and {self.tables:,} image tables, {self.bytes / 1e9:.2f} GB: {found}{moved}"
+        return f"{self.parts:,} parts and {self.tables:,} image tables, {size_text(self.bytes)}: {found}{moved}"
 
 
 def verify(catalogue: Catalogue, tables: ImageTables, *, repair: bool, progress: bool) -> VerifyReport:

@@ -110,14 +110,14 @@ def flags(*more: str, images: str = "photos", store: str = "feats") -> list[str]
 
 
 def test_images_added_later_are_the_only_ones_computed(featstore: Program, here: Path) -> None:
-    assert featstore("status", *flags()).out == "20 images, 0 stored, 20 to compute, 0.00 GB\n"
+    assert featstore("status", *flags()).out == "20 images, 0 stored, 20 to compute, 1,280 bytes\n"
     assert not (here / "feats").exists()
 
     first = featstore("extract", *flags())
     assert first.code == 0
     assert first.err.startswith(
         "no valid/ folder: 4 of 20 images held out (--valid 0.2, --split-seed 0). With 4 validation images accuracy "
-        "moves in steps of 25 %.\n20 images: 0 stored, 20 to compute, 0.00 GB in 1 feature set\n"
+        "moves in steps of 25 %.\n20 images: 0 stored, 20 to compute, 1,280 bytes in 1 feature set\n"
     )
     assert re.search(r"^0 rows reused, 20 computed, 0 images failed, \d+\.\d s$", first.err, re.MULTILINE)
     key = FeatureStore("feats").sets()[0].key
@@ -337,7 +337,7 @@ def test_a_corrupt_image_can_be_skipped(featstore: Program, here: Path) -> None:
     }
     default = featstore("status", *flags("--json"))
     assert (default.code, default.json["missing"], default.json["failed"]) == (3, 1, 1)
-    assert featstore("status", *flags()).out == "20 images, 19 stored, 1 to compute, 1 failed, 0.00 GB\n"
+    assert featstore("status", *flags()).out == "20 images, 19 stored, 1 to compute, 1 failed, 64 bytes\n"
     key = featstore("ls", "--store", "feats", "--json").json[0]["key"]
     assert reason in featstore("show", key, "--store", "feats").out
 

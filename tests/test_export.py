@@ -448,7 +448,7 @@ def test_the_report_is_a_sentence() -> None:
         bytes=28_800,
         notes=(),
     )
-    assert str(report) == "1,200 rows of set abababab (3x4 float16) in a.npy and a.csv, 0.03 MB"
+    assert str(report) == "1,200 rows of set abababab (3x4 float16) in a.npy and a.csv, 28,800 bytes"
 
 
 MEMORY = """

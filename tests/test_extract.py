@@ -201,7 +201,7 @@ def test_added_images_alone_are_computed(store: FeatureStore) -> None:
         "failed": 0,
         "bytes": 4 * 24 * 4,
     }
-    assert planned.describe() == "14 images: 10 stored, 4 to compute, 0.00 GB in 1 feature set"
+    assert planned.describe() == "14 images: 10 stored, 4 to compute, 384 bytes in 1 feature set"
     report = run(more, store)
     assert counts(report) == (4, 10, 0)
     assert str(report).startswith("10 rows reused, 4 computed, 0 images failed, ")
@@ -218,7 +218,7 @@ def test_an_image_replaced_under_its_name_is_computed_anew(store: FeatureStore, 
     with pytest.raises(MissingFeaturesError, match=r"5 of the 6 .* 1 are missing \(1 changed since: dog/1.jpg\)"):
         store.features(images, key)
     planned = plan(staged(), images, store, cuts=["layer2"], dtype="float32")
-    assert planned.describe().startswith("6 images: 5 stored, 1 to compute (0 new, 1 changed: dog/1.jpg), 0.00 GB")
+    assert planned.describe().startswith("6 images: 5 stored, 1 to compute (0 new, 1 changed: dog/1.jpg), 96 bytes")
     assert planned.status()["changed"] == 1
     assert counts(run(images, store)) == (1, 5, 0)
     changed = images.ids.index("dog/1.jpg")

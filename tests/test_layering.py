@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 # A module imports only modules that stand before it. A new file joins its list, or it does not belong yet.
 ORDER = {
     "featstore": (
-        "errors", "digest", "source", "image_digests", "image_sources", "images", "decode", "policies", "views",
-        "render", "graph", "pool", "operations",
+        "errors", "sizes", "digest", "source", "image_digests", "image_sources", "images", "decode", "policies",
+        "views", "render", "graph", "pool", "operations",
         "staged", "trunk", "weights", "runs", "backbones", "probe", "purity", "spec", "machine", "part", "index",
         "reading", "features", "signature", "disk", "sets", "tables", "catalogue", "verification", "compaction",
         "removal", "garbage", "difference", "commands", "store", "extract", "feature_files", "export", "foreign",

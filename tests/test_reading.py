@@ -175,9 +175,9 @@ def test_the_way_is_chosen_by_size_and_said(folder: Path, monkeypatch: pytest.Mo
     size = NUM_ROWS * 65536
     for free, way in [(2 * size, "memory"), (2 * size - 2, "map"), (size, "map"), (size - 1, "stream")]:
         monkeypatch.setattr(features_module, "available_bytes", lambda free=free: free)
-        assert joined(folder).access.startswith(f"{way}: 0.00655 GB")
+        assert joined(folder).access.startswith(f"{way}: 6.55 MB")
     monkeypatch.setattr(features_module, "is_local", lambda path: False)
-    assert joined(folder).access.startswith("stream: 0.00655 GB, read plainly from ")
+    assert joined(folder).access.startswith("stream: 6.55 MB, read plainly from ")
 
 
 @pytest.mark.parametrize(
@@ -469,8 +469,8 @@ class Accesses(torch.utils.data.Dataset[str]):
 
 def test_workers_of_a_loader_share_what_is_mapped_and_load_nothing(folder: Path) -> None:
     stored = joined(folder)
-    assert _access_in_worker(Accesses(stored)) == ["map: 0.00655 GB, mapped"]
-    assert stored.access == "memory: 0.00655 GB, read once"
+    assert _access_in_worker(Accesses(stored)) == ["map: 6.55 MB, mapped"]
+    assert stored.access == "memory: 6.55 MB, read once"
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint64])

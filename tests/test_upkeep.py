@@ -148,7 +148,7 @@ def test_compaction_makes_one_part_of_many_with_the_rows_in_the_order_they_were_
     assert part.path.name < min(path.name for path in paths)
     assert part.facts["supersedes"] == sorted(path.name for path in paths)
     assert all(path.exists() for path in paths)
-    assert str(report) == "4 parts merged into 1, 0.00 GB written"
+    assert str(report) == f"4 parts merged into 1, {report.bytes:,} bytes written"
     assert names_of([report.merges[0].part]) == names_of([part])
     assert torch.equal(store.features(IMAGES.select(range(20)), KEY)[:], rows_of(range(20)))
 
@@ -579,7 +579,7 @@ def test_superseded_parts_go_once_they_were_replaced_long_ago(store: FeatureStor
     assert (set(report.paths), report.files, report.bytes) == (paths, 3, size)
     assert not any(path.exists() for path in paths)
     assert same(rows_in(store), before)
-    assert str(report) == "3 files, 0.00 GB"
+    assert str(report) == f"3 files, {report.bytes:,} bytes"
     assert len(store.set(KEY).parts) == 1
 
 
@@ -679,7 +679,7 @@ def test_a_sound_store_is_counted(store: FeatureStore) -> None:
     report = store.verify()
     assert (report.parts, report.tables, report.damaged) == (3, 1, ())
     assert report.bytes == sum(path.stat().st_size for path in store.root.rglob("*.h5"))
-    assert str(report) == "3 parts and 1 image tables, 0.00 GB: all sound"
+    assert str(report) == f"3 parts and 1 image tables, {report.bytes:,} bytes: all sound"
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
@@ -979,7 +979,7 @@ def test_a_set_is_removed_with_all_its_folders_and_nothing_else(store: FeatureSt
     size = sum(path.stat().st_size for path in store.root.rglob("part-*.h5")) - other.stat().st_size
     report = store.remove(KEY[:6])
     assert (report.key, report.rows, report.parts, report.bytes) == (KEY, 3, 2, size)
-    assert str(report) == f"set {KEY[:8]} removed: 3 rows in 2 parts, 0.00 GB"
+    assert str(report) == f"set {KEY[:8]} removed: 3 rows in 2 parts, {report.bytes:,} bytes"
     assert table is not None
     assert files_below(store.root) == {path.relative_to(store.root.absolute()).as_posix() for path in (other, table)}
     assert [each.key for each in store.sets()] == [OTHER.key]

@@ -454,7 +454,7 @@ def test_features_that_are_too_deep_or_pooled_are_refused_with_three_ways_out(wo
     text = problem(learn)
     assert text == (
         'freeze_to("layer1") trains layer2, so it needs maps at layer1; features holds only layer2, pooled (concat), '
-        "which can train the head alone. Extract maps (20 x 6x4x4 float16 = 0.00384 MB): "
+        "which can train the head alone. Extract maps (20 x 6x4x4 float16 = 3,840 bytes): "
         f'{EXTRACT} --cut layer1:none --size 16; or --freeze-to layer2 (in Python: freeze_to("layer2"), or '
         'learn.on_missing = "images").'
     )

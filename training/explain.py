@@ -12,6 +12,7 @@ from featstore.image_sources import AbsentSource
 from featstore.images import ImageSet
 from featstore.pool import automatic
 from featstore.sets import FeatureSet
+from featstore.sizes import size_text
 from featstore.staged import StagedModel
 from featstore.tables import is_changed
 from featstore.views import Augment
@@ -160,7 +161,7 @@ def _too_deep(search: Search, deeper: dict[str, FeatureSet]) -> FeatureStoreErro
     return MissingFeaturesError(
         f'freeze_to("{needed.cut}") trains {training_words(model, with_head=False)}, so it needs {kind} at '
         f"{needed.cut}; {search.store.root} holds only {listed}, which can train {serves}. Extract {kind} "
-        f"({count:,} x {'x'.join(map(str, shape))} {dtype} = {_size(num_bytes)}): {remedy}; or {instead}."
+        f"({count:,} x {'x'.join(map(str, shape))} {dtype} = {size_text(num_bytes)}): {remedy}; or {instead}."
     )
 
 
@@ -279,7 +280,3 @@ def _nameless(model: StagedModel) -> StagedModel:
 
 def _pooled(each: FeatureSet) -> str:
     return "" if each.spec.reduction == "none" else f", pooled ({each.spec.reduction})"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.3g} MB"

@@ -1,0 +1,15 @@
+"""Sizes as people read them."""
+
+from __future__ import annotations
+
+
+def size_text(num_bytes: int) -> str:
+    """A number of bytes in the unit that suits it.
+
+    >>> size_text(20_100_000_000), size_text(410_000_000), size_text(13_100_000), size_text(28_800)
+    ('20.1 GB', '0.41 GB', '13.1 MB', '28,800 bytes')
+    """
+    if num_bytes < 100_000:
+        return f"{num_bytes:,} bytes"
+    value, unit = (num_bytes / 1e9, "GB") if num_bytes >= 100_000_000 else (num_bytes / 1e6, "MB")
+    return f"{value:.3g} {unit}" if value < 100 else f"{value:,.0f} {unit}"
