@@ -54,7 +54,7 @@ def write_part(
     """Write a part that appears at `path` whole and synced, or not at all.
 
     It grows under a temporary name in the same folder, which must exist. Beside `features` the writer holds about 33
-    bytes a row in memory.
+    bytes a row in memory, at the start twice that.
 
     Args:
         path: the final name, which must be free. The check and the rename are two steps, so names that several
@@ -643,7 +643,9 @@ def _make_frame(
         features=features,
         regions=dict(sorted(regions, key=lambda region: region[1].start)),
     )
-    return _Frame(layout=layout, image=image.getbuffer())
+    # A copy, for a buffer of `image` must not outlive it: the traceback of a failed write keeps both for the collector,
+    # which from Python 3.13 on complains about that to stderr.
+    return _Frame(layout=layout, image=memoryview(bytearray(image.getbuffer())))
 
 
 def _add_features(hdf5: h5py.File, rows: _Rows) -> h5py.Dataset:

@@ -579,7 +579,7 @@ def test_superseded_parts_go_once_they_were_replaced_long_ago(store: FeatureStor
     assert (set(report.paths), report.files, report.bytes) == (paths, 3, size)
     assert not any(path.exists() for path in paths)
     assert same(rows_in(store), before)
-    assert str(report) == f"3 files, {report.bytes:,} bytes"
+    assert str(report) == f"3 files, {report.bytes / 1e6:.3f} MB"
     assert len(store.set(KEY).parts) == 1
 
 
@@ -679,7 +679,7 @@ def test_a_sound_store_is_counted(store: FeatureStore) -> None:
     report = store.verify()
     assert (report.parts, report.tables, report.damaged) == (3, 1, ())
     assert report.bytes == sum(path.stat().st_size for path in store.root.rglob("*.h5"))
-    assert str(report) == f"3 parts and 1 image tables, {report.bytes:,} bytes: all sound"
+    assert str(report) == f"3 parts and 1 image tables, {report.bytes / 1e6:.3f} MB: all sound"
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
