@@ -38,6 +38,7 @@ NUM_ROWS = 64
 """Rows that are computed again and compared, where nobody says."""
 
 _PART_BYTES = 256 << 20
+_LOOKUPS = 5  # of a set whose parts are gone, one after the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,10 +300,29 @@ def _compared(old: FeatureSet, live: Tensor, stored: Tensor, ids: Sequence[str])
 
 
 def _write(store: FeatureStore, old: FeatureSet, spec: FeatureSpec, facts: dict[str, Json], progress: bool) -> int:
-    """Files the rows of `old` that the new set lacks, part by part; how many those were."""
+    """Files the rows of `old` that the new set lacks; how many those were.
+
+    Where parts are gone, which a job has merged meanwhile, the set is looked up again.
+    """
+    written = 0
+    for is_last in (*(False,) * _LOOKUPS, True):
+        try:
+            for count in _written(store, old, spec, facts, progress):
+                written += count
+            break
+        except FileNotFoundError:
+            if is_last:
+                raise
+            old = store.set(old.key)
+    return written
+
+
+def _written(
+    store: FeatureStore, old: FeatureSet, spec: FeatureSpec, facts: dict[str, Json], progress: bool
+) -> Iterator[int]:
+    """Files the rows of `old` that the new set lacks, part by part, and gives the number of each piece."""
     new = store.find_one(FeatureRequest.of(spec))
     failed = {digest: reason for digest, reason in old.failed.items() if new is None or digest not in new.failed}
-    written = 0
     is_shown = progress and sys.stderr.isatty()
     with tqdm(total=old.index.num_images, unit="row", disable=not is_shown, file=sys.stderr) as bar:
         for place, part in enumerate(old.index.parts):
@@ -315,14 +335,13 @@ def _write(store: FeatureStore, old: FeatureSet, spec: FeatureSpec, facts: dict[
                     facts=_facts(facts, part, failed),
                 )
                 failed = {}
-                written += len(rows)
+                yield len(rows)
                 bar.update(len(rows))
     if failed:
         empty = torch.empty((0, *old.parts[0].shape), dtype=DTYPES[spec.dtype])
         none = np.zeros((0, 32), np.uint8)
         facts = _facts(facts, old.parts[0], failed)
         store.write(spec, features=[empty], digests=none, decoders=none[:, 0], facts=facts)
-    return written
 
 
 def _facts(facts: dict[str, Json], part: Part, failed: dict[str, str]) -> dict[str, Json]:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import secrets
-import shlex
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featstore.digest import Json, canonical_json
-from featstore.errors import AmbiguousRequestError, DamagedFileError, FeatureStoreError
+from featstore.errors import AmbiguousRequestError, FeatureStoreError
 from featstore.feature_files import images_by_digest
 from featstore.features import Features
 from featstore.images import ImageSet
 from featstore.part import write_part
-from featstore.sets import FeatureSet, made_by, short_key
+from featstore.sets import FeatureSet, short_key
 from featstore.sizes import size_text
 from featstore.store import FeatureStore
 
@@ -92,7 +91,7 @@ def export(
 
     bfloat16 stays what it is in HDF5 and safetensors; NumPy lacks it, so ``.npy`` has float32. ``.parquet`` always has
     float32, since most readers know no shorter type. Memory doesn't grow with the number of rows, but for about 200
-    bytes each. All parts of the set are checked against their checksums first.
+    bytes each. Every block of the set's parts is checked against its checksum before a row of it is written.
 
     Args:
         store: where the set is.
@@ -124,7 +123,6 @@ def export(
             f"None of the {len(wanted):,} images of {wanted.name} has a row in set {chosen.key[:8]}. Expected one at "
             "least. Give the images that the set was made of."
         )
-    _check_sound(chosen, store)
     rows = _Rows(features, chosen, features.images.digests(store.known_digests(features.images)).values, progress)
     dtype, notes = write(targets, rows)
     return ExportReport(
@@ -403,18 +401,6 @@ def _default_images(store: FeatureStore, chosen: FeatureSet) -> ImageSet:
     digests = np.unique(np.concatenate([part.digests for part in chosen.parts]), axis=0)
     # Named after the set, so that an import of the file hides no image set that people call "images".
     return images_by_digest(digests, where=str(store.root), name=f"set-{short_key(chosen.key)}")
-
-
-def _check_sound(chosen: FeatureSet, store: FeatureStore) -> None:
-    for part in chosen.parts:
-        damaged = part.verify()
-        if damaged:
-            rows = ", ".join(f"{each.start:,} to {each.stop - 1:,}" for each in damaged[:3])
-            raise DamagedFileError(
-                f"{part.path} is damaged: the features of rows {rows}{', ...' * (len(damaged) > 3)} aren't those that "
-                "were written. Nothing was exported. Set it aside with featstore verify --repair --store "
-                f"{shlex.quote(str(store.root))}, and run {made_by(part)} again."
-            )
 
 
 # ---- Files that appear whole

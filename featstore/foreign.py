@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -258,7 +258,7 @@ def _file(
     is_first[first_places(wanted)] = True
     is_new = is_first & _lacks(stored, wanted)
     facts = _facts(name, content.layout, rows.shape, trunk, source)
-    _write(store, spec, rows, content.places[is_new], wanted[is_new], facts, progress=progress)
+    _write(store, spec, content, is_new, wanted, facts, progress=progress)
     return ImportReport(
         key=spec.key,
         images=images.name,
@@ -286,7 +286,7 @@ class _Content:
     ) -> None:
         self.rows, self.images, self.image_of, self.digests, self.layout = rows, images, image_of, digests, layout
         self.places = np.flatnonzero(image_of >= 0)
-        self._hashes: list[bytes] = []
+        self._hashes: list[bytes] = []  # of the rows at `places`, once they have been read
 
     @property
     def dtype(self) -> str:
@@ -314,14 +314,41 @@ class _Content:
 
     def hashes(self, *, progress: bool) -> list[bytes]:
         """SHA-256 of the image's name and the row, for each row at `places`; refuses what can't be stored."""
-        names = dict(zip(self.places.tolist(), self.names, strict=True))
         for start, block in self.rows.blocks(progress=progress, verb="checked"):
             self._check_storable(block, start)
-            narrowed = _narrowed(block, self.dtype)
-            for place, row in enumerate(narrowed.reshape(len(block), -1).view(torch.uint8).numpy(), start):
-                if place in names:
-                    self._hashes.append(hashlib.sha256(names[place] + row.tobytes()).digest())
+            chosen = self._chosen(start, len(block))
+            self._hashes += self._hashed(chosen, _narrowed(block[self.places[chosen] - start], self.dtype))
         return self._hashes
+
+    def blocks(self, *, progress: bool) -> Iterator[tuple[range, Tensor]]:
+        """The rows at `places` as they are stored, in order, some at a time, with their numbers among `places`.
+
+        Raises:
+            FeatureStoreError: for a row that isn't the one that was hashed.
+        """
+        for start, block in self.rows.blocks(progress=progress, verb="written"):
+            chosen = self._chosen(start, len(block))
+            values = _narrowed(block[self.places[chosen] - start], self.dtype)
+            hashes = self._hashed(chosen, values)
+            for number, found in zip(chosen, hashes, strict=True):
+                if found != self._hashes[number]:
+                    raise FeatureStoreError(
+                        f"Row {self.places[number]:,} of the features isn't what it was a moment ago: something has "
+                        "written to them during the import. Expected them unchanged, as they are filed under the "
+                        "digest of what they are. Import them again when they are complete."
+                    )
+            yield chosen, values
+
+    def _chosen(self, start: int, count: int) -> range:
+        """Which of `places` are among the `count` rows from `start` on."""
+        return range(*np.searchsorted(self.places, [start, start + count]).tolist())
+
+    def _hashed(self, chosen: range, values: Tensor) -> list[bytes]:
+        rows = values.reshape(len(values), -1).view(torch.uint8).numpy()
+        return [
+            hashlib.sha256(self.names[number] + row.tobytes()).digest()
+            for number, row in zip(chosen, rows, strict=True)
+        ]
 
     def check_twins(self, hashes: Sequence[bytes]) -> None:
         """Refuses unlike rows of byte-identical images, which share one."""
@@ -409,29 +436,32 @@ def _facts(name: str, layout: str, shape: tuple[int, ...], trunk: str, source: s
 def _write(
     store: FeatureStore,
     spec: FeatureSpec,
-    rows: ForeignRows,
-    places: NDArray[np.int64],
+    content: _Content,
+    is_new: NDArray[np.bool_],
     digests: NDArray[np.uint8],
     facts: dict[str, Json],
     *,
     progress: bool,
 ) -> None:
-    """Files the rows at `places`, which rise, in parts of `_PART_BYTES` or a little more."""
+    """Files the new ones of `content`'s rows, whose `digests` these are, in parts of `_PART_BYTES` or a little more.
+
+    Raises:
+        FeatureStoreError: for a row that isn't what it was when its hash became part of the key.
+    """
     gathered: list[Tensor] = []
-    written = taken = 0
+    numbers: list[NDArray[np.int64]] = []
 
     def commit() -> None:
-        nonlocal written
-        own = np.ascontiguousarray(digests[written:taken])
+        own = digests[np.concatenate(numbers)]
         store.write(spec, features=gathered, digests=own, decoders=np.zeros(len(own), np.uint8), facts=facts)
-        written = taken
         gathered.clear()
+        numbers.clear()
 
-    for start, block in rows.blocks(progress=progress, verb="written") if len(places) else ():
-        stop = int(np.searchsorted(places, start + len(block)))
-        if stop > taken:
-            gathered.append(_narrowed(block[torch.from_numpy(places[taken:stop] - start)], spec.dtype))
-            taken = stop
+    for chosen, values in content.blocks(progress=progress) if is_new.any() else ():
+        new = np.flatnonzero(is_new[chosen.start : chosen.stop])
+        if len(new):
+            gathered.append(values[torch.from_numpy(new)])
+            numbers.append(new + chosen.start)
         if sum(each.nbytes for each in gathered) >= _PART_BYTES:
             commit()
     if gathered:

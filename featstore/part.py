@@ -626,8 +626,10 @@ def _make_frame(
         alignment_interval=_FEATURES_ALIGNMENT if features_bytes else 1,
     ) as hdf5:
         for name, column in columns.items():
-            values = np.asarray(column, column.dtype.newbyteorder("<"))
-            _add_dataset(hdf5, name, h5py.h5t.py_create(values.dtype), values.shape)[...] = values
+            is_text = column.dtype.kind == "S"
+            dtype = h5py.string_dtype("utf-8", column.itemsize) if is_text else column.dtype.newbyteorder("<")
+            values = np.asarray(column, dtype)
+            _add_dataset(hdf5, name, h5py.h5t.py_create(dtype, logical=True), values.shape)[...] = values
         text_type = h5py.h5t.py_create(h5py.string_dtype("utf-8", len(text)), logical=True)
         _add_dataset(hdf5, "facts", text_type, ())[()] = text
         if rows:
@@ -649,8 +651,10 @@ def _make_frame(
 
 
 def _add_features(hdf5: h5py.File, rows: _Rows) -> h5py.Dataset:
-    # A new name may need one more piece of the root group, which would lie behind the features; so make room before.
+    # A new name may need one more piece of the root group, which would lie behind the features; so make room before,
+    # and have it take its place: from 9 datasets on the pieces get theirs when they are written.
     hdf5["features"] = hdf5["facts"]
+    hdf5.flush()
     del hdf5["features"]
     return _add_dataset(hdf5, "features", _hdf5_type(rows.dtype), (rows.num_rows, *rows.shape))
 
@@ -1029,11 +1033,12 @@ def _unfilled(buffers: list[memoryview], count: int) -> list[memoryview]:
 
 
 _NO_FILE_REMEDY = (
-    "Put a sound copy in its place, or delete it and extract again, which computes only what is then missing."
+    "Put a sound copy in its place, or delete it and extract or import again, which files only what is then "
+    "missing."
 )
 _REMEDY = (
-    "Put a sound copy in its place, or set it aside (featstore verify --repair) and extract again, which computes only "
-    "what is then missing."
+    "Put a sound copy in its place, or set it aside (featstore verify --repair) and extract or import again, which "
+    "files only what is then missing."
 )
 
 

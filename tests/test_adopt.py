@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,6 +246,28 @@ def test_rows_that_were_not_compared_are_checked_as_well(images: ImageSet, store
     part.path.write_bytes(content)
     with pytest.raises(DamagedFileError, match=part.path.name):
         adopt(FeatureStore(store.root), key, opaque("second"), images, num_rows=1)
+
+
+def test_parts_that_are_merged_meanwhile_are_looked_up_again(
+    images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = filed(images.select(range(4)), store)
+    filed(images.select(range(4, 8)), store)
+    module = sys.modules["featstore.adopt"]
+    original = module._written
+
+    def after_a_merge(*arguments: Any) -> Iterator[int]:
+        other = FeatureStore(store.root)
+        other.compact()
+        other.gc(older_than=0)
+        yield from original(*arguments)
+
+    monkeypatch.setattr(module, "_written", after_a_merge)
+    report = adopt(store, key, opaque("second"), images)
+    assert report.rows == 8
+    monkeypatch.undo()
+    fresh = FeatureStore(store.root)
+    assert torch.equal(fresh.features(images, report.key_to)[:], fresh.features(images, key)[:])
 
 
 def test_a_set_without_rows_proves_nothing(tmp_path: Path, store: FeatureStore) -> None:

@@ -58,6 +58,23 @@ def test_features_made_elsewhere_come_back_bit_for_bit(
     assert (report.rows, report.written, report.images, report.notes) == (N, N, "photos", ())
 
 
+@pytest.mark.parametrize("row", [0, N - 1])
+def test_features_that_change_during_an_import_are_never_filed_under_the_key_of_others(
+    tmp_path: Path, images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch, row: int
+) -> None:
+    np.save(tmp_path / "made.npy", values())
+    original = FeatureStore.save_images
+
+    def while_someone_writes(self: FeatureStore, *arguments: Any) -> Any:
+        np.load(tmp_path / "made.npy", mmap_mode="r+")[row, 2] += 1
+        return original(self, *arguments)
+
+    monkeypatch.setattr(FeatureStore, "save_images", while_someone_writes)
+    with pytest.raises(FeatureStoreError, match=f"Row {row} of the features isn't what it was a moment ago"):
+        import_file(store, tmp_path / "made.npy", name="clip", images=images, ids=images.ids)
+    assert store.sets() == []
+
+
 def test_rows_are_filed_under_the_content_of_the_images(images: ImageSet, store: FeatureStore, tmp_path: Path) -> None:
     features = values()
     key = import_features(store, features, images, name="clip").key

@@ -1046,6 +1046,35 @@ def test_a_part_has_as_many_more_columns_as_its_user_block_has_room_for(path: Pa
         Part.open(path)
 
 
+@pytest.mark.parametrize("count", [0, 3, 4, 5, 12, 40])
+def test_the_features_lie_last_however_many_columns_there_are(path: Path, count: int) -> None:
+    columns = {"a" * place: np.arange(200) for place in range(1, count + 1)}
+    tracemalloc.start()
+    try:
+        write_part(
+            path,
+            features=torch.zeros(200, 30_000),
+            digests=some_digests(200),
+            decoders=some_decoders(200),
+            facts={},
+            columns=columns,
+        )
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert extent(path, "features").stop == path.stat().st_size
+    assert held < 4 << 20, "bytes, of 24 MB of features"
+
+
+def test_columns_of_texts_are_utf8_to_other_tools(path: Path) -> None:
+    texts = np.array(["cat/é8.jpg".encode(), b"dog"])
+    own: dict[str, Any] = {"features": torch.zeros(2, 5), "digests": some_digests(2), "decoders": some_decoders(2)}
+    write_part(path, **own, facts={}, columns={"id": texts})
+    with h5py.File(path) as hdf5:
+        assert hdf5["id"].id.get_type().get_cset() == h5py.h5t.CSET_UTF8
+        assert hdf5["id"].asstr()[:].tolist() == ["cat/é8.jpg", "dog"]
+
+
 @pytest.mark.parametrize("name", ["facts", "", "Ids", "a/b", "a1", "ids\n", "a" * 41])
 def test_a_column_with_another_name_is_refused(path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(name))):

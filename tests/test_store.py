@@ -517,7 +517,9 @@ def test_a_damaged_part_stops_requests_for_its_set_and_no_other(root: Path, run:
     flip_byte(part)
     store = FeatureStore(root)
     for asked in (lambda: store.set(keys[2]), lambda: store.find(request("layer2")), lambda: run()):
-        with pytest.raises(DamagedFileError, match=f"{part.name} is damaged: .* set it aside .* and extract again"):
+        with pytest.raises(
+            DamagedFileError, match=f"{part.name} is damaged: .* set it aside .* and extract or import again"
+        ):
             asked()
     assert store.set(keys[0]).key == keys[0]
     assert [each.key for each in store.find(request("layer1"))] == [keys[0]]
@@ -572,10 +574,11 @@ def rewritten(folder: Path, facts: dict[str, Any]) -> None:
         ({"key": "0" * 64}, "its key isn't that of its spec"),
         ({"probe": None}, "its facts lack probe"),
         ({"supersedes": None}, "its facts lack supersedes"),
+        ({"view": None, "who": None}, "its facts lack view, who"),
         ({"spec": {"dtype": "float16"}}, r"it holds torch.float32, and its spec says float16"),
         ({"spec": {"view": {"version": 9}}}, "a view of version 9"),
     ],
-    ids=["newer spec", "other key", "no probe", "no supersedes", "other type", "newer view"],
+    ids=["newer spec", "other key", "no probe", "no supersedes", "no view", "other type", "newer view"],
 )
 def test_facts_that_are_not_understood_are_refused(root: Path, run: Run, change: dict[str, Any], message: str) -> None:
     (key,) = run()
