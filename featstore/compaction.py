@@ -74,7 +74,7 @@ class CompactReport:
 
     Attributes:
         merges: one for each new part.
-        left: sets that hold something damaged, which no merge may turn into something sound.
+        left: sets that hold something damaged, which no merge may turn into something sound; or a new part does.
     """
 
     merges: tuple[Merge, ...] = ()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.index import first_places
+from featstore.reading import Places, Plain, as_bytes
 from featstore.sets import FeatureSet, short_key
 
 NUM_COMPARED = 1000
@@ -111,9 +112,10 @@ def _chosen(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _compared(a: FeatureSet, b: FeatureSet, digests: NDArray[np.uint8]) -> ValueDifference:
     is_equal, largest, reached = a.parts[0].dtype == b.parts[0].dtype, 0.0, 0.0
+    stored = [_stored(each, digests) for each in (a, b)]
     num_rows = max(1, _PIECE_BYTES // (8 * math.prod(a.parts[0].shape)))
     for start in range(0, len(digests), num_rows):
-        rows_a, rows_b = (_rows(each, digests[start : start + num_rows]) for each in (a, b))
+        rows_a, rows_b = (_rows(each, slice(start, start + num_rows)) for each in stored)
         is_equal = is_equal and torch.equal(rows_a.view(torch.uint8), rows_b.view(torch.uint8))
         values_a, values_b = rows_a.double(), rows_b.double()
         largest = max(largest, float((values_a - values_b).abs().max()))
@@ -126,13 +128,17 @@ def _compared(a: FeatureSet, b: FeatureSet, digests: NDArray[np.uint8]) -> Value
     )
 
 
-def _rows(found: FeatureSet, digests: NDArray[np.uint8]) -> Tensor:
-    """The rows ``(N, *F)`` of images that all have one."""
+def _stored(found: FeatureSet, digests: NDArray[np.uint8]) -> Plain:
+    """The rows of images that all have one. A difference is no damage: each block is checked before it is read."""
     part_of, row_in = found.index.find(digests)
-    rows = torch.empty((len(digests), *found.parts[0].shape), dtype=found.parts[0].dtype)
-    for place in np.unique(part_of).tolist():
-        here = np.flatnonzero(part_of == place)
-        rows[torch.from_numpy(here)] = found.index.parts[place].read_rows(row_in[here])
+    return Plain(Places(parts=found.index.parts, part_of=part_of, row_in=row_in))
+
+
+def _rows(stored: Plain, which: slice) -> Tensor:
+    """Some of the rows, ``(n, *F)``."""
+    first, num_rows = stored.places.parts[0], len(stored.places.row_in[which])
+    rows = torch.empty((num_rows, *first.shape), dtype=first.dtype)
+    stored.take(which, as_bytes(rows))
     return rows
 
 

@@ -102,8 +102,8 @@ class _Rubbish:
             part_of, _ = index.find(each.part.digests)
             heirs = {index.parts[place] for place in np.unique(part_of[part_of >= 0]).tolist()}
             heirs |= {other.part for other in current if each.name in other.supersedes}
-            faults |= {heir: _fault(heir) for heir in heirs - faults.keys()}
-            reasons = [fault for heir in heirs if (fault := faults[heir])]
+            faults |= {heir: fault(heir) for heir in heirs - faults.keys()}
+            reasons = [found for heir in heirs if (found := faults[heir])]
             if (part_of < 0).any():
                 reasons.append("some of its rows are in no other part")
             if reasons:
@@ -167,8 +167,8 @@ def _published(part: SetPart) -> float:
     return datetime.fromisoformat(facts.get("merged", facts)["when"]).timestamp()
 
 
-def _fault(part: Part) -> str | None:
-    """What is wrong with the features of a part, as a sentence; None if they are sound."""
+def fault(part: Part) -> str | None:
+    """What is wrong with the features of a part that took others' place, as a sentence; None if they are sound."""
     try:
         blocks = part.verify()
     except (DamagedFileError, OSError) as error:
@@ -176,6 +176,6 @@ def _fault(part: Part) -> str | None:
     if not blocks:
         return None
     return (
-        f"{part.path}, which took its place, is damaged in {sum(map(len, blocks)):,} rows. Set that aside (featstore "
-        "verify --repair): what it replaced is then read again."
+        f"{part.path}, which took the place of others, is damaged in {sum(map(len, blocks)):,} rows. Set it aside "
+        "(featstore verify --repair): what it replaced is then read again."
     )

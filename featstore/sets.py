@@ -127,6 +127,24 @@ class FeatureSet:
         has_row = self.index.find(digest_rows(reasons))[0] >= 0
         return {digest: reason for (digest, reason), has in zip(reasons.items(), has_row, strict=True) if not has}
 
+    def images_beside(self, known: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """The digests ``(M, 32)`` of the images that have a row and are none of `known`, ``(N, 32)`` each."""
+        parts = self.index.parts
+        digests = np.concatenate([part.digests for part in parts])
+        starts = np.cumsum([0, *(part.num_rows for part in parts)])
+
+        def rows(asked: NDArray[np.uint8]) -> NDArray[np.int64]:
+            part_of, row_in = self.index.find(asked)
+            has_row = part_of >= 0
+            found: NDArray[np.int64] = starts[part_of[has_row]] + row_in[has_row]
+            return found
+
+        is_known = np.zeros(len(digests), bool)
+        for some in known:
+            is_known[rows(some)] = True
+        others = np.unique(rows(digests[~is_known]))  # of an image with several rows it is the first that is known
+        return digests[others[~is_known[others]]]
+
     @property
     def num_bytes(self) -> int:
         """Size of its files, as far as they haven't been replaced by a merged one since."""
@@ -202,9 +220,23 @@ class SetPart:
 
 
 _FACTS = frozenset(
-    {"spec", "key", "backbone", "cut", "stages", "class_tokens", "profile", "probe", "failed", "supersedes", "when"}
+    {
+        "spec",
+        "key",
+        "view",
+        "backbone",
+        "cut",
+        "stages",
+        "class_tokens",
+        "profile",
+        "probe",
+        "failed",
+        "supersedes",
+        "who",
+        "when",
+    }
 )
-"""What readers of a part rely on."""
+"""What readers of a part rely on: all that `docs/format.md` lists, which every version of it has had."""
 
 
 def newest(parts: Iterable[Part]) -> Part:

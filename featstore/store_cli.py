@@ -28,7 +28,7 @@ from featstore.flags import (
 )
 from featstore.foreign import LAYOUTS, import_file
 from featstore.images import ImageSet
-from featstore.program import DONE, FAILED, facts_table, one_of, show, show_json, table, tell, tell_all
+from featstore.program import DONE, FAILED, MOST_LISTED, facts_table, one_of, show, show_json, table, tell, tell_all
 from featstore.removal import RemoveReport
 from featstore.sets import FeatureSet
 from featstore.store import FeatureStore
@@ -64,12 +64,16 @@ def ls(store: StoreOption, output: OutputFlags) -> None:
 
 @spread
 def show_set(key: KeyArgument, store: StoreOption, output: OutputFlags) -> None:
-    """Show every fact about one feature set."""
+    """Show every fact about one feature set.
+
+    Superseded rows are those of images that were replaced or deleted since; the first few are named.
+    """
     filed = FeatureStore(store)
     facts = _set_facts(filed, filed.set(key))
     if output.json:
         show_json(facts)
         return
+    facts["superseded_rows"] = _counted(facts["superseded_rows"], facts.pop("superseded"))
     tables = {name: facts.pop(name) for name in ("stages", "files", "failures")}
     show(facts_table(facts))
     for name, rows in tables.items():
@@ -455,9 +459,11 @@ def _ls_row(facts: dict[str, Json]) -> dict[str, Json]:
 
 def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
     facts = found.facts
+    superseded = _superseded(store, found)
     return {
         **found.describe(),
-        "superseded_rows": _superseded_rows(store, found),
+        "superseded_rows": None if superseded is None else len(superseded),
+        "superseded": None if superseded is None else superseded[:MOST_LISTED],
         "who": facts["who"],
         "class_tokens": facts["class_tokens"],
         "spec": found.spec.facts(),
@@ -478,12 +484,24 @@ def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
     }
 
 
-def _superseded_rows(store: FeatureStore, found: FeatureSet) -> int | None:
-    """None where an image table can't be read, which `ls` and `verify` tell."""
+def _superseded(store: FeatureStore, found: FeatureSet) -> list[str] | None:
+    """What the images of superseded rows were called; None where an image table can't be read.
+
+    That `ls` and `verify` tell. An image that no table knows is called by its content.
+    """
     try:
-        return store.num_superseded(found)
+        named = store.superseded(found)
     except DamagedFileError:
         return None
+    return [f"content {digest[:12]}" if name is None else name for digest, name in named.items()]
+
+
+def _counted(count: int | None, names: Sequence[str] | None) -> str | int | None:
+    """``12: a, b, c, 9 more``; `names` are the first of them, if there are any."""
+    if not count or not names:
+        return count
+    more = [f"{count - len(names):,} more"] if count > len(names) else []
+    return f"{count:,}: {', '.join([*names, *more])}"
 
 
 def _older_images(store: str, path: Path) -> str:

@@ -27,6 +27,7 @@ from featstore.errors import DamagedFileError
 from featstore.image_digests import Digests, DigestTable, KnownDigest, KnownDigests
 from featstore.image_sources import AbsentSource
 from featstore.images import ImageSet
+from featstore.index import is_among
 from featstore.part import Table
 
 IMAGES = "images"
@@ -64,6 +65,11 @@ class ImageTable:
         """Stems of the tables that this one replaces."""
         parents: list[str] = self.table.facts["parents"]
         return parents
+
+    @property
+    def when(self) -> str:
+        """When it was written; texts sort as times do."""
+        return str(self.table.facts["when"])
 
     @property
     def digests(self) -> NDArray[np.uint8]:
@@ -128,13 +134,18 @@ class ImageTables:
                 raise DamagedFileError(f"{path} can't be read ({error.strerror}). Make it readable for you.") from error
         return found
 
-    def newest(self, is_asked: Callable[[str], bool]) -> list[ImageTable]:
-        """Of the tables whose name is asked for, those that are no other's parent."""
+    def all(self, is_asked: Callable[[str], bool]) -> list[ImageTable]:
+        """The tables whose name is asked for, replaced ones as well."""
         tables = []
         for path in self.paths():
             if is_asked(table_name(path)):
                 with suppress(FileNotFoundError):  # deleted since it was listed
                     tables.append(self.open(path))
+        return tables
+
+    def newest(self, is_asked: Callable[[str], bool]) -> list[ImageTable]:
+        """Of the tables whose name is asked for, those that are no other's parent."""
+        tables = self.all(is_asked)
         parents = {parent for table in tables for parent in table.parents}
         return [table for table in tables if table.stem not in parents]
 
@@ -144,6 +155,16 @@ class ImageTables:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}
+
+
+def last_ids(digests: NDArray[np.uint8], tables: Sequence[ImageTable]) -> dict[str, str]:
+    """Digest (hexadecimal) -> the id of that image, from the last of `tables` that holds it; none, where none does."""
+    ids: dict[str, str] = {}
+    for table in sorted(tables, key=lambda table: table.when, reverse=True):
+        known = table.known
+        for place in np.flatnonzero(is_among(known.values, digests)).tolist():
+            ids.setdefault(known.values[place].tobytes().hex(), known.ids[place])
+    return ids
 
 
 def is_changed(images: ImageSet, digests: Digests, known: Mapping[str, KnownDigest]) -> NDArray[np.bool_]:

@@ -107,17 +107,37 @@ def test_a_repaired_image_table_leaves_an_older_set_and_that_is_said(run: Run, h
             content = bytearray(path.read_bytes())
             content[-1] ^= 1
             path.write_bytes(content)
-        assert featstore(run, "show", key_of(), "--json").json["superseded_rows"] is None
+        shown = featstore(run, "show", key_of(), "--json").json
+        assert (shown["superseded_rows"], shown["superseded"]) == (None, None)
+        assert re.search(r"^superseded_rows +-$", featstore(run, "show", key_of()).out, re.MULTILINE)
         assert f"The image set photos {said}" in featstore(run, "verify", "--repair").err
 
 
-def test_show_counts_rows_of_images_that_were_replaced_or_deleted(run: Run, here: Path) -> None:
-    assert featstore(run, "show", key_of(), "--json").json["superseded_rows"] == 0
-    first, second, *_ = sorted(here.glob("photos/*/*"))
+def test_show_counts_and_names_rows_of_images_that_were_replaced_or_deleted(run: Run, here: Path) -> None:
+    def superseded() -> tuple[int, list[str], str]:
+        shown = featstore(run, "show", key_of(), "--json").json
+        (line,) = re.findall(r"^superseded_rows +(.*)$", featstore(run, "show", key_of()).out, re.MULTILINE)
+        return shown["superseded_rows"], shown["superseded"], line
+
+    def extract() -> None:
+        flags = ["--backbone", "one.py:make_model", "--size", "32", "--cut", "body:avg"]
+        assert run("featstore", "extract", *images_and_store(), *flags).code == 0
+
+    assert superseded() == (0, [], "0")
+    first, second, *others, last = sorted(here.glob("photos/*/*"))
+    ids = [path.relative_to(here / "photos").as_posix() for path in (first, second, *others)]
     shutil.copy(second, first)
-    flags = ["--backbone", "one.py:make_model", "--size", "32", "--cut", "body:avg"]
-    assert run("featstore", "extract", *images_and_store(), *flags).code == 0
-    assert featstore(run, "show", key_of(), "--json").json["superseded_rows"] == 1
+    extract()
+    assert superseded() == (1, ids[:1], f"1: {ids[0]}")
+    for path in others[1:]:
+        path.unlink()
+    shutil.copy(last, first)
+    extract()
+    assert superseded() == (9, [ids[0], *ids[3:]], f"9: {', '.join([ids[0], *ids[3:]])}")
+    for path in (second, others[0]):
+        path.unlink()
+    extract()
+    assert superseded() == (11, ids[:10], f"11: {', '.join(ids[:10])}, 1 more")
 
 
 def damage(dtype: str = "float16") -> Path:
@@ -360,13 +380,13 @@ def test_show_goes_on_where_a_job_merges_a_file_and_deletes_it_meanwhile(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (part,) = store().set(key_of()).parts
-    real = FeatureStore.num_superseded
+    real = FeatureStore.superseded
 
-    def merging(self: FeatureStore, chosen: FeatureSet) -> int:
+    def merging(self: FeatureStore, chosen: FeatureSet) -> dict[str, str | None]:
         part.path.unlink()
         return real(self, chosen)
 
-    monkeypatch.setattr(FeatureStore, "num_superseded", merging)
+    monkeypatch.setattr(FeatureStore, "superseded", merging)
     (shown,) = featstore(run, "show", key_of(), "--json").json["files"]
     assert (shown["rows"], shown["bytes"]) == (NUM, None)
 
@@ -533,13 +553,16 @@ def test_a_remedy_of_import_works(run: Run) -> None:
     assert run("featstore", "import", "out.npy", "--store", "back", "--name", "mine", *remedy[1].split()).code == 0
 
 
-def test_the_remedy_for_a_damaged_part_is_a_command_that_works(run: Run) -> None:
+def test_the_remedy_for_a_damaged_part_works(run: Run) -> None:
     path = damage()
     ran = featstore(run, "export", key_of(), "--out", "out.npy")
     assert ran.code == 1
     assert path.name in ran.err
-    program, *remedy = shlex.split(re.search(r"featstore verify --repair --store [^,]+", ran.err)[0])  # type: ignore[index]
-    assert run(program, *remedy).code == 0
+    assert "set it aside (featstore verify --repair) and extract or import again" in ran.err
+    assert featstore(run, "verify", "--repair").code == 0
+    flags = ["--backbone", "one.py:make_model", "--size", "32", "--cut", "body:avg"]
+    assert run("featstore", "extract", *images_and_store(), *flags).code == 0
+    assert featstore(run, "export", key_of(), "--out", "out.npy").code == 0
 
 
 # ---- All of them

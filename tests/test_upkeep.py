@@ -35,6 +35,7 @@ from featstore import (
     FeatureStoreError,
     catalogue,
     compaction,
+    difference,
     disk,
     extract,
 )
@@ -562,6 +563,26 @@ def test_a_job_that_merges_its_parts_deletes_those_that_the_merged_one_has_all_r
     assert sorted(part.num_rows for part in store.set(KEY).parts) == [1, 3]
 
 
+def test_a_job_keeps_its_parts_where_the_merged_one_turns_out_to_be_damaged_and_says_so(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [file(store, name) for name in range(3)]
+    before, rename = rows_in(store), part_module._rename
+
+    def damaging(source: Path, target: Path) -> None:
+        flip_row(source, 1)
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(part_module, "_rename", damaging)
+        report = store.merge(KEY, own)
+    (merge,), (left,) = report.merges, report.left
+    assert all(path.exists() for path in own)
+    assert left.reason.startswith(f"{merge.part.path}, which took the place of others, is damaged in 3 rows. Set it")
+    FeatureStore(store.root).verify(repair=True)
+    assert same(rows_in(store), before)
+
+
 # ---- garbage
 
 
@@ -581,6 +602,20 @@ def test_superseded_parts_go_once_they_were_replaced_long_ago(store: FeatureStor
     assert same(rows_in(store), before)
     assert str(report) == f"3 files, {report.bytes / 1e6:.3f} MB"
     assert len(store.set(KEY).parts) == 1
+
+
+def test_the_age_of_a_replacement_counts_and_not_that_of_its_rows(store: FeatureStore) -> None:
+    paths = [file(store, name) for name in range(2)]
+    for path in paths:
+        part = Part.open(path)
+        rows, facts = part.features.clone(), {**part.facts, "when": "2020-01-02T03:04:05.000006+00:00"}
+        path.unlink()
+        write_part(path, features=rows, digests=part.digests, decoders=part.decoders, facts=facts)
+    store = FeatureStore(store.root)  # which hasn't opened them before
+    (merge,) = store.compact().merges
+    assert merge.part.facts["when"] < "2021"
+    assert store.gc(older_than=60).paths == ()
+    assert set(store.gc(older_than=0).paths) == set(paths)
 
 
 @pytest.mark.parametrize("place", ["row", "frame"])
@@ -614,6 +649,19 @@ def test_the_only_sound_copy_of_a_row_stays(store: FeatureStore) -> None:
     assert report.paths == (other,)
     assert only.exists()
     assert winner.name in report.left[0].reason
+
+
+def test_failures_alone_stay_too_while_the_part_that_took_them_over_is_damaged(store: FeatureStore) -> None:
+    failures, other = file(store, failed={7: "not there"}), file(store, 0)
+    (merge,) = store.compact().merges
+    flip_row(merge.part.path)
+    report = FeatureStore(store.root).gc(older_than=0)
+    assert report.paths == ()
+    assert [each.reason.partition(" ")[0] for each in report.left] == [
+        str(path) for path in sorted((failures, other), key=lambda path: str(Part.open(path).facts["when"]))
+    ]
+    FeatureStore(store.root).verify(repair=True)
+    assert store.set(KEY).failed == {DIGESTS[7].tobytes().hex(): "not there"}
 
 
 def test_what_killed_writers_repairs_and_removals_left_goes_and_nothing_else(store: FeatureStore) -> None:
@@ -1398,6 +1446,53 @@ def test_rows_of_a_million_values_are_compared_in_little_memory(store: FeatureSt
     assert int(in_child(grown)) < 80e6  # all rows at once take 340 MB
 
 
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_damaged_row_is_no_difference(store: FeatureStore, which: str) -> None:
+    paths = {"first": file(store, *range(9)), "second": file(store, *range(5, 12), spec=OTHER)}
+    flip_row(paths[which], 3)
+    with pytest.raises(DamagedFileError, match=rf"{paths[which].name} is damaged: its rows 0 to \d+ don't fit"):
+        FeatureStore(store.root).diff(KEY, OTHER.key)
+
+
+def test_each_block_of_compared_rows_is_checked_once(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    width = 1 << 17  # half a block
+    for spec in (SPEC, OTHER):
+        file(store, *range(12), spec=spec, width=width)
+    monkeypatch.setattr(difference, "_PIECE_BYTES", 8 * width)  # a row at once
+    checked: list[tuple[Path, int]] = []
+    real = Part.read_blocks
+
+    def counted(self: Part, blocks: Sequence[int], **options: Any) -> Iterator[tuple[range, Tensor]]:
+        checked.extend((self.path, block) for block in blocks)
+        return real(self, blocks, **options)
+
+    monkeypatch.setattr(Part, "read_blocks", counted)
+    values = store.diff(KEY, OTHER.key).values
+    assert values is not None
+    assert values.is_equal
+    assert len(checked) == len(set(checked)) == 12
+
+
+def test_sets_are_compared_though_their_parts_are_merged_and_deleted_meanwhile(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in range(6):
+        file(store, name // 2, spec=(SPEC, OTHER)[name % 2])
+    real = Part.read_blocks
+
+    def merged_first(self: Part, blocks: Sequence[int], **options: Any) -> Iterator[tuple[range, Tensor]]:
+        monkeypatch.setattr(Part, "read_blocks", real)
+        writer = FeatureStore(store.root)
+        writer.compact()
+        writer.gc(older_than=0)
+        return real(self, blocks, **options)
+
+    monkeypatch.setattr(Part, "read_blocks", merged_first)
+    values = store.diff(KEY, OTHER.key).values
+    assert values is not None
+    assert (values.rows, values.is_equal) == (3, True)
+
+
 # ---- the store as an object
 
 
@@ -1439,11 +1534,56 @@ def test_features_read_on_after_their_files_were_merged_and_deleted(store: Featu
     assert torch.equal(pickle.loads(pickle.dumps(unread))[:], rows_of(range(20)))
 
 
-def test_rows_of_images_that_no_image_set_holds_any_more_are_counted(store: FeatureStore) -> None:
+# ---- superseded rows
+
+
+def superseded(store: FeatureStore) -> dict[str, str | None]:
+    found = store.superseded(store.set(KEY))
+    assert store.num_superseded(store.set(KEY)) == len(found)
+    return found
+
+
+def save(store: FeatureStore, *names: int, name: str = "photos", ids: Sequence[str] = ()) -> None:
+    """Files an image set."""
+    images = replace(IMAGES.select(names), name=name)
+    images = replace(images, ids=tuple(ids) or images.ids)
+    store.save_images(images, IMAGES.select(names).digests())
+
+
+def hex_of(name: int) -> str:
+    return bytes(DIGESTS[name]).hex()
+
+
+def test_rows_of_images_that_no_image_set_holds_any_more_are_counted_and_named(store: FeatureStore) -> None:
     file(store, *range(5))
     file(store, 4, 5)
-    assert store.num_superseded(store.set(KEY)) == 0
-    for count in (6, 3):
-        images = IMAGES.select(range(count))
-        store.save_images(images, images.digests())
-    assert store.num_superseded(store.set(KEY)) == 3
+    assert superseded(store) == {}
+    save(store, *range(6))
+    assert superseded(store) == {}
+    save(store, *range(3))
+    assert superseded(store) == {hex_of(name): str(name) for name in (3, 4, 5)}
+    save(store, 9, *range(1, 6), ids=[str(name) for name in range(6)])  # the file of the first image has changed
+    assert superseded(store) == {hex_of(0): "0"}
+
+
+def test_a_row_of_an_image_in_any_of_several_image_sets_is_not_superseded(store: FeatureStore) -> None:
+    file(store, *range(9))
+    for name, held in {"a": range(3), "b": range(3, 6), "c": range(6, 9)}.items():
+        save(store, *held, name=name)
+    assert superseded(store) == {}
+    save(store, 3, name="b")
+    save(store, 7, 8, 4, name="c")
+    assert superseded(store) == {hex_of(name): str(name) for name in (5, 6)}
+
+
+def test_superseded_rows_are_named_as_the_last_table_named_their_images_and_in_that_order(store: FeatureStore) -> None:
+    file(store, *range(5))
+    save(store, 3, 1, 0, ids=["z", "older", "b"])
+    save(store, 1, 3, 4, ids=["y", "a", "kept"])
+    save(store, 4)
+    assert list(superseded(store).items()) == [
+        (hex_of(3), "a"),
+        (hex_of(0), "b"),
+        (hex_of(1), "y"),
+        (hex_of(2), None),  # no table has ever held it
+    ]
