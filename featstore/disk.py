@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -63,17 +64,22 @@ def move_aside(folder: Path) -> Path:
 
 def is_temporary(name: str) -> bool:
     """Whether a file is called as those that writers rename when they are whole."""
-    return name.startswith(".") and ".tmp-" in name
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def is_set_aside(name: str) -> bool:
     """Whether `set_aside` has named a file."""
-    return name.startswith(".") and _DAMAGED in name
+    return _SET_ASIDE.fullmatch(name) is not None
 
 
 def is_moved_aside(name: str) -> bool:
     """Whether `move_aside` has named a folder."""
-    return name.startswith(_REMOVED)
+    return _MOVED_ASIDE.fullmatch(name) is not None
 
 
 _DAMAGED, _REMOVED = ".damaged-", ".removed-"
+
+# Whole names, so that nobody else's hidden file is taken for one of ours.
+_TEMPORARY = re.compile(r"\..+\.h5\.tmp-[0-9a-f]{16}", re.DOTALL)
+_SET_ASIDE = re.compile(rf"\..+\.h5{re.escape(_DAMAGED)}[0-9a-f]{{16}}", re.DOTALL)
+_MOVED_ASIDE = re.compile(rf"{re.escape(_REMOVED)}[0-9a-f]{{16}}")

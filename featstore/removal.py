@@ -94,12 +94,18 @@ def _check_is_of_this_store(catalogue: Catalogue, folder: Path) -> None:
 
 
 def _check_nothing_else(folder: Path, key: str) -> None:
-    others = sorted(name for name in listed(folder) if not name.startswith(".") and not PART_NAME.fullmatch(name))
+    others = sorted(name for name in listed(folder) if not _goes_with_the_set(name))
     if others:
         raise FeatureStoreError(
             f"{folder} holds {others[0]!r}, which is no part of set {short_key(key)}. The whole folder goes when "
             "the set is removed: move everything else out of it first."
         )
+
+
+def _goes_with_the_set(name: str) -> bool:
+    is_of_the_system = name == ".DS_Store" or name.startswith(".nfs")
+    is_left_over = disk.is_temporary(name) or disk.is_set_aside(name)
+    return PART_NAME.fullmatch(name) is not None or is_left_over or is_of_the_system
 
 
 def _report(catalogue: Catalogue, key: str, folders: Sequence[Path]) -> RemoveReport:

@@ -493,6 +493,7 @@ class FeatureStore:
     def _located(self, key: str) -> tuple[FeatureSpec, tuple[Path, ...]]:
         """The one spec whose key starts with `key`, and its folders."""
         self.check_exists()
+        _check_key(key)
         found = self._catalogue.keyed(key)
         if not found:
             raise FeatureStoreError(self._holds_no(key))
@@ -508,6 +509,7 @@ class FeatureStore:
     def _removable(self, key: str) -> tuple[FeatureSpec | UnsoundSet, tuple[Path, ...]]:
         """The one set whose key starts with `key`, sound or not, and its folders."""
         self.check_exists()
+        _check_key(key)
         found = self._catalogue.keyed_or_unsound(key)
         if not found:
             raise FeatureStoreError(self._holds_no(key))
@@ -583,6 +585,13 @@ class FeatureStore:
 
     def _ls(self) -> str:
         return f"featstore ls --store {self.root}"
+
+
+def _check_key(key: str) -> None:
+    if not key:  # all keys start with it: a variable of a shell that isn't set would remove the only set of a store
+        raise FeatureStoreError(
+            "The key is empty. Expected the first digits of one, as featstore ls lists them. Give some."
+        )
 
 
 def _check_access(access: str) -> None:

@@ -677,6 +677,9 @@ def test_what_killed_writers_repairs_and_removals_left_goes_and_nothing_else(sto
     temporary_table = table.with_name(f".{table.name}.tmp-0123456789abcdef")
     damaged = path.with_name(f".{path.name}.damaged-0123456789abcdef")
     mine = [path.with_name("notes.txt"), path.with_name(".notes"), store.root / "README"]
+    mine += [store.root / ".thesis.tmp-draft", path.with_name(".part-1.tmp-0123456789abcdef")]
+    mine += [path.with_name(".notes.damaged-by-rain"), store.root / ".removed-videos" / "holiday.mp4"]
+    mine[-1].parent.mkdir()
     for each in (temporary, temporary_table, damaged, *mine):
         each.write_bytes(b"123")
     (gone.parent).mkdir(parents=True)
@@ -705,6 +708,37 @@ def test_of_a_link_that_a_removal_has_left_nothing_but_the_link_goes(store: Feat
     assert store.gc(older_than=0).paths == (link,)
     assert not link.is_symlink()
     assert (tmp_path / "mine/part-1.h5").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".notes.txt", ".git"])
+def test_a_set_with_anything_else_in_its_folder_is_not_removed(store: FeatureStore, name: str) -> None:
+    other = file(store, 0).with_name(name)
+    if name == ".git":
+        other.mkdir()
+        (other / "config").write_bytes(b"mine")
+    else:
+        other.write_bytes(b"mine")
+    before = files_below(store.root)
+    with pytest.raises(FeatureStoreError, match=f"holds '{name}', which is no part of set {KEY[:8]}"):
+        store.remove(KEY)
+    assert files_below(store.root) == before
+
+
+def test_what_a_killed_writer_left_in_a_sets_folder_goes_with_it(store: FeatureStore) -> None:
+    path = file(store, 0)
+    path.with_name(f".{path.name}.tmp-0123456789abcdef").touch()
+    path.with_name(f".{path.name}.damaged-0123456789abcdef").touch()
+    path.with_name(".DS_Store").touch()
+    store.remove(KEY)
+    assert files_below(store.root) == set()
+
+
+@pytest.mark.parametrize("act", [FeatureStore.set, FeatureStore.remove, FeatureStore.compact, FeatureStore.model])
+def test_an_empty_key_means_no_set(store: FeatureStore, act: Callable[[FeatureStore, str], Any]) -> None:
+    file(store, 0)
+    with pytest.raises(FeatureStoreError, match="The key is empty"):
+        act(store, "")
+    assert len(FeatureStore(store.root).sets()) == 1
 
 
 def test_a_time_that_makes_no_sense_is_refused(store: FeatureStore) -> None:
@@ -1039,9 +1073,9 @@ def test_a_set_is_removed_with_all_its_folders_and_nothing_else(store: FeatureSt
 
 def test_a_key_of_several_sets_removes_none(store: FeatureStore) -> None:
     file(store, 0)
-    file(store, 0, spec=OTHER)
+    file(store, 0, spec=specs_with_equal_starts(KEY[0]))
     with pytest.raises(AmbiguousRequestError, match="have keys that start with"):
-        store.remove("")
+        store.remove(KEY[0])
     assert len(store.sets()) == 2
 
 
