@@ -62,6 +62,9 @@ class FeatureFile:
 def opened_features(path: Path, *, dataset: str | None = None, id_dataset: str | None = None) -> Iterator[FeatureFile]:
     """What a ``.npy``, HDF5 or ``.safetensors`` file holds; its rows can be read until the block ends.
 
+    Nothing is mapped but ``.safetensors``, by their library: a mapped file that another machine makes shorter kills
+    whoever touches what is gone.
+
     Args:
         path: of the file. Exported ones, and parts of a store, are checked against their checksums.
         dataset: name of the features in it; default ``features``.
@@ -81,7 +84,8 @@ def opened_features(path: Path, *, dataset: str | None = None, id_dataset: str |
     if not path.is_file():
         raise ValueError(f"There is no file {path}. Expected the features to import. Correct the path.")
     if suffix == ".npy":
-        yield FeatureFile(rows=_rows_of_array(_mapped(path)))
+        with path.open("rb") as file:
+            yield FeatureFile(rows=_rows_of_array(_npy_array(path, file)))
     elif suffix == ".safetensors":
         with _opened_safetensors(path, dataset or FEATURES) as found:
             yield found
@@ -245,15 +249,71 @@ def rows_of(features: object) -> ForeignRows:
 # ---- Files
 
 
-def _mapped(path: Path) -> NDArray[Any]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _PlainArray:
+    """An array in an open file, which gives slices of rows by plain reads.
+
+    Attributes:
+        path: of the file.
+        file: it.
+        offset: where the array begins in it, in bytes.
+        shape: ``(N, *F)``.
+        dtype: as it lies there.
+        is_fortran: whether the first dimension varies fastest.
+    """
+
+    path: Path
+    file: io.BufferedReader
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    is_fortran: bool = False
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        num_rows, *row_shape = self.shape
+        start, stop, _ = rows.indices(num_rows)
+        row_values, count = math.prod(row_shape), stop - start
+        if not self.is_fortran:
+            return self._read(start * row_values, count * row_values).reshape(count, *row_shape)
+        # One value of all rows lies together, and then the next value of all.
+        values = [self._read(place * num_rows + start, count) for place in range(row_values)]
+        return np.stack(values).reshape(*reversed(row_shape), count).T
+
+    def _read(self, first: int, count: int) -> NDArray[Any]:
+        values = np.empty(count, self.dtype)
+        self.file.seek(self.offset + first * self.dtype.itemsize)
+        if self.file.readinto(values.view(np.uint8).data) < values.nbytes:
+            raise DamagedFileError(
+                f"{self.path} is truncated: it ends within its features. Expected {math.prod(self.shape):,} values. "
+                "Give an undamaged copy."
+            )
+        return values
+
+
+def _npy_array(path: Path, file: io.BufferedReader) -> _PlainArray:
     try:
-        mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        version = np.lib.format.read_magic(file)
+        if version not in _NPY_HEADERS:
+            raise ValueError(f"its version is {version[0]}.{version[1]}")
+        shape, is_fortran, dtype = _NPY_HEADERS[version](file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        missing = file.tell() + math.prod(shape) * dtype.itemsize - os.fstat(file.fileno()).st_size
+        if missing > 0:
+            raise ValueError(f"its last {missing:,} bytes are missing")
     except (ValueError, EOFError, OSError) as error:
         raise DamagedFileError(
             f"{path} can't be read as .npy ({error}). Expected one array of numbers, as numpy.save writes it. Give an "
             "undamaged copy."
         ) from error
-    return mapped
+    return _PlainArray(path=path, file=file, offset=file.tell(), shape=shape, dtype=dtype, is_fortran=is_fortran)
+
+
+_NPY_HEADERS: dict[tuple[int, int], Callable[[io.BufferedReader], tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+"""Version 3 differs only in names of columns, which features don't have."""
 
 
 @contextmanager
@@ -296,7 +356,12 @@ def _found_in_part(path: Path) -> FeatureFile:
             f"{path} is damaged: the features of rows {damaged[0].start:,} to {damaged[0].stop - 1:,} aren't those "
             "that were written. Nothing was imported. Export it again."
         )
-    rows = rows_of(part.features)
+    rows = ForeignRows(
+        num_rows=part.num_rows,
+        shape=part.shape,
+        dtype=part.dtype,
+        read=lambda start, stop: part.read_rows(np.arange(start, stop)),
+    )
     with opened_hdf5(path) as file:
         if "id" not in file:
             return FeatureFile(rows=rows)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import math
+import operator
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any, Literal
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -57,7 +61,9 @@ class Features:
       and mixes rows within a window of many stretches: `shuffling` says how well. Memory stays bounded.
 
     In each of them a block of rows (about 1 MB) is checked against its checksum before the first row of it is given.
-    Files that another machine might make shorter meanwhile (on a network file system) are never mapped, but read.
+    Files that another machine might make shorter meanwhile are never mapped, but read plainly: on Linux, all that lie
+    on a file system that isn't known to be local, whichever way was asked for. Other systems don't say what a file
+    system is; there all count as local. Where memory is limited nothing is mapped either, unless ``map`` was asked for.
 
     Holds no file handle, pickles (without rows in memory), and may be used from several threads and processes.
 
@@ -68,8 +74,10 @@ class Features:
         part_of: ``(N,)``, the place of each image's part in the index.
         row_in: ``(N,)``, its row in that part.
         access: auto, or one of the ways.
-        memory_bytes: most memory that rows may take, in memory or as a window of a stream; default: half of what is
-            free, and 256 MiB for a window.
+        memory_bytes: most memory that rows may take: all of them in the way ``memory``, or the two windows of a
+            stream, of up to 256 MiB and a quarter of this each. Default: half of what is free. On top come, measured,
+            up to eight batches (handed out, or ahead of that), up to 35 MB that threads work with or the C library
+            keeps, and 50 bytes a row.
         lookup: gives an index of the set as it is now, for when a file has vanished: compaction replaces files.
 
     Attributes:
@@ -138,8 +146,8 @@ class Features:
         size = size_text(self.num_bytes)
         if self._way == "memory":
             return f"memory: {size}, read once"
-        kinds = {file_system(part.path) for part in self.parts}
-        how = "mapped" if self._is_mapped else f"read plainly from {', '.join(sorted(map(str, kinds)))}"
+        kinds = {file_system(part.path) or "an unknown file system" for part in self.parts}
+        how = "mapped" if self._is_mapped else f"read plainly from {', '.join(sorted(kinds))}"
         if self._way == "map":
             return f"map: {size}, {how}"
         return f"stream: {size}, {how} in windows of {size_text(self._window_bytes)}"
@@ -189,10 +197,14 @@ class Features:
 
         Args:
             batch_size: rows a batch; the last may have fewer.
-            shuffle: a random order, the same for the same seed; `shuffling` says how random.
-            seed: of that order.
+            shuffle: a random order; `shuffling` says how random.
+            seed: of that order. In the ways ``memory`` and ``map`` it is the same for the same seed and number of
+                images. In a stream it depends on `memory_bytes` too, and on how the rows lie in files, which compaction
+                changes; and ``auto`` chooses by the memory that is free. So who needs one order for good asks for
+                ``memory`` or ``map``. The size of batches changes nothing.
             drop_last: leaves a short last batch out.
         """
+        batch_size = operator.index(batch_size)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1 row a batch.")
         batches = self._shuffled(batch_size, seed) if shuffle else self._in_order(batch_size)
@@ -222,7 +234,7 @@ class Features:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = {"_lock", "_memory", "_files", "_chosen", "_blocks"}
+        dropped = {"_lock", "_memory", "_files", "_chosen", "_local", "_blocks"}
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -233,48 +245,55 @@ class Features:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
+        _WITH_LOCKS.add(self)
         self._memory: InMemory | None = None
         self._files: Source | None = None
-        self._chosen: tuple[Access, bool] | None = None
+        self._chosen: Access | None = None
+        self._local: tuple[Places, bool] | None = None
         self._blocks: Blocks | None = None
         self._asked = 0  # rows, one by one
 
     @property
     def _way(self) -> Access:
-        return self._choice[0]
-
-    @property
-    def _is_mapped(self) -> bool:
-        return self._choice[1]
-
-    @property
-    def _choice(self) -> tuple[Access, bool]:
-        """The way, and whether files are mapped where it reads files; chosen once, as free memory changes."""
+        """Chosen once, as free memory changes."""
         if self._chosen is None:
-            may_map = all(is_local(folder) for folder in {part.path.parent for part in self.parts})
-            if self._access == "auto":
-                self._chosen = self._way_by_size(may_map), may_map
-            else:
-                self._chosen = self._access, may_map or self._access == "map"
+            self._chosen = self._way_by_size() if self._access == "auto" else self._access
         return self._chosen
 
-    def _way_by_size(self, may_map: bool) -> Access:
-        if may_map and self._memory_bytes is None and get_worker_info() is not None:
+    def _way_by_size(self) -> Access:
+        if self._is_mapped and get_worker_info() is not None:
             return "map"  # each worker of a DataLoader would load all rows for itself; they share what is mapped
         free = available_bytes()
         if self.num_bytes <= (free // 2 if self._memory_bytes is None else self._memory_bytes):
             return "memory"
-        return "map" if may_map and self._memory_bytes is None and self.num_bytes <= free else "stream"
+        return "map" if self._is_mapped and self.num_bytes <= free else "stream"
+
+    @property
+    def _is_mapped(self) -> bool:
+        """Whether rows are copied out of mapped files where they aren't in memory.
+
+        Not where memory is limited, unless someone says so: the system maps 64 KB and more around each row that is
+        touched, which counts as this process's memory.
+        """
+        return (self._memory_bytes is None or self._access == "map") and self._may_map
+
+    @property
+    def _may_map(self) -> bool:
+        """Whether each file itself, which may be linked here, is local; asked again of the files that replace them."""
+        known, places = self._local, self._places
+        if known is None or known[0] is not places:
+            known = self._local = places, all(is_local(part.path) for part in places.parts)
+        return known[1]
 
     @property
     def _window_bytes(self) -> int:
-        """Of a stream, which holds two at a time."""
+        """Of a stream, which holds two at a time, beside batches."""
         return _WINDOW_BYTES if self._memory_bytes is None else max(1, min(_WINDOW_BYTES, self._memory_bytes // 4))
 
     @property
-    def _kept_bytes(self) -> int:
-        """Of mapped pages of a stream; to let them go and map them again costs as much as to copy a few of them."""
-        return _KEPT_BYTES if self._memory_bytes is None else self._window_bytes
+    def _window_rows(self) -> int:
+        """About as many; the last block of a window is whole."""
+        return max(1, self._window_bytes // self._places.row_bytes)
 
     @property
     def _task_bytes(self) -> int:
@@ -292,7 +311,7 @@ class Features:
             if self._memory is not None:
                 return self._memory
             if self._files is None:
-                kept = self._kept_bytes if self._way == "stream" else None
+                kept = _KEPT_BYTES if self._way == "stream" else None
                 self._files = Mapped(self._places, kept_bytes=kept) if self._is_mapped else Plain(self._places)
             return self._files
 
@@ -357,19 +376,22 @@ class Features:
             order = rng.permutation(len(self))
             pieces = (order[start : start + several] for start in range(0, len(self), several))
             return self._gathered(((piece, piece) for piece in pieces), batch_size)
-        windows = self._windows(rng)
+        blocks = self._by_block
+        windows = blocks.windows(rng, num_rows=self._window_rows)
         if not self._is_mapped:
-            return self._read(windows, batch_size)
+            return self._read(windows, blocks.largest_window(num_rows=self._window_rows), batch_size)
         return self._gathered(((piece, piece) for piece in _cut(windows, several)), batch_size)
 
     def _several(self, batch_size: int) -> int:
         """Rows of the batches that one thread takes at once."""
         return max(1, self._task_bytes // (batch_size * self._places.row_bytes)) * batch_size
 
-    def _windows(self, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-        if self._blocks is None or self._blocks.places is not self._places:
-            self._blocks = Blocks(self._places)
-        return self._blocks.windows(rng, num_rows=max(1, self._window_bytes // self._places.row_bytes))
+    @property
+    def _by_block(self) -> Blocks:
+        blocks = self._blocks
+        if blocks is None or blocks.places is not self._places:
+            blocks = self._blocks = Blocks(self._places)
+        return blocks
 
     def _gathered(self, pieces: Iterator[tuple[Rows, NDArray[np.int64]]], batch_size: int) -> Iterator[_Batch]:
         """Batches of rows and their numbers that come in pieces; each piece but the last holds whole batches."""
@@ -400,20 +422,26 @@ class Features:
                 some = slice(rows.start + start, rows.start + end) if isinstance(rows, slice) else rows[start:end]
                 yield partial(fill, some, values[start:end], (values, numbers) if is_last else None)
 
-    def _read(self, windows: Iterator[NDArray[np.int64]], batch_size: int) -> Iterator[_Batch]:
-        """Batches out of windows that are read plainly, each block checked against its checksum."""
-        # Windows are made here and not in the threads, as batches are.
-        tasks = (partial(self._load_window, rows, self._empty(len(rows))) for rows in windows)
-        held, numbers = self._empty(0), np.zeros(0, np.int64)
+    def _read(self, windows: Iterator[NDArray[np.int64]], most: int, batch_size: int) -> Iterator[_Batch]:
+        """Batches out of windows of up to `most` rows, read plainly, each block checked against its checksum."""
+        # In two pieces of memory by turns: when the window after the next is begun, this one's rows are in batches.
+        # The C library would keep much of what was freed and taken anew for each.
+        memory = cycle([self._empty(most), self._empty(most)])
+        tasks = (partial(self._load_window, rows, next(memory)[: len(rows)]) for rows in windows)
+        size, filled = min(batch_size, len(self)), 0
+        batch, numbers = self._empty(size), np.empty(size, np.int64)
         for values, rows in ahead(tasks, depth=2):
             first = 0
-            while len(held) + len(rows) - first >= batch_size:
-                end = first + batch_size - len(held)
-                yield torch.cat([held, values[first:end]]), np.concatenate([numbers, rows[first:end]])
-                held, numbers, first = held[:0], numbers[:0], end
-            held, numbers = torch.cat([held, values[first:]]), np.concatenate([numbers, rows[first:]])
-        if len(held):
-            yield held, numbers
+            while first < len(rows):
+                count = min(size - filled, len(rows) - first)
+                batch[filled : filled + count] = values[first : first + count]
+                numbers[filled : filled + count] = rows[first : first + count]
+                first, filled = first + count, filled + count
+                if filled == size:
+                    yield batch, numbers
+                    batch, numbers, filled = self._empty(size), np.empty(size, np.int64), 0
+        if filled:
+            yield batch[:filled], numbers[:filled]
 
     def _load_window(self, rows: NDArray[np.int64], window: Tensor) -> _Batch:
         self._retried(lambda: load(self._places.of(rows), window))
@@ -455,6 +483,22 @@ def _cut(windows: Iterator[NDArray[np.int64]], size: int) -> Iterator[NDArray[np
     if len(held):
         yield held
 
+
+def _start_in_child() -> None:
+    """In a fork: what its parent had locked or chosen.
+
+    A thread of the parent may have held a lock, and isn't here to release it. And what the parent would have read into
+    memory is chosen anew: each worker of a DataLoader would read it all for itself.
+    """
+    for features in _WITH_LOCKS:
+        features._lock = threading.Lock()
+        if features._memory is None:
+            features._chosen = None
+
+
+_WITH_LOCKS: WeakSet[Features] = WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_in_child)
 
 _WINDOW_BYTES = 256 << 20
 _KEPT_BYTES = 1 << 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,12 +51,13 @@ def file_system(path: Path) -> str | None:
 
 
 def is_local(path: Path) -> bool:
-    """Whether `path` lies where no other machine can make a file shorter while it is mapped.
+    """Whether the file at `path`, links followed, lies where no other machine can shorten it while it is mapped.
 
-    A process that touches a mapped page behind the end of its file is killed. True where the system doesn't tell.
+    A process that touches a mapped page behind the end of its file is killed. What Linux doesn't name isn't local;
+    other systems name no file systems, and there all count as local.
     """
     kind = file_system(path)
-    return kind is None or kind in _LOCAL
+    return kind in _LOCAL if kind else not sys.platform.startswith("linux")
 
 
 def _left_in_control_groups() -> list[int]:

@@ -169,9 +169,16 @@ class Plain(InFiles):
     def take(self, rows: Rows, out: NDArray[np.uint8]) -> None:  # noqa: D102
         wanted = self.places.of(rows)
         for part, where in wanted.by_part():
-            row_in = wanted.row_in[where]
-            self.check(part, row_in)
-            out[where] = as_bytes(self.places.parts[part].read_rows(row_in))
+            self._read(part, wanted.row_in[where], _as_slice(where), out)
+
+    def _read(self, part: int, row_in: NDArray[np.int64], where: Rows, out: NDArray[np.uint8]) -> None:
+        self.check(part, row_in)
+        opened = self.places.parts[part]
+        if isinstance(where, slice):
+            values = torch.from_numpy(out[where]).view(opened.dtype).view(len(row_in), *opened.shape)
+            opened.read_rows(row_in, values)
+        else:
+            out[where] = as_bytes(opened.read_rows(row_in))
 
 
 def load(places: Places, out: Tensor) -> Tensor:
@@ -272,6 +279,10 @@ class Blocks:
             following = rng.permutation(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
         if following is not None and len(following):
             yield following
+
+    def largest_window(self, *, num_rows: int) -> int:
+        """No window of `num_rows` has more than so many."""
+        return min(len(self.places), num_rows + int(self._counts.max(initial=0)))
 
     def _announce(self, blocks: NDArray[np.int64]) -> None:
         """Tells the system to begin reading these blocks."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from featstore import machine
 from featstore.machine import _left, available_bytes, file_system, is_local, num_processors
 
 
@@ -62,3 +63,18 @@ def test_only_known_file_systems_are_mapped(tmp_path: Path) -> None:
     assert not is_local(Path("/proc/self"))
     if file_system(tmp_path) in ("ext4", "xfs", "btrfs", "tmpfs", "overlay"):
         assert is_local(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="the system doesn't list its mounts")
+def test_a_link_is_where_its_file_is(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/proc/self/status")
+    assert not is_local(tmp_path / "link")
+
+
+@pytest.mark.parametrize(("platform", "local"), [("linux", False), ("darwin", True)])
+def test_only_where_no_file_system_is_ever_named_all_count_as_local(
+    tmp_path: Path, platform: str, local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "file_system", lambda path: None)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert is_local(tmp_path) == local
