@@ -144,7 +144,7 @@ def _pretrained(name: str, weights: Any) -> nn.Module:
         raise WeightsError(
             f"The weights {weights.name} of {name} aren't here and can't be downloaded ({error}). They are the file "
             f"{file}, which belongs into {folder}. On a machine with network, run {command} and copy the file; or give "
-            "--weights FILE, or --weights none for a random initialisation."
+            '--weights FILE, or --weights none for a random initialisation (in Python: weights=FILE, weights="none").'
         ) from error
     return module
 
@@ -172,7 +172,10 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None) -> Stag
     """`model` with the tensors of a weights file, up to the last stage that the file fits."""
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise WeightsError(f"There is no weights file {path}. Give the path of an existing file, or --weights none.")
+        raise WeightsError(
+            f"There is no weights file {path}. Give the path of an existing file, or --weights none for a random "
+            'initialisation (in Python: weights=FILE, weights="none").'
+        )
     tensors, choices = read_tensors(path)
     last_used = model.index(cut or model.default_cut)
     stages = {name: stage.tensors() for name, stage in zip(model.cut_points, model.stages, strict=True)}  # type: ignore[operator]

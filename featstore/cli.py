@@ -28,6 +28,7 @@ from featstore.pool import REDUCTIONS
 from featstore.program import (
     DONE,
     INCOMPLETE,
+    IncompleteError,
     new_app,
     one_of,
     run,
@@ -58,8 +59,10 @@ Defaults that depend on what is asked for:
   --batch-size  that of rows already stored, else 32 on a CPU, 256 on a GPU
 
 \b
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 an image that was asked for is
-missing (with --on-error skip: not those that can't be read, but absent files).
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 incomplete: the file of an
+image isn't there, or vanished or changed while the job ran (with --on-error
+skip the others are extracted all the same), or, for status, an image has no
+features yet.
 """
 
 app = new_app(help=__doc__)
@@ -115,6 +118,8 @@ def extract(
     """Compute the features that a store lacks, and file them."""
     planned = _planned(images, model, sets, view, augment)
     tell(planned.describe())
+    if how.on_image_error == "raise":
+        _refuse_absent(planned)
     try:
         report = run_plan(
             planned,
@@ -218,12 +223,30 @@ def _planned(images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFl
     return planned
 
 
+def _refuse_absent(planned: Plan) -> None:
+    absent = [planned.images.ids[index] for index in planned.is_absent.nonzero()[0]]
+    if absent:
+        raise IncompleteError(
+            f"{len(absent):,} of {len(planned.images):,} image files {'is' if len(absent) == 1 else 'are'} absent "
+            f"(first: {absent[0]}). Expected all. Bring them back, or say with --root where a table's paths start; or "
+            "extract the others with --on-error skip."
+        )
+
+
 def _report(report: ExtractReport, output: OutputFlags) -> None:
     tell(str(report))
     tell_all([f"{image}: {reason}" for image, reason in report.failures], indent="  ")
     if output.json:
         failures: Json = [list(failure) for failure in report.failures]
-        show_json({"sets": list(report.sets), "seconds": report.seconds, "failures": failures})
+        show_json(
+            {
+                "sets": list(report.sets),
+                "failed": report.failed,
+                "missing": report.missing,
+                "seconds": report.seconds,
+                "failures": failures,
+            }
+        )
     else:
         show(table([each | {"key": each["key"][:8]} for each in report.sets]))
 

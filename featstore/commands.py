@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from featstore.digest import Json
-from featstore.images import ImageSet
+from featstore.images import OWN_SPLITS, ImageSet
 from featstore.staged import StagedModel
 from featstore.views import Augment, View
 
@@ -63,7 +63,7 @@ def image_flags(images: ImageSet) -> list[str] | None:
         own_splits = _folder_splits(images)
     elif made_by == "from_csv":
         flags = ["--images", str(origin["path"]), *_unless("--root", origin["root"], None)]
-        own_splits = None if origin["split_column"] is None else images.splits.tolist()
+        own_splits = images.splits.tolist() if origin["split_column"] else None
         for name, default in _TABLE_DEFAULTS.items():
             value = "" if name == "label_column" and origin[name] is None else origin[name]  # '': nothing is labelled
             flags += _unless(f"--{name.replace('_', '-')}", value, default)
@@ -121,7 +121,7 @@ _TABLE_DEFAULTS = {
     "path_column": "path",
     "label_column": "label",
     "label_sep": None,
-    "split_column": None,
+    "split_column": OWN_SPLITS,
     "group_column": None,
     "task": "single",
 }

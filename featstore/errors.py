@@ -7,6 +7,8 @@ expected and what to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FeatureStoreError(Exception):
     """Anything featstore refuses to guess about; the parent of all errors here."""
@@ -17,7 +19,7 @@ class MissingFeaturesError(FeatureStoreError):
 
 
 class FactsDifferError(FeatureStoreError):
-    """No stored feature set fits the request; the message names the facts in which the nearest one differs."""
+    """Something isn't what it was stored, asked for or planned as; the message names the facts that differ."""
 
 
 class AmbiguousRequestError(FeatureStoreError):
@@ -44,6 +46,10 @@ class ImageError(FeatureStoreError):
         super().__init__(f"{image}: {reason}")
         self.image = image
         self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception pickles as its class and the arguments of its parent's `__init__`, here the message alone.
+        return type(self), (self.image, self.reason), vars(self)
 
 
 class ModelError(FeatureStoreError):

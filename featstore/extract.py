@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 import time
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featstore.digest import Json
-from featstore.errors import FeatureStoreError, ImageError
+from featstore.errors import FactsDifferError, FeatureStoreError, ImageError
 from featstore.image_digests import Digests
 from featstore.images import ImageSet, overlap_note
 from featstore.index import first_places, is_among
@@ -28,7 +29,7 @@ from featstore.pool import REDUCTIONS
 from featstore.probe import Probe, check_probe, take_probes
 from featstore.purity import check_pure
 from featstore.render import Job, Rendered, render
-from featstore.sets import DTYPES, FeatureRequest, FeatureSet
+from featstore.sets import DTYPES, FeatureRequest, FeatureSet, digest_rows
 from featstore.sizes import size_text
 from featstore.spec import FeatureSpec
 from featstore.staged import StagedModel
@@ -149,7 +150,8 @@ class Plan:
         absent = [self.images.ids[index] for index in np.flatnonzero(self.is_absent)]
         if absent:
             named = f"{', '.join(absent[:3])}{', ...' * (len(absent) > 3)}"
-            notes.append(f"{len(absent):,} image files are absent ({named})")
+            words = "image file is" if len(absent) == 1 else "image files are"
+            notes.append(f"{len(absent):,} {words} absent ({named})")
         overlap = overlap_note(self.images, self.digests)
         return notes if overlap is None else [*notes, overlap]
 
@@ -162,11 +164,12 @@ class ExtractReport:
         computed: rows computed, over all sets. Images of equal content share a row.
         reused: images whose rows were stored already, over all sets.
         failed: images left out, with `on_error="skip"`.
-        missing: images asked for that lack a row for another reason: their files are absent.
+        missing: images asked for that lack a row for another reason: their files are absent, or when their turn came
+            they had vanished, had changed or couldn't be read. The next run computes them if it can.
         seconds: wall-clock time.
         keys: of the sets, in the order of cuts, each with the evaluation view first.
         sets: one record a set: key, cut, reduce, view, seed, rows (images that have one now), computed, reused, failed.
-        failures: (image id, reason) of failed and absent images.
+        failures: (image id, reason) of failed and missing images.
         notes: sentences about what could not be done afterwards; all rows are filed.
     """
 
@@ -181,8 +184,9 @@ class ExtractReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        missing = f"{self.missing:,} missing, " if self.missing else ""
         done = (
-            f"{self.reused:,} rows reused, {self.computed:,} computed, {self.failed:,} images failed, "
+            f"{self.reused:,} rows reused, {self.computed:,} computed, {self.failed:,} images failed, {missing}"
             f"{self.seconds:.1f} s"
         )
         return ". ".join([done, *self.notes])
@@ -314,7 +318,8 @@ def extract(
     Raises:
         ImageError: with `raise`, for an image that can't be read, decoded or rendered.
         ModelError: for a model that can't be keyed or isn't a function of one image.
-        FactsDifferError: if the model computes other values than the rows already stored.
+        FactsDifferError: if the model computes other values than the rows already stored, or is changed meanwhile: then
+            nothing is filed of what was computed since the last part.
         FeatureStoreError: for values the storage type can't hold.
         OSError: as the disk gave it.
     """
@@ -345,7 +350,10 @@ def run_plan(
     progress: bool = False,
     started: float | None = None,
 ) -> ExtractReport:
-    """Carries out a plan; arguments, result and errors as in `extract`."""
+    """Carries out a plan; arguments, result and errors as in `extract`.
+
+    The model must still be what it was when the plan was made: FactsDifferError if it isn't.
+    """
     started = time.perf_counter() if started is None else started
     chosen = choose_device(device)
     _refuse_unreadable(planned, on_error)
@@ -360,12 +368,16 @@ def run_plan(
         precision=planned.sets[0].spec.precision,
         device=chosen,
     )
-    probes = _checked_probes(planned, model, outputs, trunk)
+    _refuse_changed(planned)
     if lacking:
         last = max((output.cut for output in lacking), key=model.index)
         check_pure(model, last, batch_size=trunk.batch_size, device=trunk.device)
-    store.save_images(planned.images, planned.digests)
+    probes = _checked_probes(planned, model, outputs, trunk)
+    if lacking:
+        _refuse_changed(planned)  # the probes, too, must be those of the planned model
+    notes = _noted_images(planned, store, is_needed=bool(lacking))
     job = _Job(planned, store, trunk, probes, _stage_facts(planned, model))
+    job.notes += notes
     job.run(on_error=on_error, workers=workers, progress=_Progress(job.num_jobs, is_shown=progress))
     job.merge(is_shown=progress)
     return job.report(time.perf_counter() - started)
@@ -407,7 +419,8 @@ class _Job:
         self.drawn: deque[Job] = deque()  # jobs whose views are on their way; they come back in order
         self.gathered = [_Gathered() for _ in planned.sets]
         self.computed = [0] * len(planned.sets)
-        self.failures: dict[bytes, str] = {}
+        self.failures: dict[str, str] = {}  # digest -> reason, of images that can't be decoded or rendered
+        self.unread: dict[str, tuple[str, str]] = {}  # digest -> image and reason, of those that couldn't be read
         self.written: list[list[Path]] = [[] for _ in planned.sets]
         self.notes: list[str] = []
         self.last_commit = time.monotonic()
@@ -464,8 +477,9 @@ class _Job:
     def report(self, seconds: float) -> ExtractReport:
         """What was done."""
         planned = self.planned
-        contents = np.frombuffer(b"".join(self.failures), np.uint8).reshape(-1, 32)
-        failed = is_among(planned.digests.values, contents) | planned.digests.is_failed
+        is_failed = is_among(planned.digests.values, digest_rows(self.failures)) | planned.digests.is_failed
+        is_unread = is_among(planned.digests.values, digest_rows(self.unread)) & ~is_failed
+        is_left_out = is_failed | is_unread
         sets: list[dict[str, Json]] = []
         for each, computed in zip(planned.sets, self.computed, strict=True):
             reused = int((each.is_wanted & ~each.is_missing).sum())
@@ -476,29 +490,35 @@ class _Job:
                     "reduce": each.spec.reduction,
                     "view": "evaluation" if each.view.policy is None else each.view.policy.name,
                     "seed": each.view.seed,
-                    "rows": reused + int((each.is_missing & ~failed).sum()),
+                    "rows": reused + int((each.is_missing & ~is_left_out).sum()),
                     "computed": computed,
                     "reused": reused,
-                    "failed": int((each.is_missing & failed & ~planned.is_absent).sum()),
+                    "failed": int((each.is_missing & is_failed & ~planned.is_absent).sum()),
                 }
             )
         return ExtractReport(
             computed=sum(self.computed),
             reused=sum(each["reused"] for each in sets),
-            failed=int((failed & ~planned.is_absent).sum()),
-            missing=int(planned.is_absent.sum()),
+            failed=int((is_failed & ~planned.is_absent).sum()),
+            missing=int((is_unread | planned.is_absent).sum()),
             seconds=seconds,
             keys=tuple(each.spec.key for each in planned.sets),
             sets=tuple(sets),
             failures=tuple(
-                (planned.images.ids[index], self._reason(index)) for index in np.flatnonzero(failed).tolist()
+                (planned.images.ids[index], self._reason(index)) for index in np.flatnonzero(is_left_out).tolist()
             ),
             notes=tuple(self.notes),
         )
 
     def _reason(self, index: int) -> str:
         digests = self.planned.digests
-        return digests.failed[index] if index in digests.failed else self.failures[bytes(digests.values[index])]
+        if index in digests.failed:
+            return digests.failed[index]
+        digest = bytes(digests.values[index]).hex()
+        if digest in self.failures:
+            return self.failures[digest]
+        image, reason = self.unread[digest]
+        return reason if image == self.planned.images.ids[index] else f"its content was to be read as {image}: {reason}"
 
     def _needed(self) -> NDArray[np.bool_]:
         """``(V, N)``: for each view the images to render: those without a row in some set, each content once.
@@ -527,16 +547,20 @@ class _Job:
         job = self.drawn.popleft()
         assert job.index == rendered.index
         if rendered.views is None:
-            self._record_failure(job, rendered.failure or "")
+            self._record_failure(job, rendered)
             return []
         return [
             _Item(job.index, job.digest, int(place), image, rendered.decoder)
             for place, image in zip(np.flatnonzero(self.is_needed[:, job.index]), rendered.views, strict=True)
         ]
 
-    def _record_failure(self, job: Job, reason: str) -> None:
-        self.failures[job.digest] = reason
-        digest = job.digest.hex()
+    def _record_failure(self, job: Job, rendered: Rendered) -> None:
+        """Files what would fail again; an image that can't be read now has done nothing to be left out for good."""
+        reason, digest = rendered.failure or "", job.digest.hex()
+        if not rendered.is_lasting:
+            self.unread[digest] = self.planned.images.ids[job.index], reason
+            return
+        self.failures[digest] = reason
         for each, gathered in zip(self.planned.sets, self.gathered, strict=True):
             if each.view in job.views and each.is_missing[job.index]:
                 known = {} if each.stored is None else each.stored.failed
@@ -561,12 +585,21 @@ class _Job:
             self._commit()
 
     def _commit(self) -> None:
+        if self.trunk.is_live and any(each.rows for each in self.gathered):
+            self._check_model()
         for place, each in enumerate(self.planned.sets):
             if self.gathered[place].rows or self.gathered[place].failed:
                 self.written[place].append(self._write(each, self.gathered[place]))
                 # Forgotten only now: after an interrupt while a part is written, its rows are written again.
                 self.gathered[place] = _Gathered()
         self.last_commit = time.monotonic()
+
+    def _check_model(self) -> None:
+        try:
+            _refuse_changed(self.planned)
+        except FeatureStoreError:
+            self.gathered = [_Gathered() for _ in self.planned.sets]  # of nobody knows which weights
+            raise
 
     def _write(self, each: PlannedSet, gathered: _Gathered) -> Path:
         shape = each.output.pool.shape(tuple(self.stages[each.cut][-1]["shape"]))
@@ -721,6 +754,38 @@ def _refuse_unreadable(planned: Plan, on_error: str) -> None:
     if planned.digests.failed and on_error == "raise":
         index, reason = next(iter(planned.digests.failed.items()))
         raise ImageError(planned.images.ids[index], reason)
+
+
+def _refuse_changed(planned: Plan) -> None:
+    """Rows are filed under the digests of the plan, so they must be of that model still."""
+    last = max((each.cut for each in planned.sets), key=planned.model.index)
+    for stage, digest in planned.model.up_to(last).digests().items():
+        if digest != planned.stage_digests[stage]:
+            raise FactsDifferError(
+                f"{planned.model.name} was changed after the extraction was planned: up to stage {stage} its digest is "
+                f"{digest[:8]}, expected {planned.stage_digests[stage][:8]}. None of what it computes now was filed. "
+                "Plan and extract anew; what is trained while that runs must be a copy: copy.deepcopy(model)."
+            )
+
+
+def _noted_images(planned: Plan, store: FeatureStore, *, is_needed: bool) -> list[str]:
+    """Files the image set, and says what its owner should read about it.
+
+    Where nothing is to be computed, a store that can't be written is as good without.
+    """
+    images = planned.images
+    unlike = store.unlike_images(images)
+    try:
+        store.save_images(images, planned.digests)
+    except OSError as error:
+        if is_needed or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return [f"the image set isn't noted in {store.root} ({error.strerror})"]
+    return [
+        f"{store.root} had an image set called {images.name} of other images; this one is the newest of that name now, "
+        f"and ImageSet.from_store(store, {stem!r}) still gives the other"
+        for stem in unlike
+    ]
 
 
 def _stored_batch_size(planned: Plan, device: torch.device) -> int:

@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -18,7 +19,7 @@ import typer
 
 from featstore.backbones import backbone, backbone_names, outline
 from featstore.commands import DEFAULT_SPLIT_SEED, DEFAULT_VALID
-from featstore.images import ImageSet, Task
+from featstore.images import OWN_SPLITS, ImageSet, Task
 from featstore.policies import BUILT_IN
 from featstore.program import one_of
 from featstore.staged import StagedModel
@@ -55,7 +56,12 @@ class ImageFlags:
         str | None, typer.Option(metavar="TEXT", help="What stands between several labels of one image.")
     ] = None
     split_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A table's column of train, valid or test.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A table's column of train, valid or test; '' to leave it aside.",
+            show_default=f"{OWN_SPLITS}, if there is one",
+        ),
     ] = None
     group_column: Annotated[
         str | None, typer.Option(metavar="NAME", help="A table's column of what stays in one split, a patient say.")
@@ -87,16 +93,33 @@ class ImageFlags:
         is_table = not os.path.isdir(self.images) and (_is_table(self.images) or os.path.isfile(self.images))
         images = self._from_table() if is_table else self._from_folder()
         notes = [*_skipped_note(images), *self._single_labels_note(images)]
-        if self.split_column is not None or (images.splits != "").any():
+        if self.split_column or (images.splits != "").any():
             self._refuse_a_second_split(images)
-            return images, notes
+            return images, [*notes, *self._found_split_note(images)]
         valid = DEFAULT_VALID if self.valid is None else self.valid
         seed = DEFAULT_SPLIT_SEED if self.split_seed is None else self.split_seed
         if valid == 0:
             return images, notes
         dealt = images.split(valid=valid, seed=seed)
-        lacking = "no split column" if is_table else "no valid/ folder"
-        return dealt, [*notes, f"{lacking}: {_held_out(dealt, valid, seed)}"]
+        return dealt, [*notes, f"{self._no_split(images)}: {_held_out(dealt, valid, seed)}"]
+
+    def _no_split(self, images: ImageSet) -> str:
+        """Why the images are dealt."""
+        if "split_column" not in images.origin:
+            return "no valid/ folder"
+        if images.origin["split_column"] is None:
+            return "no split column"
+        return f"the column {OWN_SPLITS} is empty" if self.split_column is None else "no split column is used"
+
+    def _found_split_note(self, images: ImageSet) -> list[str]:
+        """A word about a split that nobody named."""
+        column = images.origin.get("split_column")
+        if column is None or self.split_column is not None:
+            return []
+        dealt = Counter(images.splits.tolist())
+        words = {"train": "train", "valid": "valid", "test": "test", "": "not dealt"}
+        counts = ", ".join(f"{word} {dealt[split]:,}" for split, word in words.items() if dealt[split])
+        return [f"split by the table's column {column}: {counts} (to deal anew: --split-column '')"]
 
     def _single_labels_note(self, images: ImageSet) -> list[str]:
         """A word of doubt where a table for several labels an image never has more than one."""
@@ -132,9 +155,12 @@ class ImageFlags:
     def _refuse_a_second_split(self, images: ImageSet) -> None:
         for name, value in (("--valid", self.valid), ("--split-seed", self.split_seed)):
             if value is not None:
+                instead = "give images without a split"
+                if "split_column" in images.origin:
+                    instead = "leave the table's column aside with --split-column ''"
                 raise ValueError(
                     f"{name} {value} would deal images that bring a split of their own ({images.describe()}). Leave "
-                    f"out {name}, or give images without a split."
+                    f"out {name}, or {instead}."
                 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 import random
 import threading
 from bisect import bisect_left
@@ -57,6 +58,10 @@ def mode_of(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 _passes = threading.RLock()
+# A fork waits for the pass of another thread: a child would inherit its lock, which nobody there gives back, and its
+# flags and settings, which nobody there puts back.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_passes.acquire, after_in_parent=_passes.release, after_in_child=_passes.release)
 
 
 @contextmanager

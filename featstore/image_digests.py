@@ -193,25 +193,20 @@ class Memo:
     """What one process has learned of an image set's contents, so that it hashes no image twice.
 
     Attributes:
-        known: digests that it took, or found that they still hold.
+        known: digests that others took.
+        taken: digests that it took itself; these count first.
     """
 
     known: KnownDigests = field(default_factory=KnownDigests)
+    taken: KnownDigests = field(default_factory=KnownDigests)
 
     def trust(self, known: KnownDigests) -> None:
-        """Keeps digests that others took; those taken here count first."""
-        self._keep(KnownDigests((*known.tables, *self.known.tables)))
+        """Keeps digests that others took, some of which still hold."""
+        self.known = _in_few_tables(KnownDigests((*known.tables, *self.known.tables)))
 
     def add(self, taken: DigestTable) -> None:
         """Keeps digests that were taken just now."""
-        self._keep(KnownDigests((*self.known.tables, taken)))
-
-    def _keep(self, known: KnownDigests) -> None:
-        if len(known.tables) > _MOST_TABLES:  # each look-up asks them all
-            ids = tuple(known)
-            found = known.find(ids)
-            known = KnownDigests([DigestTable(ids, found.values, found.stats)])
-        self.known = known
+        self.taken = _in_few_tables(KnownDigests((*self.taken.tables, taken)))
 
 
 def stat_rows(facts: Sequence[StatFacts | None]) -> NDArray[np.int64]:
@@ -235,6 +230,15 @@ def content_digest(data: bytes | NDArray[np.uint8]) -> bytes:
 
 
 _MOST_TABLES = 8
+
+
+def _in_few_tables(known: KnownDigests) -> KnownDigests:
+    """The same digests; each look-up asks all tables."""
+    if len(known.tables) <= _MOST_TABLES:
+        return known
+    ids = tuple(known)
+    found = known.find(ids)
+    return KnownDigests([DigestTable(ids, found.values, found.stats)])
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:

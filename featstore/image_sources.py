@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -50,12 +51,15 @@ class FolderSource:
         """
         looked, _ = _in_threads(self._look, ids, otherwise=_NO_FACTS)
         now, held = looked.view(np.int64), Found.nothing(len(ids))
-        for candidates in (memo.known, known):
+        for candidates in (memo.taken, memo.known, known):
             then = candidates.find(ids)
             holds = then.is_known & ~held.is_known & _is_unchanged(then.stats, now)
+            if candidates is not memo.taken:
+                holds &= _has_clock(then.stats)
             if holds.any():
                 held.put(holds, then.values[holds], then.stats[holds])
-                memo.trust(candidates)
+                if candidates is known:
+                    memo.trust(known)
         return _completed(ids, held, self._take, memo)
 
     def has(self, image: str) -> bool:
@@ -83,6 +87,7 @@ class FolderSource:
             self._stat(image)
             hashed_at_ns = time.time_ns()
             with open(self._path(image), "rb", buffering=0) as file:
+                _let_writes_show(file.fileno())
                 before = os.fstat(file.fileno())
                 if before.st_size <= _MOST_BYTES_AT_ONCE:
                     value = hashlib.sha256(file.read()).digest()
@@ -106,7 +111,10 @@ class FolderSource:
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            return f"there is no such file in {self.root}; give the images' folder with images.with_root(...)"
+            return (
+                f"there is no such file in {self.root}; give the images' folder with --root (in Python: "
+                "images.with_root(...))"
+            )
         return f"the file can't be read ({getattr(error, 'strerror', None) or error})"
 
 
@@ -132,7 +140,7 @@ class ArraySource:
         """The arrays' digests. A table's are not trusted: nothing says that its image 7 was this one."""
         if not self.is_own:
             memo = Memo()
-        return _completed(ids, memo.known.find(ids), self._take, memo)
+        return _completed(ids, memo.taken.find(ids), self._take, memo)
 
     def has(self, image: str) -> bool:
         """True: arrays are here."""
@@ -160,13 +168,13 @@ class AbsentSource:
         raise ImageError(
             image,
             f"this image set came from a store ({self.where}), which has no images; "
-            "give their folder with images.with_root(...)",
+            "give their folder with --root (in Python: images.with_root(...))",
         )
 
     def digests(self, ids: tuple[str, ...], memo: Memo, known: KnownDigests) -> Digests:
         """The digests that were filed with them. No other table is trusted: its images of these ids may be others."""
         found = KnownDigests.of(self.known).find(ids)
-        reason = f"{self.where} has no digest of it; give its folder with images.with_root(...)"
+        reason = f"{self.where} has no digest of it; give its folder with --root (in Python: images.with_root(...))"
         failed = dict.fromkeys(np.flatnonzero(~found.is_known).tolist(), reason)
         return Digests(values=found.values, failed=failed, stats=found.stats)
 
@@ -187,6 +195,18 @@ def _is_unchanged(then: NDArray[np.int64], now: NDArray[np.int64]) -> NDArray[np
     is_safe = np.maximum(mtime_ns, ctime_ns) <= hashed_at_ns - 2_000_000_000
     is_unchanged: NDArray[np.bool_] = is_safe & (then[:, :4] == now[:, :4]).all(axis=1)
     return is_unchanged
+
+
+def _has_clock(stats: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """`(N,)` whether each file's inode has a time of its own; of others a digest holds only in the process it is of.
+
+    File systems that are built once (squashfs, erofs) have the times of their files from their builder, often all the
+    same, so that the next version may look like this one. There the time of the inode is that of the content, in whole
+    seconds; a clock of nanoseconds shows those once in 1e9 times.
+    """
+    _, mtime_ns, ctime_ns, _, _ = stats.T
+    has_clock: NDArray[np.bool_] = (ctime_ns % 1_000_000_000 != 0) | (ctime_ns != mtime_ns)
+    return has_clock
 
 
 def _completed(ids: tuple[str, ...], held: Found, take: Callable[[tuple[str, ...]], Digests], memo: Memo) -> Digests:
@@ -212,9 +232,24 @@ _STAT = struct.Struct("=qqqQq")
 
 _NO_FACTS = struct.pack("=5q", -1, -1, -1, -1, -1)
 
+_WRITTEN_BACK_AFTER_SECONDS = 60.0
+"""Twice what Linux takes by default until it writes a changed page to the disk."""
+
 
 def _facts(facts: os.stat_result) -> tuple[int, int, int, int]:
     return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
+
+
+def _let_writes_show(file: int) -> None:
+    """Makes a write through a mapping of the file move its time, as any other write does.
+
+    Only the first write to a page does so until the page has been written to the disk. Files that were left alone for
+    a minute have been; of others it takes a tenth of a millisecond. Files in memory (tmpfs) never are.
+    """
+    facts = os.fstat(file)
+    if time.time() - max(facts.st_mtime, facts.st_ctime) < _WRITTEN_BACK_AFTER_SECONDS:
+        with suppress(OSError):  # not every file system can; an error of the disk shows when the file is read
+            os.fsync(file)
 
 
 def _packed(facts: os.stat_result, hashed_at_ns: int) -> bytes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from heapq import heapify, heapreplace
 from numbers import Integral
+from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -29,6 +30,9 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".ti
 
 Task = Literal["single", "multi"]
 StrPath = str | os.PathLike[str]
+
+OWN_SPLITS = "split"
+"""The column that a table's splits are read from where none is named, if it has one."""
 
 _SPLITS = ("train", "valid", "test")
 
@@ -94,8 +98,8 @@ class ImageSet:
 
         Where all folders are called `train`, `valid` (or `val`) and `test`, and `train` is there, they are the splits
         and the class is the first folder below; images directly in a split folder are unlabelled. A root with images
-        and no folders is an unlabelled set. Links to folders are followed. Hidden files, files of other suffixes and
-        images beside the class folders are listed in `skipped`.
+        and no folders is an unlabelled set. Links to folders are followed. Hidden files, files of other suffixes,
+        images beside the class folders and feature stores are listed in `skipped`.
 
         Raises:
             ValueError: if the folder is missing or has no images, a class or split folder has none, or `valid` or
@@ -103,7 +107,7 @@ class ImageSet:
             FeatureStoreError: if a folder can't be listed.
         """
         folder = _existing_folder(root)
-        listing = _list_folder(folder)
+        listing = _without_stores(_list_folder(folder))
         rows, beside = _arrange(listing, folder)
         return cls._from_rows(
             rows,
@@ -133,8 +137,9 @@ class ImageSet:
         """The images that a table with a header names, in its order; UTF-8, commas in a `.csv`, tabs in a `.tsv`.
 
         Paths are below `root` (default: the table's folder) or absolute. Splits are `train`, `valid` (or `val`),
-        `test`, or empty. An empty label means unlabelled if `task` is "single", and none of the classes if "multi".
-        With `label_column=None` nothing is labelled. Classes are those of the rows in `train` or in no split.
+        `test`, or empty; without `split_column` those of the column `split`, if there is one, and with
+        `split_column=""` none. An empty label means unlabelled if `task` is "single", and none of the classes if
+        "multi". With `label_column=None` nothing is labelled. Classes are those of the rows in `train` or in no split.
 
         Raises:
             ValueError: with the line, if the table can't be understood: a missing column, a row of another length, a
@@ -147,13 +152,18 @@ class ImageSet:
                 "Expected label_sep only with several labels an image. Pass task='multi', or leave label_sep out."
             )
         folder = os.path.dirname(file) if root is None else _existing_folder(root)
-        columns = {"path": path_column, "label": label_column, "split": split_column, "group": group_column}
-        rows = _csv_rows(file, folder, columns, label_sep)
+        lines = _read_table(file)
+        if split_column is None and _holds_splits(lines[0][1], (path_column, label_column, group_column)):
+            split_column = OWN_SPLITS
+        columns = {"path": path_column, "label": label_column, "split": split_column or None, "group": group_column}
+        rows = _csv_rows(lines, file, folder, columns, label_sep)
         return cls._from_rows(
             rows,
             name=name or os.path.splitext(os.path.basename(file))[0],
             task=task,
-            classes=_class_table(rows),
+            classes=_class_table(
+                rows, instead="leave the labels out: --label-column '' (in Python: label_column=None)"
+            ),
             is_labelled=label_column is not None,
             source=FolderSource(root=folder),
             origin={
@@ -293,6 +303,8 @@ class ImageSet:
             ValueError: for another number of splits or another word.
         """
         origin = {key: value for key, value in self.origin.items() if key != "split"}
+        if origin.get("split_column"):
+            origin["split_column"] = ""  # what the table says no longer counts
         return replace(self, splits=_checked_splits(splits, len(self)), origin=origin)
 
     def split(
@@ -326,7 +338,7 @@ class ImageSet:
         units = _rank(own or self.ids, self._strata(stratify), seed)
         dealt = self.with_splits(_deal(units, valid, test)[units.of_image])
         arguments = {"valid": valid, "test": test, "seed": seed, "stratify": stratify, "groups": groups is not None}
-        origin = {**self.origin, "split": arguments} if self.origin else {}
+        origin = {**dealt.origin, "split": arguments} if self.origin else {}
         return replace(dealt, groups=own, origin=origin)
 
     def folds(
@@ -531,6 +543,11 @@ class _Listing(NamedTuple):
 
 _SPLIT_WORDS = {"train": "train", "valid": "valid", "val": "valid", "test": "test", "": ""}
 _Identity = tuple[int, int]  # device and inode
+_STORE_FILE = re.compile(
+    r"(?P<folder>((?P<store>.+)/)?(images(?=/[^/]+-[0-9a-f]{8}\.h5)|[^/]+@[^/]+(?=/[^/]+/part-[0-9a-f]{16}\.h5)))/.+",
+    re.DOTALL,
+)  # an image table or a part, see docs/format.md
+_STORE, _OF_STORE = "a feature store", "of a feature store"
 _LITTER = ("__macosx", "thumbs.db", "desktop.ini")
 
 
@@ -569,6 +586,24 @@ def _list_folder(folder: str) -> _Listing:
                 "Expected to read every folder of the image set. Allow it, or move it away."
             ) from error
     return listing
+
+
+def _without_stores(listing: _Listing) -> _Listing:
+    """The listing with a feature store as one skipped entry; where images lie in its folder, with its own folders."""
+    found = [match for path, _ in listing.skipped if (match := _STORE_FILE.fullmatch(path))]
+    if not found:
+        return listing
+    filled = {parent.as_posix() for image in listing.images for parent in PurePosixPath(image).parents}
+    stores = {
+        match["store"] if match["store"] and match["store"] not in filled else match["folder"] for match in found
+    } - filled
+
+    def is_outside(path: str) -> bool:
+        return not any(path == store or path.startswith(f"{store}/") for store in stores)
+
+    others = [each for each in listing.skipped if is_outside(each[0])]
+    named = [(store, _STORE if store in {match["store"] for match in found} else _OF_STORE) for store in stores]
+    return _Listing(listing.images, list(filter(is_outside, listing.folders)), others + named)
 
 
 def _reason_to_skip(entry: os.DirEntry[str], above: tuple[_Identity, ...]) -> str | None:
@@ -639,6 +674,11 @@ def _folders_above(image: str) -> tuple[str, ...]:
 
 
 def _nothing_found(listing: _Listing, folder: str) -> str:
+    if any(reason == _OF_STORE for _, reason in listing.skipped):
+        return (
+            f"{folder} is a feature store, which holds no images. Expected a folder of images. Name the one whose "
+            "features these are."
+        )
     others = [path for path, _ in sorted(listing.skipped)]
     found = [
         _counted(len(listing.folders), "folder")
@@ -654,8 +694,18 @@ def _nothing_found(listing: _Listing, folder: str) -> str:
 # ---- Tables
 
 
-def _csv_rows(file: str, folder: str, columns: dict[str, str | None], label_sep: str | None) -> list[_Row]:
-    (_, header), *body = _read_table(file)
+_Line = tuple[int, list[str]]  # where it starts, and its cells
+
+
+def _holds_splits(header: list[str], named: Iterable[str | None]) -> bool:
+    """Whether a table has a column for splits that nothing else was said about."""
+    return OWN_SPLITS in {cell.strip() for cell in header} - {*named}
+
+
+def _csv_rows(
+    table: list[_Line], file: str, folder: str, columns: dict[str, str | None], label_sep: str | None
+) -> list[_Row]:
+    (_, header), *body = table
     places = _places(header, columns, file)
     rows: list[_Row] = []
     lines: dict[str, int] = {}
@@ -685,14 +735,14 @@ def _csv_rows(file: str, folder: str, columns: dict[str, str | None], label_sep:
     return rows
 
 
-def _read_table(file: str) -> list[tuple[int, list[str]]]:
+def _read_table(file: str) -> list[_Line]:
     """The lines that are not empty, each with the number it starts at; the header and at least one more."""
     separator = {".csv": ",", ".tsv": "\t"}.get(os.path.splitext(file)[1].lower())
     if separator is None:
         raise ValueError(
             f"{file} is no table by its suffix. Expected .csv (commas) or .tsv (tabs). Rename or convert it."
         )
-    lines: list[tuple[int, list[str]]] = []
+    lines: list[_Line] = []
     start = 1
     try:
         # Names of files need not be UTF-8; what isn't survives as os.fsdecode would have it.
@@ -724,11 +774,13 @@ def _places(header: list[str], columns: dict[str, str | None], file: str) -> dic
     names = [cell.strip() for cell in header]
     for what, column in columns.items():
         if column is not None and names.count(column) != 1:
-            unlabelled = ", or label_column=None if nothing is labelled" if what == "label" else ""
+            unlabelled = ""
+            if what == "label":
+                unlabelled = "; if nothing is labelled, say --label-column '' (label_column=None)"
             raise ValueError(
                 f"{file} has {names.count(column) or 'no'} column{'s' if column in names else ''} {column!r}; it has "
                 f"{', '.join(map(repr, names))}. Expected one column with each image's {what}. "
-                f"Name it with {what}_column={unlabelled}."
+                f"Name it with --{what}-column NAME (in Python: {what}_column=NAME){unlabelled}."
             )
     return {what: names.index(column) for what, column in columns.items() if column is not None}
 
@@ -755,7 +807,9 @@ def _table_split(cell: str, where: str) -> str:
     word = cell.strip().lower()
     if word not in _SPLIT_WORDS:
         raise ValueError(
-            f"{where} has the split {cell!r}. Expected train, valid (or val), test, or nothing. Correct the cell."
+            f"{where} has the split {cell!r}. Expected train, valid (or val), test, or nothing. Correct the cell, name "
+            "another column of splits with --split-column NAME (in Python: split_column=NAME), or use none, to split "
+            "anew: --split-column '' (split_column=\"\")."
         )
     return _SPLIT_WORDS[word]
 
@@ -851,8 +905,17 @@ def _are_integers(cells: Sequence[Any], task: Task) -> bool:
 # ---- Classes and targets
 
 
-def _class_table(rows: list[_Row], *, given: tuple[str, ...] | None = None, by_value: bool = False) -> tuple[str, ...]:
-    """The classes given, or else those of the images in train or in no split, sorted."""
+def _class_table(
+    rows: list[_Row], *, given: tuple[str, ...] | None = None, by_value: bool = False, instead: str | None = None
+) -> tuple[str, ...]:
+    """The classes given, or else those of the images in train or in no split, sorted.
+
+    Args:
+        rows: the images.
+        given: the classes, in the order that counts.
+        by_value: sorts them as numbers.
+        instead: what a person may do who needs no classes.
+    """
     if given is None:
         known = {label for row in rows if row.split in ("train", "") for label in row.labels}
     else:
@@ -860,10 +923,13 @@ def _class_table(rows: list[_Row], *, given: tuple[str, ...] | None = None, by_v
     for row in rows:
         for label in row.labels:
             if label not in known:
-                place = f"of split {row.split}, is not in train" if given is None else "is not in classes"
+                place = f"({row.where}, split {row.split}) is not in train"
+                if given is not None:
+                    place = f"({row.where}) is not in classes"
                 raise ValueError(
-                    f"class {label!r} ({row.where}) {place}. Expected one of {_counted(len(known), 'class')}"
-                    f"{f' ({_listed(sorted(known))})' if known else ''}. Correct the label, or add the class there."
+                    f"class {label!r} {place}. Expected one of {_counted(len(known), 'class')}"
+                    f"{f' ({_listed(sorted(known))})' if known else ''}. Correct the label, or add the class there"
+                    f"{f'; to extract features only, {instead}' if instead else ''}."
                 )
     return given if given is not None else tuple(sorted(known, key=int if by_value else str))
 

@@ -28,7 +28,7 @@ ALLOWED_MODULES = ("torch", "torchvision.ops", "operator", "_operator", "math", 
 
 _LIBRARY_OPERATORS = ("torch._ops.aten", "torch._ops.prims", "torch._ops.torchvision")  # others are a person's own
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-_COUNTER = "num_batches_tracked"  # of batch norm; read in train mode only
+_COUNTER = "num_batches_tracked"  # of torch's own norm layers, which read it in train mode only
 _DROPOUTS = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
@@ -187,8 +187,9 @@ def _tensors(module: nn.Module, where: str) -> Iterator[tuple[str, str]]:
     for path, part in module.named_modules():
         plain = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False), *plain.items()]
+        has_counter = isinstance(part, nn.modules.batchnorm._NormBase) and is_library_class(type(part))
         for name, tensor in own:
-            if name != _COUNTER:
+            if not (has_counter and name == _COUNTER):
                 full = f"{path}.{name}" if path else name
                 yield full, _tensor(tensor, f"{where}.{full}")
 

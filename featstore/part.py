@@ -732,7 +732,9 @@ def _whole_or_nothing(path: Path, length: int) -> Iterator[int]:
         finally:
             os.close(fd)
         _rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # of an operation on the descriptor: a full disk
+            error.filename = os.fspath(path)
         with suppress(OSError):  # the first error is the one to tell
             temporary.unlink()
         raise
@@ -1033,8 +1035,7 @@ def _unfilled(buffers: list[memoryview], count: int) -> list[memoryview]:
 
 
 _NO_FILE_REMEDY = (
-    "Put a sound copy in its place, or delete it and extract or import again, which files only what is then "
-    "missing."
+    "Put a sound copy in its place, or delete it and extract or import again, which files only what is then missing."
 )
 _REMEDY = (
     "Put a sound copy in its place, or set it aside (featstore verify --repair) and extract or import again, which "

@@ -6,6 +6,7 @@ Results go to stdout; everything said to a person goes to stderr.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,17 @@ from featstore.errors import FeatureStoreError, ImageError
 DONE, FAILED, WRONG_USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes of both programs; INCOMPLETE is for `extract` and `status` alone."""
 
+_WORD = r"""(?!--)(?:'[^']*'|"[^"]*"|[^\s'"])+(?<![,;:])"""
+_ENDS_IN_COMMAND = re.compile(
+    rf"\bfeatstore(?:-train)? [a-z]+(?: {_WORD}){{0,2}}(?: --[a-z][a-z-]*(?: {_WORD})?)*(?P<stop>\.)\Z"
+)
+
 MOST_LISTED = 10
+
+
+class IncompleteError(FeatureStoreError):
+    """Images that were asked for lack their files; a program ends with the exit code `INCOMPLETE`."""
+
 
 # The parent of all errors in a command line. It has no public name, and its module differs between typer's versions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -65,6 +76,8 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exception(error)
         tell(_sentence(error, name))
+        if isinstance(error, IncompleteError):
+            return INCOMPLETE
         return WRONG_USAGE if _is_wrong_usage(error) else FAILED
 
 
@@ -79,8 +92,14 @@ def show_json(value: Json) -> None:
 
 
 def tell(text: str) -> None:
-    """Says something to the person who runs the program."""
-    _write(text, sys.stderr)
+    """Says something to the person who runs the program.
+
+    A command at the end stands there without the sentence's full stop, which would be pasted along.
+
+    >>> _without_stop("feats holds no features yet. Compute them: featstore extract --images photos --cut layer4.")
+    'feats holds no features yet. Compute them: featstore extract --images photos --cut layer4'
+    """
+    _write(_without_stop(text), sys.stderr)
 
 
 def tell_all(lines: Sequence[str], *, indent: str = "") -> None:
@@ -129,6 +148,11 @@ def one_of(flag: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
+def _without_stop(text: str) -> str:
+    found = _ENDS_IN_COMMAND.search(text)
+    return text if found is None else text[: found.start("stop")]
+
+
 def _cell(value: Json) -> str:
     if value is None:
         return "-"
@@ -153,7 +177,10 @@ def _sentence(error: Exception, name: str) -> str:
     if isinstance(error, _UsageError):
         return _usage_sentence(error, name)
     if isinstance(error, ImageError):
-        return f"{error}. Repair or remove the file, or leave such images out with --on-error skip."
+        remedy = "Repair or remove the file"
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            remedy = "Bring the file back"
+        return f"{error}. {remedy}, or leave such images out with --on-error skip."
     if isinstance(error, FeatureStoreError | FloatingPointError) or _is_wrong_usage(error):
         return str(error)
     if isinstance(error, OSError):

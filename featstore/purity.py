@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from featstore.errors import ModelError
 from featstore.graph import eval_mode, random_states, random_states_kept
@@ -40,8 +43,9 @@ def check_pure(
     Raises:
         ModelError: if the output changes from run to run (dropout left on), or with the other images of the batch,
             their number or the place among them (batch norm without running statistics); the first operation that
-            does is named.
+            does is named; and while a mode of torch's is active, which may change what any operation computes.
     """
+    _refuse_modes(model, cut)
     trunk = model.trunk(cut)
     if device is not None and any(each.device != device for each in (*trunk.parameters(), *trunk.buffers())):
         trunk = copy.deepcopy(trunk).to(device)
@@ -71,6 +75,16 @@ def check_pure(
             f"{model.name} can't be cached at {cut}: for 3 images the value there is {shape}, and rows are images. Cut "
             "before or after it."
         )
+
+
+def _refuse_modes(model: StagedModel, cut: str) -> None:
+    modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    for mode in [*modes, *_get_current_dispatch_mode_stack()]:
+        if type(mode) is not DeviceContext:  # that of `with torch.device(...)` only says where tensors are made
+            raise ModelError(
+                f"{model.name} can't be cached at {cut} while {type(mode).__module__}.{type(mode).__qualname__} is "
+                "active: a mode may change what each operation computes, which no key can see. Leave its with block."
+            )
 
 
 def _mixes(model: StagedModel, cut: str, what: str) -> ModelError:

@@ -55,12 +55,15 @@ class Rendered:
         views: one uint8 `(3, size, size)` for each view asked for; None after a failure.
         decoder: which decoder read the image, see `featstore.decode.DECODERS`; 0 after a failure.
         failure: why there are no views, without the image's name; None where there are.
+        is_lasting: whether every image of this content fails so; False where the content wasn't had: the file has
+            vanished, can't be read, or was changed.
     """
 
     index: int
     views: tuple[Tensor, ...] | None
     decoder: int
     failure: str | None
+    is_lasting: bool = False
 
 
 def render(
@@ -130,7 +133,7 @@ def _rendered(images: Readable, job: Job) -> Rendered:
     except ImageError as error:
         return Rendered(job.index, None, 0, error.reason)
     except (DecodeError, RenderError) as error:
-        return Rendered(job.index, None, 0, str(error))
+        return Rendered(job.index, None, 0, str(error), is_lasting=True)
     except Exception as error:
         error.add_note(f"while rendering {images.ids[job.index]}")  # a fault of ours, or of the caller's images
         raise

@@ -57,7 +57,8 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
         raise FeatureStoreError(f"{folder} exists and is no saved run, so it isn't replaced. Choose another folder.")
     if not overwrite:
         raise FeatureStoreError(
-            f"{folder} holds a saved run already. Choose another folder, or replace it with --overwrite."
+            f"{folder} holds a saved run already. Choose another folder, or replace it with --overwrite (in "
+            "Python: overwrite=True)."
         )
 
 

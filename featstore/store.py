@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -347,6 +348,12 @@ class FeatureStore:
                 break
         return path
 
+    def unlike_images(self, images: ImageSet) -> list[str]:
+        """Names of the newest image tables of this set's name that have no image in common with it."""
+        tables = self._tables.newest(lambda name: name == images.name)
+        own = set(images.ids) if tables else set()
+        return [table.stem for table in tables if own and own.isdisjoint(table.ids)]
+
     def known_digests(self, images: ImageSet) -> KnownDigests:
         """What the newest tables of this set's name know of its files, so that unchanged ones aren't read again."""
         tables = self._tables.newest(lambda name: images.name == name or images.name.startswith(f"{name}-"))
@@ -479,8 +486,9 @@ class FeatureStore:
         """Raises FeatureStoreError if there is no folder."""
         if not self._folder.is_dir():
             raise FeatureStoreError(
-                f"There is no store {self.root}. Give the folder of an existing one with --store, or make one: "
-                "featstore extract --store."
+                f"There is no store {self.root}. Give the folder of an existing one (in a program: --store), or make "
+                "one with extract(model, images, store); on the command line: featstore extract --images FOLDER "
+                f"--store {shlex.quote(str(self.root))} --backbone NAME."
             )
 
     # -------------------------------------------------------------------------------------------------------- inside
@@ -584,7 +592,7 @@ class FeatureStore:
         return f"{self.root} holds no feature set {key}. List what it holds: {self._ls()}."
 
     def _ls(self) -> str:
-        return f"featstore ls --store {self.root}"
+        return f"featstore ls --store {shlex.quote(str(self.root))}"
 
 
 def _check_key(key: str) -> None:

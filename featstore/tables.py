@@ -82,7 +82,7 @@ class ImageTable:
     def known(self) -> DigestTable:
         """The digests of the images that have one, and the facts of the files when they were hashed."""
         columns = self.table.columns
-        ids, values, stats = self._ids, columns["digest"], columns["stat"]
+        ids, values, stats = self.ids, columns["digest"], columns["stat"]
         has_digest = columns["has_digest"].astype(bool)
         if has_digest.all():
             return DigestTable(ids, values, stats)
@@ -94,7 +94,7 @@ class ImageTable:
         groups = facts["groups"]
         return ImageSet(
             name=self.name,
-            ids=self._ids,
+            ids=self.ids,
             targets=columns.get("target"),
             classes=tuple(facts["classes"]),
             splits=np.array(_SPLIT_NAMES)[columns["split"]],
@@ -104,7 +104,8 @@ class ImageTable:
         )
 
     @cached_property
-    def _ids(self) -> tuple[str, ...]:
+    def ids(self) -> tuple[str, ...]:
+        """Of the N images."""
         return tuple(_texts(self.table.columns["id_bytes"], self.table.columns["id_ends"]))
 
 

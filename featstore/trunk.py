@@ -46,6 +46,9 @@ class Trunk:
         precision: `fp32` is IEEE float32 (TF32 and other shortcuts off), `tf32` allows TF32 where the device has it,
             `bf16` and `fp16` cast weights and images. Weights of another type are cast, for `fp32` too.
         device: where to run.
+
+    Attributes:
+        is_live: whether it runs the model's own stages, so that it changes when they do; False where it has copies.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class Trunk:
         self.precision: Precision = precision
         self.outputs = tuple(outputs)
         self.view = view
-        self._model = self._prepared(model)
+        self._model, self.is_live = self._prepared(model)
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Activations ``(N, *F)`` of uint8 views ``(N, 3, S, S)``, one tensor per output: float32, contiguous."""
@@ -103,14 +106,18 @@ class Trunk:
             activations = self._model.activations(values, cuts)
             return [output.pool(activations[output.cut])[:rows] for output in self.outputs]
 
-    def _prepared(self, model: StagedModel) -> StagedModel:
+    def _prepared(self, model: StagedModel) -> tuple[StagedModel, bool]:
+        """The stages to run, and whether they are `model`'s own."""
         last = max(model.index(output.cut) for output in self.outputs)
         stages = [model.stages[index] for index in range(last + 1)]
         dtype = _DTYPES[self.precision]
         tensors = [tensor for stage in stages for tensor in (*stage.parameters(), *stage.buffers())]
-        if any(each.device != self.device or (each.is_floating_point() and each.dtype != dtype) for each in tensors):
+        is_live = all(
+            each.device == self.device and (each.dtype == dtype or not each.is_floating_point()) for each in tensors
+        )
+        if not is_live:
             stages = list(copy.deepcopy(nn.ModuleList(stages)).to(self.device, dtype))
-        return StagedModel(stages, view=self.view, name=model.name)  # type: ignore[arg-type]
+        return StagedModel(stages, view=self.view, name=model.name), is_live  # type: ignore[arg-type]
 
 
 def default_batch_size(device: torch.device) -> int:

@@ -34,6 +34,9 @@ __all__ = ["BUILT_IN", "INTERPOLATIONS", "Augment", "OwnPolicy", "Policy", "Rend
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact")
 """What torch can resize uint8 with; each gives the same bits on every CPU level."""
 
+MAX_SEED = 2**63 - 1
+"""The largest seed, as folders are named by theirs: what a signed integer of 64 bits holds."""
+
 _SMOOTH = ("bilinear", "bicubic")
 
 
@@ -54,7 +57,7 @@ class View:
         decode: the decode policy, see `featstore.decode`.
         apply_exif: whether the EXIF orientation is obeyed.
         policy: augmentation; None in the evaluation view.
-        seed: which of the policy's results; None in the evaluation view.
+        seed: which of the policy's results, from 0 to `MAX_SEED`; None in the evaluation view.
         version: of the arithmetic in this file.
     """
 
@@ -93,6 +96,7 @@ class View:
             raise ValueError(f"policy {self.policy} and seed {self.seed} belong together; give both or neither")
         if self.seed is not None:
             _check_int("seed", self.seed, 0)
+            _check_largest_seed(self.seed)
         if self.policy == NONE:
             raise ValueError("the policy none has no seeds: it is the evaluation view; leave policy and seed out")
 
@@ -310,6 +314,7 @@ def _checked_seeds(seeds: Iterable[int] | str) -> tuple[int, ...] | Literal["fre
     checked = tuple(sorted({operator.index(seed) for seed in seeds}))
     if not checked or checked[0] < 0:
         raise ValueError(f"seeds {checked} should be one or more integers from 0 on, such as range(4)")
+    _check_largest_seed(checked[-1])
     return checked
 
 
@@ -331,6 +336,12 @@ def _check_image(image: Tensor) -> None:
 def _check_int(name: str, value: object, lowest: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
         raise ValueError(f"{name} is {value!r}; expected an integer from {lowest} on")
+
+
+def _check_largest_seed(seed: int) -> None:
+    if seed > MAX_SEED:
+        worded = str(seed) if seed.bit_length() <= 128 else f"a number of {seed.bit_length():,} bits"
+        raise ValueError(f"seed {worded} is too large; expected at most 2**63 - 1; give a smaller one, such as 0")
 
 
 def _channels(name: str, values: Iterable[float]) -> tuple[float, float, float]:

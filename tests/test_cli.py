@@ -149,8 +149,8 @@ def test_the_same_extraction_again_computes_nothing(featstore: Program) -> None:
         ("conv2", "concat", "flip", 2, 16, 16, 0, 0),
     ]
     assert [(each["computed"], each["reused"]) for each in again.json["sets"]] == [(0, 20), (0, 16), (0, 16)] * 2
-    assert set(again.json) == {"sets", "seconds", "failures"}
-    assert again.json["failures"] == []
+    assert set(again.json) == {"sets", "failed", "missing", "seconds", "failures"}
+    assert (again.json["failed"], again.json["missing"], again.json["failures"]) == (0, 0, [])
 
 
 def test_ls_lists_what_show_shows(featstore: Program) -> None:
@@ -287,6 +287,63 @@ def test_a_table_with_groups_is_split_by_groups(featstore: Program, here: Path) 
     assert not held_out & kept
 
 
+def test_a_tables_own_split_is_found_and_said(featstore: Program, here: Path) -> None:
+    names = [f"{name}/{place:03}.jpg" for name in ("cat", "dog") for place in range(NUM_EACH)]
+    rows = [f"{name},{name[:3]},{('train', 'train', 'test', 'valid')[place % 4]}" for place, name in enumerate(names)]
+    (here / "own.csv").write_text("\n".join(["path,label,split", *rows]), encoding="utf-8")
+    wanted = flags("--root", "photos", images="own.csv")
+    found = "split by the table's column split: train 10, valid 5, test 5 (to deal anew: --split-column '')"
+    assert featstore("status", *wanted).err.splitlines() == [found]
+    images, _ = ImageFlags(images="own.csv", root="photos").image_set()
+    assert images.valid.ids == tuple(names[3::4])
+    named, notes = ImageFlags(images="own.csv", root="photos", split_column="split").image_set()
+    assert (named.splits.tolist(), notes) == (images.splits.tolist(), [])
+    assert (
+        featstore("status", *wanted, "--valid", "0.3")
+        .err.splitlines()[-1]
+        .endswith("test 5). Leave out --valid, or leave the table's column aside with --split-column ''.")
+    )
+    anew = featstore("status", *wanted, "--split-column", "").err
+    assert anew.startswith("no split column is used: 4 of 20 images held out")
+
+    (here / "empty.csv").write_text("\n".join(["path,label,split", *(row.rpartition(",")[0] + "," for row in rows)]))
+    undealt = featstore("status", *flags("--root", "photos", images="empty.csv")).err
+    assert undealt.startswith("the column split is empty: 4 of 20 images held out")
+
+
+@pytest.mark.parametrize("store", ["photos/feats", "photos", "photos/cat/feats"])
+def test_a_store_among_the_images_is_no_class(featstore: Program, here: Path, store: str) -> None:
+    assert featstore("extract", *flags(store=store)).code == 0
+    again = featstore("extract", *flags(store=store))
+    assert again.code == 0
+    assert "20 rows reused, 0 computed" in again.err
+    assert ImageSet.from_folder(here / "photos").classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("place", ["photos/feats", "photos"])
+def test_a_store_among_the_images_is_no_empty_class(featstore: Program, here: Path, place: str) -> None:
+    featstore("extract", *flags())
+    shutil.copytree(here / "feats", here / place, dirs_exist_ok=True)
+    images = ImageSet.from_folder("photos")
+    assert images.classes == ("cat", "dog")
+    if place == "photos/feats":
+        assert images.skipped == (("feats", "a feature store"),)
+    else:
+        assert {reason for _, reason in images.skipped} == {"of a feature store"}
+    ran = featstore("status", *flags())
+    assert "delete" not in ran.err
+    assert ran.code == 0
+
+
+def test_a_store_given_for_images_is_called_what_it_is(featstore: Program, here: Path) -> None:
+    featstore("extract", *flags())
+    ran = featstore("status", *flags(images="feats"))
+    assert ran.err == (
+        f"{here}/feats is a feature store, which holds no images. Expected a folder of images. Name the one whose "
+        "features these are.\n"
+    )
+
+
 def test_a_table_without_labels_has_a_flag(here: Path) -> None:
     (here / "table.csv").write_text("path\ncat/000.jpg\ncat/001.jpg\n", encoding="utf-8")
     images, notes = ImageFlags(images="table.csv", root="photos", label_column="").image_set()
@@ -340,6 +397,25 @@ def test_a_corrupt_image_can_be_skipped(featstore: Program, here: Path) -> None:
     assert featstore("status", *flags()).out == "20 images, 19 stored, 1 to compute, 1 failed, 64 bytes\n"
     key = featstore("ls", "--store", "feats", "--json").json[0]["key"]
     assert reason in featstore("show", key, "--store", "feats").out
+
+
+def test_a_nightly_script_can_tell_an_absent_file_from_a_failure(featstore: Program, here: Path) -> None:
+    (here / "t.csv").write_text("path,label\ncat/000.jpg,cat\ncat/gone.jpg,cat\ndog/000.jpg,dog\n", encoding="utf-8")
+    wanted = flags("--root", "photos", images="t.csv")
+    stopped = featstore("extract", *wanted)
+    assert (stopped.code, stopped.out) == (3, "")
+    assert stopped.err.splitlines()[-1] == (
+        "1 of 3 image files is absent (first: cat/gone.jpg). Expected all. Bring them back, or say with --root "
+        "where a table's paths start; or extract the others with --on-error skip."
+    )
+    assert not (here / "feats").exists()
+    skipped = featstore("extract", *wanted, "--on-error", "skip", "--json")
+    assert (skipped.code, skipped.json["failed"], skipped.json["missing"]) == (3, 0, 1)
+    assert [image for image, _ in skipped.json["failures"]] == ["cat/gone.jpg"]
+    (here / "photos/cat/gone.jpg").write_bytes(b"no photograph")
+    assert featstore("extract", *wanted).code == 1
+    skipped = featstore("extract", *wanted, "--on-error", "skip", "--json")
+    assert (skipped.code, skipped.json["failed"], skipped.json["missing"]) == (0, 1, 0)
 
 
 def test_an_absent_file_is_missing_even_when_failures_are_skipped(featstore: Program, here: Path) -> None:
@@ -456,7 +532,8 @@ def test_without_network_the_sentence_says_which_file_belongs_where(
         "The weights IMAGENET1K_V1 of resnet18 aren't here and can't be downloaded (<urlopen error Temporary failure "
         f"in name resolution>). They are the file {file}, which belongs into {folder}. On a machine with network, run "
         "python -c \"import torchvision.models as m; m.get_model('resnet18', weights='IMAGENET1K_V1')\" and copy the "
-        "file; or give --weights FILE, or --weights none for a random initialisation."
+        "file; or give --weights FILE, or --weights none for a random initialisation (in Python: weights=FILE, "
+        'weights="none").'
     )
     folder.mkdir(parents=True, exist_ok=True)
     reference = torchvision.models.resnet18(weights=None)
@@ -580,18 +657,16 @@ def test_an_empty_folder_is_refused_with_what_was_found(featstore: Program, here
 
 @pytest.mark.parametrize("command", [["ls"], ["show", "7c41"]])
 def test_a_missing_store_is_a_sentence(featstore: Program, command: list[str]) -> None:
-    assert featstore(*command, "--store", "nowhere") == Ran(
-        1,
-        "",
-        "There is no store nowhere. Give the folder of an existing one with --store, or make one: featstore extract "
-        "--store.\n",
-    )
+    ran = featstore(*command, "--store", "nowhere")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.startswith("There is no store nowhere. Give the folder of an existing one")
+    assert len(ran.err.splitlines()) == 1
 
 
 def test_an_unknown_key_is_a_sentence(featstore: Program, here: Path) -> None:
     (here / "feats").mkdir()
     assert featstore("show", "7c41", "--store", "feats") == Ran(
-        1, "", "feats holds no feature set 7c41. List what it holds: featstore ls --store feats.\n"
+        1, "", "feats holds no feature set 7c41. List what it holds: featstore ls --store feats\n"
     )
 
 

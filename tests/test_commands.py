@@ -168,8 +168,15 @@ def test_a_table_brings_its_columns(table: Path) -> None:
     rows = [f"{path},{path.parent.name},{('train', 'valid')[place % 2]}" for place, path in enumerate(paths)]
     Path("dealt.csv").write_text("\n".join(["path,label,split", *rows]))
     dealt = ImageSet.from_csv("dealt.csv", split_column="split")
-    assert image_flags(dealt) == ["--images", "dealt.csv", "--split-column", "split"]
-    assert image_flags(dealt.split()) is None
+    assert image_flags(dealt) == image_flags(ImageSet.from_csv("dealt.csv")) == ["--images", "dealt.csv"]
+    assert image_flags(dealt.split()) == ["--images", "dealt.csv", "--split-column", ""]
+    assert image_flags(dealt.with_splits(dealt.splits[::-1])) is None
+    aside = ["--images", "dealt.csv", "--split-column", "", "--valid", "0"]
+    assert image_flags(ImageSet.from_csv("dealt.csv", split_column="")) == aside
+    Path("parted.csv").write_text("\n".join(["path,label,part", *rows]))
+    parted = ImageSet.from_csv("parted.csv", split_column="part")
+    assert image_flags(parted) == ["--images", "parted.csv", "--split-column", "part"]
+    assert image_flags(ImageSet.from_csv("parted.csv").split()) == ["--images", "parted.csv"]
 
 
 def test_images_made_in_python_have_no_flags() -> None:

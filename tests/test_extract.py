@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -12,9 +15,11 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +27,7 @@ import pytest
 import torch
 from tiny import SIZE, VIEW, Net, arrays, jpeg, net, photos, pixels, rows_by_hand, staged
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from featstore import (
     Augment,
@@ -40,7 +46,7 @@ from featstore import (
     plan,
 )
 from featstore.extract import run_plan
-from featstore.part import Part, Table
+from featstore.part import Part, Table, write_part
 from featstore.trunk import Trunk
 
 FORMAT_PAGE = Path(__file__).parent.parent / "docs" / "format.md"
@@ -439,6 +445,45 @@ def test_several_cuts_and_several_parts_have_the_right_rows(
         assert torch.equal(store.features(images, key)[:], by_hand)
 
 
+@pytest.mark.parametrize(
+    ("num_bytes", "seconds_a_batch", "num_rows"),
+    [
+        (2.5, 0, [12, 12, 4]),
+        (1e9, 25, [12, 12, 4]),
+        (1e9, 1, [28]),
+        (2.5, 25, [12, 12, 4]),
+        (1.5, 25, [8, 8, 8, 4]),  # the time counts from the last part, whatever that one was written for
+    ],
+)
+def test_a_part_is_written_when_enough_rows_have_been_gathered_or_a_minute_after_the_last_one(
+    store: FeatureStore,
+    monkeypatch: pytest.MonkeyPatch,
+    num_bytes: float,
+    seconds_a_batch: float,
+    num_rows: list[int],
+) -> None:
+    now = 0.0
+    compute = MODULE._Job._compute
+
+    def lasting(self: Any, items: Any) -> None:
+        nonlocal now
+        compute(self, items)
+        now += seconds_a_batch
+
+    monkeypatch.setattr(MODULE, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))
+    monkeypatch.setattr(MODULE._Job, "_compute", lasting)
+    monkeypatch.setattr(MODULE, "COMMIT_BYTES", num_bytes * 4 * 24 * 4)  # of a batch of 4 rows of 24 float32 values
+    monkeypatch.setattr(MODULE, "MERGE_BYTES", 0)
+    key = run(arrays(28), store, batch_size=4).keys[0]
+    parts = sorted(store.set(key).parts, key=lambda part: str(part.facts["when"]))
+    assert [part.num_rows for part in parts] == num_rows
+    assert (np.concatenate([part.digests for part in parts]) == arrays(28).digests().values).all()
+
+
+def test_a_commit_is_due_after_256_mebibytes_or_60_seconds() -> None:
+    assert (MODULE.COMMIT_BYTES, MODULE.COMMIT_SECONDS) == (256 * 1024 * 1024, 60)
+
+
 def test_rows_are_gathered_in_few_files(store: FeatureStore) -> None:
     run(arrays(200), store, augment=Augment("flip", seeds=[0]))
     assert len(list(store.root.rglob("part-*.h5"))) == 2
@@ -494,6 +539,17 @@ def test_the_format_page_names_each_fact_and_column_that_is_written(store: Featu
     assert {*facts["spec"], *facts["spec"]["view"]} == documented("Spec and key")
     (table,) = (Table.open(path) for path in (store.root / "images").iterdir())
     assert {*table.columns, *table.facts} == documented("Image tables")
+
+
+def test_a_part_that_lacks_a_fact_of_the_format_page_is_refused(store: FeatureStore) -> None:
+    (part,) = store.set(run(arrays(1), store).keys[0]).parts
+    for name in documented("Facts"):
+        part.path.unlink()
+        facts = {other: value for other, value in part.facts.items() if other != name}
+        write_part(part.path, features=torch.zeros(1, 24), digests=part.digests, decoders=part.decoders, facts=facts)
+        assert FeatureStore(store.root).sets() == []
+        (error,) = FeatureStore(store.root).damaged()
+        assert re.search(rf"{part.path.name} can't be used by this featstore: .*{name}", str(error))
 
 
 def test_key_and_probe_are_what_the_format_page_says(store: FeatureStore) -> None:
@@ -660,7 +716,7 @@ def test_an_absent_file_is_missing_and_not_failed(store: FeatureStore, tmp_path:
     planned = plan(staged(), images, store, cuts=["layer2"], dtype="float32")
     assert planned.status(on_error="skip")["missing"] == 1
     assert planned.status(on_error="skip")["failed"] == 0
-    assert planned.notes() == ["1 image files are absent (cat/2.jpg)"]
+    assert planned.notes() == ["1 image file is absent (cat/2.jpg)"]
 
 
 def test_a_policy_that_fails_names_image_and_policy(store: FeatureStore) -> None:
@@ -807,6 +863,169 @@ def test_an_image_changed_while_the_job_ran_is_not_filed(store: FeatureStore, tm
     (folder / "dog/1.jpg").write_bytes(jpeg(99))
     with pytest.raises(ImageError, match=r"dog/1\.jpg: it was changed while the job ran; run the job again"):
         run_plan(planned, store, workers=0)
+
+
+@pytest.mark.parametrize("change", [lambda file: file.unlink(), lambda file: file.write_bytes(jpeg(99))])
+def test_an_image_that_could_not_be_read_in_its_turn_stays_missing(
+    store: FeatureStore, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    """And is not filed as one that can't be read: a disk may be gone for a moment."""
+    file = photos(tmp_path / "photos") / "dog/1.jpg"
+    images, content = ImageSet.from_folder(tmp_path / "photos"), file.read_bytes()
+    planned = plan(staged(), images, store, cuts=["layer2"], dtype="float32", augment=Augment("flip", seeds=[0]))
+    change(file)
+    report = run_plan(planned, store, on_error="skip", device="cpu")
+    assert (*counts(report), report.missing) == (10, 0, 0, 1)
+    assert [name for name, _ in report.failures] == ["dog/1.jpg"]
+    assert [(each["rows"], each["failed"]) for each in report.sets] == [(5, 0), (5, 0)]
+    assert [each.failed for each in store.sets()] == [{}, {}]
+    file.write_bytes(content)
+    images = ImageSet.from_folder(tmp_path / "photos")
+    status = plan(staged(), images, store, cuts=["layer2"], dtype="float32").status(on_error="skip")
+    assert (status["missing"], status["failed"]) == (1, 0)
+    with pytest.raises(MissingFeaturesError, match=r"1 are missing \(dog/1\.jpg\)"):
+        store.features(images, report.keys[0], on_error="skip")
+    assert counts(run(images, store, on_error="skip")) == (1, 5, 0)
+    assert len(rows(store, images, report.keys[0])) == 6
+
+
+def test_two_files_of_one_content_that_could_not_be_read_are_each_reported_truly(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    file = photos(tmp_path / "photos") / "cat/2.jpg"
+    shutil.copy(file, file.with_name("copy.jpg"))
+    planned = plan(staged(), ImageSet.from_folder(tmp_path / "photos"), store, cuts=["layer2"])
+    file.unlink()
+    report = run_plan(planned, store, on_error="skip", device="cpu")
+    (first, gone), (second, of_first) = report.failures
+    assert (first, second, report.missing, report.failed) == ("cat/2.jpg", "cat/copy.jpg", 2, 0)
+    assert gone.startswith("there is no such file")
+    assert of_first == f"its content was to be read as cat/2.jpg: {gone}"
+
+
+# ---- the model that runs is the one that was planned
+
+
+def scale(model: StagedModel, factor: float) -> None:
+    """Behind the back of torch's counters of versions; exact for powers of two."""
+    for tensor in model.parameters():
+        tensor.data.mul_(factor)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_edited_after_the_plan_are_refused_before_anything_is_filed(
+    store: FeatureStore, precision: Any
+) -> None:
+    model, images = staged(), arrays(6)
+    planned = plan(model, images, store, cuts=["layer1", "layer2"], precision=precision)
+    scale(model, 2.0)
+    with pytest.raises(
+        FactsDifferError,
+        match=r"net was changed after the extraction was planned: up to stage layer1\.0 its digest is \w{8}, expected "
+        r"\w{8}\. None of what it computes now was filed\. Plan and extract anew; .*copy\.deepcopy\(model\)",
+    ):
+        run_plan(planned, store, device="cpu")
+    assert not store.root.exists()
+    scale(model, 0.5)
+    assert run_plan(planned, store, device="cpu").computed == 12
+    planned = plan(model, images, store, cuts=["layer1", "layer2"], precision=precision)
+    scale(model, 2.0)
+    with pytest.raises(FactsDifferError, match="was changed after the extraction was planned"):  # whatever is missing
+        run_plan(planned, store, device="cpu")
+
+
+def test_weights_edited_behind_the_last_cut_are_not_asked_for(store: FeatureStore) -> None:
+    model, images = staged(), arrays(6)
+    planned = plan(model, images, store, cuts=["layer2"])
+    with torch.no_grad():
+        model.tensors()["fc.weight"].mul_(2.0)
+    assert run_plan(planned, store, device="cpu").computed == 6
+
+
+@pytest.mark.parametrize("is_undone", [False, True])
+def test_weights_edited_while_a_job_runs_are_never_filed(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, is_undone: bool
+) -> None:
+    images, model, passes = arrays(20), staged(), iter(range(100))
+    trunk_pass, close = Trunk.__call__, MODULE._Progress.__exit__
+
+    def edited(trunk: Trunk, values: Tensor) -> list[Tensor]:
+        if next(passes) == 2:  # after the probe and four rows
+            scale(model, 2.0)
+        return trunk_pass(trunk, values)
+
+    def undone(progress: Any, *error: Any) -> None:
+        close(progress, *error)
+        if is_undone:
+            scale(model, 0.5)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MODULE, "COMMIT_BYTES", 1)
+        patched.setattr(Trunk, "__call__", edited)
+        patched.setattr(MODULE._Progress, "__exit__", undone)
+        with pytest.raises(FactsDifferError, match=r"up to stage layer1\.0") as refused:
+            run(images, store, model=model, batch_size=4)
+    assert refused.value.__context__ is None  # told once
+    (found,) = store.sets()
+    by_hand = reduced(rows_by_hand(up_to("layer2", net()), images.select(range(4)), VIEW, batch_size=4), "concat")
+    assert torch.equal(rows(store, images.select(range(4)), found.key), by_hand)
+    assert counts(run(images, store, batch_size=4)) == (16, 4, 0)
+    again = run(images, store, model=copy.deepcopy(model), batch_size=4)  # the advice
+    assert again.keys[0] != found.key or is_undone
+
+
+def test_a_job_that_runs_a_copy_lets_the_model_train(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, model, trunk_pass = arrays(12), staged(), Trunk.__call__
+
+    def edited(trunk: Trunk, values: Tensor) -> list[Tensor]:
+        if trunk.batch_size == 4:  # not the probe
+            scale(model, 2.0)
+        return trunk_pass(trunk, values)
+
+    expected = run(images, FeatureStore(tmp_path / "other"), precision="bf16", batch_size=4).keys[0]
+    monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(Trunk, "__call__", edited)
+    assert run(images, store, model=model, precision="bf16", batch_size=4).keys == (expected,)
+    assert torch.equal(rows(store, images, expected), rows(FeatureStore(tmp_path / "other"), images, expected))
+
+
+def test_a_probe_of_edited_weights_is_not_filed_with_rows_of_a_copy(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, take_probes = staged(), MODULE.take_probes
+
+    def edited(*args: Any, **options: Any) -> Any:
+        scale(model, 2.0)
+        return take_probes(*args, **options)
+
+    monkeypatch.setattr(MODULE, "take_probes", edited)
+    with pytest.raises(FactsDifferError, match="was changed after the extraction was planned"):
+        run(arrays(3), store, model=model, precision="bf16")
+    assert not store.root.exists()
+
+
+class Doubling(TorchFunctionMode):
+    """Doubles what each ReLU gives."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is nn.functional.relu else result
+
+
+@pytest.mark.parametrize("num_stored", [0, 2])
+def test_rows_computed_in_a_mode_that_changes_results_are_never_filed(store: FeatureStore, num_stored: int) -> None:
+    if num_stored:
+        run(arrays(num_stored), store)
+    files = sorted(store.root.rglob("*"))
+    with (
+        Doubling(),
+        pytest.raises(ModelError, match=r"net can't be cached at layer2 while test_extract\.Doubling is act"),
+    ):
+        run(arrays(3), store)
+    assert sorted(store.root.rglob("*")) == files
+    assert run(arrays(3), store).computed == 3 - num_stored  # the advice
 
 
 # ---- the parts of one job become one
@@ -1000,3 +1219,40 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) < 60 << 20, ran.stdout
+
+
+# ---- the image set beside the rows
+
+
+def test_where_nothing_is_computed_a_store_that_cannot_be_written_is_no_error(
+    tmp_path: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ImageSet.from_folder(photos(tmp_path / "photos", 8)).split(valid=0.25)
+    run(images, store)
+
+    def read_only(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("featstore.store.write_table", read_only)
+    fresh = FeatureStore(store.root)
+    report = run(images.split(valid=0.5, seed=7), fresh)
+    assert counts(report) == (0, 8, 0)
+    assert report.notes == (f"the image set isn't noted in {store.root} (Read-only file system)",)
+    with pytest.raises(OSError, match="Read-only file system"):
+        run(images.split(valid=0.5, seed=7), fresh, cuts=["layer1"])
+
+
+def test_another_image_set_of_the_same_name_is_noted_and_stays(tmp_path: Path, store: FeatureStore) -> None:
+    first = ImageSet.from_folder(photos(tmp_path / "photos", 8))
+    assert run(first, store).notes == ()
+    (tmp_path / "photos" / "cat" / "new.jpg").write_bytes(jpeg(99))
+    assert run(ImageSet.from_folder(tmp_path / "photos"), store).notes == ()  # the same, with one more
+    stems = {path.stem for path in (store.root / "images").iterdir()}
+    other = tmp_path / "elsewhere" / "photos" / "bird"
+    other.mkdir(parents=True)
+    (other / "a.jpg").write_bytes(jpeg(50))
+    (note,) = run(ImageSet.from_folder(other.parent), store).notes
+    assert note.startswith(f"{store.root} had an image set called photos of other images; this one is the newest")
+    (stem,) = [stem for stem in stems if stem in note]
+    assert ImageSet.from_store(store).ids == ("bird/a.jpg",)
+    assert set(ImageSet.from_store(store, stem).ids) == {*first.ids, "cat/new.jpg"}

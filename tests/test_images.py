@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import os
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from torchvision.datasets import ImageFolder
 from featstore.errors import FeatureStoreError, ImageError
 from featstore.image_digests import (
     Digests,
+    DigestTable,
     KnownDigest,
     KnownDigests,
     Memo,
@@ -128,7 +131,7 @@ class TestFolders:
 
     def test_a_class_that_train_lacks_is_an_error_that_names_it(self, tmp_path: Path) -> None:
         fill(tmp_path, "train/a/1.png", "valid/a/2.png", "valid/wolf/1.png")
-        with pytest.raises(ValueError, match=r"class 'wolf' \(valid/wolf/1.png\) of split valid, is not in train"):
+        with pytest.raises(ValueError, match=r"class 'wolf' \(valid/wolf/1.png, split valid\) is not in train"):
             ImageSet.from_folder(tmp_path)
 
     def test_both_valid_and_val_is_an_error(self, tmp_path: Path) -> None:
@@ -228,6 +231,29 @@ class TestTables:
         assert images.groups == ("p1", "p2", "p3", "p1")
         assert images.source == FolderSource(root=str(tmp_path))
 
+    def test_a_column_split_is_used_as_path_and_label_are(self, tmp_path: Path) -> None:
+        file = table(
+            tmp_path / "t.csv", "path,label,split", "1.png,a,train", "2.png,a,Val", "3.png,b,", "4.png,b,train"
+        )
+        images = ImageSet.from_csv(file)
+        assert images.splits.tolist() == ["train", "valid", "", "train"]
+        np.testing.assert_array_equal(ImageSet.from_csv(file, split_column="split").splits, images.splits)
+        assert ImageSet.from_csv(file, split_column="").splits.tolist() == [""] * 4
+        assert ImageSet.from_csv(file, split_column="").split(0.5).splits.tolist().count("valid") == 2
+        assert ImageSet.from_csv(file, label_column="split").classes == ("Val", "train")
+        assert ImageSet.from_csv(file, label_column="split").splits.tolist() == [""] * 4
+
+    def test_a_column_split_of_other_words_is_never_passed_over(self, tmp_path: Path) -> None:
+        file = table(tmp_path / "t.csv", "path,label,split,part", "1.png,a,fold1,train", "2.png,a,fold2,valid")
+        with pytest.raises(
+            ValueError,
+            match=r"line 2 of .* has the split 'fold1'\. Expected train, .* --split-column NAME \(in Python: "
+            r"split_column=NAME\), or use none, to split anew: --split-column '' \(split_column=\"\"\)\.$",
+        ):
+            ImageSet.from_csv(file)
+        assert ImageSet.from_csv(file, split_column="part").splits.tolist() == ["train", "valid"]
+        assert ImageSet.from_csv(file, split_column="").splits.tolist() == ["", ""]
+
     def test_tabs_and_a_root_of_its_own(self, tmp_path: Path) -> None:
         fill(tmp_path / "photos", "1.png")
         file = table(tmp_path / "t.tsv", "file\tkind", "1.png\tcat")
@@ -262,8 +288,11 @@ class TestTables:
     @pytest.mark.parametrize(
         ("lines", "message"),
         [
-            (["name,label", "1.png,a"], r"no column 'path'; it has 'name', 'label'.*path_column"),
-            (["path,kind", "1.png,a"], r"no column 'label'.*label_column=None"),
+            (
+                ["name,label", "1.png,a"],
+                r"no column 'path'; it has 'name', 'label'.*--path-column NAME \(in Python: path_column=NAME\)\.$",
+            ),
+            (["path,kind", "1.png,a"], r"no column 'label'.*say --label-column '' \(label_column=None\)\.$"),
             (["path,label,label", "1.png,a,b"], r"2 columns 'label'"),
             (["path,label", "1.png,a", "x/../1.png,b"], r"names 1.png twice, in line 2 and in line 3"),
             (["path,label", "1.png,a", "2.png,a,b"], r"line 3 of .* has 3 cells. Expected 2"),
@@ -285,7 +314,10 @@ class TestTables:
         ("cells", "message"),
         [
             ("2.png,a,hold-out,p", r"line 3 of .* has the split 'hold-out'. Expected train, valid"),
-            ("2.png,fox,valid,p", r"class 'fox' \(line 3 of .*\) of split valid, is not in train"),
+            (
+                "2.png,fox,valid,p",
+                r"class 'fox' \(line 3 of .*, split valid\) is not in train.*; to extract .*--label-column ''",
+            ),
             ("2.png,a,valid,", r"line 3 of .* has no group"),
         ],
     )
@@ -370,7 +402,7 @@ class TestArrays:
             ImageSet.from_arrays(np.zeros((2, 4, 4)))  # type: ignore[arg-type]
 
     def test_a_class_outside_train_is_an_error_here_too(self) -> None:
-        with pytest.raises(ValueError, match=r"class '7' \(labels\[2\]\) of split valid"):
+        with pytest.raises(ValueError, match=r"class '7' \(labels\[2\], split valid\) is not in train"):
             ImageSet.from_arrays(np.zeros((3, 2, 2), np.uint8), [5, 6, 7], splits=["train", "", "val"])
 
     def test_changing_what_was_passed_changes_nothing(self) -> None:
@@ -874,6 +906,73 @@ class TestDigests:
         if keep_times:
             os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
         assert images.digests().values[0].tobytes() == hashlib.sha256(data).digest()
+
+    def at_times(self, monkeypatch: pytest.MonkeyPatch, mtime_ns: int, ctime_ns: int) -> None:
+        """Lets all files have these times, and the same inode."""
+
+        def timed(facts: os.stat_result) -> SimpleNamespace:
+            times = {"st_mtime_ns": mtime_ns, "st_ctime_ns": ctime_ns, "st_mtime": 0.0, "st_ctime": 0.0}
+            return SimpleNamespace(st_mode=facts.st_mode, st_size=facts.st_size, st_ino=1, **times)
+
+        system = {"stat": lambda path: timed(os.stat(path)), "fstat": lambda file: timed(os.fstat(file))}
+        monkeypatch.setattr("featstore.image_sources.os", SimpleNamespace(**{**vars(os), **system}))
+
+    @pytest.mark.parametrize("is_from_store", [False, True])
+    def test_a_file_without_a_clock_of_its_own_is_read_again_by_each_process(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_from_store: bool
+    ) -> None:
+        """As of squashfs images that give each file the same time: another version of a set is mounted in its place."""
+        images, file = ImageSet.from_folder(fill(tmp_path, "a/1.png")), tmp_path / "a" / "1.png"
+        content = file.read_bytes()
+        other = content[::-1]
+        self.at_times(monkeypatch, 0, 0)
+        known = KnownDigests([DigestTable.of(images.ids, images.digests())])
+        file.write_bytes(other)
+        assert images.digests(known).values[0].tobytes() == hashlib.sha256(content).digest()  # not read twice by one
+        fresh = ImageSet.from_folder(tmp_path)
+        if is_from_store:
+            absent = ImageSet(**{**vars(images), "source": AbsentSource(where="t.h5", known=known), "_memo": Memo()})
+            fresh = absent.with_root(tmp_path)
+        assert fresh.digests(None if is_from_store else known).values[0].tobytes() == hashlib.sha256(other).digest()
+
+    @pytest.mark.parametrize(
+        ("mtime_ns", "ctime_ns", "is_trusted"),
+        [
+            (1_000_000_000, 1_000_000_000, False),
+            (1_000_000_000, 3_000_000_000, True),  # a clock of seconds: unpacked some time after it was made
+            (1_000_000_000, 3_000_000_001, True),
+            (1_000_000_001, 1_000_000_001, True),
+        ],
+    )
+    def test_whole_seconds_are_a_clocks_where_they_are_not_those_of_the_content(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mtime_ns: int, ctime_ns: int, is_trusted: bool
+    ) -> None:
+        images = ImageSet.from_folder(fill(tmp_path, "a/1.png"))
+        self.at_times(monkeypatch, mtime_ns, ctime_ns)
+        facts = StatFacts((tmp_path / "a" / "1.png").stat().st_size, mtime_ns, ctime_ns, 1, 10**15)
+        known = KnownDigest(b"known".ljust(32), facts)
+        assert (images.digests({"a/1.png": known}).values[0].tobytes() == known.digest) == is_trusted
+
+    def test_a_write_through_a_mapping_is_seen(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also through a page that was written to before, whose next writes move no time until it is on the disk."""
+        images = ImageSet.from_folder(fill(tmp_path, "a/1.png"))
+        with open(tmp_path / "a" / "1.png", "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+
+            def write() -> int:
+                time.sleep(0.05)  # several ticks of the file system's clock
+                mapped[-20] ^= 1
+                return os.fstat(file.fileno()).st_mtime_ns
+
+            os.fsync(file.fileno())
+            first = write()
+            os.fsync(file.fileno())
+            if write() == first:
+                pytest.skip("this file system never shows writes through a mapping")
+            now = time.time_ns
+            monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)  # the digest is taken long after the write
+            images.digests()
+            write()
+            assert images.digests().values[0].tobytes() == hashlib.sha256(mapped[:]).digest()
 
     def test_the_digests_of_a_store_serve_its_folder_while_the_files_are_the_same(self, tmp_path: Path) -> None:
         images = ImageSet.from_folder(fill(tmp_path, "a/1.png", "a/2.png"))

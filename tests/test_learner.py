@@ -685,7 +685,7 @@ def test_a_split_that_does_not_exist_or_is_empty_is_refused() -> None:
     learn = learner(images=arrays(8))
     with pytest.raises(ValueError, match="expected train, valid or test"):
         learn.evaluate("validation")
-    with pytest.raises(ValueError, match="has no labelled images"):
+    with pytest.raises(ValueError, match="The split valid has no labelled images"):
         learn.evaluate("valid")
     with pytest.raises(ValueError, match="no labelled images to train on"):
         learner(images=ImageSet.from_arrays(pixels(4), classes=["a", "b"])).fit(1, lr=1e-2)
@@ -741,6 +741,38 @@ def test_images_labelled_for_another_task_than_the_run_are_refused(tmp_path: Pat
     several = ImageSet.from_arrays(pixels(4), [["0"], ["1"], ["0", "1"], []], task="multi")
     with pytest.raises(FeatureStoreError, match="is for the task single, and these images are labelled for multi"):
         Learner.load(tmp_path / "run", several, module=net())
+
+
+def test_a_store_given_by_a_relative_path_is_found_after_the_working_directory_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    images, store = arrays(12).split(valid=0.25), FeatureStore("features")
+    extract(staged(), images, store, cuts=["layer2"], reduce="avg", dtype="float32")
+    monkeypatch.chdir("elsewhere")
+    learn = learner(images=images, store=store)
+    assert "layer2 (avg)" in repr(learn)  # what is stored, not this layout's default
+    learn.fit(1, lr=1e-2)
+    assert learn.read_from == "features"
+    earlier = learner(images=images, store=store, cut="layer1")
+    assert str(earlier.inputs.problem).startswith("No stored features fit this request in features. Nearest is set ")
+    run = learn.save("run")
+    monkeypatch.chdir(tmp_path)
+    found = Learner.store_of(Path("elsewhere") / run)
+    assert found is not None
+    assert found.folder == tmp_path / "features"
+
+
+def test_a_run_loaded_without_images_says_how_to_give_them(tmp_path: Path) -> None:
+    images = arrays(12).split(valid=0.25)
+    learner(images=images).save(tmp_path / "run")
+    learn = Learner.load(tmp_path / "run", module=net(), quiet=True)
+    with pytest.raises(ValueError, match=r"has no images, .* Learner\.load\(run, images, store\)\.$"):
+        learn.evaluate("test")
+    with pytest.raises(TypeError, match=r"^attach got ImageSet\(.*learn\.images = images, or given to Learner\.load"):
+        learn.attach(images)  # type: ignore[arg-type]
+    assert Learner.load(tmp_path / "run", images, module=net(), quiet=True).evaluate("valid")["images"] == 4
 
 
 def test_names_and_paths_in_the_place_of_things_are_refused_with_what_to_write() -> None:

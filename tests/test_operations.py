@@ -302,6 +302,38 @@ class Whole(nn.Module):
         return values if values.sum() > 0 else self.inner(values)
 
 
+class CountedNorm(nn.BatchNorm2d):
+    def forward(self, values: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None
+        return super().forward(values) / self.num_batches_tracked
+
+
+class Counting(Whole):
+    def __init__(self, count: int) -> None:
+        super().__init__(1)
+        self.register_buffer("num_batches_tracked", torch.tensor(count))
+
+
+@pytest.mark.parametrize(
+    ("make", "is_keyed"),
+    [
+        (lambda: Whole(1, nn.BatchNorm2d(3)), False),
+        (lambda: Whole(1, nn.SyncBatchNorm(3)), False),
+        (lambda: Whole(1, CountedNorm(3)), True),
+        (lambda: Counting(0), True),
+    ],
+)
+def test_a_counter_of_batches_is_keyed_unless_it_belongs_to_a_layer_of_torchs_that_ignores_it(
+    make: Callable[[], nn.Module], is_keyed: bool
+) -> None:
+    module = nn.Sequential(drawn(make()))
+    before = digest(module)
+    for name, tensor in module.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            tensor.fill_(7)
+    assert (digest(module) != before) == is_keyed
+
+
 class Vouched(Whole):
     def fingerprint(self) -> str:
         return f"setting {self.setting}"

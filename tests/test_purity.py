@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from splitting import randomise
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from featstore import ModelError, StagedModel, View
 from featstore.graph import random_states
@@ -161,3 +164,32 @@ def test_what_mixes_images_in_batches_of_the_size_that_runs_alone_is_refused(
 @pytest.mark.parametrize("batch_size", [1, 2, 33])
 def test_a_function_of_one_image_passes_at_every_batch_size(batch_size: int) -> None:
     check_pure(staged(nn.BatchNorm2d(3)), "2", batch_size=batch_size, device=torch.device("cpu"))
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Functions, Operators])
+def test_a_mode_that_may_change_what_operations_compute_is_refused_by_name(mode: type[Any]) -> None:
+    model = staged(nn.ReLU())
+    message = rf"can't be cached at 1 while test_purity\.{mode.__name__} is active: .* Leave its with block\."
+    with mode(), torch.device("cpu"), pytest.raises(ModelError, match=message):
+        check_pure(model, "1")
+    check_pure(model, "1")  # the advice
+
+
+def test_a_default_device_is_no_mode_that_changes_results() -> None:
+    with torch.device("cpu"):
+        check_pure(staged(nn.ReLU()), "1")
+    torch.set_default_device("cpu")
+    try:
+        check_pure(staged(nn.ReLU()), "1")
+    finally:
+        torch.set_default_device(None)

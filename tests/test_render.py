@@ -114,6 +114,7 @@ def test_bad_images_shift_nothing_when_skipped(folder: Path, workers: int) -> No
     assert [result.index for result in results] == list(range(8))
     failures = {result.index: result.failure for result in results if result.failure is not None}
     assert failures.keys() == {2, 5, 6}
+    assert {result.index for result in results if result.is_lasting} == {2, 5}  # the sixth may be back tomorrow
     assert "starts with b'not an image'" in str(failures[2])
     assert "truncated PNG" in str(failures[5])
     for before, result in zip(whole, results, strict=True):
@@ -147,6 +148,8 @@ def test_an_image_that_changed_meanwhile_is_refused(folder: Path, workers: int) 
 
     with pytest.raises(ImageError, match=r"a/1.png: it was changed while the job ran"):
         list(render(images, jobs, workers=workers))
+    skipped = list(render(images, jobs, workers=workers, on_error="skip"))
+    assert [(result.index, result.is_lasting) for result in skipped if result.failure is not None] == [(1, False)]
 
 
 def picky(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -162,6 +165,7 @@ def test_a_failing_policy_is_named_with_its_image(folder: Path, workers: int) ->
 
     with pytest.raises(ImageError, match=r"^a/0.jpg: the policy picky failed: RuntimeError: not today$"):
         list(render(images, jobs, workers=workers))
+    assert all(result.is_lasting for result in render(images, jobs, workers=workers, on_error="skip"))
 
 
 class Counting:

@@ -331,7 +331,9 @@ class PhotoFolder:
             table = self.root / "photos.csv"
             table.write_text("\n".join(lines))
             self._lines = lines
-            self._images = ImageSet.from_csv(table).with_splits([photo.split for photo in photos.values()])
+            self._images = ImageSet.from_csv(table, split_column="").with_splits(
+                [photo.split for photo in photos.values()]
+            )
         return self._images
 
 

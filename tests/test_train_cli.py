@@ -4,11 +4,13 @@ import csv
 import inspect
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from programs import BACKBONE, Ran, Run, photographs, runner
@@ -16,7 +18,8 @@ from typer.models import OptionInfo
 
 import featstore.cli
 import training.cli
-from featstore import ImageSet, backbone
+from featstore import FeatureStore, ImageSet, backbone
+from featstore.program import tell
 from training import Learner
 
 EPOCHS = ["--epochs", "2"]
@@ -192,10 +195,32 @@ def test_without_labels_there_is_nothing_to_train_on(run: Run, here: Path) -> No
     (here / "flat").mkdir()
     for place, path in enumerate(sorted(here.glob("photos/*/*.jpg"))[:4]):
         (here / "flat" / f"{place}.jpg").write_bytes(path.read_bytes())
-    ran = head(run, images="flat")
-    assert (ran.code, ran.out) == (2, "")
-    assert ran.last_words == "There are no labelled images to train on. Give an image set with classes."
+    for ran in (head(run, images="flat"), run("featstore-train", *tune_flags(images="flat"))):
+        assert ran == Ran(
+            2,
+            "",
+            "flat has no labels, and there is nothing to train without. Expected a folder with a folder for each "
+            "class, or a table with a column of labels. Give one with --images.\n",
+        )
     assert not (here / "runs").exists()
+
+
+def test_imported_features_given_for_a_backbone_are_trained_on_from_python(run: Run, here: Path) -> None:
+    np.save(here / "clip.npy", np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32))
+    ids = sorted(str(path.relative_to("photos")) for path in Path("photos").rglob("*.jpg"))
+    (here / "ids.txt").write_text("\n".join(ids), encoding="utf-8")
+    made = ["--store", "feats", "--images", "photos"]
+    assert run("featstore", "import", "clip.npy", "--name", "clip", "--ids", "ids.txt", *made).code == 0
+    ran = run("featstore-train", "head", *made, "--backbone", "clip", "--out", "runs/clip")
+    key = FeatureStore("feats").sets()[0].key[:8]
+    assert (ran.code, ran.last_words) == (
+        2,
+        f"clip is no backbone: feats holds it as imported features ({key}), and what made them isn't here. Expected a "
+        f'backbone. Train on them from Python: Learner(store.model("{key}"), ImageSet.from_store(store, NAME), store, '
+        'head="linear")',
+    )
+    other = run("featstore-train", "head", *made, "--backbone", "clop", "--out", "runs/clip")
+    assert other.last_words.startswith("'clop' is no backbone. Expected one of")
 
 
 def test_a_damaged_image_stops_training_or_is_left_out(run: Run, here: Path) -> None:
@@ -248,7 +273,7 @@ def test_a_class_that_the_run_lacks_is_named(run: Run, here: Path) -> None:
         (["--head", "deep"], 2, "--head is 'deep'. Expected concat, linear or mlp."),
         (["--reduce", "mean"], 2, "--reduce is 'mean'. Expected auto, none, avg, max, concat, token or tokens."),
         (["--cut", "layer9"], 2, "tiny has no cut 'layer9'. Its cuts are conv1, bn1, relu1, conv2, pool, flat, fc."),
-        (["--features", "7c41"], 1, "feats holds no feature set 7c41. List what it holds: featstore ls --store feats."),
+        (["--features", "7c41"], 1, "feats holds no feature set 7c41. List what it holds: featstore ls --store feats"),
         (
             ["--augment", "flip"],
             2,
@@ -263,6 +288,41 @@ def test_wrong_input_is_a_sentence(run: Run, here: Path, more: list[str], code: 
     assert (ran.code, ran.out, ran.last_words) == (code, "", sentence)
     assert not (here / "runs").exists()
     assert not list((here / "feats").iterdir())
+
+
+def test_a_command_at_the_end_of_a_message_is_pasted_to_the_end_of_the_line(run: Run, here: Path) -> None:
+    wanted = ["--images", "photos", "--store", "feats", "--backbone", "tiny.py:make_model"]
+    run("featstore", "extract", *wanted, "--size", "32")
+    train = ["featstore-train", "head", *wanted, "--size", "48", *EPOCHS, "--lr", "1e-2", "--out", "runs/head"]
+    for refused, remedy in (
+        (train, "featstore extract --images photos --store feats --backbone tiny.py:make_model --cut conv2 --size 48"),
+        ([*train, "--features", "f00d"], "featstore ls --store feats"),
+        (["featstore", "show", "f00d", "--store", "feats"], "featstore ls --store feats"),
+        (["featstore", "backbones"], "featstore backbones NAME"),
+    ):
+        ran = run(*refused)
+        assert ran.last_words.endswith(f": {remedy}")
+        if "NAME" not in remedy:
+            program, *arguments = shlex.split(remedy)
+            assert run(program, *arguments).code == 0
+    assert run(*train).code == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "end"),
+    [
+        ("Set them aside: featstore verify --repair --store 'my feats'.", "'my feats'"),
+        ("List them: " + shlex.join(["featstore", "ls", "--store", "a dog's"]) + ".", "dog'\"'\"'s'"),
+        ("Compare them: featstore diff 7c41 1b2e --store feats.", "--store feats"),
+        ("Compute them with featstore extract.", "featstore extract"),
+        ("It has format version 3. Upgrade featstore.", "featstore."),
+        ("Run featstore verify --store feats, then look.", "look."),
+        ("Give it with --weights FILE.", "FILE."),
+    ],
+)
+def test_only_a_command_at_the_end_loses_the_full_stop(capsys: pytest.CaptureFixture[str], said: str, end: str) -> None:
+    tell(said)
+    assert capsys.readouterr().err.endswith(f" {end}\n")
 
 
 @pytest.mark.parametrize(
@@ -292,7 +352,10 @@ def test_a_run_is_replaced_only_when_that_is_said(run: Run, here: Path) -> None:
     (here / "photos/cat/003.jpg").write_bytes(b"no image")  # which work of any length would meet
     again = head(run, lr="3e-2")
     assert again == Ran(
-        1, "", "runs/head holds a saved run already. Choose another folder, or replace it with --overwrite.\n"
+        1,
+        "",
+        "runs/head holds a saved run already. Choose another folder, or replace it with --overwrite "
+        "(in Python: overwrite=True).\n",
     )
     assert (here / "runs/head/model.safetensors").read_bytes() == before
     assert head(run, "--overwrite", "--on-error", "skip", lr="3e-2").code == 0

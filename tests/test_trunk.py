@@ -149,7 +149,20 @@ def test_a_trunk_of_a_thawed_model_sees_its_trained_weights() -> None:
     with torch.no_grad():
         for tensor in model.parameters():
             tensor.mul_(2)
+    assert trunk.is_live
     assert not torch.equal(trunk(views(2))[0], before)
+
+
+@pytest.mark.parametrize(("module", "precision"), [(net(), "bf16"), (net().double(), "fp32")])
+def test_a_trunk_of_another_type_than_the_model_has_weights_of_its_own(module: nn.Module, precision: Precision) -> None:
+    model = staged(module)
+    trunk = Trunk(model, outputs(staged(), "3"), view=VIEW, precision=precision)
+    before = trunk(views(2))[0]
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.mul_(2)
+    assert not trunk.is_live
+    assert torch.equal(trunk(views(2))[0], before)
 
 
 def test_wrong_arguments_are_refused() -> None:

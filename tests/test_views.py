@@ -30,7 +30,7 @@ from torchvision.transforms._presets import ImageClassification, SemanticSegment
 
 from featstore.digest import canonical_json
 from featstore.policies import random_box
-from featstore.views import INTERPOLATIONS, Augment, RenderError, View, policy
+from featstore.views import INTERPOLATIONS, MAX_SEED, Augment, RenderError, View, policy
 
 DIGEST = bytes(range(32))
 PHOTOS = [torch.from_numpy(photo.copy()).permute(2, 0, 1) for photo in load_sample_images().images]  # (3, 427, 640)
@@ -354,6 +354,8 @@ def test_half_a_pixel_of_resize_is_rounded_up() -> None:
         ({"seed": 3}, "belong together"),
         ({"policy": policy("flip")}, "belong together"),
         ({"policy": policy("flip"), "seed": -1}, "seed is -1"),
+        ({"policy": policy("flip"), "seed": 2**63}, r"seed 9223372036854775808 is too large; expected at most 2\*\*63"),
+        ({"policy": policy("flip"), "seed": 10**5000}, r"seed a number of 16,610 bits is too large; .* give a smaller"),
         ({"policy": policy("none"), "seed": 0}, "the policy none has no seeds"),
     ],
 )
@@ -413,6 +415,8 @@ def test_fresh_seeds_have_no_fixed_views() -> None:
         ("flip", [], ValueError, "one or more integers from 0 on"),
         ("flip", [-1, 2], ValueError, "one or more integers from 0 on"),
         ("flip", [0.5], TypeError, "integer"),
+        ("flip", [0, 2**63], ValueError, r"seed 9223372036854775808 is too large; expected at most 2\*\*63 - 1"),
+        ("flip", [10**300], ValueError, "seed a number of 997 bits is too large"),
         ("side_on", range(4), ValueError, "choose none, flip, random_resized_crop"),
         ("none", range(4), ValueError, "the policy none has no seeds"),
     ],
@@ -420,6 +424,12 @@ def test_fresh_seeds_have_no_fixed_views() -> None:
 def test_what_is_no_augmentation_is_refused(name: str, seeds: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Augment(name, seeds)
+
+
+def test_the_largest_seed_has_a_view() -> None:
+    (view,) = Augment("flip", [MAX_SEED]).views(View())
+    assert view.seed == MAX_SEED == 2**63 - 1
+    assert View.from_facts(view.facts()) == view
 
 
 def test_seeds_have_no_default() -> None:

@@ -75,13 +75,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def command_in(message: str) -> str:
-    found = re.search(r"featstore extract .*?(?= - or |; or |\.$)", message)
+    found = re.search(r"featstore extract .*?(?= - or |; or |$)", message)
     assert found is not None, message
     return found[0]
 
 
 def call_in(message: str) -> str:
-    found = re.search(r"extract\(.*?\)(?= - or |; or |\.$)", message)
+    found = re.search(r"extract\(.*?\)(?= - or |; or |$)", message)
     assert found is not None, message
     return found[0]
 
@@ -218,9 +218,7 @@ def test_words_without_images(world: World) -> None:
         "Learner: net, linear head at layer2 (concat), 2 classes; no images\n"
         "frozen: conv1...layer2; training: head (34 parameters)\n"
         "augmentation: none\n"
-        "inputs:\n"
-        "  nothing can be trained: There are no labelled images to train on. Give an image set with classes.\n"
-        "  why: no labelled images were given; files can be predicted all the same"
+        "inputs: none, as no images were given; files can be predicted all the same"
     )
 
 
@@ -283,6 +281,12 @@ def test_missing_rows_of_unreadable_images_are_not_to_be_computed_but_left_out(w
     )
     learn.on_error = "skip"
     learn.fit(1, lr=1e-2)
+    (Path("photos/dog") / "99.jpg").unlink()
+    learn.on_error = "raise"
+    text = problem(learn)
+    assert (
+        "1 is absent (dog/99.jpg). Nothing was trained. Bring back the files that are absent, or leave it out" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -357,7 +361,7 @@ def test_after_a_stage_was_trained_the_remedy_names_the_new_weights_never_the_ol
         f"No stored features fit this request in features. Nearest is set {world.key('layer2')} (20 of 20 images); it "
         f"differs in: weights of stage layer2 (stored {before}, yours {after}; conv1...layer1 are equal). Features at "
         "layer1 would still be valid. Extract for these weights: "
-        "extract(learn.model, images, store, cuts=['layer2'], view=view)."
+        "extract(learn.model, images, store, cuts=['layer2'], view=view)"
     )
     learn.save("runs/tuned")
     saved = problem(learn)
@@ -383,16 +387,15 @@ def test_another_size_reduction_or_model_is_named(world: World) -> None:
     larger = world.learner(view=world.view.resized(size=24))
     assert problem(larger) == (
         f"{nearest}size (stored 16, yours 24); resize (stored 18, yours 27). Extract what you ask for: "
-        f"{EXTRACT} --cut layer2 --size 24."
+        f"{EXTRACT} --cut layer2 --size 24"
     )
     averaged = world.learner(reduce="avg")
     assert problem(averaged) == (
-        f"{nearest}reduction (stored concat, yours avg). Extract what you ask for: {EXTRACT} --cut layer2:avg "
-        "--size 16."
+        f"{nearest}reduction (stored concat, yours avg). Extract what you ask for: {EXTRACT} --cut layer2:avg --size 16"
     )
     earlier = world.learner(cut="layer1")
     assert problem(earlier) == (
-        f"{nearest}cut (stored layer2, yours layer1). Extract for these weights: {EXTRACT} --cut layer1 --size 16."
+        f"{nearest}cut (stored layer2, yours layer1). Extract for these weights: {EXTRACT} --cut layer1 --size 16"
     )
     for learn in (larger, averaged, earlier):
         run_command(problem(learn))
@@ -483,7 +486,8 @@ def test_absent_images_are_counted_and_both_ways_out_work(world: World) -> None:
     assert text == (
         f"unfreeze() makes fit read images, and this image set came from a store ({images.source.where}), which has "
         f"none: 16 of 16 files are absent (first: {images.train.ids[0]}). Give their folder with "
-        'images.with_root("/new/place"), or train what features can serve: freeze_to("layer2").'
+        'images.with_root("/new/place") (for a table of images on the command line: --root /new/place), or train what '
+        'features can serve: freeze_to("layer2").'
     )
     learn.freeze_to("layer2")
     learn.fit(1, lr=1e-2)

@@ -139,11 +139,15 @@ def head(
     one_of("--head", kind, tuple(HEADS))
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else _learning_rate(lr)
-    chosen, notes = images.image_set()
-    staged = model.model([each for each in (cut, freeze_to) if each is not None])
+    feature_store = FeatureStore(store)
+    chosen, notes = _labelled(images)
+    try:
+        staged = model.model([each for each in (cut, freeze_to) if each is not None])
+    except ValueError:
+        _refuse_imported(model.backbone, feature_store)
+        raise
     chosen, notes = _for_run(staged.origin.get("run"), images, chosen, notes)
     tell_all([*notes, *staged.notes])
-    feature_store = FeatureStore(store)
     learn = train_head(
         staged,
         chosen,
@@ -204,7 +208,7 @@ def finetune_command(
     options: dict[str, Any] = {}
     source: StagedModel | str
     if backbone is not None:
-        chosen, notes = images.image_set()
+        chosen, notes = _labelled(images)
         source = load_model(backbone, weights, [each for each in (cut, freeze_to) if each is not None])
         chosen, notes = _for_run(source.origin.get("run"), images, chosen, notes)
         notes = [*notes, *source.notes]
@@ -213,7 +217,7 @@ def finetune_command(
         assert start is not None
         if view != ViewFlags():
             raise ValueError("--size, --resize, --mean, --std and --interpolation come with the run of --from.")
-        chosen, notes = _for_run(start, images, *images.image_set())
+        chosen, notes = _for_run(start, images, *_labelled(images))
         source = start
     tell_all(notes)
     learn = finetune(
@@ -290,6 +294,29 @@ def predict(
         tell(f"{len(records):,} predictions in {csv}")
 
 
+def _labelled(flags: ImageFlags) -> tuple[ImageSet, list[str]]:
+    """The images to train on, and what their owner should read about them."""
+    images, notes = flags.image_set()
+    if not images.is_labelled:
+        raise ValueError(
+            f"{flags.images} has no labels, and there is nothing to train without. Expected a folder with a folder for "
+            "each class, or a table with a column of labels. Give one with --images."
+        )
+    return images, notes
+
+
+def _refuse_imported(name: str, store: FeatureStore) -> None:
+    """Raises ValueError if `name` is that of features made elsewhere: no program can run what made them."""
+    found = [each for each in store.sets() if each.facts["backbone"] == name] if store.folder.is_dir() else []
+    keys = [each.key[:8] for each in found if "imported" in each.facts]
+    if keys:
+        raise ValueError(
+            f"{name} is no backbone: {store.root} holds it as imported features ({', '.join(keys)}), and what made "
+            "them isn't here. Expected a backbone. Train on them from Python: "
+            f'Learner(store.model("{keys[0]}"), ImageSet.from_store(store, NAME), store, head="linear")'
+        )
+
+
 def _for_run(run: str | None, flags: ImageFlags, images: ImageSet, notes: list[str]) -> tuple[ImageSet, list[str]]:
     """The images to use with what comes from `run`, if it is one, and what their owner should read about them.
 
@@ -307,7 +334,7 @@ def _for_run(run: str | None, flags: ImageFlags, images: ImageSet, notes: list[s
 def _view(model: StagedModel, store: FeatureStore, flags: ViewFlags, key: str | None) -> View:
     """The view that the flags ask for; without flags that of the stored features, if there is just one."""
     wanted = flags.view(model.view)
-    if flags != ViewFlags() or not store.root.is_dir():
+    if flags != ViewFlags() or not store.folder.is_dir():
         return wanted
     if key is not None:
         return store.set(key).spec.rendered.evaluation

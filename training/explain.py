@@ -61,8 +61,8 @@ def images_absent(
         origin = f"this image set came from a store ({images.source.where}), which has none"
     return FeatureStoreError(
         f"{reason}, and {origin}: {len(absent):,} of {len(images):,} files are absent (first: "
-        f'{images.ids[absent[0]]}). Give their folder with images.with_root("/new/place")'
-        f"{f', or {instead}' if instead else ''}."
+        f'{images.ids[absent[0]]}). Give their folder with images.with_root("/new/place") (for a table of images on '
+        f"the command line: --root /new/place){f', or {instead}' if instead else ''}."
     )
 
 
@@ -73,10 +73,14 @@ def _rows_missing(search: Search, entry: Entry, sets: Sequence[FeatureSet], aske
     failed = lacking & np.logical_or.reduce([store.is_failed(each, digests) for each in sets])
     is_known = asked.source is situation.images.source  # ids of other images say nothing
     changed = is_changed(asked, digests, situation.known if is_known else {})
+    absent = np.zeros(len(asked), bool)
+    unread = np.flatnonzero(lacking & digests.is_failed)
+    absent[unread[asked.select(unread).absent()]] = True
     counted = [
         (int((lacking & ~failed & ~changed).sum()), "new"),
         (int((lacking & ~failed & changed).sum()), "changed since"),
-        (int(failed.sum()), "unreadable"),
+        (int((failed & ~absent).sum()), "unreadable"),
+        (int(absent.sum()), "absent"),
     ]
     (first, word), *others = [(count, word) for count, word in counted if count]
     counts = ", ".join([f"{first:,} {'is' if first == 1 else 'are'} {word}", *(f"{n:,} {w}" for n, w in others)])
@@ -89,10 +93,8 @@ def _rows_missing(search: Search, entry: Entry, sets: Sequence[FeatureSet], aske
         'on_missing="extract").'
     )
     if (lacking == failed).all():
-        remedy = (
-            "Repair or remove what can't be read, or leave it out: --on-error skip (in Python: learn.on_error = "
-            '"skip").'
-        )
+        mend = "Bring back the files that are absent" if absent.any() else "Repair or remove what can't be read"
+        remedy = f'{mend}, or leave it out: --on-error skip (in Python: learn.on_error = "skip").'
     return MissingFeaturesError(
         f"{store.root} holds {len(asked) - total:,} of the {len(asked):,} images asked for "
         f"({situation.model.name}@{entry.cut} {entry.pool.reduction}, {views_words(search.augment)}): {counts} "
@@ -186,7 +188,7 @@ def _facts_differ(search: Search, asked: ImageSet) -> FeatureStoreError:
         still, subject = _still_valid(situation, nearest), "for these weights"
     return FactsDifferError(
         f"No stored features fit this request in {root}. Nearest is set {nearest.key[:8]} ({rows:,} of "
-        f"{len(digests):,} images); it differs in: {'; '.join(differences)}. {still}Extract {subject}: {remedy}."
+        f"{len(digests):,} images); it differs in: {'; '.join(differences)}. {still}Extract {subject}: {remedy}"
     )
 
 

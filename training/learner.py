@@ -124,6 +124,7 @@ class Learner:
         quiet: bool = False,
         allow_leak: bool = False,
     ) -> None:
+        """Makes the model with its head; nothing is trained or extracted. The class describes the arguments."""
         if not isinstance(model, nn.Module):
             raise TypeError(f'model is {model!r}; expected a model, backbone("resnet34") for example.')
         if not isinstance(images, ImageSet):
@@ -182,14 +183,16 @@ class Learner:
 
     def __repr__(self) -> str:
         pool = f" ({self._reduction})" if self._reduction else ""
+        inputs = ["inputs: none, as no images were given; files can be predicted all the same"]
+        if len(self.images):
+            inputs = ["inputs:", *(f"  {line}" for line in str(self.inputs).splitlines())]
         return "\n".join(
             [
                 f"Learner: {self.model.name}, {self.head_name} head at {self.cut}{pool}, {len(self.classes)} classes; "
                 f"{_images_words(self.images)}",
                 self._frozen_line(),
                 f"augmentation: {'none' if self.augment is None else views_words(self.augment)}",
-                "inputs:",
-                *(f"  {line}" for line in str(self.inputs).splitlines()),
+                *inputs,
             ]
         )
 
@@ -235,6 +238,11 @@ class Learner:
 
     def attach(self, model: StagedModel) -> None:
         """Puts the trunk in that a store knew by digest only; its digest is checked."""
+        if not isinstance(model, StagedModel):
+            raise TypeError(
+                f"attach got {model!r}. Expected the model whose trunk is missing, backbone(...) for example. Images "
+                "are changed with learn.images = images, or given to Learner.load(run, images, store)."
+            )
         self.model.attach(model)
         self.model.to_device(self.device)
         self._origins.append(Origin(dict(model.origin), model.digests(), model.view))
@@ -534,7 +542,7 @@ class Learner:
 
     def _stored_places(self, backbone: StagedModel, cut: str | None, reduce: str) -> list[tuple[str, str]]:
         """Cuts and reductions of the stored sets, or of the one that was chosen, that are this backbone's."""
-        if self.store is None or not self.store.root.is_dir():
+        if self.store is None or not self.store.folder.is_dir():
             return []
         sets = self.store.sets() if self._features is None else [self.store.set(self._features)]
         digests = self._origins[0].digests
@@ -606,8 +614,16 @@ class Learner:
             raise ValueError(f"{split!r} is no split; expected train, valid or test.")
         part = training_part(self.images) if split == "train" else getattr(self.images, split)
         chosen = labelled(part)
+        if not len(self.images):
+            raise ValueError(
+                "This learner has no images, so it can predict but not score. Expected labelled ones. Give them when "
+                "it is loaded: Learner.load(run, images, store)."
+            )
         if not len(chosen) or chosen.targets is None:
-            raise ValueError(f"The split {split} has no labelled images.")
+            raise ValueError(
+                f"The split {split} has no labelled images. Expected some to score among {self.images.describe()}. "
+                "Score another split, or give other images (learn.images = images)."
+            )
         situation, source = self._reading(chosen)
         batches = self._batches(source, situation)
         logits, targets, rows = outputs(self._tail(), batches)
@@ -725,7 +741,7 @@ class Learner:
             "batch_size": self.batch_size,
             "epochs": len(self.history.records),
             "inputs": self._trained_on,
-            "store": None if self.store is None else str(self.store.root.absolute()),
+            "store": None if self.store is None else str(self.store.folder),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         (folder / RUN).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

@@ -100,7 +100,7 @@ class Situation:
     @cached_property
     def sets(self) -> list[FeatureSet]:
         """All sets of the store; none where there is no folder yet."""
-        return self.store.sets() if self.store is not None and self.store.root.is_dir() else []
+        return self.store.sets() if self.store is not None and self.store.folder.is_dir() else []
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
