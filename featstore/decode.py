@@ -21,6 +21,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode
 
+from featstore.errors import FeatureStoreError
+
 POLICY = "featstore-decode-1"
 """The name and version of the rules in this file. Other values for the same bytes need another name."""
 
@@ -190,15 +192,17 @@ def _by_torchvision(data: bytes) -> NDArray[np.uint8]:
         # The operator itself: since torchvision 0.29 each call of its Python wrapper warns, to point at torchcodec.
         image: Tensor = torch.ops.image.decode_jpeg(encoded, ImageReadMode.RGB.value, False)
     except RuntimeError as error:
+        if "allocate memory" in str(error):  # which is no fault of the image
+            raise MemoryError(f"a JPEG of {len(data):,} bytes can't be decoded: {error}") from error
         raise DecodeError(_failure("JPEG", error)) from error
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
 def _by_pillow(data: bytes, header: _Header) -> tuple[NDArray[np.uint8], int]:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise DecodeError(
+        raise FeatureStoreError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this process, so that a truncated file would pass for a "
-            "whole one; set it to False"
+            "whole one. Expected it off, as it is at first. Set it to False."
         )
     try:
         # The plug-in's class, not Image.open: the bytes choose the decoder, not the plug-ins that happen to be

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from featstore.digest import Json
+from featstore.digest import Json, digest_bytes
 from featstore.errors import FeatureStoreError
 from featstore.image_digests import Digests, KnownDigest, KnownDigests, Memo
 from featstore.image_sources import AbsentSource, ArraySource, FolderSource
@@ -1147,8 +1147,12 @@ def _check_unique(values: Sequence[object], noun: str, remedy: str) -> None:
 
 
 def _safe_name(name: str) -> str:
-    """`name` with what a file name should not have as `_`; at most 100 characters, to leave room for suffixes."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:100] or "images"
+    """`name` with what a file name should not have as `_`; at most 100 characters, as file names have 255.
+
+    The end of a longer one becomes a digest, so that two such names stay two.
+    """
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "images"
+    return safe if len(safe) <= 100 else f"{safe[:91]}-{digest_bytes(safe.encode('ascii'))[:8]}"
 
 
 def _counted(number: int, noun: str) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
+import textwrap
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 from sklearn.datasets import load_sample_images
 
+from featstore import FeatureStoreError
 from featstore.decode import ARRAY, DECODERS, MAX_PIXELS, PILLOW, POLICY, TORCHVISION, DecodeError, decode
 
 Pixels = NDArray[np.uint8]
@@ -442,8 +447,32 @@ def test_damaged_tiffs_raise_nothing_but_decode_errors() -> None:
 def test_a_setting_that_hides_truncation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
 
-    with pytest.raises(DecodeError, match="LOAD_TRUNCATED_IMAGES"):
+    with pytest.raises(FeatureStoreError, match="LOAD_TRUNCATED_IMAGES"):  # no fault of the image
         decode(encoded(photo("P"), "GIF"))
+
+
+def test_memory_that_is_not_there_is_no_fault_of_an_image() -> None:
+    """In a process that may take little more than it has."""
+    program = f"""
+        import resource, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from io import BytesIO
+        from PIL import Image
+        from featstore.decode import decode
+        file = BytesIO()
+        Image.new("RGB", (9000, 9000)).save(file, "JPEG")
+        decode(file.getvalue())
+        taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (100 << 20), -1))
+        try:
+            decode(file.getvalue())
+        except MemoryError as error:
+            print(error)
+    """
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("the system doesn't tell how much memory a process has")
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert ran.stdout.startswith("a JPEG of "), ran.stderr
 
 
 def test_pillows_limit_is_neither_changed_nor_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -517,6 +517,12 @@ class TestSubsets:
     def test_names_are_made_safe_for_file_names(self, name: str, safe: str) -> None:
         assert ImageSet.from_arrays(np.zeros((1, 2, 2), np.uint8), name=name).name == safe
 
+    def test_names_too_long_for_a_file_stay_two(self) -> None:
+        images = ImageSet.from_arrays(np.zeros((2, 4, 4), np.uint8), splits=["train", "valid"], name="n" * 100)
+        names = [images.name, images.train.name, images.valid.name]
+        assert len(set(names)) == 3
+        assert max(map(len, names)) == 100
+
     def test_describe_says_counts_classes_splits_and_skipped(self, tmp_path: Path) -> None:
         assert counted(1000).split(0.2).describe() == "1,000 images, 2 classes (0 500, 1 500); train 800, valid 200"
         assert counted(8, 8).describe() == "8 images, 8 classes (0 1, 1 1, 2 1, 3 1, 4 1, 5 1, 2 more)"
