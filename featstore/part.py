@@ -391,6 +391,28 @@ class Table:
             columns = {name: np.asarray(_dataset(hdf5, name)[()]) for name in hdf5 if name != "facts"}
             return cls(path=path, columns=columns, facts=_read_facts(hdf5))
 
+    @classmethod
+    def read_facts(cls, path: Path) -> dict[str, Json]:
+        """The facts alone, which fit their own checksum; of a file of version 1, which has none, all is checked.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            DamagedFileError: if it is not an image table, of a newer version, or its facts are truncated or altered.
+        """
+        with _opened(path) as fd:
+            head = _read_user_block(path, fd)
+            _check_kind(path, head, "images")
+            found = [(extent, crc) for name, extent, crc in _read_regions(head) if name == "facts"]
+            if not found:  # version 1
+                return cls.open(path).facts
+            ((extent, crc),) = found
+            text = bytearray(len(extent))
+            _read_at(path, fd, [memoryview(text)], extent.start)
+            if zlib.crc32(text) != crc:
+                raise _damaged(path, "bytes are altered in its facts")
+            facts: dict[str, Json] = json.loads(text.rstrip(b"\0"))
+            return facts
+
 
 # ---- what features are made of
 
@@ -806,12 +828,10 @@ def _read_layout(path: Path, fd: int, kind: _Kind) -> _Layout:
     """The file's layout, once every byte outside the features is what was written."""
     head = _read_user_block(path, fd)
     size = os.fstat(fd).st_size
-    _, version, kind_found, length, features_offset, features_bytes, crc_expected = _FIELDS.unpack_from(head)
+    _, version, _, length, features_offset, features_bytes, crc_expected = _FIELDS.unpack_from(head)
     if size < length:
         raise _truncated(path, missing=length - size)
-    if kind_found != kind.encode().ljust(len(kind_found), b"\0"):
-        kind_named = kind_found.rstrip(b"\0").decode("ascii", "backslashreplace")
-        raise DamagedFileError(f"{path} is of the kind {kind_named!r}, where {kind!r} was expected. {_REMEDY}")
+    _check_kind(path, head, kind)
     if size > length or features_offset + features_bytes > length:
         raise _damaged(path, f"it has {size} bytes, which its user block contradicts")
     layout = _Layout(
@@ -827,6 +847,13 @@ def _read_layout(path: Path, fd: int, kind: _Kind) -> _Layout:
         found = f"the checksum of all outside the features is {crc:08x}, not {crc_expected:08x}"
         raise _damaged(path, f"bytes are altered {where} ({found})")
     return layout
+
+
+def _check_kind(path: Path, user_block: bytes, kind: _Kind) -> None:
+    found = _FIELDS.unpack_from(user_block)[2]
+    if found != kind.encode().ljust(len(found), b"\0"):
+        named = found.rstrip(b"\0").decode("ascii", "backslashreplace")
+        raise DamagedFileError(f"{path} is of the kind {named!r}, where {kind!r} was expected. {_REMEDY}")
 
 
 def _read_user_block(path: Path, fd: int) -> bytes:

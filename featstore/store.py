@@ -236,7 +236,7 @@ class FeatureStore:
             DamagedFileError: for an image table that can't be read.
         """
         digests = self._superseded(chosen)
-        ids = last_ids(digests, self._tables.all(lambda name: True))
+        ids = last_ids(digests, self._tables.latest_first()) if len(digests) else {}
         found = [(ids.get(digest), digest) for digest in (row.tobytes().hex() for row in digests)]
         return {digest: name for name, digest in sorted(found, key=lambda each: (each[0] is None, each[0] or each[1]))}
 

@@ -11,8 +11,8 @@ the columns.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -61,17 +61,6 @@ class ImageTable:
         return str(self.table.facts["content"])
 
     @property
-    def parents(self) -> list[str]:
-        """Stems of the tables that this one replaces."""
-        parents: list[str] = self.table.facts["parents"]
-        return parents
-
-    @property
-    def when(self) -> str:
-        """When it was written; texts sort as times do."""
-        return str(self.table.facts["when"])
-
-    @property
     def digests(self) -> NDArray[np.uint8]:
         """``(M, 32)``, of the images that have one."""
         columns = self.table.columns
@@ -115,6 +104,7 @@ class ImageTables:
     def __init__(self, root: Path) -> None:
         self.folder = root / IMAGES
         self._opened: dict[Path, ImageTable] = {}
+        self._described: dict[Path, _Description] = {}
 
     def paths(self) -> list[Path]:
         """All of them, in the order of their names."""
@@ -129,42 +119,85 @@ class ImageTables:
         """
         found = self._opened.get(path)  # another thread may forget it meanwhile
         if found is None:
-            try:
+            with _readable(path):
                 found = self._opened[path] = ImageTable(Table.open(path))
-            except PermissionError as error:
-                raise DamagedFileError(f"{path} can't be read ({error.strerror}). Make it readable for you.") from error
         return found
 
-    def all(self, is_asked: Callable[[str], bool]) -> list[ImageTable]:
-        """The tables whose name is asked for, replaced ones as well."""
-        tables = []
-        for path in self.paths():
-            if is_asked(table_name(path)):
-                with suppress(FileNotFoundError):  # deleted since it was listed
-                    tables.append(self.open(path))
-        return tables
-
     def newest(self, is_asked: Callable[[str], bool]) -> list[ImageTable]:
-        """Of the tables whose name is asked for, those that are no other's parent."""
-        tables = self.all(is_asked)
-        parents = {parent for table in tables for parent in table.parents}
-        return [table for table in tables if table.stem not in parents]
+        """Of the tables whose name is asked for, those that are no other's parent.
+
+        Of the others the facts alone are read: a job that runs every night leaves one each time.
+        """
+        described = self._descriptions(is_asked)
+        parents = {parent for each in described.values() for parent in each.parents}
+        newest = []
+        for path in described:
+            if path.stem not in parents:
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    newest.append(self.open(path))
+        return newest
+
+    def latest_first(self) -> Iterator[ImageTable]:
+        """All tables, replaced ones as well, each opened when it is asked for and not kept."""
+        described = self._descriptions(lambda name: True)
+        for path in sorted(described, key=lambda path: described[path].when, reverse=True):
+            with suppress(FileNotFoundError), _readable(path):
+                yield self._opened.get(path) or ImageTable(Table.open(path))
 
     def forget(self, path: Path) -> None:
         """Opens the table at `path` anew when it is asked for again."""
         self._opened.pop(path, None)
+        self._described.pop(path, None)
+
+    def _descriptions(self, is_asked: Callable[[str], bool]) -> dict[Path, _Description]:
+        found = {}
+        for path in self.paths():
+            if is_asked(table_name(path)):
+                known = self._described.get(path)
+                if known is None:
+                    try:
+                        with _readable(path):
+                            facts = Table.read_facts(path)
+                    except FileNotFoundError:  # deleted since it was listed
+                        continue
+                    known = self._described[path] = _Description(parents=tuple(facts["parents"]), when=facts["when"])
+                found[path] = known
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}
+        return {**self.__dict__, "_opened": {}, "_described": {}}
 
 
-def last_ids(digests: NDArray[np.uint8], tables: Sequence[ImageTable]) -> dict[str, str]:
-    """Digest (hexadecimal) -> the id of that image, from the last of `tables` that holds it; none, where none does."""
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """What of a table tells which is the newest.
+
+    Attributes:
+        parents: stems of the tables that it replaces.
+        when: it was written; texts sort as times do.
+    """
+
+    parents: tuple[str, ...]
+    when: str
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise DamagedFileError(f"{path} can't be read ({error.strerror}). Make it readable for you.") from error
+
+
+def last_ids(digests: NDArray[np.uint8], tables: Iterable[ImageTable]) -> dict[str, str]:
+    """Digest (hexadecimal) -> the id of that image, from the first of `tables` that holds it; none, where none does."""
     ids: dict[str, str] = {}
-    for table in sorted(tables, key=lambda table: table.when, reverse=True):
+    for table in tables:
         known = table.known
         for place in np.flatnonzero(is_among(known.values, digests)).tolist():
             ids.setdefault(known.values[place].tobytes().hex(), known.ids[place])
+        if len(ids) == len(digests):
+            break
     return ids
 
 

@@ -359,6 +359,34 @@ def test_a_flipped_bit_anywhere_in_a_table_is_found_at_open(path: Path) -> None:
     Table.open(path)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_facts_of_a_released_table_are_read_alone(version: int) -> None:
+    (path,) = (released.DATA / f"version-{version}" / "images").iterdir()
+    assert Table.read_facts(path) == Table.open(path).facts
+
+
+def test_a_flipped_bit_in_the_header_or_the_facts_of_a_table_is_found_when_these_are_read(path: Path) -> None:
+    write_table(path, columns={"offsets": np.arange(9)}, facts=FACTS)
+    facts = extent(path, "facts")
+    for byte in (*range(72), *range(76, 80), *range(facts.start, facts.stop, 3)):  # but for the checksum of all
+        flip_bit(path, byte)
+        with pytest.raises(DamagedFileError, match=r"part-0\.h5"):
+            Table.read_facts(path)
+        flip_bit(path, byte)
+    assert Table.read_facts(path) == FACTS
+    for length in (facts.stop - 1, facts.start, 5000, 4096, 4000, 20):
+        os.truncate(path, length)
+        with pytest.raises(DamagedFileError, match=r"part-0\.h5"):
+            Table.read_facts(path)
+
+
+def test_a_part_is_no_table(path: Path) -> None:
+    write(path, random_bits(3, (5,)))
+    for read in (Table.open, Table.read_facts):
+        with pytest.raises(DamagedFileError, match="is of the kind 'part', where 'images' was expected"):
+            read(path)
+
+
 def test_verify_names_the_rows_of_every_damaged_block(path: Path) -> None:
     write(path, random_bits(300, (5000,)))
     blocks = [range(104), range(104, 208), range(208, 300)]

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -35,7 +36,7 @@ from featstore import (
 )
 from featstore.digest import digest_json
 from featstore.image_digests import Digests, StatFacts, stat_rows
-from featstore.part import Part, write_part
+from featstore.part import Part, Table, write_part
 
 Run = Callable[..., tuple[str, ...]]
 
@@ -672,6 +673,39 @@ def test_a_damaged_image_table_stops_its_image_set_and_no_other(root: Path, run:
         with pytest.raises(DamagedFileError, match=other.name):
             asked()
     assert [other.name in str(error) for error in store.damaged()] == [True]
+
+
+def test_of_tables_that_were_replaced_the_facts_alone_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [save(root, labelled("cat", *labels)) for labels in (("cat", "cat"), ("dog", "cat"), ("cat", "dog"))]
+    opened: list[Path] = []
+    original = Table.open.__func__  # type: ignore[attr-defined]
+
+    def noted(cls: type[Table], path: Path) -> Table:
+        opened.append(path)
+        return cast(Table, original(cls, path))
+
+    monkeypatch.setattr(Table, "open", classmethod(noted))
+    for path in paths[:-1]:
+        assert path is not None
+        with h5py.File(path) as file:
+            place = file["id_bytes"].id.get_offset()
+        altered = bytearray(path.read_bytes())
+        altered[place] ^= 1  # damage to what was replaced harms nobody
+        path.write_bytes(altered)
+    assert content(ImageSet.from_store(FeatureStore(root))) == content(labelled("cat", "cat", "dog"))
+    assert opened == [paths[-1]]
+
+
+def test_altered_facts_of_a_replaced_table_are_told(root: Path) -> None:
+    first, _ = save(root, labelled("cat")), save(root, labelled("dog"))
+    assert first is not None
+    with h5py.File(first) as file:
+        place = file["facts"].id.get_offset()
+    altered = bytearray(first.read_bytes())
+    altered[place + 9] ^= 1
+    first.write_bytes(altered)
+    with pytest.raises(DamagedFileError, match=f"{first.name} is damaged: bytes are altered in its facts"):
+        FeatureStore(root).images()
 
 
 def test_strange_files_are_passed_over(root: Path, run: Run) -> None:

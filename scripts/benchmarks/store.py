@@ -100,6 +100,8 @@ def measure(folder: Path, *, rounds: int, scale: float) -> None:
         ratios[f"sequential batches / np.memmap, {size} rows"] = ratio(found, "sequential", "sequential memmap")
         ratios[f"block shuffle / random, mapped, {size} rows"] = ratio(found, "blocks", "random, mapped")
         notes[f"random batches, {size} rows"] = f"{BATCH * max(found['random']):,.0f} rows a second at best"
+        mapped = ratio(found, "random, mapped", "random memmap")
+        notes[f"random batches, mapped, {size} rows"] = f"{mapped:.2f} times np.memmap"
         if filed is small:
             ratios["random batches / sorted h5py, 2 KB rows"] = ratio(found, "random", "h5py")
             ratios["16 parts / one, mapped, before compact"] = ratio(found, "16 parts, mapped", "random, mapped")
