@@ -686,13 +686,20 @@ def test_files_that_are_looked_up_again_are_asked_for_again(
 def test_no_file_is_held_open_after_reading_or_between_batches(stored: Features) -> None:
     for read in READS.values():
         read(stored)
-        assert open_parts() == []
+        assert are_all_closed()
     for shuffle in (False, True):
         for _ in stored.batches(10, shuffle=shuffle):
-            deadline = time.monotonic() + 20
-            while open_parts() and time.monotonic() < deadline:  # threads are reading ahead, as far as they may
-                time.sleep(0.001)
-            assert open_parts() == []
+            assert are_all_closed()
+
+
+def are_all_closed() -> bool:
+    """Waits for that, as threads are reading ahead, as far as they may."""
+    deadline = time.monotonic() + 20
+    while open_parts():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def open_parts() -> list[str]:

@@ -218,6 +218,11 @@ class Model:
         parents = {parent for table in self.tables.values() for parent in table.parents}
         return [name for name in self.tables if name not in parents]
 
+    def unlike_tables(self, photos: Photos) -> list[str]:
+        """Newest tables that have none of these photographs."""
+        newest = self.newest_tables()
+        return [name for name in newest if photos and photos.keys().isdisjoint(self.tables[name].photos)]
+
     def changed(self) -> set[str]:
         """Photographs of which the store knows another content."""
         known: dict[str, int] = {}
@@ -836,7 +841,7 @@ class StoreMachine(RuleBasedStateMachine):
                 return error
 
         self.written = []
-        before = self.model.sets
+        before, unlike = self.model.sets, self.model.unlike_tables(job.photos)
         after = {name: kept | job.adds(name) for name, kept in before.items()}
         report = self._attempted(work, fault)
         self.model.ever = {name: kept | after[name] for name, kept in self.model.ever.items()}
@@ -851,7 +856,10 @@ class StoreMachine(RuleBasedStateMachine):
             assert report.image == job.stops_at
         else:
             assert job.stops_at is None
-            assert bool(report.notes) == self.operations.has_failed
+            of_others = [note for note in report.notes if "of other images" in note]
+            assert len(of_others) == len(unlike)
+            assert all(any(repr(table) in note for note in of_others) for table in unlike)
+            assert (len(report.notes) > len(of_others)) == self.operations.has_failed
             self._check_report(report, job)
 
     def _check_report(self, report: ExtractReport, job: Job) -> None:
