@@ -38,7 +38,7 @@ NUM_ROWS = 64
 """Rows that are computed again and compared, where nobody says."""
 
 _PART_BYTES = 256 << 20
-_LOOKUPS = 5  # of a set whose parts are gone, one after the other
+_TRIES = 10  # of reading files that are merged and deleted each time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,15 +305,16 @@ def _write(store: FeatureStore, old: FeatureSet, spec: FeatureSpec, facts: dict[
     Where parts are gone, which a job has merged meanwhile, the set is looked up again.
     """
     written = 0
-    for is_last in (*(False,) * _LOOKUPS, True):
+    for tries_left in reversed(range(_TRIES)):
         try:
             for count in _written(store, old, spec, facts, progress):
                 written += count
-            break
         except FileNotFoundError:
-            if is_last:
+            if not tries_left:
                 raise
             old = store.set(old.key)
+        else:
+            break
     return written
 
 

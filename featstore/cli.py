@@ -60,9 +60,9 @@ Defaults that depend on what is asked for:
 
 \b
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 incomplete: the file of an
-image isn't there, or vanished or changed while the job ran (with --on-error
-skip the others are extracted all the same), or, for status, an image has no
-features yet.
+image isn't there; with --on-error skip, which extracts the others all the
+same, also if it vanished or changed meanwhile; or, for status, an image has
+no features yet.
 """
 
 app = new_app(help=__doc__)

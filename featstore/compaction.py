@@ -74,7 +74,8 @@ class CompactReport:
 
     Attributes:
         merges: one for each new part.
-        left: sets that hold something damaged, which no merge may turn into something sound; or a new part does.
+        left: sets that hold something damaged, which no merge may turn into something sound, or whose new part turned
+            out to be.
     """
 
     merges: tuple[Merge, ...] = ()

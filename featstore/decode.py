@@ -192,8 +192,7 @@ def _by_torchvision(data: bytes) -> NDArray[np.uint8]:
         # The operator itself: since torchvision 0.29 each call of its Python wrapper warns, to point at torchcodec.
         image: Tensor = torch.ops.image.decode_jpeg(encoded, ImageReadMode.RGB.value, False)
     except RuntimeError as error:
-        if "allocate memory" in str(error):  # which is no fault of the image
-            raise MemoryError(f"a JPEG of {len(data):,} bytes can't be decoded: {error}") from error
+        _refuse_lack_of_memory("JPEG", data, error)
         raise DecodeError(_failure("JPEG", error)) from error
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
@@ -213,7 +212,14 @@ def _by_pillow(data: bytes, header: _Header) -> tuple[NDArray[np.uint8], int]:
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # on damaged files the plug-ins raise nearly everything, struct.error to AttributeError
+        _refuse_lack_of_memory(header.format, data, error)
         raise DecodeError(_failure(header.format, error)) from error
+
+
+def _refuse_lack_of_memory(form: str, data: bytes, error: Exception) -> None:
+    """Raises MemoryError where that is what an error says: it is no fault of the image."""
+    if re.search(r"allocate memory|insufficient memory|out of memory", str(error), re.IGNORECASE):
+        raise MemoryError(f"a {form} of {len(data):,} bytes can't be decoded: {error}") from error
 
 
 _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {

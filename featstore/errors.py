@@ -19,7 +19,7 @@ class MissingFeaturesError(FeatureStoreError):
 
 
 class FactsDifferError(FeatureStoreError):
-    """Something isn't what it was stored, asked for or planned as; the message names the facts that differ."""
+    """What was stored, asked for or planned isn't what is there; the message names the facts that differ."""
 
 
 class AmbiguousRequestError(FeatureStoreError):

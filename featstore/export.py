@@ -91,7 +91,7 @@ def export(
 
     bfloat16 stays what it is in HDF5 and safetensors; NumPy lacks it, so ``.npy`` has float32. ``.parquet`` always has
     float32, since most readers know no shorter type. Memory doesn't grow with the number of rows, but for about 200
-    bytes each. Every block of the set's parts is checked against its checksum before a row of it is written.
+    bytes each. Each block of the set's parts is checked against its checksum before the first row of it is written.
 
     Args:
         store: where the set is.

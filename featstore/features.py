@@ -245,7 +245,7 @@ class Features:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
-        _WITH_LOCKS.add(self)
+        _ALIVE.add(self)
         self._memory: InMemory | None = None
         self._files: Source | None = None
         self._chosen: Access | None = None
@@ -485,18 +485,18 @@ def _cut(windows: Iterator[NDArray[np.int64]], size: int) -> Iterator[NDArray[np
 
 
 def _start_in_child() -> None:
-    """In a fork: what its parent had locked or chosen.
+    """Starts anew, in a forked child, what its parent had locked or chosen.
 
     A thread of the parent may have held a lock, and isn't here to release it. And what the parent would have read into
     memory is chosen anew: each worker of a DataLoader would read it all for itself.
     """
-    for features in _WITH_LOCKS:
+    for features in _ALIVE:
         features._lock = threading.Lock()
         if features._memory is None:
             features._chosen = None
 
 
-_WITH_LOCKS: WeakSet[Features] = WeakSet()
+_ALIVE: WeakSet[Features] = WeakSet()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_in_child)
 

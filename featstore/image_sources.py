@@ -244,7 +244,7 @@ def _let_writes_show(file: int) -> None:
     """Makes a write through a mapping of the file move its time, as any other write does.
 
     Only the first write to a page does so until the page has been written to the disk. Files that were left alone for
-    a minute have been; of others it takes a tenth of a millisecond. Files in memory (tmpfs) never are.
+    a minute have been; of others it takes about a quarter of a millisecond. Files in memory (tmpfs) never are.
     """
     facts = os.fstat(file)
     if time.time() - max(facts.st_mtime, facts.st_ctime) < _WRITTEN_BACK_AFTER_SECONDS:

@@ -162,7 +162,8 @@ class ImageSet:
             name=name or os.path.splitext(os.path.basename(file))[0],
             task=task,
             classes=_class_table(
-                rows, instead="leave the labels out: --label-column '' (in Python: label_column=None)"
+                rows,
+                instead="leave the labels out: --label-column '' (in Python: label_column=None)",
             ),
             is_labelled=label_column is not None,
             source=FolderSource(root=folder),
@@ -774,13 +775,14 @@ def _places(header: list[str], columns: dict[str, str | None], file: str) -> dic
     names = [cell.strip() for cell in header]
     for what, column in columns.items():
         if column is not None and names.count(column) != 1:
-            unlabelled = ""
-            if what == "label":
-                unlabelled = "; if nothing is labelled, say --label-column '' (label_column=None)"
+            instead = {
+                "label": "; if nothing is labelled, say --label-column '' (label_column=None)",
+                "split": "; to use none, say --split-column '' (split_column=\"\")",
+            }.get(what, "")
             raise ValueError(
                 f"{file} has {names.count(column) or 'no'} column{'s' if column in names else ''} {column!r}; it has "
                 f"{', '.join(map(repr, names))}. Expected one column with each image's {what}. "
-                f"Name it with --{what}-column NAME (in Python: {what}_column=NAME){unlabelled}."
+                f"Name it with --{what}-column NAME (in Python: {what}_column=NAME){instead}."
             )
     return {what: names.index(column) for what, column in columns.items() if column is not None}
 

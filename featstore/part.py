@@ -755,8 +755,8 @@ def _whole_or_nothing(path: Path, length: int) -> Iterator[int]:
             os.close(fd)
         _rename(temporary, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:  # of an operation on the descriptor: a full disk
-            error.filename = os.fspath(path)
+        if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
+            error.filename = os.fspath(path)  # operations on descriptors name none
         with suppress(OSError):  # the first error is the one to tell
             temporary.unlink()
         raise
@@ -766,6 +766,7 @@ def _whole_or_nothing(path: Path, length: int) -> Iterator[int]:
 # ---- every operation that changes the disk, so that a test can fail, record or stop at any of them
 
 _MAX_WRITE_BYTES = 64 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _create(path: Path) -> int:

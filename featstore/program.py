@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 import typer
@@ -62,7 +65,7 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = typer.main.get_command(app)
     try:
-        with command.make_context(name, arguments) as context:
+        with _ended_as_interrupted(), command.make_context(name, arguments) as context:
             command.invoke(context)
         return DONE
     except typer.Exit as end:
@@ -173,14 +176,24 @@ def _flat(prefix: str, value: Json) -> Iterator[tuple[str, str]]:
         yield prefix, "-" if value is None else str(value)
 
 
+@contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """Takes SIGTERM, which schedulers send at the end of a job's time, as Ctrl-C: what was computed is filed."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _sentence(error: Exception, name: str) -> str:
     if isinstance(error, _UsageError):
         return _usage_sentence(error, name)
     if isinstance(error, ImageError):
-        remedy = "Repair or remove the file"
-        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
-            remedy = "Bring the file back"
-        return f"{error}. {remedy}, or leave such images out with --on-error skip."
+        return f"{error}. Repair, remove or bring back the file, or leave such images out with --on-error skip."
     if isinstance(error, FeatureStoreError | FloatingPointError) or _is_wrong_usage(error):
         return str(error)
     if isinstance(error, OSError):

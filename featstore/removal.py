@@ -103,7 +103,7 @@ def _check_nothing_else(folder: Path, key: str) -> None:
 
 
 def _goes_with_the_set(name: str) -> bool:
-    is_of_the_system = name == ".DS_Store" or name.startswith(".nfs")
+    is_of_the_system = name == ".DS_Store" or name.startswith((".nfs", ".fuse_hidden", "._part-"))
     is_left_over = disk.is_temporary(name) or disk.is_set_aside(name)
     return PART_NAME.fullmatch(name) is not None or is_left_over or is_of_the_system
 

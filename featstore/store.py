@@ -226,19 +226,27 @@ class FeatureStore:
         failed = {} if chosen is None else chosen.failed
         return np.logical_or(digests.is_failed, is_among(digests.values, digest_rows(failed)))
 
-    def superseded(self, chosen: FeatureSet) -> dict[str, str | None]:
+    def superseded(self, chosen: FeatureSet, *, most: int | None = None) -> dict[str, str | None]:
         """The images of superseded rows: digest (hexadecimal) -> the id that the image had, in the order of the ids.
 
         A row is superseded if no newest image table holds its image, which was replaced or deleted since; without any
-        table none is. The id is that of the last table that held the image; None, of the last ones, where none did.
+        table none is. The id is that of the last table that held the image; None, of the last ones, where none that
+        can be read did.
+
+        Args:
+            chosen: whose rows.
+            most: names so many of them at most, those that were replaced or deleted last; the more, the more tables
+                are read.
 
         Raises:
-            DamagedFileError: for an image table that can't be read.
+            DamagedFileError: for a newest image table that can't be read.
         """
         digests = self._superseded(chosen)
-        ids = last_ids(digests, self._tables.latest_first()) if len(digests) else {}
+        wanted = len(digests) if most is None else min(most, len(digests))
+        ids = last_ids(digests, self._tables.latest_first(), wanted=wanted) if wanted else {}
         found = [(ids.get(digest), digest) for digest in (row.tobytes().hex() for row in digests)]
-        return {digest: name for name, digest in sorted(found, key=lambda each: (each[0] is None, each[0] or each[1]))}
+        named = sorted(found, key=lambda each: (each[0] is None, each[0] or each[1]))
+        return {digest: name for name, digest in named[:wanted]}
 
     def num_superseded(self, chosen: FeatureSet) -> int:
         """How many rows `superseded` names, found in less time."""
@@ -349,7 +357,7 @@ class FeatureStore:
         return path
 
     def unlike_images(self, images: ImageSet) -> list[str]:
-        """Names of the newest image tables of this set's name that have no image in common with it."""
+        """Names of the newest image tables of this set's name that have no id in common with it."""
         tables = self._tables.newest(lambda name: name == images.name)
         own = set(images.ids) if tables else set()
         return [table.stem for table in tables if own and own.isdisjoint(table.ids)]

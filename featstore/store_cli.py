@@ -459,11 +459,11 @@ def _ls_row(facts: dict[str, Json]) -> dict[str, Json]:
 
 def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
     facts = found.facts
-    superseded = _superseded(store, found)
+    num_superseded, superseded = _superseded(store, found)
     return {
         **found.describe(),
-        "superseded_rows": None if superseded is None else len(superseded),
-        "superseded": None if superseded is None else superseded[:MOST_LISTED],
+        "superseded_rows": num_superseded,
+        "superseded": superseded,
         "who": facts["who"],
         "class_tokens": facts["class_tokens"],
         "spec": found.spec.facts(),
@@ -484,16 +484,16 @@ def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
     }
 
 
-def _superseded(store: FeatureStore, found: FeatureSet) -> list[str] | None:
-    """What the images of superseded rows were called; None where an image table can't be read.
+def _superseded(store: FeatureStore, found: FeatureSet) -> tuple[int | None, list[str] | None]:
+    """How many superseded rows there are and what the images of some were called; None where a table can't be read.
 
     That `ls` and `verify` tell. An image that no table knows is called by its content.
     """
     try:
-        named = store.superseded(found)
+        named = store.superseded(found, most=MOST_LISTED)
+        return store.num_superseded(found), [name or f"content {digest[:12]}" for digest, name in named.items()]
     except DamagedFileError:
-        return None
-    return [f"content {digest[:12]}" if name is None else name for digest, name in named.items()]
+        return None, None
 
 
 def _counted(count: int | None, names: Sequence[str] | None) -> str | int | None:

@@ -138,10 +138,10 @@ class ImageTables:
         return newest
 
     def latest_first(self) -> Iterator[ImageTable]:
-        """All tables, replaced ones as well, each opened when it is asked for and not kept."""
+        """All tables that can be read, replaced ones as well, each opened when it is asked for and not kept."""
         described = self._descriptions(lambda name: True)
         for path in sorted(described, key=lambda path: described[path].when, reverse=True):
-            with suppress(FileNotFoundError), _readable(path):
+            with suppress(FileNotFoundError, DamagedFileError), _readable(path):
                 yield self._opened.get(path) or ImageTable(Table.open(path))
 
     def forget(self, path: Path) -> None:
@@ -189,14 +189,18 @@ def _readable(path: Path) -> Iterator[None]:
         raise DamagedFileError(f"{path} can't be read ({error.strerror}). Make it readable for you.") from error
 
 
-def last_ids(digests: NDArray[np.uint8], tables: Iterable[ImageTable]) -> dict[str, str]:
-    """Digest (hexadecimal) -> the id of that image, from the first of `tables` that holds it; none, where none does."""
+def last_ids(digests: NDArray[np.uint8], tables: Iterable[ImageTable], *, wanted: int) -> dict[str, str]:
+    """Digest (hexadecimal) -> the id of that image, from the first of `tables` that holds it; none, where none does.
+
+    No further table is asked for once as many as `wanted` are found.
+    """
     ids: dict[str, str] = {}
     for table in tables:
-        known = table.known
-        for place in np.flatnonzero(is_among(known.values, digests)).tolist():
+        places = np.flatnonzero(is_among(table.digests, digests)).tolist()
+        for place in places:
+            known = table.known
             ids.setdefault(known.values[place].tobytes().hex(), known.ids[place])
-        if len(ids) == len(digests):
+        if len(ids) >= wanted:
             break
     return ids
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -40,6 +41,7 @@ def make_model():
 # Interrupts itself at an all-white image: as Ctrl-C does, at a moment that the test chooses.
 IMPATIENT = """
 import os
+import signal
 from collections import OrderedDict
 
 from torch import nn
@@ -48,7 +50,7 @@ from torch import nn
 class Gate(nn.Module):
     def forward(self, values):
         if bool((values.amin(dim=(1, 2, 3)) > 2).any()) and "INTERRUPT_AT_WHITE" in os.environ:
-            raise KeyboardInterrupt
+            signal.raise_signal(int(os.environ["INTERRUPT_AT_WHITE"]))
         return values
 
 
@@ -371,7 +373,7 @@ def test_a_corrupt_image_stops_the_extraction_and_is_named(featstore: Program, h
     assert (ran.code, ran.out) == (1, "")
     last = ran.err.splitlines()[-1]
     assert last.startswith("cat/003.jpg: ")
-    assert last.endswith(". Repair or remove the file, or leave such images out with --on-error skip.")
+    assert last.endswith(". Repair, remove or bring back the file, or leave such images out with --on-error skip.")
     assert "Traceback" not in ran.err
     assert "Traceback" in featstore("extract", *flags("--debug")).err
 
@@ -450,15 +452,18 @@ def test_a_name_that_is_not_text_prints(featstore: Program, here: Path) -> None:
     assert "cat/köpek 狗.jpg: " in ran.err
 
 
-def test_after_ctrl_c_what_was_computed_is_filed(
-    featstore: Program, here: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_after_ctrl_c_or_the_end_of_its_time_what_was_computed_is_filed(
+    featstore: Program, here: Path, monkeypatch: pytest.MonkeyPatch, by: signal.Signals
 ) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     (here / "impatient.py").write_text(IMPATIENT, encoding="utf-8")
     Image.new("RGB", (90, 90), "white").save(here / "photos" / "dog" / "white.png")
     wanted = ["--images", "photos", "--store", "feats", "--backbone", "impatient.py:make_model", "--size", "32"]
-    monkeypatch.setenv("INTERRUPT_AT_WHITE", "1")
+    monkeypatch.setenv("INTERRUPT_AT_WHITE", str(int(by)))
     ran = featstore("extract", *wanted, "--batch-size", "4")
     assert (ran.code, ran.out) == (130, "")
+    assert signal.getsignal(signal.SIGTERM) == before
     assert ran.err.endswith("\nInterrupted. What was computed is filed; the same command computes the rest.\n")
     monkeypatch.delenv("INTERRUPT_AT_WHITE")
     again = featstore("extract", *wanted, "--json")

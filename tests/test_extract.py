@@ -480,10 +480,6 @@ def test_a_part_is_written_when_enough_rows_have_been_gathered_or_a_minute_after
     assert (np.concatenate([part.digests for part in parts]) == arrays(28).digests().values).all()
 
 
-def test_a_commit_is_due_after_256_mebibytes_or_60_seconds() -> None:
-    assert (MODULE.COMMIT_BYTES, MODULE.COMMIT_SECONDS) == (256 * 1024 * 1024, 60)
-
-
 def test_rows_are_gathered_in_few_files(store: FeatureStore) -> None:
     run(arrays(200), store, augment=Augment("flip", seeds=[0]))
     assert len(list(store.root.rglob("part-*.h5"))) == 2

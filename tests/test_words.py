@@ -75,13 +75,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def command_in(message: str) -> str:
-    found = re.search(r"featstore extract .*?(?= - or |; or |$)", message)
+    found = re.search(r"featstore extract .*?(?= - or |; or |\.$)", message)
     assert found is not None, message
     return found[0]
 
 
 def call_in(message: str) -> str:
-    found = re.search(r"extract\(.*?\)(?= - or |; or |$)", message)
+    found = re.search(r"extract\(.*?\)(?= - or |; or |\.$)", message)
     assert found is not None, message
     return found[0]
 
@@ -361,7 +361,7 @@ def test_after_a_stage_was_trained_the_remedy_names_the_new_weights_never_the_ol
         f"No stored features fit this request in features. Nearest is set {world.key('layer2')} (20 of 20 images); it "
         f"differs in: weights of stage layer2 (stored {before}, yours {after}; conv1...layer1 are equal). Features at "
         "layer1 would still be valid. Extract for these weights: "
-        "extract(learn.model, images, store, cuts=['layer2'], view=view)"
+        "extract(learn.model, images, store, cuts=['layer2'], view=view)."
     )
     learn.save("runs/tuned")
     saved = problem(learn)
@@ -387,15 +387,16 @@ def test_another_size_reduction_or_model_is_named(world: World) -> None:
     larger = world.learner(view=world.view.resized(size=24))
     assert problem(larger) == (
         f"{nearest}size (stored 16, yours 24); resize (stored 18, yours 27). Extract what you ask for: "
-        f"{EXTRACT} --cut layer2 --size 24"
+        f"{EXTRACT} --cut layer2 --size 24."
     )
     averaged = world.learner(reduce="avg")
     assert problem(averaged) == (
-        f"{nearest}reduction (stored concat, yours avg). Extract what you ask for: {EXTRACT} --cut layer2:avg --size 16"
+        f"{nearest}reduction (stored concat, yours avg). Extract what you ask for: {EXTRACT} --cut layer2:avg "
+        "--size 16."
     )
     earlier = world.learner(cut="layer1")
     assert problem(earlier) == (
-        f"{nearest}cut (stored layer2, yours layer1). Extract for these weights: {EXTRACT} --cut layer1 --size 16"
+        f"{nearest}cut (stored layer2, yours layer1). Extract for these weights: {EXTRACT} --cut layer1 --size 16."
     )
     for learn in (larger, averaged, earlier):
         run_command(problem(learn))

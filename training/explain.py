@@ -188,7 +188,7 @@ def _facts_differ(search: Search, asked: ImageSet) -> FeatureStoreError:
         still, subject = _still_valid(situation, nearest), "for these weights"
     return FactsDifferError(
         f"No stored features fit this request in {root}. Nearest is set {nearest.key[:8]} ({rows:,} of "
-        f"{len(digests):,} images); it differs in: {'; '.join(differences)}. {still}Extract {subject}: {remedy}"
+        f"{len(digests):,} images); it differs in: {'; '.join(differences)}. {still}Extract {subject}: {remedy}."
     )
 
 
