@@ -709,27 +709,31 @@ def _write_features(fd: int, chunks: Iterable[Tensor], offset: int, block_bytes:
     """Write all chunks from `offset` on; the CRC-32 of each block, which chunks may share."""
     checksums: list[int] = []
     written = 0
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(min(_MAX_SUMMING, num_processors())) as pool:
         for chunk in chunks:
             content = chunk.reshape(-1).view(torch.uint8).numpy().data
-            add = partial(_add_checksums, checksums, content, written, block_bytes)
-            # Summed up while the system copies it; a thread costs more than it saves for less.
-            summed = pool.submit(add) if len(content) >= _BLOCK_BYTES else add()
+            pieces = _pieces(content, written, block_bytes)
+            before = checksums.pop() if pieces and written % block_bytes else 0
+            shares = [pieces[start : start + _SHARE_BLOCKS] for start in range(0, len(pieces), _SHARE_BLOCKS)]
+            befores = [before, *(0 for _ in shares[1:])]
+            # Summed up while the system copies it; threads cost more than they save for less.
+            summed = (pool.map if len(content) >= _BLOCK_BYTES else map)(_checksums, shares, befores)
             _write_at(fd, content, offset + written)
-            if summed is not None:
-                summed.result()
+            checksums += [crc for share in summed for crc in share]
             written += len(content)
     return checksums
 
 
-def _add_checksums(checksums: list[int], content: memoryview, written: int, block_bytes: int) -> None:
-    """Continue the CRC-32 of each block with `content`, before which lie `written` bytes."""
-    while content:
-        piece = content[: block_bytes - written % block_bytes]
-        if written % block_bytes == 0:
-            checksums.append(0)
-        checksums[-1] = zlib.crc32(piece, checksums[-1])
-        content, written = content[len(piece) :], written + len(piece)
+def _pieces(content: memoryview, written: int, block_bytes: int) -> list[memoryview]:
+    """`content` by blocks, where `written` bytes lie before it: the first piece may go on with a block."""
+    head = min(-written % block_bytes, len(content))
+    pieces = [content[start : start + block_bytes] for start in range(head, len(content), block_bytes)]
+    return [content[:head], *pieces] if head else pieces
+
+
+def _checksums(pieces: Sequence[memoryview], before: int) -> list[int]:
+    """The CRC-32 of each piece; the first one goes on from `before`."""
+    return [zlib.crc32(piece, 0 if place else before) for place, piece in enumerate(pieces)]
 
 
 def _write_frame(fd: int, frame: _Frame) -> None:
@@ -766,6 +770,7 @@ def _whole_or_nothing(path: Path, length: int) -> Iterator[int]:
 # ---- every operation that changes the disk, so that a test can fail, record or stop at any of them
 
 _MAX_WRITE_BYTES = 64 << 20
+_MAX_SUMMING = 3  # threads, beside the one that writes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

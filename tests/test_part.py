@@ -139,6 +139,16 @@ def test_chunks_make_the_same_file_as_one_tensor(path: Path) -> None:
     assert chunked.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("sizes", [[1000], [1, 1, 700, 0, 298], [104, 896], [520, 103, 1, 1, 375]])
+def test_the_checksum_of_each_block_is_zlibs_however_the_rows_come(path: Path, sizes: list[int]) -> None:
+    features = random_bits(1000, (5000,))
+    write(path, list(torch.split(features, sizes)))
+    part = Part.open(path)
+    blocks = torch.split(features, part.block_rows)
+    assert len(blocks) == 10  # more than one thread takes at once
+    assert part.checksums.tolist() == [zlib.crc32(bits(block)) for block in blocks]
+
+
 def test_chunks_that_are_drawn_one_by_one_make_the_same_file(path: Path) -> None:
     features = random_bits(300, (5000,))
     write(path, features)
