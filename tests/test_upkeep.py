@@ -243,10 +243,14 @@ def test_failures_are_kept_unless_the_image_has_a_row_by_now(store: FeatureStore
     assert store.set(KEY).failed == merged.facts["failed"]
 
 
+@pytest.mark.parametrize(
+    ("limit", "of_ten_rows"), [("MAX_PART_BYTES", 10 * WIDTH * 4), ("MAX_PART_ROWS", 10)], ids=["bytes", "rows"]
+)
 def test_parts_that_are_large_already_are_left_and_none_grows_too_large(
-    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, limit: str, of_ten_rows: int
 ) -> None:
-    monkeypatch.setattr(compaction, "MAX_PART_BYTES", 10 * WIDTH * 4)
+    """In bytes, and in rows, of which one machine can open so many."""
+    monkeypatch.setattr(compaction, limit, of_ten_rows)
     large = file(store, *range(6))
     for start in range(6, 24, 3):
         file(store, *range(start, start + 3))
@@ -257,21 +261,6 @@ def test_parts_that_are_large_already_are_left_and_none_grows_too_large(
     assert sorted(part.num_rows for part in parts) == [6, 9, 9]
     assert same(rows_in(store), before)
     assert store.compact().merges == ()
-
-
-def test_no_merged_part_has_more_rows_than_one_machine_can_open(
-    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compaction, "MAX_PART_ROWS", 10)
-    large = file(store, *range(6))
-    for start in range(6, 24, 3):
-        file(store, *range(start, start + 3))
-    before = rows_in(store)
-    store.compact()
-    parts = store.set(KEY).parts
-    assert large in [part.path for part in parts]
-    assert sorted(part.num_rows for part in parts) == [6, 9, 9]
-    assert same(rows_in(store), before)
 
 
 def test_parts_of_several_folders_end_in_one(store: FeatureStore) -> None:
