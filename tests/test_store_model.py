@@ -588,9 +588,9 @@ class StoreMachine(RuleBasedStateMachine):
         first, second = (self._planned(self._store(is_new), CUTS, seeds, is_skipping) for is_new in (True, False))
         self._run(self._store(True), *first, None)
         match meanwhile:
-            case "compact":
+            case "compact" if self.root.exists():  # not where the first job found nothing that it could file
                 self.old.compact()
-            case "gc":
+            case "gc" if self.root.exists():
                 self.old.gc(older_than=0)
             case "remove" if self.model.existing():
                 self.remove(which=0, fault=None, is_new=True)
