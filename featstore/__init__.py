@@ -1,7 +1,5 @@
 """featstore: run a frozen backbone once, file its activations under everything that decides their values."""
 
-from featstore.adopt import AdoptReport, adopt
-from featstore.backbones import backbone, backbone_names
 from featstore.errors import (
     AmbiguousRequestError,
     DamagedFileError,
@@ -12,18 +10,20 @@ from featstore.errors import (
     ModelError,
     WeightsError,
 )
-from featstore.export import ExportReport, export
-from featstore.extract import ExtractReport, Plan, extract, plan
-from featstore.features import Features
-from featstore.foreign import ImportReport, import_features, import_file
-from featstore.images import ImageSet
-from featstore.pool import Pool
-from featstore.sets import FeatureRequest, FeatureSet
-from featstore.spec import FeatureSpec
-from featstore.staged import StagedModel
-from featstore.store import FeatureStore
-from featstore.trunk import Output, Trunk
-from featstore.views import Augment, View
+from featstore.exchange.export import ExportReport, export
+from featstore.exchange.imports import ImportReport, import_features, import_file
+from featstore.extraction.adopt import AdoptReport, adopt
+from featstore.extraction.extract import ExtractReport, Plan, extract, plan
+from featstore.images.image_set import ImageSet
+from featstore.images.views import Augment, View
+from featstore.models.backbones import backbone, backbone_names
+from featstore.models.pool import Pool
+from featstore.models.staged import StagedModel
+from featstore.models.trunk import Output, Trunk
+from featstore.store.features import Features
+from featstore.store.sets import FeatureRequest, FeatureSet
+from featstore.store.spec import FeatureSpec
+from featstore.store.store import FeatureStore
 
 __version__ = "0.1.0"
 

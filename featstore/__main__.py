@@ -2,7 +2,7 @@
 
 import sys
 
-from featstore.cli import main
+from featstore.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Crashes what changes a store as tests/test_crash.py does, thousands of times: too slow for the tests, which draw few.
+"""Crashes what changes a store as tests/promises/test_crash.py does, thousands of times: the tests draw few.
 
     .venv/bin/python scripts/crash.py [--kills 200] [--crowd-kills 200] [--runs 5] [--power-losses 600]
         [--second-power-losses 15] [--seed 0]
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from crashing import SCENARIOS, Forker, UnbrokenRun, crowd_and_check, kill_and_check, rows_in
+from support.crashing import SCENARIOS, Forker, UnbrokenRun, crowd_and_check, kill_and_check, rows_in
 
 NUM_IMAGES = 60
 """Of an extraction that is killed."""

@@ -26,12 +26,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-import featstore.cli
+import featstore.cli.app
 import training.cli
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, backbone
+from featstore.cli.flags import load_model
+from featstore.cli.program import DONE, FAILED, INCOMPLETE, table
 from featstore.digest import Json
-from featstore.flags import load_model
-from featstore.program import DONE, FAILED, INCOMPLETE, table
 from training import Learner, plots
 from training.fit import Record
 
@@ -45,7 +45,7 @@ TUNING_RATES = (1e-4, 1e-3)
 HIGHEST_RATE = 1e-2
 """Highest rate for a head: of a handful of images the finder may see no rate that is too high."""
 
-PROGRAMS = {"featstore": featstore.cli.main, "featstore-train": training.cli.main}
+PROGRAMS = {"featstore": featstore.cli.app.main, "featstore-train": training.cli.main}
 
 
 @dataclass(frozen=True, kw_only=True)

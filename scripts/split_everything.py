@@ -19,7 +19,7 @@ from torch import nn
 from featstore import StagedModel, backbone, backbone_names
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from splitting import checked_cuts, randomise
+from support.splitting import checked_cuts, randomise
 
 BIG = ("resnet101", "resnet152", "vit_l_16", "vit_l_32", "vit_h_14")
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 # The networks are small, and where other work shares the cores torch's threads wait for one another. Measured on 2 busy
-# cores: tests/test_equivalence.py 51 s with one, over 250 s with two; all tests 7.2 min in one process, 6.4 min in two
+# cores: the tests of equivalence 51 s with one, over 250 s with two; all tests 7.2 min in one process, 6.4 min in two
 # of pytest-xdist at a like load: not worth one more tool. Before torch, which reads it once; processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

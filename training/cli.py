@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featstore.digest import Json
-from featstore.flags import (
+from featstore.cli.flags import (
     AugmentFlags,
     ImageFlags,
     ModelFlags,
@@ -24,13 +23,14 @@ from featstore.flags import (
     parse_numbers,
     spread,
 )
-from featstore.images import ImageSet
-from featstore.pool import REDUCTIONS
-from featstore.program import new_app, one_of, run, show, show_json, table, tell, tell_all
-from featstore.runs import check_free
-from featstore.staged import StagedModel
-from featstore.store import FeatureStore
-from featstore.views import View
+from featstore.cli.program import new_app, one_of, run, show, show_json, table, tell, tell_all
+from featstore.digest import Json
+from featstore.images.image_set import ImageSet
+from featstore.images.views import View
+from featstore.models.pool import REDUCTIONS
+from featstore.models.runs import check_free
+from featstore.models.staged import StagedModel
+from featstore.store.store import FeatureStore
 from training.heads import HEADS
 from training.learner import METRICS, Learner
 from training.metrics import wilson_interval

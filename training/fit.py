@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from featstore.errors import FeatureStoreError
-from featstore.graph import mode_of
-from training.batches import Batches
+from featstore.models.graph import mode_of
+from training.inputs.batches import Batches
 from training.metrics import Loss, Metric
 
 Record = dict[str, float]

@@ -19,26 +19,26 @@ from numpy.typing import NDArray
 from torch import nn
 
 import featstore
-from featstore.commands import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.digest import Json
 from featstore.errors import AmbiguousRequestError, DamagedFileError, FactsDifferError, FeatureStoreError
-from featstore.extract import check_size
-from featstore.images import ImageSet, overlap_note
-from featstore.runs import new_run, read_run, write_run
-from featstore.staged import PoolStage, StagedModel
-from featstore.store import FeatureStore
-from featstore.trunk import choose_device
-from featstore.views import Augment, View
+from featstore.extraction.extract import check_size
+from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
+from featstore.images.image_set import ImageSet, overlap_note
+from featstore.images.views import Augment, View
+from featstore.models.runs import new_run, read_run, write_run
+from featstore.models.staged import PoolStage, StagedModel
+from featstore.models.trunk import choose_device
+from featstore.store.store import FeatureStore
 from training import metrics as scores
 from training import optim, schedules
-from training.batches import Batches
 from training.fit import History, Record, outputs, predicted, run_epochs
 from training.heads import build_head
-from training.inputs import Inputs, Source, derive, extract_missing, find, labelled, training_part
+from training.inputs.batches import Batches
+from training.inputs.derive import Inputs, Source, derive, extract_missing, find, labelled, training_part
+from training.inputs.situation import OnError, OnMissing, Origin, Situation, frozen_words, training_words, views_words
 from training.lr_find import LearningRates, find_lr
 from training.predict import Prediction, as_images, predictions, probabilities, write_csv
 from training.saved import check_head, head_digest, no_images, past_split, saved_backbone, saved_head
-from training.situation import OnError, OnMissing, Origin, Situation, frozen_words, training_words, views_words
 from training.splits import PastSplit, with_classes
 
 HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.json", "valid_predictions.csv"

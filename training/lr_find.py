@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.batches import Batches
 from training.fit import check_any, copied_tensors, put_back, seeded, training_mode
+from training.inputs.batches import Batches
 from training.metrics import Loss
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from featstore.staged import AbsentStage, Stage, StagedModel
+from featstore.models.staged import AbsentStage, Stage, StagedModel
 
 LearningRate = float | Sequence[float]
 """One rate for all groups; one for each group; or two, (low, high), spread geometrically over all groups."""

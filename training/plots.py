@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from featstore.images import ImageSet
-from featstore.render import Job, render
-from featstore.views import OwnPolicy, Policy, View
+from featstore.images.image_set import ImageSet
+from featstore.images.render import Job, render
+from featstore.images.views import OwnPolicy, Policy, View
 
 
 class Plot(Figure):

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.digest import Json
-from featstore.image_sources import FolderSource
-from featstore.images import IMAGE_SUFFIXES, ImageSet
+from featstore.images.image_set import IMAGE_SUFFIXES, ImageSet
+from featstore.images.sources import FolderSource
 
 NUM_TOP = 5
 THRESHOLD = 0.5

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from featstore.images import ImageSet
-from featstore.runs import check_free
-from featstore.staged import StagedModel
-from featstore.store import FeatureStore
-from featstore.views import Augment
+from featstore.images.image_set import ImageSet
+from featstore.images.views import Augment
+from featstore.models.runs import check_free
+from featstore.models.staged import StagedModel
+from featstore.store.store import FeatureStore
 from training.learner import Learner
 from training.optim import LearningRate
 

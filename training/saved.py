@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from featstore.backbones import architecture, restored
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError
-from featstore.graph import split_into_stages
-from featstore.image_sources import AbsentSource
-from featstore.images import ImageSet, Task
-from featstore.operations import START, chain
-from featstore.runs import Run
-from featstore.staged import HeadStage, StagedModel
-from featstore.views import View
+from featstore.images.image_set import ImageSet, Task
+from featstore.images.sources import AbsentSource
+from featstore.images.views import View
+from featstore.models.backbones import architecture, restored
+from featstore.models.digests import START, chain
+from featstore.models.graph import split_into_stages
+from featstore.models.runs import Run
+from featstore.models.staged import HeadStage, StagedModel
 from training.splits import PastSplit
 
 

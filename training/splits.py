@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import DamagedFileError, FeatureStoreError
-from featstore.image_digests import Digests, KnownDigest
-from featstore.images import ImageSet
+from featstore.images.digests import Digests, KnownDigest
+from featstore.images.image_set import ImageSet
 
 FILE = "split.npz"
 _SPLITS = ("train", "valid", "test")

@@ -25,9 +25,9 @@ from measuring import machine
 from store import write
 
 from featstore import Features, FeatureStore, ImageSet, View
-from featstore.image_digests import Digests, no_stats
-from featstore.image_sources import AbsentSource
-from featstore.spec import FeatureSpec
+from featstore.images.digests import Digests, no_stats
+from featstore.images.sources import AbsentSource
+from featstore.store.spec import FeatureSpec
 
 WIDTH = 16
 """Values a row: what is looked at here doesn't depend on it."""

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from featstore import Features, FeatureStore, ImageSet, View
-from featstore.spec import FeatureSpec
+from featstore.store.spec import FeatureSpec
 
 BATCH = 256
 COMMIT_BYTES = 64 << 20

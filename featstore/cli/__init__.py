@@ -1,0 +1,1 @@
+"""Cli: the `featstore` program, and what both programs share."""

@@ -1,0 +1,286 @@
+"""The `featstore` program: extract features, keep the stores that hold them, see where a backbone can be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featstore.cli.flags import (
+    AugmentFlags,
+    ImageFlags,
+    ModelFlags,
+    OutputFlags,
+    RunFlags,
+    StoreOption,
+    ViewFlags,
+    load_model,
+    spread,
+)
+from featstore.cli.program import (
+    DONE,
+    INCOMPLETE,
+    IncompleteError,
+    new_app,
+    one_of,
+    run,
+    show,
+    show_json,
+    table,
+    tell,
+    tell_all,
+)
+from featstore.cli.store import COMMANDS
+from featstore.digest import Json
+from featstore.extraction.extract import ExtractReport, Plan, plan, run_plan
+from featstore.extraction.remedy import DEFAULT_DTYPE, DEFAULT_PRECISION
+from featstore.models.backbones import backbone_names, outline, weight_names
+from featstore.models.pool import REDUCTIONS
+from featstore.models.staged import Stage, StagedModel
+from featstore.models.trunk import PRECISIONS, Precision
+from featstore.store.sets import DTYPES
+from featstore.store.store import FeatureStore
+from featstore.words import size_text
+
+DEFAULTS = """\b
+Defaults that depend on what is asked for:
+  --cut         the last value with positions before the last layer with
+                parameters: resnet layer4, squeezenet features.12,
+                vit encoder.ln; without positions, the vector there
+  --reduce      auto: concat for maps, token for a ViT, none for vectors
+  --size ...    the weights' own preprocessing; a weights file or a model of
+                your own has none: 256/224 and ImageNet's mean and deviation
+  --valid       0.2 of images without a split of their own, by --split-seed 0
+  --precision   fp32 is true float32 on every device; tf32, bf16 and fp16
+                are other values and other features
+  --batch-size  that of rows already stored, else 32 on a CPU, 256 on a GPU
+
+\b
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 incomplete: the file of an
+image isn't there; with --on-error skip, which extracts the others all the
+same, also if it vanished or changed meanwhile; or, for status, an image has
+no features yet.
+"""
+
+app = new_app(help=__doc__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit code; `argv` are the arguments after its name."""
+    return run(app, "featstore", argv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetFlags:
+    """Which feature sets, and in which store."""
+
+    store: StoreOption
+    cut: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CUT[:REDUCE]", help="Where to cut; may be given again.", show_default="see below"),
+    ] = None
+    reduce: Annotated[
+        str, typer.Option(metavar="|".join(("auto", *REDUCTIONS)), help="Reduction of cuts without their own.")
+    ] = "auto"
+    dtype: Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Of the stored values.")] = DEFAULT_DTYPE
+    precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help="Of the arithmetic.")] = DEFAULT_PRECISION
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Images a pass.", show_default="see below")
+    ] = None
+
+    def __post_init__(self) -> None:
+        one_of("--reduce", self.reduce, ("auto", *REDUCTIONS))
+        one_of("--dtype", self.dtype, tuple(DTYPES))
+        one_of("--precision", self.precision, PRECISIONS)
+        if Path(self.store).exists() and not Path(self.store).is_dir():
+            raise ValueError(f"--store {self.store} is a file. Expected a folder, or the name of a new one.")
+
+    @property
+    def cuts(self) -> list[str]:
+        """The cuts that were named."""
+        return self.cut or []
+
+
+@app.command(epilog=DEFAULTS)
+@spread
+def extract(
+    images: ImageFlags,
+    model: ModelFlags,
+    sets: SetFlags,
+    view: ViewFlags,
+    augment: AugmentFlags,
+    how: RunFlags,
+    output: OutputFlags,
+) -> None:
+    """Compute the features that a store lacks, and file them."""
+    planned = _planned(images, model, sets, view, augment)
+    tell(planned.describe())
+    if how.on_image_error == "raise":
+        _refuse_absent(planned)
+    try:
+        report = run_plan(
+            planned,
+            FeatureStore(sets.store),
+            on_error=how.on_image_error,
+            device=how.device,
+            batch_size=sets.batch_size,
+            workers=how.workers,
+            progress=bool(planned.is_missing.any()),
+        )
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note("What was computed is filed; the same command computes the rest.")
+        raise
+    _report(report, output)
+    raise typer.Exit(INCOMPLETE if report.missing else DONE)
+
+
+@app.command(epilog=DEFAULTS)
+@spread
+def status(
+    images: ImageFlags,
+    model: ModelFlags,
+    sets: SetFlags,
+    view: ViewFlags,
+    augment: AugmentFlags,
+    how: RunFlags,
+    output: OutputFlags,
+) -> None:
+    """Count the images that a store has features of.
+
+    Takes the flags of extract and computes nothing.
+    """
+    planned = _planned(images, model, sets, view, augment)
+    counts = planned.status(on_error=how.on_error)
+    if output.json:
+        show_json(counts)
+    else:
+        failed = f", {counts['failed']:,} failed" if counts["failed"] else ""
+        show(
+            f"{counts['images']:,} images, {counts['stored']:,} stored, {planned.to_compute(on_error=how.on_error)}"
+            f"{failed}, {size_text(counts['bytes'])}"
+        )
+    raise typer.Exit(INCOMPLETE if counts["missing"] else DONE)
+
+
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+@app.command()
+@spread
+def backbones(
+    output: OutputFlags,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME|FILE.py:FN|RUN_DIR]", help="One backbone, to see its cuts.")
+    ] = None,
+) -> None:
+    """List backbones and their weights; of one, its cuts."""
+    if name is None:
+        known = [{"name": each, "weights": weight_names(each)} for each in backbone_names()]
+        if output.json:
+            show_json(known)
+        else:
+            show(table([{"name": each["name"], "weights": ", ".join(each["weights"])} for each in known]))
+            tell("DEFAULT stands for the first of the weights. The cuts of one: featstore backbones NAME.")
+        return
+    model = outline(name) if name in backbone_names() else load_model(name, None)
+    facts = _cut_facts(model)
+    if output.json:
+        show_json(facts)
+        return
+    tell(f"{facts['name']}: {facts['parameters']:,} parameters; shapes for images of {facts['size']} pixels")
+    show(table([_cut_row(each) for each in facts["cuts"]]))
+
+
+def _planned(images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFlags, augment: AugmentFlags) -> Plan:
+    """What is asked for, against what is stored; says all that its owner should know about it."""
+    augmentation = augment.augmentation()
+    if augmentation is not None and augmentation.is_fresh:
+        raise ValueError(
+            "Fresh views can't be stored: each epoch has its own (--seeds fresh). Give fixed seeds, such as --seeds "
+            "0-3, or train from images: featstore-train ... --seeds fresh."
+        )
+    image_set, notes = images.image_set()
+    tell_all(notes)
+    staged = model.model(sets.cuts)
+    tell_all(staged.notes)
+    precision: Precision = sets.precision  # type: ignore[assignment]  # checked by SetFlags
+    planned = plan(
+        staged,
+        image_set,
+        FeatureStore(sets.store),
+        cuts=sets.cuts or None,
+        reduce=sets.reduce,
+        augment=augmentation,
+        view=view.view(staged.view),
+        dtype=sets.dtype,
+        precision=precision,
+    )
+    tell_all(planned.notes())
+    return planned
+
+
+def _refuse_absent(planned: Plan) -> None:
+    absent = [planned.images.ids[index] for index in planned.is_absent.nonzero()[0]]
+    if absent:
+        raise IncompleteError(
+            f"{len(absent):,} of {len(planned.images):,} image files {'is' if len(absent) == 1 else 'are'} absent "
+            f"(first: {absent[0]}). Expected all. Bring them back, or say with --root where a table's paths start; or "
+            "extract the others with --on-error skip."
+        )
+
+
+def _report(report: ExtractReport, output: OutputFlags) -> None:
+    tell(str(report))
+    tell_all([f"{image}: {reason}" for image, reason in report.failures], indent="  ")
+    if output.json:
+        failures: Json = [list(failure) for failure in report.failures]
+        show_json(
+            {
+                "sets": list(report.sets),
+                "failed": report.failed,
+                "missing": report.missing,
+                "seconds": report.seconds,
+                "failures": failures,
+            }
+        )
+    else:
+        show(table([each | {"key": each["key"][:8]} for each in report.sets]))
+
+
+def _cut_facts(model: StagedModel) -> dict[str, Json]:
+    default = model.default_cut
+    cuts = []
+    for name, stage in zip(model.cut_points, model.stages, strict=False):  # pool and head, behind them, are no cuts
+        assert isinstance(stage, Stage)
+        cuts.append(
+            {
+                "name": name,
+                "shape": list(model.shape(name)),
+                "layout": model.layout(name),
+                "parameters": sum(parameter.numel() for parameter in stage.parameters()),
+                "aliases": list(stage.aliases),
+                "is_default": name == default,
+            }
+        )
+    return {
+        "name": model.name,
+        "size": model.view.size,
+        "parameters": sum(each["parameters"] for each in cuts),
+        "default_cut": default,
+        "cuts": cuts,
+    }
+
+
+def _cut_row(cut: dict[str, Json]) -> dict[str, Json]:
+    return {
+        "cut": cut["name"],
+        "shape": cut["shape"],
+        "layout": cut["layout"],
+        "parameters": cut["parameters"],
+        "": "(default)" if cut["is_default"] else "",
+        "also called": ", ".join(cut["aliases"]),
+    }

@@ -1,0 +1,445 @@
+"""Flags that both programs share: how each is written, its default, and the value that it stands for.
+
+A dataclass is a group of flags. `spread` makes a command that takes such groups into one that typer understands.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from featstore.cli.program import one_of
+from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
+from featstore.images.augmentation import BUILT_IN
+from featstore.images.image_set import OWN_SPLITS, ImageSet, Task
+from featstore.images.views import INTERPOLATIONS, Augment, View
+from featstore.models.backbones import backbone, backbone_names, outline
+from featstore.models.staged import StagedModel
+from featstore.models.trunk import choose_device
+
+FEW_IMAGES = 100
+"""Below so many validation images, the steps in which accuracy moves are worth a sentence."""
+
+_ON_ERROR = ("raise", "skip")
+_TASKS = ("single", "multi")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFlags:
+    """Which images, with which labels and split."""
+
+    images: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER|FILE.csv|FILE.tsv",
+            help="A folder of class folders (below train/, valid/, test/), or a table.",
+        ),
+    ]
+    root: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where a table's paths start.", show_default="the table's folder"),
+    ] = None
+    path_column: Annotated[str, typer.Option(metavar="NAME", help="A table's column of paths.")] = "path"
+    label_column: Annotated[
+        str, typer.Option(metavar="NAME", help="A table's column of labels; '' if nothing is labelled.")
+    ] = "label"
+    label_sep: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What stands between several labels of one image.")
+    ] = None
+    split_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A table's column of train, valid or test; '' to leave it aside.",
+            show_default=f"{OWN_SPLITS}, if there is one",
+        ),
+    ] = None
+    group_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A table's column of what stays in one split, a patient say.")
+    ] = None
+    task: Annotated[str, typer.Option(metavar="single|multi", help="One label an image, or any number.")] = "single"
+    valid: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FRACTION",
+            help="Held out of images that bring no split of their own; 0: nothing.",
+            show_default=str(DEFAULT_VALID),
+        ),
+    ] = None
+    split_seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Which images are held out.", show_default=str(DEFAULT_SPLIT_SEED)),
+    ] = None
+
+    def __post_init__(self) -> None:
+        one_of("--task", self.task, _TASKS)
+
+    def image_set(self) -> tuple[ImageSet, list[str]]:
+        """The images, dealt into splits, and what their owner should read about them.
+
+        Raises:
+            ValueError: for flags that don't go together, and as `ImageSet.from_folder`, `from_csv` and `split` do.
+            FeatureStoreError: if a folder can't be listed.
+        """
+        is_table = not os.path.isdir(self.images) and (_is_table(self.images) or os.path.isfile(self.images))
+        images = self._from_table() if is_table else self._from_folder()
+        notes = [*_skipped_note(images), *self._single_labels_note(images)]
+        if self.split_column or (images.splits != "").any():
+            self._refuse_a_second_split(images)
+            return images, [*notes, *self._found_split_note(images)]
+        valid = DEFAULT_VALID if self.valid is None else self.valid
+        seed = DEFAULT_SPLIT_SEED if self.split_seed is None else self.split_seed
+        if valid == 0:
+            return images, notes
+        dealt = images.split(valid=valid, seed=seed)
+        return dealt, [*notes, f"{self._no_split(images)}: {_held_out(dealt, valid, seed)}"]
+
+    def _no_split(self, images: ImageSet) -> str:
+        """Why the images are dealt."""
+        if "split_column" not in images.origin:
+            return "no valid/ folder"
+        if images.origin["split_column"] is None:
+            return "no split column"
+        return f"the column {OWN_SPLITS} is empty" if self.split_column is None else "no split column is used"
+
+    def _found_split_note(self, images: ImageSet) -> list[str]:
+        """A word about a split that nobody named."""
+        column = images.origin.get("split_column")
+        if column is None or self.split_column is not None:
+            return []
+        dealt = Counter(images.splits.tolist())
+        words = {"train": "train", "valid": "valid", "test": "test", "": "not dealt"}
+        counts = ", ".join(f"{word} {dealt[split]:,}" for split, word in words.items() if dealt[split])
+        return [f"split by the table's column {column}: {counts} (to deal anew: --split-column '')"]
+
+    def _single_labels_note(self, images: ImageSet) -> list[str]:
+        """A word of doubt where a table for several labels an image never has more than one."""
+        if images.task == "single" or images.targets is None or (images.targets.sum(axis=1) > 1).any():
+            return []
+        classes = ", ".join(images.classes[:4]) + ", ..." * (len(images.classes) > 4)
+        separator = "is --label-sep missing?" if self.label_sep is None else f"is --label-sep {self.label_sep!r} right?"
+        return [f"no image has more than one label (the classes are {classes}); {separator}"]
+
+    def _from_table(self) -> ImageSet:
+        task: Task = "multi" if self.task == "multi" else "single"
+        return ImageSet.from_csv(
+            self.images,
+            root=self.root,
+            path_column=self.path_column,
+            label_column=self.label_column or None,
+            label_sep=self.label_sep,
+            split_column=self.split_column,
+            group_column=self.group_column,
+            task=task,
+        )
+
+    def _from_folder(self) -> ImageSet:
+        defaults = {each.name: each.default for each in fields(self)}
+        for name in ("root", "path_column", "label_column", "label_sep", "split_column", "group_column", "task"):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} is for a table of images, and {self.images} is "
+                    "none. Leave it out, or give a .csv or .tsv file with --images."
+                )
+        return ImageSet.from_folder(self.images)
+
+    def _refuse_a_second_split(self, images: ImageSet) -> None:
+        for name, value in (("--valid", self.valid), ("--split-seed", self.split_seed)):
+            if value is not None:
+                instead = "give images without a split"
+                if "split_column" in images.origin:
+                    instead = "leave the table's column aside with --split-column ''"
+                raise ValueError(
+                    f"{name} {value} would deal images that bring a split of their own ({images.describe()}). Leave "
+                    f"out {name}, or {instead}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Which backbone, with which weights."""
+
+    backbone: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE.py:FN|RUN_DIR", help="A name (featstore backbones), your own function, or a saved run."
+        ),
+    ]
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEFAULT|ENUM|none|FILE",
+            help="Weights; none: a seeded initialisation.",
+            show_default="DEFAULT for a name, else its own",
+        ),
+    ] = None
+
+    def model(self, cuts: Sequence[str] = ()) -> StagedModel:
+        """The model, see `load_model`."""
+        return load_model(self.backbone, self.weights, cuts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewFlags:
+    """How images are resized, cropped and normalised; what isn't given comes with the weights."""
+
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Side of the square that the backbone sees, in pixels; takes --resize along in the weights' ratio.",
+            show_default="the weights', else 224",
+        ),
+    ] = None
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Shorter side before the crop, in pixels.", show_default="the weights', else 256"
+        ),
+    ] = None
+    mean: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Subtracted, in 0 ... 1.", show_default="the weights', else ImageNet's"),
+    ] = None
+    std: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Divided by, in 0 ... 1.", show_default="the weights', else ImageNet's"),
+    ] = None
+    interpolation: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(INTERPOLATIONS), help="", show_default="the weights', else bilinear"),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.interpolation is not None:
+            one_of("--interpolation", self.interpolation, INTERPOLATIONS)
+
+    def view(self, own: View) -> View:
+        """The view `own` of a model with these flags applied to it.
+
+        Raises:
+            ValueError: for numbers that make no view.
+        """
+        view = own.resized(size=self.size, resize=self.resize)
+        if self.mean is not None:
+            view = replace(view, mean=_three("--mean", self.mean))
+        if self.std is not None:
+            view = replace(view, std=_three("--std", self.std))
+        return view if self.interpolation is None else replace(view, interpolation=self.interpolation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentFlags:
+    """An augmentation policy and its seeds, which belong together."""
+
+    augment: Annotated[
+        str | None, typer.Option(metavar="|".join(BUILT_IN), help="Augmentation policy; needs --seeds.")
+    ] = None
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="0-3|fresh", help="Fixed views, one a seed; or fresh ones in each epoch (training only)."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.augment is not None:
+            one_of("--augment", self.augment, tuple(BUILT_IN))
+        if self.augment in (None, "none") and self.seeds is not None:
+            raise ValueError(
+                f"--seeds {self.seeds} is given without an augmentation, and the evaluation view has no seeds. Add "
+                "--augment POLICY, or leave out --seeds."
+            )
+        if self.augment not in (None, "none") and self.seeds is None:
+            raise ValueError(
+                f"--augment {self.augment} needs seeds, and there is no default for them. Give --seeds 0-3 for four "
+                "fixed views, which can be stored, or, in training, --seeds fresh for new views each epoch."
+            )
+
+    def augmentation(self) -> Augment | None:
+        """What was asked for; None for the evaluation view alone."""
+        if self.augment is None or self.seeds is None:
+            return None
+        return Augment(self.augment, parse_seeds_or_fresh(self.seeds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """How the work is done; no value depends on it."""
+
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:1", help="auto: the first GPU, else the CPU.")] = (
+        "auto"
+    )
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Threads that read and decode; 0: none beside the main one.",
+            show_default="one a processor, up to 8",
+        ),
+    ] = None
+    on_error: Annotated[
+        str,
+        typer.Option(metavar="raise|skip", help="An image that can't be read: stop, or leave it out and report it."),
+    ] = "raise"
+
+    def __post_init__(self) -> None:
+        one_of("--on-error", self.on_error, _ON_ERROR)
+        choose_device(self.device)
+
+    @property
+    def on_image_error(self) -> Literal["raise", "skip"]:
+        """What to do about an image that can't be read."""
+        return "skip" if self.on_error == "skip" else "raise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """How a program speaks."""
+
+    json: Annotated[bool, typer.Option("--json", help="The result as one JSON document on stdout.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="After an error, its traceback.")] = False
+
+
+StoreOption = Annotated[str, typer.Option("--store", metavar="DIR", help="Where features are filed.")]
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` for typer: each parameter that is a group of flags is replaced by the group's flags.
+
+    A group is made, and thereby checked, when the command is called.
+    """
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type[Any]] = {}
+    hints = get_type_hints(command, include_extras=True)
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            groups[parameter.name] = hint
+            parameters += _flags_of(hint)
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
+
+    def called(**given: Any) -> None:
+        made = {
+            name: group(**{each.name: given.pop(each.name) for each in fields(group)}) for name, group in groups.items()
+        }
+        command(**made, **given)
+
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {each.name: each.annotation for each in parameters}
+    return called
+
+
+def load_model(source: str, weights: str | None, cuts: Sequence[str] = ()) -> StagedModel:
+    """`backbone(source, weights)` whose tensors fit up to the deepest of `cuts` (``CUT`` or ``CUT:REDUCTION``).
+
+    Raises:
+        ValueError: for an unknown backbone or cut; of a named backbone before any weights are read.
+    """
+    names = [cut.partition(":")[0] for cut in cuts]
+    with redirect_stdout(sys.stderr):  # torch.hub announces its downloads there, and a person's file may print
+        if source in backbone_names():
+            skeleton = outline(source)
+        elif names and weights is not None:
+            skeleton = backbone(source)
+        else:
+            return backbone(source, weights)
+        return backbone(source, weights, cut=max(names, key=skeleton.index, default=None))
+
+
+def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
+    """The seeds that a flag lists.
+
+    >>> parse_seeds("0-3,7")
+    (0, 1, 2, 3, 7)
+
+    Raises:
+        ValueError: for anything but numbers and ranges from 0 on.
+    """
+    seeds: list[int] = []
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        bounds = (first, last if dash else first)
+        if not all(bound.isascii() and bound.isdigit() for bound in bounds) or int(bounds[0]) > int(bounds[1]):
+            raise ValueError(
+                f"{flag} is {text!r}, and {piece!r} is neither a seed nor a rising range of seeds. Expected numbers "
+                f"from 0 on, such as {flag} 0-3 or {flag} 0,2,5-7."
+            )
+        seeds += range(int(bounds[0]), int(bounds[1]) + 1)
+    return tuple(seeds)
+
+
+def parse_seeds_or_fresh(text: str, flag: str = "--seeds") -> tuple[int, ...] | Literal["fresh"]:
+    """The seeds that a flag lists, or "fresh"."""
+    return "fresh" if text == "fresh" else parse_seeds(text, flag)
+
+
+def parse_numbers(text: str, flag: str) -> tuple[float, ...]:
+    """The finite numbers of a flag, between commas.
+
+    >>> parse_numbers("1e-5,1e-3", "--lr")
+    (1e-05, 0.001)
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        numbers = tuple(float(piece) for piece in text.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{flag} is {text!r}. Expected numbers with commas between them, such as {flag} 0.5,0.5,0.5.")
+    return numbers
+
+
+def _flags_of(group: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if each.default is MISSING else each.default,
+            annotation=hints[each.name],
+        )
+        for each in fields(group)
+    ]
+
+
+def _is_table(path: str) -> bool:
+    return path.lower().endswith((".csv", ".tsv"))
+
+
+def _skipped_note(images: ImageSet) -> list[str]:
+    if not images.skipped:
+        return []
+    count = len(images.skipped)
+    named = [f"{path}: {reason}" for path, reason in images.skipped[:3]] + ["..."] * (count > 3)
+    return [f"{count:,} file{'' if count == 1 else 's'} skipped ({', '.join(named)})"]
+
+
+def _held_out(images: ImageSet, valid: float, seed: int) -> str:
+    count = int((images.splits == "valid").sum())
+    text = f"{count:,} of {len(images):,} images held out (--valid {valid:g}, --split-seed {seed})."
+    if images.is_labelled and images.task == "single" and 0 < count < FEW_IMAGES:
+        text += (
+            f" With {count} validation image{'' if count == 1 else 's'} accuracy moves in steps of {100 / count:.3g} %."
+        )
+    return text
+
+
+def _three(flag: str, text: str) -> tuple[float, float, float]:
+    numbers = parse_numbers(text, flag)
+    if len(numbers) != 3:
+        raise ValueError(f"{flag} is {text!r}, {len(numbers)} numbers. Expected three, for red, green and blue.")
+    return numbers[0], numbers[1], numbers[2]

@@ -1,0 +1,1 @@
+"""Extraction: what is missing is planned, computed and filed."""

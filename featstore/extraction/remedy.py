@@ -1,0 +1,183 @@
+"""Commands: a request as the command line that fulfils it, or as the Python call where no command can say it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from featstore.digest import Json
+from featstore.images.image_set import OWN_SPLITS, ImageSet
+from featstore.images.views import Augment, View
+from featstore.models.staged import StagedModel
+
+DEFAULT_VALID, DEFAULT_SPLIT_SEED = 0.2, 0
+"""What the programs hold out of a set without a split of its own."""
+
+DEFAULT_DTYPE, DEFAULT_PRECISION = "float16", "fp32"
+
+
+def extract_remedy(
+    model: StagedModel,
+    images: ImageSet,
+    store: Path,
+    *,
+    cuts: Sequence[str],
+    view: View | None = None,
+    augment: Augment | None = None,
+    dtype: str | None = None,
+    precision: str | None = None,
+    on_error: str = "raise",
+) -> str:
+    """How to extract `cuts` (each ``CUT`` or ``CUT:REDUCTION``): a command, else the Python call.
+
+    A command needs images from a folder or table, a backbone that a name, a file's function or a run gives, and a
+    policy with a name. It holds every flag that differs from its default.
+    """
+    flags = _flags(model, images, view, augment)
+    if flags is None:
+        return _python_call(
+            model, cuts=cuts, view=view, augment=augment, dtype=dtype, precision=precision, on_error=on_error
+        )
+    of_images, of_model, of_view, of_augment = flags
+    words = ["featstore", "extract", *of_images, "--store", str(store), *of_model]
+    for cut in cuts:
+        words += ["--cut", cut]
+    words += [*of_view, *of_augment]
+    words += _unless("--dtype", dtype, DEFAULT_DTYPE) + _unless("--precision", precision, DEFAULT_PRECISION)
+    words += _unless("--on-error", on_error, "raise")
+    return shlex.join(words)
+
+
+def image_flags(images: ImageSet) -> list[str] | None:
+    """The image flags that make this set, or the one it was selected from; None where no flags can.
+
+    Splits that were dealt in Python in another way than the programs deal (folds, `with_splits`, a test share) have
+    none.
+    """
+    origin = images.origin
+    made_by = origin.get("constructor")
+    if made_by == "from_folder":
+        flags = ["--images", str(origin["root"])]
+        own_splits = _folder_splits(images)
+    elif made_by == "from_csv":
+        flags = ["--images", str(origin["path"]), *_unless("--root", origin["root"], None)]
+        own_splits = images.splits.tolist() if origin["split_column"] else None
+        for name, default in _TABLE_DEFAULTS.items():
+            value = "" if name == "label_column" and origin[name] is None else origin[name]  # '': nothing is labelled
+            flags += _unless(f"--{name.replace('_', '-')}", value, default)
+    else:
+        return None
+    split = origin.get("split")
+    if own_splits is not None:
+        return flags if split is None and own_splits == images.splits.tolist() else None
+    if split is None:
+        return None if any(images.splits != "") else [*flags, "--valid", "0"]
+    if split["groups"] or not split["stratify"] or split["test"]:
+        return None
+    flags += _unless("--valid", split["valid"], DEFAULT_VALID)
+    return flags + _unless("--split-seed", split["seed"], DEFAULT_SPLIT_SEED)
+
+
+def model_flags(model: StagedModel) -> list[str] | None:
+    """The flags that make this model, or None where no flags can."""
+    if "backbone" not in model.origin:
+        return None
+    return ["--backbone", str(model.origin["backbone"]), *_unless("--weights", model.origin.get("weights"), "DEFAULT")]
+
+
+def view_flags(view: View, default: View) -> list[str] | None:
+    """The flags that turn the evaluation view `default` into `view`'s, or None where no flags can."""
+    wanted, start = view.evaluation, default.evaluation
+    turned = replace(start, interpolation=wanted.interpolation)  # the nearest pixel has no antialiasing
+    if (wanted.decode, wanted.apply_exif, wanted.antialias) != (start.decode, start.apply_exif, turned.antialias):
+        return None
+    flags = _unless("--size", wanted.size, start.size)
+    scaled = start.resized(size=wanted.size) if wanted.size != start.size else start
+    flags += _unless("--resize", wanted.resize, scaled.resize)
+    flags += _unless("--mean", _numbers(wanted.mean), _numbers(start.mean))
+    flags += _unless("--std", _numbers(wanted.std), _numbers(start.std))
+    return flags + _unless("--interpolation", wanted.interpolation, start.interpolation)
+
+
+def seed_ranges(seeds: Sequence[int]) -> str:
+    """Seeds as a flag says them.
+
+    >>> seed_ranges([0, 1, 2, 3, 7, 9, 10])
+    '0-3,7,9-10'
+    """
+    runs: list[list[int]] = []
+    for seed in sorted(seeds):
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+_SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
+_TABLE_DEFAULTS = {
+    "path_column": "path",
+    "label_column": "label",
+    "label_sep": None,
+    "split_column": OWN_SPLITS,
+    "group_column": None,
+    "task": "single",
+}
+
+
+def _flags(
+    model: StagedModel, images: ImageSet, view: View | None, augment: Augment | None
+) -> tuple[list[str], list[str], list[str], list[str]] | None:
+    of_images, of_model = image_flags(images), model_flags(model)
+    of_view = view_flags(view or model.view, model.view)
+    if of_images is None or of_model is None or of_view is None:
+        return None
+    of_augment: list[str] = []
+    if augment is not None:
+        if augment.policy.function is not None or augment.seeds == "fresh":
+            return None
+        of_augment = ["--augment", augment.policy.name, "--seeds", seed_ranges(augment.seeds)]
+    return of_images, of_model, of_view, of_augment
+
+
+def _python_call(
+    model: StagedModel,
+    *,
+    cuts: Sequence[str],
+    view: View | None,
+    augment: Augment | None,
+    dtype: str | None,
+    precision: str | None,
+    on_error: str,
+) -> str:
+    """A call in the words of the documentation: `model`, `images`, `store`, `view` and `policy` are the caller's."""
+    arguments: dict[str, str] = {"cuts": repr(list(cuts))}
+    if view is not None and view.evaluation != model.view.evaluation:
+        arguments["view"] = "view"
+    if augment is not None and augment.seeds != "fresh":
+        name = augment.policy.name
+        policy = repr(name) if augment.policy.function is None else name if name.isidentifier() else "policy"
+        arguments["augment"] = f"Augment({policy}, seeds={list(augment.seeds)})"
+    if dtype not in (None, DEFAULT_DTYPE):
+        arguments["dtype"] = repr(dtype)
+    if precision not in (None, DEFAULT_PRECISION):
+        arguments["precision"] = repr(precision)
+    if on_error != "raise":
+        arguments["on_error"] = repr(on_error)
+    return f"extract(model, images, store, {', '.join(f'{name}={value}' for name, value in arguments.items())})"
+
+
+def _unless(flag: str, value: Json, default: Json) -> list[str]:
+    return [] if value is None or value == default else [flag, str(value)]
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(str(value) for value in values)
+
+
+def _folder_splits(images: ImageSet) -> list[str] | None:
+    """The splits that an image folder's own train, valid and test folders give; None where it has none."""
+    splits = [_SPLIT_FOLDERS.get(name.partition("/")[0].lower(), "") for name in images.ids]
+    return splits if splits and all(splits) else None

@@ -1,0 +1,1 @@
+"""Images: which ones there are, their bytes and contents, and how each becomes a view."""

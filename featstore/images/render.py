@@ -1,0 +1,150 @@
+"""Rendering: images to uint8 views, read and decoded by threads, delivered in order, each image decoded once."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featstore.errors import ImageError
+from featstore.images.decode import DecodeError, decode
+from featstore.images.digests import content_digest
+from featstore.images.views import RenderError, View
+
+
+class Readable(Protocol):
+    """Images that can be read by place; an `ImageSet` is one."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The images' names."""
+
+    def read(self, index: int) -> bytes | NDArray[np.uint8]:
+        """The encoded bytes, or the array, of one image; `ImageError` where it can't be read."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image and the views that are wanted of it.
+
+    Attributes:
+        index: its place among the images.
+        digest: the SHA-256 of its content, as it was when the work was planned.
+        views: in any number; the image is decoded once for all of them.
+    """
+
+    index: int
+    digest: bytes
+    views: tuple[View, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """What became of one job.
+
+    Attributes:
+        index: the image's place.
+        views: one uint8 `(3, size, size)` for each view asked for; None after a failure.
+        decoder: which decoder read the image, see `featstore.images.decode.DECODERS`; 0 after a failure.
+        failure: why there are no views, without the image's name; None where there are.
+        is_lasting: whether every image of this content fails so; False where the content wasn't had: the file has
+            vanished, can't be read, or was changed.
+    """
+
+    index: int
+    views: tuple[Tensor, ...] | None
+    decoder: int
+    failure: str | None
+    is_lasting: bool = False
+
+
+def render(
+    images: Readable,
+    jobs: Iterable[Job],
+    *,
+    workers: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> Generator[Rendered]:
+    """The views of each job, in the order of the jobs, which are drawn as they are needed.
+
+    At most two images a worker are ahead of the caller, so memory does not grow with the number of jobs. When the
+    iterator is closed, or an image is refused, the images in hand are finished and all threads end.
+
+    Args:
+        images: what is rendered.
+        jobs: which of the images, and how.
+        workers: threads that read, decode and render; 0 does it in the calling thread, with equal results. The default
+            is one a processor, up to 8.
+        on_error: "raise" stops at the first image that fails; "skip" delivers it with its `failure`.
+
+    Raises:
+        ImageError: with "raise", naming the image: when it can't be read or decoded, is no longer the one whose digest
+            the job holds, or a policy fails on it, which is then named too.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f'on_error is {on_error!r}; expected "raise" or "skip"')
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1)
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; expected 0, for the calling thread, or more")
+    rendered = _in_threads(images, jobs, workers) if workers else (_rendered(images, job) for job in jobs)
+    return _refusing(rendered, images) if on_error == "raise" else rendered
+
+
+def _in_threads(images: Readable, jobs: Iterable[Job], workers: int) -> Generator[Rendered]:
+    # The workers leave torch's thread count alone. torch.set_num_threads(1) in a worker lasts beyond it: measured, the
+    # caller keeps its count, but every thread started afterwards gets 1. Nor is it needed: decoding and resizing uint8
+    # run in one thread each (wall and processor time equal, with 1 and 2 threads allowed), and so do numpy's copies.
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="featstore-render")
+    ahead: deque[Future[Rendered]] = deque()
+    try:
+        for job in jobs:
+            ahead.append(pool.submit(_rendered, images, job))
+            if len(ahead) == 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _refusing(rendered: Generator[Rendered], images: Readable) -> Generator[Rendered]:
+    with closing(rendered):
+        for each in rendered:
+            if each.failure is not None:
+                raise ImageError(images.ids[each.index], each.failure)
+            yield each
+
+
+def _rendered(images: Readable, job: Job) -> Rendered:
+    try:
+        data = images.read(job.index)
+        if content_digest(data) != job.digest:
+            return Rendered(job.index, None, 0, "it was changed while the job ran; run the job again")
+        return _views(data, job)
+    except ImageError as error:
+        return Rendered(job.index, None, 0, error.reason)
+    except (DecodeError, RenderError) as error:
+        return Rendered(job.index, None, 0, str(error), is_lasting=True)
+    except Exception as error:
+        error.add_note(f"while rendering {images.ids[job.index]}")  # a fault of ours, or of the caller's images
+        raise
+
+
+def _views(data: bytes | NDArray[np.uint8], job: Job) -> Rendered:
+    decoded: dict[tuple[str, bool], Tensor] = {}
+    views, decoder = [], 0
+    for view in job.views:
+        rules = view.decode, view.apply_exif
+        if rules not in decoded:
+            decoded[rules], decoder = decode(data, policy=view.decode, apply_exif=view.apply_exif)
+        views.append(view.render(decoded[rules], job.digest))
+    return Rendered(job.index, tuple(views), decoder, None)

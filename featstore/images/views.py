@@ -1,0 +1,358 @@
+"""View: one deterministic rendering of an image, the evaluation view or an augmented one by its seed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featstore.digest import Json
+from featstore.images.augmentation import (
+    BUILT_IN,
+    FLIP,
+    FLIP_PROBABILITY,
+    NONE,
+    RANDOM_RESIZED_CROP,
+    Draws,
+    OwnPolicy,
+    Policy,
+    RenderError,
+    policy,
+    random_box,
+)
+from featstore.images.decode import MAX_PIXELS
+from featstore.images.decode import POLICY as DECODE_POLICY
+
+__all__ = ["BUILT_IN", "INTERPOLATIONS", "Augment", "OwnPolicy", "Policy", "RenderError", "View", "policy"]
+
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact")
+"""What torch can resize uint8 with; each gives the same bits on every CPU level."""
+
+MAX_SEED = 2**63 - 1
+"""The largest seed, as folders are named by theirs: what a signed integer of 64 bits holds."""
+
+_SMOOTH = ("bilinear", "bicubic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How an image becomes a model's input: shorter side to `resize`, the central square of `size`, standardised.
+
+    Equal views give equal values; a rendering depends on the image's content and the view, and on nothing else.
+    Without preset: ImageNet's usual 256, 224, mean and standard deviation.
+
+    Attributes:
+        size: side of the result, in pixels.
+        resize: shorter side before the crop, in pixels; at least `size`.
+        interpolation: one of `INTERPOLATIONS`.
+        antialias: whether shrinking averages; always False with the nearest pixel, where it has no meaning.
+        mean: of R, G, B in 0 ... 1, subtracted by `normalise`.
+        std: of R, G, B, which `normalise` then divides by.
+        decode: the decode policy, see `featstore.images.decode`.
+        apply_exif: whether the EXIF orientation is obeyed.
+        policy: augmentation; None in the evaluation view.
+        seed: which of the policy's results, from 0 to `MAX_SEED`; None in the evaluation view.
+        version: of the arithmetic in this file.
+    """
+
+    version: ClassVar[int] = 1
+
+    size: int = 224
+    resize: int = 256
+    interpolation: str = "bilinear"
+    antialias: bool = True
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    decode: str = DECODE_POLICY
+    apply_exif: bool = True
+    policy: Policy | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("size", self.size, 1)
+        _check_int("resize", self.resize, 1)
+        if self.resize < self.size:
+            raise ValueError(
+                f"resize {self.resize} is less than size {self.size}: the crop would reach beyond the image; give a "
+                f"resize of {self.size} or more"
+            )
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {self.interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
+        if self.decode != DECODE_POLICY:
+            raise ValueError(f"decode policy {self.decode!r} is unknown here; this featstore has {DECODE_POLICY!r}")
+        if self.interpolation not in _SMOOTH:
+            object.__setattr__(self, "antialias", False)  # equal values, hence equal facts
+        object.__setattr__(self, "mean", _channels("mean", self.mean))
+        object.__setattr__(self, "std", _channels("std", self.std))
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} has a value that is not above 0")
+        if (self.policy is None) != (self.seed is None):
+            raise ValueError(f"policy {self.policy} and seed {self.seed} belong together; give both or neither")
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0)
+            _check_largest_seed(self.seed)
+        if self.policy == NONE:
+            raise ValueError("the policy none has no seeds: it is the evaluation view; leave policy and seed out")
+
+    @classmethod
+    def from_preset(cls, preset: Any) -> View:
+        """The evaluation view of torchvision's preset, such as ``ResNet34_Weights.DEFAULT.transforms()``.
+
+        Raises:
+            TypeError: for anything without a preset's fields.
+            ValueError: when it asks for what a view can't do (a crop that is not square, say).
+        """
+        names = ("crop_size", "resize_size", "mean", "std", "interpolation", "antialias")
+        if missing := [name for name in names if not hasattr(preset, name)]:
+            raise TypeError(
+                f"{type(preset).__name__} is no preset for image classification: it has no {', '.join(missing)}"
+            )
+        return cls(
+            size=_one_side("crop_size", preset.crop_size),
+            resize=_one_side("resize_size", preset.resize_size),
+            interpolation=str(preset.interpolation.value),
+            antialias=bool(preset.antialias),  # None means no, for tensors
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+        )
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Json]) -> View:
+        """The view of `facts`, as from `facts()`. A person's own policy comes back without its function.
+
+        Raises:
+            ValueError: for facts of another version, or not those of a view.
+        """
+        given = dict(facts)
+        if given.pop("version", None) != cls.version:
+            raise ValueError(f"a view of version {facts.get('version')}; this featstore has version {cls.version}")
+        known = {each.name for each in fields(cls)}
+        required = known - {"policy", "seed"}
+        if not required <= given.keys() <= known:
+            raise ValueError(f"the facts of a view are {sorted(known)}, not {sorted(given)}")
+        if "policy" in given:
+            given["policy"] = Policy.from_facts(given["policy"])
+        return cls(**given)
+
+    def facts(self) -> dict[str, Json]:
+        """All that decides values, as JSON values. An evaluation view's hold no policy and no seed."""
+        facts: dict[str, Json] = {each.name: getattr(self, each.name) for each in fields(self)}
+        facts |= {"version": self.version, "mean": list(self.mean), "std": list(self.std)}
+        del facts["policy"], facts["seed"]
+        if self.policy is not None:
+            facts |= {"policy": self.policy.facts, "seed": self.seed}
+        return facts
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether this is a view without augmentation."""
+        return self.policy is None
+
+    @property
+    def evaluation(self) -> View:
+        """This view without augmentation."""
+        return replace(self, policy=None, seed=None)
+
+    def with_seed(self, policy: str | OwnPolicy | Policy, seed: int) -> View:
+        """This view with an augmentation: a policy's name, a person's own function, or a `Policy`."""
+        return replace(self, policy=_policy(policy), seed=seed)
+
+    def resized(self, *, size: int | None = None, resize: int | None = None) -> View:
+        """This view at another size; `size` alone takes `resize` along in the present ratio, rounded half up."""
+        if size is not None and resize is None:
+            resize = (2 * size * self.resize + self.size) // (2 * self.size)
+        return replace(self, size=size or self.size, resize=resize or self.resize)
+
+    def label(self) -> str:
+        """The view in a few words, for people.
+
+        >>> View().label()
+        'evaluation view'
+        >>> View().with_seed("random_resized_crop", 3).label()
+        'random_resized_crop, seed 3'
+        """
+        return "evaluation view" if self.policy is None else f"{self.policy.name}, seed {self.seed}"
+
+    def differences(self, other: View) -> list[tuple[str, str, str]]:
+        """The fields in which two views differ: what it is, its value here, its value in `other`, in words.
+
+        >>> View().differences(View(size=192, apply_exif=False))
+        [('size', '224', '192'), ('EXIF orientation', 'applied', 'ignored')]
+        """
+        mine, others = self._words(), other._words()
+        return [(name, mine[name], others[name]) for name in mine if mine[name] != others[name]]
+
+    def _words(self) -> dict[str, str]:
+        return {
+            "size": str(self.size),
+            "resize": str(self.resize),
+            "interpolation": self.interpolation,
+            "antialiasing": "on" if self.antialias else "off",
+            "mean": ", ".join(map(str, self.mean)),
+            "std": ", ".join(map(str, self.std)),
+            "decode policy": self.decode,
+            "EXIF orientation": "applied" if self.apply_exif else "ignored",
+            "augmentation": "none" if self.policy is None else self.policy.describe(),
+            "seed": "none" if self.seed is None else str(self.seed),
+        }
+
+    def render(self, image: Tensor, digest: bytes) -> Tensor:
+        """The view of an image: uint8 `(3, size, size)`, contiguous, sharing no memory with `image`.
+
+        Args:
+            image: uint8 `(3, H, W)` on the CPU, in any strides.
+            digest: the SHA-256 of the image's content, 32 bytes; with the seed it decides the augmentation.
+
+        Raises:
+            RenderError: for an image that would be too large when resized, or on which a person's policy fails.
+        """
+        _check_image(image)
+        if self.policy is None or self.seed is None:
+            return _planes(self._resized_and_cropped(image))
+        if self.policy == FLIP:
+            draws = self.policy.draws(self.seed, digest)
+            return _planes(self._resized_and_cropped(image), is_mirrored=_is_mirrored(draws))
+        if self.policy == RANDOM_RESIZED_CROP:
+            draws = self.policy.draws(self.seed, digest)
+            box = random_box(image.shape[1], image.shape[2], draws)
+            part = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
+            return _planes(self._interpolated(part, self.size, self.size), is_mirrored=_is_mirrored(draws))
+        return _planes(self._resized_and_cropped(self.policy.apply(image, self.seed, digest)))
+
+    def normalise(self, batch: Tensor) -> Tensor:
+        """The model's input: float32 `(N, 3, size, size)` on the batch's device, from uint8 `(N, 3, size, size)`.
+
+        On the CPU equal to torchvision's presets bit for bit.
+        """
+        if batch.dtype != torch.uint8 or batch.shape[1:] != (3, self.size, self.size):
+            raise ValueError(
+                f"a batch {tuple(batch.shape)} of {batch.dtype}; expected uint8 (N, 3, {self.size}, {self.size}), the "
+                "views that this view rendered"
+            )
+        # Divisors are tensors: by a plain number a GPU multiplies with the rounded reciprocal, in other last bits.
+        constants = torch.tensor([[255.0] * 3, self.mean, self.std], dtype=torch.float32, device=batch.device)[
+            :, :, None, None
+        ]
+        return batch.to(torch.float32).div_(constants[0]).sub_(constants[1]).div_(constants[2])
+
+    def _resized_and_cropped(self, image: Tensor) -> Tensor:
+        """`(3, size, size)`, with the roundings of torchvision's presets."""
+        height, width = image.shape[1:]
+        long = int(self.resize * max(height, width) / min(height, width))
+        if long * self.resize > MAX_PIXELS:
+            raise RenderError(
+                f"{width} x {height} pixels would be {long:,} x {self.resize} with the shorter side resized; at most "
+                f"{MAX_PIXELS:,} pixels are made; crop the image"
+            )
+        image = self._interpolated(image, *((long, self.resize) if width <= height else (self.resize, long)))
+        top, left = (round((side - self.size) / 2) for side in image.shape[1:])
+        return image[:, top : top + self.size, left : left + self.size]
+
+    def _interpolated(self, image: Tensor, height: int, width: int) -> Tensor:
+        """`(3, height, width)`. uint8 throughout: torch's float resize gives other last bits on other CPU levels."""
+        if image.shape[1:] == (height, width):
+            return image
+        align_corners = False if self.interpolation in _SMOOTH else None
+        return F.interpolate(
+            image[None],
+            size=(height, width),
+            mode=self.interpolation,
+            align_corners=align_corners,
+            antialias=self.antialias,
+        )[0]
+
+
+@dataclass(frozen=True, init=False)
+class Augment:
+    """A policy and its seeds: some fixed views of each image, or `seeds="fresh"`, new ones in each epoch.
+
+    Attributes:
+        policy: a policy's name, a person's own function, or a `Policy`; afterwards always a `Policy`.
+        seeds: distinct integers, 0 or more, afterwards sorted; or "fresh". There is no default: fixed views can be
+            stored and fresh ones can't.
+    """
+
+    policy: Policy
+    seeds: tuple[int, ...] | Literal["fresh"]
+
+    def __init__(self, policy: str | OwnPolicy | Policy, seeds: Iterable[int] | Literal["fresh"]) -> None:
+        object.__setattr__(self, "policy", _policy(policy))
+        object.__setattr__(self, "seeds", _checked_seeds(seeds))
+        if self.policy == NONE:
+            raise ValueError("the policy none has no seeds: it is the evaluation view; leave the augmentation out")
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether each epoch has views of its own."""
+        return self.seeds == "fresh"
+
+    def views(self, view: View) -> tuple[View, ...]:
+        """`view` with each of the seeds, in their order.
+
+        Raises:
+            ValueError: for fresh seeds, which are as many as there are epochs.
+        """
+        if self.seeds == "fresh":
+            raise ValueError("fresh seeds have no fixed views; give seeds such as range(4) for views that stay")
+        return tuple(view.with_seed(self.policy, seed) for seed in self.seeds)
+
+
+_policy = policy  # inside View and Augment the name means the field
+
+
+def _checked_seeds(seeds: Iterable[int] | str) -> tuple[int, ...] | Literal["fresh"]:
+    if isinstance(seeds, str) and seeds == "fresh":
+        return "fresh"
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
+        raise TypeError(f'seeds {seeds!r} are neither integers, such as range(4), nor "fresh"')
+    checked = tuple(sorted({operator.index(seed) for seed in seeds}))
+    if not checked or checked[0] < 0:
+        raise ValueError(f"seeds {checked} should be one or more integers from 0 on, such as range(4)")
+    _check_largest_seed(checked[-1])
+    return checked
+
+
+def _is_mirrored(draws: Draws) -> bool:
+    return draws.uniform(0, 1) < FLIP_PROBABILITY
+
+
+def _planes(image: Tensor, *, is_mirrored: bool = False) -> Tensor:
+    """A contiguous copy. numpy's, which stays in this thread: torch's copies fork a team of OpenMP threads in each."""
+    array = image.numpy()
+    return torch.from_numpy(np.array(array[:, :, ::-1] if is_mirrored else array, order="C"))
+
+
+def _check_image(image: Tensor) -> None:
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"an image {tuple(image.shape)} of {image.dtype}; expected uint8 (3, H, W)")
+
+
+def _check_int(name: str, value: object, lowest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise ValueError(f"{name} is {value!r}; expected an integer from {lowest} on")
+
+
+def _check_largest_seed(seed: int) -> None:
+    if seed > MAX_SEED:
+        worded = str(seed) if seed.bit_length() <= 128 else f"a number of {seed.bit_length():,} bits"
+        raise ValueError(f"seed {worded} is too large; expected at most 2**63 - 1; give a smaller one, such as 0")
+
+
+def _channels(name: str, values: Iterable[float]) -> tuple[float, float, float]:
+    red_green_blue = tuple(float(value) for value in values)
+    if len(red_green_blue) != 3 or not np.isfinite(red_green_blue).all():
+        raise ValueError(f"{name} is {red_green_blue}; expected three finite numbers, for R, G and B")
+    return red_green_blue[0], red_green_blue[1], red_green_blue[2]
+
+
+def _one_side(name: str, value: int | list[int]) -> int:
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) != 1:
+        raise ValueError(f"the preset's {name} is {value}; expected one side, for a square")
+    return sides.pop()

@@ -1,0 +1,666 @@
+"""StagedModel: a network as an ordered sequence of named stages that can be cut, frozen, thawed and given a head."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featstore.digest import Json, digest_json, digest_tensor
+from featstore.errors import ModelError
+from featstore.images.views import View
+from featstore.models.digests import START, chain, passes_through
+from featstore.models.graph import GraphStage, eval_mode, may_write, random_states_kept, split_into_stages
+from featstore.models.pool import Pool, automatic
+
+POOL, HEAD = "pool", "head"
+"""Names of the two stages that `StagedModel.with_head` adds; a number follows where a backbone has such a name."""
+
+
+class Stage(nn.Module):
+    """One stage: abstract; the final classes are TracedStage, PoolStage, HeadStage and AbsentStage.
+
+    Attributes:
+        name: of the value that the stage ends in.
+        aliases: other names of that value.
+        may_write_input: whether its forward may write into its input's memory.
+        has_effect: False where it changes nothing in eval mode (dropout).
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    may_write_input: bool = False
+    has_effect: bool = True
+
+    def digest(self, before: str) -> str:
+        """The chained digest after this stage, given the digest before it."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parameters and persistent buffers, by their names in the whole model."""
+        raise NotImplementedError
+
+
+class TracedStage(Stage):
+    """Operations of a traced module; holds its leaf layers.
+
+    Args:
+        stage: the operations.
+        state: names of the tensors that the whole module saves; constants of its forward aren't among them.
+    """
+
+    def __init__(self, stage: GraphStage, state: Collection[str]) -> None:
+        super().__init__()
+        self.name, self.aliases = stage.name, stage.aliases
+        self.in_eval, self.in_train = stage.eval, stage.train
+        self.training = stage.eval.training
+        self.may_write_input = may_write(stage.eval) or (stage.train is not None and may_write(stage.train))
+        self.has_effect = not passes_through(stage.eval)
+        self._state = frozenset(state) & self._all_tensors().keys()
+
+    def digest(self, before: str) -> str:
+        """See Stage."""
+        return chain(before, self.in_eval)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Stage."""
+        return {name: value for name, value in self._all_tensors().items() if name in self._state}
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """The value at the end of the stage; whole modules may hand over other things than tensors between them."""
+        graph = self.in_train if self.training and self.in_train is not None else self.in_eval
+        value: Tensor = graph(activations)
+        return value
+
+    def _all_tensors(self) -> dict[str, Tensor]:
+        in_train = {} if self.in_train is None else self.in_train.state_dict()
+        return {**in_train, **self.in_eval.state_dict()}
+
+
+class PoolStage(Stage):
+    """A reduction, right after the cut where the head sits."""
+
+    def __init__(self, name: str, pool: Pool) -> None:
+        super().__init__()
+        self.name, self.pool = name, pool
+        self.has_effect = pool.reduction != "none"
+
+    def digest(self, before: str) -> str:
+        """See Stage."""
+        return before if self.pool.reduction == "none" else digest_json([before, "pool", self.pool.facts()])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Stage."""
+        return {}
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Pooled activations."""
+        pooled: Tensor = self.pool(activations)
+        return pooled
+
+
+class HeadStage(Stage):
+    """The head: a module from pooled activations to logits ``(N, K)``."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.name, self.module = name, module
+        self.training = module.training
+        self.may_write_input = True  # a person's module may do anything
+
+    def digest(self, before: str) -> str:
+        """See Stage. Tensors only: nothing is cached behind a head."""
+        return digest_json([before, "head", {name: digest_tensor(value) for name, value in self.tensors().items()}])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Stage."""
+        return {f"{self.name}.{name}": value for name, value in self.module.state_dict().items()}
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.module(activations)
+        return logits
+
+
+class AbsentStage(Stage):
+    """A stage known by name, output and digest alone: what a store knows of the trunk that made its features."""
+
+    def __init__(self, *, name: str, layout: str, shape: tuple[int, ...], digest: str) -> None:
+        super().__init__()
+        self.name, self.layout, self.shape, self._digest = name, layout, shape, digest
+
+    def digest(self, before: str) -> str:
+        """See Stage."""
+        return self._digest
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Stage."""
+        return {}
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Can't run.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            f"The trunk up to {self.name} isn't here: this model came from a store, which knows its name and digest "
+            "but not its weights. Attach it: learn.attach(model), or work with stored features only."
+        )
+
+
+class StagedModel(nn.Module):
+    """A network as named stages. Trunk and tail are views of it that share its parameters.
+
+    Frozen stages get no gradient and run in eval mode whatever `train()` says. A model made by `with_head` shares its
+    stages with the model it came from; thawing such a stage replaces it by a copy, so that model is never changed.
+
+    Attributes:
+        stages: in order.
+        view: how images are prepared for it, its weights' own evaluation view.
+        name: a label for people and folders.
+        origin: how a command line names it (backbone, weights), empty for a model made in Python.
+        class_tokens: tokens at the start of each NLC value that stand for the whole image.
+        fixed_size: the only image size it takes (a ViT), or None.
+        notes: sentences about how it was made that its user should read once.
+        unused: names of tensors of the module it was made from that its output doesn't depend on.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        view: View,
+        name: str,
+        layouts: Mapping[str, str] | None = None,
+        class_tokens: int = 0,
+        origin: Mapping[str, Json] | None = None,
+        default_cut: str | None = None,
+        fixed_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.fixed_size = fixed_size
+        self.notes: tuple[str, ...] = ()
+        self.unused: frozenset[str] = frozenset()
+        self.training = any(stage.training for stage in stages)
+        self._default_cut = default_cut
+        self.view, self.name, self.class_tokens = view, name, class_tokens
+        self.origin = dict(origin or {})
+        self._layouts = dict(layouts or {})
+        self._num_frozen = 0
+        self._num_shared = 0  # the first so many stages belong to another model as well
+        self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        *,
+        view: View | None = None,
+        name: str | None = None,
+        layouts: Mapping[str, str] | None = None,
+        class_tokens: int = 0,
+        containers: Collection[str] = (),
+        origin: Mapping[str, Json] | None = None,
+        fixed_size: int | None = None,
+    ) -> StagedModel:
+        """A staged model of `module`, cut wherever one value alone crosses; it shares the module's parameters.
+
+        Args:
+            module: takes float images ``(N, 3, H, W)``, returns one tensor ``(N, ...)``.
+            view: how images are prepared; default: 256/224 and ImageNet's mean and standard deviation.
+            name: a label; default: the class's name.
+            layouts: layout of the values whose layout isn't NCHW (4 dimensions), NLC (3) or NC (2), by cut name.
+            class_tokens: 1 for a transformer whose first token stands for the image.
+            containers: module paths too coarse to name a cut.
+            origin: how a command line names this model.
+            fixed_size: the only image size it takes, if there is just one.
+
+        Raises:
+            ModelError: what can't be traced or keyed, named.
+        """
+        state = module.state_dict(keep_vars=True).keys()
+        stages = [TracedStage(stage, state) for stage in split_into_stages(module, containers=containers)]
+        model = cls(
+            stages,
+            view=view or View(),
+            name=name or type(module).__name__.lower(),
+            layouts=layouts,
+            class_tokens=class_tokens,
+            origin=origin,
+            fixed_size=fixed_size,
+        )
+        model.unused = frozenset(state - model.tensors().keys())
+        return model
+
+    @classmethod
+    def from_stages(cls, stages: Mapping[str, nn.Module], **options: Any) -> StagedModel:
+        """A staged model of modules that run one after the other, by name; `options` as in `from_module`."""
+        return cls.from_module(nn.Sequential(OrderedDict(stages)), **options)
+
+    @classmethod
+    def absent(cls, stages: Sequence[Mapping[str, Json]], *, view: View, name: str, class_tokens: int) -> StagedModel:
+        """A trunk known by what was recorded of it: name, layout, shape and digest of each stage."""
+        known = [
+            AbsentStage(name=stage["name"], layout=stage["layout"], shape=tuple(stage["shape"]), digest=stage["digest"])
+            for stage in stages
+        ]
+        return cls(known, view=view, name=name, class_tokens=class_tokens)
+
+    # ------------------------------------------------------------------------------------------------ cuts and digests
+
+    @property
+    def cut_points(self) -> list[str]:
+        """Names of the values that alone cross, in order; the last is the output (or the last before pool and head)."""
+        return [stage.name for stage in self._ordered() if not isinstance(stage, PoolStage | HeadStage)]
+
+    @property
+    def default_cut(self) -> str:
+        """Where a head goes if nobody says: the last value with positions before the last layer with parameters.
+
+        Values that only dropout made are passed over. A network without maps or tokens is cut at the vector there.
+        """
+        if self._default_cut is not None:
+            return self._default_cut
+        stages = [stage for stage in self._ordered() if not isinstance(stage, PoolStage | HeadStage)]
+        if isinstance(stages[-1], AbsentStage):
+            return stages[-1].name
+        last = max((index for index, stage in enumerate(stages) if any(True for _ in stage.parameters())), default=0)
+        before = [stage.name for stage in stages[:last] if stage.has_effect]
+        if not before:
+            raise ModelError(
+                f"{self.name} has no value before its last layer with parameters ({stages[last].name}), so there is "
+                f"no default cut. Name one: {', '.join(self.cut_points)}."
+            )
+        with_positions = [name for name in before if self._has_positions(name)]
+        return (with_positions or before)[-1]
+
+    def keep_default_cut(self, cut: str) -> None:
+        """Makes `cut` the default cut, also where stages behind it are missing."""
+        self._default_cut = self.canonical(cut)
+
+    def index(self, cut: str) -> int:
+        """The place of the stage that ends in the value `cut`, by its name or any other name of it.
+
+        Raises:
+            TypeError: for a number: fastai 0.7 named groups by index, here values have names.
+            ValueError: for a name that no cut has; the message lists the cuts.
+        """
+        if not isinstance(cut, str):
+            raise TypeError(
+                f"{cut!r} is no name of a cut. Groups aren't numbered here: name the last frozen stage, for example "
+                f'freeze_to("{self._example_cut()}"). unfreeze() trains everything.'
+            )
+        for index, stage in enumerate(self._ordered()):
+            if cut == stage.name or cut in stage.aliases:
+                return index
+        raise ValueError(f"{self.name} has no cut {cut!r}. Its cuts are {_listed(self.cut_points)}.")
+
+    def _example_cut(self) -> str:
+        """A cut that a person might have meant: where the head goes, else the last but one."""
+        try:
+            return self.default_cut
+        except ModelError:
+            return self.cut_points[max(len(self.cut_points) - 2, 0)]
+
+    def canonical(self, cut: str) -> str:
+        """The name under which `cut` is listed."""
+        return self._ordered()[self.index(cut)].name
+
+    def trunk(self, cut: str) -> nn.Sequential:
+        """The stages up to `cut`, sharing parameters and modes with this model."""
+        return nn.Sequential(*self._ordered()[: self.index(cut) + 1])
+
+    def tail(self, cut: str) -> nn.Sequential:
+        """The stages after `cut`: ``tail(cut)(trunk(cut)(x))`` is ``model(x)``."""
+        return nn.Sequential(*self._ordered()[self.index(cut) + 1 :])
+
+    def digests(self) -> dict[str, str]:
+        """Cut -> digest of everything up to it, from the tensors as they are now.
+
+        Raises:
+            ModelError: what no key can cover, named.
+        """
+        digests, digest = {}, START
+        for stage in self._ordered():
+            digest = stage.digest(digest)
+            digests[stage.name] = digest
+        return digests
+
+    def digest(self, cut: str) -> str:
+        """The digest of the trunk up to `cut`."""
+        digest = START
+        for stage in self._ordered()[: self.index(cut) + 1]:
+            digest = stage.digest(digest)
+        return digest
+
+    def layout(self, cut: str) -> str:
+        """NCHW, NHWC, NLC or NC: the order of the activations at `cut`."""
+        stage = self._ordered()[self.index(cut)]
+        if isinstance(stage, AbsentStage):
+            return stage.layout
+        if stage.name in self._layouts:
+            return self._layouts[stage.name]
+        return {1: "NC", 2: "NLC", 3: "NCHW"}.get(len(self.shape(cut)), "other")
+
+    def shape(self, cut: str, size: int | None = None) -> tuple[int, ...]:
+        """The shape ``*F`` of one image's activations at `cut`, for images of `size` (default: the view's)."""
+        stage = self._ordered()[self.index(cut)]
+        if isinstance(stage, AbsentStage):
+            return stage.shape
+        size = size or self.view.size
+        if size not in self._shapes:
+            self._shapes[size] = self._measured_shapes(size)
+        return self._shapes[size][stage.name]
+
+    def pool(self, cut: str, reduction: str = "auto") -> Pool:
+        """The reduction `reduction` for activations at `cut`; `auto`: concat for maps, token, or none for vectors."""
+        layout = self.layout(cut)
+        chosen = automatic(layout, self.class_tokens) if reduction == "auto" else reduction
+        return Pool(chosen, layout, self.class_tokens)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------------------------------------------- running
+
+    def __repr__(self) -> str:
+        cuts = self.cut_points
+        head = "" if self.head is None else f", {type(self.head).__name__} head"
+        return f"StagedModel({self.name}: {len(cuts)} cuts {cuts[0]} ... {cuts[-1]}{head}, {self.view.size} px)"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The output for normalised images ``(N, 3, H, W)``; frozen stages run in eval mode without gradient."""
+        values = images
+        for index in range(len(self.stages)):
+            values = self._after(index, values)
+        return values
+
+    def activations(self, images: Tensor, cuts: Iterable[str]) -> dict[str, Tensor]:
+        """Cut -> activations ``(N, *F)``, all from one pass; frozen stages run in eval mode without gradient.
+
+        Raises:
+            ModelError: for a cut where the value isn't a tensor.
+        """
+        places = {cut: self.index(cut) for cut in cuts}
+        taken: dict[int, Tensor] = {}
+        values = images
+        for index in range(max(places.values(), default=-1) + 1):
+            if self._ordered()[index].may_write_input and _shares_memory(values, taken.values()):
+                values = values.clone()  # an in-place ReLU would overwrite what was taken
+            values = self._after(index, values)
+            if index in places.values():
+                taken[index] = self._checked_tensor(index, values)
+        return {cut: taken[index] for cut, index in places.items()}
+
+    # ---------------------------------------------------------------------------------------------- freezing and heads
+
+    @property
+    def num_frozen(self) -> int:
+        """How many stages, from the first, are frozen."""
+        return self._num_frozen
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The module of the head that `with_head` added, if any."""
+        last = self._ordered()[-1]
+        return last.module if isinstance(last, HeadStage) else None
+
+    def freeze_to(self, cut: str) -> None:
+        """Freezes all stages up to and including the one that ends in `cut`, and thaws the others.
+
+        A pool right behind `cut` has no parameters and counts as frozen with it.
+        """
+        index = self.index(cut) + 1
+        stages = self._ordered()
+        if index < len(stages) and isinstance(stages[index], PoolStage):
+            index += 1
+        self._freeze(index)
+
+    def unfreeze(self) -> None:
+        """Thaws everything."""
+        self._freeze(0)
+
+    def with_head(self, head: nn.Module, *, cut: str, reduction: str = "auto") -> StagedModel:
+        """A model of the stages up to `cut`, a pool and `head`; frozen up to the pool.
+
+        The stages are shared with this model until the new model thaws them.
+
+        Args:
+            head: maps the pooled activations to logits; used as it is, not copied.
+            cut: where the head sits.
+            reduction: of the pool; `auto` as in `pool`.
+        """
+        kept = self._ordered()[: self.index(cut) + 1]
+        used = {name for stage in kept for name in (stage.name, *stage.aliases)}
+        used |= {name.partition(".")[0] for name in (*used, *self.tensors())}  # saved tensors keep names of their own
+        pool = PoolStage(_unused(POOL, used), self.pool(cut, reduction))
+        model = self._with_stages([*kept, pool, HeadStage(_unused(HEAD, used), head)], default_cut=kept[-1].name)
+        model._num_shared = len(kept)
+        model._num_frozen = len(kept) + 1
+        return model
+
+    def up_to(self, cut: str) -> StagedModel:
+        """A model of the stages up to `cut` alone, shared with this one."""
+        kept = self._ordered()[: self.index(cut) + 1]
+        names = {stage.name for stage in kept}
+        default = self._default_cut if self._default_cut in names else None
+        model = self._with_stages(kept, default_cut=default)
+        model._num_shared = len(kept)
+        return model
+
+    def sharing(self) -> StagedModel:
+        """The same stages as a model of its own: it can be frozen, thawed and trained without changing this one."""
+        model = self._with_stages(self._ordered(), default_cut=self._default_cut)
+        model._num_shared = len(self.stages)
+        model._num_frozen = self._num_frozen
+        return model
+
+    def attach(self, model: StagedModel) -> None:
+        """Puts `model`'s trunk in the place of an absent one.
+
+        Raises:
+            ModelError: if the digests differ; the first stage that differs is named where it can be.
+        """
+        stages = self._ordered()
+        absent = [index for index, stage in enumerate(stages) if isinstance(stage, AbsentStage)]
+        if not absent:
+            raise ModelError(f"{self.name} has its trunk already; there is nothing to attach.")
+        cut = stages[absent[-1]].name
+        mine = {stage.name: stage.digest("") for stage in stages if isinstance(stage, AbsentStage)}
+        yours = model.digests()
+        if yours.get(model.canonical(cut)) != mine[cut]:
+            first = next((name for name in mine if name in yours and yours[name] != mine[name]), cut)
+            raise ModelError(
+                f"{model.name} isn't the trunk this head belongs to: they differ from stage {first} on (here "
+                f"{mine[first][:8]}, yours {yours.get(first, 'absent')[:8]}). Attach the model whose features were "
+                "stored."
+            )
+        trunk = model._ordered()[: model.index(cut) + 1]
+        frozen_behind = self._num_frozen - (absent[-1] + 1)
+        self.stages = nn.ModuleList([*trunk, *stages[absent[-1] + 1 :]])
+        self.view, self.class_tokens, self.name = model.view, model.class_tokens, model.name
+        self._layouts, self.origin, self._shapes = dict(model._layouts), dict(model.origin), {}
+        self.fixed_size = model.fixed_size
+        self._num_shared = len(trunk)
+        self._num_frozen = len(trunk) + max(frozen_behind, 0)
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether the trunk is known by digest only."""
+        return any(isinstance(stage, AbsentStage) for stage in self.stages)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the stages that aren't frozen, in order; this model's own, no other's."""
+        self._own(self._num_frozen)
+        return [parameter for stage in self._ordered()[self._num_frozen :] for parameter in stage.parameters()]
+
+    def train(self, mode: bool = True) -> StagedModel:
+        """Sets the mode of the stages that aren't frozen; frozen ones run in eval mode anyway and aren't touched.
+
+        Train mode moves batch-norm statistics, so stages shared with another model are replaced by copies first.
+        """
+        self.training = mode
+        if mode:
+            self._own(self._num_frozen)
+        for stage in self._ordered()[max(self._num_frozen, self._num_shared) :]:
+            stage.train(mode)
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and persistent buffers, named as in the module that the stages came from."""
+        return {name: value for stage in self._ordered() for name, value in stage.tensors().items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies `tensors` into the model's own.
+
+        Stages shared with another model are replaced by copies first.
+
+        Raises:
+            ModelError: if names or shapes don't fit; the first few are named.
+        """
+        mine = self.tensors()
+        wrong = [f"{name} is missing" for name in mine if name not in tensors]
+        wrong += [f"{name} is unknown" for name in tensors if name not in mine]
+        wrong += [
+            f"{name} is {_shaped(tensors[name])}, expected {_shaped(value)}"
+            for name, value in mine.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ]
+        if wrong:
+            raise ModelError(
+                f"These tensors don't fit {self.name}: {'; '.join(wrong[:5])}"
+                f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}."
+            )
+        self._own(0)
+        with torch.no_grad():
+            for name, value in self.tensors().items():
+                value.copy_(tensors[name])
+
+    def to_device(self, device: torch.device) -> None:
+        """Moves the model; stages shared with another model that live elsewhere are replaced by copies."""
+        device = exact_device(device)
+        for index, stage in enumerate(self._ordered()):
+            tensors = [*stage.parameters(), *stage.buffers()]
+            if any(tensor.device != device for tensor in tensors):
+                moved = copy.deepcopy(stage) if index < self._num_shared else stage
+                self.stages[index] = moved.to(device)
+
+    def _with_stages(self, stages: Sequence[Stage], *, default_cut: str | None) -> StagedModel:
+        model = StagedModel(
+            stages,
+            view=self.view,
+            name=self.name,
+            layouts=self._layouts,
+            class_tokens=self.class_tokens,
+            origin=self.origin,
+            default_cut=default_cut,
+            fixed_size=self.fixed_size,
+        )
+        model._shapes = {size: dict(shapes) for size, shapes in self._shapes.items()}
+        model.unused = self.unused
+        model.training = self.training
+        return model
+
+    def _ordered(self) -> list[Stage]:
+        return list(self.stages)  # type: ignore[arg-type]
+
+    def _after(self, index: int, values: Tensor) -> Tensor:
+        """The values after the stage `index`, from those before it."""
+        stage = self._ordered()[index]
+        if index < self._num_frozen:
+            with torch.no_grad(), eval_mode(stage):
+                result: Tensor = stage(values)
+        elif index < self._num_shared and not self.training:  # the flags are the other model's as well
+            with eval_mode(stage):
+                result = stage(values)
+        else:
+            result = stage(values)
+        return result
+
+    def _checked_tensor(self, index: int, values: Any) -> Tensor:
+        if not isinstance(values, Tensor):
+            raise ModelError(
+                f"The value of {self.name} at {self._ordered()[index].name} is a {type(values).__name__}; only tensors "
+                "can be activations. Cut before or after it."
+            )
+        return values
+
+    def _freeze(self, count: int) -> None:
+        self._own(count)
+        self._num_frozen = count
+        for stage in self._ordered()[count:]:
+            for parameter in stage.parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+
+    def _own(self, first: int) -> None:
+        """Replaces the shared stages from `first` on by copies."""
+        for index in range(first, self._num_shared):
+            self.stages[index] = copy.deepcopy(self.stages[index])
+        self._num_shared = min(self._num_shared, first)
+
+    def _has_positions(self, cut: str) -> bool:
+        shape, layout = self.shape(cut), self.layout(cut)
+        positions = {"NCHW": shape[1:], "NHWC": shape[:-1], "NLC": shape[:-1]}.get(layout, ())
+        return any(size > 1 for size in positions)
+
+    def _measured_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes from a pass without data where the model can run so, else on one empty image."""
+        try:
+            return self._shapes_of(torch.empty((1, 3, size, size), device="meta"), on_meta=True)
+        except Exception:  # whole modules may make tensors of their own, which don't live on the meta device
+            device = next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
+            return self._shapes_of(torch.zeros((1, 3, size, size), device=device), on_meta=False)
+
+    def _shapes_of(self, images: Tensor, *, on_meta: bool) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        values: Any = images
+        for stage in self._ordered():
+            try:
+                with torch.no_grad(), eval_mode(stage), random_states_kept():
+                    values = _on_meta(stage, values) if on_meta else stage(values)
+            except Exception as error:
+                reason = str(error).strip().rstrip(".") or type(error).__name__
+                raise ModelError(
+                    f"{self.name} can't take images of {images.shape[-1]} x {images.shape[-1]} pixels: its stage "
+                    f"{stage.name} fails with {reason}. Give it a view of the size it was made for: "
+                    "StagedModel.from_module(module, view=View(size=..., resize=...))."
+                ) from error
+            shapes[stage.name] = tuple(values.shape[1:]) if isinstance(values, Tensor) else ()
+        return shapes
+
+
+def exact_device(device: torch.device | str) -> torch.device:
+    """`device` with its number: plain ``cuda`` is the current GPU, which its tensors call ``cuda:0``."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _on_meta(stage: Stage, values: Any) -> Any:
+    state = dict(stage.named_parameters()) | dict(stage.named_buffers())
+    empty = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    return torch.func.functional_call(stage, empty, (values,))
+
+
+def _shares_memory(values: Any, others: Iterable[Tensor]) -> bool:
+    if not isinstance(values, Tensor):  # a tuple between two whole modules may hold views
+        return False
+    return values.untyped_storage().data_ptr() in {other.untyped_storage().data_ptr() for other in others}
+
+
+def _unused(name: str, used: Collection[str]) -> str:
+    candidates = [name, *(f"{name}_{number}" for number in range(2, len(used) + 3))]
+    return next(candidate for candidate in candidates if candidate not in used)
+
+
+def _listed(names: Sequence[str], most: int = 40) -> str:
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[: most // 2])}, ..., {', '.join(names[-most // 2 :])}"
+
+
+def _shaped(tensor: Tensor) -> str:
+    return "x".join(str(size) for size in tensor.shape) or "a number"

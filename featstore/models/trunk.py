@@ -1,0 +1,187 @@
+"""Trunk: the one forward function that extraction and every live frozen trunk call.
+
+Eval mode, no gradient, batches of one fixed size, pinned numerics: on one execution profile a row depends on its image
+alone, so features from a store and from a live trunk are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from featstore.digest import Json
+from featstore.images.views import View
+from featstore.models.graph import eval_mode
+from featstore.models.pool import Pool
+from featstore.models.staged import StagedModel, exact_device
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One thing to take from a pass: the activations at `cut`, reduced by `pool`."""
+
+    cut: str
+    pool: Pool
+
+
+class Trunk:
+    """Runs the frozen part of a model over uint8 views.
+
+    Args:
+        model: its stages are used, or copied where device or precision ask for it; never changed.
+        outputs: what to take from each pass, in order.
+        view: gives the normalisation; its geometry has been applied already.
+        batch_size: the fixed number of images a pass; a shorter batch is padded by repeating its last image. Default:
+            32 on a CPU, 256 on a GPU.
+        precision: `fp32` is IEEE float32 (TF32 and other shortcuts off), `tf32` allows TF32 where the device has it,
+            `bf16` and `fp16` cast weights and images. Weights of another type are cast, for `fp32` too.
+        device: where to run.
+
+    Attributes:
+        is_live: whether it runs the model's own stages, so that it changes when they do; False where it has copies.
+    """
+
+    def __init__(
+        self,
+        model: StagedModel,
+        outputs: Sequence[Output],
+        *,
+        view: View,
+        batch_size: int | None = None,
+        precision: Precision = "fp32",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"{precision!r} is no precision. The precisions are {', '.join(PRECISIONS)}.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch size {batch_size} is too small; it counts the images of one pass, at least 1.")
+        self.device = exact_device(device)
+        self.batch_size = batch_size or default_batch_size(self.device)
+        self.precision: Precision = precision
+        self.outputs = tuple(outputs)
+        self.view = view
+        self._model, self.is_live = self._prepared(model)
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Activations ``(N, *F)`` of uint8 views ``(N, 3, S, S)``, one tensor per output: float32, contiguous."""
+        parts = [
+            self._pass(images[start : start + self.batch_size]) for start in range(0, len(images), self.batch_size)
+        ]
+        if not parts:
+            parts = [[values[:0] for values in self._pass(images.new_zeros((1, *images.shape[1:])))]]
+        return [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+    def profile(self) -> Json:
+        """What may move the last bits of a feature without being part of its key."""
+        profile = {
+            "batch_size": self.batch_size,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__,
+        }
+        if self.device.type == "cuda":
+            profile["gpu"] = torch.cuda.get_device_name(self.device)
+        return profile
+
+    def _pass(self, images: Tensor) -> list[Tensor]:
+        rows = len(images)
+        if rows < self.batch_size:
+            images = torch.cat([images, images[-1:].expand(self.batch_size - rows, *images.shape[1:])])
+        cuts = [output.cut for output in self.outputs]
+        # The mode first: numerics are the process's own as well, and one pass at a time has the mode.
+        with eval_mode(self._model), torch.no_grad(), numerics(self.precision, self.device):
+            values = self.view.normalise(images.to(self.device))
+            values = values.to(_DTYPES[self.precision])
+            activations = self._model.activations(values, cuts)
+            return [output.pool(activations[output.cut])[:rows] for output in self.outputs]
+
+    def _prepared(self, model: StagedModel) -> tuple[StagedModel, bool]:
+        """The stages to run, and whether they are `model`'s own."""
+        last = max(model.index(output.cut) for output in self.outputs)
+        stages = [model.stages[index] for index in range(last + 1)]
+        dtype = _DTYPES[self.precision]
+        tensors = [tensor for stage in stages for tensor in (*stage.parameters(), *stage.buffers())]
+        is_live = all(
+            each.device == self.device and (each.dtype == dtype or not each.is_floating_point()) for each in tensors
+        )
+        if not is_live:
+            stages = list(copy.deepcopy(nn.ModuleList(stages)).to(self.device, dtype))
+        return StagedModel(stages, view=self.view, name=model.name), is_live  # type: ignore[arg-type]
+
+
+def default_batch_size(device: torch.device) -> int:
+    """The fixed batch size B where nobody says: 256 on a GPU, 32 elsewhere."""
+    return 256 if device.type == "cuda" else 32
+
+
+def choose_device(name: torch.device | str) -> torch.device:
+    """The device of that name; `auto` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: for a name torch doesn't know, or a GPU that isn't there.
+    """
+    if name == "auto":
+        return exact_device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device. Expected auto, cpu, cuda or cuda:1.") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"There is no GPU {name} here ({torch.cuda.device_count()} found). Use cpu or auto.")
+    return exact_device(device)
+
+
+@contextmanager
+def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Pins what float32 arithmetic means for the block, and puts every setting back, also after an error."""
+    wanted = "tf32" if precision == "tf32" and device.type == "cuda" else "ieee"
+    cuda, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    with ExitStack() as stack:
+
+        def pin(owner: Any, name: str, value: Any) -> None:
+            before = getattr(owner, name)
+            if before != value:  # a child that follows its parent goes on following it
+                stack.callback(setattr, owner, name, before)
+                setattr(owner, name, value)
+
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        older, older_wanted = _older_switch(), "high" if wanted == "tf32" else "highest"
+        if older not in {None, older_wanted}:
+            for owner in (cuda, mkldnn.matmul):  # type: ignore[attr-defined] # the older switch sets these too
+                stack.callback(setattr, owner, "fp32_precision", owner.fp32_precision)
+            stack.callback(torch.set_float32_matmul_precision, older)
+            torch.set_float32_matmul_precision(older_wanted)
+        pin(torch.backends, "fp32_precision", wanted)
+        for owner in (cudnn, cuda, cudnn.conv, cudnn.rnn):  # type: ignore[attr-defined]
+            pin(owner, "fp32_precision", wanted)
+        for owner in (mkldnn.matmul, mkldnn.conv, mkldnn.rnn) if wanted == "ieee" else ():  # type: ignore[attr-defined]
+            pin(owner, "fp32_precision", wanted)
+        pin(cudnn, "benchmark", False)  # the fastest algorithm may change from run to run
+        pin(cudnn, "deterministic", True)
+        pin(cuda, "allow_fp16_accumulation", False)
+        for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
+            stack.callback(setattr, cuda, name, (getattr(cuda, name), getattr(cuda, f"{name}_split_k")))
+            setattr(cuda, name, False)
+        yield
+
+
+def _older_switch() -> str | None:
+    """Torch's older switch of the same thing, or None where the caller has left it for the newer ones.
+
+    torch refuses to read the older one once they contradict each other.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None

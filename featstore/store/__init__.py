@@ -1,0 +1,1 @@
+"""Store: feature sets and image tables on disk; find, read, keep."""

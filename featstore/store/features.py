@@ -1,0 +1,518 @@
+"""Features: rows of one feature set for one image set, joined by image and never by position."""
+
+from __future__ import annotations
+
+import errno
+import math
+import operator
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import cycle
+from typing import Any, Literal
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from featstore.errors import MissingFeaturesError
+from featstore.files.index import RowIndex
+from featstore.files.part import Part
+from featstore.files.reading import (
+    NUM_THREADS,
+    Blocks,
+    InMemory,
+    Mapped,
+    Places,
+    Plain,
+    Rows,
+    Source,
+    ahead,
+    as_bytes,
+    keep_freed_memory,
+    load,
+)
+from featstore.images.image_set import ImageSet
+from featstore.machine import available_bytes, file_system, is_local
+from featstore.store.spec import FeatureSpec
+from featstore.words import size_text
+
+Access = Literal["memory", "map", "stream"]
+
+_Batch = tuple[Tensor, NDArray[np.int64]]
+
+ACCESSES = ("auto", "memory", "map", "stream")
+
+
+class Features:
+    """Activations ``(N, *F)`` of the N images of `images`, in their order.
+
+    They are read in one of three ways. Which one is chosen by size when the first rows are wanted, and `access` says
+    it:
+
+    * ``memory``: all rows are read once, where they take no more than half of the memory that is free. Single rows are
+      read from the files until a tenth of all has been asked for.
+    * ``map``: rows are copied out of mapped files, which stay in the system's cache; where they fit into free memory.
+    * ``stream``: for what is larger than memory. A shuffled epoch reads whole stretches of the files, in random order,
+      and mixes rows within a window of many stretches: `shuffling` says how well. Memory stays bounded.
+
+    In each of them a block of rows (about 1 MB) is checked against its checksum before the first row of it is given.
+    Files that another machine might make shorter meanwhile are never mapped, but read plainly: on Linux, all that lie
+    on a file system that isn't known to be local, whichever way was asked for. Other systems don't say what a file
+    system is; there all count as local. Where memory is limited nothing is mapped either, unless ``map`` was asked for.
+
+    Holds no file handle, pickles (without rows in memory), and may be used from several threads and processes.
+
+    Args:
+        images: whose features these are; images without a row (failed ones, where that was allowed) are left out.
+        spec: what decided the values.
+        index: of the feature set.
+        part_of: ``(N,)``, the place of each image's part in the index.
+        row_in: ``(N,)``, its row in that part.
+        access: auto, or one of the ways.
+        memory_bytes: most memory that rows may take: all of them in the way ``memory``, or the two windows of a
+            stream, of up to 256 MiB and a quarter of this each. Default: half of what is free. On top come, measured,
+            up to eight batches (handed out, or ahead of that), up to 35 MB that threads work with or the C library
+            keeps, and 50 bytes a row.
+        lookup: gives an index of the set as it is now, for when a file has vanished: compaction replaces files.
+
+    Attributes:
+        images: as above.
+        spec: as above.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        spec: FeatureSpec,
+        index: RowIndex,
+        part_of: NDArray[np.int64],
+        row_in: NDArray[np.int64],
+        *,
+        access: Access | Literal["auto"] = "auto",
+        memory_bytes: int | None = None,
+        lookup: Callable[[], RowIndex] | None = None,
+    ) -> None:
+        self.images, self.spec = images, spec
+        self._places = Places(parts=index.parts, part_of=part_of, row_in=row_in)
+        self._access, self._memory_bytes, self._lookup = access, memory_bytes, lookup
+        self._forget()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The files that hold the rows."""
+        return self._places.parts
+
+    @property
+    def key(self) -> str:
+        """The key of the feature set."""
+        return self.spec.key
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(N, *F)``."""
+        return (len(self), *self.parts[0].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored: torch.float16, float32 or bfloat16."""
+        return self.parts[0].dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all rows."""
+        return len(self) * self._places.row_bytes
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The images' ids."""
+        return self.images.ids
+
+    @property
+    def targets(self) -> NDArray[Any] | None:
+        """The images' targets, as `ImageSet.targets`."""
+        return self.images.targets
+
+    @property
+    def access(self) -> str:
+        """How rows are read, in words."""
+        size = size_text(self.num_bytes)
+        if self._way == "memory":
+            return f"memory: {size}, read once"
+        kinds = {file_system(part.path) or "an unknown file system" for part in self.parts}
+        how = "mapped" if self._is_mapped else f"read plainly from {', '.join(sorted(kinds))}"
+        if self._way == "map":
+            return f"map: {size}, {how}"
+        return f"stream: {size}, {how} in windows of {size_text(self._window_bytes)}"
+
+    @property
+    def shuffling(self) -> str:
+        """How well a shuffled epoch is mixed, in words."""
+        if self._way != "stream":
+            return "uniform: every order of the rows is equally likely"
+        stretch = max(part.block_rows for part in self.parts)
+        window = min(max(self._window_bytes // self._places.row_bytes, stretch), len(self))
+        return (
+            f"by blocks: stretches of {stretch:,} rows in random order, and rows mix uniformly within windows of "
+            f"{math.ceil(window / stretch):,} stretches, about {window:,} of {len(self):,} rows"
+        )
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | NDArray[Any] | Tensor) -> Tensor:
+        """Activations of `rows`, which may repeat and come in any order: a new tensor ``(n, *F)`` in the stored type.
+
+        One whole number gives one row ``(*F)``; a slice, a boolean mask and negative numbers mean what they mean in
+        numpy.
+
+        Raises:
+            IndexError: for a row that isn't there, and for anything but whole numbers, slices and masks of rows.
+        """
+        chosen = _numbers(rows.cpu().numpy() if isinstance(rows, Tensor) else rows, len(self))
+        if chosen.ndim > 1:
+            raise IndexError(f"rows have {chosen.ndim} dimensions; expected whole numbers in one, a slice or a mask.")
+        wanted, out = chosen.reshape(-1), self._empty(chosen.size)
+        several = max(1, self._task_bytes // self._places.row_bytes)
+        if len(wanted) < 2 * several:
+            self._fill(wanted, out)
+        else:
+            pieces = range(0, len(wanted), several)
+            tasks = (partial(self._fill, wanted[at : at + several], out[at : at + several]) for at in pieces)
+            for _ in ahead(tasks, depth=NUM_THREADS + 2):
+                pass
+        return out if chosen.ndim else out[0]
+
+    def batches(
+        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """Batches of (activations ``(n, *F)``, row numbers ``(n,)``), each row once; threads read ahead.
+
+        Nobody writes to a batch's memory again. Small batches that follow one another are views of one tensor of a few
+        megabytes: who keeps one for long keeps all of that, or clones it.
+
+        Args:
+            batch_size: rows a batch; the last may have fewer.
+            shuffle: a random order; `shuffling` says how random.
+            seed: of that order. In the ways ``memory`` and ``map`` it is the same for the same seed and number of
+                images. In a stream it depends on `memory_bytes` too, and on how the rows lie in files, which compaction
+                changes; and ``auto`` chooses by the memory that is free. So who needs one order for good asks for
+                ``memory`` or ``map``. The size of batches changes nothing.
+            drop_last: leaves a short last batch out.
+        """
+        batch_size = operator.index(batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1 row a batch.")
+        batches = self._shuffled(batch_size, seed) if shuffle else self._in_order(batch_size)
+        return (batch for batch in batches if len(batch[1]) == batch_size) if drop_last else batches
+
+    def dataset(self) -> FeatureDataset:
+        """The rows as a `torch.utils.data.Dataset`, for a DataLoader; `batches` is faster."""
+        return FeatureDataset(self)
+
+    def tensor(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """All activations ``(N, *F)`` in memory, on `device`, in the stored type or in `dtype`.
+
+        Raises:
+            DamagedFileError: for rows that don't fit their checksum.
+        """
+        return self._all().to(device=device, dtype=dtype or self.dtype)
+
+    def numpy(self) -> NDArray[Any]:
+        """All activations ``(N, *F)`` in memory; bfloat16, which numpy lacks, as float32. Errors as in `tensor`."""
+        values = self._all()
+        array: NDArray[Any] = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        return array
+
+    def __repr__(self) -> str:
+        return (
+            f"Features({'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}, set {self.key[:4]})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = {"_lock", "_memory", "_files", "_chosen", "_local", "_blocks"}
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    # -------------------------------------------------------------------------------------------- which way to read
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        _ALIVE.add(self)
+        self._memory: InMemory | None = None
+        self._files: Source | None = None
+        self._chosen: Access | None = None
+        self._local: tuple[Places, bool] | None = None
+        self._blocks: Blocks | None = None
+        self._asked = 0  # rows, one by one
+
+    @property
+    def _way(self) -> Access:
+        """Chosen once, as free memory changes."""
+        if self._chosen is None:
+            self._chosen = self._way_by_size() if self._access == "auto" else self._access
+        return self._chosen
+
+    def _way_by_size(self) -> Access:
+        if self._is_mapped and get_worker_info() is not None:
+            return "map"  # each worker of a DataLoader would load all rows for itself; they share what is mapped
+        free = available_bytes()
+        if self.num_bytes <= (free // 2 if self._memory_bytes is None else self._memory_bytes):
+            return "memory"
+        return "map" if self._is_mapped and self.num_bytes <= free else "stream"
+
+    @property
+    def _is_mapped(self) -> bool:
+        """Whether rows are copied out of mapped files where they aren't in memory.
+
+        Not where memory is limited, unless someone says so: the system maps 64 KB and more around each row that is
+        touched, which counts as this process's memory.
+        """
+        return (self._memory_bytes is None or self._access == "map") and self._may_map
+
+    @property
+    def _may_map(self) -> bool:
+        """Whether each file itself, which may be linked here, is local; asked again of the files that replace them."""
+        known, places = self._local, self._places
+        if known is None or known[0] is not places:
+            known = self._local = places, all(is_local(part.path) for part in places.parts)
+        return known[1]
+
+    @property
+    def _window_bytes(self) -> int:
+        """Of a stream, which holds two at a time, beside batches."""
+        return _WINDOW_BYTES if self._memory_bytes is None else max(1, min(_WINDOW_BYTES, self._memory_bytes // 4))
+
+    @property
+    def _window_rows(self) -> int:
+        """About as many; the last block of a window is whole."""
+        return max(1, self._window_bytes // self._places.row_bytes)
+
+    @property
+    def _task_bytes(self) -> int:
+        """Rows that a thread takes at once: enough to be worth its while, and a few times this in all."""
+        return _TASK_BYTES if self._memory_bytes is None else min(_TASK_BYTES, self._memory_bytes // 16)
+
+    def _source(self, num_rows: int) -> Source:
+        """Where to take `num_rows` rows from; all rows are loaded once so many have been asked for that it pays."""
+        if self._memory is not None:
+            return self._memory
+        with self._lock:
+            self._asked += num_rows
+            if self._way == "memory" and self._asked * _LOAD_SHARE >= len(self) and self._memory is None:
+                self._memory = InMemory(load(self._places, self._empty(len(self))))
+            if self._memory is not None:
+                return self._memory
+            if self._files is None:
+                kept = _KEPT_BYTES if self._way == "stream" else None
+                self._files = Mapped(self._places, kept_bytes=kept) if self._is_mapped else Plain(self._places)
+            return self._files
+
+    # ------------------------------------------------------------------------------------------------- taking rows
+
+    def _empty(self, num_rows: int) -> Tensor:
+        return torch.empty((num_rows, *self.parts[0].shape), dtype=self.dtype)
+
+    def _fill(self, rows: Rows, out: Tensor) -> None:
+        self._retried(lambda: self._source(len(out)).take(rows, as_bytes(out)))
+
+    def _all(self) -> Tensor:
+        """All rows, the caller's own."""
+        if self._memory is not None:
+            return self._memory.values.clone()
+        everything = self._empty(len(self))
+        self._retried(lambda: load(self._places, everything))
+        return everything
+
+    def _retried(self, read: Callable[[], Any]) -> Any:
+        """What `read` gives, after vanished files have been looked up again."""
+        for _ in range(_LOOKUPS):
+            places = self._places
+            try:
+                return read()
+            except OSError as error:
+                if self._lookup is None or error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+                self._look_up_again(places, error)
+        return read()
+
+    def _look_up_again(self, places: Places, error: OSError) -> None:
+        with self._lock:
+            if self._places is not places:  # another thread was faster
+                return
+            assert self._lookup is not None
+            digests = np.empty((len(places), 32), np.uint8)
+            for part, where in places.by_part():
+                digests[where] = places.parts[part].digests[places.row_in[where]]
+            index = self._lookup()
+            part_of, row_in = index.find(digests)
+            if (part_of < 0).any():
+                raise MissingFeaturesError(
+                    f"{error.filename} is gone, and with it the rows of {int((part_of < 0).sum()):,} of the "
+                    f"{len(places):,} images of {self.images.name} in set {self.key[:8]}. Someone has removed them. "
+                    "Compute them again with featstore extract."
+                ) from error
+            self._places = Places(parts=index.parts, part_of=part_of, row_in=row_in)
+            self._files = None
+
+    # ----------------------------------------------------------------------------------------------------- batches
+
+    def _in_order(self, batch_size: int) -> Iterator[_Batch]:
+        several = self._several(batch_size)
+        everything = np.arange(len(self))
+        pieces = (slice(start, min(start + several, len(self))) for start in range(0, len(self), several))
+        return self._gathered(((piece, everything[piece]) for piece in pieces), batch_size)
+
+    def _shuffled(self, batch_size: int, seed: int) -> Iterator[_Batch]:
+        rng, several = np.random.default_rng(seed), self._several(batch_size)
+        if self._way != "stream":
+            order = rng.permutation(len(self))
+            pieces = (order[start : start + several] for start in range(0, len(self), several))
+            return self._gathered(((piece, piece) for piece in pieces), batch_size)
+        blocks = self._by_block
+        windows = blocks.windows(rng, num_rows=self._window_rows)
+        if not self._is_mapped:
+            return self._read(windows, blocks.largest_window(num_rows=self._window_rows), batch_size)
+        return self._gathered(((piece, piece) for piece in _cut(windows, several)), batch_size)
+
+    def _several(self, batch_size: int) -> int:
+        """Rows of the batches that one thread takes at once."""
+        return max(1, self._task_bytes // (batch_size * self._places.row_bytes)) * batch_size
+
+    @property
+    def _by_block(self) -> Blocks:
+        blocks = self._blocks
+        if blocks is None or blocks.places is not self._places:
+            blocks = self._blocks = Blocks(self._places)
+        return blocks
+
+    def _gathered(self, pieces: Iterator[tuple[Rows, NDArray[np.int64]]], batch_size: int) -> Iterator[_Batch]:
+        """Batches of rows and their numbers that come in pieces; each piece but the last holds whole batches."""
+        self._retried(lambda: self._source(len(self)))  # loads once, before threads want rows
+        for batches in ahead(self._tasks(pieces), depth=NUM_THREADS + 2):
+            if batches is None:
+                continue
+            values, numbers = batches
+            for first in range(0, len(numbers), batch_size):
+                yield values[first : first + batch_size], numbers[first : first + batch_size]
+
+    def _tasks(self, pieces: Iterator[tuple[Rows, NDArray[np.int64]]]) -> Iterator[Callable[[], _Batch | None]]:
+        """What threads do: fill the memory of a piece, a few megabytes each; the last of them gives the piece."""
+        step = max(1, self._task_bytes // self._places.row_bytes)
+
+        def fill(rows: Rows, values: Tensor, piece: _Batch | None) -> _Batch | None:
+            self._fill(rows, values)
+            return piece
+
+        if self._memory_bytes is None:
+            keep_freed_memory()
+        for rows, numbers in pieces:
+            # Made here and not in the threads, whose memory goes back to the system and comes zeroed each time.
+            values = self._empty(len(numbers))
+            for start in range(0, len(numbers), step):
+                end = min(start + step, len(numbers))
+                is_last = end == len(numbers)
+                some = slice(rows.start + start, rows.start + end) if isinstance(rows, slice) else rows[start:end]
+                yield partial(fill, some, values[start:end], (values, numbers) if is_last else None)
+
+    def _read(self, windows: Iterator[NDArray[np.int64]], most: int, batch_size: int) -> Iterator[_Batch]:
+        """Batches out of windows of up to `most` rows, read plainly, each block checked against its checksum."""
+        # In two pieces of memory by turns: when the window after the next is begun, this one's rows are in batches.
+        # The C library would keep much of what was freed and taken anew for each.
+        memory = cycle([self._empty(most), self._empty(most)])
+        tasks = (partial(self._load_window, rows, next(memory)[: len(rows)]) for rows in windows)
+        size, filled = min(batch_size, len(self)), 0
+        batch, numbers = self._empty(size), np.empty(size, np.int64)
+        for values, rows in ahead(tasks, depth=2):
+            first = 0
+            while first < len(rows):
+                count = min(size - filled, len(rows) - first)
+                batch[filled : filled + count] = values[first : first + count]
+                numbers[filled : filled + count] = rows[first : first + count]
+                first, filled = first + count, filled + count
+                if filled == size:
+                    yield batch, numbers
+                    batch, numbers, filled = self._empty(size), np.empty(size, np.int64), 0
+        if filled:
+            yield batch[:filled], numbers[:filled]
+
+    def _load_window(self, rows: NDArray[np.int64], window: Tensor) -> _Batch:
+        self._retried(lambda: load(self._places.of(rows), window))
+        return window, rows
+
+
+class FeatureDataset(Dataset[Any]):
+    """`(activations (*F), target)` of each image, or activations alone where the images have no labels.
+
+    A DataLoader takes all rows of a batch at once. Works in worker processes however they are started.
+    """
+
+    def __init__(self, features: Features) -> None:
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[Any]:
+        """The items of several rows; torch's fetcher calls this."""
+        values, targets = self.features[rows], self.features.targets
+        if targets is None:
+            return list(values)
+        return list(zip(values, torch.from_numpy(np.asarray(targets[rows])), strict=True))
+
+
+def _cut(windows: Iterator[NDArray[np.int64]], size: int) -> Iterator[NDArray[np.int64]]:
+    """The rows of all windows, in pieces of `size`; the last one may have fewer."""
+    held = np.zeros(0, np.int64)
+    for window in windows:
+        held = np.concatenate([held, window])
+        whole = len(held) // size * size
+        for start in range(0, whole, size):
+            yield held[start : start + size]
+        held = held[whole:]
+    if len(held):
+        yield held
+
+
+def _start_in_child() -> None:
+    """Starts anew, in a forked child, what its parent had locked or chosen.
+
+    A thread of the parent may have held a lock, and isn't here to release it. And what the parent would have read into
+    memory is chosen anew: each worker of a DataLoader would read it all for itself.
+    """
+    for features in _ALIVE:
+        features._lock = threading.Lock()
+        if features._memory is None:
+            features._chosen = None
+
+
+_ALIVE: WeakSet[Features] = WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_in_child)
+
+_WINDOW_BYTES = 256 << 20
+_KEPT_BYTES = 1 << 30
+_TASK_BYTES = 4 << 20
+_LOAD_SHARE = 10
+_LOOKUPS = 5
+
+
+def _numbers(rows: Any, length: int) -> NDArray[np.int64]:
+    """The rows that numpy would choose of `length`; none or one dimension where `rows` are what they should be."""
+    numbers = None if isinstance(rows, slice | tuple) else np.asarray(rows)
+    if numbers is None or numbers.dtype.kind not in "iu":
+        return np.asarray(np.arange(length)[rows])
+    if numbers.size and not -length <= int(numbers.min()) <= int(numbers.max()) < length:
+        raise IndexError(f"rows from {numbers.min():,} to {numbers.max():,} of {length:,}; they are counted from 0.")
+    numbers = numbers.astype(np.int64)
+    return np.where(numbers < 0, numbers + length, numbers)  # in place of all numbers, for speed

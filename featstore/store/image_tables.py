@@ -1,0 +1,290 @@
+"""Image tables: what a store knows about the images of an image set, in small immutable files.
+
+::
+
+    <root>/images/<name>-<hash8>.h5
+
+Each names the tables that it replaces, its parents; the newest is the one that is no parent. `docs/format.md` lists
+the columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.digest import Json, canonical_json, digest_json
+from featstore.errors import DamagedFileError
+from featstore.files.index import is_among
+from featstore.files.part import Table
+from featstore.images.digests import Digests, DigestTable, KnownDigest, KnownDigests
+from featstore.images.image_set import ImageSet
+from featstore.images.sources import AbsentSource
+
+IMAGES = "images"
+"""The folder of the image tables."""
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """One image set as a store knows it."""
+
+    table: Table
+
+    @property
+    def stem(self) -> str:
+        """Name of the file without its ending: what children call their parents."""
+        return self.table.path.stem
+
+    @property
+    def name(self) -> str:
+        """Of the image set."""
+        return str(self.table.facts["name"])
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.table.columns["digest"])
+
+    @property
+    def content(self) -> str:
+        """Equal for two tables that say the same."""
+        return str(self.table.facts["content"])
+
+    @property
+    def digests(self) -> NDArray[np.uint8]:
+        """``(M, 32)``, of the images that have one."""
+        columns = self.table.columns
+        digests: NDArray[np.uint8] = columns["digest"][columns["has_digest"].astype(bool)]
+        return digests
+
+    @cached_property
+    def known(self) -> DigestTable:
+        """The digests of the images that have one, and the facts of the files when they were hashed."""
+        columns = self.table.columns
+        ids, values, stats = self.ids, columns["digest"], columns["stat"]
+        has_digest = columns["has_digest"].astype(bool)
+        if has_digest.all():
+            return DigestTable(ids, values, stats)
+        return DigestTable(tuple(compress(ids, has_digest.tolist())), values[has_digest], stats[has_digest])
+
+    def image_set(self, *, where: str) -> ImageSet:
+        """The image set; its files may be elsewhere. `where` names the table in messages."""
+        columns, facts = self.table.columns, self.table.facts
+        groups = facts["groups"]
+        return ImageSet(
+            name=self.name,
+            ids=self.ids,
+            targets=columns.get("target"),
+            classes=tuple(facts["classes"]),
+            splits=np.array(_SPLIT_NAMES)[columns["split"]],
+            groups=None if groups is None else tuple(groups[place] for place in columns["group"]),
+            task=facts["task"],
+            source=AbsentSource(where=where, known=KnownDigests([self.known])),
+        )
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Of the N images."""
+        return tuple(_texts(self.table.columns["id_bytes"], self.table.columns["id_ends"]))
+
+
+class ImageTables:
+    """The image tables in the folder of a store; what was opened is kept, for they never change."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / IMAGES
+        self._opened: dict[Path, ImageTable] = {}
+        self._described: dict[Path, _Description] = {}
+
+    def paths(self) -> list[Path]:
+        """All of them, in the order of their names."""
+        return sorted(path for path in self.folder.glob("*.h5") if not path.name.startswith("."))
+
+    def open(self, path: Path) -> ImageTable:
+        """The table at `path`.
+
+        Raises:
+            DamagedFileError: as `Table.open`.
+            FileNotFoundError: if there is none.
+        """
+        found = self._opened.get(path)  # another thread may forget it meanwhile
+        if found is None:
+            with _readable(path):
+                found = self._opened[path] = ImageTable(Table.open(path))
+        return found
+
+    def newest(self, is_asked: Callable[[str], bool]) -> list[ImageTable]:
+        """Of the tables whose name is asked for, those that are no other's parent.
+
+        Of the others the facts alone are read: a job that runs every night leaves one each time.
+        """
+        described = self._descriptions(is_asked)
+        parents = {parent for each in described.values() for parent in each.parents}
+        newest = []
+        for path in described:
+            if path.stem not in parents:
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    newest.append(self.open(path))
+        return newest
+
+    def latest_first(self) -> Iterator[ImageTable]:
+        """All tables that can be read, replaced ones as well, each opened when it is asked for and not kept."""
+        described = self._descriptions(lambda name: True)
+        for path in sorted(described, key=lambda path: described[path].when, reverse=True):
+            with suppress(FileNotFoundError, DamagedFileError), _readable(path):
+                yield self._opened.get(path) or ImageTable(Table.open(path))
+
+    def forget(self, path: Path) -> None:
+        """Opens the table at `path` anew when it is asked for again."""
+        self._opened.pop(path, None)
+        self._described.pop(path, None)
+
+    def _descriptions(self, is_asked: Callable[[str], bool]) -> dict[Path, _Description]:
+        found = {}
+        for path in self.paths():
+            if is_asked(table_name(path)):
+                known = self._described.get(path)
+                if known is None:
+                    try:
+                        with _readable(path):
+                            facts = Table.read_facts(path)
+                    except FileNotFoundError:  # deleted since it was listed
+                        continue
+                    known = self._described[path] = _Description(parents=tuple(facts["parents"]), when=facts["when"])
+                found[path] = known
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}, "_described": {}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """What of a table tells which is the newest.
+
+    Attributes:
+        parents: stems of the tables that it replaces.
+        when: it was written; texts sort as times do.
+    """
+
+    parents: tuple[str, ...]
+    when: str
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise DamagedFileError(f"{path} can't be read ({error.strerror}). Make it readable for you.") from error
+
+
+def last_ids(digests: NDArray[np.uint8], tables: Iterable[ImageTable], *, wanted: int) -> dict[str, str]:
+    """Digest (hexadecimal) -> the id of that image, from the first of `tables` that holds it; none, where none does.
+
+    No further table is asked for once as many as `wanted` are found.
+    """
+    ids: dict[str, str] = {}
+    for table in tables:
+        places = np.flatnonzero(is_among(table.digests, digests)).tolist()
+        for place in places:
+            known = table.known
+            ids.setdefault(known.values[place].tobytes().hex(), known.ids[place])
+        if len(ids) >= wanted:
+            break
+    return ids
+
+
+def is_changed(images: ImageSet, digests: Digests, known: Mapping[str, KnownDigest]) -> NDArray[np.bool_]:
+    """``(N,)``: images whose ids are `known` with another content than they have now."""
+    before = KnownDigests.of(known).find(images.ids)
+    is_other: NDArray[np.bool_] = (before.values != digests.values).any(axis=1)
+    return before.is_known & is_other & ~digests.is_failed
+
+
+def table_name(path: Path) -> str:
+    """The name of the image set, from the name of a table's file."""
+    return path.stem.rpartition("-")[0]
+
+
+def table_file(images: ImageSet, columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> str:
+    """The name of a table's file: it tells tables of one image set by what they say, not by when files were hashed.
+
+    Jobs that start at once on the same images thus make one table, not several that contradict each other.
+    """
+    said = _content_hash({**columns, "stat": columns["stat"][:, :4]}, {"parents": facts["parents"]})
+    described = {name: value for name, value in facts.items() if name not in ("content", "parents")}
+    return f"{images.name}-{digest_json([said, described])[:8]}.h5"
+
+
+def table_content(images: ImageSet, digests: Digests) -> tuple[dict[str, NDArray[Any]], dict[str, Json]]:
+    """The columns and the facts of a table, but for its parents and who wrote it."""
+    id_bytes, id_ends = _packed(images.ids)
+    columns: dict[str, NDArray[Any]] = {
+        "id_bytes": id_bytes,
+        "id_ends": id_ends,
+        "digest": np.ascontiguousarray(digests.values),
+        "has_digest": (~digests.is_failed).astype(np.uint8),
+        "stat": np.ascontiguousarray(digests.stats),
+        "split": _split_numbers(images.splits),
+    }
+    groups: list[str] | None = None
+    if images.groups is not None:
+        groups = sorted(set(images.groups))
+        places = {group: place for place, group in enumerate(groups)}
+        columns["group"] = np.array([places[group] for group in images.groups], np.int64)
+    if images.targets is not None:
+        columns["target"] = np.ascontiguousarray(images.targets)
+    facts: dict[str, Json] = {
+        "name": images.name,
+        "task": images.task,
+        "classes": list(images.classes),
+        "groups": groups,
+    }
+    return columns, {**facts, "content": _content_hash(columns, facts)}
+
+
+_SPLIT_NAMES = ("", "train", "valid", "test")
+
+
+def _split_numbers(splits: NDArray[np.str_]) -> NDArray[np.uint8]:
+    numbers = np.zeros(len(splits), np.uint8)
+    for number, name in enumerate(_SPLIT_NAMES):
+        numbers[splits == name] = number
+    return numbers
+
+
+def _content_hash(columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> str:
+    digest = hashlib.sha256(canonical_json(dict(facts)).encode("ascii"))
+    for name in sorted(columns):
+        digest.update(canonical_json([name, str(columns[name].dtype), list(columns[name].shape)]).encode("ascii"))
+        digest.update(np.ascontiguousarray(columns[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _packed(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    joined = "".join(texts)
+    if joined.isascii():  # one by one takes several times as long
+        ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
+        return np.frombuffer(joined.encode("ascii"), np.uint8), ends
+    encoded = [text.encode("utf-8", "surrogateescape") for text in texts]  # file names need not be valid UTF-8
+    ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), np.uint8), ends
+
+
+def _texts(packed: NDArray[np.uint8], ends: NDArray[np.int64]) -> Iterator[str]:
+    data, last = packed.tobytes(), ends.tolist()
+    places = map(slice, [0, *last[:-1]], last)
+    if data.isascii():
+        return map(data.decode("ascii").__getitem__, places)
+    return (data[place].decode("utf-8", "surrogateescape") for place in places)

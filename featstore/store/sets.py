@@ -1,0 +1,310 @@
+"""Feature sets: what a reader asks for, the parts of one spec, and what their folders are called.
+
+::
+
+    <root>/<backbone>@<cut>-<trunk12>/<reduction>-<view>-<dtype>-<key8>[-seed3]/part-*.h5
+
+A set is known by what its parts say, not by what folders are called. `docs/format.md` is normative.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from featstore.digest import Json
+from featstore.errors import DamagedFileError
+from featstore.files.index import RowIndex
+from featstore.files.part import Part
+from featstore.images.views import View
+from featstore.models.trunk import PRECISIONS, Precision
+from featstore.store.spec import FeatureSpec
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRequest:
+    """What a reader asks for: the facts it fixes, and None for those it leaves open.
+
+    Attributes:
+        trunk: digest of the model up to the cut.
+        pool: facts of the reduction.
+        view: of the evaluation or of one seed.
+        dtype: storage type, if it matters.
+        precision: of the arithmetic, if it matters.
+    """
+
+    trunk: str
+    pool: Json
+    view: View
+    dtype: str | None = None
+    precision: Precision | None = None
+
+    @classmethod
+    def of(cls, spec: FeatureSpec) -> FeatureRequest:
+        """The request that fixes every fact, so that only features of `spec` fit."""
+        return cls(trunk=spec.trunk, pool=spec.pool, view=spec.rendered, dtype=spec.dtype, precision=spec.precision)
+
+    def accepts(self, spec: FeatureSpec) -> bool:
+        """Whether features of `spec` are what is asked for."""
+        return spec.key in self.keys
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """The keys of all specs that are what is asked for."""
+        view = self.view.facts()
+        return frozenset(
+            FeatureSpec(trunk=self.trunk, pool=self.pool, view=view, precision=precision, dtype=dtype).key
+            for precision in ([self.precision] if self.precision else PRECISIONS)
+            for dtype in ([self.dtype] if self.dtype else DTYPES)
+        )
+
+    def differences(self, spec: FeatureSpec) -> list[tuple[str, str, str]]:
+        """Why `spec` isn't accepted: each fact that differs, its value there, and the one asked for, in words."""
+        asked = FeatureSpec(
+            trunk=self.trunk,
+            pool=self.pool,
+            view=self.view.facts(),
+            precision=self.precision or spec.precision,
+            dtype=self.dtype or spec.dtype,
+        )
+        return spec.differences(asked)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FeatureSet:
+    """The parts of one spec: at least one, maybe without rows.
+
+    Attributes:
+        folders: where they lie; several, if jobs that call the model differently have made one each.
+        spec: what decided their values.
+        parts: in the order of their names, without those that another part supersedes.
+    """
+
+    folders: tuple[Path, ...]
+    spec: FeatureSpec
+    parts: tuple[Part, ...]
+
+    def __repr__(self) -> str:
+        facts = self.describe()
+        named = f"{facts['backbone']}@{facts['cut']} {facts['reduce']}, {self.spec.rendered.label()}"
+        return f"FeatureSet({self.key[:8]}: {named}, {self.spec.dtype}, {facts['rows']:,} rows)"
+
+    @property
+    def key(self) -> str:
+        """The spec's key."""
+        return self.spec.key
+
+    @property
+    def folder(self) -> Path:
+        """The first of its folders."""
+        return self.folders[0]
+
+    @cached_property
+    def facts(self) -> dict[str, Json]:
+        """Facts of the newest part: stages, profile, probe, backbone and cut as people call them, who and when."""
+        return newest(self.parts).facts
+
+    @cached_property
+    def index(self) -> RowIndex:
+        """Where each image's row lies."""
+        return RowIndex(self.parts)
+
+    @cached_property
+    def failed(self) -> dict[str, str]:
+        """Digest (hexadecimal) -> reason, of the images that have failed and have no row: a later success counts."""
+        reasons = {digest: reason for part in self.parts for digest, reason in part.facts["failed"].items()}
+        has_row = self.index.find(digest_rows(reasons))[0] >= 0
+        return {digest: reason for (digest, reason), has in zip(reasons.items(), has_row, strict=True) if not has}
+
+    def images_beside(self, known: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """The digests ``(M, 32)`` of the images that have a row and are none of `known`, ``(N, 32)`` each."""
+        parts = self.index.parts
+        digests = np.concatenate([part.digests for part in parts])
+        starts = np.cumsum([0, *(part.num_rows for part in parts)])
+
+        def rows(asked: NDArray[np.uint8]) -> NDArray[np.int64]:
+            part_of, row_in = self.index.find(asked)
+            has_row = part_of >= 0
+            found: NDArray[np.int64] = starts[part_of[has_row]] + row_in[has_row]
+            return found
+
+        is_known = np.zeros(len(digests), bool)
+        for some in known:
+            is_known[rows(some)] = True
+        others = np.unique(rows(digests[~is_known]))  # of an image with several rows it is the first that is known
+        return digests[others[~is_known[others]]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its files, as far as they haven't been replaced by a merged one since."""
+        num_bytes = 0
+        for part in self.parts:
+            with suppress(FileNotFoundError):
+                num_bytes += part.path.stat().st_size
+        return num_bytes
+
+    def describe(self) -> dict[str, Json]:
+        """What `ls` lists."""
+        view = self.spec.rendered
+        is_known = "imported" not in self.facts  # the spec of what something else computed holds placeholders
+        return {
+            "key": self.key,
+            "backbone": self.facts["backbone"],
+            "cut": self.facts["cut"],
+            "reduce": self.spec.reduction,
+            "view": None if not is_known else "evaluation" if view.policy is None else view.policy.name,
+            "seed": view.seed,
+            "size": view.size if is_known else None,
+            "dtype": self.spec.dtype,
+            "precision": self.spec.precision if is_known else None,
+            "rows": self.index.num_images,
+            "failed": len(self.failed),
+            "shape": list(self.parts[0].shape),
+            "parts": len(self.parts),
+            "bytes": self.num_bytes,
+            "when": self.facts["when"],
+            "folder": str(self.folder),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class SetPart:
+    """A part whose facts are those of the format, whole and understood."""
+
+    part: Part
+    spec: FeatureSpec
+
+    @classmethod
+    def of(cls, part: Part) -> SetPart:
+        """`part` with its spec.
+
+        Raises:
+            DamagedFileError: for facts that are incomplete, contradict each other, or come from a newer featstore.
+        """
+        try:
+            spec = FeatureSpec.from_facts(part.facts["spec"])
+            if missing := _FACTS - part.facts.keys():
+                raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
+            if part.facts["key"] != spec.key or spec.rendered.facts() != spec.view:
+                raise ValueError("its key isn't that of its spec")
+            if part.dtype != DTYPES[spec.dtype]:
+                raise ValueError(f"it holds {part.dtype}, and its spec says {spec.dtype}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedFileError(
+                f"{part.path} can't be used by this featstore: {error}. If a newer one wrote it, upgrade; else put a "
+                f"sound copy in its place, or delete it and run {made_by(part)} again."
+            ) from error
+        return cls(part, spec)
+
+    @property
+    def name(self) -> str:
+        """Of the file; of duplicate rows that of the smallest name counts."""
+        return self.part.path.name
+
+    @property
+    def supersedes(self) -> list[str]:
+        """Names of the parts that this one replaces."""
+        names: list[str] = self.part.facts["supersedes"]
+        return names
+
+
+_FACTS = frozenset(
+    {
+        "spec",
+        "key",
+        "view",
+        "backbone",
+        "cut",
+        "stages",
+        "class_tokens",
+        "profile",
+        "probe",
+        "failed",
+        "supersedes",
+        "who",
+        "when",
+    }
+)
+"""What readers of a part rely on: all that `docs/format.md` lists, which every version of it has had."""
+
+
+def newest(parts: Iterable[Part]) -> Part:
+    """The part that was written last."""
+    return max(parts, key=lambda part: str(part.facts["when"]))
+
+
+def made_by(part: Part) -> str:
+    """The command that makes the rows of a part again."""
+    return "featstore import" if "imported" in part.facts else "featstore extract"
+
+
+def superseded_names(parts: Iterable[SetPart]) -> frozenset[str]:
+    """Names of the parts that some part replaces."""
+    return frozenset(name for each in parts for name in each.supersedes)
+
+
+def features_bytes(part: Part) -> int:
+    """Size of a part's activations."""
+    return part.num_rows * math.prod(part.shape) * part.dtype.itemsize
+
+
+def digest_rows(digests: Iterable[str]) -> NDArray[np.uint8]:
+    """Hexadecimal digests as rows ``(N, 32)``."""
+    return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
+
+
+# ---- folders
+
+PART_NAME = re.compile(r"part-.*\.h5", re.DOTALL)
+"""Of files that are parts."""
+
+_TRUNK_DIGITS, _KEY_DIGITS = 12, 8
+
+
+def folder_name(spec: FeatureSpec, backbone: str, cut: str) -> Path:
+    """Where a new set goes, below the root."""
+    view = spec.rendered
+    words = [
+        spec.reduction,
+        "evaluation" if view.policy is None else view.policy.name,
+        spec.dtype,
+        short_key(spec.key),
+    ]
+    seed = [] if view.seed is None else [f"seed{view.seed}"]
+    return Path(f"{_safe(backbone)}@{_safe(cut)}-{short_trunk(spec.trunk)}", "-".join([*map(_safe, words), *seed]))
+
+
+def short_trunk(trunk: str) -> str:
+    """The digits of a trunk's digest with which the name of its folder ends."""
+    return trunk[:_TRUNK_DIGITS]
+
+
+def short_key(key: str) -> str:
+    """The digits of a key (or of its beginning) in the name of a set's folder."""
+    return key[:_KEY_DIGITS]
+
+
+def key_in(name: str) -> str:
+    """The digits of the key in the name of a set's folder; none if someone has renamed it."""
+    found = re.search(rf"-([0-9a-f]{{{_KEY_DIGITS}}})(-seed\d+)?$", name)
+    return found[1] if found else ""
+
+
+def is_trunk_folder(name: str) -> bool:
+    """Whether a folder is called as those that hold the sets of one trunk."""
+    return re.search(rf"@.*-[0-9a-f]{{{_TRUNK_DIGITS}}}$", name) is not None
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "_", text)[:80]

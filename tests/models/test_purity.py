@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.splitting import randomise
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from featstore import ModelError, StagedModel, View
+from featstore.models.graph import random_states
+from featstore.models.purity import check_pure
+
+VIEW = View(size=12, resize=14)
+
+
+class Applied(nn.Module):
+    """A convolution, and a function behind it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 4, 3), function
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.function(self.conv(values))
+
+
+class Whole(Applied):
+    """The same, with control flow that can't be traced."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        if values.sum() > 1e9:
+            return values
+        return self.function(self.conv(values))
+
+
+def staged(inner: nn.Module) -> StagedModel:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(inner), nn.ReLU(inplace=True))
+    randomise(module, 0)
+    return StagedModel.from_module(module.eval(), view=VIEW)
+
+
+def batch_norm(values: Tensor) -> Tensor:
+    return F.batch_norm(values, None, None, training=True)
+
+
+def rarely(values: Tensor) -> Tensor:
+    return values if random.random() < 0.8 else -values
+
+
+@pytest.mark.parametrize(
+    ("inner", "where"),
+    [
+        (Applied(lambda values: F.dropout(values, 0.5)), "dropout in stage 1"),
+        (Applied(lambda values: values + F.dropout(values.relu(), 0.5, inplace=True)), "dropout in stage"),
+        (Applied(lambda values: values + torch.rand_like(values)), "rand_like in stage"),
+        (Applied(lambda values: values + torch.rand(values.shape)), "rand in stage"),
+        (Applied(lambda values: values + torch.rand(1)), r"1.0 \(Applied\)"),
+        (Applied(lambda values: values * random.random()), r"1.0 \(Applied\)"),
+        (Applied(lambda values: values * float(np.random.rand())), r"1.0 \(Applied\)"),  # noqa: NPY002
+        (Applied(rarely), r"1.0 \(Applied\)"),
+        (Whole(lambda values: values * random.random()), r"1.0 \(Whole\)"),
+        (Whole(rarely), r"1.0 \(Whole\)"),
+    ],
+)
+def test_what_stays_random_in_eval_mode_is_refused_by_name(inner: nn.Module, where: str) -> None:
+    model = staged(inner)
+    random.seed(3)  # `rarely` changes nothing in the first seven runs
+    with pytest.raises(ModelError, match=rf"sequential can't be cached at 2: {where}.* gives other values each time"):
+        check_pure(model, "2")
+    check_pure(model, "0")  # the advice: cut before it
+
+
+@pytest.mark.parametrize(
+    ("inner", "where"),
+    [
+        (nn.BatchNorm2d(3, track_running_stats=False), r"1.0 \(BatchNorm2d\)"),
+        (Applied(batch_norm), "batch_norm in stage 1"),
+        (Applied(lambda values: values - values.mean(0)), "sub in stage 1"),
+        (Applied(lambda values: values / values.shape[0]), "truediv in stage 1"),
+        (Applied(lambda values: values + torch.arange(values.shape[0]).reshape(-1, 1, 1, 1)), "arange in stage 1"),
+        (Applied(lambda values: values + values.roll(1, 0)), "roll in stage 1"),
+        (Whole(lambda values: values - values.mean(0)), r"1.0 \(Whole\)"),
+    ],
+)
+def test_what_depends_on_the_other_images_of_a_batch_is_refused_by_name(inner: nn.Module, where: str) -> None:
+    model = staged(inner)
+    with pytest.raises(
+        ModelError, match=rf"can't be cached at 2: what {where} gives for an image depends on the other"
+    ):
+        check_pure(model, "2")
+    check_pure(model, "0")
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        nn.BatchNorm2d(3),
+        nn.InstanceNorm2d(3),
+        nn.Dropout(),
+        Applied(lambda values: F.dropout(values, 0.5, training=False)),
+        Whole(lambda values: values * (1 + 0 * random.random())),  # draws a number and doesn't use it
+        Whole(lambda values: values * 2),
+        Applied(lambda values: values.argmax(1, keepdim=True)),
+        Applied(lambda values: (values * 0).log() * 0),  # nothing but NaN
+    ],
+)
+def test_a_function_of_one_image_passes(inner: nn.Module) -> None:
+    check_pure(staged(inner), "1")
+
+
+def test_tokens_before_images_pass_through_and_are_no_place_to_cut() -> None:
+    module = nn.Sequential(Applied(lambda values: values.flatten(2).permute(2, 0, 1)), nn.LayerNorm(4), Mixed())
+    model = StagedModel.from_module(module.eval(), view=VIEW)
+    check_pure(model, "2")
+    with pytest.raises(ModelError, match=r"for 3 images the value there is \(100, 3, 4\), and rows are images"):
+        check_pure(model, "1")
+
+
+class Mixed(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return values.mean(0)
+
+
+def test_the_check_leaves_the_model_and_the_random_states_alone() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout(), Whole(lambda v: v + 0 * torch.rand(1)))
+    model = StagedModel.from_module(module.train(), view=VIEW)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    states = random_states()
+    check_pure(model, "3")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert all(part.training for part in module.modules())
+    assert random_states() == states
+
+
+def test_a_network_of_another_type_can_be_checked() -> None:
+    check_pure(staged(nn.BatchNorm2d(3)).double(), "2")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda values: values - values.unflatten(0, (-1, 8)).mean(1).repeat_interleave(8, 0),
+        lambda values: values + torch.arange(len(values)).reshape(-1, 1, 1, 1),
+    ],
+)
+def test_what_mixes_images_in_batches_of_the_size_that_runs_alone_is_refused(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    model = staged(Whole(lambda values: values if len(values) % 8 else function(values)))
+    check_pure(model, "2")
+    check_pure(model, "2", batch_size=12)
+    check_pure(model, "0", batch_size=16)
+    with pytest.raises(ModelError, match=r"what stage 1, in batches of 16, gives for an image depends on the other"):
+        check_pure(model, "2", batch_size=16)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 33])
+def test_a_function_of_one_image_passes_at_every_batch_size(batch_size: int) -> None:
+    check_pure(staged(nn.BatchNorm2d(3)), "2", batch_size=batch_size, device=torch.device("cpu"))
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Functions, Operators])
+def test_a_mode_that_may_change_what_operations_compute_is_refused_by_name(mode: type[Any]) -> None:
+    model = staged(nn.ReLU())
+    message = rf"can't be cached at 1 while test_purity\.{mode.__name__} is active: .* Leave its with block\."
+    with mode(), torch.device("cpu"), pytest.raises(ModelError, match=message):
+        check_pure(model, "1")
+    check_pure(model, "1")  # the advice
+
+
+def test_a_default_device_is_no_mode_that_changes_results() -> None:
+    with torch.device("cpu"):
+        check_pure(staged(nn.ReLU()), "1")
+    torch.set_default_device("cpu")
+    try:
+        check_pure(staged(nn.ReLU()), "1")
+    finally:
+        torch.set_default_device(None)

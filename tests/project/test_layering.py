@@ -1,0 +1,319 @@
+"""Who may import whom: the order of the modules, and the one door of each outside library."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# The rooms of each package and their modules, from the ground up ("": the package's own folder). A module imports only
+# modules that stand before it, and of other rooms only what `CLOSED` leaves open. A new file joins its room's list, or
+# it does not belong yet.
+Rooms = tuple[tuple[str, tuple[str, ...]], ...]
+
+ROOMS: dict[str, Rooms] = {
+    "featstore": (
+        ("", ("errors", "words", "digest", "machine", "source_code")),
+        ("files", ("part", "index", "reading", "provenance", "disk")),
+        ("images", ("digests", "sources", "image_set", "decode", "augmentation", "views", "render")),
+        (
+            "models",
+            ("graph", "pool", "digests", "staged", "trunk", "weights", "runs", "backbones", "probe", "purity"),
+        ),
+        (
+            "store",
+            (
+                "spec", "features", "sets", "image_tables", "catalogue", "verification", "compaction", "removal",
+                "garbage", "difference", "store",
+            ),
+        ),
+        ("extraction", ("remedy", "extract", "adopt")),
+        ("exchange", ("feature_files", "export", "imports")),
+        ("", ("__init__",)),
+        ("cli", ("program", "flags", "store", "app")),
+        ("", ("__main__",)),
+    ),
+    "training": (
+        ("", ("metrics", "schedules", "plots", "heads")),
+        ("inputs", ("situation", "search", "explain", "derive", "batches")),
+        (
+            "",
+            (
+                "splits", "optim", "fit", "lr_find", "predict", "saved", "learner", "recipes", "__init__",
+                "cli", "__main__",
+            ),
+        ),
+    ),
+}  # fmt: skip
+
+# Rooms of featstore that may not use each other, though one of them stands before the other.
+CLOSED = {("images", "files"), ("models", "files"), ("exchange", "extraction")}
+
+# Outside library -> the only modules that may import it.
+DOORS = {
+    "h5py": {"featstore.files.part"},
+    "PIL": {"featstore.images.decode"},
+    "torchvision.io": {"featstore.images.decode"},
+    "torchvision.models": {"featstore.models.backbones"},
+    "timm": {"featstore.models.backbones"},
+    "torchvision.transforms": {"featstore.images.views"},
+    "safetensors": {"featstore.models.weights", "featstore.models.runs", "featstore.exchange.feature_files"},
+    "pyarrow": {"featstore.exchange.export"},
+    "typer": {
+        "featstore.cli.program",
+        "featstore.cli.flags",
+        "featstore.cli.store",
+        "featstore.cli.app",
+        "training.cli",
+    },
+    "matplotlib": {"training.plots"},
+}
+
+SAYS_NOTHING = {"utils", "util", "helpers", "manager", "base", "misc", "common"}
+
+
+def order(package: str) -> list[str]:
+    """The modules of a package from the ground up, without its name: ``views.View`` is in ``images.views``."""
+    return [f"{room}.{name}".removeprefix(".") for room, names in ROOMS[package] for name in names]
+
+
+def room(module: str) -> str:
+    """The room that a module, without its package's name, is in; empty for the package's own folder."""
+    return module.rpartition(".")[0]
+
+
+def faults(module: str, source: str) -> list[str]:
+    """What `source`, as the text of the module `module` ("featstore.images.views"), may not use: a sentence each."""
+    package, _, name = module.partition(".")
+    found = {}
+    for line, used in names_used(module, source):
+        owner, _, rest = used.partition(".")
+        if owner == package:
+            target = target_in(package, rest)
+            if target not in order(package):
+                found[used] = f"line {line}: {module} uses {used}, and a room is no module: name the one in it"
+            elif order(package).index(target) >= order(package).index(name):
+                found[used] = f"line {line}: {module} uses {used}, which doesn't stand before it in the order"
+            elif (room(name), room(target)) in CLOSED:
+                found[used] = f"line {line}: {module} uses {used}, but {room(name)} knows nothing of {room(target)}"
+        elif owner == "training":
+            found[used] = f"line {line}: {module} uses {used}, but featstore knows nothing of training"
+        elif owner == "featstore" and any(part.startswith("_") and not is_dunder(part) for part in rest.split(".")):
+            found[used] = f"line {line}: {module} uses {used}, which isn't public"
+        for library, doors in DOORS.items():
+            if f"{used}.".startswith(f"{library}.") and module not in doors:
+                found[used] = (
+                    f"line {line}: {module} uses {used}; the door of {library} is {' or '.join(sorted(doors))}"
+                )
+    return list(found.values())
+
+
+def target_in(package: str, used: str) -> str:
+    """The module that a dotted name below `package` is in; a room's own name where it names no module of the room."""
+    first, second, *_ = [*used.split("."), "", ""]
+    rooms = {name for name, _ in ROOMS[package]} - {""}
+    if first in rooms:
+        return f"{first}.{second}" if f"{first}.{second}" in order(package) else first
+    return first if first in order(package) else "__init__"
+
+
+def names_used(module: str, source: str) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of all that `source` imports, anywhere in it, and takes from imported modules."""
+    tree = ast.parse(source)
+    bound: dict[str, str] = {}  # name in the file -> what was imported under it
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                bound |= {alias.asname: alias.name} if alias.asname else {(top := alias.name.partition(".")[0]): top}
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = f"{origin(module, node)}.{alias.name}"
+                bound[alias.asname or alias.name] = full
+                yield node.lineno, full
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root, _, rest = ast.unparse(node).partition(".")
+            if root in bound:
+                yield node.lineno, f"{bound[root]}.{rest}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from ((node.lineno, str(name.value)) for name in node.args[:1] if isinstance(name, ast.Constant))
+
+
+def origin(module: str, node: ast.ImportFrom) -> str:
+    """The module that ``from ... import`` names; a dot stands for the room of `module`, two for what holds it."""
+    here = module.split(".")[: -node.level] if node.level else []
+    return ".".join([*here, *([node.module] if node.module else [])])
+
+
+def is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def modules() -> Mapping[str, Path]:
+    files = [path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py"))]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+
+
+def room_pages() -> dict[str, Path]:
+    """The `__init__.py` of each room."""
+    return {
+        f"{package}.{name}.__init__": ROOT / package / name / "__init__.py"
+        for package, rooms in ROOMS.items()
+        for name in sorted({name for name, _ in rooms} - {""})
+    }
+
+
+@pytest.mark.parametrize("module", sorted(modules().keys() - room_pages().keys()))
+def test_a_module_uses_only_what_stands_before_it_and_no_library_but_through_its_door(module: str) -> None:
+    assert not faults(module, modules()[module].read_text())
+
+
+def test_each_file_stands_in_the_order() -> None:
+    expected = {f"{package}.{name}" for package in ROOMS for name in order(package)}
+    assert set(modules()) == expected | set(room_pages())
+    assert not SAYS_NOTHING & {module.rpartition(".")[2] for module in expected}
+
+
+@pytest.mark.parametrize("page", room_pages())
+def test_a_room_says_what_it_is_for_and_hides_no_module(page: str) -> None:
+    tree = ast.parse(room_pages()[page].read_text())
+    assert ast.get_docstring(tree)
+    assert len(tree.body) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "named"),
+    [
+        ("featstore.images.views", "import training", "training"),
+        ("featstore.cli.app", "from training.heads import build_head", "training.heads.build_head"),
+        ("featstore.images.views", "import featstore.models.staged", "featstore.models.staged"),
+        (
+            "featstore.images.views",
+            "from featstore.models.staged import StagedModel",
+            "featstore.models.staged.StagedModel",
+        ),
+        ("featstore.images.views", "from featstore.models import staged", "featstore.models.staged"),
+        ("featstore.images.views", "from ..models.staged import StagedModel", "featstore.models.staged.StagedModel"),
+        ("featstore.images.views", "from ..models import staged", "featstore.models.staged"),
+        ("featstore.images.views", "from featstore import View", "featstore.View"),
+        ("featstore.images.views", "from featstore.images.views import View", "featstore.images.views.View"),
+        (
+            "featstore.images.views",
+            "def later():\n    from featstore.store.store import FeatureStore",
+            "featstore.store.store.FeatureStore",
+        ),
+        ("featstore.images.views", "if TYPE_CHECKING:\n    import featstore.store.store", "featstore.store.store"),
+        ("featstore.images.views", "importlib.import_module('featstore.store.store')", "featstore.store.store"),
+        ("featstore.extraction.extract", "import featstore\nfeatstore.cli.app.main()", "featstore.cli.app.main"),
+        ("training.heads", "from training.learner import Learner", "training.learner.Learner"),
+        ("training.heads", "from featstore.models.staged import _listed", "featstore.models.staged._listed"),
+        (
+            "training.heads",
+            "from featstore.models import staged\nstaged._x([])",
+            "featstore.models.staged._x",
+        ),
+        ("training.heads", "import featstore.models.staged as s\ns._listed([])", "featstore.models.staged._listed"),
+        (
+            "featstore.images.render",
+            "import featstore.images",
+            "featstore.images",
+        ),
+        ("featstore.images.views", "from featstore.files.part import Part", "featstore.files.part.Part"),
+        ("featstore.exchange.export", "from featstore.extraction.extract import plan", "featstore.extraction.extract"),
+        ("featstore.store.store", "import h5py", "h5py"),
+        ("training.learner", "import h5py as h", "h5py"),
+        ("featstore.images.render", "from PIL import Image", "PIL.Image"),
+        ("featstore.images.render", "from torchvision.io import decode_image", "torchvision.io.decode_image"),
+        ("featstore.images.render", "from torchvision import io", "torchvision.io"),
+        (
+            "featstore.images.render",
+            "import torchvision\ntorchvision.io.decode_image(x)",
+            "torchvision.io.decode_image",
+        ),
+        ("featstore.models.staged", "from torchvision.models import resnet18", "torchvision.models.resnet18"),
+        ("featstore.models.staged", "import torchvision as tv\ntv.models.get_model(x)", "torchvision.models.get_model"),
+        ("featstore.models.backbones", "import torchvision.transforms.v2", "torchvision.transforms.v2"),
+        ("featstore.models.staged", "import timm", "timm"),
+        ("training.learner", "def plot():\n    import matplotlib.pyplot as plt", "matplotlib.pyplot"),
+        ("featstore.store.store", "from safetensors.torch import save_file", "safetensors.torch.save_file"),
+        ("featstore.extraction.extract", "import typer", "typer"),
+        ("training.learner", "import typer", "typer"),
+    ],
+)
+def test_what_is_forbidden_is_named(module: str, source: str, named: str) -> None:
+    sentences = faults(module, source)
+    assert any(f" {named}" in sentence for sentence in sentences), sentences
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "featstore.images.views",
+            "import torch.nn.functional as F\nfrom featstore.digest import Json\nF.pad(Json)",
+        ),
+        ("featstore.cli.app", "from featstore import __version__"),
+        ("featstore.models.backbones", "import torchvision\ntorchvision.models.get_model(name)"),
+        ("featstore.files.part", "import h5py\nh5py.File(path)"),
+        ("training.learner", "from featstore import StagedModel\nfrom featstore.models.graph import mode_of"),
+        ("training.lr_find", "def plot():\n    from training.plots import learning_rates"),
+    ],
+)
+def test_what_is_allowed_passes(module: str, source: str) -> None:
+    assert not faults(module, source)
+
+
+def test_importing_featstore_loads_neither_plots_nor_scikit_learn_nor_the_command_line() -> None:
+    program = "import featstore, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(shown.stdout.split())
+    assert {"featstore", "torch"} <= loaded
+    assert not loaded & {"matplotlib", "sklearn", "typer", "training"}
+
+
+def test_a_wheel_holds_just_the_two_packages(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("featstore", "training", "tests", "scripts", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    program = "from setuptools.build_meta import build_wheel; build_wheel('made')"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, capture_output=True)
+    (wheel,) = (tmp_path / "made").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {name.partition("/")[0] for name in names}
+    assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"featstore", "training"}
+    expected = {str(path.relative_to(ROOT)) for path in modules().values()}
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert {"featstore/py.typed", "training/py.typed"} <= set(names)
+
+
+def test_the_design_page_lists_the_modules_in_their_order() -> None:
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    block = page.partition("```\n")[2].partition("```")[0]
+    listed: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    package, here, names = "", "", list[str]()
+    for line in [*block.splitlines(), "./"]:
+        first, *more = re.split(r"\s{2,}", line.strip())  # then what it is for, which is no name
+        if not first.endswith("/"):
+            names += takewhile({name for _, group in ROOMS[package] for name in group}.__contains__, [first, *more])
+            continue
+        if names:
+            listed[package].append((here, tuple(names)))
+        names, here = [], first.removesuffix("/").removeprefix(".")
+        if here in ROOMS:
+            package, here = here, ""
+            listed[package] = []
+    for package, rooms in ROOMS.items():
+        shown = [(name, tuple(each for each in group if not is_dunder(each))) for name, group in rooms]
+        assert listed[package] == [each for each in shown if each[1]]

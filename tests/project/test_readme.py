@@ -1,0 +1,125 @@
+"""The README's two minutes, run as they stand: on photographs, with random weights where the real ones would be."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import featstore.cli.app
+import training.cli
+from featstore import FeatureStore
+
+README = Path(__file__).parents[2] / "README.md"
+PROGRAMS: dict[str, Callable[[list[str]], int]] = {
+    "featstore": featstore.cli.app.main,
+    "featstore-train": training.cli.main,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's reader has: photos in two class folders, two new ones in inbox/, and resnet34's weights."""
+    folder = tmp_path_factory.mktemp("readme")
+    rng = np.random.default_rng(0)
+    for name, photo in zip(("cat", "dog"), load_sample_images().images, strict=True):
+        _write_crops(folder / "photos" / name, photo, rng, [f"{number:03d}.jpg" for number in range(8)])
+    _write_crops(folder / "inbox", photo, rng, ["0412.jpg", "0413.jpg"])
+    checkpoints = folder / "torch" / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    torch.manual_seed(0)
+    weights = torchvision.models.ResNet34_Weights.DEFAULT
+    torch.save(torchvision.models.resnet34().state_dict(), checkpoints / Path(weights.url).name)
+    return folder
+
+
+@pytest.fixture
+def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
+
+
+def test_the_commands_of_the_readme_run(at_home: None, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = _commands(0)
+    assert [command[:2] for command in commands] == [
+        ["featstore", "extract"],
+        ["featstore", "ls"],
+        ["featstore-train", "head"],
+        ["featstore-train", "finetune"],
+        ["featstore-train", "evaluate"],
+        ["featstore-train", "predict"],
+    ]
+    for program, *arguments in commands:
+        assert PROGRAMS[program](arguments) == 0, capsys.readouterr().err
+    assert Path("predictions.csv").read_text().splitlines()[0] == "image,label,probability,cat,dog"
+    assert PROGRAMS["featstore"](commands[0][1:]) == 0
+    assert " 0 computed" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_python_of_the_readme_runs(at_home: None, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(_blocks("python")[0], str(README), "exec"), {})
+    said = capsys.readouterr().out
+    assert "train: 12 images from features, resnet34@layer4 concat, evaluation view" in said
+    assert "why: conv1...layer4 are frozen" in said
+    assert said.splitlines()[-1] in ("cat", "dog")
+    assert Path("lr.png").stat().st_size > 0
+    assert Path("runs/pets/model.safetensors").exists()
+
+
+def test_the_python_for_features_runs(at_home: None, capsys: pytest.CaptureFixture[str]) -> None:
+    key, _ = _two_keys()
+    names: dict[str, Any] = {}
+    exec(compile(_blocks("python")[1].replace("7c41", key), str(README), "exec"), names)
+    assert capsys.readouterr().out.startswith("memory: ")
+    assert names["X"].shape == (12, 1024)
+    assert names["y"].tolist() == names["images"].train.targets.tolist()
+    assert sorted(names["rows"].tolist()) == list(range(12))
+
+
+def test_the_commands_that_keep_a_store_run(at_home: None, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = dict(zip(("7c41", "1b2e"), _two_keys(), strict=True))
+    commands = [[keys.get(word, word) for word in command] for command in _commands(1)]
+    names = [command[1] for command in commands]
+    assert names == ["verify", "diff", "export", "compact", "gc", "remove"]
+    for program, *arguments in commands:
+        assert PROGRAMS[program](arguments) == 0, capsys.readouterr().err
+    assert np.load("layer4.npy").shape == (16, 1024)
+    assert len(Path("layer4.csv").read_text().splitlines()) == 17
+    assert [found.key[:8] for found in FeatureStore("features").sets() if found.key.startswith(keys["1b2e"])] == []
+    table = re.findall(r"^\| `([a-z]+)", README.read_text(), re.M)
+    assert {*names, "adopt", "import"} <= set(table)
+
+
+def _two_keys() -> tuple[str, str]:
+    """The evaluation view's key, and another one's, in a store that is made if no test has made it yet."""
+    if not Path("features").exists():
+        program, *arguments = _commands(0)[0]
+        assert PROGRAMS[program](arguments) == 0
+    keys = {found.spec.rendered.seed: found.key[:8] for found in FeatureStore("features").sets()}
+    return keys[None], next(key for seed, key in keys.items() if seed is not None)
+
+
+def _commands(place: int) -> list[list[str]]:
+    return [shlex.split(line) for line in _blocks("sh")[place].replace("\\\n", " ").splitlines()]
+
+
+def _blocks(language: str) -> list[str]:
+    blocks = re.findall(
+        rf"<!-- run by tests/project/test_readme.py -->\n```{language}\n(.*?)```", README.read_text(), re.S
+    )
+    assert len(blocks) == 2
+    return [str(block) for block in blocks]
+
+
+def _write_crops(folder: Path, photo: np.ndarray, rng: np.random.Generator, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        top, left = rng.integers(0, photo.shape[0] - 240), rng.integers(0, photo.shape[1] - 260)
+        Image.fromarray(photo[top : top + 240, left : left + 260]).save(folder / name, quality=90)

@@ -1,0 +1,1 @@
+"""Support: what several tests arrange, run and compare with."""

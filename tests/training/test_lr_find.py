@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.tiny import VIEW, pixels, staged
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from featstore import FeatureStore, ImageSet, StagedModel, extract
+from training import Learner, optim
+from training.inputs.batches import Batches
+from training.inputs.derive import find
+from training.inputs.situation import Situation
+from training.lr_find import find_lr
+
+
+class Head(nn.Module):
+    """Batch norm, dropout, and a counter that no file would hold; the same numbers each time."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            self.fc = nn.Linear(24, 2)
+        self.norm, self.dropout = nn.BatchNorm1d(24), nn.Dropout(0.3)
+        self.register_buffer("calls", torch.zeros(1), persistent=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        logits: Tensor = self.fc(self.dropout(self.norm(rows)))
+        return logits
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, FeatureStore]:
+    images = ImageSet.from_arrays(pixels(20), [row % 2 for row in range(20)])
+    store = FeatureStore(tmp_path_factory.mktemp("features"))
+    extract(staged(), images, store, cuts=["layer2"], dtype="float32", device="cpu", workers=0)
+    return images, store
+
+
+def learner(stored: tuple[ImageSet, FeatureStore], **options: Any) -> Learner:
+    settings = {"cut": "layer2", "head": Head(), "batch_size": 8, **options}
+    return Learner(staged(), *stored, device="cpu", workers=0, quiet=True, **settings)
+
+
+def batches(model: StagedModel, images: ImageSet) -> Batches:
+    situation = Situation(
+        model=model,
+        origins=(),
+        images=images,
+        store=None,
+        view=VIEW,
+        key=None,
+        on_missing="error",
+        on_error="raise",
+        device=torch.device("cpu"),
+    )
+    return Batches(find(situation, images, None), situation, batch_size=8, workers=0)
+
+
+def state(learn: Learner) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in (*learn.model.parameters(), *learn.model.buffers())]
+
+
+def scripted(values: Iterable[float]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss that takes these values whatever the model does."""
+    remaining = iter(values)
+    return lambda logits, targets: logits.sum() * 0.0 + next(remaining)
+
+
+def bounded(logits: Tensor, targets: Tensor) -> Tensor:
+    """Never four times as large as it was, so the finder never stops."""
+    return 1 + torch.tanh(F.cross_entropy(logits.clamp(-9, 9), targets)) / 4
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 64], ids=["five_batches", "three_batches", "one_batch"])
+def test_rates_rise_geometrically_from_1e_5_to_10_in_100_steps_however_short_an_epoch_is(
+    stored: tuple[ImageSet, FeatureStore], batch_size: int
+) -> None:
+    found = learner(stored, loss=bounded, batch_size=batch_size).lr_find()
+    assert found.lrs == pytest.approx(np.geomspace(1e-5, 10, 100), rel=1e-9)
+    assert len(found.losses) == len(found.smoothed) == 100
+
+
+def test_the_steps_use_the_rates_and_keep_the_proportions_of_groups(stored: tuple[ImageSet, FeatureStore]) -> None:
+    used: list[list[float]] = []
+
+    class Recording(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            used.append([group["lr"] for group in self.param_groups])
+            super().step(closure)
+
+    model = staged().with_head(Head(), cut="layer2", reduction="concat")
+    model.unfreeze()
+
+    def make() -> Optimizer:
+        return optim.build(model, (1e-4, 1e-2), optimizer=lambda groups: Recording(groups), weight_decay=0.0)
+
+    tail = nn.Sequential(*model.stages)
+    found = find_lr(tail, batches(model, stored[0]), make, loss=bounded, seed=0, steps=7)
+    last = np.geomspace(1e-5, 10, 7)
+    assert np.array(used) == pytest.approx(np.stack([last / 100, last / 10, last], axis=1), rel=1e-9)
+    assert found.lrs == pytest.approx(last, rel=1e-9)
+
+
+def test_the_suggestion_is_a_tenth_of_the_rate_where_the_smoothed_loss_is_lowest(
+    stored: tuple[ImageSet, FeatureStore],
+) -> None:
+    losses = [1 + ((step - 60) / 50) ** 2 for step in range(100)]
+    found = learner(stored, loss=scripted(losses)).lr_find()
+    mean, expected = 0.0, []
+    for number, value in enumerate(losses, start=1):
+        mean = 0.9 * mean + 0.1 * value
+        expected.append(mean / (1 - 0.9**number))
+    assert found.losses == pytest.approx(losses, rel=1e-6)
+    assert found.smoothed == pytest.approx(expected, rel=1e-6)
+    assert found.suggestion == found.lrs[int(np.argmin(expected))] / 10
+    assert 60 < int(np.argmin(expected)) < 75, "smoothing should lag, and not by much"
+
+
+@pytest.mark.parametrize(
+    ("losses", "recorded"),
+    [
+        ([1.0] * 11 + [1e6], 11),
+        ([1.0] * 30 + [1e6], 30),
+        ([1.0] * 10 + [40.0] + [1.0] * 89, 11),  # too early to stop at once; the mean is too high one step later
+        ([1.0] * 5 + [20.0] + [1.0] * 94, 100),
+        ([1.0] * 50 + [30.0] + [1.0] * 49, 100),  # smoothed, a single bad batch is below four times the lowest
+        ([1.0] * 5 + [math.nan], 5),
+        ([1.0] * 3 + [math.inf], 3),
+    ],
+)
+def test_it_stops_where_the_smoothed_loss_exceeds_four_times_its_lowest(
+    stored: tuple[ImageSet, FeatureStore], losses: list[float], recorded: int
+) -> None:
+    found = learner(stored, loss=scripted(losses)).lr_find()
+    assert len(found.losses) == recorded
+
+
+@pytest.mark.parametrize("fails_with", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_everything_is_as_before_also_when_it_is_interrupted(
+    stored: tuple[ImageSet, FeatureStore], name: str, fails_with: type[BaseException] | None
+) -> None:
+    steps = 0
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if fails_with is not None and steps == 40:
+            raise fails_with
+        return bounded(logits, targets)
+
+    learn = learner(stored, loss=loss, optimizer=name)
+    learn.fit(1, lr=1e-3)
+    steps = 0
+    before, modes = state(learn), [part.training for part in learn.model.modules()]
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index] # noqa: NPY002
+    if fails_with is None:
+        learn.lr_find()
+        assert steps == 100
+    else:
+        with pytest.raises(fails_with):
+            learn.lr_find()
+    assert all(torch.equal(value, expected) for value, expected in zip(state(learn), before, strict=True))
+    assert [part.training for part in learn.model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()  # type: ignore[index] # noqa: NPY002
+    assert random.getstate() == states[2]
+    assert all(parameter.grad is None for parameter in learn.model.parameters())
+
+
+def test_training_goes_on_as_if_the_finder_had_not_run(stored: tuple[ImageSet, FeatureStore]) -> None:
+    plain, looked = learner(stored), learner(stored)
+    first = looked.lr_find()
+    assert looked.lr_find() == first
+    assert looked.fit(2, lr=1e-2).losses == plain.fit(2, lr=1e-2).losses
+
+
+def test_it_also_restores_a_body_that_trains(stored: tuple[ImageSet, FeatureStore]) -> None:
+    learn = learner(stored, loss=bounded)
+    learn.unfreeze()
+    before = state(learn)
+    learn.lr_find()
+    assert all(torch.equal(value, expected) for value, expected in zip(state(learn), before, strict=True))
+
+
+def test_a_first_loss_that_is_no_number_is_an_error_and_not_an_empty_curve(
+    stored: tuple[ImageSet, FeatureStore],
+) -> None:
+    with pytest.raises(FloatingPointError, match="The loss isn't finite at the rate 1e-05 already"):
+        learner(stored, loss=scripted([math.nan])).lr_find()
+
+
+@pytest.mark.parametrize("wrong", [{"start": 0.0}, {"start": 1.0, "end": 0.1}, {"steps": 1}])
+def test_rates_that_do_not_rise_are_refused(stored: tuple[ImageSet, FeatureStore], wrong: dict[str, Any]) -> None:
+    model = staged().with_head(Head(), cut="layer2", reduction="concat")
+    train = batches(model, stored[0])
+    with pytest.raises(ValueError, match="The finder needs 0 < start < end and 2 or more steps"):
+        find_lr(nn.Identity(), train, lambda: SGD(model.parameters(), lr=1.0), loss=bounded, seed=0, **wrong)
+
+
+def test_a_head_trained_at_the_suggestion_learns(tmp_path: Path) -> None:
+    bright = pixels(80)
+    bright[::2] //= 2  # the classes differ in brightness
+    images = ImageSet.from_arrays(bright, [row % 2 for row in range(80)]).split(valid=0.25)
+    for head in ("concat", "linear", "mlp"):
+        learn = learner((images, FeatureStore(tmp_path)), head=head, on_missing="extract")
+        assert learn.fit(10).last["accuracy"] >= 0.95

@@ -1,0 +1,174 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from PIL import Image
+
+from featstore.errors import ImageError
+from featstore.images.image_set import ImageSet
+from featstore.images.views import View
+from training import plots
+
+PNG = b"\x89PNG\r\n"
+VIEW = View(size=24, resize=28)
+
+
+def photographs(num_images: int = 6) -> ImageSet:
+    pixels = np.random.default_rng(0).integers(0, 256, (num_images, 30, 40, 3), dtype=np.uint8)
+    return ImageSet.from_arrays(pixels)
+
+
+def drawn_pixels(axes: Axes) -> NDArray[np.uint8]:
+    [image] = axes.get_images()
+    return np.asarray(image.get_array())
+
+
+def line_labels(axes: Axes) -> list[str]:
+    return [str(line.get_label()) for line in axes.get_lines()]
+
+
+def test_views_shows_the_very_pixels_that_are_rendered() -> None:
+    images = photographs()
+    seeds = [None, 0, 5]
+    figure = plots.views(images, VIEW, "random_resized_crop", seeds, num_images=2)
+    digests = images.digests().values
+    panels = iter(figure.get_axes())
+    for row in range(2):
+        pixels = torch.from_numpy(np.array(images.read(row))).permute(2, 0, 1)
+        for seed in seeds:
+            view = VIEW.evaluation if seed is None else VIEW.with_seed("random_resized_crop", seed)
+            expected = view.render(pixels, digests[row].tobytes()).permute(1, 2, 0).numpy()
+            np.testing.assert_array_equal(drawn_pixels(next(panels)), expected)
+    assert next(panels, None) is None
+
+
+def test_views_titles_columns_by_view_and_rows_by_image() -> None:
+    images = photographs()
+    panels = plots.views(images, VIEW, "flip").get_axes()
+    assert len(panels) == 4 * 4
+    expected = [VIEW.evaluation.label(), *(VIEW.with_seed("flip", seed).label() for seed in (0, 1, 2))]
+    assert [axes.get_title() for axes in panels[:4]] == expected
+    assert [axes.get_ylabel() for axes in panels[::4]] == list(images.ids[:4])
+    assert not any(axes.get_title() for axes in panels[4:])
+
+
+def test_views_shows_any_file_name_as_it_is(tmp_path: Path) -> None:
+    names = ["50$^a_{$.png", "caf\xe9 1.png", "not-utf8-\udcff.png", "z" * 40 + ".png"]
+    (tmp_path / "cat").mkdir()
+    for name in names:
+        Image.new("RGB", (30, 30)).save(tmp_path / "cat" / name)
+    figure = plots.views(ImageSet.from_folder(tmp_path), VIEW, "flip", [None])
+    shown = [axes.get_ylabel() for axes in figure.get_axes()]
+    assert shown == ["cat/50$^a_{$.png", "cat/caf\xe9 1.png", "cat/not-utf8-?.png", "…" + "z" * 23 + ".png"]
+    assert figure._repr_png_().startswith(PNG)
+
+
+def test_views_of_fewer_images_than_asked_for_shows_them_all() -> None:
+    assert len(plots.views(photographs(2), VIEW, "flip", [None]).get_axes()) == 2
+
+
+def test_views_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to show of 4 images and 0 seeds"):
+        plots.views(photographs(), VIEW, "flip", [])
+    with pytest.raises(ValueError, match="nothing to show of 0 images and 4 seeds"):
+        plots.views(photographs(), VIEW, "flip", num_images=0)
+
+
+def test_views_names_an_image_that_can_not_be_read(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "broken.jpg").write_bytes(b"not a photograph")
+    with pytest.raises(ImageError, match=r"cat/broken\.jpg"):
+        plots.views(ImageSet.from_folder(tmp_path), VIEW, "flip")
+
+
+def test_learning_rates_draws_every_point_on_a_logarithmic_axis() -> None:
+    lrs = np.geomspace(1e-5, 10, 100)
+    losses = np.linspace(3, 900, 100)
+    figure = plots.learning_rates(lrs.tolist(), losses.tolist(), (losses / 2).tolist(), suggestion=2e-3)
+    [axes] = figure.get_axes()
+    points, smoothed, mark = axes.get_lines()
+    np.testing.assert_array_equal(points.get_xydata(), np.column_stack([lrs, losses]))
+    np.testing.assert_array_equal(smoothed.get_xydata(), np.column_stack([lrs, losses / 2]))
+    assert mark.get_xdata() == [2e-3, 2e-3]
+    assert line_labels(axes) == ["each batch", "smoothed", "suggestion 0.002"]
+    assert axes.get_xscale() == "log"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("learning rate", "training loss")
+    low, high = axes.get_ylim()
+    assert low < 1.5
+    assert high > 900
+
+
+def test_learning_rates_of_one_step_is_a_visible_point() -> None:
+    figure = plots.learning_rates([1e-3], [2.0], [2.0])
+    [axes] = figure.get_axes()
+    assert all(line.get_marker() == "." for line in axes.get_lines())
+    assert figure._repr_png_().startswith(PNG)
+
+
+def test_learning_rates_counts_losses_that_can_not_be_drawn() -> None:
+    figure = plots.learning_rates([1e-3, 1e-2, 1e-1], [2.0, math.inf, math.nan], [2.0, math.inf, math.nan])
+    [axes] = figure.get_axes()
+    assert axes.get_title() == "2 of 3 losses are not finite and not drawn"
+    assert figure._repr_png_().startswith(PNG)
+
+
+def test_learning_rates_of_unequal_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 learning rates, 1 losses and 2 smoothed losses"):
+        plots.learning_rates([1e-3, 1e-2], [2.0], [2.0, 1.0])
+    with pytest.raises(ValueError, match="0 learning rates"):
+        plots.learning_rates([], [], [])
+
+
+def test_history_draws_losses_and_metrics_by_epoch() -> None:
+    records = [
+        {"epoch": epoch, "train_loss": 2 / epoch, "valid_loss": 3 / epoch, "accuracy": 1 - 0.5 / epoch, "seconds": 9.0}
+        for epoch in (1, 2, 3)
+    ]
+    figure = plots.history(records)
+    losses, metrics = figure.get_axes()
+    assert (line_labels(losses), losses.get_ylabel()) == (["training", "validation"], "loss")
+    assert (line_labels(metrics), metrics.get_ylabel()) == (["accuracy"], "validation metric")
+    np.testing.assert_array_equal(losses.get_lines()[1].get_xydata(), [[1, 3], [2, 1.5], [3, 1]])
+    np.testing.assert_array_equal(metrics.get_lines()[0].get_xdata(), [1, 2, 3])
+    assert figure._repr_png_().startswith(PNG)
+
+
+def test_history_without_validation_has_only_the_training_loss() -> None:
+    figure = plots.history([{"train_loss": 2.0, "valid_loss": None, "lr": 1e-3}])
+    [losses] = figure.get_axes()
+    assert line_labels(losses) == ["training"]
+    np.testing.assert_array_equal(losses.get_lines()[0].get_xydata(), [[1, 2]])
+
+
+def test_history_of_a_diverged_fit_still_names_its_lines() -> None:
+    figure = plots.history([{"train_loss": math.nan, "valid_loss": math.inf, "accuracy": math.nan}])
+    losses, metrics = figure.get_axes()
+    assert line_labels(losses) == ["training", "validation"]
+    assert line_labels(metrics) == ["accuracy"]
+    assert figure._repr_png_().startswith(PNG)
+
+
+def test_history_without_epochs_is_refused() -> None:
+    with pytest.raises(ValueError, match="no epochs"):
+        plots.history([])
+
+
+def test_plots_save_themselves(tmp_path: Path) -> None:
+    figure = plots.views(photographs(), VIEW, "flip")
+    for suffix in ("png", "pdf", "svg"):
+        figure.savefig(tmp_path / f"views.{suffix}")
+        assert (tmp_path / f"views.{suffix}").stat().st_size > 1000
+
+
+def test_drawing_does_not_import_pyplot() -> None:
+    program = (
+        "import sys; from training import plots; plots.learning_rates([1e-3], [2.0], [2.0])._repr_png_();"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

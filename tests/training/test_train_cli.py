@@ -1,0 +1,472 @@
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.programs import BACKBONE, Ran, Run, photographs, runner
+from typer.models import OptionInfo
+
+import featstore.cli.app
+import training.cli
+from featstore import FeatureStore, ImageSet, backbone
+from featstore.cli.program import tell
+from training import Learner
+
+EPOCHS = ["--epochs", "2"]
+APPS = {"featstore": featstore.cli.app.app, "featstore-train": training.cli.app}
+COMMANDS = [
+    (program, command.name or command.callback.__name__, command.callback)
+    for program, app in APPS.items()
+    for command in app.registered_commands
+    if command.callback is not None
+]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with photos/ and tiny.py."""
+    photographs(tmp_path / "photos")
+    (tmp_path / "tiny.py").write_text(BACKBONE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return tmp_path
+
+
+@pytest.fixture
+def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return runner(capsys)
+
+
+def head_flags(*more: str, images: str = "photos", out: str = "runs/head", lr: str = "1e-2") -> list[str]:
+    model = ["--store", "feats", "--backbone", "tiny.py:make_model", "--size", "32"]
+    return ["head", "--images", images, *model, "--extract", *EPOCHS, "--lr", lr, "--out", out, *more]
+
+
+def tune_flags(*more: str, images: str = "photos", start: str = "runs/head", out: str = "runs/tuned") -> list[str]:
+    return ["finetune", "--images", images, "--from", start, *EPOCHS, "--lr", "1e-4,1e-3", "--out", out, *more]
+
+
+def head(run: Run, *more: str, images: str = "photos", out: str = "runs/head", lr: str = "1e-2") -> Ran:
+    return run("featstore-train", *head_flags(*more, images=images, out=out, lr=lr))
+
+
+# ---- Results
+
+
+def test_a_head_ends_with_its_accuracy_and_where_it_is(run: Run, here: Path) -> None:
+    ran = head(run)
+    assert ran.code == 0
+    scores = json.loads((here / "runs/head/metrics.json").read_text(encoding="utf-8"))["valid"]
+    interval = r"95 % interval \d\.\d{3}-\d\.\d{3}, 4 images"
+    assert re.fullmatch(rf"valid accuracy {scores['accuracy']:.3f} \({interval}\) - runs/head\n", ran.out)
+    assert "train: 16 images from features, tiny@conv2 concat, evaluation view" in ran.err
+    files = {"model.safetensors", "model.json", "history.csv", "metrics.json", "valid_predictions.csv", "run.json"}
+    assert files <= {path.name for path in (here / "runs/head").iterdir()}
+
+
+def test_training_reports_json_that_evaluate_repeats(run: Run) -> None:
+    trained = head(run, "--json").json
+    assert trained["inputs"] == "features"
+    assert (trained["epochs"], trained["valid"]["images"]) == (2, 4)
+    tuned = run("featstore-train", *tune_flags("--json")).json
+    assert (tuned["inputs"], tuned["epochs"]) == ("images", 2)
+    evaluated = run("featstore-train", "evaluate", "--model", "runs/tuned", "--images", "photos", "--json").json
+    assert evaluated == {"valid": tuned["valid"], "inputs": "images"}
+    evaluated = run("featstore-train", "evaluate", "--model", "runs/head", "--images", "photos", "--json").json
+    assert evaluated == {"valid": trained["valid"], "inputs": "features"}  # to the last digit, though float16
+    shutil.rmtree("feats")
+    evaluated = run("featstore-train", "evaluate", "--model", "runs/head", "--images", "photos", "--json").json
+    assert evaluated["inputs"] == "images"
+    assert evaluated["valid"] == pytest.approx(trained["valid"], rel=1e-3)  # its features were stored as float16
+
+
+def test_scores_of_images_that_a_run_trained_on_come_with_their_count(run: Run) -> None:
+    head(run)
+    evaluate = ["evaluate", "--model", "runs/head", "--images", "photos"]
+    assert "trained on by" not in run("featstore-train", *evaluate).err
+    assert "trained on by" not in run("featstore-train", *evaluate, "--split", "train").err
+    other = ImageSet.from_folder("photos").split(valid=0.2, seed=3).valid.ids
+    count = len(set(other) - set(ImageSet.from_folder("photos").split(valid=0.2, seed=0).valid.ids))
+    ran = run("featstore-train", *evaluate, "--split-seed", "3")
+    assert ran.code == 0
+    assert f"{count} of the 4 images were trained on by runs/head: " in ran.err
+
+
+def test_evaluate_says_how_many_new_images_it_leaves_out_and_how_to_score_all(run: Run, here: Path) -> None:
+    head(run)
+    assert "new to" not in run("featstore-train", "evaluate", "--model", "runs/head", "--images", "photos").err
+    photographs(here / "test", count=10, first=20)
+    ran = run("featstore-train", "evaluate", "--model", "runs/head", "--images", "test", "--json")
+    assert (ran.code, ran.json["valid"]["images"]) == (0, 4)
+    assert "16 of the 20 images are new to runs/head and were dealt to other splits than valid" in ran.err
+    assert "to score all: --valid 0 --split train" in ran.err
+    flags = ["--images", "test", "--valid", "0", "--split", "train", "--json"]
+    everything = run("featstore-train", "evaluate", "--model", "runs/head", *flags)
+    assert everything.json["train"]["images"] == 20
+
+
+def test_the_same_image_in_training_and_validation_is_named(run: Run, here: Path) -> None:
+    held_out = ImageSet.from_folder("photos").split(valid=0.2, seed=0).valid.ids[0]
+    shutil.copy(here / "photos" / held_out, here / "photos" / Path(held_out).parent / "again.jpg")
+    ran = head(run)
+    assert ran.code == 0
+    assert "1 held-out images are byte for byte the same as images in another split" in ran.err
+    assert held_out in ran.err
+
+
+def test_the_command_is_the_function_of_the_library(run: Run, here: Path) -> None:
+    head(run)
+    images = ImageSet.from_folder("photos").split(valid=0.2, seed=0)
+    view = Learner.load("runs/head").view
+    learn = Learner(backbone("tiny.py:make_model"), images, cut="conv2", view=view, quiet=True)
+    learn.fit(2, 1e-2, keep="best")
+    with (here / "runs/head/history.csv").open(newline="", encoding="utf-8") as file:
+        losses = [float(row["valid_loss"]) for row in csv.DictReader(file)]
+    assert losses == pytest.approx([record["valid_loss"] for record in learn.history.records], rel=2e-2)  # float16
+
+
+def test_inputs_are_what_training_read_also_where_validation_is_stored(run: Run) -> None:
+    head(run)
+    fresh = head(run, "--augment", "flip", "--seeds", "fresh", "--json", out="runs/fresh").json
+    assert fresh["inputs"] == "images"
+
+
+def test_several_labels_report_map_and_f1(run: Run, here: Path) -> None:
+    rows = [(path, "cat;pet" if path.parent.name == "cat" else "dog") for path in sorted(here.glob("photos/*/*.jpg"))]
+    lines = ["path,label", *(f"{path.relative_to(here)},{label}" for path, label in rows)]
+    (here / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table = ["--task", "multi", "--label-sep", ";"]
+    ran = head(run, *table, "--json", images="labels.csv")
+    assert {"map", "f1", "loss", "images"} <= set(ran.json["valid"])
+    assert "accuracy" not in ran.json["valid"]
+    ran = run("featstore-train", "evaluate", "--model", "runs/head", "--images", "labels.csv", *table)
+    assert re.fullmatch(r"valid (mAP \d\.\d{3}, )?(F1 \d\.\d{3}, )?loss \d+\.\d{3} \(4 images\)\n", ran.out)
+
+
+def test_predictions_are_json_and_a_table(run: Run, here: Path) -> None:
+    head(run)
+    ran = run("featstore-train", "predict", "--model", "runs/head", "photos", "--csv", "all.csv", "--json")
+    records = ran.json
+    with (here / "all.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["image", "label", "probability", "cat", "dog"]
+    assert [each["image"] for each in records] == [each["image"] for each in rows]
+    assert len(records) == 20
+    for record, row in zip(records, rows, strict=True):
+        assert set(record) == {"image", "label", "probability", "top"}
+        assert record["label"] == row["label"] == max(("cat", "dog"), key=lambda name: float(row[name]))
+        assert record["probability"] == pytest.approx(float(row["probability"]), abs=1e-6)
+    expected = Learner.load("runs/head", quiet=True).predict_proba(["photos"])[:, 0]
+    assert [float(row["cat"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-6)
+    shown = run("featstore-train", "predict", "--model", "runs/head", "photos/cat/003.jpg").out.splitlines()
+    assert shown[0].split() == ["image", "label", "probability"]
+    assert shown[1].split()[0] == "photos/cat/003.jpg"
+
+
+# ---- Unusual images
+
+
+def test_one_image_trains_without_validation(run: Run, here: Path) -> None:
+    photographs(here / "one", count=1)
+    shutil.rmtree(here / "one" / "dog")
+    ran = head(run, "--valid", "0", images="one")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.last_words == (
+        "Batch norm can't be trained on one image at a time (1 to train on, batch size 64). Give more images or a "
+        'larger --batch-size, or a head without it: --head linear (in Python: batch_size=, head="linear").'
+    )
+    ran = head(run, "--valid", "0", "--head", "linear", "--json", images="one")
+    assert (ran.code, ran.json["valid"], ran.json["epochs"]) == (0, None, 2)
+    ran = head(run, "--valid", "0", "--head", "linear", images="one", out="runs/other")
+    assert re.fullmatch(r"train loss [\d.e+-]+, no validation images - runs/other\n", ran.out)
+
+
+def test_without_labels_there_is_nothing_to_train_on(run: Run, here: Path) -> None:
+    (here / "flat").mkdir()
+    for place, path in enumerate(sorted(here.glob("photos/*/*.jpg"))[:4]):
+        (here / "flat" / f"{place}.jpg").write_bytes(path.read_bytes())
+    for ran in (head(run, images="flat"), run("featstore-train", *tune_flags(images="flat"))):
+        assert ran == Ran(
+            2,
+            "",
+            "flat has no labels, and there is nothing to train without. Expected a folder with a folder for each "
+            "class, or a table with a column of labels. Give one with --images.\n",
+        )
+    assert not (here / "runs").exists()
+
+
+def test_imported_features_given_for_a_backbone_are_trained_on_from_python(run: Run, here: Path) -> None:
+    np.save(here / "clip.npy", np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32))
+    ids = sorted(str(path.relative_to("photos")) for path in Path("photos").rglob("*.jpg"))
+    (here / "ids.txt").write_text("\n".join(ids), encoding="utf-8")
+    made = ["--store", "feats", "--images", "photos"]
+    assert run("featstore", "import", "clip.npy", "--name", "clip", "--ids", "ids.txt", *made).code == 0
+    ran = run("featstore-train", "head", *made, "--backbone", "clip", "--out", "runs/clip")
+    key = FeatureStore("feats").sets()[0].key[:8]
+    assert (ran.code, ran.last_words) == (
+        2,
+        f"clip is no backbone: feats holds it as imported features ({key}), and what made them isn't here. Expected a "
+        f'backbone. Train on them from Python: Learner(store.model("{key}"), ImageSet.from_store(store, NAME), store, '
+        'head="linear")',
+    )
+    other = run("featstore-train", "head", *made, "--backbone", "clop", "--out", "runs/clip")
+    assert other.last_words.startswith("'clop' is no backbone. Expected one of")
+
+
+def test_a_damaged_image_stops_training_or_is_left_out(run: Run, here: Path) -> None:
+    damaged = here / "photos/cat/003.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    stopped = head(run)
+    assert (stopped.code, stopped.out) == (1, "")
+    assert "cat/003.jpg" in stopped.last_words
+    assert "--on-error skip" in stopped.last_words
+    assert not (here / "runs/head").exists()
+    left_out = head(run, "--on-error", "skip")
+    assert left_out.code == 0
+    assert "cat/003.jpg" in left_out.err
+    everything = ["predict", "--model", "runs/head", "photos", "--json"]
+    stopped = run("featstore-train", *everything)
+    assert (stopped.code, stopped.out) == (1, "")
+    assert "cat/003.jpg" in stopped.last_words
+    left_out = run("featstore-train", *everything, "--on-error", "skip")
+    assert (left_out.code, len(left_out.json)) == (0, 19)
+    assert "1 image can't be read, left out:\n  photos/cat/003.jpg" in left_out.err
+
+
+def test_a_class_that_the_run_lacks_is_named(run: Run, here: Path) -> None:
+    head(run)
+    photographs(here / "photos", count=2, first=20, classes=("bird", "dog"))
+    for command in (
+        ["evaluate", "--model", "runs/head", "--images", "photos"],
+        tune_flags(),
+    ):
+        ran = run("featstore-train", *command)
+        assert (ran.code, ran.out) == (1, "")
+        assert ran.last_words == (
+            "The images have the class bird, which the model of runs/head doesn't know (it knows cat, dog). Train a "
+            "head for the new classes, or leave their images out."
+        )
+
+
+# ---- Refused before anything is done
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "sentence"),
+    [
+        (
+            ["--lr", "fast"],
+            2,
+            "--lr is 'fast'. Expected positive numbers, such as --lr 3e-3 or --lr 1e-5,1e-3.",
+        ),
+        (["--lr", "-1"], 2, "--lr is '-1'. Expected positive numbers, such as --lr 3e-3 or --lr 1e-5,1e-3."),
+        (["--head", "deep"], 2, "--head is 'deep'. Expected concat, linear or mlp."),
+        (["--reduce", "mean"], 2, "--reduce is 'mean'. Expected auto, none, avg, max, concat, token or tokens."),
+        (["--cut", "layer9"], 2, "tiny has no cut 'layer9'. Its cuts are conv1, bn1, relu1, conv2, pool, flat, fc."),
+        (["--features", "7c41"], 1, "feats holds no feature set 7c41. List what it holds: featstore ls --store feats"),
+        (
+            ["--augment", "flip"],
+            2,
+            "--augment flip needs seeds, and there is no default for them. Give --seeds 0-3 for four fixed views, "
+            "which can be stored, or, in training, --seeds fresh for new views each epoch.",
+        ),
+    ],
+)
+def test_wrong_input_is_a_sentence(run: Run, here: Path, more: list[str], code: int, sentence: str) -> None:
+    (here / "feats").mkdir()
+    ran = head(run, *more)
+    assert (ran.code, ran.out, ran.last_words) == (code, "", sentence)
+    assert not (here / "runs").exists()
+    assert not list((here / "feats").iterdir())
+
+
+def test_a_command_at_the_end_of_a_message_is_pasted_to_the_end_of_the_line(run: Run, here: Path) -> None:
+    wanted = ["--images", "photos", "--store", "feats", "--backbone", "tiny.py:make_model"]
+    run("featstore", "extract", *wanted, "--size", "32")
+    train = ["featstore-train", "head", *wanted, "--size", "48", *EPOCHS, "--lr", "1e-2", "--out", "runs/head"]
+    for refused, remedy in (
+        (train, "featstore extract --images photos --store feats --backbone tiny.py:make_model --cut conv2 --size 48"),
+        ([*train, "--features", "f00d"], "featstore ls --store feats"),
+        (["featstore", "show", "f00d", "--store", "feats"], "featstore ls --store feats"),
+        (["featstore", "backbones"], "featstore backbones NAME"),
+    ):
+        ran = run(*refused)
+        assert ran.last_words.endswith(f": {remedy}")
+        if "NAME" not in remedy:
+            program, *arguments = shlex.split(remedy)
+            assert run(program, *arguments).code == 0
+    assert run(*train).code == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "end"),
+    [
+        ("Set them aside: featstore verify --repair --store 'my feats'.", "'my feats'"),
+        ("List them: " + shlex.join(["featstore", "ls", "--store", "a dog's"]) + ".", "dog'\"'\"'s'"),
+        ("Compare them: featstore diff 7c41 1b2e --store feats.", "--store feats"),
+        ("Compute them with featstore extract.", "featstore extract"),
+        ("It has format version 3. Upgrade featstore.", "featstore."),
+        ("Run featstore verify --store feats, then look.", "look."),
+        ("Give it with --weights FILE.", "FILE."),
+    ],
+)
+def test_only_a_command_at_the_end_loses_the_full_stop(capsys: pytest.CaptureFixture[str], said: str, end: str) -> None:
+    tell(said)
+    assert capsys.readouterr().err.endswith(f" {end}\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head."),
+        (
+            ["--from", "runs/head", "--cut", "conv2"],
+            "--weights and --cut belong to --backbone; a run brings its own weights and its head.",
+        ),
+        (
+            ["--from", "runs/head", "--size", "48"],
+            "--size, --resize, --mean, --std and --interpolation come with the run of --from.",
+        ),
+    ],
+)
+def test_finetune_refuses_flags_that_dont_go_together(run: Run, flags: list[str], sentence: str) -> None:
+    ran = run(
+        "featstore-train", "finetune", "--images", "photos", "--epochs", "1", "--lr", "1e-3", "--out", "x", *flags
+    )
+    assert (ran.code, ran.out, ran.last_words) == (2, "", sentence)
+
+
+def test_a_run_is_replaced_only_when_that_is_said(run: Run, here: Path) -> None:
+    head(run)
+    before = (here / "runs/head/model.safetensors").read_bytes()
+    (here / "photos/cat/003.jpg").write_bytes(b"no image")  # which work of any length would meet
+    again = head(run, lr="3e-2")
+    assert again == Ran(
+        1,
+        "",
+        "runs/head holds a saved run already. Choose another folder, or replace it with --overwrite "
+        "(in Python: overwrite=True).\n",
+    )
+    assert (here / "runs/head/model.safetensors").read_bytes() == before
+    assert head(run, "--overwrite", "--on-error", "skip", lr="3e-2").code == 0
+    assert (here / "runs/head/model.safetensors").read_bytes() != before
+    assert head(run, "--overwrite", out="photos") == Ran(
+        1, "", "photos exists and is no saved run, so it isn't replaced. Choose another folder.\n"
+    )
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--images", "photos"], ["predict", "photos"]])
+def test_a_folder_without_a_run_is_a_sentence(run: Run, command: list[str]) -> None:
+    assert run("featstore-train", *command, "--model", "photos").last_words == (
+        "photos is no saved run: it has no model.json. Give the folder that --out named."
+    )
+
+
+# ---- Ends
+
+
+def test_a_loss_that_is_no_longer_finite_is_a_sentence(run: Run, here: Path) -> None:
+    ran = head(run, "--epochs", "30", "--head", "linear", lr="1e38")
+    assert (ran.code, ran.out) == (1, "")
+    assert re.match(r"The training loss became (nan|inf)\. Lower the learning rate \(--lr\)", ran.last_words)
+    assert not (here / "runs/head").exists()
+
+
+def test_an_interrupted_training_leaves_no_run(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.optim.AdamW.step", interrupted)
+    ran = head(run)
+    assert (ran.code, ran.out, ran.last_words) == (130, "", "Interrupted.")
+    assert not (here / "runs" / "head").exists()
+
+
+def test_debug_adds_the_traceback(run: Run, here: Path) -> None:
+    head(run)
+    assert "Traceback" not in head(run).err
+    assert "Traceback (most recent call last)" in head(run, "--debug").err
+
+
+def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
+    image = _words("images root path-column label-column label-sep split-column group-column task valid split-seed")
+    view = _words("size resize mean std interpolation")
+    how = _words("device batch-size workers seed on-error debug json help")
+    more = _words("overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights")
+    contract = {
+        "head": image | view | how | more | {"head", "features", "extract", "reduce"},
+        "finetune": image | view | how | more | {"from"},
+        "evaluate": image | how | {"model", "split"},
+        "predict": how | {"model", "csv"},
+    }
+    for command, expected in contract.items():
+        ran = run("featstore-train", command, "--help")
+        assert (ran.code, ran.err) == (0, "")
+        assert set(re.findall(r"^  --([a-z-]+)", ran.out, re.MULTILINE)) == expected
+    text = " ".join(run("featstore-train", "head", "--help").out.split())
+    for flag, default in {
+        "--batch-size N": "64; x>=1",
+        "--epochs N": "10; x>=1",
+        "--head concat|linear|mlp": "concat",
+        "--lr LR": "(the finder's suggestion)",
+        "--seed N": "0; x>=0",
+    }.items():
+        after = text[text.index(flag) :]
+        assert re.search(r"\[default: ([^]]*)\]", after)[1] == default  # type: ignore[index]
+    assert "--reduce auto: concat for maps, token for a ViT, none for vectors" in text
+    assert run("featstore-train", "head").code == 2
+
+
+@pytest.mark.parametrize(("program", "command"), [names for *names, _ in COMMANDS])
+def test_every_option_of_both_programs_is_written_in_lower_case(run: Run, program: str, command: str) -> None:
+    options = re.findall(r"^  (--?[\w-]+)", run(program, command, "--help").out, re.MULTILINE)
+    assert "--help" in options
+    assert options == [option.lower() for option in options]
+
+
+def test_no_option_is_called_by_its_metavar_alone() -> None:
+    # typer 0.27 writes the flag of `lr: Annotated[str, Option(metavar="LR")]` as --LR; other versions as --lr.
+    for program, command, callback in COMMANDS:
+        for name, parameter in inspect.signature(callback).parameters.items():
+            (flag,) = parameter.annotation.__metadata__
+            has_own_name = flag.default is not ...  # in Annotated, typer keeps the first name in this place
+            if isinstance(flag, OptionInfo) and not has_own_name:
+                assert (flag.metavar or "").lower().replace("-", "_") != name, f"{program} {command}"
+
+
+@pytest.mark.parametrize(("program", "command"), [("featstore", "extract"), ("featstore-train", "head")])
+def test_an_unknown_option_is_named(run: Run, program: str, command: str) -> None:
+    ran = run(program, command, "--qqq")
+    assert (ran.code, ran.out) == (2, "")
+    # How the first sentence is punctuated differs between versions of typer.
+    expected = rf"No such option:? '?--qqq'?\. {program} {command} --help lists what can be given\."
+    assert re.fullmatch(expected, ran.last_words)
+
+
+def test_the_program_runs_as_a_module(here: Path) -> None:
+    command = [sys.executable, "-m", "training", "predict", "--model", "nowhere", "photos"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("nowhere is no saved run")
+
+
+def test_a_grayscale_photograph_trains_as_any_other(run: Run, here: Path) -> None:
+    for path in here.glob("photos/*/*.jpg"):
+        with Image.open(path) as image:
+            gray = image.convert("L")
+        gray.save(path)
+    assert head(run).code == 0
+
+
+def _words(text: str) -> set[str]:
+    return set(text.split())

@@ -1,0 +1,1 @@
+"""Inputs: where a fit reads from, why, and the batches it gets."""

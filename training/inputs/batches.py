@@ -1,0 +1,230 @@
+"""Batches: (inputs, targets) of one epoch or one pass, the same whether they come from features or from images."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from featstore.images.render import Job, render
+from featstore.images.views import View
+from featstore.models.graph import eval_mode
+from featstore.models.trunk import Precision, default_batch_size, numerics
+from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batch_size
+from training.inputs.situation import OnError, Situation
+
+_CAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Batches:
+    """Batches of one source for a model with its present freeze point.
+
+    What reaches the trained stages is equal bit for bit from features (float32) and from images: frozen stages always
+    run in passes of one fixed size, over rows in the order of the epoch.
+
+    Args:
+        source: features or images.
+        situation: the model and where its trunk runs.
+        batch_size: rows a batch. In training a last batch of one joins the batch before it (batch norm needs two);
+            with a batch size of 1, which asks for single rows, it does not.
+        workers: threads that read and decode images.
+    """
+
+    def __init__(self, source: Source, situation: Situation, *, batch_size: int, workers: int | None) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+        self.source, self.situation = source, situation
+        self.batch_size, self.workers = batch_size, workers
+        self.device = situation.device
+        self.on_error: OnError = situation.on_error
+        targets = source.images.targets
+        self.targets = None if targets is None else torch.from_numpy(np.array(targets))
+        fixed = stored_batch_size(situation) if situation.model.num_frozen else None
+        self.fixed_size = fixed or default_batch_size(self.device)
+        self._trunk = frozen_trunk(situation, self.fixed_size) if source.kind == "images" else None
+        self._rest = _frozen_rest(source, situation)
+        self.failures: dict[str, str] = {}  # id -> reason, of images that were left out
+
+    def __len__(self) -> int:
+        """Batches an epoch in training."""
+        full, rest = divmod(self.num_images, self.batch_size)
+        return full + (rest > 1 or (rest == 1 and full == 0))
+
+    @property
+    def num_images(self) -> int:
+        """Images an epoch."""
+        return len(self.source.images)
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One shuffled pass of (inputs ``(n, *F)`` float32, targets ``(n,)`` or ``(n, K)``), on the device.
+
+        Order and views depend on seed and epoch alone. With several fixed views each image goes through all of them,
+        in a random order, before it sees one again.
+        """
+        if self.targets is None:
+            raise ValueError("These images have no labels, so there is nothing to train on.")
+        order = np.random.default_rng([seed, epoch, 0]).permutation(self.num_images)
+        for inputs, rows in self._batched(self._chunks(order, self._views(seed, epoch)), merge_single=True):
+            yield inputs, self.targets[rows].to(self.device)
+
+    def in_order(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """One pass over the first view, in the order of the images: (inputs, row numbers)."""
+        order = np.arange(self.num_images)
+        return self._batched(self._chunks(order, np.zeros(len(order), np.int64)), merge_single=False)
+
+    def _views(self, seed: int, epoch: int) -> NDArray[np.int64] | int:
+        """For each image the place of its view; with fresh views, the seed that all of them use."""
+        if isinstance(self.source, FeatureSource):
+            num_views = len(self.source.features)
+        elif isinstance(self.source.views, tuple):
+            num_views = len(self.source.views)
+        else:
+            return fresh_seed(seed, epoch)
+        round_, place = divmod(epoch, num_views)
+        shuffled = np.random.default_rng([seed, round_, 1]).random((self.num_images, num_views)).argsort(axis=1)
+        chosen: NDArray[np.int64] = shuffled[:, place]
+        return chosen
+
+    def _chunks(
+        self, order: NDArray[np.int64], views: NDArray[np.int64] | int
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """Float32 activations behind the frozen stages, in the order given, in pieces of any size."""
+        if isinstance(self.source, FeatureSource):
+            assert not isinstance(views, int)
+            yield from self._from_features(self.source, order, views)
+        else:
+            yield from self._from_images(order, views)
+
+    def _from_features(
+        self, source: FeatureSource, order: NDArray[np.int64], views: NDArray[np.int64]
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        size = self.batch_size if self._rest is None else self.fixed_size
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            values = self._gathered(source, rows, views[rows]).to(self.device).float()
+            yield (values if self._rest is None else self._rest(values, self.fixed_size)), rows
+
+    def _gathered(self, source: FeatureSource, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
+        used = np.unique(views)
+        if len(used) == 1:
+            return source.features[int(used[0])][rows]
+        gathered = torch.empty((len(rows), *source.features[0].shape[1:]))  # float32 holds every stored type
+        for view in used:
+            here = np.flatnonzero(views == view)
+            gathered[torch.from_numpy(here)] = source.features[int(view)][rows[here]].float()
+        return gathered
+
+    def _from_images(
+        self, order: NDArray[np.int64], views: NDArray[np.int64] | int
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        source = self.source
+        assert not isinstance(source, FeatureSource)
+        policy = source.views[0].policy if isinstance(source.views, tuple) else source.views.policy
+        if policy is not None:
+            policy.check_unchanged()
+        jobs = (
+            Job(int(row), bytes(source.digests[row]), (self._view_of(views if isinstance(views, int) else views[row]),))
+            for row in order
+        )
+        size = self.batch_size if self._trunk is None else self.fixed_size
+        pending: list[tuple[Tensor, int]] = []
+        for rendered in render(source.images, jobs, workers=self.workers, on_error=self.on_error):
+            if rendered.views is None:
+                self.failures[source.images.ids[rendered.index]] = rendered.failure or ""
+            else:
+                pending.append((rendered.views[0], rendered.index))
+            if len(pending) == size:
+                yield self._run(pending)
+                pending = []
+        if pending:
+            yield self._run(pending)
+
+    def _view_of(self, place: int) -> View:
+        source = self.source
+        assert not isinstance(source, FeatureSource)
+        if isinstance(source.views, tuple):
+            return source.views[place]
+        return self.situation.view.with_seed(source.views.policy, place)
+
+    def _run(self, pending: list[tuple[Tensor, int]]) -> tuple[Tensor, NDArray[np.int64]]:
+        images, rows = torch.stack([image for image, _ in pending]), np.array([row for _, row in pending])
+        if self._trunk is None:
+            return self.situation.view.normalise(images.to(self.device)), rows
+        return self._trunk(images)[0], rows
+
+    def _batched(
+        self, chunks: Iterator[tuple[Tensor, NDArray[np.int64]]], *, merge_single: bool
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """Chunks cut anew into batches, each a tensor of its own, aligned as torch aligns them.
+
+        A stage may write into its input, and kernels may sum in another order where memory is aligned otherwise.
+        """
+        size = self.batch_size
+        spare = 1 if merge_single and size > 1 else 0
+        held: list[tuple[Tensor, NDArray[np.int64]]] = []
+        count = 0
+        for chunk in chunks:
+            held.append(chunk)
+            count += len(chunk[1])
+            while count > size + spare:
+                batch, held = _taken(held, size)
+                count -= size
+                yield batch
+        if count:
+            batch, _ = _taken(held, count)
+            yield batch
+
+
+@dataclass(frozen=True, eq=False)
+class _FrozenRest:
+    """Frozen stages behind stored activations, run as the trunk runs them, at the precision of the activations."""
+
+    stages: nn.Sequential
+    precision: Precision
+
+    def __call__(self, values: Tensor, batch_size: int) -> Tensor:
+        rows = len(values)
+        padding = values[-1:].expand(batch_size - rows, *values.shape[1:])
+        with eval_mode(self.stages), torch.no_grad(), numerics("fp32", values.device):
+            result: Tensor = self.stages(torch.cat([values, padding]).to(_CAST.get(self.precision, torch.float32)))
+        return result[:rows].float().contiguous()
+
+
+def fresh_seed(seed: int, epoch: int) -> int:
+    """The seed of the views of one epoch, different for each pair."""
+    return int.from_bytes(hashlib.sha256(f"fresh {seed} {epoch}".encode()).digest()[:6], "big")
+
+
+def _frozen_rest(source: Source, situation: Situation) -> _FrozenRest | None:
+    stages = list(situation.model.stages)[source.start : situation.model.num_frozen]
+    if source.kind == "images" or not stages:
+        return None
+    rest, precision = nn.Sequential(*stages), source.features[0].spec.precision
+    if precision in _CAST:
+        rest = copy.deepcopy(rest).to(_CAST[precision])
+    return _FrozenRest(rest, precision)
+
+
+def _taken(
+    held: list[tuple[Tensor, NDArray[np.int64]]], size: int
+) -> tuple[tuple[Tensor, NDArray[np.int64]], list[tuple[Tensor, Any]]]:
+    """The first `size` rows of what is held, and the rest."""
+    taken: list[tuple[Tensor, NDArray[np.int64]]] = []
+    rest, missing = list(held), size
+    while missing:
+        values, rows = rest.pop(0)
+        if len(rows) > missing:
+            rest.insert(0, (values[missing:], rows[missing:]))
+            values, rows = values[:missing], rows[:missing]
+        taken.append((values, rows))
+        missing -= len(rows)
+    is_whole = len(taken) == 1 and taken[0][0].untyped_storage().nbytes() == taken[0][0].nbytes
+    values = taken[0][0] if is_whole else torch.cat([values for values, _ in taken])
+    return (values, np.concatenate([rows for _, rows in taken])), rest
