@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.tiny import arrays
-from test_features import SPEC, digests_of
+from support.tiny import SPEC, arrays, digests_of
 from torch.utils.data import DataLoader
 
 from featstore import DamagedFileError, Features, MissingFeaturesError, machine
@@ -285,7 +284,7 @@ def test_a_stream_through_three_times_as_many_rows_takes_no_more_memory(tmp_path
         write(tmp_path, list(range(place * 1000, place * 1000 + 1000)), place)
     program = f"""
         import resource, sys
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
         from pathlib import Path
         from test_reading import joined
         from featstore.store import features
@@ -718,7 +717,7 @@ def test_a_child_reads_that_was_forked_while_a_thread_loaded_rows(folder: Path) 
     """In a process of its own, whose child is killed if it waits for what nobody will give it."""
     program = f"""
         import os, signal, sys, threading
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
         from pathlib import Path
         import torch
         from test_reading import joined, names_in

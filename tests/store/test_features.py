@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -13,21 +12,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from support.tiny import VIEW, arrays
+from support.tiny import SPEC, arrays, digests_of
 
-from featstore import Features, FeatureSpec
+from featstore import Features
 from featstore.files.index import RowIndex, first_places, is_among
 from featstore.files.part import Part, write_part
 
 SHAPE = (4, 3)
-SPEC = FeatureSpec(
-    trunk="0" * 64, pool={"reduction": "none"}, view=VIEW.facts(), precision="fp32", dtype="float32"
-)  # of made-up rows; nothing here looks at it
-
-
-def digests_of(*names: int) -> NDArray[np.uint8]:
-    hashes = [hashlib.sha256(str(name).encode()).digest() for name in names]
-    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
 
 
 def rows_of(*names: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from featstore import ImageSet, StagedModel, View
+from featstore import FeatureSpec, ImageSet, StagedModel, View
 from featstore.images.decode import decode
 from featstore.images.digests import content_digest
 
 SIZE = 16
 VIEW = View(size=SIZE, resize=20)
+
+SPEC = FeatureSpec(trunk="0" * 64, pool={"reduction": "none"}, view=VIEW.facts(), precision="fp32", dtype="float32")
+"""Of made-up rows, where nothing looks at it."""
 
 
 class Net(nn.Module):
@@ -97,3 +101,9 @@ def rows_by_hand(model: nn.Module, images: ImageSet, view: View, *, batch_size: 
         with torch.no_grad():
             results.append(model((padded.float() / 255 - mean) / std)[: len(piece)])
     return torch.cat(results)
+
+
+def digests_of(*names: int) -> NDArray[np.uint8]:
+    """Made-up contents of images, by number: `(n, 32)`."""
+    hashes = [hashlib.sha256(str(name).encode()).digest() for name in names]
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
