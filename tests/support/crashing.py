@@ -53,6 +53,9 @@ from featstore.store.verification import VerifyReport
 from support.tiny import VIEW, arrays, staged
 
 SECTOR_BYTES = 512
+_FOLDERS = Path(__file__).parents[1:3]  # of the tests, and of the packages
+_PATH = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+
 ROOT = "features"
 """Of the store, below the folder in which a crash happens."""
 
@@ -890,11 +893,11 @@ class Forker:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "support.crashing"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [*_FOLDERS, *_PATH]))},
         )
         return self
 
