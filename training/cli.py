@@ -27,7 +27,7 @@ from featstore.cli.program import new_app, one_of, run, show, show_json, table, 
 from featstore.digest import Json
 from featstore.images.image_set import ImageSet
 from featstore.images.views import View
-from featstore.models.pool import REDUCTIONS
+from featstore.models.names import REDUCTIONS
 from featstore.models.runs import check_free
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from featstore.errors import FeatureStoreError
-from featstore.models.graph import mode_of
+from featstore.models.modes import mode_of
 from training.inputs.batches import Batches
 from training.metrics import Loss, Metric
 

@@ -21,12 +21,12 @@ from torch import nn
 import featstore
 from featstore.digest import Json
 from featstore.errors import AmbiguousRequestError, DamagedFileError, FactsDifferError, FeatureStoreError
-from featstore.extraction.extract import check_size
 from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.image_set import ImageSet, overlap_note
 from featstore.images.views import Augment, View
 from featstore.models.runs import new_run, read_run, write_run
-from featstore.models.staged import PoolStage, StagedModel
+from featstore.models.staged import StagedModel
+from featstore.models.stages import PoolStage
 from featstore.models.trunk import choose_device
 from featstore.store.store import FeatureStore
 from training import metrics as scores
@@ -148,7 +148,7 @@ class Learner:
         if features is None and cut is None and reduce == "auto":
             self._features = _made_from(backbone, store)
         self.view = (view or self._features_view() or backbone.view).evaluation
-        check_size(backbone, self.view)
+        backbone.check_size(self.view)
         self.classes, self.task = images.classes, images.task
         self.history = History()
         self.read_from: Literal["features", "images"] | None = None
@@ -498,7 +498,7 @@ class Learner:
     ) -> tuple[StagedModel, str]:
         """The model with its head, and the cut where that sits."""
         if head == "keep":
-            model = backbone.sharing()
+            model = backbone.with_()
             cut = model.canonical(cut or model.default_cut)
             shape, count = model.shape(model.cut_points[-1], self.view.size), len(self.classes)
             if shape != (count,):
@@ -556,7 +556,7 @@ class Learner:
         return sorted(found)
 
     def _tail(self) -> nn.Sequential:
-        return nn.Sequential(*list(self.model.stages)[self.model.num_frozen :])
+        return nn.Sequential(*self.model.ordered[self.model.num_frozen :])
 
     def _criterion(self) -> scores.Loss:
         return self._loss or scores.loss(self.task)
@@ -688,7 +688,7 @@ class Learner:
     def _facts(self) -> dict[str, Json]:
         model, origin = self.model, self.model.origin
         digests = model.digests()
-        frozen = [stage.name for stage in list(model.stages)[: model.num_frozen] if not isinstance(stage, PoolStage)]
+        frozen = [stage.name for stage in model.ordered[: model.num_frozen] if not isinstance(stage, PoolStage)]
         last = model.stages[-1]
         return {
             "model": {

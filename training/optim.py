@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from featstore.models.staged import AbsentStage, Stage, StagedModel
+from featstore.models.staged import StagedModel
+from featstore.models.stages import AbsentStage, Stage
 
 LearningRate = float | Sequence[float]
 """One rate for all groups; one for each group; or two, (low, high), spread geometrically over all groups."""
@@ -51,7 +52,7 @@ def layer_groups(model: StagedModel) -> list[LayerGroup]:
     Raises:
         ValueError: for a model without parameters.
     """
-    with_parameters = [place for place, stage in enumerate(_stages(model)) if _has_parameters(stage)]
+    with_parameters = [place for place, stage in enumerate(model.ordered) if _has_parameters(stage)]
     if not with_parameters:
         raise ValueError(f"{model.name} has no parameters, so there is nothing to train.")
     head = len(model.stages) - 1 if model.head is not None else with_parameters[-1]
@@ -135,10 +136,6 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
             "Everything is frozen, so there is nothing to train. Freeze less: freeze_to(...) or unfreeze()."
         )
     return (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)(parameter_groups)
-
-
-def _stages(model: StagedModel) -> list[Stage]:
-    return list(model.stages)  # type: ignore[arg-type]
 
 
 def _has_parameters(stage: Stage) -> bool:

@@ -17,7 +17,8 @@ from featstore.models.backbones import architecture, restored
 from featstore.models.digests import START, chain
 from featstore.models.graph import split_into_stages
 from featstore.models.runs import Run
-from featstore.models.staged import HeadStage, StagedModel
+from featstore.models.staged import StagedModel
+from featstore.models.stages import HeadStage
 from training.splits import PastSplit
 
 
@@ -64,7 +65,7 @@ def saved_head(facts: Mapping[str, Json], head: nn.Module | None, folder: Path) 
 
 def head_digest(model: StagedModel) -> str | None:
     """What a head of a person's own computes in eval mode, its tensors included; None if that can't be traced."""
-    head, digest = list(model.stages)[-1], START
+    head, digest = model.ordered[-1], START
     if not isinstance(head, HeadStage):
         return None
     try:

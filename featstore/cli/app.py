@@ -36,11 +36,11 @@ from featstore.cli.program import (
 from featstore.cli.store import COMMANDS
 from featstore.digest import Json
 from featstore.extraction.extract import ExtractReport, Plan, plan, run_plan
-from featstore.extraction.remedy import DEFAULT_DTYPE, DEFAULT_PRECISION
+from featstore.extraction.remedy import DEFAULT_DTYPE
 from featstore.models.backbones import backbone_names, outline, weight_names
-from featstore.models.pool import REDUCTIONS
-from featstore.models.staged import Stage, StagedModel
-from featstore.models.trunk import PRECISIONS, Precision
+from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS, Precision
+from featstore.models.staged import StagedModel
+from featstore.models.stages import Stage
 from featstore.store.sets import DTYPES
 from featstore.store.store import FeatureStore
 from featstore.words import size_text

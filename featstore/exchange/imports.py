@@ -27,6 +27,7 @@ from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet
 from featstore.images.sources import AbsentSource
 from featstore.images.views import View
+from featstore.models.names import DIMENSIONS, layout_of
 from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet, short_key
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
@@ -34,7 +35,7 @@ from featstore.store.store import FeatureStore
 CUT = "imported"
 """What the only cut of such features is called."""
 
-LAYOUTS = ("NCHW", "NHWC", "NLC", "NC", "other")
+LAYOUTS = (*DIMENSIONS, "other")
 
 _VERSION = 1  # of the rules for the digests below, see docs/format.md
 _PART_BYTES = 256 << 20
@@ -474,8 +475,8 @@ def _narrowed(block: Tensor, dtype: str) -> Tensor:
 
 def _layout(layout: str | None, shape: tuple[int, ...]) -> str:
     if layout is None:
-        return {1: "NC", 2: "NLC", 3: "NCHW"}.get(len(shape), "other")
-    dimensions = {"NCHW": 3, "NHWC": 3, "NLC": 2, "NC": 1}.get(layout, len(shape))
+        return layout_of(shape)
+    dimensions = DIMENSIONS.get(layout, len(shape))
     if layout not in LAYOUTS or dimensions != len(shape):
         raise ValueError(
             f"layout is {layout!r} for rows of {'x'.join(map(str, shape))}. Expected one of {', '.join(LAYOUTS)} with "

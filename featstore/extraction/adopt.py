@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import FactsDifferError, FeatureStoreError
-from featstore.extraction.extract import check_size, output_at
 from featstore.files.index import first_places
 from featstore.files.part import Part
 from featstore.images.image_set import ImageSet
@@ -29,7 +28,7 @@ from featstore.images.views import View
 from featstore.models.probe import TOLERANCES, Probe, take_probes
 from featstore.models.purity import check_pure
 from featstore.models.staged import StagedModel
-from featstore.models.trunk import Output, Trunk, choose_device, default_batch_size
+from featstore.models.trunk import Output, Trunk, choose_device, default_batch_size, output_at
 from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
@@ -173,9 +172,8 @@ class _Candidate:
         wanted = view or staged.view
         if wanted.is_evaluation and augmented.policy is not None and augmented.seed is not None:
             wanted = wanted.with_seed(augmented.policy, augmented.seed)
-        check_size(staged, wanted)
-        viewed = staged.sharing()
-        viewed.view = wanted.evaluation
+        staged.check_size(wanted)
+        viewed = staged.with_(view=wanted.evaluation)
         output = output_at(viewed, cut or str(old.facts["cut"]), old.spec.reduction)
         digests = viewed.digests()
         spec = FeatureSpec(

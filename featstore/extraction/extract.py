@@ -27,11 +27,11 @@ from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet, overlap_note
 from featstore.images.render import Job, Rendered, render
 from featstore.images.views import Augment, View
-from featstore.models.pool import REDUCTIONS
+from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.probe import Probe, check_probe, take_probes
 from featstore.models.purity import check_pure
 from featstore.models.staged import StagedModel
-from featstore.models.trunk import Output, Precision, Trunk, choose_device, default_batch_size
+from featstore.models.trunk import Output, Trunk, choose_device, default_batch_size, output_at
 from featstore.store.image_tables import is_changed
 from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet, digest_rows
 from featstore.store.spec import FeatureSpec
@@ -202,7 +202,7 @@ def plan(
     augment: Augment | None = None,
     view: View | None = None,
     dtype: str = "float16",
-    precision: Precision = "fp32",
+    precision: Precision = DEFAULT_PRECISION,
 ) -> Plan:
     """What `extract` with the same arguments would do. Reads images as far as their digests aren't known.
 
@@ -228,8 +228,8 @@ def plan(
         augment.policy.check_unchanged()
     staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)
     geometry = (view or staged.view).evaluation
-    check_size(staged, geometry)
-    viewed = _viewed(staged, geometry)
+    staged.check_size(geometry)
+    viewed = staged.with_(view=geometry)
     views = [geometry, *(augment.views(geometry) if augment else ())]
     stage_digests = viewed.digests()
     by_key: dict[str, tuple[FeatureSpec, Output, View]] = {}  # a cut named twice, or two of one value, is one set
@@ -289,7 +289,7 @@ def extract(
     view: View | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     dtype: str = "float16",
-    precision: Precision = "fp32",
+    precision: Precision = DEFAULT_PRECISION,
     device: torch.device | str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
@@ -357,7 +357,7 @@ def run_plan(
     started = time.perf_counter() if started is None else started
     chosen = choose_device(device)
     _refuse_unreadable(planned, on_error)
-    model = _viewed(planned.model, planned.sets[0].view)
+    model = planned.model.with_(view=planned.sets[0].view.evaluation)
     outputs = list(dict.fromkeys(each.output for each in planned.sets))
     lacking = list(dict.fromkeys(each.output for each in planned.sets if each.is_missing.any()))
     trunk = Trunk(
@@ -381,24 +381,6 @@ def run_plan(
     job.run(on_error=on_error, workers=workers, progress=_Progress(job.num_jobs, is_shown=progress))
     job.merge(is_shown=progress)
     return job.report(time.perf_counter() - started)
-
-
-def output_at(model: StagedModel, cut: str, reduce: str = "auto") -> Output:
-    """What ``CUT`` or ``CUT:REDUCTION`` means for a model."""
-    name, _, own = cut.partition(":")
-    reduction = own or reduce
-    if reduction not in ("auto", *REDUCTIONS):
-        raise ValueError(f"{reduction!r} is no reduction. The reductions are auto, {', '.join(REDUCTIONS)}.")
-    return Output(model.canonical(name), model.pool(name, reduction))
-
-
-def check_size(model: StagedModel, view: View) -> None:
-    """Raises ValueError if `model` takes images of another size only."""
-    if model.fixed_size is not None and view.size != model.fixed_size:
-        raise ValueError(
-            f"{model.name} takes images of {model.fixed_size} pixels only, not {view.size}: its position embeddings "
-            "are made for that size. Leave out --size, or choose a backbone without them."
-        )
 
 
 class _Job:
@@ -737,15 +719,6 @@ def _absent(images: ImageSet, digests: Digests) -> NDArray[np.bool_]:
     unread = np.array(sorted(digests.failed), dtype=np.int64)
     absent[unread[images.select(unread).absent()]] = True
     return absent
-
-
-def _viewed(model: StagedModel, view: View) -> StagedModel:
-    """`model` with images as `view` prepares them: not each model takes every size, not even to measure shapes."""
-    if model.view == view.evaluation:
-        return model
-    viewed = model.sharing()
-    viewed.view = view.evaluation
-    return viewed
 
 
 def _refuse_unreadable(planned: Plan, on_error: str) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from featstore.digest import Json
 from featstore.images.image_set import OWN_SPLITS, ImageSet
 from featstore.images.views import Augment, View
+from featstore.models.names import DEFAULT_PRECISION
 from featstore.models.staged import StagedModel
 
 DEFAULT_VALID, DEFAULT_SPLIT_SEED = 0.2, 0
 """What the programs hold out of a set without a split of its own."""
 
-DEFAULT_DTYPE, DEFAULT_PRECISION = "float16", "fp32"
+DEFAULT_DTYPE = "float16"
 
 
 def extract_remedy(

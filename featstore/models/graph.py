@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import os
-import random
-import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -19,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from featstore.errors import ModelError
+from featstore.models.modes import mode_of, one_pass, random_states, random_states_kept
 
 LIBRARY_LEAVES = ("torch.nn", "torch.ao.nn")
 
@@ -39,60 +36,6 @@ class GraphStage:
     aliases: tuple[str, ...]
     eval: fx.GraphModule
     train: fx.GraphModule | None
-
-
-@contextmanager
-def mode_of(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Puts `module` and all below into one mode for the block, and every flag back as it was, also after an error.
-
-    Sets the flags alone: a person's own `train()` may do more, which could not be undone.
-    """
-    before = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in before:
-            part.training = training
-        yield
-    finally:
-        for part, flag in before:
-            part.training = flag
-
-
-_passes = threading.RLock()
-# A fork waits for the pass of another thread: a child would inherit its lock, which nobody there gives back, and its
-# flags and settings, which nobody there puts back.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_passes.acquire, after_in_parent=_passes.release, after_in_child=_passes.release)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """`mode_of` for one pass in eval mode; one such pass at a time in a process, others wait.
-
-    Models share modules, and flags belong to modules: a pass that ends would switch the layers of another thread's
-    pass back to train mode. Training loops keep `mode_of`: the stages that they train are copies of their own, and
-    nobody should wait for an epoch. Not around a `yield`, for the same reason.
-    """
-    with _passes, mode_of(module, training=False):
-        yield
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Leaves the global random states of Python, numpy and torch after the block as they were before it."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is kept
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
-
-
-def random_states() -> tuple[Any, ...]:
-    """The global random states on the CPU, as a value to compare: it changes when a number is drawn."""
-    _, numbers, *places = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), np.asarray(numbers).tobytes(), places, torch.get_rng_state().numpy().tobytes()
 
 
 def split_into_stages(module: nn.Module, *, containers: Collection[str] = ()) -> list[GraphStage]:
@@ -282,7 +225,7 @@ def _traced(module: nn.Module, *, training: bool, opaque: frozenset[str]) -> tup
     while True:
         tracer = _Tracer(opaque)
         attributes = set(vars(module))
-        with _passes, _attributes_kept(module), mode_of(module, training=training), random_states_kept():
+        with one_pass, _attributes_kept(module), mode_of(module, training=training), random_states_kept():
             before = random_states()
             try:
                 graph = tracer.trace(module)

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor, nn
 
 from featstore.digest import Json
-
-Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
-"""The order of a stage's output: maps, maps with channels last, tokens, vectors."""
-
-Reduction = Literal["none", "avg", "max", "concat", "token", "tokens"]
-REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
-
-_POSITIONS: dict[str, tuple[int, ...]] = {"NCHW": (2, 3), "NHWC": (1, 2), "NLC": (1,)}
+from featstore.models.names import POSITIONS, REDUCTIONS, Reduction
 
 
 class Pool(nn.Module):
@@ -42,7 +33,7 @@ class Pool(nn.Module):
         super().__init__()
         if reduction not in REDUCTIONS:
             raise ValueError(f"{reduction!r} is no reduction. The reductions are {', '.join(REDUCTIONS)}.")
-        if reduction != "none" and layout not in _POSITIONS:
+        if reduction != "none" and layout not in POSITIONS:
             raise ValueError(
                 f"reduction {reduction} needs activations with positions (NCHW, NHWC or NLC); here the layout is "
                 f"{layout}. Use the reduction none, or cut where there are maps or tokens."
@@ -78,7 +69,7 @@ class Pool(nn.Module):
                 return values[:, self.class_tokens :].contiguous()
         if self.layout == "NLC":
             values = values[:, self.class_tokens :]
-        positions = _POSITIONS[self.layout]
+        positions = POSITIONS[self.layout]
         match self.reduction:
             case "avg":
                 return values.mean(positions)
@@ -94,10 +85,3 @@ class Pool(nn.Module):
     def extra_repr(self) -> str:
         """How it prints."""
         return f"{self.reduction}, {self.layout}"
-
-
-def automatic(layout: str, class_tokens: int) -> Reduction:
-    """The reduction `auto` stands for: concat for maps, token for a transformer's tokens, none for vectors."""
-    if layout == "NLC" and class_tokens:
-        return "token"
-    return "concat" if layout in _POSITIONS else "none"

@@ -13,10 +13,10 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from featstore.errors import ModelError
-from featstore.models.graph import eval_mode, random_states, random_states_kept
+from featstore.models.modes import eval_mode, numerics, random_states, random_states_kept
 from featstore.models.probe import probe_images
-from featstore.models.staged import StagedModel, TracedStage
-from featstore.models.trunk import numerics
+from featstore.models.staged import StagedModel
+from featstore.models.stages import TracedStage
 
 TOLERANCE = 1e-4
 """Difference that other rows of a batch may make by rounding, as a share of the output's largest value."""

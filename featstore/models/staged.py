@@ -10,147 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featstore.digest import Json, digest_json, digest_tensor
+from featstore.digest import Json
 from featstore.errors import ModelError
 from featstore.images.views import View
-from featstore.models.digests import START, chain, passes_through
-from featstore.models.graph import GraphStage, eval_mode, may_write, random_states_kept, split_into_stages
-from featstore.models.pool import Pool, automatic
+from featstore.models.digests import START
+from featstore.models.graph import split_into_stages
+from featstore.models.modes import eval_mode, random_states_kept
+from featstore.models.names import automatic, layout_of
+from featstore.models.pool import Pool
+from featstore.models.stages import AbsentStage, HeadStage, PoolStage, Stage, TracedStage
 
 POOL, HEAD = "pool", "head"
 """Names of the two stages that `StagedModel.with_head` adds; a number follows where a backbone has such a name."""
-
-
-class Stage(nn.Module):
-    """One stage: abstract; the final classes are TracedStage, PoolStage, HeadStage and AbsentStage.
-
-    Attributes:
-        name: of the value that the stage ends in.
-        aliases: other names of that value.
-        may_write_input: whether its forward may write into its input's memory.
-        has_effect: False where it changes nothing in eval mode (dropout).
-    """
-
-    name: str
-    aliases: tuple[str, ...] = ()
-    may_write_input: bool = False
-    has_effect: bool = True
-
-    def digest(self, before: str) -> str:
-        """The chained digest after this stage, given the digest before it."""
-        raise NotImplementedError
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its parameters and persistent buffers, by their names in the whole model."""
-        raise NotImplementedError
-
-
-class TracedStage(Stage):
-    """Operations of a traced module; holds its leaf layers.
-
-    Args:
-        stage: the operations.
-        state: names of the tensors that the whole module saves; constants of its forward aren't among them.
-    """
-
-    def __init__(self, stage: GraphStage, state: Collection[str]) -> None:
-        super().__init__()
-        self.name, self.aliases = stage.name, stage.aliases
-        self.in_eval, self.in_train = stage.eval, stage.train
-        self.training = stage.eval.training
-        self.may_write_input = may_write(stage.eval) or (stage.train is not None and may_write(stage.train))
-        self.has_effect = not passes_through(stage.eval)
-        self._state = frozenset(state) & self._all_tensors().keys()
-
-    def digest(self, before: str) -> str:
-        """See Stage."""
-        return chain(before, self.in_eval)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See Stage."""
-        return {name: value for name, value in self._all_tensors().items() if name in self._state}
-
-    def forward(self, activations: Tensor) -> Tensor:
-        """The value at the end of the stage; whole modules may hand over other things than tensors between them."""
-        graph = self.in_train if self.training and self.in_train is not None else self.in_eval
-        value: Tensor = graph(activations)
-        return value
-
-    def _all_tensors(self) -> dict[str, Tensor]:
-        in_train = {} if self.in_train is None else self.in_train.state_dict()
-        return {**in_train, **self.in_eval.state_dict()}
-
-
-class PoolStage(Stage):
-    """A reduction, right after the cut where the head sits."""
-
-    def __init__(self, name: str, pool: Pool) -> None:
-        super().__init__()
-        self.name, self.pool = name, pool
-        self.has_effect = pool.reduction != "none"
-
-    def digest(self, before: str) -> str:
-        """See Stage."""
-        return before if self.pool.reduction == "none" else digest_json([before, "pool", self.pool.facts()])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See Stage."""
-        return {}
-
-    def forward(self, activations: Tensor) -> Tensor:
-        """Pooled activations."""
-        pooled: Tensor = self.pool(activations)
-        return pooled
-
-
-class HeadStage(Stage):
-    """The head: a module from pooled activations to logits ``(N, K)``."""
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__()
-        self.name, self.module = name, module
-        self.training = module.training
-        self.may_write_input = True  # a person's module may do anything
-
-    def digest(self, before: str) -> str:
-        """See Stage. Tensors only: nothing is cached behind a head."""
-        return digest_json([before, "head", {name: digest_tensor(value) for name, value in self.tensors().items()}])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See Stage."""
-        return {f"{self.name}.{name}": value for name, value in self.module.state_dict().items()}
-
-    def forward(self, activations: Tensor) -> Tensor:
-        """Logits."""
-        logits: Tensor = self.module(activations)
-        return logits
-
-
-class AbsentStage(Stage):
-    """A stage known by name, output and digest alone: what a store knows of the trunk that made its features."""
-
-    def __init__(self, *, name: str, layout: str, shape: tuple[int, ...], digest: str) -> None:
-        super().__init__()
-        self.name, self.layout, self.shape, self._digest = name, layout, shape, digest
-
-    def digest(self, before: str) -> str:
-        """See Stage."""
-        return self._digest
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See Stage."""
-        return {}
-
-    def forward(self, activations: Tensor) -> Tensor:
-        """Can't run.
-
-        Raises:
-            ModelError: always.
-        """
-        raise ModelError(
-            f"The trunk up to {self.name} isn't here: this model came from a store, which knows its name and digest "
-            "but not its weights. Attach it: learn.attach(model), or work with stored features only."
-        )
 
 
 class StagedModel(nn.Module):
@@ -160,7 +31,7 @@ class StagedModel(nn.Module):
     stages with the model it came from; thawing such a stage replaces it by a copy, so that model is never changed.
 
     Attributes:
-        stages: in order.
+        stages: in order, as the module's list; `ordered` gives them with their type.
         view: how images are prepared for it, its weights' own evaluation view.
         name: a label for people and folders.
         origin: how a command line names it (backbone, weights), empty for a model made in Python.
@@ -255,9 +126,14 @@ class StagedModel(nn.Module):
     # ------------------------------------------------------------------------------------------------ cuts and digests
 
     @property
+    def ordered(self) -> tuple[Stage, ...]:
+        """The stages in order."""
+        return tuple(self.stages)  # type: ignore[arg-type]
+
+    @property
     def cut_points(self) -> list[str]:
         """Names of the values that alone cross, in order; the last is the output (or the last before pool and head)."""
-        return [stage.name for stage in self._ordered() if not isinstance(stage, PoolStage | HeadStage)]
+        return [stage.name for stage in self.ordered if not isinstance(stage, PoolStage | HeadStage)]
 
     @property
     def default_cut(self) -> str:
@@ -267,7 +143,7 @@ class StagedModel(nn.Module):
         """
         if self._default_cut is not None:
             return self._default_cut
-        stages = [stage for stage in self._ordered() if not isinstance(stage, PoolStage | HeadStage)]
+        stages = [stage for stage in self.ordered if not isinstance(stage, PoolStage | HeadStage)]
         if isinstance(stages[-1], AbsentStage):
             return stages[-1].name
         last = max((index for index, stage in enumerate(stages) if any(True for _ in stage.parameters())), default=0)
@@ -279,10 +155,6 @@ class StagedModel(nn.Module):
             )
         with_positions = [name for name in before if self._has_positions(name)]
         return (with_positions or before)[-1]
-
-    def keep_default_cut(self, cut: str) -> None:
-        """Makes `cut` the default cut, also where stages behind it are missing."""
-        self._default_cut = self.canonical(cut)
 
     def index(self, cut: str) -> int:
         """The place of the stage that ends in the value `cut`, by its name or any other name of it.
@@ -296,7 +168,7 @@ class StagedModel(nn.Module):
                 f"{cut!r} is no name of a cut. Groups aren't numbered here: name the last frozen stage, for example "
                 f'freeze_to("{self._example_cut()}"). unfreeze() trains everything.'
             )
-        for index, stage in enumerate(self._ordered()):
+        for index, stage in enumerate(self.ordered):
             if cut == stage.name or cut in stage.aliases:
                 return index
         raise ValueError(f"{self.name} has no cut {cut!r}. Its cuts are {_listed(self.cut_points)}.")
@@ -310,15 +182,15 @@ class StagedModel(nn.Module):
 
     def canonical(self, cut: str) -> str:
         """The name under which `cut` is listed."""
-        return self._ordered()[self.index(cut)].name
+        return self.ordered[self.index(cut)].name
 
     def trunk(self, cut: str) -> nn.Sequential:
         """The stages up to `cut`, sharing parameters and modes with this model."""
-        return nn.Sequential(*self._ordered()[: self.index(cut) + 1])
+        return nn.Sequential(*self.ordered[: self.index(cut) + 1])
 
     def tail(self, cut: str) -> nn.Sequential:
         """The stages after `cut`: ``tail(cut)(trunk(cut)(x))`` is ``model(x)``."""
-        return nn.Sequential(*self._ordered()[self.index(cut) + 1 :])
+        return nn.Sequential(*self.ordered[self.index(cut) + 1 :])
 
     def digests(self) -> dict[str, str]:
         """Cut -> digest of everything up to it, from the tensors as they are now.
@@ -327,7 +199,7 @@ class StagedModel(nn.Module):
             ModelError: what no key can cover, named.
         """
         digests, digest = {}, START
-        for stage in self._ordered():
+        for stage in self.ordered:
             digest = stage.digest(digest)
             digests[stage.name] = digest
         return digests
@@ -335,28 +207,36 @@ class StagedModel(nn.Module):
     def digest(self, cut: str) -> str:
         """The digest of the trunk up to `cut`."""
         digest = START
-        for stage in self._ordered()[: self.index(cut) + 1]:
+        for stage in self.ordered[: self.index(cut) + 1]:
             digest = stage.digest(digest)
         return digest
 
     def layout(self, cut: str) -> str:
         """NCHW, NHWC, NLC or NC: the order of the activations at `cut`."""
-        stage = self._ordered()[self.index(cut)]
+        stage = self.ordered[self.index(cut)]
         if isinstance(stage, AbsentStage):
             return stage.layout
         if stage.name in self._layouts:
             return self._layouts[stage.name]
-        return {1: "NC", 2: "NLC", 3: "NCHW"}.get(len(self.shape(cut)), "other")
+        return layout_of(self.shape(cut))
 
     def shape(self, cut: str, size: int | None = None) -> tuple[int, ...]:
         """The shape ``*F`` of one image's activations at `cut`, for images of `size` (default: the view's)."""
-        stage = self._ordered()[self.index(cut)]
+        stage = self.ordered[self.index(cut)]
         if isinstance(stage, AbsentStage):
             return stage.shape
         size = size or self.view.size
         if size not in self._shapes:
             self._shapes[size] = self._measured_shapes(size)
         return self._shapes[size][stage.name]
+
+    def check_size(self, view: View) -> None:
+        """Raises ValueError if the model takes images of another size than `view` gives."""
+        if self.fixed_size is not None and view.size != self.fixed_size:
+            raise ValueError(
+                f"{self.name} takes images of {self.fixed_size} pixels only, not {view.size}: its position embeddings "
+                "are made for that size. Leave out --size, or choose a backbone without them."
+            )
 
     def pool(self, cut: str, reduction: str = "auto") -> Pool:
         """The reduction `reduction` for activations at `cut`; `auto`: concat for maps, token, or none for vectors."""
@@ -388,7 +268,7 @@ class StagedModel(nn.Module):
         taken: dict[int, Tensor] = {}
         values = images
         for index in range(max(places.values(), default=-1) + 1):
-            if self._ordered()[index].may_write_input and _shares_memory(values, taken.values()):
+            if self.ordered[index].may_write_input and _shares_memory(values, taken.values()):
                 values = values.clone()  # an in-place ReLU would overwrite what was taken
             values = self._after(index, values)
             if index in places.values():
@@ -405,7 +285,7 @@ class StagedModel(nn.Module):
     @property
     def head(self) -> nn.Module | None:
         """The module of the head that `with_head` added, if any."""
-        last = self._ordered()[-1]
+        last = self.ordered[-1]
         return last.module if isinstance(last, HeadStage) else None
 
     def freeze_to(self, cut: str) -> None:
@@ -414,7 +294,7 @@ class StagedModel(nn.Module):
         A pool right behind `cut` has no parameters and counts as frozen with it.
         """
         index = self.index(cut) + 1
-        stages = self._ordered()
+        stages = self.ordered
         if index < len(stages) and isinstance(stages[index], PoolStage):
             index += 1
         self._freeze(index)
@@ -433,7 +313,7 @@ class StagedModel(nn.Module):
             cut: where the head sits.
             reduction: of the pool; `auto` as in `pool`.
         """
-        kept = self._ordered()[: self.index(cut) + 1]
+        kept = self.ordered[: self.index(cut) + 1]
         used = {name for stage in kept for name in (stage.name, *stage.aliases)}
         used |= {name.partition(".")[0] for name in (*used, *self.tensors())}  # saved tensors keep names of their own
         pool = PoolStage(_unused(POOL, used), self.pool(cut, reduction))
@@ -444,18 +324,37 @@ class StagedModel(nn.Module):
 
     def up_to(self, cut: str) -> StagedModel:
         """A model of the stages up to `cut` alone, shared with this one."""
-        kept = self._ordered()[: self.index(cut) + 1]
+        kept = self.ordered[: self.index(cut) + 1]
         names = {stage.name for stage in kept}
         default = self._default_cut if self._default_cut in names else None
         model = self._with_stages(kept, default_cut=default)
         model._num_shared = len(kept)
         return model
 
-    def sharing(self) -> StagedModel:
-        """The same stages as a model of its own: it can be frozen, thawed and trained without changing this one."""
-        model = self._with_stages(self._ordered(), default_cut=self._default_cut)
+    def with_(
+        self,
+        *,
+        view: View | None = None,
+        origin: Mapping[str, Json] | None = None,
+        notes: Sequence[str] | None = None,
+        default_cut: str | None = None,
+    ) -> StagedModel:
+        """The same stages as a model of its own: it can be frozen, thawed and trained without changing this one.
+
+        Args:
+            view: another, as not each model takes every size, not even to measure shapes.
+            origin: another; empty for a model without a name.
+            notes: others.
+            default_cut: another, kept also where stages behind it are missing.
+        """
+        default = self._default_cut if default_cut is None else self.canonical(default_cut)
+        model = self._with_stages(self.ordered, default_cut=default)
         model._num_shared = len(self.stages)
         model._num_frozen = self._num_frozen
+        model.view = self.view if view is None else view
+        model.origin = dict(self.origin if origin is None else origin)
+        model.notes = self.notes if notes is None else tuple(notes)
+        model._shapes = self._shapes  # whichever of the two measures them
         return model
 
     def attach(self, model: StagedModel) -> None:
@@ -464,7 +363,7 @@ class StagedModel(nn.Module):
         Raises:
             ModelError: if the digests differ; the first stage that differs is named where it can be.
         """
-        stages = self._ordered()
+        stages = self.ordered
         absent = [index for index, stage in enumerate(stages) if isinstance(stage, AbsentStage)]
         if not absent:
             raise ModelError(f"{self.name} has its trunk already; there is nothing to attach.")
@@ -478,7 +377,7 @@ class StagedModel(nn.Module):
                 f"{mine[first][:8]}, yours {yours.get(first, 'absent')[:8]}). Attach the model whose features were "
                 "stored."
             )
-        trunk = model._ordered()[: model.index(cut) + 1]
+        trunk = model.ordered[: model.index(cut) + 1]
         frozen_behind = self._num_frozen - (absent[-1] + 1)
         self.stages = nn.ModuleList([*trunk, *stages[absent[-1] + 1 :]])
         self.view, self.class_tokens, self.name = model.view, model.class_tokens, model.name
@@ -495,7 +394,7 @@ class StagedModel(nn.Module):
     def trained_parameters(self) -> list[nn.Parameter]:
         """Parameters of the stages that aren't frozen, in order; this model's own, no other's."""
         self._own(self._num_frozen)
-        return [parameter for stage in self._ordered()[self._num_frozen :] for parameter in stage.parameters()]
+        return [parameter for stage in self.ordered[self._num_frozen :] for parameter in stage.parameters()]
 
     def train(self, mode: bool = True) -> StagedModel:
         """Sets the mode of the stages that aren't frozen; frozen ones run in eval mode anyway and aren't touched.
@@ -505,13 +404,13 @@ class StagedModel(nn.Module):
         self.training = mode
         if mode:
             self._own(self._num_frozen)
-        for stage in self._ordered()[max(self._num_frozen, self._num_shared) :]:
+        for stage in self.ordered[max(self._num_frozen, self._num_shared) :]:
             stage.train(mode)
         return self
 
     def tensors(self) -> dict[str, Tensor]:
         """All parameters and persistent buffers, named as in the module that the stages came from."""
-        return {name: value for stage in self._ordered() for name, value in stage.tensors().items()}
+        return {name: value for stage in self.ordered for name, value in stage.tensors().items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies `tensors` into the model's own.
@@ -542,7 +441,7 @@ class StagedModel(nn.Module):
     def to_device(self, device: torch.device) -> None:
         """Moves the model; stages shared with another model that live elsewhere are replaced by copies."""
         device = exact_device(device)
-        for index, stage in enumerate(self._ordered()):
+        for index, stage in enumerate(self.ordered):
             tensors = [*stage.parameters(), *stage.buffers()]
             if any(tensor.device != device for tensor in tensors):
                 moved = copy.deepcopy(stage) if index < self._num_shared else stage
@@ -564,12 +463,9 @@ class StagedModel(nn.Module):
         model.training = self.training
         return model
 
-    def _ordered(self) -> list[Stage]:
-        return list(self.stages)  # type: ignore[arg-type]
-
     def _after(self, index: int, values: Tensor) -> Tensor:
         """The values after the stage `index`, from those before it."""
-        stage = self._ordered()[index]
+        stage = self.ordered[index]
         if index < self._num_frozen:
             with torch.no_grad(), eval_mode(stage):
                 result: Tensor = stage(values)
@@ -583,7 +479,7 @@ class StagedModel(nn.Module):
     def _checked_tensor(self, index: int, values: Any) -> Tensor:
         if not isinstance(values, Tensor):
             raise ModelError(
-                f"The value of {self.name} at {self._ordered()[index].name} is a {type(values).__name__}; only tensors "
+                f"The value of {self.name} at {self.ordered[index].name} is a {type(values).__name__}; only tensors "
                 "can be activations. Cut before or after it."
             )
         return values
@@ -591,7 +487,7 @@ class StagedModel(nn.Module):
     def _freeze(self, count: int) -> None:
         self._own(count)
         self._num_frozen = count
-        for stage in self._ordered()[count:]:
+        for stage in self.ordered[count:]:
             for parameter in stage.parameters():
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)
@@ -618,7 +514,7 @@ class StagedModel(nn.Module):
     def _shapes_of(self, images: Tensor, *, on_meta: bool) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         values: Any = images
-        for stage in self._ordered():
+        for stage in self.ordered:
             try:
                 with torch.no_grad(), eval_mode(stage), random_states_kept():
                     values = _on_meta(stage, values) if on_meta else stage(values)

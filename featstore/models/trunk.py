@@ -7,22 +7,19 @@ alone, so features from a store and from a live trunk are equal bit for bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from featstore.digest import Json
 from featstore.images.views import View
-from featstore.models.graph import eval_mode
+from featstore.models.modes import eval_mode, numerics
+from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS, Precision
 from featstore.models.pool import Pool
 from featstore.models.staged import StagedModel, exact_device
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -32,6 +29,15 @@ class Output:
 
     cut: str
     pool: Pool
+
+
+def output_at(model: StagedModel, cut: str, reduce: str = "auto") -> Output:
+    """What ``CUT`` or ``CUT:REDUCTION`` means for a model."""
+    name, _, own = cut.partition(":")
+    reduction = own or reduce
+    if reduction not in ("auto", *REDUCTIONS):
+        raise ValueError(f"{reduction!r} is no reduction. The reductions are auto, {', '.join(REDUCTIONS)}.")
+    return Output(model.canonical(name), model.pool(name, reduction))
 
 
 class Trunk:
@@ -58,7 +64,7 @@ class Trunk:
         *,
         view: View,
         batch_size: int | None = None,
-        precision: Precision = "fp32",
+        precision: Precision = DEFAULT_PRECISION,
         device: torch.device | str = "cpu",
     ) -> None:
         if precision not in PRECISIONS:
@@ -140,48 +146,3 @@ def choose_device(name: torch.device | str) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"There is no GPU {name} here ({torch.cuda.device_count()} found). Use cpu or auto.")
     return exact_device(device)
-
-
-@contextmanager
-def numerics(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Pins what float32 arithmetic means for the block, and puts every setting back, also after an error."""
-    wanted = "tf32" if precision == "tf32" and device.type == "cuda" else "ieee"
-    cuda, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
-    with ExitStack() as stack:
-
-        def pin(owner: Any, name: str, value: Any) -> None:
-            before = getattr(owner, name)
-            if before != value:  # a child that follows its parent goes on following it
-                stack.callback(setattr, owner, name, before)
-                setattr(owner, name, value)
-
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        older, older_wanted = _older_switch(), "high" if wanted == "tf32" else "highest"
-        if older not in {None, older_wanted}:
-            for owner in (cuda, mkldnn.matmul):  # type: ignore[attr-defined] # the older switch sets these too
-                stack.callback(setattr, owner, "fp32_precision", owner.fp32_precision)
-            stack.callback(torch.set_float32_matmul_precision, older)
-            torch.set_float32_matmul_precision(older_wanted)
-        pin(torch.backends, "fp32_precision", wanted)
-        for owner in (cudnn, cuda, cudnn.conv, cudnn.rnn):  # type: ignore[attr-defined]
-            pin(owner, "fp32_precision", wanted)
-        for owner in (mkldnn.matmul, mkldnn.conv, mkldnn.rnn) if wanted == "ieee" else ():  # type: ignore[attr-defined]
-            pin(owner, "fp32_precision", wanted)
-        pin(cudnn, "benchmark", False)  # the fastest algorithm may change from run to run
-        pin(cudnn, "deterministic", True)
-        pin(cuda, "allow_fp16_accumulation", False)
-        for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
-            stack.callback(setattr, cuda, name, (getattr(cuda, name), getattr(cuda, f"{name}_split_k")))
-            setattr(cuda, name, False)
-        yield
-
-
-def _older_switch() -> str | None:
-    """Torch's older switch of the same thing, or None where the caller has left it for the newer ones.
-
-    torch refuses to read the older one once they contradict each other.
-    """
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None

@@ -26,7 +26,7 @@ from featstore.errors import DamagedFileError
 from featstore.files.index import RowIndex
 from featstore.files.part import Part
 from featstore.images.views import View
-from featstore.models.trunk import PRECISIONS, Precision
+from featstore.models.names import PRECISIONS, Precision
 from featstore.store.spec import FeatureSpec
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}

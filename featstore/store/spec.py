@@ -8,7 +8,7 @@ from typing import Any
 
 from featstore.digest import Json, digest_json
 from featstore.images.views import View
-from featstore.models.trunk import PRECISIONS, Precision
+from featstore.models.names import PRECISIONS, Precision
 
 DTYPES = ("float16", "float32", "bfloat16")
 """Storage types of features."""

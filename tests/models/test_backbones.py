@@ -1,22 +1,21 @@
 from __future__ import annotations
 
-import random
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torchvision
+from support.own_files import write_own
 from torch import Tensor, nn
 
 from featstore import FeatureStoreError, ModelError, StagedModel, View, WeightsError, backbone, backbone_names
+from featstore.models import backbones
 from featstore.models.backbones import architecture, outline, restored, weight_names
-from featstore.models.graph import random_states
+from featstore.models.modes import random_states, seeded
 from featstore.models.runs import Run, new_run, read_run, write_run
 
 
@@ -34,67 +33,15 @@ def images(size: int = 32) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- names
 
 
-def test_every_name_has_an_outline_with_cuts_and_shapes() -> None:
-    for name in backbone_names():
-        model = outline(name)
-        assert model.name == name
-        assert len(model.cut_points) > 20
-        assert all(model.shape(cut) for cut in model.cut_points)
-        expected = "layer4" if name.startswith("resnet") else "features.12" if "squeeze" in name else "encoder.ln"
-        assert model.default_cut == expected
-
-
 def test_an_unknown_name_is_refused_with_the_names() -> None:
     for ask in (backbone, outline):
         with pytest.raises(ValueError, match=r"'resnet19' is no backbone. Expected one of resnet18, resnet34"):
             ask("resnet19")
 
 
-def test_weight_names_are_torchvisions_with_the_default_first() -> None:
-    assert weight_names("resnet50") == ["IMAGENET1K_V2", "IMAGENET1K_V1"]
-    assert "IMAGENET1K_SWAG_E2E_V1" in weight_names("vit_b_16")
-
-
 def test_unknown_weights_are_refused_with_the_names() -> None:
     with pytest.raises(ValueError, match=r"'V9' are no weights of resnet50. Expected DEFAULT, IMAGENET1K_V2, .*, none"):
         backbone("resnet50", "V9")
-
-
-def test_without_network_the_sentence_names_the_file_its_folder_and_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    with pytest.raises(WeightsError) as error:
-        backbone("resnet18")
-    message = str(error.value)
-    assert message.startswith("The weights IMAGENET1K_V1 of resnet18 aren't here and can't be downloaded (")
-    assert f"the file resnet18-f37072fd.pth, which belongs into {tmp_path / 'checkpoints'}." in message
-    assert "m.get_model('resnet18', weights='IMAGENET1K_V1')" in message
-    assert "--weights none" in message
-
-
-def test_weights_in_the_cache_are_used_with_their_own_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    file = Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name
-    torch.save(resnet18(), tmp_path / "checkpoints" / file)
-    model = backbone("resnet18", "DEFAULT")
-    assert torch.equal(model.tensors()["conv1.weight"], resnet18()["conv1.weight"])
-    assert (model.view.size, model.view.resize, model.view.antialias) == (224, 256, True)
-    assert model.origin == {"backbone": "resnet18", "weights": "DEFAULT", "architecture": {"name": "resnet18"}}
-
-
-def test_weights_none_are_the_same_every_time_whatever_was_drawn_before() -> None:
-    first = backbone("squeezenet1_1", "none")
-    states = random_states()
-    torch.rand(3)
-    second = backbone("squeezenet1_1", "none")
-    assert first.digests() == second.digests()
-    torch.manual_seed(0)
-    module = torchvision.models.squeezenet1_1(weights=None).eval()
-    assert torch.equal(module(images()), first(images()))
-    assert random_states() != states
 
 
 def test_making_a_backbone_leaves_the_random_states_alone() -> None:
@@ -104,17 +51,53 @@ def test_making_a_backbone_leaves_the_random_states_alone() -> None:
     assert random_states() == states
 
 
-def test_a_vit_takes_one_size_and_has_a_class_token() -> None:
-    model = outline("vit_b_32")
-    assert (model.fixed_size, model.class_tokens, model.view.size) == (224, 1, 224)
-    assert outline("resnet18").fixed_size is None
+class TinyLibrary:
+    """All that another library of backbones needs."""
+
+    def names(self) -> list[str]:
+        return ["tiny/one", "tiny/two"]
+
+    def weight_names(self, name: str) -> list[str]:
+        return ["ones"]
+
+    def outline(self, name: str) -> StagedModel:
+        with torch.device("meta"):
+            return self.staged(name, "none", channels=4)
+
+    def initial(self, name: str, **architecture: Any) -> StagedModel:
+        with seeded():
+            return self.staged(name, "none", **{"channels": 4, **architecture})
+
+    def pretrained(self, name: str, weights: str) -> StagedModel:
+        model = self.staged(name, weights, channels=4)
+        model.load_tensors({key: torch.ones_like(tensor) for key, tensor in model.tensors().items()})
+        return model
+
+    def staged(self, name: str, weights: str, channels: int) -> StagedModel:
+        module = nn.Sequential(nn.Conv2d(3, channels, 3), nn.ReLU(), nn.Flatten(), nn.Linear(channels * 4, 2)).eval()
+        facts = {"name": name, "channels": channels}
+        origin = {"backbone": name, "weights": weights, "architecture": facts}
+        return StagedModel.from_module(module, view=View(size=4, resize=4), name=name, origin=origin)
 
 
-def test_a_vit_of_another_size_can_be_built_again_from_its_facts() -> None:
-    model = architecture({"name": "vit_b_32", "image_size": 64})
-    assert (model.fixed_size, model.view.size) == (64, 64)
-    assert model.origin["architecture"] == {"name": "vit_b_32", "image_size": 64}
-    assert model.shape("encoder.ln") == (5, 768)
+def test_another_library_needs_these_functions_and_its_place_in_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library: backbones.Library = TinyLibrary()
+    monkeypatch.setattr(backbones, "LIBRARIES", (*backbones.LIBRARIES, library))
+    assert backbone_names()[-2:] == ["tiny/one", "tiny/two"]
+    assert weight_names("tiny/one") == ["ones"]
+    assert outline("tiny/one").shape("1") == (4, 2, 2)
+    model = backbone("tiny/two", "none")
+    assert model.digests() == backbone("tiny/two", "none").digests()
+    assert all((tensor == 1).all() for tensor in backbone("tiny/two").tensors().values())
+    with pytest.raises(ValueError, match=r"'twos' are no weights of tiny/two. Expected DEFAULT, ones, none, or a file"):
+        backbone("tiny/two", "twos")
+    torch.save(model.tensors(), tmp_path / "weights.pth")
+    assert backbone("tiny/two", tmp_path / "weights.pth").digests() == model.digests()
+    wide = architecture({"name": "tiny/two", "channels": 5})
+    again = backbone(str(save(wide, tmp_path / "tuned", "1")))
+    assert (again.shape("1"), again.digest("1")) == ((5, 2, 2), wide.digest("1"))
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -209,85 +192,6 @@ def test_a_file_does_not_change_the_module_it_is_given_for(tmp_path: Path) -> No
     assert backbone(module, "none").digests() == StagedModel.from_module(module).digests()
 
 
-# ------------------------------------------------------------------------------------------------------- own functions
-
-OWN = """
-import random
-import numpy as np
-import torch
-from torch import nn
-from own_layers_{tag} import Block
-
-def make():
-    return nn.Sequential(Block(), nn.Flatten(), nn.Linear(4 * 14 * 14, 2))
-
-def staged():
-    from featstore import StagedModel, View
-    return StagedModel.from_module(make(), view=View(size=16, resize=16), name="mine")
-
-def drawn():
-    conv = nn.Conv2d(3, 4, 3)
-    conv.bias.data[:] = torch.tensor([random.random(), np.random.rand(), 0.0, 0.0])
-    return nn.Sequential(conv, nn.ReLU())
-
-def number():
-    return 7
-"""
-LAYERS = """
-from torch import nn
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.mask = nn.Parameter(self.conv.bias.detach() * 0)
-
-    def forward(self, x):
-        return self.conv(x).relu()
-"""
-
-
-def write_own(folder: Path, tag: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / f"own_layers_{tag}.py").write_text(LAYERS)
-    path = folder / "own.py"
-    path.write_text(OWN.format(tag=tag))
-    return path
-
-
-def test_a_function_of_ones_own_makes_the_model_and_may_import_what_lies_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    path = write_own(tmp_path, "beside")
-    before, states = list(sys.path), random_states()
-    model = backbone(f"{path}:make")
-    assert model.cut_points == ["0.conv", "0", "1", "2"]
-    assert model.name == "own"
-    assert not model.training
-    assert (sys.path, random_states()) == (before, states)
-    assert not list(tmp_path.glob("__pycache__"))
-    made_by = model.origin["architecture"]
-    assert made_by == {"file": str(path), "function": "make", "source": made_by["source"]}
-    assert len(made_by["source"]) == 2
-    assert backbone(f"{path}:make").digests() == model.digests()
-
-
-def test_a_function_that_draws_from_any_global_generator_gives_the_same_model_each_time(tmp_path: Path) -> None:
-    path = write_own(tmp_path, "drawn")
-    first = backbone(f"{path}:drawn")
-    random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
-    assert backbone(f"{path}:drawn").digests() == first.digests()
-
-
-def test_a_function_may_return_a_staged_model_with_its_own_view(tmp_path: Path) -> None:
-    path = write_own(tmp_path, "staged")
-    model = backbone(f"{path}:staged")
-    assert (model.name, model.view) == ("mine", View(size=16, resize=16))
-    torch.save(model.tensors(), tmp_path / "weights.pth")
-    assert backbone(f"{path}:staged", tmp_path / "weights.pth").notes == ()
-
-
 def test_a_file_fits_the_function_whose_module_was_saved_also_with_parameters_that_are_not_used(tmp_path: Path) -> None:
     path = write_own(tmp_path, "unused")
     model = backbone(f"{path}:staged")
@@ -305,34 +209,6 @@ def test_a_network_of_another_size_than_usual_takes_a_file_where_the_cut_is_name
     assert backbone(f"{path}:make", tmp_path / "weights.pth", cut="0").cut_points == ["0.conv", "0", "1", "2"]
     with pytest.raises(ModelError, match="own can't take images of 224 x 224 pixels: its stage 2 fails"):
         backbone(f"{path}:make", tmp_path / "weights.pth")
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("own.py:other", r"own.py has no function other. Expected path/to/file.py:function."),
-        ("own.py:number", r"own.py:number returned a int; expected an nn.Module or a StagedModel."),
-        ("none.py:make", r"There is no file .*none.py. Expected path/to/file.py:function"),
-    ],
-)
-def test_a_function_that_is_not_there_or_makes_no_model_is_refused(what: str, message: str, tmp_path: Path) -> None:
-    write_own(tmp_path, tmp_path.name)
-    with pytest.raises(ValueError, match=message):
-        backbone(f"{tmp_path}/{what}")
-
-
-def test_a_helper_of_the_same_name_from_elsewhere_is_refused(tmp_path: Path) -> None:
-    backbone(f"{write_own(tmp_path / 'one', 'twice')}:make")
-    with pytest.raises(ValueError, match=r"two/own.py imports own_layers_twice, .* another own_layers_twice before"):
-        backbone(f"{write_own(tmp_path / 'two', 'twice')}:make")
-
-
-def test_a_helper_that_changed_since_it_was_loaded_is_refused(tmp_path: Path) -> None:
-    path = write_own(tmp_path, "changed")
-    backbone(f"{path}:make")
-    (tmp_path / "own_layers_changed.py").write_text(LAYERS.replace("relu", "tanh"))
-    with pytest.raises(ValueError, match=r"own_layers_changed.py has changed since Python loaded it"):
-        backbone(f"{path}:make")
 
 
 # ---------------------------------------------------------------------------------------------------------- saved runs
@@ -392,10 +268,3 @@ def test_tensors_of_another_model_than_was_saved_are_refused() -> None:
         restored(model, Run({"model": facts}, other))
     with pytest.raises(WeightsError, match=re.escape("lacks the tensors 0.bias of sequential")):
         restored(model, Run({"model": facts}, {"0.weight": other["0.weight"]}))
-
-
-def test_a_function_that_fails_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "broken.py"
-    path.write_text("def make():\n    return 1 / 0\n")
-    with pytest.raises(ModelError, match=r"broken.py:make failed with ZeroDivisionError: division by zero"):
-        backbone(f"{path}:make")

@@ -1,11 +1,6 @@
 from __future__ import annotations
 
-import os
 import random
-import signal
-import threading
-import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +15,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import StochasticDepth
 
 from featstore import ModelError, StagedModel, View, backbone
-from featstore.models.graph import eval_mode, mode_of, random_states, split_into_stages
+from featstore.models.graph import split_into_stages
+from featstore.models.modes import random_states
 
 
 @pytest.fixture
@@ -361,50 +357,7 @@ def test_tracing_leaves_the_global_random_states_alone() -> None:
     assert random_states() == before
 
 
-def test_mode_of_puts_each_flag_back_after_an_error() -> None:
-    module = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3).eval())
-    with pytest.raises(ValueError, match="4D"), mode_of(module, training=True):
-        module(torch.zeros(1, 5))  # batch norm wants maps
-    assert [part.training for part in module.modules()] == [True, True, False]
-
-
 # ----------------------------------------------------------------------------------------------------- whole modules
-
-
-def test_a_fork_waits_for_the_pass_of_another_thread() -> None:
-    """Else the child has its lock for good, and its flags."""
-    module, is_running = nn.ReLU(), threading.Event()
-
-    def run() -> None:
-        with eval_mode(module):
-            is_running.set()
-            time.sleep(0.2)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    is_running.wait()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks beside threads: the point here
-        child = os.fork()
-    if not child:
-        signal.alarm(10)  # ends a child that hangs
-        flags = [module.training]
-
-        def run_there() -> None:
-            with eval_mode(module):
-                flags.append(module.training)
-
-        try:
-            threading.Thread(target=run_there).start()
-            run_there()
-        finally:
-            while len(flags) < 3:
-                time.sleep(0.01)
-            os._exit(0 if flags == [True, False, False] else 1)
-    thread.join()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    with eval_mode(module):  # and so may the parent
-        pass
 
 
 class Deciding(nn.Module):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featstore.models.pool import REDUCTIONS, Layout, Pool, Reduction, automatic
+from featstore.models.names import REDUCTIONS, Layout, Reduction
+from featstore.models.pool import Pool
 
 SHAPES = {"NCHW": (5, 4, 3, 2), "NHWC": (5, 3, 2, 4), "NLC": (5, 7, 4), "NC": (5, 4)}
 
@@ -89,11 +90,6 @@ def test_a_reduction_that_a_layout_does_not_have_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Pool(reduction, layout, class_tokens)
-
-
-def test_auto_is_concat_for_maps_token_for_a_vit_and_none_for_vectors() -> None:
-    assert [automatic(layout, 0) for layout in get_args(Layout)] == ["concat", "concat", "concat", "none"]
-    assert automatic("NLC", 1) == "token"
 
 
 def test_pools_that_compute_the_same_have_the_same_facts() -> None:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featstore import ModelError, StagedModel, View
-from featstore.models.graph import random_states
+from featstore.models.modes import random_states
 from featstore.models.purity import check_pure
 
 VIEW = View(size=12, resize=14)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from featstore import ModelError, StagedModel, View, backbone
 from featstore.models.backbones import outline
-from featstore.models.graph import random_states
-from featstore.models.staged import AbsentStage
+from featstore.models.modes import random_states
+from featstore.models.stages import AbsentStage
 
 VIEW = View(size=12, resize=14)
 
@@ -181,6 +181,27 @@ def test_a_model_runs_in_the_mode_its_module_was_in() -> None:
     assert torch.equal(model(images()), module(images()))  # functional dropout is off
 
 
+def test_a_model_under_another_view_and_origin_has_the_same_stages_and_leaves_the_first_as_it_was() -> None:
+    model = staged()
+    other = model.with_(view=View(size=32, resize=32), origin={"backbone": "net"}, notes=["said"], default_cut="layer1")
+    assert other.ordered == model.ordered == tuple(model.stages)
+    assert (other.view.size, other.origin, other.notes) == (32, {"backbone": "net"}, ("said",))
+    assert (model.view, model.origin, model.notes, model.default_cut) == (VIEW, {}, (), "layer3")
+    assert other.default_cut == "layer1"
+    assert other.shape("layer1") == model.shape("layer1", 32)
+    same = other.with_()
+    assert (same.view, same.origin, same.notes, same.default_cut) == (other.view, other.origin, ("said",), "layer1")
+    assert other.with_(origin={}).origin == {}
+
+
+def test_a_model_of_a_fixed_size_refuses_views_of_another_one() -> None:
+    model = StagedModel.from_module(net(), view=VIEW, fixed_size=VIEW.size)
+    model.check_size(VIEW)
+    with pytest.raises(ValueError, match=f"net takes images of {VIEW.size} pixels only, not 32"):
+        model.check_size(VIEW.resized(size=32))
+    staged().check_size(VIEW.resized(size=32))
+
+
 # ------------------------------------------------------------------------------------------------- freezing and thawing
 
 
@@ -271,15 +292,15 @@ def train_a_step(model: StagedModel) -> None:
         lambda model: model.up_to("layer3").load_tensors(
             {name: tensor + 1 for name, tensor in model.up_to("layer3").tensors().items()}
         ),
-        lambda model: train_a_step(model.sharing()),
-        lambda model: model.sharing().train()(images()),
-        lambda model: [parameter.data.add_(1) for parameter in model.sharing().trained_parameters()],
+        lambda model: train_a_step(model.with_()),
+        lambda model: model.with_().train()(images()),
+        lambda model: [parameter.data.add_(1) for parameter in model.with_().trained_parameters()],
         lambda model: train_a_step(model.up_to("layer2")),
-        lambda model: model.sharing().eval(),
-        lambda model: model.sharing().train(),
-        lambda model: model.sharing().unfreeze(),
-        lambda model: model.sharing().to_device(torch.device("cpu")),
-        lambda model: model.sharing().to_device(torch.device("meta")),
+        lambda model: model.with_().eval(),
+        lambda model: model.with_().train(),
+        lambda model: model.with_().unfreeze(),
+        lambda model: model.with_().to_device(torch.device("cpu")),
+        lambda model: model.with_().to_device(torch.device("meta")),
         lambda model: (model.digests(), model.shape("layer3"), model.default_cut, model.layout("layer1")),
         lambda model: copy.deepcopy(model).to_device(torch.device("meta")),
     ],

@@ -1,22 +1,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
 from support.splitting import randomise
+from support.torch_settings import settings
 from torch import Tensor, nn
 
 from featstore import Output, StagedModel, Trunk, View
-from featstore.models.graph import random_states
+from featstore.models.modes import random_states
+from featstore.models.names import Precision
 from featstore.models.pool import Pool
-from featstore.models.trunk import PRECISIONS, Precision, choose_device, default_batch_size, numerics
+from featstore.models.trunk import choose_device, default_batch_size
 
 VIEW = View(size=16, resize=18)
-BACKENDS = torch.backends
 
 
 def net() -> nn.Sequential:
@@ -188,115 +187,6 @@ def test_the_profile_names_what_may_move_the_last_bits() -> None:
     assert profile.keys() == {"batch_size", "device", "threads", "cpu", "torch"}
     assert profile["batch_size"] == default_batch_size(torch.device("cpu")) == 32
     assert default_batch_size(torch.device("cuda")) == 256
-
-
-# ------------------------------------------------------------------------------------------------------------ numerics
-
-
-def settings() -> dict[str, Any]:
-    readers: dict[str, Callable[[], Any]] = {
-        "all": lambda: BACKENDS.fp32_precision,  # type: ignore[attr-defined]
-        "cuda": lambda: BACKENDS.cudnn.fp32_precision,
-        "cuda.matmul": lambda: BACKENDS.cuda.matmul.fp32_precision,
-        "cuda.conv": lambda: BACKENDS.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        "cuda.rnn": lambda: BACKENDS.cudnn.rnn.fp32_precision,  # type: ignore[attr-defined]
-        "mkldnn.matmul": lambda: BACKENDS.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
-        "mkldnn.conv": lambda: BACKENDS.mkldnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        "mkldnn.rnn": lambda: BACKENDS.mkldnn.rnn.fp32_precision,  # type: ignore[attr-defined]
-        "older": torch.get_float32_matmul_precision,
-        "older, cuda": lambda: BACKENDS.cuda.matmul.allow_tf32,
-        "older, cudnn": lambda: BACKENDS.cudnn.allow_tf32,
-        "benchmark": lambda: BACKENDS.cudnn.benchmark,
-        "deterministic": lambda: BACKENDS.cudnn.deterministic,
-        "fp16 sums": lambda: BACKENDS.cuda.matmul.allow_fp16_reduced_precision_reduction,
-        "fp16 sums, split": lambda: BACKENDS.cuda.matmul.allow_fp16_reduced_precision_reduction_split_k,
-        "fp16 accumulation": lambda: BACKENDS.cuda.matmul.allow_fp16_accumulation,
-    }
-    found: dict[str, Any] = {}
-    for name, read in readers.items():
-        try:
-            found[name] = read()
-        except RuntimeError:  # torch refuses to read the older switches where the newer ones contradict them
-            found[name] = "contradicted"
-    return found
-
-
-def set_both() -> None:
-    torch.set_float32_matmul_precision("high")
-    BACKENDS.cuda.matmul.fp32_precision = "ieee"
-
-
-CHOICES: dict[str, Callable[[], None]] = {
-    "nothing": lambda: None,
-    "older high": lambda: torch.set_float32_matmul_precision("high"),
-    "older medium": lambda: torch.set_float32_matmul_precision("medium"),
-    "older cuda": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
-    "older cudnn": lambda: setattr(BACKENDS.cudnn, "allow_tf32", False),
-    "all tf32": lambda: setattr(BACKENDS, "fp32_precision", "tf32"),
-    "all ieee": lambda: setattr(BACKENDS, "fp32_precision", "ieee"),
-    "all bf16": lambda: setattr(BACKENDS, "fp32_precision", "bf16"),
-    "cuda": lambda: setattr(BACKENDS.cudnn, "fp32_precision", "tf32"),
-    "cuda matmul": lambda: setattr(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
-    "cuda conv": lambda: setattr(BACKENDS.cudnn.conv, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
-    "cpu matmul": lambda: setattr(BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),  # type: ignore[attr-defined]
-    "older and newer": set_both,
-    "fast": lambda: setattr(BACKENDS.cudnn, "benchmark", True),
-    "sums": lambda: setattr(BACKENDS.cuda.matmul, "allow_fp16_reduced_precision_reduction", (False, False)),
-}
-
-
-@pytest.fixture
-def restored() -> Any:
-    """Puts torch's own defaults back; a test may leave settings that no public function can undo exactly."""
-    defaults = settings()
-    yield
-    BACKENDS.fp32_precision = "none"  # type: ignore[attr-defined]
-    BACKENDS.cudnn.fp32_precision = "none"
-    torch.set_float32_matmul_precision("highest")
-    BACKENDS.cudnn.allow_tf32 = True
-    owners: list[tuple[Any, str]] = [
-        (BACKENDS.cuda.matmul, "cuda.matmul"),
-        (BACKENDS.mkldnn.matmul, "mkldnn.matmul"),  # type: ignore[attr-defined]
-        (BACKENDS.cudnn.conv, "cuda.conv"),  # type: ignore[attr-defined]
-        (BACKENDS.cudnn.rnn, "cuda.rnn"),
-    ]
-    for owner, name in owners:
-        owner.fp32_precision = defaults[name]
-    BACKENDS.cudnn.benchmark = defaults["benchmark"]
-    BACKENDS.cuda.matmul.allow_fp16_reduced_precision_reduction = (defaults["fp16 sums"], defaults["fp16 sums, split"])
-    assert settings() == defaults
-
-
-@pytest.mark.usefixtures("restored")
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("choice", CHOICES)
-def test_arithmetic_is_pinned_for_the_pass_and_each_setting_comes_back(choice: str, precision: Precision) -> None:
-    CHOICES[choice]()
-    before = settings()
-    with numerics(precision, torch.device("cpu")):
-        within = settings()
-    assert settings() == before
-    kinds = ("cuda.matmul", "cuda.conv", "cuda.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
-    assert {within[kind] for kind in kinds} == {"ieee"}
-    assert (within["benchmark"], within["deterministic"], within["fp16 sums"]) == (False, True, False)
-
-
-@pytest.mark.usefixtures("restored")
-def test_settings_that_followed_their_parent_go_on_following_it() -> None:
-    BACKENDS.fp32_precision = "tf32"  # type: ignore[attr-defined]
-    with numerics("fp32", torch.device("cpu")):
-        pass
-    BACKENDS.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    assert settings()["cuda.matmul"] == settings()["mkldnn.conv"] == "ieee"
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_tf32_is_allowed_on_a_gpu_for_tf32_alone() -> None:
-    for precision in PRECISIONS:
-        with numerics(precision, torch.device("cuda")):
-            expected = "tf32" if precision == "tf32" else "ieee"
-            assert {settings()[kind] for kind in ("cuda.matmul", "cuda.conv", "cuda.rnn")} == {expected}
 
 
 def test_threads_that_run_trunks_of_one_model_leave_each_other_alone() -> None:

@@ -28,7 +28,10 @@ ROOMS: dict[str, Rooms] = {
         ("images", ("digests", "sources", "image_set", "decode", "augmentation", "views", "render")),
         (
             "models",
-            ("graph", "pool", "digests", "staged", "trunk", "weights", "runs", "backbones", "probe", "purity"),
+            (
+                "names", "modes", "graph", "pool", "digests", "stages", "staged", "trunk", "weights", "runs",
+                "torchvision_models", "own_file", "backbones", "probe", "purity",
+            ),
         ),
         (
             "store",
@@ -64,8 +67,8 @@ DOORS = {
     "h5py": {"featstore.files.part"},
     "PIL": {"featstore.images.decode"},
     "torchvision.io": {"featstore.images.decode"},
-    "torchvision.models": {"featstore.models.backbones"},
-    "timm": {"featstore.models.backbones"},
+    "torchvision.models": {"featstore.models.torchvision_models"},
+    "timm": {"featstore.models.timm_models"},
     "torchvision.transforms": {"featstore.images.views"},
     "safetensors": {"featstore.models.weights", "featstore.models.runs", "featstore.exchange.feature_files"},
     "pyarrow": {"featstore.exchange.export"},
@@ -264,9 +267,9 @@ def test_what_is_forbidden_is_named(module: str, source: str, named: str) -> Non
             "import torch.nn.functional as F\nfrom featstore.digest import Json\nF.pad(Json)",
         ),
         ("featstore.cli.app", "from featstore import __version__"),
-        ("featstore.models.backbones", "import torchvision\ntorchvision.models.get_model(name)"),
+        ("featstore.models.torchvision_models", "import torchvision\ntorchvision.models.get_model(name)"),
         ("featstore.files.part", "import h5py\nh5py.File(path)"),
-        ("training.learner", "from featstore import StagedModel\nfrom featstore.models.graph import mode_of"),
+        ("training.learner", "from featstore import StagedModel\nfrom featstore.models.modes import mode_of"),
         ("training.lr_find", "def plot():\n    from training.plots import learning_rates"),
     ],
 )

@@ -20,8 +20,8 @@ from featstore import (
     backbone,
     extract,
 )
+from featstore.models.modes import numerics
 from featstore.models.probe import TOLERANCES
-from featstore.models.trunk import numerics
 from training import Learner
 
 pytestmark = pytest.mark.cuda

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from featstore.models.graph import mode_of
-from featstore.models.staged import Stage, StagedModel
+from featstore.models.modes import mode_of
+from featstore.models.staged import StagedModel
+from featstore.models.stages import Stage
 
 SEEN = 1e-3
 """The smallest change, relative to the largest value, that counts: float32 rounding stays far below it."""
@@ -106,9 +107,9 @@ def _check_images_differ(model: StagedModel, logits: Tensor) -> None:
 def _walked(model: StagedModel, images: Tensor, expected: dict[bool, Tensor]) -> Iterator[CheckedCut]:
     """One pass through the stages in each grad mode, which holds the activations at one cut at a time."""
     activations = dict.fromkeys(expected, images)
-    for index, stage in enumerate(_stages(model)):
+    for index, stage in enumerate(model.ordered):
         tail = model.tail(stage.name)
-        assert [*model.trunk(stage.name), *tail] == list(model.stages), (
+        assert [*model.trunk(stage.name), *tail] == list(model.ordered), (
             f"{stage.name}: trunk and tail aren't the model."
         )
         change = _change_by(stage, tail, _stored(activations[False][:1]), expected[False][:1], seed=1000 + index)
@@ -155,7 +156,3 @@ def _difference(first: Tensor, second: Tensor) -> float:
     """The largest difference relative to the largest value of both."""
     first, second = first.detach(), second.detach()
     return float((first - second).abs().max() / torch.maximum(first.abs(), second.abs()).max())
-
-
-def _stages(model: StagedModel) -> list[Stage]:
-    return list(model.stages)  # type: ignore[arg-type]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from featstore.images.render import Job, render
 from featstore.images.views import View
-from featstore.models.graph import eval_mode
-from featstore.models.trunk import Precision, default_batch_size, numerics
+from featstore.models.modes import eval_mode, numerics
+from featstore.models.names import Precision
+from featstore.models.trunk import default_batch_size
 from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batch_size
 from training.inputs.situation import OnError, Situation
 
@@ -203,7 +204,7 @@ def fresh_seed(seed: int, epoch: int) -> int:
 
 
 def _frozen_rest(source: Source, situation: Situation) -> _FrozenRest | None:
-    stages = list(situation.model.stages)[source.start : situation.model.num_frozen]
+    stages = situation.model.ordered[source.start : situation.model.num_frozen]
     if source.kind == "images" or not stages:
         return None
     rest, precision = nn.Sequential(*stages), source.features[0].spec.precision

@@ -13,9 +13,10 @@ from featstore.errors import FactsDifferError, FeatureStoreError, ImageError, Mi
 from featstore.extraction.extract import extract
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
+from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.probe import check_probe, take_probes
-from featstore.models.staged import PoolStage
-from featstore.models.trunk import Output, Precision, Trunk
+from featstore.models.stages import PoolStage
+from featstore.models.trunk import Output, Trunk
 from featstore.store.features import Features
 from featstore.store.sets import FeatureSet
 from training.inputs.explain import images_absent, why_not
@@ -27,7 +28,6 @@ from training.inputs.situation import (
     has_weights,
     is_or_are,
     name_range,
-    ordered,
     run_or_runs,
     views_words,
 )
@@ -220,7 +220,7 @@ def live_precision(situation: Situation) -> Precision:
     stored = {spec.precision for spec in specs if spec.rendered.evaluation == situation.view}
     if situation.chosen is not None:
         stored = {situation.chosen.spec.precision}
-    return stored.pop() if len(stored) == 1 else "fp32"
+    return stored.pop() if len(stored) == 1 else DEFAULT_PRECISION
 
 
 def stored_batch_size(situation: Situation) -> int | None:
@@ -235,7 +235,7 @@ def stored_batch_size(situation: Situation) -> int | None:
 def _live_reason(situation: Situation, augment: Augment | None) -> str | None:
     """Why stored features can't be used whatever the store holds, in words; None if they can."""
     model = situation.model
-    if not any(has_weights(stage) for stage in ordered(model)[: model.num_frozen]):
+    if not any(has_weights(stage) for stage in model.ordered[: model.num_frozen]):
         return "nothing is frozen, so every stage trains"
     frozen, runs = frozen_words(model), run_or_runs(frozen_words(model))
     if augment is not None and augment.is_fresh:
@@ -256,7 +256,7 @@ def _why(situation: Situation, augment: Augment | None, train: Source | None) ->
     if isinstance(train, ImageSource):
         assert situation.store is not None
         return f'{is_frozen}, but {situation.store.root} lacks what was asked for, and on_missing is "images"'
-    behind = ordered(model)[train.start : model.num_frozen]
+    behind = model.ordered[train.start : model.num_frozen]
     names = [stage.name for stage in behind if not isinstance(stage, PoolStage)]
     if not names:
         return is_frozen
@@ -278,7 +278,7 @@ def _stored(search: Search, entry: Entry, sets: Sequence[FeatureSet]) -> Feature
 
 
 def _in_words(precision: Precision) -> str:
-    return "" if precision == "fp32" else f" in {precision}"
+    return "" if precision == DEFAULT_PRECISION else f" in {precision}"
 
 
 def _joined(search: Search, sets: Sequence[FeatureSet]) -> tuple[Features, ...]:

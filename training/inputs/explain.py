@@ -11,8 +11,7 @@ from featstore.extraction.remedy import extract_remedy, seed_ranges
 from featstore.images.image_set import ImageSet
 from featstore.images.sources import AbsentSource
 from featstore.images.views import Augment
-from featstore.models.pool import automatic
-from featstore.models.staged import StagedModel
+from featstore.models.names import automatic
 from featstore.store.image_tables import is_changed
 from featstore.store.sets import FeatureSet
 from featstore.words import size_text
@@ -258,7 +257,7 @@ def _remedy(search: Search, entry: Entry, like: FeatureSet | None, augment: Augm
     default = automatic(situation.model.layout(entry.cut), situation.model.class_tokens)
     named = situation.named_model(entry.cut)
     text = extract_remedy(
-        _nameless(situation.model) if named is None else named,
+        situation.model.with_(origin={}) if named is None else named,
         situation.images,
         search.store.root,
         cuts=[entry.cut if entry.pool.reduction == default else f"{entry.cut}:{entry.pool.reduction}"],
@@ -272,12 +271,6 @@ def _remedy(search: Search, entry: Entry, like: FeatureSet | None, augment: Augm
         return f"learn.attach(model), then {text.replace('extract(model,', 'extract(learn.model,', 1)}"
     # The caller's `model` has other weights by now.
     return text if named is not None else text.replace("extract(model,", "extract(learn.model,", 1)
-
-
-def _nameless(model: StagedModel) -> StagedModel:
-    nameless = model.sharing()
-    nameless.origin = {}
-    return nameless
 
 
 def _pooled(each: FeatureSet) -> str:

@@ -15,7 +15,8 @@ from featstore.images.digests import KnownDigests
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
 from featstore.models.pool import Pool
-from featstore.models.staged import AbsentStage, HeadStage, PoolStage, Stage, StagedModel
+from featstore.models.staged import StagedModel
+from featstore.models.stages import AbsentStage, HeadStage, PoolStage, Stage
 from featstore.store.sets import FeatureSet
 from featstore.store.store import FeatureStore
 
@@ -105,14 +106,14 @@ class Situation:
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
         """Where the frozen part may be entered, the deepest first; empty if nothing is frozen."""
-        stages = ordered(self.model)
+        stages = self.model.ordered
         places = range(self.model.num_frozen - 1, -1, -1)
         return tuple(_entry(stages, place) for place in places if not isinstance(stages[place], HeadStage))
 
     def servable(self) -> dict[str, FeatureSet]:
         """Cut -> a stored set that could serve this model if it were frozen to that cut, in the evaluation view."""
         found = {}
-        stages = ordered(self.model)
+        stages = self.model.ordered
         for place, stage in enumerate(stages[:-1]):
             entries = [_entry(stages, place)]
             if isinstance(stages[place + 1], PoolStage):  # freezing to the value before a pool freezes the pool
@@ -128,15 +129,8 @@ class Situation:
         """The model under the last name whose weights up to `cut` are those that will run; None if they changed."""
         for origin in reversed(self.origins):
             if origin.digests.get(cut) == self.digests[cut]:
-                named = self.model.sharing()
-                named.origin, named.view = dict(origin.facts), origin.view
-                return named
+                return self.model.with_(view=origin.view, origin=origin.facts)
         return None
-
-
-def ordered(model: StagedModel) -> list[Stage]:
-    """The stages in order."""
-    return list(model.stages)  # type: ignore[arg-type]
 
 
 def has_weights(stage: Stage) -> bool:
@@ -146,13 +140,13 @@ def has_weights(stage: Stage) -> bool:
 
 def frozen_words(model: StagedModel) -> str:
     """The frozen stages, as ``conv1...layer4``; ``nothing`` if none is."""
-    names = [stage.name for stage in ordered(model)[: model.num_frozen] if not isinstance(stage, PoolStage)]
+    names = [stage.name for stage in model.ordered[: model.num_frozen] if not isinstance(stage, PoolStage)]
     return name_range(names) if names else "nothing"
 
 
 def training_words(model: StagedModel, *, with_head: bool = True) -> str:
     """The stages that train and have parameters, as ``layer4, head``; ``nothing`` if none has."""
-    stages = ordered(model)
+    stages = model.ordered
     of_group: dict[str, list[Stage]] = {}
     for stage in stages[model.num_frozen :]:
         if with_head or not isinstance(stage, HeadStage):

@@ -1,0 +1,40 @@
+"""Names: how layouts, reductions and precisions are called, and what is meant where nobody says.
+
+Free of torch: a store reads them from facts, and a program lists them before it has a model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
+"""The order of a stage's output: maps, maps with channels last, tokens, vectors."""
+
+DIMENSIONS: dict[str, int] = {"NCHW": 3, "NHWC": 3, "NLC": 2, "NC": 1}
+"""How many dimensions the values of one image have in each layout."""
+
+POSITIONS: dict[str, tuple[int, ...]] = {"NCHW": (2, 3), "NHWC": (1, 2), "NLC": (1,)}
+"""Which dimensions of a batch ``(N, *F)`` are positions, in the layouts that have some."""
+
+Reduction = Literal["none", "avg", "max", "concat", "token", "tokens"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+DEFAULT_PRECISION: Precision = "fp32"
+
+
+def layout_of(shape: tuple[int, ...]) -> str:
+    """The layout of one image's values ``*F`` where nobody says: NCHW, NLC or NC by their dimensions, else other.
+
+    >>> layout_of((512, 7, 7)), layout_of((197, 768)), layout_of((2048,)), layout_of((3, 2, 2, 2))
+    ('NCHW', 'NLC', 'NC', 'other')
+    """
+    return {1: "NC", 2: "NLC", 3: "NCHW"}.get(len(shape), "other")
+
+
+def automatic(layout: str, class_tokens: int) -> Reduction:
+    """The reduction `auto` stands for: concat for maps, token for a transformer's tokens, none for vectors."""
+    if layout == "NLC" and class_tokens:
+        return "token"
+    return "concat" if layout in POSITIONS else "none"
