@@ -8,13 +8,13 @@ from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featstore.errors import ImageError
+from featstore.errors import ImageError, OnError
 from featstore.images.decode import DecodeError, decode
 from featstore.images.digests import content_digest
 from featstore.images.views import RenderError, View
@@ -71,7 +71,7 @@ def render(
     jobs: Iterable[Job],
     *,
     workers: int | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
 ) -> Generator[Rendered]:
     """The views of each job, in the order of the jobs, which are drawn as they are needed.
 
