@@ -20,7 +20,9 @@ import typer
 from featstore.cli.program import one_of
 from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.augmentation import BUILT_IN
-from featstore.images.image_set import OWN_SPLITS, ImageSet, Task
+from featstore.images.csv_tables import OWN_SPLITS
+from featstore.images.image_set import ImageSet
+from featstore.images.labels import Task
 from featstore.images.views import INTERPOLATIONS, Augment, View
 from featstore.models.backbones import backbone, backbone_names, outline
 from featstore.models.staged import StagedModel

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from featstore.digest import Json
-from featstore.images.image_set import OWN_SPLITS, ImageSet
+from featstore.images.csv_tables import OWN_SPLITS
+from featstore.images.image_set import ImageSet
+from featstore.images.labels import SPLIT_WORDS
 from featstore.images.views import Augment, View
 from featstore.models.staged import StagedModel
 
@@ -116,7 +118,6 @@ def seed_ranges(seeds: Sequence[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-_SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 _TABLE_DEFAULTS = {
     "path_column": "path",
     "label_column": "label",
@@ -179,5 +180,5 @@ def _numbers(values: Sequence[float]) -> str:
 
 def _folder_splits(images: ImageSet) -> list[str] | None:
     """The splits that an image folder's own train, valid and test folders give; None where it has none."""
-    splits = [_SPLIT_FOLDERS.get(name.partition("/")[0].lower(), "") for name in images.ids]
+    splits = [SPLIT_WORDS.get(name.partition("/")[0].lower(), "") for name in images.ids]
     return splits if splits and all(splits) else None

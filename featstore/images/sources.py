@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,6 +131,17 @@ class ArraySource:
     images: NDArray[np.uint8]
     is_own: bool = False
 
+    @classmethod
+    def of(cls, images: NDArray[np.uint8]) -> ArraySource:
+        """The source of `images`; of a copy, unless nobody can write to them.
+
+        Raises:
+            TypeError: for anything but a uint8 array.
+            ValueError: for another shape.
+        """
+        array = _checked_images(images)
+        return cls(images=array, is_own=array is not images)
+
     def read(self, image: str) -> NDArray[np.uint8]:
         """The `(H, W[, 3])` array, not to be written to."""
         array = np.asarray(self.images[int(image)])
@@ -181,6 +193,38 @@ class AbsentSource:
     def has(self, image: str) -> bool:
         """False: the images are elsewhere."""
         return False
+
+
+# ---- Arrays
+
+
+def _checked_images(images: object) -> NDArray[np.uint8]:
+    """The array, if it is one of images; a copy unless nobody can write to it."""
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        what = f"an array of {images.dtype}" if isinstance(images, np.ndarray) else f"a {type(images).__name__}"
+        raise TypeError(
+            f"images is {what}. Expected a numpy array of uint8, (N, H, W) or (N, H, W, 3). "
+            "Convert it: values 0 to 255, then .astype(np.uint8)."
+        )
+    if not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)) or 0 in images.shape:
+        raise ValueError(
+            f"images has the shape {images.shape}. Expected (N, H, W) or (N, H, W, 3), none of them 0. "
+            "Reshape it; colours come last, in the order red, green, blue."
+        )
+    if not _is_writable(images):
+        return images
+    copy = images.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+def _is_writable(array: NDArray[Any]) -> bool:
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if base.flags.writeable:
+            return True
+        base = base.base
+    return False
 
 
 # ---- What holds still, and what is taken anew

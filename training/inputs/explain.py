@@ -8,12 +8,12 @@ import numpy as np
 
 from featstore.errors import FactsDifferError, FeatureStoreError, MissingFeaturesError
 from featstore.extraction.remedy import extract_remedy, seed_ranges
+from featstore.images.contents import is_changed
 from featstore.images.image_set import ImageSet
 from featstore.images.sources import AbsentSource
 from featstore.images.views import Augment
 from featstore.models.pool import automatic
 from featstore.models.staged import StagedModel
-from featstore.store.image_tables import is_changed
 from featstore.store.sets import FeatureSet
 from featstore.words import size_text
 from training.inputs.search import Search
