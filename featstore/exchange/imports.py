@@ -25,7 +25,6 @@ from featstore.exchange.feature_files import ForeignRows, opened_features, rows_
 from featstore.files.index import first_places
 from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet, images_by_id
-from featstore.images.sources import AbsentSource
 from featstore.images.views import View
 from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet, short_key
 from featstore.store.spec import FeatureSpec
@@ -391,7 +390,7 @@ def _digests(store: FeatureStore, images: ImageSet, image_of: NDArray[np.int64])
     """The digests of the images' contents; of a set without files some or all are missing."""
     digests = images.digests(store.known_digests(images))
     failed = np.intersect1d(image_of, np.array([*digests.failed], np.int64)).tolist()
-    if failed and not isinstance(images.source, AbsentSource):
+    if failed and images.source.absence is None:
         named = "; ".join(f"{images.ids[image]}: {digests.failed[image]}" for image in failed[:3])
         raise FeatureStoreError(
             f"{len(failed):,} of the images that features are given for can't be read ({named}"

@@ -30,7 +30,7 @@ from featstore.images.labels import (
     label_names,
     targets_of,
 )
-from featstore.images.sources import AbsentSource, ArraySource, FolderSource
+from featstore.images.sources import AbsentSource, ArraySource, FolderSource, ImageSource
 from featstore.images.splitting import check_test_groups, fold_of_each, split_of_each
 from featstore.words import counted
 
@@ -71,7 +71,7 @@ class ImageSet:
     splits: NDArray[np.str_]
     groups: tuple[str, ...] | None
     task: Task
-    source: FolderSource | ArraySource | AbsentSource
+    source: ImageSource
     skipped: tuple[tuple[str, str], ...] = ()
     origin: Mapping[str, Json] = field(default_factory=dict)
     _memo: Memo = field(default_factory=Memo)  # shared by all sets derived from one another; never pickled
@@ -284,15 +284,17 @@ class ImageSet:
         Raises:
             ValueError: if there is no such folder, or the images are arrays.
         """
-        if isinstance(self.source, ArraySource):
+        moved = self.source.moved(os.path.abspath(root))
+        if moved is None:
             raise ValueError(
                 f"the images of {self.name} are arrays in memory. Expected an image set of files for with_root. "
                 "Use the set as it is, or make one of the files with ImageSet.from_folder or ImageSet.from_csv."
             )
+        existing_folder(root)
         origin = {**self.origin, "root": os.fspath(root)} if self.origin else {}
         # The files are others, so what was hashed tells nothing; a store's digests come with facts to compare.
-        memo = Memo(KnownDigests.of(self.source.known)) if isinstance(self.source, AbsentSource) else Memo()
-        return replace(self, source=FolderSource(root=existing_folder(root)), origin=origin, _memo=memo)
+        memo = Memo(KnownDigests.of(self.source.known))
+        return replace(self, source=moved, origin=origin, _memo=memo)
 
     def with_splits(self, splits: Sequence[str] | NDArray[np.str_]) -> ImageSet:
         """The same images with other splits: "train", "valid" (or "val"), "test" or "" for each.
@@ -418,7 +420,7 @@ class ImageSet:
         task: Task,
         classes: tuple[str, ...],
         is_labelled: bool,
-        source: FolderSource | ArraySource,
+        source: ImageSource,
         origin: dict[str, Json],
         skipped: tuple[tuple[str, str], ...] = (),
     ) -> ImageSet:

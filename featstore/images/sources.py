@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +30,56 @@ from featstore.images.digests import (
 )
 
 
+class ImageSource(Protocol):
+    """How the bytes and the digests of the images of a set are had, by id; whoever has such an object can make a set.
+
+    Sets, stores and programs ask nothing else of one. It pickles and holds no open file; its methods are called from
+    many threads. An image table files the digests alone, with the facts of files where there are any, so that a set
+    that comes back from a store knows nothing of the source that it had.
+    """
+
+    @property
+    def absence(self) -> str | None:
+        """Why none of the images is to be had, as the end of a sentence; None where they are, as far as one knows."""
+
+    @property
+    def known(self) -> Mapping[str, KnownDigest]:
+        """Digests that came with the source, of images whose files may be found in another place."""
+
+    def read(self, image: str) -> bytes | NDArray[np.uint8]:
+        """The encoded bytes, or the `(H, W[, 3])` array; `ImageError` if the image can't be had."""
+
+    def digests(self, ids: tuple[str, ...], memo: Memo, known: KnownDigests) -> Digests:
+        """The content digest of each image, with the reason where there is none.
+
+        Args:
+            ids: the images.
+            memo: what this process has learned of them; gets what is trusted or taken.
+            known: digests from image tables.
+        """
+
+    def has(self, image: str) -> bool:
+        """Whether the image is there; nothing is read."""
+
+    def moved(self, root: str) -> ImageSource | None:
+        """The source of the same images below the absolute folder `root`; None where they lie in memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FolderSource:
     """Image files below an absolute folder; an id is a path below it, or an absolute path of its own."""
 
     root: str
+
+    @property
+    def absence(self) -> str | None:
+        """None: whether a file is there shows when it is looked for."""
+        return None
+
+    @property
+    def known(self) -> Mapping[str, KnownDigest]:
+        """None: files in another place are others."""
+        return KnownDigests()
 
     def read(self, image: str) -> bytes:
         """The file's bytes; `ImageError` if there is none, or it can't be read."""
@@ -70,6 +115,10 @@ class FolderSource:
         except (OSError, ValueError):
             return False
         return True
+
+    def moved(self, root: str) -> FolderSource:
+        """The files of the same paths below `root`; those with an absolute path of their own stay."""
+        return FolderSource(root=root)
 
     def _look(self, image: str) -> bytes:
         try:
@@ -142,6 +191,16 @@ class ArraySource:
         array = _checked_images(images)
         return cls(images=array, is_own=array is not images)
 
+    @property
+    def absence(self) -> str | None:
+        """None: arrays are here."""
+        return None
+
+    @property
+    def known(self) -> Mapping[str, KnownDigest]:
+        """None."""
+        return KnownDigests()
+
     def read(self, image: str) -> NDArray[np.uint8]:
         """The `(H, W[, 3])` array, not to be written to."""
         array = np.asarray(self.images[int(image)])
@@ -157,6 +216,9 @@ class ArraySource:
     def has(self, image: str) -> bool:
         """True: arrays are here."""
         return True
+
+    def moved(self, root: str) -> None:
+        """None: no file holds them."""
 
     def _take(self, ids: tuple[str, ...]) -> Digests:
         values, failed = _in_threads(lambda image: content_digest(self.read(image)), ids, otherwise=bytes(32))
@@ -174,6 +236,11 @@ class AbsentSource:
 
     where: str
     known: Mapping[str, KnownDigest] = field(default_factory=KnownDigests)
+
+    @property
+    def absence(self) -> str | None:
+        """Where the set came from."""
+        return f"this image set came from a store ({self.where}), which has none"
 
     def read(self, image: str) -> bytes:
         """Nothing: `ImageError`."""
@@ -193,6 +260,10 @@ class AbsentSource:
     def has(self, image: str) -> bool:
         """False: the images are elsewhere."""
         return False
+
+    def moved(self, root: str) -> FolderSource:
+        """The files below `root`, which are those of the table if their facts still are."""
+        return FolderSource(root=root)
 
 
 # ---- Arrays
