@@ -17,7 +17,6 @@ from featstore.images.csv_tables import OWN_SPLITS, holds_splits, read_table, ta
 from featstore.images.digests import Digests, DigestTable, KnownDigest, KnownDigests, Memo
 from featstore.images.folders import StrPath, existing_folder, folder_rows
 from featstore.images.labels import (
-    SPLITS,
     Row,
     Task,
     are_integers,
@@ -28,6 +27,7 @@ from featstore.images.labels import (
     class_table,
     label_lists,
     label_names,
+    split_counts,
     targets_of,
 )
 from featstore.images.sources import AbsentSource, ArraySource, FolderSource, ImageSource
@@ -394,10 +394,8 @@ class ImageSet:
     def describe(self) -> str:
         """One line for people: how many images, classes, images in each split, files skipped."""
         parts = [", ".join([counted(len(self), "image"), self._describe_labels()])]
-        dealt = Counter(self.splits.tolist())
-        if set(dealt) - {""}:
-            words = {**{split: split for split in SPLITS}, "": "not dealt"}
-            parts.append(", ".join(f"{word} {dealt[split]:,}" for split, word in words.items() if dealt[split]))
+        if (self.splits != "").any():
+            parts.append(split_counts(self.splits))
         if self.skipped:
             parts.append(f"{counted(len(self.skipped), 'file')} skipped")
         return "; ".join(parts)

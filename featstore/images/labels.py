@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
@@ -137,6 +138,17 @@ def checked_splits(splits: Sequence[str] | NDArray[np.str_], count: int) -> NDAr
         checked = np.array([SPLIT_WORDS[word.lower()] for word in words], dtype="<U5")
     checked.flags.writeable = False
     return checked
+
+
+def split_counts(splits: NDArray[np.str_]) -> str:
+    """How many images each split has, for people.
+
+    >>> split_counts(np.array(["train", "train", "", "test"]))
+    'train 2, test 1, not dealt 1'
+    """
+    dealt = Counter(splits.tolist())
+    words = {**{split: split for split in SPLITS}, "": "not dealt"}
+    return ", ".join(f"{word} {dealt[split]:,}" for split, word in words.items() if dealt[split])
 
 
 def checked_targets(

@@ -28,8 +28,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "images",
             (
-                "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set", "contents", "decode",
-                "augmentation", "views", "render",
+                "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set", "contents",
+                "origins", "decode", "augmentation", "views", "render",
             ),
         ),
         (
