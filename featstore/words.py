@@ -1,6 +1,8 @@
-"""Sizes as people read them."""
+"""Sizes, counts and lists as people read them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def size_text(num_bytes: int) -> str:
@@ -13,3 +15,23 @@ def size_text(num_bytes: int) -> str:
         return f"{num_bytes:,} bytes"
     value, unit = (num_bytes / 1e9, "GB") if num_bytes >= 100_000_000 else (num_bytes / 1e6, "MB")
     return f"{value:.3g} {unit}" if value < 100 else f"{value:,.0f} {unit}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "image"), counted(2_000, "class")
+    ('1 image', '2,000 classes')
+    """
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are.
+
+    >>> listed("abcdefg")
+    "'a', 'b', 'c', 'd', 'e', 2 more"
+    """
+    more = [f"{len(names) - 5:,} more"] if len(names) > 5 else []
+    return ", ".join([*map(repr, names[:5]), *more])

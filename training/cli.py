@@ -26,6 +26,7 @@ from featstore.cli.flags import (
 from featstore.cli.program import new_app, one_of, run, show, show_json, table, tell, tell_all
 from featstore.digest import Json
 from featstore.images.image_set import ImageSet
+from featstore.images.labels import SPLITS
 from featstore.images.views import View
 from featstore.models.names import REDUCTIONS
 from featstore.models.runs import check_free
@@ -247,10 +248,10 @@ def evaluate(
     images: ImageFlags,
     how: PassFlags,
     output: OutputFlags,
-    split: Annotated[str, typer.Option(metavar="train|valid|test", help="Which images to score.")] = "valid",
+    split: Annotated[str, typer.Option(metavar="|".join(SPLITS), help="Which images to score.")] = "valid",
 ) -> None:
     """Score a saved model on images of a split; without a split of their own they get the run's."""
-    one_of("--split", split, ("train", "valid", "test"))
+    one_of("--split", split, SPLITS)
     chosen, notes = _for_run(model, images, *images.image_set())
     tell_all(notes)
     # The features it was trained on give its scores again exactly; images give them to the storage type's precision.

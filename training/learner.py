@@ -22,7 +22,9 @@ import featstore
 from featstore.digest import Json
 from featstore.errors import AmbiguousRequestError, DamagedFileError, FactsDifferError, FeatureStoreError
 from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
-from featstore.images.image_set import ImageSet, overlap_note
+from featstore.images.contents import overlap_note
+from featstore.images.image_set import ImageSet
+from featstore.images.labels import SPLITS
 from featstore.images.views import Augment, View
 from featstore.models.runs import new_run, read_run, write_run
 from featstore.models.staged import StagedModel
@@ -610,7 +612,7 @@ class Learner:
 
     def _split_outputs(self, split: str) -> tuple[Source, tuple[str, ...], torch.Tensor, torch.Tensor]:
         """Where a split's labelled images were read from; ids, logits ``(N, K)`` and targets of those that could be."""
-        if split not in ("train", "valid", "test"):
+        if split not in SPLITS:
             raise ValueError(f"{split!r} is no split; expected train, valid or test.")
         part = training_part(self.images) if split == "train" else getattr(self.images, split)
         chosen = labelled(part)
@@ -782,7 +784,7 @@ def _made_from(model: StagedModel, store: FeatureStore | None) -> str | None:
 def _images_words(images: ImageSet) -> str:
     if not len(images):
         return "no images"
-    parts = [(name, int((images.splits == name).sum())) for name in ("train", "valid", "test")]
+    parts = [(name, int((images.splits == name).sum())) for name in SPLITS]
     dealt = ", ".join(f"{name} {count:,}" for name, count in parts if count)
     return f"{len(images):,} images" + (f": {dealt}" if dealt else "")
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.digest import Json
-from featstore.images.image_set import IMAGE_SUFFIXES, ImageSet
+from featstore.images.folders import IMAGE_SUFFIXES
+from featstore.images.image_set import ImageSet
 from featstore.images.sources import FolderSource
 
 NUM_TOP = 5

@@ -10,7 +10,8 @@ from torch import nn
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError
-from featstore.images.image_set import ImageSet, Task
+from featstore.images.image_set import ImageSet
+from featstore.images.labels import Task
 from featstore.images.sources import AbsentSource
 from featstore.images.views import View
 from featstore.models.backbones import architecture, restored

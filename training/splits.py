@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.images.digests import Digests, KnownDigest
 from featstore.images.image_set import ImageSet
+from featstore.images.labels import SPLITS
 
 FILE = "split.npz"
-_SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +43,7 @@ class PastSplit:
         try:
             # Opened here, since numpy leaves a file open that turns out to be no archive.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-                digests = {name: _checked(saved[name]) for name in _SPLITS}
+                digests = {name: _checked(saved[name]) for name in SPLITS}
                 return cls(run=run, digests=digests, valid=float(saved["rule_valid"]), seed=int(saved["rule_seed"]))
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise DamagedFileError(f"{path} is damaged ({error}). Restore it, or train the model again.") from error
@@ -52,7 +52,7 @@ class PastSplit:
     def of(cls, images: ImageSet, digests: Digests, *, valid: float, seed: int) -> PastSplit:
         """The split of `images`; an undealt set counts as training."""
         splits = images.splits if (images.splits != "").any() else np.full(len(images), "train")
-        of_split = {name: digests.values[(splits == name) & ~digests.is_failed] for name in _SPLITS}
+        of_split = {name: digests.values[(splits == name) & ~digests.is_failed] for name in SPLITS}
         return cls(run=None, digests=of_split, valid=valid, seed=seed)
 
     def over(self, older: PastSplit | None) -> PastSplit:
@@ -68,7 +68,7 @@ class PastSplit:
 
     def write(self, run: Path) -> None:
         """Records it in the run folder `run`."""
-        train, valid, test = (self.digests[name] for name in _SPLITS)
+        train, valid, test = (self.digests[name] for name in SPLITS)
         rule_valid, rule_seed = np.float64(self.valid), np.int64(self.seed)
         np.savez(run / FILE, train=train, valid=valid, test=test, rule_valid=rule_valid, rule_seed=rule_seed)
 
@@ -80,11 +80,11 @@ class PastSplit:
         if (images.splits != "").any() or not len(images):
             return images
         # Of content that lies in two splits the later one counts: what was held out stays so.
-        past = {bytes(row): name for name in _SPLITS for row in self.digests[name]}
+        past = {bytes(row): name for name in SPLITS for row in self.digests[name]}
         recorded = [past.get(bytes(content), "") for content in images.digests(known).values]
         of_group: dict[str, str] = {}
         for group, name in zip(images.groups or (), recorded, strict=False):
-            of_group[group] = max(of_group.get(group, ""), name, key=("", *_SPLITS).index)
+            of_group[group] = max(of_group.get(group, ""), name, key=("", *SPLITS).index)
         by_rule = images.split(valid=self.valid, seed=self.seed).splits
         splits = [
             name or of_group.get(group, "") or rule
@@ -114,7 +114,7 @@ class PastSplit:
 
     def unseen_note(self, images: ImageSet, digests: Digests, split: str) -> str | None:
         """How many images that are new to the run aren't in the split to score, in words; None if none is."""
-        seen = {bytes(row) for name in _SPLITS for row in self.digests[name]}
+        seen = {bytes(row) for name in SPLITS for row in self.digests[name]}
         elsewhere = (images.splits != split) & (images.splits != "")
         count = sum(bytes(row) not in seen for row in digests.values[elsewhere & ~digests.is_failed])
         if not count:

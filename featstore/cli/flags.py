@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, get_type_hints
@@ -20,7 +18,9 @@ import typer
 from featstore.cli.program import one_of
 from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.augmentation import BUILT_IN
-from featstore.images.image_set import OWN_SPLITS, ImageSet, Task
+from featstore.images.csv_tables import OWN_SPLITS
+from featstore.images.image_set import ImageSet
+from featstore.images.origins import ORIGINS, Origin, named_by
 from featstore.images.views import INTERPOLATIONS, Augment, View
 from featstore.models.backbones import backbone, backbone_names, outline
 from featstore.models.staged import StagedModel
@@ -40,8 +40,8 @@ class ImageFlags:
     images: Annotated[
         str,
         typer.Option(
-            metavar="FOLDER|FILE.csv|FILE.tsv",
-            help="A folder of class folders (below train/, valid/, test/), or a table.",
+            metavar="|".join(origin.metavar for origin in ORIGINS),
+            help=f"A {', or a '.join(origin.help for origin in ORIGINS)}.",
         ),
     ]
     root: Annotated[
@@ -90,36 +90,20 @@ class ImageFlags:
             ValueError: for flags that don't go together, and as `ImageSet.from_folder`, `from_csv` and `split` do.
             FeatureStoreError: if a folder can't be listed.
         """
-        is_table = not os.path.isdir(self.images) and (_is_table(self.images) or os.path.isfile(self.images))
-        images = self._from_table() if is_table else self._from_folder()
+        origin, options = named_by(self.images), self._options()
+        self._refuse_options_of_others(origin, options)
+        images = origin.make(self.images, options)
         notes = [*_skipped_note(images), *self._single_labels_note(images)]
         if self.split_column or (images.splits != "").any():
-            self._refuse_a_second_split(images)
-            return images, [*notes, *self._found_split_note(images)]
+            self._refuse_a_second_split(images, origin)
+            found = origin.found_split(images, options)
+            return images, [*notes, *([] if found is None else [found])]
         valid = DEFAULT_VALID if self.valid is None else self.valid
         seed = DEFAULT_SPLIT_SEED if self.split_seed is None else self.split_seed
         if valid == 0:
             return images, notes
         dealt = images.split(valid=valid, seed=seed)
-        return dealt, [*notes, f"{self._no_split(images)}: {_held_out(dealt, valid, seed)}"]
-
-    def _no_split(self, images: ImageSet) -> str:
-        """Why the images are dealt."""
-        if "split_column" not in images.origin:
-            return "no valid/ folder"
-        if images.origin["split_column"] is None:
-            return "no split column"
-        return f"the column {OWN_SPLITS} is empty" if self.split_column is None else "no split column is used"
-
-    def _found_split_note(self, images: ImageSet) -> list[str]:
-        """A word about a split that nobody named."""
-        column = images.origin.get("split_column")
-        if column is None or self.split_column is not None:
-            return []
-        dealt = Counter(images.splits.tolist())
-        words = {"train": "train", "valid": "valid", "test": "test", "": "not dealt"}
-        counts = ", ".join(f"{word} {dealt[split]:,}" for split, word in words.items() if dealt[split])
-        return [f"split by the table's column {column}: {counts} (to deal anew: --split-column '')"]
+        return dealt, [*notes, f"{origin.no_split(images, options)}: {_held_out(dealt, valid, seed)}"]
 
     def _single_labels_note(self, images: ImageSet) -> list[str]:
         """A word of doubt where a table for several labels an image never has more than one."""
@@ -129,38 +113,26 @@ class ImageFlags:
         separator = "is --label-sep missing?" if self.label_sep is None else f"is --label-sep {self.label_sep!r} right?"
         return [f"no image has more than one label (the classes are {classes}); {separator}"]
 
-    def _from_table(self) -> ImageSet:
-        task: Task = "multi" if self.task == "multi" else "single"
-        return ImageSet.from_csv(
-            self.images,
-            root=self.root,
-            path_column=self.path_column,
-            label_column=self.label_column or None,
-            label_sep=self.label_sep,
-            split_column=self.split_column,
-            group_column=self.group_column,
-            task=task,
-        )
+    def _options(self) -> dict[str, Any]:
+        """The flags that belong to one kind of images or another."""
+        return {name: getattr(self, name) for origin in ORIGINS for name in origin.options}
 
-    def _from_folder(self) -> ImageSet:
+    def _refuse_options_of_others(self, origin: Origin, options: Mapping[str, Any]) -> None:
         defaults = {each.name: each.default for each in fields(self)}
-        for name in ("root", "path_column", "label_column", "label_sep", "split_column", "group_column", "task"):
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} is for a table of images, and {self.images} is "
-                    "none. Leave it out, or give a .csv or .tsv file with --images."
-                )
-        return ImageSet.from_folder(self.images)
+        for other in ORIGINS:
+            for name in other.options:
+                if name not in origin.options and options[name] != defaults[name]:
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} {options[name]} is for {other.kind}, and {self.images} is none. "
+                        f"Leave it out, or give {other.instance} with --images."
+                    )
 
-    def _refuse_a_second_split(self, images: ImageSet) -> None:
+    def _refuse_a_second_split(self, images: ImageSet, origin: Origin) -> None:
         for name, value in (("--valid", self.valid), ("--split-seed", self.split_seed)):
             if value is not None:
-                instead = "give images without a split"
-                if "split_column" in images.origin:
-                    instead = "leave the table's column aside with --split-column ''"
                 raise ValueError(
                     f"{name} {value} would deal images that bring a split of their own ({images.describe()}). Leave "
-                    f"out {name}, or {instead}."
+                    f"out {name}, or {origin.without_split}."
                 )
 
 
@@ -414,10 +386,6 @@ def _flags_of(group: type[Any]) -> list[inspect.Parameter]:
         )
         for each in fields(group)
     ]
-
-
-def _is_table(path: str) -> bool:
-    return path.lower().endswith((".csv", ".tsv"))
 
 
 def _skipped_note(images: ImageSet) -> list[str]:

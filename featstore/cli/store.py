@@ -25,10 +25,10 @@ from featstore.cli.program import DONE, FAILED, MOST_LISTED, facts_table, one_of
 from featstore.digest import Json
 from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.exchange.export import SUFFIXES, export
-from featstore.exchange.feature_files import ID_COLUMNS, IdTable, read_ids, without_files
+from featstore.exchange.feature_files import ID_COLUMNS, IdTable, read_ids
 from featstore.exchange.imports import LAYOUTS, import_file
 from featstore.extraction.adopt import NUM_ROWS, adopt
-from featstore.images.image_set import ImageSet
+from featstore.images.image_set import ImageSet, without_files
 from featstore.models.trunk import choose_device
 from featstore.store.image_tables import IMAGES, table_name
 from featstore.store.removal import RemoveReport

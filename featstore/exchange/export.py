@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 from featstore.digest import Json, canonical_json
 from featstore.errors import AmbiguousRequestError, FeatureStoreError
-from featstore.exchange.feature_files import images_by_digest
 from featstore.files.part import write_part
-from featstore.images.image_set import ImageSet
+from featstore.images.image_set import ImageSet, images_by_digest
 from featstore.store.features import Features
 from featstore.store.sets import FeatureSet, short_key
 from featstore.store.store import FeatureStore

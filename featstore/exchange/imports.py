@@ -21,16 +21,16 @@ from torch import Tensor
 
 from featstore.digest import Json, canonical_json, digest_bytes
 from featstore.errors import FeatureStoreError
-from featstore.exchange.feature_files import ForeignRows, images_by_id, opened_features, rows_of
+from featstore.exchange.feature_files import ForeignRows, opened_features, rows_of
 from featstore.files.index import first_places
 from featstore.images.digests import Digests
-from featstore.images.image_set import ImageSet
-from featstore.images.sources import AbsentSource
+from featstore.images.image_set import ImageSet, images_by_id
 from featstore.images.views import View
 from featstore.models.names import DIMENSIONS, layout_of
 from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet, short_key
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
+from featstore.words import counted
 
 CUT = "imported"
 """What the only cut of such features is called."""
@@ -192,7 +192,7 @@ def _check_ids(ids: Sequence[str], num_rows: int, file: Path) -> None:
     repeated = [name for name, number in Counter(ids).items() if number > 1]
     if repeated:
         raise ValueError(
-            f"{_counted(len(repeated), 'id')} for the rows of {file} {'is' if len(repeated) == 1 else 'are'} given "
+            f"{counted(len(repeated), 'id')} for the rows of {file} {'is' if len(repeated) == 1 else 'are'} given "
             f"more than once ({_some(repeated)}). Expected each once, as a row finds its image by the id. Give every "
             "image an id of its own."
         )
@@ -212,10 +212,10 @@ def _joined(ids: Sequence[str], images: ImageSet, file: Path) -> tuple[NDArray[n
     lacking = np.setdiff1d(np.arange(len(images)), image_of)
     notes = []
     if unmatched:
-        count = f"{_counted(len(unmatched), 'id')} {'is' if len(unmatched) == 1 else 'are'}"
+        count = f"{counted(len(unmatched), 'id')} {'is' if len(unmatched) == 1 else 'are'}"
         notes.append(f"{count} no image of {images.name}, and not imported ({_some(unmatched)})")
     if len(lacking):
-        count = f"{_counted(len(lacking), 'image')} of {images.name} {'has' if len(lacking) == 1 else 'have'}"
+        count = f"{counted(len(lacking), 'image')} of {images.name} {'has' if len(lacking) == 1 else 'have'}"
         notes.append(f"{count} no row ({_some([images.ids[place] for place in lacking[:4]])})")
     return image_of, notes
 
@@ -391,7 +391,7 @@ def _digests(store: FeatureStore, images: ImageSet, image_of: NDArray[np.int64])
     """The digests of the images' contents; of a set without files some or all are missing."""
     digests = images.digests(store.known_digests(images))
     failed = np.intersect1d(image_of, np.array([*digests.failed], np.int64)).tolist()
-    if failed and not isinstance(images.source, AbsentSource):
+    if failed and images.source.absence is None:
         named = "; ".join(f"{images.ids[image]}: {digests.failed[image]}" for image in failed[:3])
         raise FeatureStoreError(
             f"{len(failed):,} of the images that features are given for can't be read ({named}"
@@ -483,10 +483,6 @@ def _layout(layout: str | None, shape: tuple[int, ...]) -> str:
             "as many dimensions as the features have. Correct it, or leave it out."
         )
     return layout
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _some(names: Sequence[str]) -> str:

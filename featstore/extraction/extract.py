@@ -23,8 +23,9 @@ from tqdm import tqdm
 from featstore.digest import Json
 from featstore.errors import FactsDifferError, FeatureStoreError, ImageError
 from featstore.files.index import first_places, is_among
+from featstore.images.contents import is_changed, overlap_note
 from featstore.images.digests import Digests
-from featstore.images.image_set import ImageSet, overlap_note
+from featstore.images.image_set import ImageSet
 from featstore.images.render import Job, Rendered, render
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Precision
@@ -32,7 +33,6 @@ from featstore.models.probe import Probe, check_probe, take_probes
 from featstore.models.purity import check_pure
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, Trunk, choose_device, default_batch_size, output_at
-from featstore.store.image_tables import is_changed
 from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet, digest_rows
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from featstore.digest import Json
-from featstore.images.image_set import OWN_SPLITS, ImageSet
+from featstore.images.image_set import ImageSet
+from featstore.images.origins import made_by
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION
 from featstore.models.staged import StagedModel
@@ -57,20 +58,11 @@ def image_flags(images: ImageSet) -> list[str] | None:
     Splits that were dealt in Python in another way than the programs deal (folds, `with_splits`, a test share) have
     none.
     """
-    origin = images.origin
-    made_by = origin.get("constructor")
-    if made_by == "from_folder":
-        flags = ["--images", str(origin["root"])]
-        own_splits = _folder_splits(images)
-    elif made_by == "from_csv":
-        flags = ["--images", str(origin["path"]), *_unless("--root", origin["root"], None)]
-        own_splits = images.splits.tolist() if origin["split_column"] else None
-        for name, default in _TABLE_DEFAULTS.items():
-            value = "" if name == "label_column" and origin[name] is None else origin[name]  # '': nothing is labelled
-            flags += _unless(f"--{name.replace('_', '-')}", value, default)
-    else:
+    origin = made_by(images)
+    if origin is None:
         return None
-    split = origin.get("split")
+    flags, own_splits = origin.flags(images), origin.own_splits(images)
+    split = images.origin.get("split")
     if own_splits is not None:
         return flags if split is None and own_splits == images.splits.tolist() else None
     if split is None:
@@ -115,17 +107,6 @@ def seed_ranges(seeds: Sequence[int]) -> str:
         else:
             runs.append([seed])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-_SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
-_TABLE_DEFAULTS = {
-    "path_column": "path",
-    "label_column": "label",
-    "label_sep": None,
-    "split_column": OWN_SPLITS,
-    "group_column": None,
-    "task": "single",
-}
 
 
 def _flags(
@@ -176,9 +157,3 @@ def _unless(flag: str, value: Json, default: Json) -> list[str]:
 
 def _numbers(values: Sequence[float]) -> str:
     return ",".join(str(value) for value in values)
-
-
-def _folder_splits(images: ImageSet) -> list[str] | None:
-    """The splits that an image folder's own train, valid and test folders give; None where it has none."""
-    splits = [_SPLIT_FOLDERS.get(name.partition("/")[0].lower(), "") for name in images.ids]
-    return splits if splits and all(splits) else None

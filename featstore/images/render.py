@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featstore.errors import ImageError
+from featstore.errors import ImageError, OnError
 from featstore.images.decode import DecodeError, decode
 from featstore.images.digests import content_digest
 from featstore.images.views import RenderError, View
+from featstore.machine import num_processors
 
 
 class Readable(Protocol):
@@ -71,7 +71,7 @@ def render(
     jobs: Iterable[Job],
     *,
     workers: int | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
 ) -> Generator[Rendered]:
     """The views of each job, in the order of the jobs, which are drawn as they are needed.
 
@@ -82,7 +82,7 @@ def render(
         images: what is rendered.
         jobs: which of the images, and how.
         workers: threads that read, decode and render; 0 does it in the calling thread, with equal results. The default
-            is one a processor, up to 8.
+            is one for each processor that the process may use, up to 8.
         on_error: "raise" stops at the first image that fails; "skip" delivers it with its `failure`.
 
     Raises:
@@ -92,7 +92,7 @@ def render(
     if on_error not in ("raise", "skip"):
         raise ValueError(f'on_error is {on_error!r}; expected "raise" or "skip"')
     if workers is None:
-        workers = min(8, os.cpu_count() or 1)
+        workers = min(8, num_processors())
     if workers < 0:
         raise ValueError(f"workers is {workers}; expected 0, for the calling thread, or more")
     rendered = _in_threads(images, jobs, workers) if workers else (_rendered(images, job) for job in jobs)

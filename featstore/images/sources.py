@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +30,56 @@ from featstore.images.digests import (
 )
 
 
+class ImageSource(Protocol):
+    """How the bytes and the digests of the images of a set are had, by id; whoever has such an object can make a set.
+
+    Sets, stores and programs ask nothing else of one. It pickles and holds no open file; its methods are called from
+    many threads. An image table files the digests alone, with the facts of files where there are any, so that a set
+    that comes back from a store knows nothing of the source that it had.
+    """
+
+    @property
+    def absence(self) -> str | None:
+        """Why none of the images is to be had, as the end of a sentence; None where they are, as far as one knows."""
+
+    @property
+    def known(self) -> Mapping[str, KnownDigest]:
+        """Digests that came with the source, of images whose files may be found in another place."""
+
+    def read(self, image: str) -> bytes | NDArray[np.uint8]:
+        """The encoded bytes, or the `(H, W[, 3])` array; `ImageError` if the image can't be had."""
+
+    def digests(self, ids: tuple[str, ...], memo: Memo, known: KnownDigests) -> Digests:
+        """The content digest of each image, with the reason where there is none.
+
+        Args:
+            ids: the images.
+            memo: what this process has learned of them; gets what is trusted or taken.
+            known: digests from image tables.
+        """
+
+    def has(self, image: str) -> bool:
+        """Whether the image is there; nothing is read."""
+
+    def moved(self, root: str) -> ImageSource | None:
+        """The source of the same images below the absolute folder `root`; None where they lie in memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FolderSource:
     """Image files below an absolute folder; an id is a path below it, or an absolute path of its own."""
 
     root: str
+
+    @property
+    def absence(self) -> str | None:
+        """None: whether a file is there shows when it is looked for."""
+        return None
+
+    @property
+    def known(self) -> Mapping[str, KnownDigest]:
+        """None: files in another place are others."""
+        return KnownDigests()
 
     def read(self, image: str) -> bytes:
         """The file's bytes; `ImageError` if there is none, or it can't be read."""
@@ -69,6 +115,10 @@ class FolderSource:
         except (OSError, ValueError):
             return False
         return True
+
+    def moved(self, root: str) -> FolderSource:
+        """The files of the same paths below `root`; those with an absolute path of their own stay."""
+        return FolderSource(root=root)
 
     def _look(self, image: str) -> bytes:
         try:
@@ -130,6 +180,27 @@ class ArraySource:
     images: NDArray[np.uint8]
     is_own: bool = False
 
+    @classmethod
+    def of(cls, images: NDArray[np.uint8]) -> ArraySource:
+        """The source of `images`; of a copy, unless nobody can write to them.
+
+        Raises:
+            TypeError: for anything but a uint8 array.
+            ValueError: for another shape.
+        """
+        array = _checked_images(images)
+        return cls(images=array, is_own=array is not images)
+
+    @property
+    def absence(self) -> str | None:
+        """None: arrays are here."""
+        return None
+
+    @property
+    def known(self) -> Mapping[str, KnownDigest]:
+        """None."""
+        return KnownDigests()
+
     def read(self, image: str) -> NDArray[np.uint8]:
         """The `(H, W[, 3])` array, not to be written to."""
         array = np.asarray(self.images[int(image)])
@@ -145,6 +216,9 @@ class ArraySource:
     def has(self, image: str) -> bool:
         """True: arrays are here."""
         return True
+
+    def moved(self, root: str) -> None:
+        """None: no file holds them."""
 
     def _take(self, ids: tuple[str, ...]) -> Digests:
         values, failed = _in_threads(lambda image: content_digest(self.read(image)), ids, otherwise=bytes(32))
@@ -162,6 +236,11 @@ class AbsentSource:
 
     where: str
     known: Mapping[str, KnownDigest] = field(default_factory=KnownDigests)
+
+    @property
+    def absence(self) -> str | None:
+        """Where the set came from."""
+        return f"this image set came from a store ({self.where}), which has none"
 
     def read(self, image: str) -> bytes:
         """Nothing: `ImageError`."""
@@ -181,6 +260,42 @@ class AbsentSource:
     def has(self, image: str) -> bool:
         """False: the images are elsewhere."""
         return False
+
+    def moved(self, root: str) -> FolderSource:
+        """The files below `root`, which are those of the table if their facts still are."""
+        return FolderSource(root=root)
+
+
+# ---- Arrays
+
+
+def _checked_images(images: object) -> NDArray[np.uint8]:
+    """The array, if it is one of images; a copy unless nobody can write to it."""
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        what = f"an array of {images.dtype}" if isinstance(images, np.ndarray) else f"a {type(images).__name__}"
+        raise TypeError(
+            f"images is {what}. Expected a numpy array of uint8, (N, H, W) or (N, H, W, 3). "
+            "Convert it: values 0 to 255, then .astype(np.uint8)."
+        )
+    if not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)) or 0 in images.shape:
+        raise ValueError(
+            f"images has the shape {images.shape}. Expected (N, H, W) or (N, H, W, 3), none of them 0. "
+            "Reshape it; colours come last, in the order red, green, blue."
+        )
+    if not _is_writable(images):
+        return images
+    copy = images.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+def _is_writable(array: NDArray[Any]) -> bool:
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if base.flags.writeable:
+            return True
+        base = base.base
+    return False
 
 
 # ---- What holds still, and what is taken anew

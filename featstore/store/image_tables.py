@@ -26,8 +26,9 @@ from featstore.digest import Json, canonical_json, digest_json
 from featstore.errors import DamagedFileError
 from featstore.files.index import is_among
 from featstore.files.part import Table
-from featstore.images.digests import Digests, DigestTable, KnownDigest, KnownDigests
+from featstore.images.digests import Digests, DigestTable, KnownDigests
 from featstore.images.image_set import ImageSet
+from featstore.images.labels import SPLITS
 from featstore.images.sources import AbsentSource
 
 IMAGES = "images"
@@ -205,13 +206,6 @@ def last_ids(digests: NDArray[np.uint8], tables: Iterable[ImageTable], *, wanted
     return ids
 
 
-def is_changed(images: ImageSet, digests: Digests, known: Mapping[str, KnownDigest]) -> NDArray[np.bool_]:
-    """``(N,)``: images whose ids are `known` with another content than they have now."""
-    before = KnownDigests.of(known).find(images.ids)
-    is_other: NDArray[np.bool_] = (before.values != digests.values).any(axis=1)
-    return before.is_known & is_other & ~digests.is_failed
-
-
 def table_name(path: Path) -> str:
     """The name of the image set, from the name of a table's file."""
     return path.stem.rpartition("-")[0]
@@ -254,7 +248,7 @@ def table_content(images: ImageSet, digests: Digests) -> tuple[dict[str, NDArray
     return columns, {**facts, "content": _content_hash(columns, facts)}
 
 
-_SPLIT_NAMES = ("", "train", "valid", "test")
+_SPLIT_NAMES = ("", *SPLITS)  # by number, see docs/format.md
 
 
 def _split_numbers(splits: NDArray[np.str_]) -> NDArray[np.uint8]:

@@ -25,6 +25,7 @@ from featstore.errors import (
 from featstore.files.index import RowIndex, is_among
 from featstore.files.part import make_folder, write_part, write_table
 from featstore.files.provenance import signature
+from featstore.images.contents import is_changed
 from featstore.images.digests import Digests, KnownDigests
 from featstore.images.image_set import ImageSet
 from featstore.models.staged import StagedModel
@@ -36,7 +37,6 @@ from featstore.store.garbage import GcReport, fault, gc
 from featstore.store.image_tables import (
     IMAGES,
     ImageTables,
-    is_changed,
     last_ids,
     table_content,
     table_file,

@@ -30,9 +30,9 @@ from featstore import (
     extract,
 )
 from featstore.exchange.export import ExportReport, export
-from featstore.exchange.feature_files import images_by_id
 from featstore.exchange.imports import import_features
 from featstore.files.part import Part, is_part, write_part
+from featstore.images.image_set import images_by_id
 
 DTYPES = ("float16", "float32", "bfloat16")
 

@@ -21,9 +21,10 @@ from support.tiny import arrays, photos, pixels, staged
 from featstore import DamagedFileError, FeatureStore, FeatureStoreError, ImageSet, MissingFeaturesError, extract
 from featstore.digest import canonical_json
 from featstore.exchange.export import export
-from featstore.exchange.feature_files import images_by_id, opened_features, read_ids, without_files
+from featstore.exchange.feature_files import opened_features, read_ids
 from featstore.exchange.imports import ImportReport, import_features, import_file
 from featstore.files.part import Part
+from featstore.images.image_set import images_by_id, without_files
 from training import Learner
 
 N = 8

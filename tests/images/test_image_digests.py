@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from featstore import FeatureStore, ImageSet
 from featstore.errors import ImageError
+from featstore.images.contents import is_changed
 from featstore.images.digests import (
     Digests,
     DigestTable,
@@ -27,7 +28,6 @@ from featstore.images.digests import (
     stat_rows,
 )
 from featstore.images.sources import AbsentSource, _in_threads
-from featstore.store.image_tables import is_changed
 
 FACTS = (StatFacts(1, 2, 3, 2**64 - 5, 4), None, StatFacts(0, -7, 2**62, 12, 9))
 

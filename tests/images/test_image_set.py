@@ -23,6 +23,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
 from featstore.errors import FeatureStoreError, ImageError
+from featstore.images.contents import split_overlap
 from featstore.images.digests import (
     Digests,
     DigestTable,
@@ -34,7 +35,7 @@ from featstore.images.digests import (
     no_stats,
     stat_rows,
 )
-from featstore.images.image_set import ImageSet, split_overlap
+from featstore.images.image_set import ImageSet
 from featstore.images.sources import AbsentSource, ArraySource, FolderSource
 
 

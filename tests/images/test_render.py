@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,22 @@ def test_at_most_two_images_a_worker_are_ahead(workers: int) -> None:
         time.sleep(0.005)
         assert images.num_read <= taken + 2 * workers
     rendered.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system pins no process to a processor")
+def test_by_default_there_is_a_thread_for_each_processor_that_may_be_used() -> None:
+    allowed, images = os.sched_getaffinity(0), Counting(40, seconds=0.002)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        rendered = render(images, images.jobs())
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+    with closing(rendered):
+        num_threads = [
+            sum(each.name.startswith("featstore-render") for each in threading.enumerate()) for _ in rendered
+        ]
+    assert max(num_threads) == 1
 
 
 def test_slow_images_dont_change_the_order() -> None:

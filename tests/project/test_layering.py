@@ -25,7 +25,13 @@ ROOMS: dict[str, Rooms] = {
     "featstore": (
         ("", ("errors", "words", "digest", "machine", "source_code")),
         ("files", ("part", "index", "reading", "provenance", "disk")),
-        ("images", ("digests", "sources", "image_set", "decode", "augmentation", "views", "render")),
+        (
+            "images",
+            (
+                "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set", "contents",
+                "origins", "decode", "augmentation", "views", "render",
+            ),
+        ),
         (
             "models",
             (

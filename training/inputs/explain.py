@@ -8,11 +8,10 @@ import numpy as np
 
 from featstore.errors import FactsDifferError, FeatureStoreError, MissingFeaturesError
 from featstore.extraction.remedy import extract_remedy, seed_ranges
+from featstore.images.contents import is_changed
 from featstore.images.image_set import ImageSet
-from featstore.images.sources import AbsentSource
 from featstore.images.views import Augment
 from featstore.models.names import automatic
-from featstore.store.image_tables import is_changed
 from featstore.store.sets import FeatureSet
 from featstore.words import size_text
 from training.inputs.search import Search
@@ -55,9 +54,7 @@ def images_absent(
         reason = "unfreeze() makes fit read images"
         deepest = max(situation.servable(), key=situation.model.index, default=None)
         instead = f'train what features can serve: freeze_to("{deepest}")' if deepest else ""
-    origin = "some files are gone"
-    if isinstance(images.source, AbsentSource):
-        origin = f"this image set came from a store ({images.source.where}), which has none"
+    origin = images.source.absence or "some files are gone"
     return FeatureStoreError(
         f"{reason}, and {origin}: {len(absent):,} of {len(images):,} files are absent (first: "
         f'{images.ids[absent[0]]}). Give their folder with images.with_root("/new/place") (for a table of images on '
