@@ -35,7 +35,8 @@ from featstore.cli.program import (
 )
 from featstore.cli.store import COMMANDS
 from featstore.digest import Json
-from featstore.extraction.extract import ExtractReport, Plan, plan, run_plan
+from featstore.extraction.extract import ExtractReport, run_plan
+from featstore.extraction.plan import Plan, plan
 from featstore.extraction.remedy import DEFAULT_DTYPE, DEFAULT_PRECISION
 from featstore.models.backbones import backbone_names, outline, weight_names
 from featstore.models.pool import REDUCTIONS

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from featstore.cli.program import one_of
+from featstore.errors import OnError
 from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.augmentation import BUILT_IN
 from featstore.images.image_set import OWN_SPLITS, ImageSet, Task
@@ -297,7 +298,7 @@ class RunFlags:
         choose_device(self.device)
 
     @property
-    def on_image_error(self) -> Literal["raise", "skip"]:
+    def on_image_error(self) -> OnError:
         """What to do about an image that can't be read."""
         return "skip" if self.on_error == "skip" else "raise"
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ from featstore.cli.flags import (
 )
 from featstore.cli.program import DONE, FAILED, MOST_LISTED, facts_table, one_of, show, show_json, table, tell, tell_all
 from featstore.digest import Json
-from featstore.errors import DamagedFileError, FeatureStoreError
+from featstore.errors import DamagedFileError, FeatureStoreError, OnError
 from featstore.exchange.export import SUFFIXES, export
 from featstore.exchange.feature_files import ID_COLUMNS, IdTable, read_ids, without_files
 from featstore.exchange.imports import LAYOUTS, import_file
@@ -316,7 +316,7 @@ def export_set(
 
     .npy brings a .csv of that name along; .parquet needs pyarrow.
     """
-    how: Literal["raise", "skip"] = "skip" if one_of("--on-error", on_error, ("raise", "skip")) == "skip" else "raise"
+    how: OnError = "skip" if one_of("--on-error", on_error, ("raise", "skip")) == "skip" else "raise"
     filed = FeatureStore(store)
     images = None if images_name is None else filed.images(images_name)
     report = export(filed, key, out, images=images, on_error=how, progress=True)

@@ -21,6 +21,7 @@ from featstore.errors import (
     FactsDifferError,
     FeatureStoreError,
     MissingFeaturesError,
+    OnError,
 )
 from featstore.files.index import RowIndex, is_among
 from featstore.files.part import make_folder, write_part, write_table
@@ -180,7 +181,7 @@ class FeatureStore:
         images: ImageSet,
         which: FeatureRequest | FeatureSet | str,
         *,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = "raise",
         access: Access | Literal["auto"] | None = None,
     ) -> Features:
         """The features of `images`, joined by content, in their order.

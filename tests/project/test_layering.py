@@ -37,7 +37,7 @@ ROOMS: dict[str, Rooms] = {
                 "garbage", "difference", "store",
             ),
         ),
-        ("extraction", ("remedy", "extract", "adopt")),
+        ("extraction", ("remedy", "plan", "progress", "job", "extract", "adopt")),
         ("exchange", ("feature_files", "export", "imports")),
         ("", ("__init__",)),
         ("cli", ("program", "flags", "store", "app")),
