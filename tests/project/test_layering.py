@@ -23,7 +23,7 @@ Rooms = tuple[tuple[str, tuple[str, ...]], ...]
 
 ROOMS: dict[str, Rooms] = {
     "featstore": (
-        ("", ("errors", "words", "digest", "machine", "source_code")),
+        ("", ("remedies", "errors", "words", "digest", "machine", "source_code")),
         ("files", ("part", "index", "reading", "provenance", "disk")),
         ("images", ("digests", "sources", "image_set", "decode", "augmentation", "views", "render")),
         (
