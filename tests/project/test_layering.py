@@ -23,7 +23,7 @@ Rooms = tuple[tuple[str, tuple[str, ...]], ...]
 
 ROOMS: dict[str, Rooms] = {
     "featstore": (
-        ("", ("errors", "words", "digest", "machine", "source_code")),
+        ("", ("remedies", "errors", "words", "digest", "machine", "source_code")),
         ("files", ("part", "index", "reading", "provenance", "disk")),
         (
             "images",
@@ -46,7 +46,7 @@ ROOMS: dict[str, Rooms] = {
                 "garbage", "difference", "store",
             ),
         ),
-        ("extraction", ("remedy", "extract", "adopt")),
+        ("extraction", ("remedy", "plan", "progress", "job", "extract", "adopt")),
         ("exchange", ("feature_files", "export", "imports")),
         ("", ("__init__",)),
         ("cli", ("program", "flags", "store", "app")),

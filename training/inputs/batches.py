@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from featstore.errors import OnError
 from featstore.images.render import Job, render
 from featstore.images.views import View
 from featstore.models.modes import eval_mode, numerics
 from featstore.models.names import Precision
 from featstore.models.trunk import default_batch_size
 from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batch_size
-from training.inputs.situation import OnError, Situation
+from training.inputs.situation import Situation
 
 _CAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
