@@ -7,7 +7,10 @@ expected and what to do.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+OnError = Literal["raise", "skip"]
+"""What an image that can't be read or decoded does to the work: `raise` stops it; `skip` leaves the image out."""
 
 
 class FeatureStoreError(Exception):
