@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +30,12 @@ from featstore.models.runs import check_free
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
 from training.heads import HEADS
-from training.learner import METRICS, Learner
+from training.learner import Learner
 from training.metrics import wilson_interval
 from training.optim import LearningRate
 from training.predict import as_images, predictions, write_csv
 from training.recipes import finetune, train_head
+from training.saved import finite, read_scores
 from training.splits import PastSplit
 
 DEFAULTS = """\b
@@ -255,7 +254,7 @@ def evaluate(
     tell_all(notes)
     # The features it was trained on give its scores again exactly; images give them to the storage type's precision.
     learn = Learner.load(model, chosen, Learner.store_of(model), on_missing="images", **how.options())
-    scored = _finite(learn.evaluate(split))
+    scored = finite(learn.evaluate(split))
     if output.json:
         show_json({split: scored, "inputs": learn.read_from})
     else:
@@ -360,7 +359,7 @@ def _learning_rate(text: str) -> LearningRate:
 
 def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:
     record = learn.history.best
-    scored = _saved_scores(Path(out))
+    scored = read_scores(Path(out))
     if output.json:
         show_json(
             {
@@ -377,15 +376,6 @@ def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:
         show(f"train loss {record['train_loss']:.4g}, no validation images - {out}")
 
 
-def _saved_scores(run: Path) -> dict[str, Json] | None:
-    """What the saved model scored on the images held out; None if there are none."""
-    path = run / METRICS
-    if not path.is_file():
-        return None
-    scores: dict[str, Json] = json.loads(path.read_text(encoding="utf-8"))["valid"]
-    return scores
-
-
 def _scores_line(split: str, scored: Mapping[str, Json]) -> str:
     count = scored["images"]
     accuracy = scored.get("accuracy")
@@ -394,7 +384,3 @@ def _scores_line(split: str, scored: Mapping[str, Json]) -> str:
         return f"{split} accuracy {accuracy:.3f} (95 % interval {low:.3f}-{high:.3f}, {count:,} images)"
     words = [f"{words} {scored[name]:.3f}" for name, words in _SCORES.items() if scored.get(name) is not None]
     return f"{split} {', '.join(words)} ({count:,} images)"
-
-
-def _finite(scored: dict[str, float]) -> dict[str, Json]:
-    return {name: value if math.isfinite(value) else None for name, value in scored.items()}

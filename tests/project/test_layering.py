@@ -49,8 +49,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "splits", "optim", "fit", "lr_find", "predict", "saved", "learner", "recipes", "__init__",
-                "cli", "__main__",
+                "splits", "optim", "fit", "lr_find", "predict", "placement", "settings", "saved", "learner", "recipes",
+                "__init__", "cli", "__main__",
             ),
         ),
     ),

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from featstore.errors import OnError
 from featstore.images.render import Job, render
 from featstore.images.views import View
 from featstore.models.graph import eval_mode
 from featstore.models.trunk import Precision, default_batch_size, numerics
 from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batch_size
-from training.inputs.situation import OnError, Situation
+from training.inputs.situation import Situation
 
 _CAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -195,6 +196,15 @@ class _FrozenRest:
         with eval_mode(self.stages), torch.no_grad(), numerics("fp32", values.device):
             result: Tensor = self.stages(torch.cat([values, padding]).to(_CAST.get(self.precision, torch.float32)))
         return result[:rows].float().contiguous()
+
+
+def left_out_note(*passes: Batches | None) -> str | None:
+    """How many images some passes had to leave out, and why the first; None if none."""
+    failures = {name: reason for each in passes if each is not None for name, reason in each.failures.items()}
+    if not failures:
+        return None
+    name, reason = next(iter(failures.items()))
+    return f"{len(failures):,} image{'s' * (len(failures) > 1)} can't be read, left out (first: {name}: {reason})"
 
 
 def fresh_seed(seed: int, epoch: int) -> int:
