@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,21 +22,18 @@ from featstore.cli.flags import (
     spread,
 )
 from featstore.cli.program import new_app, one_of, run, show, show_json, table, tell, tell_all
-from featstore.digest import Json
-from featstore.images.image_set import ImageSet
-from featstore.images.views import View
 from featstore.models.pool import REDUCTIONS
-from featstore.models.runs import check_free
-from featstore.models.staged import StagedModel
-from featstore.store.store import FeatureStore
-from training.heads import HEADS
-from training.learner import Learner
-from training.metrics import wilson_interval
-from training.optim import LearningRate
-from training.predict import as_images, predictions, write_csv
-from training.recipes import finetune, train_head
-from training.saved import finite, read_scores
-from training.splits import PastSplit
+from training import choices
+
+# What loads torch is imported where a command needs it, so that words about the commands can be had without.
+if TYPE_CHECKING:
+    from featstore.digest import Json
+    from featstore.images.image_set import ImageSet
+    from featstore.images.views import View
+    from featstore.models.staged import StagedModel
+    from featstore.store.store import FeatureStore
+    from training.learner import Learner
+    from training.optim import LearningRate
 
 DEFAULTS = """\b
 Defaults that depend on what is asked for:
@@ -78,6 +75,8 @@ class TrainingFlags:
     ] = False
 
     def __post_init__(self) -> None:
+        from featstore.models.runs import check_free
+
         check_free(Path(self.out), overwrite=self.overwrite)  # before anything is downloaded, read or computed
 
 
@@ -123,7 +122,7 @@ def head(
     reduce: Annotated[
         str, typer.Option(metavar="|".join(("auto", *REDUCTIONS)), help="Reduction at the cut.")
     ] = "auto",
-    kind: Annotated[str, typer.Option("--head", metavar="|".join(HEADS), help="Kind of head.")] = "concat",
+    kind: Annotated[str, typer.Option("--head", metavar="|".join(choices.HEADS), help="Kind of head.")] = "concat",
     epochs: EpochsOption = 10,
     lr: Annotated[
         str | None,
@@ -135,7 +134,10 @@ def head(
     extract: Annotated[bool, typer.Option("--extract", help="Compute features that are missing.")] = False,
 ) -> None:
     """Train a head on stored features."""
-    one_of("--head", kind, tuple(HEADS))
+    from featstore.store.store import FeatureStore
+    from training.recipes import train_head
+
+    one_of("--head", kind, choices.HEADS)
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else _learning_rate(lr)
     feature_store = FeatureStore(store)
@@ -199,6 +201,9 @@ def finetune_command(
     ] = None,
 ) -> None:
     """Train a model from images, or from features up to where it is frozen."""
+    from featstore.store.store import FeatureStore
+    from training.recipes import finetune
+
     if (start is None) == (backbone is None):
         raise ValueError("Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head.")
     if start is not None and (weights is not None or cut is not None):
@@ -249,6 +254,9 @@ def evaluate(
     split: Annotated[str, typer.Option(metavar="train|valid|test", help="Which images to score.")] = "valid",
 ) -> None:
     """Score a saved model on images of a split; without a split of their own they get the run's."""
+    from training.learner import Learner
+    from training.saved import finite
+
     one_of("--split", split, ("train", "valid", "test"))
     chosen, notes = _for_run(model, images, *images.image_set())
     tell_all(notes)
@@ -274,6 +282,9 @@ def predict(
     ] = None,
 ) -> None:
     """Name the class of images, with probabilities."""
+    from training.learner import Learner
+    from training.predict import as_images, predictions, write_csv
+
     learn = Learner.load(model, **how.options())
     images = as_images(items)
     ids, values = learn.scored(images)
@@ -321,6 +332,8 @@ def _for_run(run: str | None, flags: ImageFlags, images: ImageSet, notes: list[s
 
     A saved run brings its own split: without a split of their own, or flags that ask for one, they are left undealt.
     """
+    from training.splits import PastSplit
+
     if run is None or PastSplit.read(Path(run)) is None:
         return images, notes
     if flags.valid == 0:
@@ -358,6 +371,8 @@ def _learning_rate(text: str) -> LearningRate:
 
 
 def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:
+    from training.saved import read_scores
+
     record = learn.history.best
     scored = read_scores(Path(out))
     if output.json:
@@ -377,6 +392,8 @@ def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:
 
 
 def _scores_line(split: str, scored: Mapping[str, Json]) -> str:
+    from training.metrics import wilson_interval
+
     count = scored["images"]
     accuracy = scored.get("accuracy")
     if accuracy is not None:

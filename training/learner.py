@@ -249,7 +249,7 @@ class Learner:
             epochs: passes over the training images.
             lr: one rate, one a layer group, or (low, high); with one_cycle the highest. Default: what `lr_find`
                 suggests, printed as a number.
-            schedule: one_cycle (torch's defaults) or constant.
+            schedule: a key of `schedules.SCHEDULES`: one_cycle (torch's defaults) or constant.
             weight_decay: of every parameter.
             on_epoch_end: gets each epoch's record.
             keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.

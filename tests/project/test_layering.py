@@ -44,7 +44,7 @@ ROOMS: dict[str, Rooms] = {
         ("", ("__main__",)),
     ),
     "training": (
-        ("", ("metrics", "schedules", "plots", "heads")),
+        ("", ("metrics", "choices", "schedules", "plots", "heads")),
         ("inputs", ("situation", "search", "explain", "derive", "batches")),
         (
             "",
