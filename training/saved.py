@@ -14,17 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 
-import featstore
+from featstore import __version__
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError
 from featstore.images.image_set import ImageSet, Task
 from featstore.images.sources import AbsentSource
 from featstore.images.views import View
 from featstore.models.backbones import architecture, restored
-from featstore.models.digests import START, chain
-from featstore.models.graph import split_into_stages
+from featstore.models.digests import module_digest
 from featstore.models.runs import Run
-from featstore.models.staged import HeadStage, PoolStage, StagedModel
+from featstore.models.staged import PoolStage, StagedModel
 from featstore.store.store import FeatureStore
 from training.fit import History
 from training.placement import reduction_of
@@ -97,7 +96,7 @@ def write_history(folder: Path, history: History) -> None:
 def write_about(folder: Path, facts: Mapping[str, Json]) -> None:
     """Writes run.json: `facts` between the versions that made the run and the time."""
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    about = {"featstore": featstore.__version__, "torch": torch.__version__, **facts, "when": when}
+    about = {"featstore": __version__, "torch": torch.__version__, **facts, "when": when}
     (folder / RUN).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -203,15 +202,12 @@ def saved_head(facts: Mapping[str, Json], head: nn.Module | None, folder: Path) 
 
 def head_digest(model: StagedModel) -> str | None:
     """What a head of a person's own computes in eval mode, its tensors included; None if that can't be traced."""
-    head, digest = list(model.stages)[-1], START
-    if not isinstance(head, HeadStage):
+    if model.head is None:
         return None
     try:
-        for stage in split_into_stages(head.module):
-            digest = chain(digest, stage.eval)
+        return module_digest(model.head)
     except ModelError:
         return None
-    return digest
 
 
 def check_head(model: StagedModel, facts: Mapping[str, Json], folder: Path) -> None:
