@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,20 +23,18 @@ from featstore.cli.flags import (
     spread,
 )
 from featstore.cli.program import new_app, one_of, run, show, show_json, table, tell, tell_all
-from featstore.digest import Json
 from featstore.images.labels import SPLITS
-from featstore.images.views import View
 from featstore.models.names import REDUCTIONS
-from featstore.models.runs import check_free
-from featstore.models.staged import StagedModel
-from featstore.store.store import FeatureStore
-from training.heads import HEADS
-from training.learner import METRICS, Learner
-from training.metrics import wilson_interval
-from training.optim import LearningRate
-from training.predict import as_images, predictions, write_csv
-from training.recipes import finetune, train_head
-from training.splits import PastSplit
+from training import choices
+
+# What loads torch is imported where a command needs it, so that words about the commands can be had without.
+if TYPE_CHECKING:
+    from featstore.digest import Json
+    from featstore.images.views import View
+    from featstore.models.staged import StagedModel
+    from featstore.store.store import FeatureStore
+    from training.learner import Learner
+    from training.optim import LearningRate
 
 DEFAULTS = """\b
 Defaults that depend on what is asked for:
@@ -80,6 +76,8 @@ class TrainingFlags:
     ] = False
 
     def __post_init__(self) -> None:
+        from featstore.models.runs import check_free
+
         check_free(Path(self.out), overwrite=self.overwrite)  # before anything is downloaded, read or computed
 
 
@@ -125,7 +123,7 @@ def head(
     reduce: Annotated[
         str, typer.Option(metavar="|".join(("auto", *REDUCTIONS)), help="Reduction at the cut.")
     ] = "auto",
-    kind: Annotated[str, typer.Option("--head", metavar="|".join(HEADS), help="Kind of head.")] = "concat",
+    kind: Annotated[str, typer.Option("--head", metavar="|".join(choices.HEADS), help="Kind of head.")] = "concat",
     epochs: EpochsOption = 10,
     lr: Annotated[
         str | None,
@@ -137,7 +135,10 @@ def head(
     extract: Annotated[bool, typer.Option("--extract", help="Compute features that are missing.")] = False,
 ) -> None:
     """Train a head on stored features."""
-    one_of("--head", kind, tuple(HEADS))
+    from featstore.store.store import FeatureStore
+    from training.recipes import train_head
+
+    one_of("--head", kind, choices.HEADS)
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else _learning_rate(lr)
     feature_store = FeatureStore(store)
@@ -201,6 +202,9 @@ def finetune_command(
     ] = None,
 ) -> None:
     """Train a model from images, or from features up to where it is frozen."""
+    from featstore.store.store import FeatureStore
+    from training.recipes import finetune
+
     if (start is None) == (backbone is None):
         raise ValueError("Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head.")
     if start is not None and (weights is not None or cut is not None):
@@ -251,12 +255,15 @@ def evaluate(
     split: Annotated[str, typer.Option(metavar="|".join(SPLITS), help="Which images to score.")] = "valid",
 ) -> None:
     """Score a saved model on images of a split; without a split of their own they get the run's."""
+    from training.learner import Learner
+    from training.saved import finite
+
     one_of("--split", split, SPLITS)
     given = _for_run(model, images, images.given())
     tell_all(given.notes)
     # The features it was trained on give its scores again exactly; images give them to the storage type's precision.
     learn = Learner.load(model, given.images, Learner.store_of(model), on_missing="images", **how.options())
-    scored = _finite(learn.evaluate(split))
+    scored = finite(learn.evaluate(split))
     if output.json:
         show_json({split: scored, "inputs": learn.read_from})
     else:
@@ -276,6 +283,9 @@ def predict(
     ] = None,
 ) -> None:
     """Name the class of images, with probabilities."""
+    from training.learner import Learner
+    from training.predict import as_images, predictions, write_csv
+
     learn = Learner.load(model, **how.options())
     images = as_images(items)
     ids, values = learn.scored(images)
@@ -323,6 +333,8 @@ def _for_run(run: str | None, flags: ImageFlags, given: GivenImages) -> GivenIma
 
     A saved run brings its own split: without a split of their own, or flags that ask for one, they are left undealt.
     """
+    from training.splits import PastSplit
+
     if run is None or PastSplit.read(Path(run)) is None:
         return given
     images = given.images
@@ -361,8 +373,10 @@ def _learning_rate(text: str) -> LearningRate:
 
 
 def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:
+    from training.saved import read_scores
+
     record = learn.history.best
-    scored = _saved_scores(Path(out))
+    scored = read_scores(Path(out))
     if output.json:
         show_json(
             {
@@ -379,16 +393,9 @@ def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:
         show(f"train loss {record['train_loss']:.4g}, no validation images - {out}")
 
 
-def _saved_scores(run: Path) -> dict[str, Json] | None:
-    """What the saved model scored on the images held out; None if there are none."""
-    path = run / METRICS
-    if not path.is_file():
-        return None
-    scores: dict[str, Json] = json.loads(path.read_text(encoding="utf-8"))["valid"]
-    return scores
-
-
 def _scores_line(split: str, scored: Mapping[str, Json]) -> str:
+    from training.metrics import wilson_interval
+
     count = scored["images"]
     accuracy = scored.get("accuracy")
     if accuracy is not None:
@@ -396,7 +403,3 @@ def _scores_line(split: str, scored: Mapping[str, Json]) -> str:
         return f"{split} accuracy {accuracy:.3f} (95 % interval {low:.3f}-{high:.3f}, {count:,} images)"
     words = [f"{words} {scored[name]:.3f}" for name, words in _SCORES.items() if scored.get(name) is not None]
     return f"{split} {', '.join(words)} ({count:,} images)"
-
-
-def _finite(scored: dict[str, float]) -> dict[str, Json]:
-    return {name: value if math.isfinite(value) else None for name, value in scored.items()}

@@ -23,6 +23,12 @@ Record = dict[str, float]
 """What is known of one epoch: epoch (from 1), train_loss, valid_loss, the metrics, lr (of the last group), seconds."""
 
 
+def record_line(record: Record) -> str:
+    """One epoch as a line of text."""
+    words = [f"{name} {value:.4g}" for name, value in record.items() if name not in ("epoch", "seconds")]
+    return f"epoch {int(record['epoch'])}: {', '.join(words)}, {record['seconds']:.1f} s"
+
+
 @dataclass(eq=False, repr=False)
 class History:
     """The epochs of one fit, or of all fits of a learner.
@@ -210,6 +216,23 @@ def check_any(num_batches: int, batches: Batches) -> None:
         f"Not one of {batches.num_images:,} images could be read{first}. Give images that can be, or their folder with "
         "images.with_root(...)."
     )
+
+
+def check_norms(tail: nn.Module, batch_size: int, num_images: int) -> None:
+    """Checks that `tail` can be trained in such batches: batch norm over vectors has no statistics of a single row.
+
+    torch would say so in the middle of the work.
+
+    Raises:
+        ValueError: if it can't.
+    """
+    has_norm = any(isinstance(module, nn.BatchNorm1d) for module in tail.modules())
+    if has_norm and min(batch_size, num_images) == 1:
+        raise ValueError(
+            f"Batch norm can't be trained on one image at a time ({num_images:,} to train on, batch size "
+            f"{batch_size}). Give more images or a larger --batch-size, or a head without it: --head linear "
+            '(in Python: batch_size=, head="linear").'
+        )
 
 
 @contextmanager

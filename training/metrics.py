@@ -8,7 +8,7 @@ refused, so leave them out first. Logits that hold NaN give NaN: a diverged mode
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -54,6 +54,23 @@ def default_metrics(task: str, num_classes: int) -> dict[str, Metric]:
     if num_classes > 5:
         return {"accuracy": accuracy, "top5": top_k_accuracy, "f1": f1}
     return {"accuracy": accuracy, "f1": f1}
+
+
+def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:
+    """A person's metrics under their names, that of the function or of the object's class.
+
+    Raises:
+        ValueError: if two have the same.
+    """
+    found: dict[str, Metric] = {}
+    for metric in metrics:
+        name = str(getattr(metric, "__name__", type(metric).__name__))
+        if name in found:
+            raise ValueError(
+                f"Two metrics are called {name}, and records hold one number a name. Name them differently."
+            )
+        found[name] = metric
+    return found
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:

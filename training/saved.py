@@ -1,13 +1,20 @@
-"""What a saved run brings back: its backbone, its head, its split."""
+"""Saved: what a learner writes into a run folder beside its tensors, and what a run folder brings back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
+from featstore import __version__
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError
 from featstore.images.image_set import ImageSet
@@ -15,12 +22,143 @@ from featstore.images.labels import Task
 from featstore.images.sources import AbsentSource
 from featstore.images.views import View
 from featstore.models.backbones import architecture, restored
-from featstore.models.digests import START, chain
-from featstore.models.graph import split_into_stages
+from featstore.models.digests import module_digest
 from featstore.models.runs import Run
 from featstore.models.staged import StagedModel
-from featstore.models.stages import HeadStage
-from training.splits import PastSplit
+from featstore.models.stages import PoolStage
+from featstore.store.store import FeatureStore
+from training.fit import History
+from training.placement import reduction_of
+from training.splits import PastSplit, with_classes
+
+HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.json", "valid_predictions.csv"
+
+
+def run_facts(
+    model: StagedModel, *, cut: str, view: View, head: str, classes: Sequence[str], task: Task, seed: int
+) -> dict[str, Json]:
+    """What `read_run` and `Learner.load` need beside the tensors.
+
+    Args:
+        model: with its head and its freeze point.
+        cut: where the head sits.
+        view: of its images.
+        head: name of the head, or ``module``.
+        classes: one a logit.
+        task: single or multi.
+        seed: that the head was made with.
+    """
+    origin, digests = model.origin, model.digests()
+    frozen = [stage.name for stage in model.ordered[: model.num_frozen] if not isinstance(stage, PoolStage)]
+    return {
+        "model": {
+            "name": model.name,
+            "backbone": origin.get("backbone"),
+            "architecture": origin.get("architecture"),
+            "cut": model.cut_points[-1],
+            "default_cut": cut,
+            "reduction": reduction_of(model),
+            "stages": [
+                {
+                    "name": name,
+                    "layout": model.layout(name),
+                    "shape": list(model.shape(name, view.size)),
+                    "digest": digests[name],
+                }
+                for name in model.cut_points
+            ],
+            "digests": {name: digests[name] for name in model.cut_points},
+            "class_tokens": model.class_tokens,
+            "view": view.facts(),
+            "frozen": frozen[-1] if frozen else None,
+            "is_absent": model.is_absent,
+        },
+        "head": {
+            "name": head,
+            "stage": str(model.stages[-1].name),
+            "digest": head_digest(model) if head == "module" else None,
+        },
+        "classes": list(classes),
+        "task": task,
+        "seed": seed,
+    }
+
+
+def write_history(folder: Path, history: History) -> None:
+    """Writes history.csv, a row an epoch, if there was one."""
+    if not history.records:
+        return
+    columns = history.frame()
+    with (folder / HISTORY).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def write_about(folder: Path, facts: Mapping[str, Json]) -> None:
+    """Writes run.json: `facts` between the versions that made the run and the time."""
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    about = {"featstore": __version__, "torch": torch.__version__, **facts, "when": when}
+    (folder / RUN).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def write_scores(folder: Path, scored: Mapping[str, float]) -> None:
+    """Writes metrics.json: the validation scores, null where one isn't finite."""
+    text = json.dumps({"valid": finite(scored)}, indent=1) + "\n"
+    (folder / METRICS).write_text(text, encoding="utf-8")
+
+
+def read_scores(run: Path) -> dict[str, Json] | None:
+    """What the saved model scored on the images held out; None if there are none."""
+    path = run / METRICS
+    if not path.is_file():
+        return None
+    scores: dict[str, Json] = json.loads(path.read_text(encoding="utf-8"))["valid"]
+    return scores
+
+
+def finite(scored: Mapping[str, float]) -> dict[str, Json]:
+    """Scores as JSON has them: None where one isn't finite."""
+    return {name: value if math.isfinite(value) else None for name, value in scored.items()}
+
+
+def store_of(run: Path) -> FeatureStore | None:
+    """The store that a saved run was trained with, if it is still where it was."""
+    try:
+        folder = json.loads((run / RUN).read_text(encoding="utf-8"))["store"]
+    except (OSError, ValueError, KeyError):  # a run without that fact is a run all the same
+        return None
+    return FeatureStore(folder) if folder is not None and Path(folder).is_dir() else None
+
+
+def run_images(
+    facts: Mapping[str, Json],
+    folder: Path,
+    images: ImageSet | None,
+    past: PastSplit | None,
+    store: FeatureStore | None,
+) -> ImageSet:
+    """`images` in the class table and, without a split of their own, the split `past` of a saved run.
+
+    None stands for no images: what a model that only predicts is given.
+
+    Raises:
+        FeatureStoreError: if they are labelled for another task, or have a class that the run lacks.
+    """
+    classes = tuple(facts["classes"])
+    if images is None:
+        images = no_images(classes, facts["task"])
+    elif not images.is_labelled:
+        images = replace(images, task=facts["task"])
+    elif images.task != facts["task"]:
+        raise FeatureStoreError(
+            f"The model of {folder} is for the task {facts['task']}, and these images are labelled for "
+            f"{images.task}. Give their labels so: --task {facts['task']}."
+        )
+    images = with_classes(images, classes, folder)
+    if past is None:
+        return images
+    return past.applied(images, {} if store is None else store.known_digests(images))
 
 
 def saved_backbone(saved: Run, folder: Path, module: nn.Module | None) -> StagedModel:
@@ -66,15 +204,12 @@ def saved_head(facts: Mapping[str, Json], head: nn.Module | None, folder: Path) 
 
 def head_digest(model: StagedModel) -> str | None:
     """What a head of a person's own computes in eval mode, its tensors included; None if that can't be traced."""
-    head, digest = model.ordered[-1], START
-    if not isinstance(head, HeadStage):
+    if model.head is None:
         return None
     try:
-        for stage in split_into_stages(head.module):
-            digest = chain(digest, stage.eval)
+        return module_digest(model.head)
     except ModelError:
         return None
-    return digest
 
 
 def check_head(model: StagedModel, facts: Mapping[str, Json], folder: Path) -> None:

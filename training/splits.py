@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import DamagedFileError, FeatureStoreError
+from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.digests import Digests, KnownDigest
 from featstore.images.image_set import ImageSet
 from featstore.images.labels import SPLITS
@@ -138,6 +139,17 @@ class PastSplit:
     @property
     def _words(self) -> str:
         return "an earlier fit" if self.run is None else str(self.run)
+
+
+def present_split(images: ImageSet, digests: Digests, past: PastSplit | None) -> PastSplit:
+    """What `images` as they are dealt now train and hold out; a rule that they don't bring is that of `past`."""
+    rule = images.origin.get("split") or {}
+    return PastSplit.of(
+        images,
+        digests,
+        valid=rule.get("valid", past.valid if past else DEFAULT_VALID),
+        seed=rule.get("seed", past.seed if past else DEFAULT_SPLIT_SEED),
+    )
 
 
 def with_classes(images: ImageSet, classes: tuple[str, ...], run: Path) -> ImageSet:

@@ -17,7 +17,14 @@ from torch import Tensor, fx, nn
 
 from featstore.digest import Json, digest_json, digest_tensor
 from featstore.errors import ModelError
-from featstore.models.graph import has_fingerprint, is_in_place, is_library_class, is_library_leaf, refuse_patched
+from featstore.models.graph import (
+    has_fingerprint,
+    is_in_place,
+    is_library_class,
+    is_library_leaf,
+    refuse_patched,
+    split_into_stages,
+)
 from featstore.source_code import class_facts, source_digests
 
 START = digest_json(["featstore operations", 1])
@@ -60,6 +67,18 @@ def chain(before: str, stage: fx.GraphModule) -> str:
             digest = digest_json([digest, _operation(node, stage, places)])
         elif node.op == "output" and places[node.args[0]] != place:  # something that may write comes after it
             digest = digest_json([digest, ["output", place - places[node.args[0]]]])
+    return digest
+
+
+def module_digest(module: nn.Module) -> str:
+    """The digest of what a whole `module` computes in eval mode, its tensors included.
+
+    Raises:
+        ModelError: for what can't be traced, or as in `chain`.
+    """
+    digest = START
+    for stage in split_into_stages(module):
+        digest = chain(digest, stage.eval)
     return digest
 
 

@@ -53,13 +53,13 @@ ROOMS: dict[str, Rooms] = {
         ("", ("__main__",)),
     ),
     "training": (
-        ("", ("metrics", "schedules", "plots", "heads")),
+        ("", ("metrics", "choices", "schedules", "plots", "heads")),
         ("inputs", ("situation", "search", "explain", "derive", "batches")),
         (
             "",
             (
-                "splits", "optim", "fit", "lr_find", "predict", "saved", "learner", "recipes", "__init__",
-                "cli", "__main__",
+                "splits", "optim", "fit", "lr_find", "predict", "placement", "settings", "saved", "learner", "recipes",
+                "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -86,6 +86,46 @@ DOORS = {
         "training.cli",
     },
     "matplotlib": {"training.plots"},
+}
+
+# What training uses of featstore: module -> names. docs/design.md says what may join it.
+SURFACE: dict[str, str] = {
+    "__init__": "__version__",
+    "cli.flags": (
+        "AugmentFlags GivenImages ImageFlags ModelFlags OutputFlags RunFlags StoreOption ViewFlags load_model "
+        "parse_numbers spread"
+    ),
+    "cli.program": "new_app one_of run show show_json table tell tell_all",
+    "digest": "Json",
+    "errors": (
+        "AmbiguousRequestError DamagedFileError FactsDifferError FeatureStoreError ImageError MissingFeaturesError "
+        "ModelError OnError"
+    ),
+    "extraction.extract": "extract",
+    "extraction.remedy": "DEFAULT_SPLIT_SEED DEFAULT_VALID extract_remedy seed_ranges",
+    "images.contents": "is_changed overlap_note",
+    "images.digests": "Digests KnownDigest KnownDigests",
+    "images.folders": "IMAGE_SUFFIXES",
+    "images.image_set": "ImageSet",
+    "images.labels": "SPLITS Task",
+    "images.render": "Job render",
+    "images.sources": "AbsentSource FolderSource",
+    "images.views": "Augment OwnPolicy Policy View",
+    "models.backbones": "architecture restored",
+    "models.digests": "module_digest",
+    "models.modes": "eval_mode mode_of numerics",
+    "models.names": "DEFAULT_PRECISION Precision REDUCTIONS automatic",
+    "models.pool": "Pool",
+    "models.probe": "check_probe take_probes",
+    "models.runs": "Run check_free new_run read_run write_run",
+    "models.staged": "StagedModel",
+    "models.stages": "AbsentStage HeadStage PoolStage Stage",
+    "models.trunk": "Output Trunk choose_device default_batch_size",
+    "remedies": "Call Command Remedy Steps",
+    "store.features": "Features",
+    "store.sets": "FeatureRequest FeatureSet",
+    "store.store": "FeatureStore",
+    "words": "size_text",
 }
 
 SAYS_NOTHING = {"utils", "util", "helpers", "manager", "base", "misc", "common"}
@@ -165,6 +205,18 @@ def origin(module: str, node: ast.ImportFrom) -> str:
     return ".".join([*here, *([node.module] if node.module else [])])
 
 
+def surface() -> dict[str, set[str]]:
+    """The names that training imports from each module of featstore, without the package's name."""
+    found: dict[str, set[str]] = {}
+    for module, path in modules().items():
+        for _, used in names_used(module, path.read_text()) if module.startswith("training.") else ():
+            owner, _, rest = used.partition(".")
+            if owner == "featstore":
+                target = target_in(owner, rest)
+                found.setdefault(target, set()).add(rest.removeprefix(f"{target}.").partition(".")[0])
+    return found
+
+
 def is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
@@ -192,6 +244,13 @@ def test_each_file_stands_in_the_order() -> None:
     expected = {f"{package}.{name}" for package in ROOMS for name in order(package)}
     assert set(modules()) == expected | set(room_pages())
     assert not SAYS_NOTHING & {module.rpartition(".")[2] for module in expected}
+
+
+def test_training_uses_of_featstore_just_the_listed_surface() -> None:
+    listed = {module: set(names.split()) for module, names in SURFACE.items()}
+    assert surface() == listed
+    assert list(SURFACE) == sorted(SURFACE)
+    assert all(names.split() == sorted(names.split()) for names in SURFACE.values())
 
 
 @pytest.mark.parametrize("page", room_pages())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from featstore import Augment, FeatureStore, ImageError, ImageSet, StagedModel, extract
 from featstore.errors import OnError
+from training import Learner
 from training.inputs.batches import Batches, fresh_seed
 from training.inputs.derive import find
 from training.inputs.situation import Situation
@@ -260,3 +262,31 @@ def test_a_policy_that_has_changed_since_it_was_keyed_is_refused() -> None:
     for each in made:
         with pytest.raises(ValueError, match="the policy divided has changed"):
             next(each.epoch(0, 0))
+
+
+@pytest.mark.parametrize("from_features", [True, False])
+def test_a_situation_of_plain_values_gives_the_batches_that_a_learner_trains_on(
+    from_features: bool, tmp_path: Path
+) -> None:
+    images = ImageSet.from_folder(photos(tmp_path / "photos")).split(valid=0.34)
+    store = FeatureStore(tmp_path / "features") if from_features else None
+    if store is not None:
+        extract(staged(), images, store, cuts=["layer2:concat"], dtype="float32", progress=False, device="cpu")
+    steps: list[tuple[Tensor, Tensor]] = []
+
+    def noted(logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.requires_grad:  # a training step
+            steps.append((logits.detach().clone(), targets.clone()))
+        return nn.functional.cross_entropy(logits, targets)
+
+    options: dict[str, Any] = {"head": "linear", "reduce": "concat", "batch_size": 3, "device": "cpu", "quiet": True}
+    learn = Learner(staged(), images, store, loss=noted, **options)
+    situation = Situation.of(learn.model, images, store)
+    training = Batches(find(situation, images.train, None), situation, batch_size=3, workers=0)
+    assert training.source.kind == ("features" if from_features else "images")
+    batches = list(training.epoch(seed=0, epoch=0))
+    assert learn.model.head is not None
+    first = learn.model.head(batches[0][0]).detach()  # before the first step moves the weights
+    learn.fit(1, lr=1e-3)
+    assert torch.equal(steps[0][0], first)
+    assert [targets.tolist() for _, targets in steps] == [targets.tolist() for _, targets in batches]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from training import choices
 from training.heads import HEADS, build_head, concat_head, linear_head, mlp_head
 
 
@@ -110,6 +111,10 @@ def test_linear_head_draws_what_nn_linear_draws_after_manual_seed(seed: int) -> 
         torch.manual_seed(seed)
         expected = nn.Linear(37, 11)
     assert same_states(linear_head(37, 11, seed=seed), expected)
+
+
+def test_programs_offer_the_heads_that_there_are() -> None:
+    assert tuple(HEADS) == choices.HEADS
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
+from support.tiny import arrays, staged
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from training import schedules
+from training import Learner, schedules
 
 MAX_LRS = [1e-4, 1e-3, 1e-2]
 
@@ -117,3 +118,17 @@ def test_what_does_not_fit_is_refused() -> None:
             schedules.build(name, sgd(), MAX_LRS[:2], 10)
         with pytest.raises(ValueError, match="total_steps is 0"):
             schedules.build(name, sgd(), MAX_LRS, 0)
+
+
+def test_a_new_schedule_is_a_function_and_its_name_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def falling(optimizer: Optimizer, max_lrs: list[float], total_steps: int) -> LRScheduler:
+        for group, lr in zip(optimizer.param_groups, max_lrs, strict=True):
+            group["lr"] = group["initial_lr"] = lr
+        return LambdaLR(optimizer, lambda step: 1 - step / total_steps)
+
+    monkeypatch.setitem(schedules.SCHEDULES, "falling", falling)
+    learn = Learner(staged(), arrays(12), head="linear", batch_size=4, quiet=True, device="cpu")
+    history = learn.fit(2, lr=0.1, schedule="falling")  # 6 steps, the third and the last end an epoch
+    assert [record["lr"] for record in history.records] == pytest.approx([0.1 * 4 / 6, 0.1 * 1 / 6])
+    with pytest.raises(ValueError, match="'cosine' is unknown; pass one of constant, one_cycle, falling"):
+        learn.fit(1, lr=0.1, schedule="cosine")

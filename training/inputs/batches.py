@@ -199,6 +199,15 @@ class _FrozenRest:
         return result[:rows].float().contiguous()
 
 
+def left_out_note(*passes: Batches | None) -> str | None:
+    """How many images some passes had to leave out, and why the first; None if none."""
+    failures = {name: reason for each in passes if each is not None for name, reason in each.failures.items()}
+    if not failures:
+        return None
+    name, reason = next(iter(failures.items()))
+    return f"{len(failures):,} image{'s' * (len(failures) > 1)} can't be read, left out (first: {name}: {reason})"
+
+
 def fresh_seed(seed: int, epoch: int) -> int:
     """The seed of the views of one epoch, different for each pair."""
     return int.from_bytes(hashlib.sha256(f"fresh {seed} {epoch}".encode()).digest()[:6], "big")

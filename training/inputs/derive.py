@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import FactsDifferError, FeatureStoreError, ImageError, MissingFeaturesError
+from featstore.errors import (
+    AmbiguousRequestError,
+    DamagedFileError,
+    FactsDifferError,
+    FeatureStoreError,
+    ImageError,
+    MissingFeaturesError,
+)
 from featstore.extraction.extract import extract
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
@@ -104,6 +111,16 @@ class Inputs:
 
     __repr__ = __str__
 
+    def left_out_note(self, images: ImageSet) -> str | None:
+        """How many labelled images of `images` that were to be read can't be, in words; None if all can."""
+        kept = {name for source in (self.train, self.valid) if source is not None for name in source.images.ids}
+        wanted = (training_part(images), labelled(images.valid))
+        left_out = [name for part in wanted for name in labelled(part).ids if name not in kept]
+        if not left_out:
+            return None
+        named = f"{', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}"
+        return f"{len(left_out):,} image{'s' * (len(left_out) > 1)} can't be read, left out: {named}"
+
 
 def derive(situation: Situation, augment: Augment | None) -> Inputs:
     """The inputs of the next fit: of the training images with `augment`, and of the held-out ones without.
@@ -150,6 +167,40 @@ def labelled(images: ImageSet) -> ImageSet:
     return images if (images.targets >= 0).all() else images.select(images.targets >= 0)
 
 
+def to_train(images: ImageSet) -> ImageSet:
+    """The labelled images to train on.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    training = labelled(training_part(images))
+    if not len(training) or training.targets is None:
+        raise ValueError("There are no labelled images to train on. Give an image set with classes.")
+    return training
+
+
+def to_score(images: ImageSet, split: str) -> ImageSet:
+    """The labelled images of a split: train, valid or test.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if split not in ("train", "valid", "test"):
+        raise ValueError(f"{split!r} is no split; expected train, valid or test.")
+    chosen = labelled(training_part(images) if split == "train" else getattr(images, split))
+    if not len(images):
+        raise ValueError(
+            "This learner has no images, so it can predict but not score. Expected labelled ones. Give them when "
+            "it is loaded: Learner.load(run, images, store)."
+        )
+    if not len(chosen) or chosen.targets is None:
+        raise ValueError(
+            f"The split {split} has no labelled images. Expected some to score among {images.describe()}. "
+            "Score another split, or give other images (learn.images = images)."
+        )
+    return chosen
+
+
 def find(situation: Situation, images: ImageSet, augment: Augment | None, *, asked: ImageSet | None = None) -> Source:
     """Where the activations of `images` in the views of `augment` (None: the evaluation view) come from.
 
@@ -171,6 +222,33 @@ def find(situation: Situation, images: ImageSet, augment: Augment | None, *, ask
     if situation.on_missing == "images":
         return _live(situation, images, augment)
     raise why_not(search, images if asked is None else asked)
+
+
+def find_to_score(situation: Situation, images: ImageSet, *, say: Callable[[str], None]) -> tuple[Situation, Source]:
+    """Where `images` in the evaluation view come from for scores and predictions, and the situation for that source.
+
+    Their numbers are right wherever they are read: what isn't stored is read from images, and neither several fitting
+    sets nor a damaged one are a reason to stop, unless there is nothing to read.
+
+    Args:
+        situation: its on_missing doesn't count.
+        images: in order.
+        say: gets a sentence about a set that isn't used.
+
+    Raises:
+        FeatureStoreError: if they can't be had.
+    """
+    is_readable = not situation.model.is_absent and not images.absent(1)
+    situation = replace(situation, on_missing="images" if is_readable else "error")
+    try:
+        return situation, find(situation, images, None)
+    except (AmbiguousRequestError, DamagedFileError, FactsDifferError) as error:
+        if not is_readable:
+            raise
+        if not isinstance(error, AmbiguousRequestError):
+            say(f"images are read instead of features: {error}")
+        situation = replace(situation, store=None)
+        return situation, find(situation, images, None)
 
 
 def extract_missing(situation: Situation, augment: Augment | None, *, progress: bool) -> None:

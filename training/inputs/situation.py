@@ -38,6 +38,11 @@ class Origin:
     digests: dict[str, str]
     view: View
 
+    @classmethod
+    def of(cls, model: StagedModel) -> Origin:
+        """How `model` is named now, with the weights that it has now."""
+        return cls(dict(model.origin), model.digests(), model.view)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -81,6 +86,50 @@ class Situation:
     on_error: OnError
     device: torch.device
     probed: set[tuple[str, str]] = field(default_factory=set)
+
+    @classmethod
+    def of(
+        cls,
+        model: StagedModel,
+        images: ImageSet,
+        store: FeatureStore | None = None,
+        *,
+        view: View | None = None,
+        key: str | None = None,
+        on_missing: OnMissing | None = None,
+        on_error: OnError = "raise",
+        device: torch.device | None = None,
+        origins: Sequence[Origin] | None = None,
+        probed: set[tuple[str, str]] | None = None,
+    ) -> Situation:
+        """The situation of `model` as it is now; what isn't given is as in a new `Learner`.
+
+        Args:
+            model: with its head and its freeze point.
+            images: to train on and to score, dealt or not.
+            store: where features are looked up.
+            view: default: the model's own.
+            key: as `features` of `Learner`.
+            on_missing: default: ``error`` with a store, else ``images``.
+            on_error: as in `Learner`.
+            device: where the model lies; default: where its first parameter does.
+            origins: default: the name that the model has now.
+            probed: what was compared before, which is added to.
+        """
+        if device is None:
+            device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        return cls(
+            model=model,
+            origins=(Origin.of(model),) if origins is None else tuple(origins),
+            images=images,
+            store=store,
+            view=(view or model.view).evaluation,
+            key=key,
+            on_missing=on_missing or default_on_missing(store),
+            on_error=on_error,
+            device=device,
+            probed=set() if probed is None else probed,
+        )
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -133,6 +182,11 @@ class Situation:
         return None
 
 
+def default_on_missing(store: FeatureStore | None) -> OnMissing:
+    """What a store that lacks rows does to a fit, if nobody says."""
+    return "error" if store is not None else "images"
+
+
 def has_weights(stage: Stage) -> bool:
     """Whether a stage can be trained, here or where its weights are."""
     return isinstance(stage, AbsentStage) or next(stage.parameters(), None) is not None
@@ -157,6 +211,24 @@ def training_words(model: StagedModel, *, with_head: bool = True) -> str:
             is_whole = len(members) == sum(group_of(stage.name) == group for stage in stages)
             words.append(group if is_whole else name_range([member.name for member in members]))
     return ", ".join(words) or "nothing"
+
+
+def freezing_words(model: StagedModel) -> str:
+    """What is frozen and what trains, with its number of parameters, in a line."""
+    count = sum(parameter.numel() for parameter in model.trained_parameters())
+    return (
+        f"frozen: {frozen_words(model)}; training: {training_words(model)} "
+        f"({f'{count / 1e6:.1f} M' if count >= 100_000 else f'{count:,}'} parameters)"
+    )
+
+
+def images_words(images: ImageSet) -> str:
+    """How many images there are, and how they are dealt."""
+    if not len(images):
+        return "no images"
+    parts = [(name, int((images.splits == name).sum())) for name in ("train", "valid", "test")]
+    dealt = ", ".join(f"{name} {count:,}" for name, count in parts if count)
+    return f"{len(images):,} images" + (f": {dealt}" if dealt else "")
 
 
 def views_words(augment: Augment | None) -> str:
