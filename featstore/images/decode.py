@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +25,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode
 
 from featstore.errors import FeatureStoreError
+from featstore.machine import available_bytes
+from featstore.words import size_text
 
 POLICY = "featstore-decode-1"
 """The name and version of the rules in this file. Other values for the same bytes need another name."""
@@ -34,12 +39,32 @@ MAX_PIXELS = 178_956_970
 """The most pixels that are decoded, half a gigabyte as RGB; also where Pillow stops unless told otherwise."""
 
 
+MAX_SCANS = 100
+"""The most scans of a JPEG that are decoded. Encoders write up to a dozen; each goes over all of the image."""
+
+
+class Decoded(NamedTuple):
+    """One decoded image.
+
+    Attributes:
+        pixels: uint8 RGB `(3, H, W)`.
+        decoder: the code of the decoder that read it (see `DECODERS`).
+        doubt: why it may not look as its owner expects, without the file's name; None for what is in order.
+    """
+
+    pixels: Tensor
+    decoder: int
+    doubt: str | None = None
+
+
 class DecodeError(ValueError):
     """Bytes that are no readable image; the message is the reason, without the file's name."""
 
 
-def decode(data: bytes | NDArray[np.uint8], *, policy: str = POLICY, apply_exif: bool = True) -> tuple[Tensor, int]:
-    """The image as uint8 RGB `(3, H, W)`, and the code of the decoder that read it (see `DECODERS`).
+def decode(
+    data: bytes | NDArray[np.uint8], *, policy: str = POLICY, apply_exif: bool = True, memory: Budget | None = None
+) -> Decoded:
+    """The image as uint8 RGB `(3, H, W)`, the code of the decoder that read it, and what is doubtful about it.
 
     Strides are those of `(H, W, 3)` rows, as decoders leave them: planes would cost as much time as the resize that
     follows (1600 x 1200: 2.3 ms for the copy, then 3.3 ms to resize against 1.1 ms from rows). The memory is the
@@ -53,9 +78,11 @@ def decode(data: bytes | NDArray[np.uint8], *, policy: str = POLICY, apply_exif:
         data: the encoded file, or an array `(H, W)` or `(H, W, 3)`.
         policy: must be `POLICY`, the only one so far.
         apply_exif: whether the EXIF orientation turns and mirrors the image.
+        memory: what all decodings at one time may take, where there are several.
 
     Raises:
         DecodeError: when the bytes are empty, truncated, too large, or not an image that is read.
+        MemoryError: when decoding would take more memory than is free.
 
     Pillow reports odd metadata of a TIFF, and a TIFF or GIF larger than its own ``Image.MAX_IMAGE_PIXELS``, as Python
     warnings, which this function lets through: to suppress them is to change the filters of all threads.
@@ -63,13 +90,57 @@ def decode(data: bytes | NDArray[np.uint8], *, policy: str = POLICY, apply_exif:
     if policy != POLICY:
         raise ValueError(f"decode policy {policy!r} is unknown to this version of featstore, which has {POLICY!r}")
     if isinstance(data, np.ndarray):
-        return _channels_first(_from_array(data)), ARRAY
-    header = _read_header(data)
+        return Decoded(_channels_first(_from_array(data)), ARRAY)
+    header, memory = _read_header(data), Budget() if memory is None else memory
     if header.decoder == TORCHVISION:
-        pixels, orientation = _by_torchvision(data), _orientation(header.exif)
+        with memory.taken(_bytes_needed(header.format, header.width * header.height), header.format):
+            pixels, orientation = _by_torchvision(data), _orientation(header.exif)
+        doubt = _jpeg_doubt(data, header, pixels)
     else:
-        pixels, orientation = _by_pillow(data, header)
-    return _channels_first(_turned(pixels, orientation) if apply_exif else pixels), header.decoder
+        pixels, orientation, doubt = _by_pillow(data, header, memory)
+    return Decoded(_channels_first(_turned(pixels, orientation) if apply_exif else pixels), header.decoder, doubt)
+
+
+class Budget:
+    """The memory that decoders may take together: whoever needs more than is left waits, or, alone, is let through.
+
+    Args:
+        limit: bytes; default: half of what is free.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit, self._taken, self._changed = limit, 0, threading.Condition()
+
+    @contextmanager
+    def taken(self, count: int, kind: str) -> Iterator[None]:
+        """Takes `count` bytes for the block, once they are there.
+
+        Raises:
+            MemoryError: for more than is free on the machine, also when nobody else takes any.
+        """
+        if count > _SMALL_BYTES and count > (free := available_bytes()):
+            raise MemoryError(
+                f"decoding this {kind} takes about {size_text(count)}, and {size_text(free)} of memory is free"
+            )
+        with self._changed:
+            if self._limit is None and count > _SMALL_BYTES:
+                self._limit = available_bytes() // 2
+            self._changed.wait_for(lambda: not self._taken or self._taken + count <= (self._limit or math.inf))
+            self._taken += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= count
+                self._changed.notify_all()
+
+
+_SMALL_BYTES = 64 << 20  # asking for the free memory takes longer than decoding a small image
+
+
+def _bytes_needed(form: str, num_pixels: int) -> int:
+    """What decoding takes at most, from measurements: 2.4 GB for a PNG of 179 million pixels, 4.2 for a WebP."""
+    return num_pixels * {"JPEG": 12, "PNG": 14, "WebP": 24}.get(form, 14)
 
 
 # --- what the bytes say before anything is decoded ---
@@ -79,6 +150,9 @@ class _Header(NamedTuple):
     format: str
     decoder: int
     exif: bytes = b""
+    width: int = 0  # as the header says it, of JPEG and PNG
+    height: int = 0
+    scan_start: int = 0  # where a JPEG's first scan begins, its header included; 0 of one that isn't baseline
 
 
 def _read_header(data: bytes) -> _Header:
@@ -94,7 +168,7 @@ def _read_header(data: bytes) -> _Header:
 def _jpeg_header(data: bytes) -> _Header:
     """Walks all segments and scans up to the end marker: libjpeg fills the rest of a truncated file with gray."""
     frame = exif = None
-    has_scan = False
+    num_scans = first_scan = kind = 0
     position = 2
     while match := _JPEG_MARKER.search(data, position):
         marker, position = match[1][0], match.end()
@@ -105,25 +179,35 @@ def _jpeg_header(data: bytes) -> _Header:
             raise DecodeError("a JPEG that is damaged or truncated: one of its segments reaches beyond the file")
         segment = data[position + 2 : position + length]
         if marker in _FRAME_MARKERS and frame is None:
-            frame = segment
+            frame, kind = segment, marker
         elif marker == _APP1 and exif is None and segment.startswith(b"Exif\0\0"):
             exif = segment[6:]
-        has_scan = has_scan or marker == _START_OF_SCAN
+        if marker == _START_OF_SCAN:
+            num_scans, first_scan = num_scans + 1, first_scan or match.start()
         position += length
     else:
         raise DecodeError("a truncated JPEG: its end marker is missing")
-    if frame is None or len(frame) < 6 or not has_scan:
+    if frame is None or len(frame) < 6 or not num_scans:
         raise DecodeError("a JPEG without image data")
-    _check_size(int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big"))
+    width, height = int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big")
+    _check_size(width, height)
+    if num_scans > MAX_SCANS:
+        raise DecodeError(
+            f"a JPEG of {num_scans:,} scans; at most {MAX_SCANS} are decoded, as each goes over all pixels (a "
+            "decompression bomb?); save it anew or remove it"
+        )
     bits, components = frame[0], frame[5]
     if bits != 8 or components not in (1, 3, 4):
         raise DecodeError(f"a JPEG of {components} components with {bits} bits each; 1, 3 or 4 with 8 bits are read")
-    return _Header("JPEG", PILLOW if components == 4 else TORCHVISION, exif or b"")
+    is_one_pass = kind in _BASELINE_MARKERS and num_scans == 1
+    decoder = PILLOW if components == 4 else TORCHVISION
+    return _Header("JPEG", decoder, exif or b"", width, height, first_scan if is_one_pass else 0)
 
 
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # all that are neither data nor without length
 _START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_BASELINE_MARKERS = frozenset({0xC0, 0xC1})
 
 
 def _png_header(data: bytes) -> _Header:
@@ -146,10 +230,11 @@ def _png_header(data: bytes) -> _Header:
         has_data = has_data or kind == b"IDAT"
     if start is None or len(start) < 13 or not has_data:
         raise DecodeError("a PNG without image data")
-    _check_size(int.from_bytes(start[:4], "big"), int.from_bytes(start[4:8], "big"))
+    width, height = int.from_bytes(start[:4], "big"), int.from_bytes(start[4:8], "big")
+    _check_size(width, height)
     # Never torchvision: a damaged PNG (a wrong checksum, too few rows) doesn't raise there but kills the process, in
     # 0.29.2 each time. Whole ones have equal values in both.
-    return _Header("PNG", PILLOW, exif or b"")
+    return _Header("PNG", PILLOW, exif or b"", width, height)
 
 
 def _pillow_header(name: str) -> Callable[[bytes], _Header]:
@@ -197,7 +282,7 @@ def _by_torchvision(data: bytes) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
-def _by_pillow(data: bytes, header: _Header) -> tuple[NDArray[np.uint8], int]:
+def _by_pillow(data: bytes, header: _Header, memory: Budget) -> tuple[NDArray[np.uint8], int, str | None]:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise FeatureStoreError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this process, so that a truncated file would pass for a "
@@ -208,7 +293,8 @@ def _by_pillow(data: bytes, header: _Header) -> tuple[NDArray[np.uint8], int]:
         # registered, and Image.open warns about large images, which are this file's business.
         with _PLUGINS[header.format](io.BytesIO(data)) as image:
             _check_size(*image.size)
-            return _decoded(image, header)
+            with memory.taken(_bytes_needed(header.format, image.width * image.height), header.format):
+                return _decoded(image, header)
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # on damaged files the plug-ins raise nearly everything, struct.error to AttributeError
@@ -232,7 +318,7 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 }
 
 
-def _decoded(image: ImageFile.ImageFile, header: _Header) -> tuple[NDArray[np.uint8], int]:
+def _decoded(image: ImageFile.ImageFile, header: _Header) -> tuple[NDArray[np.uint8], int, str | None]:
     orientation = _orientation(header.exif or image.info.get("exif", b""))
     bits, is_inverted = 16, False
     if isinstance(image, TiffImageFile):
@@ -244,7 +330,8 @@ def _decoded(image: ImageFile.ImageFile, header: _Header) -> tuple[NDArray[np.ui
     if image.mode.startswith("I;16"):
         if bits != 16 or is_inverted:  # Pillow leaves both as they are in the file, too dark or negative
             raise DecodeError(f"a {header.format} with {bits} bits a pixel{', 0 for white' * is_inverted}; convert it")
-        return _gray_to_rgb((np.asarray(image) >> 8).astype(np.uint8)), orientation
+        values = np.asarray(image)
+        return _gray_to_rgb((values >> 8).astype(np.uint8)), orientation, _range_doubt(int(values.max()))
     if image.mode not in _RGB_MODES:
         raise DecodeError(
             f"a {header.format} with pixels of Pillow's mode {image.mode!r}, which has no fixed range of gray or "
@@ -252,7 +339,7 @@ def _decoded(image: ImageFile.ImageFile, header: _Header) -> tuple[NDArray[np.ui
         )
     # A palette's transparency is dropped like all alpha. Left in, it makes convert() warn.
     image.info.pop("transparency", None)
-    return np.array(image.convert("RGB")), orientation
+    return np.array(image.convert("RGB")), orientation, None
 
 
 _RGB_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
@@ -263,6 +350,73 @@ def _failure(format_name: str, error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = re.sub(r"^\w+, \S+:\d+, ", "", lines[0])  # torch puts function, file and line of its own source before it
     return f"can't be decoded as {format_name}: {reason}"
+
+
+# --- what is doubtful about an image that was decoded ---
+
+
+def _range_doubt(largest: int) -> str | None:
+    """What is said of 16-bit values that leave the upper bits unused, and so come out nearly black."""
+    if largest >= 1 << 14:
+        return None
+    bits = max(largest.bit_length(), 1)
+    return (
+        f"its 16-bit values reach {largest:,} of 65,535, as if they had {bits} bits, so that it comes out nearly "
+        f"black; scale the values up (times {1 << (16 - bits)}) or save them as 8 bits"
+    )
+
+
+def _jpeg_doubt(data: bytes, header: _Header, pixels: NDArray[np.uint8]) -> str | None:
+    """What is said of a JPEG whose data is damaged in a way that libjpeg passes over."""
+    hole = data.find(bytes(_HOLE_BYTES), header.scan_start) if header.scan_start else -1
+    if hole >= 0 and not _zeros_are_flat(data[: header.scan_start]):
+        return f"its data has a hole of zeros at byte {hole:,}: what follows is not what was photographed"
+    if header.scan_start and _ends_flat(pixels) and _ends_early(data, pixels):
+        return "its data ends before its last rows, which are filled with one colour"
+    return None
+
+
+_HOLE_BYTES = 256
+
+
+def _zeros_are_flat(tables: bytes) -> bool:
+    """Whether bits of zeros mean blocks of one colour by the Huffman tables in a JPEG's head.
+
+    They do where the first code for a block's mean stands for no change and the first one for its details for none.
+    """
+    firsts: dict[int, set[int]] = {0: set(), 1: set()}
+    position = 2
+    while match := _JPEG_MARKER.search(tables, position):
+        length = int.from_bytes(tables[match.end() : match.end() + 2], "big")
+        segment, position = tables[match.end() + 2 : match.end() + length], match.end() + length
+        while match[1][0] == _HUFFMAN_TABLES and len(segment) > 17:
+            firsts[segment[0] >> 4 & 1].add(segment[17])
+            segment = segment[17 + sum(segment[1:17]) :]
+    return firsts == {0: {0}, 1: {0}}
+
+
+_HUFFMAN_TABLES = 0xC4
+
+
+def _ends_flat(pixels: NDArray[np.uint8]) -> bool:
+    """Whether the last row is made of stretches of one colour, as what libjpeg fills in is."""
+    last = pixels[-1].astype(np.int16)
+    steps = np.abs(np.diff(last, axis=0)).max(axis=1) > 0
+    return not steps.any() or bool(np.all(np.flatnonzero(steps) % 8 == 7))
+
+
+def _ends_early(data: bytes, pixels: NDArray[np.uint8]) -> bool:
+    """Whether a JPEG of one scan lacks data: without its end marker the decoder then waits and leaves rows unwritten.
+
+    What it reads ahead are the bytes put in the marker's place.
+    """
+    end = data.rfind(b"\xff\xd9")
+    with JpegImageFile(io.BytesIO(data[:end] + bytes(64))) as image:
+        with suppress(OSError):  # it is truncated, as we know
+            image.load()
+        image.tile = []  # what is there is all that there will be
+        shown = np.asarray(image.convert("RGB"))
+    return not shown[-1].any() and bool(pixels[-1].any())
 
 
 # --- pixels ---

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.errors import ImageError, OnError
-from featstore.images.decode import DecodeError, decode
+from featstore.images.decode import Budget, Decoded, DecodeError, decode
 from featstore.images.digests import content_digest
 from featstore.images.views import RenderError, View
 from featstore.machine import num_processors
@@ -57,6 +57,7 @@ class Rendered:
         failure: why there are no views, without the image's name; None where there are.
         is_lasting: whether every image of this content fails so; False where the content wasn't had: the file has
             vanished, can't be read, or was changed.
+        doubt: why the image may not look as its owner expects, though it was decoded (see `decode`).
     """
 
     index: int
@@ -64,6 +65,7 @@ class Rendered:
     decoder: int
     failure: str | None
     is_lasting: bool = False
+    doubt: str | None = None
 
 
 def render(
@@ -95,11 +97,14 @@ def render(
         workers = min(8, num_processors())
     if workers < 0:
         raise ValueError(f"workers is {workers}; expected 0, for the calling thread, or more")
-    rendered = _in_threads(images, jobs, workers) if workers else (_rendered(images, job) for job in jobs)
+    memory = Budget()
+    rendered = (
+        _in_threads(images, jobs, workers, memory) if workers else (_rendered(images, job, memory) for job in jobs)
+    )
     return _refusing(rendered, images) if on_error == "raise" else rendered
 
 
-def _in_threads(images: Readable, jobs: Iterable[Job], workers: int) -> Generator[Rendered]:
+def _in_threads(images: Readable, jobs: Iterable[Job], workers: int, memory: Budget) -> Generator[Rendered]:
     # The workers leave torch's thread count alone. torch.set_num_threads(1) in a worker lasts beyond it: measured, the
     # caller keeps its count, but every thread started afterwards gets 1. Nor is it needed: decoding and resizing uint8
     # run in one thread each (wall and processor time equal, with 1 and 2 threads allowed), and so do numpy's copies.
@@ -107,7 +112,7 @@ def _in_threads(images: Readable, jobs: Iterable[Job], workers: int) -> Generato
     ahead: deque[Future[Rendered]] = deque()
     try:
         for job in jobs:
-            ahead.append(pool.submit(_rendered, images, job))
+            ahead.append(pool.submit(_rendered, images, job, memory))
             if len(ahead) == 2 * workers:
                 yield ahead.popleft().result()
         while ahead:
@@ -124,12 +129,12 @@ def _refusing(rendered: Generator[Rendered], images: Readable) -> Generator[Rend
             yield each
 
 
-def _rendered(images: Readable, job: Job) -> Rendered:
+def _rendered(images: Readable, job: Job, memory: Budget) -> Rendered:
     try:
         data = images.read(job.index)
         if content_digest(data) != job.digest:
             return Rendered(job.index, None, 0, "it was changed while the job ran; run the job again")
-        return _views(data, job)
+        return _views(data, job, memory)
     except ImageError as error:
         return Rendered(job.index, None, 0, error.reason)
     except (DecodeError, RenderError) as error:
@@ -139,12 +144,15 @@ def _rendered(images: Readable, job: Job) -> Rendered:
         raise
 
 
-def _views(data: bytes | NDArray[np.uint8], job: Job) -> Rendered:
-    decoded: dict[tuple[str, bool], Tensor] = {}
-    views, decoder = [], 0
+def _views(data: bytes | NDArray[np.uint8], job: Job, memory: Budget) -> Rendered:
+    decoded: dict[tuple[str, bool], Decoded] = {}
+    views = []
     for view in job.views:
         rules = view.decode, view.apply_exif
         if rules not in decoded:
-            decoded[rules], decoder = decode(data, policy=view.decode, apply_exif=view.apply_exif)
-        views.append(view.render(decoded[rules], job.digest))
-    return Rendered(job.index, tuple(views), decoder, None)
+            decoded[rules] = decode(data, policy=view.decode, apply_exif=view.apply_exif, memory=memory)
+        views.append(view.render(decoded[rules].pixels, job.digest))
+    last = next(reversed(decoded.values()), None)
+    if last is None:
+        return Rendered(job.index, (), 0, None)
+    return Rendered(job.index, tuple(views), last.decoder, None, doubt=last.doubt)

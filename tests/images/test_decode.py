@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import subprocess
 import sys
 import textwrap
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,18 @@ from PIL import Image, ImageFile, ImageOps
 from sklearn.datasets import load_sample_images
 
 from featstore import FeatureStoreError
-from featstore.images.decode import ARRAY, DECODERS, MAX_PIXELS, PILLOW, POLICY, TORCHVISION, DecodeError, decode
+from featstore.images import decode as decode_module
+from featstore.images.decode import (
+    ARRAY,
+    DECODERS,
+    MAX_PIXELS,
+    PILLOW,
+    POLICY,
+    TORCHVISION,
+    Budget,
+    DecodeError,
+    decode,
+)
 
 Pixels = NDArray[np.uint8]
 PHOTO: Pixels = np.ascontiguousarray(load_sample_images().images[0][60:180:2, 200:360:2])  # (60, 80, 3)
@@ -82,7 +95,7 @@ def png(width: int, height: int, bits: int, colour_type: int, rows: bytes) -> by
 def test_pixels_equal_pillows(mode: str, form: str, decoder: int) -> None:
     data = encoded(photo(mode), form)
 
-    image, code = decode(data)
+    image, code, _ = decode(data)
 
     assert (image.dtype, image.shape, code) == (torch.uint8, (3, 60, 80), decoder)
     np.testing.assert_array_equal(pixels_of(data), np.array(Image.open(io.BytesIO(data)).convert("RGB")))
@@ -97,7 +110,7 @@ def test_jpeg_equals_torchvision(mode: str, options: dict[str, Any]) -> None:
     data = encoded(photo(mode), "JPEG", **options)
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
-    image, code = decode(data)
+    image, code, _ = decode(data)
 
     assert (code, DECODERS[code]) == (TORCHVISION, "torchvision.io")
     assert torch.equal(image, torchvision.io.decode_image(buffer, mode="RGB"))
@@ -169,7 +182,7 @@ def test_arrays_become_images_of_their_own_memory(shape: tuple[int, ...]) -> Non
     array = np.resize(PHOTO, shape)
     before = array.copy()
 
-    image, code = decode(array)
+    image, code, _ = decode(array)
     image.zero_()
 
     assert (code, tuple(image.shape)) == (ARRAY, (3, *shape[:2]))
@@ -420,7 +433,7 @@ def test_damaged_bytes_raise_nothing_but_decode_errors() -> None:
             places = generator.integers(0, min(len(whole), 400), generator.integers(1, 6))
             damaged[places] = generator.integers(0, 256, len(places))
             try:
-                image, _ = decode(damaged[: generator.integers(1, len(whole) + 1)].tobytes())
+                image, _, _ = decode(damaged[: generator.integers(1, len(whole) + 1)].tobytes())
             except DecodeError:
                 continue
             assert image.dtype == torch.uint8
@@ -499,3 +512,73 @@ def test_threads_decode_as_one_thread_does() -> None:
     with ThreadPoolExecutor(8) as pool:
         for data, image in zip(files * 20, pool.map(lambda data: decode(data)[0], files * 20), strict=True):
             assert torch.equal(image, decode(data)[0])
+
+
+# --- what is decoded though it is doubtful, and what would take too much ---
+
+
+def saved_photo(**options: Any) -> bytes:
+    return encoded(load_sample_images().images[0], "JPEG", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"quality": 95, "subsampling": 0}])
+def test_a_jpeg_with_a_hole_of_zeros_or_without_its_last_rows_is_doubted(options: dict[str, Any]) -> None:
+    data = saved_photo(**options)
+    middle = len(data) // 2
+    assert decode(data).doubt is None
+    assert "a hole of zeros" in str(decode(data[:middle] + bytes(4096) + data[middle + 4096 :]).doubt)
+    assert "ends before its last rows" in str(decode(data[:middle] + b"\xff\xd9").doubt)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}])
+@pytest.mark.parametrize("bottom", [0, 128, 255])
+def test_a_photograph_that_ends_in_one_colour_or_is_of_one_is_not_doubted(options: dict[str, Any], bottom: int) -> None:
+    pixels = load_sample_images().images[0].copy()
+    for first in (300, 0):
+        pixels[first:] = bottom
+        assert decode(encoded(pixels, "JPEG", **options)).doubt is None
+
+
+@pytest.mark.parametrize(
+    ("largest", "words"), [(4095, "12 bits.*times 16"), (1023, "10 bits.*times 64"), (40000, None)]
+)
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_values_of_16_bits_that_leave_the_upper_ones_unused_are_doubted(
+    largest: int, words: str | None, form: str
+) -> None:
+    values = np.random.default_rng(0).integers(0, largest, (32, 32)).astype(np.uint16)
+    values[0, 0] = largest
+    doubt = decode(encoded(values, form)).doubt
+    assert doubt is None if words is None else re.search(words, str(doubt))
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_undecoded() -> None:
+    data = saved_photo(progressive=True)
+    start = data.rindex(b"\xff\xda")
+    scan = data[start:-2]
+    with pytest.raises(DecodeError, match=r"a JPEG of 3,0\d\d scans; at most 100 are decoded"):
+        decode(data[:start] + scan * 3000 + b"\xff\xd9")
+
+
+def test_decodings_beside_one_another_take_no_more_than_their_budget() -> None:
+    budget, taken, most = Budget(100), [0], [0]
+
+    def take(count: int) -> None:
+        with budget.taken(count, "PNG"):
+            taken[0] += count
+            most[0] = max(most[0], taken[0])
+            time.sleep(0.002)
+            taken[0] -= count
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(take, [10, 40, 60, 30, 90, 20, 50] * 8))
+        assert most[0] <= 100
+        list(pool.map(take, [500, 10]))  # more than all of it: alone
+    assert most[0] == 500
+
+
+def test_an_image_that_takes_more_memory_than_is_free_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_module, "available_bytes", lambda: 100 << 20)
+    data = encoded(Image.new("RGB", (9000, 2000)), "PNG")
+    with pytest.raises(MemoryError, match=r"decoding this PNG takes about 0.252 GB, and 0.105 GB of memory is free"):
+        decode(data)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import featstore.images.render as render_module
 from featstore.errors import ImageError
-from featstore.images.decode import PILLOW, TORCHVISION, decode
+from featstore.images.decode import PILLOW, TORCHVISION, Decoded, decode
 from featstore.images.digests import content_digest
 from featstore.images.image_set import ImageSet
 from featstore.images.render import Job, render
@@ -88,7 +88,7 @@ def test_arrays_are_rendered_too(workers: int) -> None:
 def test_an_image_is_decoded_once_for_all_its_views(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[dict[str, Any]] = []
 
-    def counted(data: bytes, **rules: Any) -> tuple[Tensor, int]:
+    def counted(data: bytes, **rules: Any) -> Decoded:
         decoded.append(rules)
         return decode(data, **rules)
 
