@@ -221,7 +221,7 @@ def _stripped(
     if most > 0 and len(best) > 1:
         example = best[0] or best[1]
         raise WeightsError(
-            f"{file} holds several networks that fit, under the prefixes {', '.join(map(repr, best))}, and nothing says "
+            f"{file} holds several networks that fit, under {', '.join(map(repr, best))}, and nothing says "
             f"which one is meant. Choose one: --weights-prefix {example} (in Python: weights_prefix={example!r})."
         )
     others = [repr(prefix) for prefix in prefixes if prefix != best[0] and most > 0 and 2 * fits[prefix] > most]
