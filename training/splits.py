@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.digests import Digests, KnownDigest
 from featstore.images.image_set import ImageSet
 from featstore.images.labels import SPLITS
+from featstore.models.runs import read_file
 
 FILE = "split.npz"
 
@@ -38,16 +40,18 @@ class PastSplit:
     @classmethod
     def read(cls, run: Path) -> PastSplit | None:
         """The split of the run in `run`; None if it recorded none."""
-        path = run / FILE
-        if not path.is_file():
+        content = read_file(run, FILE)
+        if content is None:
             return None
         try:
-            # Opened here, since numpy leaves a file open that turns out to be no archive.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+            _check_size(content)
+            with np.load(BytesIO(content), allow_pickle=False) as saved:
                 digests = {name: _checked(saved[name]) for name in SPLITS}
                 return cls(run=run, digests=digests, valid=float(saved["rule_valid"]), seed=int(saved["rule_seed"]))
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise DamagedFileError(f"{path} is damaged ({error}). Restore it, or train the model again.") from error
+            raise DamagedFileError(
+                f"{run / FILE} is damaged ({error}). Restore it, or train the model again."
+            ) from error
 
     @classmethod
     def of(cls, images: ImageSet, digests: Digests, *, valid: float, seed: int) -> PastSplit:
@@ -174,6 +178,14 @@ def with_classes(images: ImageSet, classes: tuple[str, ...], run: Path) -> Image
     wide = np.zeros((len(images), len(classes)), np.float32)
     wide[:, places] = images.targets
     return replace(images, classes=classes, targets=wide)
+
+
+def _check_size(content: bytes) -> None:
+    """`np.savez` doesn't compress: what claims to be larger than its file would fill the memory."""
+    with ZipFile(BytesIO(content)) as archive:
+        claimed = sum(each.file_size for each in archive.infolist())
+    if claimed > len(content):
+        raise ValueError(f"its {len(content):,} bytes would unpack to {claimed:,}")
 
 
 def _checked(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:

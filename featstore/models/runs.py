@@ -1,26 +1,43 @@
-"""A saved run: one folder with a whole model's tensors and the JSON facts about it. Data only, never code."""
+"""A saved run: one folder with a whole model's tensors and the JSON facts about it. Data only, never code.
+
+`model.json` lists the SHA-256 of every other file of the run and one over itself, so that damage is found and the
+file named. A run appears under its name whole, checked and synced; where one is replaced the old one is there until
+the new one is.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from featstore.digest import Json
+from featstore.digest import Json, digest_json
 from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.models.weights import read_tensors
 
-FORMAT_VERSION = 1
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process left isn't told from what a living one writes, and stays
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT_VERSION = 2
+"""Version 1, without checksums over facts and reports, is read too."""
+
 TENSORS, FACTS = "model.safetensors", "model.json"
+
+_RESTORE = "Restore the file, or train the model again."
 
 
 @dataclass(frozen=True)
@@ -33,43 +50,69 @@ class Run:
 
 @contextmanager
 def new_run(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write a run into; it appears as `folder` when the block ends well, or not at all.
+    """A folder to write a run into; it appears as `folder`, sealed and synced, when the block ends well, or not at all.
+
+    What killed processes have left of earlier savings under this name is deleted.
 
     Raises:
         FeatureStoreError: if `folder` exists and isn't to be replaced, or isn't a run.
+        OSError: as the disk gave it, with a file's name.
     """
     check_free(folder, overwrite=overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    made = _beside(folder, _NEW)
     try:
-        made.chmod(0o777 & ~_umask())
-        yield made
-        _put(made, folder)
+        made.mkdir()
+        with _alive(made):
+            yield made
+            _seal(made)
+            _put(made, folder)
+    except OSError as error:
+        # A full disk is met by a write, which names no file; and the hidden folder tells nobody anything.
+        error.filename = str(error.filename or folder).replace(os.fspath(made), os.fspath(folder))
+        raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
+        _clear(folder)
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Raises FeatureStoreError unless a run may be written as `folder`: long work should learn that first."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / FACTS).is_file():
-        raise FeatureStoreError(f"{folder} exists and is no saved run, so it isn't replaced. Choose another folder.")
-    if not overwrite:
-        raise FeatureStoreError(
-            f"{folder} holds a saved run already. Choose another folder, or replace it with --overwrite (in "
-            "Python: overwrite=True)."
-        )
+    """Checks that a run can be written as `folder`, by making and deleting a folder beside it.
+
+    Long work should learn that first.
+
+    Raises:
+        FeatureStoreError: if it exists and isn't to be replaced, or isn't a run.
+        OSError: if nothing can be written there.
+    """
+    place = located(folder)
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        if not (place / FACTS).is_file():
+            raise FeatureStoreError(
+                f"{folder} exists and is no saved run, so it isn't replaced. Choose another folder."
+            )
+        if not overwrite:
+            raise FeatureStoreError(
+                f"{folder} holds a saved run already. Choose another folder, or replace it with --overwrite (in "
+                "Python: overwrite=True)."
+            )
+    _try_to_write(folder)
 
 
 def write_run(folder: Path, facts: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
-    """Writes facts and tensors into an existing `folder` (from `new_run`)."""
+    """Writes facts and tensors into an existing `folder` (from `new_run`, which seals it)."""
     # Copies: safetensors refuses tensors that share memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(own, folder / TENSORS)
-    frame = {"format": FORMAT_VERSION, "tensors": _digest(folder / TENSORS)}
-    text = json.dumps({**facts, **frame}, indent=1, ensure_ascii=False)
-    (folder / FACTS).write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+    path = folder / TENSORS
+    try:
+        safetensors.torch.save_file(own, path)
+    except safetensors.SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
+    path.chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner alone
+    _write_facts(folder, facts)
 
 
 def read_run(folder: Path) -> Run:
@@ -77,31 +120,123 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         FeatureStoreError: if it is no run, or of a newer format.
-        DamagedFileError: if its files can't be read, or aren't those that were saved.
+        DamagedFileError: if one of its files isn't what was saved; a report that is missing is no damage.
     """
-    path = folder / FACTS
-    if not path.is_file():
-        raise FeatureStoreError(f"{folder} is no saved run: it has no {FACTS}. Give the folder that --out named.")
+    place = located(folder)
+    facts = _read_facts(place)
+    for name in facts.get("files", {}):
+        if name != TENSORS and (place / name).exists():
+            _checked(place / name, facts["files"][name])
+    return Run(facts, read_tensors(_checked(place / TENSORS, facts["tensors"]))[0])
+
+
+def read_file(folder: Path, name: str) -> bytes | None:
+    """The content of another file of a run; None if the run has none of that name.
+
+    Raises:
+        FeatureStoreError: as `read_run`.
+        DamagedFileError: if it isn't what was saved.
+    """
+    place = located(folder)
+    facts = _read_facts(place)
+    path, expected = place / name, facts.get("files", {}).get(name)
+    if expected is not None:
+        content = _checked(path, expected).read_bytes()
+        if hashlib.sha256(content).hexdigest() == expected:  # and not changed since it was checked
+            return content
+        raise _not_as_saved(path, expected)
+    return path.read_bytes() if facts["format"] == 1 and path.is_file() else None
+
+
+def located(folder: Path) -> Path:
+    """Where the run called `folder` lies: there, or, if whoever replaced it was killed in between, aside."""
+    if folder.exists():
+        return folder
+    whole = [each for each in _leftovers(folder, _OLD) if (each / FACTS).is_file()]
+    return max(whole, key=lambda each: each.stat().st_mtime_ns, default=folder)
+
+
+# ---- writing
+
+
+_NEW, _OLD = "new", "old"
+
+
+def _beside(folder: Path, kind: str, token: str | None = None) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}-{token or secrets.token_hex(8)}")
+
+
+def _leftovers(folder: Path, *kinds: str) -> list[Path]:
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.({'|'.join(kinds)})-[0-9a-f]{{16}}")
+    with suppress(OSError):
+        return [folder.with_name(name) for name in os.listdir(folder.parent) if pattern.fullmatch(name)]
+    return []
+
+
+@contextmanager
+def _alive(folder: Path) -> Iterator[None]:
+    """Holds a lock on `folder` while this process works in it: the system takes it back from one that is killed."""
+    fd = os.open(folder, os.O_RDONLY) if fcntl is not None else None
     try:
-        facts = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-        version, digest = int(facts["format"]), facts["tensors"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(f"{path} is damaged ({error}); train the model again, or restore the file.") from error
-    if version > FORMAT_VERSION:
-        raise FeatureStoreError(
-            f"{folder} has run format {version}; this featstore reads up to {FORMAT_VERSION}. Upgrade featstore."
-        )
-    tensors = folder / TENSORS
-    if not tensors.is_file() or _digest(tensors) != digest:
-        raise DamagedFileError(
-            f"{tensors} isn't the file that was saved with the run (SHA-256 {digest[:8]}... expected); train the model "
-            "again, or restore the file."
-        )
-    return Run(facts, read_tensors(tensors)[0])
+        if fd is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _clear(folder: Path) -> None:
+    """Deletes what killed processes have left beside `folder`, unless it holds all there is of the run."""
+    if fcntl is None or not folder.exists():
+        return
+    for each in _leftovers(folder, _NEW, _OLD):
+        with suppress(OSError):
+            fd = os.open(each, os.O_RDONLY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(each, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
+def _try_to_write(folder: Path) -> None:
+    """Makes and deletes a folder beside `folder`, and those above it that aren't there."""
+    missing = [each for each in folder.absolute().parents if not each.exists()]
+    tried = _beside(folder.absolute(), _NEW)
+    made: list[Path] = []
+    try:
+        for each in (*reversed(missing), tried):
+            each.mkdir()
+            made.append(each)
+    except FileExistsError as error:  # a file where a folder is needed, or another process made it
+        if not Path(str(error.filename)).is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
+    finally:
+        for each in reversed(made):
+            with suppress(OSError):
+                each.rmdir()
+
+
+def _write_facts(folder: Path, facts: Mapping[str, Json]) -> None:
+    text = json.dumps(facts, indent=1, ensure_ascii=False)
+    (folder / FACTS).write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+
+
+def _seal(folder: Path) -> None:
+    """Lists every file of the run in its facts, with a checksum over these, and puts all of it on the disk."""
+    facts = _parsed(folder / FACTS)
+    files = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != FACTS}
+    facts |= {"format": FORMAT_VERSION, "tensors": files[TENSORS], "files": files}
+    _write_facts(folder, {**facts, "checksum": digest_json(facts)})
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
 
 
 def _put(made: Path, folder: Path) -> None:
-    aside = made.with_name(f"{made.name}.old")
+    token = made.name.rpartition("-")[2]
+    aside = _beside(folder, _OLD, token)
     if folder.exists():
         folder.rename(aside)
     try:
@@ -110,15 +245,83 @@ def _put(made: Path, folder: Path) -> None:
         if aside.exists():
             aside.rename(folder)
         raise
+    _sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
+
+
+# ---- reading
+
+
+def _read_facts(folder: Path) -> Json:
+    path = folder / FACTS
+    if not path.is_file():
+        raise FeatureStoreError(f"{folder} is no saved run: it has no {FACTS}. Give the folder that --out named.")
+    facts = _parsed(path)
+    try:
+        version, _ = int(facts["format"]), facts["tensors"]
+        checksum = facts["checksum"] if version > 1 else facts.get("checksum")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error!r}). {_RESTORE}") from error
+    own = {name: value for name, value in facts.items() if name != "checksum"}
+    # A flipped bit in the number must not pass for another version: with this one the checksum would fit.
+    is_altered_number = version != FORMAT_VERSION and _checksum({**own, "format": FORMAT_VERSION}) == checksum
+    if version > FORMAT_VERSION and not is_altered_number:
+        raise FeatureStoreError(
+            f"{folder} has run format {version}; this featstore reads up to {FORMAT_VERSION}. Upgrade featstore."
+        )
+    if is_altered_number or version < 1 or (version > 1 and _checksum(own) != checksum):
+        raise DamagedFileError(
+            f"{path} is damaged: its facts don't fit their checksum (SHA-256 {str(checksum)[:8]}... expected). "
+            f"{_RESTORE}"
+        )
+    return own
+
+
+def _parsed(path: Path) -> dict[str, Json]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error}). {_RESTORE}") from error
+    if not isinstance(facts, dict):
+        raise DamagedFileError(f"{path} is damaged (it holds no JSON object). {_RESTORE}")
+    return facts
+
+
+def _checksum(facts: Mapping[str, Json]) -> str | None:
+    """None for facts that were never written: JSON's NaN, which Python reads, has no canonical form."""
+    try:
+        return digest_json(dict(facts))
+    except TypeError:
+        return None
+
+
+def _checked(path: Path, expected: str) -> Path:
+    if not path.is_file() or _digest(path) != expected:
+        raise _not_as_saved(path, expected)
+    return path
+
+
+def _not_as_saved(path: Path, expected: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"{path} isn't the file that was saved with the run (SHA-256 {str(expected)[:8]}... expected). Restore it, or "
+        "train the model again; of reports, nothing is lost but they themselves: delete such a file."
+    )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,19 @@ import torch
 from torch import Tensor
 
 from featstore.errors import WeightsError
+from featstore.words import size_text
 
 WRAPPERS = ("state_dict", "model_state_dict", "state_dict_ema", "model")
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+PREFIXES = (
+    *("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "trunk."),
+    # Of self-supervised training: the network that learns, the one that follows it, the image's half of a pair.
+    *("encoder.", "base_encoder.", "encoder_q.", "online_encoder.", "student.", "image_encoder.", "visual."),
+    *("encoder_k.", "momentum_encoder.", "target_encoder.", "teacher.", "ema."),
+)
+"""What names may have in front, in any order and number."""
+
+_MOST_NESTED = 8
+_MOST_COMPRESSED_BYTES = 64 << 20
 _COUNTER = "num_batches_tracked"  # absent from old files, and evaluation ignores it
 
 
@@ -41,8 +52,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     around the tensors is opened; of several models in a file the first in the order of `WRAPPERS` is taken.
 
     Raises:
-        WeightsError: for a file that can't be read, holds other objects than tensors, or holds no tensors.
+        WeightsError: for a file that can't be read, would unpack to far more than its size, holds other objects than
+            tensors, or holds no tensors.
     """
+    _check_size(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu"), ()
@@ -51,9 +64,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign is not None:
             raise WeightsError(_holds_objects(path, foreign[1])) from error
+        # torch's own words advise to load it with weights_only=False, which runs what the file says.
+        why = "it is no pickle of plain tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
         raise WeightsError(
-            f"{path} can't be read as a weights file ({type(error).__name__}: {_first_line(error)}). Expected "
-            "safetensors, or what torch.save wrote; give an undamaged copy."
+            f"{path} can't be read as a weights file ({type(error).__name__}: {why}). Expected safetensors, or what "
+            "torch.save wrote; give an undamaged copy."
         ) from error
     return _unwrapped(content, path)
 
@@ -66,10 +81,12 @@ def fitting(
     file: Path,
     model: str,
     unused: Collection[str] = (),
+    prefix: str | None = None,
 ) -> Fit:
     """How far `tensors` fit the `stages` (name -> tensor, each) of `model`.
 
-    Prefixes (`PREFIXES`) are taken off where that makes names fit.
+    Prefixes (`PREFIXES`) are taken off where that makes names fit. A tensor must hold numbers of the kind that the
+    model's does (floating point, integers, truth values).
 
     Args:
         tensors: the file's.
@@ -78,6 +95,7 @@ def fitting(
         file: for messages.
         model: for messages.
         unused: names of tensors that the model has and doesn't need.
+        prefix: the one to take off, where the file's names fit under several.
 
     Raises:
         WeightsError: if a needed stage isn't fitted exactly, or the file holds more tensors for the modules of those
@@ -86,7 +104,7 @@ def fitting(
     needed = {name: tensor for stage in stages[:num_needed] for name, tensor in stage.items()}
     behind = {name for stage in stages[num_needed:] for name in stage}
     known = {*needed, *behind, *unused}
-    given = _stripped(tensors, known, file)
+    given, choices = _stripped(tensors, known, file, prefix)
     wrong = [problem for name, tensor in needed.items() if (problem := _problem(name, tensor, given))]
     surplus = [name for name in given if name not in known and not name.endswith(_COUNTER)]
     wrong += [f"{name} is unknown to {model}" for name in surplus if _belongs(name, needed, behind)]
@@ -105,7 +123,7 @@ def fitting(
         note for stage in stages[num_stages:] for name in stage if (note := _left_out(name, stage[name], given))
     ]
     kept = {name: given.get(name, tensor) for stage in stages[:num_stages] for name, tensor in stage.items()}
-    notes = [*left_out, *(f"{name}: not used" for name in surplus[:4])]
+    notes = [*choices, *left_out, *(f"{name}: not used" for name in surplus[:4])]
     if len(surplus) > 4:
         notes.append(f"{len(surplus) - 4} more tensors that {model} doesn't have: not used")
     return Fit(num_stages=num_stages, tensors=kept, notes=tuple(notes))
@@ -123,16 +141,40 @@ def _holds_objects(path: Path, foreign: str) -> str:
     )
 
 
+def _check_size(path: Path) -> None:
+    """`torch.save` doesn't compress: an archive that does is somebody's, and a small one may fill the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        compressed = [each for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]
+    claimed = sum(each.file_size for each in compressed)
+    if claimed > _MOST_COMPRESSED_BYTES:
+        raise WeightsError(
+            f"{path} is a compressed archive of {size_text(path.stat().st_size)} that would unpack to "
+            f"{size_text(claimed)}. Expected what torch.save writes, which isn't compressed. If you trust it, load and "
+            "save it anew where it was made."
+        )
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
 
 
 def _unwrapped(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     notes: list[str] = []
-    while isinstance(content, Mapping):
+    for _ in range(_MOST_NESTED):  # a mapping may hold itself
+        if not isinstance(content, Mapping):
+            break
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         taken = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
         if taken is None:
+            networks = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+            tensors |= {  # a teacher and its student, say, each under its name
+                f"{key}.{name}": value
+                for key, network in networks.items()
+                for name, value in network.items()
+                if isinstance(value, Tensor)
+            }
             if tensors:
                 return tensors, tuple(notes)
             break
@@ -157,19 +199,41 @@ def _bare_names(content: Mapping[object, object]) -> set[str]:
     return {str(name).removeprefix(max(_prefixes(str(name)), key=len, default="")) for name in content}
 
 
-def _stripped(tensors: Mapping[str, Tensor], names: Collection[str], file: Path) -> dict[str, Tensor]:
-    """`tensors` without the prefix that keeps most of their names from fitting; others keep their names."""
+def _stripped(
+    tensors: Mapping[str, Tensor], names: Collection[str], file: Path, chosen: str | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """`tensors` without the prefix that keeps most of their names from fitting, others as they are; and what to say.
+
+    Where several fit as well as one another nothing is chosen: a teacher and its student are two networks.
+    """
     prefixes = dict.fromkeys(["", *(prefix for name in tensors for prefix in _prefixes(name))])
     fits = {prefix: sum(prefix + name in tensors for name in names) for prefix in prefixes}
-    best = [prefix for prefix in prefixes if fits[prefix] == max(fits.values())]
-    if max(fits.values()) > 0 and len(best) > 1:
+    most = max(fits.values())
+    if chosen is not None:
+        if not any(name.startswith(chosen) for name in tensors):
+            raise WeightsError(
+                f"No tensor in {file} has a name that starts with {chosen!r}. Expected one of the prefixes that are "
+                f"there: {', '.join(prefix for prefix in prefixes if prefix and fits[prefix]) or 'none'}. Correct "
+                "--weights-prefix (in Python: weights_prefix=...)."
+            )
+        return _without(chosen, tensors), []
+    best = [prefix for prefix in prefixes if fits[prefix] == most]
+    if most > 0 and len(best) > 1:
+        example = best[0] or best[1]
         raise WeightsError(
-            f"{file} holds tensors that fit under each of the prefixes {', '.join(map(repr, best))}. Save those of one "
-            "into a file of their own."
+            f"{file} holds several networks that fit, under {', '.join(map(repr, best))}, and nothing says "
+            f"which one is meant. Choose one: --weights-prefix {example} (in Python: weights_prefix={example!r})."
         )
-    stripped = {name.removeprefix(best[0]): tensor for name, tensor in tensors.items() if name.startswith(best[0])}
-    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(best[0])}
-    return {**others, **stripped}
+    others = [repr(prefix) for prefix in prefixes if prefix != best[0] and most > 0 and 2 * fits[prefix] > most]
+    note = (
+        f"{file.name} holds several networks: that under {best[0]!r} fits best, not {' or '.join(others)}, and is used"
+    )
+    return _without(best[0], tensors), [note] if others else []
+
+
+def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    return {**others, **{name[len(prefix) :]: value for name, value in tensors.items() if name not in others}}
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -197,9 +261,25 @@ def _belongs(name: str, needed: Collection[str], behind: Collection[str]) -> boo
 def _problem(name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> str | None:
     if name not in given:
         return None if name.endswith(_COUNTER) else f"{name} is missing"
-    if given[name].shape != tensor.shape:
-        return f"{name} is {_shape(given[name])}, expected {_shape(tensor)}"
+    value = given[name]
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        kind = "quantized" if value.is_quantized else "without values (meta)" if value.is_meta else "sparse"
+        return f"{name} is {kind}, expected plain numbers"
+    if value.shape != tensor.shape:
+        return f"{name} is {_shape(value)}, expected {_shape(tensor)}"
+    if _kind(value) != _kind(tensor) and not name.endswith(_COUNTER):
+        return f"{name} holds {_kind(value)} ({_type(value)}), expected {_kind(tensor)} ({_type(tensor)})"
     return None
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        return "floating-point numbers"
+    return "complex numbers" if tensor.is_complex() else "truth values" if tensor.dtype == torch.bool else "integers"
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _left_out(name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> str | None:

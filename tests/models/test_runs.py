@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-import json
+import errno
 import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 
 from featstore import DamagedFileError, FeatureStoreError
-from featstore.models.runs import FACTS, TENSORS, check_free, new_run, read_run, write_run
+from featstore.models import runs
+from featstore.models.runs import FACTS, TENSORS, check_free, new_run, read_file, read_run, write_run
 
 
 def tensors(value: float = 1.0) -> dict[str, Tensor]:
@@ -127,11 +130,141 @@ def test_damaged_facts_are_refused(text: str, tmp_path: Path) -> None:
         read_run(folder)
 
 
-def test_a_newer_format_and_a_folder_that_is_no_run_are_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "head")
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    (folder / FACTS).write_text(json.dumps({**facts, "format": 2}))
-    with pytest.raises(FeatureStoreError, match=r"has run format 2; this featstore reads up to 1. Upgrade featstore"):
+def test_a_newer_format_and_a_folder_that_is_no_run_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as newer:
+        newer.setattr(runs, "FORMAT_VERSION", 3)
+        folder = saved(tmp_path / "head")
+    with pytest.raises(FeatureStoreError, match=r"has run format 3; this featstore reads up to 2. Upgrade featstore"):
         read_run(folder)
     with pytest.raises(FeatureStoreError, match=r"is no saved run: it has no model.json. Give the folder that --out"):
         read_run(tmp_path)
+
+
+def test_each_single_bit_that_flips_in_the_facts_or_a_report_is_found_and_the_file_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "head", mean=[0.485, 0.456, 0.406], size=64)
+    with new_run(folder, overwrite=True) as made:
+        write_run(made, read_run_facts(folder), tensors())
+        (made / "run.json").write_text('{"store": "features"}')
+    kept = read_run(folder).facts
+    for name in (FACTS, "run.json"):
+        path = folder / name
+        whole = path.read_bytes()
+        for place in range(len(whole) * 8):
+            data = bytearray(whole)
+            data[place // 8] ^= 1 << place % 8
+            path.write_bytes(data)
+            try:
+                facts = read_run(folder).facts
+            except DamagedFileError as error:
+                assert name in str(error)  # noqa: PT017 - that there is none is a claim below
+            else:
+                assert name == FACTS
+                assert facts == kept, place  # white space
+        path.write_bytes(whole)
+
+
+def read_run_facts(folder: Path) -> dict[str, Any]:
+    return {name: value for name, value in read_run(folder).facts.items() if name in ("classes", "mean", "size")}
+
+
+def test_a_report_that_is_altered_is_named_and_one_that_was_deleted_is_not_missed(tmp_path: Path) -> None:
+    with new_run(tmp_path / "head") as made:
+        write_run(made, {}, tensors())
+        (made / "metrics.json").write_text("{}")
+    report = tmp_path / "head" / "metrics.json"
+    assert read_file(tmp_path / "head", "metrics.json") == b"{}"
+    report.write_text("{ }")
+    for read in (lambda: read_run(tmp_path / "head"), lambda: read_file(tmp_path / "head", "metrics.json")):
+        with pytest.raises(DamagedFileError, match=r"metrics.json isn't the file that was saved"):
+            read()
+    report.unlink()
+    read_run(tmp_path / "head")
+    assert read_file(tmp_path / "head", "history.csv") is None
+
+
+def test_a_run_of_version_1_is_read(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "data" / "run-0.1.0"
+    run = read_run(folder)
+    assert run.facts["format"] == 1
+    assert read_file(folder, "run.json") == (folder / "run.json").read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_whoever_replaces_a_run_and_is_killed_at_any_operation_leaves_the_old_one_or_the_new_one(
+    tmp_path: Path,
+) -> None:
+    folder, operations = tmp_path / "head", ("_sync", "_write_facts", "_digest")
+    stopped = 0
+    for last in range(100):
+        saved(folder, 1.0, overwrite=True)
+        if (child := os.fork()) == 0:  # pragma: no cover - it ends without a word
+            _die_after(last, operations)
+            saved(folder, 2.0, overwrite=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        value = float(read_run(folder).tensors["stem.weight"][0, 0])
+        assert value in (1.0, 2.0)
+        stopped += status != 0
+        if status == 0:
+            assert value == 2.0
+            break
+    assert stopped > 8  # of each operation at least once
+    saved(folder, 3.0, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]  # nothing is left of all the others
+
+
+def _die_after(count: int, operations: tuple[str, ...]) -> None:
+    """Ends this process, as a kill does, at the operation of that number: ours, and each rename of a folder."""
+    left = [count]
+
+    def ending(operation: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            if left[0] == 0:
+                os._exit(9)
+            left[0] -= 1
+            return operation(*arguments, **options)
+
+        return run
+
+    for name in operations:
+        setattr(runs, name, ending(getattr(runs, name)))
+    Path.rename = ending(Path.rename)  # type: ignore[method-assign]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_every_file_of_a_run_may_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        folder = saved(tmp_path / "head")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o644"}
+
+
+def test_where_nothing_can_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        check_free(tmp_path / "file" / "runs" / "head", overwrite=False)
+    check_free(tmp_path / "runs" / "deep" / "head", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize("limit", [100, 400])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path, limit: int) -> None:
+    """In a child that may write files of so many bytes: the tensors need 200, the facts more."""
+    if (child := os.fork()) == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            saved(tmp_path / "head", text="x" * 1000)
+        except OSError as error:
+            os._exit(0 if error.errno == errno.EFBIG and str(tmp_path / "head") in str(error.filename) else 1)
+        except BaseException:
+            os._exit(2)
+        os._exit(3)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -215,7 +217,7 @@ def test_a_models_own_names_win_over_prefixes() -> None:
 
 def test_names_that_fit_under_two_prefixes_are_refused() -> None:
     given = {prefix + name: tensor for prefix in ("model.", "net.") for name, tensor in full().items()}
-    with pytest.raises(WeightsError, match=r"fit under each of the prefixes 'model.', 'net.'. Save those of one"):
+    with pytest.raises(WeightsError, match=r"fit, under 'model.', 'net.', .* --weights-prefix model\."):
         fit(given)
 
 
@@ -273,3 +275,90 @@ def test_a_deeper_trunk_inside_one_wrapper_module_is_another_model_too() -> None
         )
     found = fitting({**given, "net.extra.weight": torch.ones(1)}, stages, num_needed=1, file=Path("x"), model="own")
     assert found.notes == ("net.extra.weight: not used",)
+
+
+# ---------------------------------------------------------------------------------------- self-supervised training
+
+
+def fitted(tensors: dict[str, Tensor], **options: Any) -> Fit:
+    stages = [{name: tensor} for name, tensor in full().items()]
+    return fitting(tensors, stages, num_needed=2, file=Path("ep37.pth"), model="net", **options)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["encoder_q.", "module.encoder_q.", "teacher.backbone.", "student.module.backbone.", "momentum_encoder."]
+)
+def test_names_of_self_supervised_training_are_understood(prefix: str) -> None:
+    projection = {f"{prefix}projector.0.weight": torch.ones(3)}
+    assert same(fitted({prefix + name: tensor for name, tensor in full().items()} | projection).tensors, full())
+
+
+def test_of_a_teacher_and_its_student_nobody_chooses_but_the_user(tmp_path: Path) -> None:
+    student = {name: tensor + 1 for name, tensor in full().items()}
+    path = tmp_path / "dino.pth"
+    torch.save({"teacher": full(), "student": {f"module.{name}": value for name, value in student.items()}}, path)
+    tensors, _ = read_tensors(path)
+    with pytest.raises(WeightsError, match=r"under 'teacher\.', 'student\.module\.', .* --weights-prefix teacher\."):
+        fitted(tensors)
+    assert same(fitted(tensors, prefix="teacher.").tensors, full())
+    assert same(fitted(tensors, prefix="student.module.").tensors, student)
+    with pytest.raises(WeightsError, match=r"starts with 'teach\.ers'.*teacher\., student\.module\."):
+        fitted(tensors, prefix="teach.ers")
+
+
+def test_the_network_that_fits_best_is_said_where_another_nearly_does() -> None:
+    first, *_ = full()
+    both = {f"encoder_q.{name}": tensor for name, tensor in full().items()}
+    both |= {f"encoder_k.{name}": tensor for name, tensor in full().items() if name != first}
+    (note,) = [note for note in fitted(both).notes if "several networks" in note]
+    assert note == "ep37.pth holds several networks: that under 'encoder_q.' fits best, not 'encoder_k.', and is used"
+
+
+# ------------------------------------------------------------------------------------------------------ odd contents
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (lambda tensor: tensor.int(), r"holds integers \(int32\), expected floating-point numbers \(float32\)"),
+        (lambda tensor: tensor + 1j, r"holds complex numbers \(complex64\), expected floating-point"),
+        (lambda tensor: tensor > 0, r"holds truth values \(bool\), expected floating-point"),
+        (lambda tensor: tensor.to_sparse(), "is sparse, expected plain numbers"),
+        (lambda tensor: tensor.to("meta"), r"is without values \(meta\), expected plain numbers"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused_by_name(odd: Callable[[Tensor], Tensor], words: str) -> None:
+    given = full()
+    name = next(iter(given))
+    with pytest.raises(WeightsError, match=rf"{name} {words}"):
+        fitted({**given, name: odd(given[name])})
+
+
+def test_half_precision_weights_fit() -> None:
+    fit = fitted({name: tensor.bfloat16() for name, tensor in full().items()})
+    assert all(torch.equal(value, full()[name].bfloat16()) for name, value in fit.tensors.items())
+
+
+def test_a_state_dict_that_holds_itself_ends_in_a_sentence(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"epoch": 1}
+    content["model"] = content
+    torch.save(content, tmp_path / "loop.pth")
+    with pytest.raises(WeightsError, match=r"loop.pth holds no tensors by name"):
+        read_tensors(tmp_path / "loop.pth")
+
+
+def test_an_archive_that_would_unpack_to_far_more_than_its_size_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(100 << 20))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(WeightsError, match=r"bomb.pth is a compressed archive of .* would unpack to 0.105 GB"):
+        read_tensors(path)
+
+
+def test_no_advice_of_torch_to_run_code_is_passed_on(tmp_path: Path) -> None:
+    path = tmp_path / "odd.pth"
+    path.write_bytes(pickle.dumps({"weights": [range(3)]}, protocol=4))
+    with pytest.raises(WeightsError) as caught:
+        read_tensors(path)
+    assert "weights_only=False" not in str(caught.value).partition("If you trust it")[0]

@@ -35,7 +35,7 @@ ROOMS: dict[str, Rooms] = {
         (
             "models",
             (
-                "names", "modes", "graph", "pool", "digests", "stages", "staged", "trunk", "weights", "runs",
+                "names", "modes", "graph", "pool", "digests", "stages", "staged", "trunk", "weights", "runs", "trust",
                 "torchvision_models", "own_file", "backbones", "probe", "purity",
             ),
         ),
@@ -117,7 +117,7 @@ SURFACE: dict[str, str] = {
     "models.names": "DEFAULT_PRECISION Precision REDUCTIONS automatic",
     "models.pool": "Pool",
     "models.probe": "check_probe take_probes",
-    "models.runs": "Run check_free new_run read_run write_run",
+    "models.runs": "Run check_free new_run read_file read_run write_run",
     "models.staged": "StagedModel",
     "models.stages": "AbsentStage HeadStage PoolStage Stage",
     "models.trunk": "Output Trunk choose_device default_batch_size",

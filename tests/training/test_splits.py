@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.tiny import jpeg, photos, pixels
 
 from featstore import DamagedFileError, FeatureStoreError, ImageSet
+from featstore.models.runs import new_run, write_run
 from training.splits import FILE, PastSplit, with_classes
 
 COUNT = 20
@@ -21,8 +23,9 @@ def images(tmp_path: Path) -> ImageSet:
 
 
 def recorded(run: Path, images: ImageSet, *, valid: float = 0.3, seed: int = 4) -> PastSplit:
-    run.mkdir()
-    PastSplit.of(images, images.digests(), valid=valid, seed=seed).write(run)
+    with new_run(run) as made:
+        write_run(made, {}, {"weight": torch.zeros(1)})
+        PastSplit.of(images, images.digests(), valid=valid, seed=seed).write(made)
     past = PastSplit.read(run)
     assert past is not None
     return past
@@ -44,7 +47,9 @@ def test_a_split_comes_back_as_it_was_recorded(tmp_path: Path, images: ImageSet)
         assert len(expected) > 0
         assert np.array_equal(past.digests[name], expected)
     assert (past.run, past.valid, past.seed) == (tmp_path / "run", 0.3, 4)
-    assert PastSplit.read(tmp_path) is None
+    with new_run(tmp_path / "other") as made:
+        write_run(made, {}, {"weight": torch.zeros(1)})
+    assert PastSplit.read(tmp_path / "other") is None
 
 
 def test_a_split_follows_images_that_were_renamed_and_moved(tmp_path: Path, images: ImageSet) -> None:
@@ -170,8 +175,21 @@ def test_a_damaged_record_is_named(tmp_path: Path, images: ImageSet, how: str) -
         np.savez(path, train=np.zeros((2, 8)), valid=0, test=0, rule_valid=0.2, rule_seed=0)
     else:
         path.write_bytes(contents[how])
-    with pytest.raises(DamagedFileError, match=r"split\.npz is damaged .* Restore it, or train the model again"):
+    with pytest.raises(DamagedFileError, match=r"split\.npz isn't the file that was saved .* Restore it, or train the"):
         PastSplit.read(tmp_path / "run")
+    (tmp_path / "old").mkdir()  # of version 1, which has no checksum of it
+    (tmp_path / "old" / "model.json").write_text('{"format": 1, "tensors": ""}')
+    shutil.copy(path, tmp_path / "old")
+    with pytest.raises(DamagedFileError, match=r"split\.npz is damaged .* Restore it, or train the model again"):
+        PastSplit.read(tmp_path / "old")
+
+
+def test_a_record_that_would_fill_the_memory_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text('{"format": 1, "tensors": ""}')
+    digests = np.zeros((1 << 16, 32), np.uint8)
+    np.savez_compressed(tmp_path / FILE, train=digests, valid=digests, test=digests, rule_valid=0.2, rule_seed=0)
+    with pytest.raises(DamagedFileError, match=r"split\.npz is damaged \(its [\d,]+ bytes would unpack to 6,29"):
+        PastSplit.read(tmp_path)
 
 
 def labelled(labels: Sequence[object], classes: Sequence[str] | None = None, task: str = "single") -> ImageSet:
