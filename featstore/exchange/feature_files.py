@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import DamagedFileError
-from featstore.files.part import Part, is_part, opened_hdf5
+from featstore.files.hdf5 import opened_hdf5
+from featstore.files.header import is_part
+from featstore.files.part import Part
 from featstore.images.digests import DigestTable, KnownDigests
 from featstore.images.image_set import ImageSet, Task
 from featstore.images.sources import AbsentSource

@@ -32,7 +32,8 @@ from featstore import (
 from featstore.exchange.export import ExportReport, export
 from featstore.exchange.feature_files import images_by_id
 from featstore.exchange.imports import import_features
-from featstore.files.part import Part, is_part, write_part
+from featstore.files.header import is_part
+from featstore.files.part import Part, write_part
 
 DTYPES = ("float16", "float32", "bfloat16")
 

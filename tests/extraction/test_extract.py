@@ -46,7 +46,8 @@ from featstore import (
     plan,
 )
 from featstore.extraction.extract import run_plan
-from featstore.files.part import Part, Table, write_part
+from featstore.files.part import Part, write_part
+from featstore.files.table import Table
 from featstore.models.trunk import Trunk
 
 FORMAT_PAGE = Path(__file__).parents[2] / "docs" / "format.md"
