@@ -13,7 +13,8 @@ from featstore.errors import (
 from featstore.exchange.export import ExportReport, export
 from featstore.exchange.imports import ImportReport, import_features, import_file
 from featstore.extraction.adopt import AdoptReport, adopt
-from featstore.extraction.extract import ExtractReport, Plan, extract, plan
+from featstore.extraction.extract import ExtractReport, extract
+from featstore.extraction.plan import Plan, plan
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
 from featstore.models.backbones import backbone, backbone_names

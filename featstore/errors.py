@@ -7,11 +7,29 @@ expected and what to do.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+from featstore.remedies import Remedy
+
+OnError = Literal["raise", "skip"]
+"""What an image that can't be read or decoded does to the work: `raise` stops it; `skip` leaves the image out."""
 
 
 class FeatureStoreError(Exception):
-    """Anything featstore refuses to guess about; the parent of all errors here."""
+    """Anything featstore refuses to guess about; the parent of all errors here.
+
+    Args:
+        message: what is wrong, what was expected and what to do; with a remedy, as far as the words that lead to it.
+        remedy: what to run. The text of the error ends with it and a full stop.
+
+    Attributes:
+        lead: the message without the remedy.
+        remedy: or None, where the message says in words what to do.
+    """
+
+    def __init__(self, message: str = "", *, remedy: Remedy | None = None) -> None:
+        super().__init__(message if remedy is None else f"{message} {remedy}.")
+        self.lead, self.remedy = message, remedy
 
 
 class MissingFeaturesError(FeatureStoreError):

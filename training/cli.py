@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ import typer
 
 from featstore.cli.flags import (
     AugmentFlags,
+    GivenImages,
     ImageFlags,
     ModelFlags,
     OutputFlags,
@@ -25,7 +26,6 @@ from featstore.cli.flags import (
 )
 from featstore.cli.program import new_app, one_of, run, show, show_json, table, tell, tell_all
 from featstore.digest import Json
-from featstore.images.image_set import ImageSet
 from featstore.images.views import View
 from featstore.models.pool import REDUCTIONS
 from featstore.models.runs import check_free
@@ -140,17 +140,17 @@ def head(
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else _learning_rate(lr)
     feature_store = FeatureStore(store)
-    chosen, notes = _labelled(images)
+    given = _labelled(images)
     try:
         staged = model.model([each for each in (cut, freeze_to) if each is not None])
     except ValueError:
         _refuse_imported(model.backbone, feature_store)
         raise
-    chosen, notes = _for_run(staged.origin.get("run"), images, chosen, notes)
-    tell_all([*notes, *staged.notes])
+    given = _for_run(staged.origin.get("run"), images, given)
+    tell_all([*given.notes, *staged.notes])
     learn = train_head(
         staged,
-        chosen,
+        given.images,
         feature_store,
         cut=cut,
         reduce=reduce,
@@ -208,21 +208,21 @@ def finetune_command(
     options: dict[str, Any] = {}
     source: StagedModel | str
     if backbone is not None:
-        chosen, notes = _labelled(images)
+        given = _labelled(images)
         source = load_model(backbone, weights, [each for each in (cut, freeze_to) if each is not None])
-        chosen, notes = _for_run(source.origin.get("run"), images, chosen, notes)
-        notes = [*notes, *source.notes]
+        given = _for_run(source.origin.get("run"), images, given)
+        notes = [*given.notes, *source.notes]
         options = {"cut": cut, "view": view.view(source.view)}
     else:
         assert start is not None
         if view != ViewFlags():
             raise ValueError("--size, --resize, --mean, --std and --interpolation come with the run of --from.")
-        chosen, notes = _for_run(start, images, *_labelled(images))
-        source = start
+        given = _for_run(start, images, _labelled(images))
+        source, notes = start, [*given.notes]
     tell_all(notes)
     learn = finetune(
         source,
-        chosen,
+        given.images,
         store=None if store is None else FeatureStore(store),
         freeze_to=freeze_to,
         epochs=epochs,
@@ -251,10 +251,10 @@ def evaluate(
 ) -> None:
     """Score a saved model on images of a split; without a split of their own they get the run's."""
     one_of("--split", split, ("train", "valid", "test"))
-    chosen, notes = _for_run(model, images, *images.image_set())
-    tell_all(notes)
+    given = _for_run(model, images, images.given())
+    tell_all(given.notes)
     # The features it was trained on give its scores again exactly; images give them to the storage type's precision.
-    learn = Learner.load(model, chosen, Learner.store_of(model), on_missing="images", **how.options())
+    learn = Learner.load(model, given.images, Learner.store_of(model), on_missing="images", **how.options())
     scored = _finite(learn.evaluate(split))
     if output.json:
         show_json({split: scored, "inputs": learn.read_from})
@@ -294,15 +294,15 @@ def predict(
         tell(f"{len(records):,} predictions in {csv}")
 
 
-def _labelled(flags: ImageFlags) -> tuple[ImageSet, list[str]]:
-    """The images to train on, and what their owner should read about them."""
-    images, notes = flags.image_set()
-    if not images.is_labelled:
+def _labelled(flags: ImageFlags) -> GivenImages:
+    """The images to train on."""
+    given = flags.given()
+    if not given.images.is_labelled:
         raise ValueError(
             f"{flags.images} has no labels, and there is nothing to train without. Expected a folder with a folder for "
             "each class, or a table with a column of labels. Give one with --images."
         )
-    return images, notes
+    return given
 
 
 def _refuse_imported(name: str, store: FeatureStore) -> None:
@@ -317,18 +317,19 @@ def _refuse_imported(name: str, store: FeatureStore) -> None:
         )
 
 
-def _for_run(run: str | None, flags: ImageFlags, images: ImageSet, notes: list[str]) -> tuple[ImageSet, list[str]]:
-    """The images to use with what comes from `run`, if it is one, and what their owner should read about them.
+def _for_run(run: str | None, flags: ImageFlags, given: GivenImages) -> GivenImages:
+    """The images to use with what comes from `run`, if it is one.
 
     A saved run brings its own split: without a split of their own, or flags that ask for one, they are left undealt.
     """
     if run is None or PastSplit.read(Path(run)) is None:
-        return images, notes
+        return given
+    images = given.images
     if flags.valid == 0:
-        return images.with_splits(["train"] * len(images)), notes
+        return replace(given, images=images.with_splits(["train"] * len(images)))
     if "split" in images.origin and flags.valid is None and flags.split_seed is None:
-        return images.with_splits([""] * len(images)), notes[:-1]  # the last note tells of the default split
-    return images, notes
+        return replace(given, images=images.with_splits([""] * len(images)), dealt=None)
+    return given
 
 
 def _view(model: StagedModel, store: FeatureStore, flags: ViewFlags, key: str | None) -> View:

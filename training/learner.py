@@ -20,8 +20,8 @@ from torch import nn
 
 import featstore
 from featstore.digest import Json
-from featstore.errors import AmbiguousRequestError, DamagedFileError, FactsDifferError, FeatureStoreError
-from featstore.extraction.extract import check_size
+from featstore.errors import AmbiguousRequestError, DamagedFileError, FactsDifferError, FeatureStoreError, OnError
+from featstore.extraction.plan import check_size
 from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.image_set import ImageSet, overlap_note
 from featstore.images.views import Augment, View
@@ -35,7 +35,7 @@ from training.fit import History, Record, outputs, predicted, run_epochs
 from training.heads import build_head
 from training.inputs.batches import Batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, find, labelled, training_part
-from training.inputs.situation import OnError, OnMissing, Origin, Situation, frozen_words, training_words, views_words
+from training.inputs.situation import OnMissing, Origin, Situation, frozen_words, training_words, views_words
 from training.lr_find import LearningRates, find_lr
 from training.predict import Prediction, as_images, predictions, probabilities, write_csv
 from training.saved import check_head, head_digest, no_images, past_split, saved_backbone, saved_head

@@ -35,7 +35,8 @@ from featstore.cli.program import (
 )
 from featstore.cli.store import COMMANDS
 from featstore.digest import Json
-from featstore.extraction.extract import ExtractReport, Plan, plan, run_plan
+from featstore.extraction.extract import ExtractReport, run_plan
+from featstore.extraction.plan import Plan, plan
 from featstore.extraction.remedy import DEFAULT_DTYPE, DEFAULT_PRECISION
 from featstore.models.backbones import backbone_names, outline, weight_names
 from featstore.models.pool import REDUCTIONS
@@ -184,7 +185,7 @@ def backbones(
             show_json(known)
         else:
             show(table([{"name": each["name"], "weights": ", ".join(each["weights"])} for each in known]))
-            tell("DEFAULT stands for the first of the weights. The cuts of one: featstore backbones NAME.")
+            tell("DEFAULT stands for the first of the weights. The cuts of one: featstore backbones NAME")
         return
     model = outline(name) if name in backbone_names() else load_model(name, None)
     facts = _cut_facts(model)
@@ -203,14 +204,14 @@ def _planned(images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFl
             "Fresh views can't be stored: each epoch has its own (--seeds fresh). Give fixed seeds, such as --seeds "
             "0-3, or train from images: featstore-train ... --seeds fresh."
         )
-    image_set, notes = images.image_set()
-    tell_all(notes)
+    given = images.given()
+    tell_all(given.notes)
     staged = model.model(sets.cuts)
     tell_all(staged.notes)
     precision: Precision = sets.precision  # type: ignore[assignment]  # checked by SetFlags
     planned = plan(
         staged,
-        image_set,
+        given.images,
         FeatureStore(sets.store),
         cuts=sets.cuts or None,
         reduce=sets.reduce,

@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from featstore.cli.program import one_of
+from featstore.errors import OnError
 from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.augmentation import BUILT_IN
 from featstore.images.image_set import OWN_SPLITS, ImageSet, Task
@@ -29,8 +30,28 @@ from featstore.models.trunk import choose_device
 FEW_IMAGES = 100
 """Below so many validation images, the steps in which accuracy moves are worth a sentence."""
 
-_ON_ERROR = ("raise", "skip")
+_ON_ERROR = get_args(OnError)
 _TASKS = ("single", "multi")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GivenImages:
+    """The images that flags stand for, and what their owner should read about them.
+
+    Attributes:
+        images: dealt into splits.
+        about: sentences about the images and the split that they brought.
+        dealt: how they were dealt, where they brought no split; else None.
+    """
+
+    images: ImageSet
+    about: tuple[str, ...]
+    dealt: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """All that is to be said."""
+        return self.about if self.dealt is None else (*self.about, self.dealt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +104,8 @@ class ImageFlags:
     def __post_init__(self) -> None:
         one_of("--task", self.task, _TASKS)
 
-    def image_set(self) -> tuple[ImageSet, list[str]]:
-        """The images, dealt into splits, and what their owner should read about them.
+    def given(self) -> GivenImages:
+        """The images, dealt into splits.
 
         Raises:
             ValueError: for flags that don't go together, and as `ImageSet.from_folder`, `from_csv` and `split` do.
@@ -92,16 +113,18 @@ class ImageFlags:
         """
         is_table = not os.path.isdir(self.images) and (_is_table(self.images) or os.path.isfile(self.images))
         images = self._from_table() if is_table else self._from_folder()
-        notes = [*_skipped_note(images), *self._single_labels_note(images)]
+        notes = (*_skipped_note(images), *self._single_labels_note(images))
         if self.split_column or (images.splits != "").any():
             self._refuse_a_second_split(images)
-            return images, [*notes, *self._found_split_note(images)]
+            return GivenImages(images=images, about=(*notes, *self._found_split_note(images)))
         valid = DEFAULT_VALID if self.valid is None else self.valid
         seed = DEFAULT_SPLIT_SEED if self.split_seed is None else self.split_seed
         if valid == 0:
-            return images, notes
+            return GivenImages(images=images, about=notes)
         dealt = images.split(valid=valid, seed=seed)
-        return dealt, [*notes, f"{self._no_split(images)}: {_held_out(dealt, valid, seed)}"]
+        return GivenImages(
+            images=dealt, about=notes, dealt=f"{self._no_split(images)}: {_held_out(dealt, valid, seed)}"
+        )
 
     def _no_split(self, images: ImageSet) -> str:
         """Why the images are dealt."""
@@ -297,7 +320,7 @@ class RunFlags:
         choose_device(self.device)
 
     @property
-    def on_image_error(self) -> Literal["raise", "skip"]:
+    def on_image_error(self) -> OnError:
         """What to do about an image that can't be read."""
         return "skip" if self.on_error == "skip" else "raise"
 

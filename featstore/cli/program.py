@@ -6,7 +6,6 @@ Results go to stdout; everything said to a person goes to stderr.
 from __future__ import annotations
 
 import json
-import re
 import signal
 import sys
 import threading
@@ -20,14 +19,10 @@ import typer.main
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ImageError
+from featstore.remedies import Command
 
 DONE, FAILED, WRONG_USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes of both programs; INCOMPLETE is for `extract` and `status` alone."""
-
-_WORD = r"""(?!--)(?:'[^']*'|"[^"]*"|[^\s'"])+(?<![,;:])"""
-_ENDS_IN_COMMAND = re.compile(
-    rf"\bfeatstore(?:-train)? [a-z]+(?: {_WORD}){{0,2}}(?: --[a-z][a-z-]*(?: {_WORD})?)*(?P<stop>\.)\Z"
-)
 
 MOST_LISTED = 10
 
@@ -95,14 +90,8 @@ def show_json(value: Json) -> None:
 
 
 def tell(text: str) -> None:
-    """Says something to the person who runs the program.
-
-    A command at the end stands there without the sentence's full stop, which would be pasted along.
-
-    >>> _without_stop("feats holds no features yet. Compute them: featstore extract --images photos --cut layer4.")
-    'feats holds no features yet. Compute them: featstore extract --images photos --cut layer4'
-    """
-    _write(_without_stop(text), sys.stderr)
+    """Says something to the person who runs the program."""
+    _write(text, sys.stderr)
 
 
 def tell_all(lines: Sequence[str], *, indent: str = "") -> None:
@@ -151,11 +140,6 @@ def one_of(flag: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
-def _without_stop(text: str) -> str:
-    found = _ENDS_IN_COMMAND.search(text)
-    return text if found is None else text[: found.start("stop")]
-
-
 def _cell(value: Json) -> str:
     if value is None:
         return "-"
@@ -194,6 +178,8 @@ def _sentence(error: Exception, name: str) -> str:
         return _usage_sentence(error, name)
     if isinstance(error, ImageError):
         return f"{error}. Repair, remove or bring back the file, or leave such images out with --on-error skip."
+    if isinstance(error, FeatureStoreError) and isinstance(error.remedy, Command):
+        return f"{error.lead} {error.remedy}"  # a full stop would be pasted along
     if isinstance(error, FeatureStoreError | FloatingPointError) or _is_wrong_usage(error):
         return str(error)
     if isinstance(error, OSError):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from featstore.cli.flags import (
+    GivenImages,
     ImageFlags,
     ModelFlags,
     OutputFlags,
@@ -23,13 +23,13 @@ from featstore.cli.flags import (
 )
 from featstore.cli.program import DONE, FAILED, MOST_LISTED, facts_table, one_of, show, show_json, table, tell, tell_all
 from featstore.digest import Json
-from featstore.errors import DamagedFileError, FeatureStoreError
+from featstore.errors import DamagedFileError, FeatureStoreError, OnError
 from featstore.exchange.export import SUFFIXES, export
 from featstore.exchange.feature_files import ID_COLUMNS, IdTable, read_ids, without_files
 from featstore.exchange.imports import LAYOUTS, import_file
 from featstore.extraction.adopt import NUM_ROWS, adopt
-from featstore.images.image_set import ImageSet
 from featstore.models.trunk import choose_device
+from featstore.remedies import Command
 from featstore.store.image_tables import IMAGES, table_name
 from featstore.store.removal import RemoveReport
 from featstore.store.sets import FeatureSet
@@ -136,7 +136,7 @@ def verify(
             "imported, which adds just that."
         )
     elif not repair and any(each.is_damage for each in report.damaged):
-        tell(f"Set damaged files aside: featstore verify --repair --store {shlex.quote(store)}")
+        tell(f"Set damaged files aside: {Command('featstore', 'verify', '--repair', '--store', store)}")
     raise typer.Exit(FAILED if left else DONE)
 
 
@@ -266,14 +266,14 @@ def adopt_set(
     """
     filed = FeatureStore(store)
     cut = how.cut or str(filed.set(key).facts["cut"])
-    image_set, _ = images.image_set()
+    given = images.given()
     staged = load_model(model.backbone, model.weights, [cut])
     tell_all(staged.notes)
     report = adopt(
         filed,
         key,
         staged,
-        image_set,
+        given.images,
         cut=cut,
         view=view.view(staged.view),
         device=how.device,
@@ -316,7 +316,7 @@ def export_set(
 
     .npy brings a .csv of that name along; .parquet needs pyarrow.
     """
-    how: Literal["raise", "skip"] = "skip" if one_of("--on-error", on_error, ("raise", "skip")) == "skip" else "raise"
+    how: OnError = "skip" if one_of("--on-error", on_error, ("raise", "skip")) == "skip" else "raise"
     filed = FeatureStore(store)
     images = None if images_name is None else filed.images(images_name)
     report = export(filed, key, out, images=images, on_error=how, progress=True)
@@ -390,13 +390,14 @@ def import_set(
     Their spec says nothing about the model or the view, for nobody here knows them.
     """
     given = None if foreign.ids is None else read_ids(foreign.ids, _id_column(images))
-    image_set, notes = _imported_images(foreign, images, given)
-    tell_all(notes)
+    known = _imported_images(foreign, images, given)
+    if known is not None:
+        tell_all(known.notes)
     report = import_file(
         FeatureStore(store),
         file,
         name=foreign.name,
-        images=image_set,
+        images=None if known is None else known.images,
         ids=None if given is None else given.ids,
         dataset=foreign.dataset,
         id_dataset=foreign.id_dataset,
@@ -553,26 +554,26 @@ def _id_column(images: KnownImageFlags) -> str | None:
     return images.path_column if is_named else None
 
 
-def _imported_images(
-    foreign: ForeignFlags, flags: KnownImageFlags, given: IdTable | None
-) -> tuple[ImageSet | None, list[str]]:
-    """The images that the rows are of, and what their owner should read; None: those that the file describes."""
+def _imported_images(foreign: ForeignFlags, flags: KnownImageFlags, given: IdTable | None) -> GivenImages | None:
+    """The images that the rows are of; None: those that the file describes."""
     if flags.images:
-        return flags.image_set()
+        return flags.given()
     if given is None or foreign.ids is None or not given.columns:
         _refuse_table_flags(flags)
-        return None, []
+        return None
     columns, defaults = given.columns, _defaults(flags)
-    found = {
+    columns_found = {
         "path_column": next((name for name in ID_COLUMNS if name in columns), ""),
         "label_column": "label" if "label" in columns else "",
         "split_column": "split" if "split" in columns else None,
         "group_column": "group" if "group" in columns else None,
     }
-    taken: dict[str, Any] = {name: value for name, value in found.items() if getattr(flags, name) == defaults[name]}
-    images, notes = replace(flags, images=foreign.ids, **taken).image_set()
-    in_order = replace(images.select(given.lines), name=images.name, ids=given.ids)
-    return without_files(in_order, where=foreign.ids, digests=given.digests), notes
+    taken: dict[str, Any] = {
+        name: value for name, value in columns_found.items() if getattr(flags, name) == defaults[name]
+    }
+    found = replace(flags, images=foreign.ids, **taken).given()
+    in_order = replace(found.images.select(given.lines), name=found.images.name, ids=given.ids)
+    return replace(found, images=without_files(in_order, where=foreign.ids, digests=given.digests))
 
 
 def _refuse_table_flags(flags: KnownImageFlags) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featstore.digest import Json, canonical_json
-from featstore.errors import AmbiguousRequestError, FeatureStoreError
+from featstore.errors import AmbiguousRequestError, FeatureStoreError, OnError
 from featstore.exchange.feature_files import images_by_digest
 from featstore.files.part import write_part
 from featstore.images.image_set import ImageSet
@@ -79,7 +79,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     images: ImageSet | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
     progress: bool = False,
 ) -> ExportReport:
     """Writes the features of `images` into one new file, whole or not at all, in a format that its ending names.

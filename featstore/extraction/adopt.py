@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import FactsDifferError, FeatureStoreError
-from featstore.extraction.extract import check_size, output_at
+from featstore.extraction.plan import check_size, output_at
 from featstore.files.index import first_places
 from featstore.files.part import Part
 from featstore.images.image_set import ImageSet

@@ -1,8 +1,7 @@
-"""Commands: a request as the command line that fulfils it, or as the Python call where no command can say it."""
+"""Remedy: a request as the command line that fulfils it, or as the Python call where no command can say it."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from featstore.digest import Json
 from featstore.images.image_set import OWN_SPLITS, ImageSet
 from featstore.images.views import Augment, View
 from featstore.models.staged import StagedModel
+from featstore.remedies import Call, Command
 
 DEFAULT_VALID, DEFAULT_SPLIT_SEED = 0.2, 0
 """What the programs hold out of a set without a split of its own."""
@@ -29,7 +29,7 @@ def extract_remedy(
     dtype: str | None = None,
     precision: str | None = None,
     on_error: str = "raise",
-) -> str:
+) -> Command | Call:
     """How to extract `cuts` (each ``CUT`` or ``CUT:REDUCTION``): a command, else the Python call.
 
     A command needs images from a folder or table, a backbone that a name, a file's function or a run gives, and a
@@ -47,7 +47,7 @@ def extract_remedy(
     words += [*of_view, *of_augment]
     words += _unless("--dtype", dtype, DEFAULT_DTYPE) + _unless("--precision", precision, DEFAULT_PRECISION)
     words += _unless("--on-error", on_error, "raise")
-    return shlex.join(words)
+    return Command(*words)
 
 
 def image_flags(images: ImageSet) -> list[str] | None:
@@ -151,7 +151,7 @@ def _python_call(
     dtype: str | None,
     precision: str | None,
     on_error: str,
-) -> str:
+) -> Call:
     """A call in the words of the documentation: `model`, `images`, `store`, `view` and `policy` are the caller's."""
     arguments: dict[str, str] = {"cuts": repr(list(cuts))}
     if view is not None and view.evaluation != model.view.evaluation:
@@ -166,7 +166,7 @@ def _python_call(
         arguments["precision"] = repr(precision)
     if on_error != "raise":
         arguments["on_error"] = repr(on_error)
-    return f"extract(model, images, store, {', '.join(f'{name}={value}' for name, value in arguments.items())})"
+    return Call(function="extract", others=("images", "store"), options=arguments)
 
 
 def _unless(flag: str, value: Json, default: Json) -> list[str]:

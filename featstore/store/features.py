@@ -38,6 +38,7 @@ from featstore.files.reading import (
 )
 from featstore.images.image_set import ImageSet
 from featstore.machine import available_bytes, file_system, is_local
+from featstore.remedies import Command
 from featstore.store.spec import FeatureSpec
 from featstore.words import size_text
 
@@ -357,7 +358,8 @@ class Features:
                 raise MissingFeaturesError(
                     f"{error.filename} is gone, and with it the rows of {int((part_of < 0).sum()):,} of the "
                     f"{len(places):,} images of {self.images.name} in set {self.key[:8]}. Someone has removed them. "
-                    "Compute them again with featstore extract."
+                    "Compute them again with",
+                    remedy=Command("featstore", "extract"),
                 ) from error
             self._places = Places(parts=index.parts, part_of=part_of, row_in=row_in)
             self._files = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -21,6 +20,7 @@ from featstore.errors import (
     FactsDifferError,
     FeatureStoreError,
     MissingFeaturesError,
+    OnError,
 )
 from featstore.files.disk import make_folder
 from featstore.files.index import RowIndex, is_among
@@ -30,6 +30,7 @@ from featstore.files.table import write_table
 from featstore.images.digests import Digests, KnownDigests
 from featstore.images.image_set import ImageSet
 from featstore.models.staged import StagedModel
+from featstore.remedies import Command
 from featstore.store.catalogue import Catalogue, UnsoundSet, part_paths, permitted
 from featstore.store.compaction import CompactReport, LeftAlone, compact, delete_replaced, merge
 from featstore.store.difference import SetDifference, diff
@@ -174,7 +175,7 @@ class FeatureStore:
         """
         found = self._catalogue.set_of(*self._located(key))
         if found is None:
-            raise FeatureStoreError(self._holds_no(key))
+            raise self._holds_no(key)
         return found
 
     def features(
@@ -182,7 +183,7 @@ class FeatureStore:
         images: ImageSet,
         which: FeatureRequest | FeatureSet | str,
         *,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = "raise",
         access: Access | Literal["auto"] | None = None,
     ) -> Features:
         """The features of `images`, joined by content, in their order.
@@ -505,8 +506,10 @@ class FeatureStore:
         if not self._folder.is_dir():
             raise FeatureStoreError(
                 f"There is no store {self.root}. Give the folder of an existing one (in a program: --store), or make "
-                "one with extract(model, images, store); on the command line: featstore extract --images FOLDER "
-                f"--store {shlex.quote(str(self.root))} --backbone NAME."
+                "one with extract(model, images, store); on the command line:",
+                remedy=Command(
+                    *("featstore", "extract", "--images", "FOLDER", "--store", str(self.root), "--backbone", "NAME")
+                ),
             )
 
     # -------------------------------------------------------------------------------------------------------- inside
@@ -522,7 +525,7 @@ class FeatureStore:
         _check_key(key)
         found = self._catalogue.keyed(key)
         if not found:
-            raise FeatureStoreError(self._holds_no(key))
+            raise self._holds_no(key)
         if len(found) > 1:
             sets = [self._catalogue.set_of(spec, folders) for spec, folders in found]
             raise AmbiguousRequestError(
@@ -538,7 +541,7 @@ class FeatureStore:
         _check_key(key)
         found = self._catalogue.keyed_or_unsound(key)
         if not found:
-            raise FeatureStoreError(self._holds_no(key))
+            raise self._holds_no(key)
         if len(found) > 1:
             listed = ", ".join(short_key(chosen.key) for chosen, _ in found)
             raise AmbiguousRequestError(
@@ -555,7 +558,7 @@ class FeatureStore:
         found = self.find_one(which)
         if found is None:
             self.check_exists()
-            raise FactsDifferError(self._differs(which))
+            raise self._differs(which)
         return found
 
     def _lacks(self, chosen: FeatureSet, images: ImageSet, digests: Digests, missing: NDArray[np.bool_]) -> str:
@@ -579,20 +582,23 @@ class FeatureStore:
             f"{_how_to_add(chosen)}, or ask for the images that are there."
         )
 
-    def _differs(self, request: FeatureRequest) -> str:
+    def _differs(self, request: FeatureRequest) -> FactsDifferError:
         """Which set is nearest to a request that none fits, and in what it differs."""
         compared = [(request.differences(each.spec), each) for each in self.sets()]
         if not compared:
             unusable = self.damaged()
             if unusable:
-                return f"{self.root} holds no features that can be used. {unusable[0]}"
-            return f"{self.root} holds no features yet. Compute them with featstore extract."
+                return FactsDifferError(f"{self.root} holds no features that can be used. {unusable[0]}")
+            return FactsDifferError(
+                f"{self.root} holds no features yet. Compute them with", remedy=Command("featstore", "extract")
+            )
         differences, nearest = min(compared, key=lambda item: (len(item[0]), -item[1].index.num_images))
         listed = "; ".join(f"{name} (stored {stored}, yours {yours})" for name, stored, yours in differences)
-        return (
+        return FactsDifferError(
             f"No stored features fit this request in {self.root}. Nearest is set {nearest.key[:8]} "
             f"({nearest.facts['backbone']}@{nearest.facts['cut']}); it differs in: {listed}. Compute what you ask for "
-            f"with featstore extract, or ask for what is there: {self._ls()}."
+            "with featstore extract, or ask for what is there:",
+            remedy=self._ls(),
         )
 
     def _ambiguous(self, found: Sequence[FeatureSet], how: str, remedy: str) -> str:
@@ -606,11 +612,11 @@ class FeatureStore:
             listed.append(f"{each.key[:8]} ({words})")
         return f"{len(found)} feature sets in {self.root} {how}: {'; '.join(listed)}. {remedy}"
 
-    def _holds_no(self, key: str) -> str:
-        return f"{self.root} holds no feature set {key}. List what it holds: {self._ls()}."
+    def _holds_no(self, key: str) -> FeatureStoreError:
+        return FeatureStoreError(f"{self.root} holds no feature set {key}. List what it holds:", remedy=self._ls())
 
-    def _ls(self) -> str:
-        return f"featstore ls --store {shlex.quote(str(self.root))}"
+    def _ls(self) -> Command:
+        return Command("featstore", "ls", "--store", str(self.root))
 
 
 def _check_key(key: str) -> None:

@@ -248,8 +248,8 @@ def test_the_program_says_what_it_holds_out(featstore: Program, num_valid: str, 
 
 
 def test_nothing_is_held_out_with_valid_0(here: Path) -> None:
-    images, notes = ImageFlags(images="photos", valid=0.0).image_set()
-    assert (len(images.valid), len(images.train), notes) == (0, 0, [])
+    given = ImageFlags(images="photos", valid=0.0).given()
+    assert (len(given.images.valid), len(given.images.train), given.notes) == (0, 0, ())
 
 
 def test_a_split_of_its_own_is_used_as_it_is(featstore: Program, here: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_split_of_its_own_is_used_as_it_is(featstore: Program, here: Path) -> 
                 shutil.copy(here / "photos" / name / f"{place:03}.jpg", here / "own" / split / name)
     ran = featstore("status", *flags("--augment", "flip", "--seeds", "0", images="own"))
     assert "held out" not in ran.err
-    images, _ = ImageFlags(images="own").image_set()
+    images = ImageFlags(images="own").given().images
     assert (len(images.train), len(images.valid)) == (16, 4)
     ran = featstore("status", *flags("--valid", "0.3", images="own"))
     assert ran == Ran(
@@ -279,9 +279,10 @@ def test_a_table_with_groups_is_split_by_groups(featstore: Program, here: Path) 
     ran = featstore("extract", *flags(*columns, images="table.csv"))
     assert ran.code == 0
     assert ran.err.startswith("no split column: 4 of 20 images held out")
-    images, _ = ImageFlags(
+    columns_of = ImageFlags(
         images="table.csv", root="photos", path_column="file", label_column="kind", group_column="patient"
-    ).image_set()
+    )
+    images = columns_of.given().images
     assert images.groups is not None
     held_out = {group for group, split in zip(images.groups, images.splits, strict=True) if split == "valid"}
     kept = {group for group, split in zip(images.groups, images.splits, strict=True) if split == "train"}
@@ -296,10 +297,10 @@ def test_a_tables_own_split_is_found_and_said(featstore: Program, here: Path) ->
     wanted = flags("--root", "photos", images="own.csv")
     found = "split by the table's column split: train 10, valid 5, test 5 (to deal anew: --split-column '')"
     assert featstore("status", *wanted).err.splitlines() == [found]
-    images, _ = ImageFlags(images="own.csv", root="photos").image_set()
+    images = ImageFlags(images="own.csv", root="photos").given().images
     assert images.valid.ids == tuple(names[3::4])
-    named, notes = ImageFlags(images="own.csv", root="photos", split_column="split").image_set()
-    assert (named.splits.tolist(), notes) == (images.splits.tolist(), [])
+    named = ImageFlags(images="own.csv", root="photos", split_column="split").given()
+    assert (named.images.splits.tolist(), named.notes) == (images.splits.tolist(), ())
     assert (
         featstore("status", *wanted, "--valid", "0.3")
         .err.splitlines()[-1]
@@ -348,10 +349,10 @@ def test_a_store_given_for_images_is_called_what_it_is(featstore: Program, here:
 
 def test_a_table_without_labels_has_a_flag(here: Path) -> None:
     (here / "table.csv").write_text("path\ncat/000.jpg\ncat/001.jpg\n", encoding="utf-8")
-    images, notes = ImageFlags(images="table.csv", root="photos", label_column="").image_set()
-    assert not images.is_labelled
-    assert notes == ["no split column: 1 of 2 images held out (--valid 0.2, --split-seed 0)."]
-    assert image_flags(images) == ["--images", "table.csv", "--root", "photos", "--label-column", ""]
+    given = ImageFlags(images="table.csv", root="photos", label_column="").given()
+    assert not given.images.is_labelled
+    assert given.notes == ("no split column: 1 of 2 images held out (--valid 0.2, --split-seed 0).",)
+    assert image_flags(given.images) == ["--images", "table.csv", "--root", "photos", "--label-column", ""]
 
 
 def test_skipped_files_are_named(featstore: Program, here: Path) -> None:

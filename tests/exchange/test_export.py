@@ -29,6 +29,7 @@ from featstore import (
     MissingFeaturesError,
     extract,
 )
+from featstore.exchange import export as export_module
 from featstore.exchange.export import ExportReport, export
 from featstore.exchange.feature_files import images_by_id
 from featstore.exchange.imports import import_features
@@ -452,7 +453,7 @@ def test_ids_that_a_safetensors_header_cannot_hold_are_refused(
     tmp_path: Path, images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = filed(images, store)
-    monkeypatch.setattr(sys.modules["featstore.exchange.export"], "_MAX_SAFETENSORS_HEADER", 1000)
+    monkeypatch.setattr(export_module, "_MAX_SAFETENSORS_HEADER", 1000)
     with pytest.raises(FeatureStoreError, match=r"safetensors reads 1,000.*Export them as \.h5"):
         export(store, key, tmp_path / "out.safetensors")
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from featstore import (
     extract,
 )
 from featstore.exchange.imports import import_features
+from featstore.extraction import adopt as adopt_module
 from featstore.extraction.adopt import AdoptReport, adopt
 from featstore.models.probe import TOLERANCES
 
@@ -253,8 +253,7 @@ def test_parts_that_are_merged_meanwhile_are_looked_up_again(
 ) -> None:
     key = filed(images.select(range(4)), store)
     filed(images.select(range(4, 8)), store)
-    module = sys.modules["featstore.extraction.adopt"]
-    original = module._written
+    original = adopt_module._written
 
     def after_a_merge(*arguments: Any) -> Iterator[int]:
         other = FeatureStore(store.root)
@@ -262,7 +261,7 @@ def test_parts_that_are_merged_meanwhile_are_looked_up_again(
         other.gc(older_than=0)
         yield from original(*arguments)
 
-    monkeypatch.setattr(module, "_written", after_a_merge)
+    monkeypatch.setattr(adopt_module, "_written", after_a_merge)
     report = adopt(store, key, opaque("second"), images)
     assert report.rows == 8
     monkeypatch.undo()

@@ -45,13 +45,17 @@ from featstore import (
     extract,
     plan,
 )
+from featstore.extraction import extract as extract_module
+from featstore.extraction import job as job_module
 from featstore.extraction.extract import run_plan
+from featstore.extraction.job import Job
+from featstore.extraction.progress import Progress
 from featstore.files.part import Part, write_part
 from featstore.files.table import Table
+from featstore.models.probe import take_probes
 from featstore.models.trunk import Trunk
 
 FORMAT_PAGE = Path(__file__).parents[2] / "docs" / "format.md"
-MODULE = sys.modules["featstore.extraction.extract"]  # featstore.extraction.extract is its function
 
 
 @pytest.fixture
@@ -432,8 +436,8 @@ def test_a_model_of_one_size_refuses_another_by_name(store: FeatureStore) -> Non
 def test_several_cuts_and_several_parts_have_the_right_rows(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
-    monkeypatch.setattr(MODULE, "MERGE_BYTES", 0)
+    monkeypatch.setattr(job_module, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(job_module, "MERGE_BYTES", 0)
     images = arrays(23)
     report = run(images, store, cuts=["layer1:none", "layer2", "layer2:none"], batch_size=5)
     for key, cut, reduction in zip(
@@ -464,17 +468,17 @@ def test_a_part_is_written_when_enough_rows_have_been_gathered_or_a_minute_after
     num_rows: list[int],
 ) -> None:
     now = 0.0
-    compute = MODULE._Job._compute
+    compute = Job._compute
 
     def lasting(self: Any, items: Any) -> None:
         nonlocal now
         compute(self, items)
         now += seconds_a_batch
 
-    monkeypatch.setattr(MODULE, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))
-    monkeypatch.setattr(MODULE._Job, "_compute", lasting)
-    monkeypatch.setattr(MODULE, "COMMIT_BYTES", num_bytes * 4 * 24 * 4)  # of a batch of 4 rows of 24 float32 values
-    monkeypatch.setattr(MODULE, "MERGE_BYTES", 0)
+    monkeypatch.setattr(job_module, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))
+    monkeypatch.setattr(Job, "_compute", lasting)
+    monkeypatch.setattr(job_module, "COMMIT_BYTES", num_bytes * 4 * 24 * 4)  # of a batch of 4 rows of 24 float32 values
+    monkeypatch.setattr(job_module, "MERGE_BYTES", 0)
     key = run(arrays(28), store, batch_size=4).keys[0]
     parts = sorted(store.set(key).parts, key=lambda part: str(part.facts["when"]))
     assert [part.num_rows for part in parts] == num_rows
@@ -846,7 +850,7 @@ def test_rows_are_not_lost_when_writing_them_is_interrupted(
             raise KeyboardInterrupt
         return write(self, *args, **kwargs)
 
-    monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(job_module, "COMMIT_BYTES", 1)
     monkeypatch.setattr(FeatureStore, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(arrays(12), store, batch_size=4)
@@ -944,7 +948,7 @@ def test_weights_edited_while_a_job_runs_are_never_filed(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch, is_undone: bool
 ) -> None:
     images, model, passes = arrays(20), staged(), iter(range(100))
-    trunk_pass, close = Trunk.__call__, MODULE._Progress.__exit__
+    trunk_pass, close = Trunk.__call__, Progress.__exit__
 
     def edited(trunk: Trunk, values: Tensor) -> list[Tensor]:
         if next(passes) == 2:  # after the probe and four rows
@@ -957,9 +961,9 @@ def test_weights_edited_while_a_job_runs_are_never_filed(
             scale(model, 0.5)
 
     with monkeypatch.context() as patched:
-        patched.setattr(MODULE, "COMMIT_BYTES", 1)
+        patched.setattr(job_module, "COMMIT_BYTES", 1)
         patched.setattr(Trunk, "__call__", edited)
-        patched.setattr(MODULE._Progress, "__exit__", undone)
+        patched.setattr(Progress, "__exit__", undone)
         with pytest.raises(FactsDifferError, match=r"up to stage layer1\.0") as refused:
             run(images, store, model=model, batch_size=4)
     assert refused.value.__context__ is None  # told once
@@ -982,7 +986,7 @@ def test_a_job_that_runs_a_copy_lets_the_model_train(
         return trunk_pass(trunk, values)
 
     expected = run(images, FeatureStore(tmp_path / "other"), precision="bf16", batch_size=4).keys[0]
-    monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(job_module, "COMMIT_BYTES", 1)
     monkeypatch.setattr(Trunk, "__call__", edited)
     assert run(images, store, model=model, precision="bf16", batch_size=4).keys == (expected,)
     assert torch.equal(rows(store, images, expected), rows(FeatureStore(tmp_path / "other"), images, expected))
@@ -991,13 +995,13 @@ def test_a_job_that_runs_a_copy_lets_the_model_train(
 def test_a_probe_of_edited_weights_is_not_filed_with_rows_of_a_copy(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, take_probes = staged(), MODULE.take_probes
+    model = staged()
 
     def edited(*args: Any, **options: Any) -> Any:
         scale(model, 2.0)
         return take_probes(*args, **options)
 
-    monkeypatch.setattr(MODULE, "take_probes", edited)
+    monkeypatch.setattr(extract_module, "take_probes", edited)
     with pytest.raises(FactsDifferError, match="was changed after the extraction was planned"):
         run(arrays(3), store, model=model, precision="bf16")
     assert not store.root.exists()
@@ -1031,7 +1035,7 @@ def test_rows_computed_in_a_mode_that_changes_results_are_never_filed(store: Fea
 def test_a_job_leaves_one_part_with_its_rows_in_the_order_of_its_images(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(job_module, "COMMIT_BYTES", 1)
     key = run(arrays(6), store, batch_size=4).keys[0]
     (old,) = store.set(key).parts
     images = arrays(30)
@@ -1055,7 +1059,7 @@ def test_a_job_that_cannot_merge_its_parts_has_not_failed(
     def failing(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(job_module, "COMMIT_BYTES", 1)
     monkeypatch.setattr(FeatureStore, "merge", failing)
     report = run(arrays(12), store, batch_size=4)
     assert counts(report) == (12, 0, 0)
@@ -1071,8 +1075,8 @@ def test_a_job_that_cannot_merge_its_parts_has_not_failed(
 
 
 def test_large_parts_of_a_job_stay_as_they_are(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "COMMIT_BYTES", 1)
-    monkeypatch.setattr(MODULE, "MERGE_BYTES", 1000)
+    monkeypatch.setattr(job_module, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(job_module, "MERGE_BYTES", 1000)
     report = run(arrays(12), store, batch_size=4)
     assert len(store.set(report.keys[0]).parts) == 3
 
@@ -1109,7 +1113,7 @@ def test_random_states_settings_and_arguments_are_left_as_they_were(store: Featu
 
 def test_jobs_are_drawn_as_they_are_needed(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     most = 0
-    jobs = MODULE._Job._jobs
+    jobs = Job._jobs
 
     def counted(self: Any) -> Iterator[Any]:
         nonlocal most
@@ -1117,7 +1121,7 @@ def test_jobs_are_drawn_as_they_are_needed(store: FeatureStore, monkeypatch: pyt
             most = max(most, len(self.drawn))
             yield job
 
-    monkeypatch.setattr(MODULE._Job, "_jobs", counted)
+    monkeypatch.setattr(Job, "_jobs", counted)
     run(arrays(60), store, workers=2, batch_size=8)
     assert 0 < most <= 2 * 2 + 1
 
@@ -1128,7 +1132,7 @@ def test_jobs_are_drawn_as_they_are_needed(store: FeatureStore, monkeypatch: pyt
 def test_progress_without_a_terminal_is_plain_lines(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(MODULE._Progress, "SECONDS_A_LINE", 0.0)
+    monkeypatch.setattr(Progress, "SECONDS_A_LINE", 0.0)
     run(arrays(5), store, batch_size=2, progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5
@@ -1183,9 +1187,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
         import torch
         from support.tiny import VIEW
         from featstore import FeatureStore, ImageSet, StagedModel, extract
+        from featstore.extraction import job
 
-        module = sys.modules["featstore.extraction.extract"]
-        module.COMMIT_BYTES = 8 << 20
+        job.COMMIT_BYTES = 8 << 20
         model = StagedModel.from_module(torch.nn.Sequential(torch.nn.Conv2d(3, 256, 2, 2), torch.nn.ReLU()), view=VIEW)
 
         def resident():

@@ -8,9 +8,10 @@ import pickle
 import pytest
 
 from featstore import errors
-from featstore.errors import ImageError
+from featstore.errors import FeatureStoreError, ImageError
 from featstore.images.decode import DecodeError
 from featstore.images.views import RenderError
+from featstore.remedies import Command
 
 PLAIN = [
     each
@@ -21,7 +22,11 @@ PLAIN = [
 
 @pytest.mark.parametrize(
     "error",
-    [ImageError("cat/1.jpg", "it is truncated"), *(kind("what is wrong") for kind in PLAIN)],
+    [
+        ImageError("cat/1.jpg", "it is truncated"),
+        *(kind("what is wrong") for kind in PLAIN),
+        FeatureStoreError("List them:", remedy=Command("featstore", "ls")),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_an_error_comes_back_whole(error: Exception) -> None:

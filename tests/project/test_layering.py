@@ -23,11 +23,14 @@ Rooms = tuple[tuple[str, tuple[str, ...]], ...]
 
 ROOMS: dict[str, Rooms] = {
     "featstore": (
-        ("", ("errors", "words", "digest", "machine", "source_code")),
-        ("files", (
+        ("", ("remedies", "errors", "words", "digest", "machine", "source_code")),
+        (
+            "files",
+            (
                 "storage_types", "disk", "plain_reads", "header", "hdf5", "part", "table", "index", "reading",
                 "provenance",
-            )),
+            ),
+        ),
         ("images", ("digests", "sources", "image_set", "decode", "augmentation", "views", "render")),
         (
             "models",
@@ -40,7 +43,7 @@ ROOMS: dict[str, Rooms] = {
                 "garbage", "difference", "store",
             ),
         ),
-        ("extraction", ("remedy", "extract", "adopt")),
+        ("extraction", ("remedy", "plan", "progress", "job", "extract", "adopt")),
         ("exchange", ("feature_files", "export", "imports")),
         ("", ("__init__",)),
         ("cli", ("program", "flags", "store", "app")),

@@ -16,7 +16,6 @@ import os
 import pickle
 import random
 import secrets
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,7 +52,10 @@ from featstore import (
     MissingFeaturesError,
     plan,
 )
-from featstore.extraction.extract import Plan, run_plan
+from featstore.errors import OnError
+from featstore.extraction import job as job_module
+from featstore.extraction.extract import run_plan
+from featstore.extraction.plan import Plan
 from featstore.files.part import Part, write_part
 from featstore.store import compaction
 from featstore.store import store as store_module  # its name write_part is replaced, to see what is published
@@ -478,7 +480,7 @@ class StoreMachine(RuleBasedStateMachine):
         # Each file passes for older than two seconds when it is hashed, so that digests are trusted afterwards.
         now = time.time_ns
         self.patched.setattr(time, "time_ns", lambda: now() + 10**10)
-        self.patched.setattr(sys.modules["featstore.extraction.extract"], "COMMIT_BYTES", 1)  # each batch makes a part
+        self.patched.setattr(job_module, "COMMIT_BYTES", 1)  # each batch makes a part
         self.patched.setattr(store_module, "write_part", self._recorded(write_part))
 
         self.folder = TemporaryDirectory()
@@ -553,7 +555,7 @@ class StoreMachine(RuleBasedStateMachine):
     def extract_into_small_parts(self, seeds: Sequence[int], fault: Fault | None, is_new: bool) -> None:
         store = self._store(is_new)
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sys.modules["featstore.extraction.extract"], "MERGE_BYTES", 0)
+            patched.setattr(job_module, "MERGE_BYTES", 0)
             self._run(store, *self._planned(store, CUTS, seeds, True), fault)
 
     @rule(
@@ -816,7 +818,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _run(self, store: FeatureStore, planned: Plan, job: Job, fault: Fault | None) -> None:
         def work() -> ExtractReport | ImageError:
-            on_error: Literal["raise", "skip"] = "skip" if job.is_skipping else "raise"
+            on_error: OnError = "skip" if job.is_skipping else "raise"
             try:
                 return run_plan(planned, store, on_error=on_error, device="cpu", batch_size=BATCH_SIZE, workers=0)
             except ImageError as error:

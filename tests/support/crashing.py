@@ -40,6 +40,7 @@ from featstore import (
     extract,
 )
 from featstore.errors import DamagedFileError
+from featstore.extraction import job
 from featstore.files import disk
 from featstore.files.part import Part
 from featstore.store import compaction, removal, verification
@@ -192,11 +193,9 @@ def extraction(folder: Path, images: ImageSet, *, cuts: Sequence[str] = CUTS, me
         merges: its own parts into one a set at the end; else no file that was filed ever goes.
     """
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            sys.modules["featstore.extraction.extract"], "COMMIT_BYTES", 1
-        )  # featstore.extraction.extract is its function
+        patched.setattr(job, "COMMIT_BYTES", 1)
         if not merges:
-            patched.setattr(sys.modules["featstore.extraction.extract"], "MERGE_BYTES", 0)
+            patched.setattr(job, "MERGE_BYTES", 0)
         return extract(
             MODEL,
             images,

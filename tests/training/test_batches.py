@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from support.tiny import VIEW, photos, pixels, rows_by_hand, staged
 from torch import Tensor, nn
 
 from featstore import Augment, FeatureStore, ImageError, ImageSet, StagedModel, extract
+from featstore.errors import OnError
 from training.inputs.batches import Batches, fresh_seed
 from training.inputs.derive import find
 from training.inputs.situation import Situation
@@ -40,7 +40,7 @@ def batches(
     freeze_to: str | None = None,
     store: FeatureStore | None = None,
     augment: Augment | None = None,
-    on_error: Literal["raise", "skip"] = "raise",
+    on_error: OnError = "raise",
     workers: int = 0,
 ) -> Batches:
     situation = Situation(

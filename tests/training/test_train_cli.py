@@ -19,7 +19,6 @@ from typer.models import OptionInfo
 import featstore.cli.app
 import training.cli
 from featstore import FeatureStore, ImageSet, backbone
-from featstore.cli.program import tell
 from training import Learner
 
 EPOCHS = ["--epochs", "2"]
@@ -306,23 +305,6 @@ def test_a_command_at_the_end_of_a_message_is_pasted_to_the_end_of_the_line(run:
             program, *arguments = shlex.split(remedy)
             assert run(program, *arguments).code == 0
     assert run(*train).code == 0
-
-
-@pytest.mark.parametrize(
-    ("said", "end"),
-    [
-        ("Set them aside: featstore verify --repair --store 'my feats'.", "'my feats'"),
-        ("List them: " + shlex.join(["featstore", "ls", "--store", "a dog's"]) + ".", "dog'\"'\"'s'"),
-        ("Compare them: featstore diff 7c41 1b2e --store feats.", "--store feats"),
-        ("Compute them with featstore extract.", "featstore extract"),
-        ("It has format version 3. Upgrade featstore.", "featstore."),
-        ("Run featstore verify --store feats, then look.", "look."),
-        ("Give it with --weights FILE.", "FILE."),
-    ],
-)
-def test_only_a_command_at_the_end_loses_the_full_stop(capsys: pytest.CaptureFixture[str], said: str, end: str) -> None:
-    tell(said)
-    assert capsys.readouterr().err.endswith(f" {end}\n")
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from featstore.errors import OnError
 from featstore.images.render import Job, render
 from featstore.images.views import View
 from featstore.models.graph import eval_mode
 from featstore.models.trunk import Precision, default_batch_size, numerics
 from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batch_size
-from training.inputs.situation import OnError, Situation
+from training.inputs.situation import Situation
 
 _CAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from featstore.images.sources import AbsentSource
 from featstore.images.views import Augment
 from featstore.models.pool import automatic
 from featstore.models.staged import StagedModel
+from featstore.remedies import Call, Command, Remedy, Steps
 from featstore.store.image_tables import is_changed
 from featstore.store.sets import FeatureSet
 from featstore.words import size_text
@@ -117,7 +119,7 @@ def _views_missing(
         holds = f"the evaluation view and seeds {seeds} (sets {evaluation.key[:8]} and {keys})"
     remedy = _remedy(search, entry, evaluation, absent)
     fewer = "leave the augmentation out"
-    if remedy.startswith("featstore "):
+    if isinstance(remedy, Command):
         fewer, fresh = f"use --seeds {seeds}" if stored else fewer, "--seeds fresh"
     else:
         fewer, fresh = f"use seeds={list(stored)}" if stored else fewer, 'seeds="fresh"'
@@ -157,7 +159,7 @@ def _too_deep(search: Search, deeper: dict[str, FeatureSet]) -> FeatureStoreErro
     num_bytes = count * int(np.prod(shape, dtype=np.int64)) * (4 if dtype == "float32" else 2)
     remedy = _remedy(search, needed, situation.chosen)
     instead = f'freeze_to("{cut}"); or on_missing="images"'
-    if remedy.startswith("featstore "):
+    if isinstance(remedy, Command):
         instead = f'--freeze-to {cut} (in Python: freeze_to("{cut}"), or learn.on_missing = "images")'
     serves = "the head alone" if cut == model.cut_points[-1] else f"what follows {cut}"
     return MissingFeaturesError(
@@ -188,7 +190,8 @@ def _facts_differ(search: Search, asked: ImageSet) -> FeatureStoreError:
         still, subject = _still_valid(situation, nearest), "for these weights"
     return FactsDifferError(
         f"No stored features fit this request in {root}. Nearest is set {nearest.key[:8]} ({rows:,} of "
-        f"{len(digests):,} images); it differs in: {'; '.join(differences)}. {still}Extract {subject}: {remedy}."
+        f"{len(digests):,} images); it differs in: {'; '.join(differences)}. {still}Extract {subject}:",
+        remedy=remedy,
     )
 
 
@@ -244,7 +247,7 @@ def _coarse(situation: Situation, name: str) -> str:
     return group if group in situation.digests else name
 
 
-def _remedy(search: Search, entry: Entry, like: FeatureSet | None, augment: Augment | None = None) -> str:
+def _remedy(search: Search, entry: Entry, like: FeatureSet | None, augment: Augment | None = None) -> Remedy:
     """The command or call that computes activations at `entry`, with type and precision of `like` where there is one.
 
     Args:
@@ -257,7 +260,7 @@ def _remedy(search: Search, entry: Entry, like: FeatureSet | None, augment: Augm
     augment = search.augment if augment is None else augment
     default = automatic(situation.model.layout(entry.cut), situation.model.class_tokens)
     named = situation.named_model(entry.cut)
-    text = extract_remedy(
+    remedy = extract_remedy(
         _nameless(situation.model) if named is None else named,
         situation.images,
         search.store.root,
@@ -268,10 +271,9 @@ def _remedy(search: Search, entry: Entry, like: FeatureSet | None, augment: Augm
         precision=None if like is None else like.spec.precision,
         on_error=situation.on_error,
     )
-    if situation.model.is_absent:
-        return f"learn.attach(model), then {text.replace('extract(model,', 'extract(learn.model,', 1)}"
-    # The caller's `model` has other weights by now.
-    return text if named is not None else text.replace("extract(model,", "extract(learn.model,", 1)
+    if isinstance(remedy, Call) and (named is None or situation.model.is_absent):
+        remedy = replace(remedy, model="learn.model")  # the caller's `model` has other weights by now
+    return Steps(first=Call(function="learn.attach"), then=remedy) if situation.model.is_absent else remedy
 
 
 def _nameless(model: StagedModel) -> StagedModel:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from featstore.digest import Json
+from featstore.errors import OnError
 from featstore.extraction.remedy import seed_ranges
 from featstore.images.digests import KnownDigests
 from featstore.images.image_set import ImageSet
@@ -20,7 +21,6 @@ from featstore.store.sets import FeatureSet
 from featstore.store.store import FeatureStore
 
 OnMissing = Literal["error", "images", "extract"]
-OnError = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True, eq=False)

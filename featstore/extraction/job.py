@@ -1,0 +1,274 @@
+"""Job: a plan carried out - rows computed, gathered and filed in parts, and the parts merged at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featstore.digest import Json
+from featstore.errors import FactsDifferError, FeatureStoreError, ImageError, OnError
+from featstore.extraction.plan import Plan, PlannedSet
+from featstore.extraction.progress import Progress
+from featstore.files.index import first_places
+from featstore.images.image_set import ImageSet
+from featstore.images.render import Job as ImageJob
+from featstore.images.render import Rendered, render
+from featstore.models.probe import Probe
+from featstore.models.trunk import Output, Trunk
+from featstore.store.sets import DTYPES
+from featstore.store.store import FeatureStore
+
+COMMIT_BYTES = 256 << 20
+COMMIT_SECONDS = 60.0
+"""A part is written when this much has been gathered, or this long after the last one."""
+
+MERGE_BYTES = 1 << 30
+"""Of the parts that a job has written, those of less are merged at its end."""
+
+
+class Job:
+    """One run of a plan: gathers rows and writes parts."""
+
+    def __init__(
+        self,
+        planned: Plan,
+        store: FeatureStore,
+        trunk: Trunk,
+        probes: dict[Output, Probe],
+        stages: dict[str, list[Json]],
+    ) -> None:
+        self.planned, self.store, self.trunk, self.probes, self.stages = planned, store, trunk, probes, stages
+        self.views = list(dict.fromkeys(each.view for each in planned.sets))
+        self.view_of = [self.views.index(each.view) for each in planned.sets]
+        self.is_needed = self._needed()
+        self.drawn: deque[ImageJob] = deque()  # jobs whose views are on their way; they come back in order
+        self.gathered = [_Gathered() for _ in planned.sets]
+        self.computed = [0] * len(planned.sets)
+        self.failures: dict[str, str] = {}  # digest -> reason, of images that can't be decoded or rendered
+        self.unread: dict[str, tuple[str, str]] = {}  # digest -> image and reason, of those that couldn't be read
+        self.written: list[list[Path]] = [[] for _ in planned.sets]
+        self.notes: list[str] = []
+        self.last_commit = time.monotonic()
+
+    @property
+    def num_jobs(self) -> int:
+        """Images to read."""
+        return int(self.is_needed.any(axis=0).sum())
+
+    def run(self, *, on_error: OnError, workers: int | None, progress: Progress) -> None:
+        """Computes what is missing; files what is done also when it ends in an error."""
+        size = self.trunk.batch_size
+        batch: list[_Item] = []
+        try:
+            with (
+                progress,
+                closing(render(self.planned.images, self._jobs(), workers=workers, on_error=on_error)) as rendered,
+            ):
+                for each in progress.timed("reading and decoding", rendered):
+                    batch += self._items(each)
+                    while len(batch) >= size:
+                        with progress.timing("the forward pass"):
+                            self._compute(batch[:size])
+                        batch = batch[size:]
+                        with progress.timing("writing"):
+                            self._commit_if_due()
+                    progress.step()
+                self._compute(batch)
+        except ImageError:
+            self._compute(batch)  # what is decoded already needn't be read again by the next run
+            raise
+        finally:
+            self._commit()
+
+    def merge(self, *, is_shown: bool) -> None:
+        """Makes few parts of the many that this job has written. What goes wrong costs time when reading, no rows."""
+        for each, paths in zip(self.planned.sets, self.written, strict=True):
+            try:
+                small = list(_small(paths))
+                if len(small) < 2:
+                    continue
+                if is_shown:
+                    print(f"merging {len(small):,} parts of set {each.spec.key[:8]}", file=sys.stderr)
+                left = self.store.merge(each.spec.key, small).left
+                problem = left[0].reason if left else None
+            except Exception as error:  # the disk may be full: the rows are filed all the same
+                problem = str(error)
+            if problem:
+                self.notes.append(
+                    f"The parts that were written of set {each.spec.key[:8]} could not be merged ({problem}). All rows "
+                    "are filed; merge them later with featstore compact"
+                )
+
+    def _needed(self) -> NDArray[np.bool_]:
+        """``(V, N)``: for each view the images to render: those without a row in some set, each content once.
+
+        The same content in two splits may need seeds in one of them only, so its views may come from two images.
+        """
+        planned = self.planned
+        needed = np.zeros((len(self.views), len(planned.images)), dtype=bool)
+        for each, view in zip(planned.sets, self.view_of, strict=True):
+            needed[view] |= each.is_missing & ~planned.digests.is_failed
+        for row in needed:
+            places = np.flatnonzero(row)
+            row[places] = False
+            row[places[first_places(planned.digests.values[places])]] = True
+        return needed
+
+    def _jobs(self) -> Iterator[ImageJob]:
+        """Drawn by the renderer as it goes, so that memory doesn't grow with the number of images."""
+        for index in np.flatnonzero(self.is_needed.any(axis=0)).tolist():
+            views = tuple(self.views[place] for place in np.flatnonzero(self.is_needed[:, index]))
+            job = ImageJob(index, bytes(self.planned.digests.values[index]), views)
+            self.drawn.append(job)
+            yield job
+
+    def _items(self, rendered: Rendered) -> list[_Item]:
+        job = self.drawn.popleft()
+        assert job.index == rendered.index
+        if rendered.views is None:
+            self._record_failure(job, rendered)
+            return []
+        return [
+            _Item(job.index, job.digest, int(place), image, rendered.decoder)
+            for place, image in zip(np.flatnonzero(self.is_needed[:, job.index]), rendered.views, strict=True)
+        ]
+
+    def _record_failure(self, job: ImageJob, rendered: Rendered) -> None:
+        """Files what would fail again; an image that can't be read now has done nothing to be left out for good."""
+        reason, digest = rendered.failure or "", job.digest.hex()
+        if not rendered.is_lasting:
+            self.unread[digest] = self.planned.images.ids[job.index], reason
+            return
+        self.failures[digest] = reason
+        for each, gathered in zip(self.planned.sets, self.gathered, strict=True):
+            if each.view in job.views and each.is_missing[job.index]:
+                known = {} if each.stored is None else each.stored.failed
+                if digest not in known:
+                    gathered.failed[digest] = reason
+
+    def _compute(self, items: Sequence[_Item]) -> None:
+        if not items:
+            return
+        results = dict(zip(self.trunk.outputs, self.trunk(torch.stack([item.image for item in items])), strict=True))
+        for place, (each, view) in enumerate(zip(self.planned.sets, self.view_of, strict=True)):
+            rows = [row for row, item in enumerate(items) if item.view == view and each.is_missing[item.index]]
+            if rows:
+                chosen = [items[row] for row in rows]
+                values = _narrowed(results[each.output][rows], each, chosen, self.planned.images)
+                self.gathered[place].add(values, chosen)
+                self.computed[place] += len(rows)
+
+    def _commit_if_due(self) -> None:
+        size = sum(gathered.num_bytes for gathered in self.gathered)
+        if size >= COMMIT_BYTES or time.monotonic() - self.last_commit >= COMMIT_SECONDS:
+            self._commit()
+
+    def _commit(self) -> None:
+        if self.trunk.is_live and any(each.rows for each in self.gathered):
+            self._check_model()
+        for place, each in enumerate(self.planned.sets):
+            if self.gathered[place].rows or self.gathered[place].failed:
+                self.written[place].append(self._write(each, self.gathered[place]))
+                # Forgotten only now: after an interrupt while a part is written, its rows are written again.
+                self.gathered[place] = _Gathered()
+        self.last_commit = time.monotonic()
+
+    def _check_model(self) -> None:
+        try:
+            refuse_changed(self.planned)
+        except FeatureStoreError:
+            self.gathered = [_Gathered() for _ in self.planned.sets]  # of nobody knows which weights
+            raise
+
+    def _write(self, each: PlannedSet, gathered: _Gathered) -> Path:
+        shape = each.output.pool.shape(tuple(self.stages[each.cut][-1]["shape"]))
+        items = [item for _, items in gathered.rows for item in items]
+        return self.store.write(
+            each.spec,
+            features=[values for values, _ in gathered.rows]
+            or [torch.empty((0, *shape), dtype=DTYPES[each.spec.dtype])],
+            digests=np.frombuffer(b"".join(digest for digest, _ in items), np.uint8).reshape(-1, 32),
+            decoders=np.array([decoder for _, decoder in items], np.uint8),
+            facts={
+                "backbone": self.planned.model.name,
+                "cut": each.cut,
+                "stages": self.stages[each.cut],
+                "class_tokens": self.planned.model.class_tokens,
+                "profile": self.trunk.profile(),
+                "probe": self.probes[each.output].facts(),
+                "failed": gathered.failed,
+            },
+        )
+
+
+def refuse_changed(planned: Plan) -> None:
+    """Rows are filed under the digests of the plan, so they must be of that model still."""
+    last = max((each.cut for each in planned.sets), key=planned.model.index)
+    for stage, digest in planned.model.up_to(last).digests().items():
+        if digest != planned.stage_digests[stage]:
+            raise FactsDifferError(
+                f"{planned.model.name} was changed after the extraction was planned: up to stage {stage} its digest is "
+                f"{digest[:8]}, expected {planned.stage_digests[stage][:8]}. None of what it computes now was filed. "
+                "Plan and extract anew; what is trained while that runs must be a copy: copy.deepcopy(model)."
+            )
+
+
+def _small(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        with suppress(FileNotFoundError):  # others have merged it already, or removed the set
+            if path.stat().st_size < MERGE_BYTES:
+                yield path
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """One view of one image on its way to the trunk; the view by its place among the job's."""
+
+    index: int
+    digest: bytes
+    view: int
+    image: Tensor
+    decoder: int
+
+
+@dataclass(eq=False)
+class _Gathered:
+    """Rows of one set that wait to be written."""
+
+    rows: list[tuple[Tensor, list[tuple[bytes, int]]]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+
+    def add(self, values: Tensor, items: Sequence[_Item]) -> None:
+        """Rows with their digests and decoders; in one step, so that no interrupt can leave one without the other."""
+        self.rows.append((values, [(item.digest, item.decoder) for item in items]))
+        self.num_bytes += values.nbytes
+
+
+def _narrowed(values: Tensor, each: PlannedSet, items: Sequence[_Item], images: ImageSet) -> Tensor:
+    """`values` in the storage type, on the CPU; refused if that loses a value to infinity."""
+    stored = values.to(DTYPES[each.spec.dtype])
+    finite = stored.reshape(len(stored), -1).isfinite().all(dim=1)
+    if not finite.all():
+        row = int(torch.nonzero(~finite)[0])
+        largest, image = float(values[row].abs().max()), images.ids[items[row].index]
+        if bool(values[row].isfinite().all()):
+            raise FeatureStoreError(
+                f"{image}: its activations at {each.cut} reach {largest:.6g}, more than {each.spec.dtype} can hold "
+                f"({torch.finfo(DTYPES[each.spec.dtype]).max:.6g}). Store them as bfloat16 or float32 (--dtype)."
+            )
+        raise FeatureStoreError(
+            f"{image}: its activations at {each.cut} aren't finite. The weights may be damaged, or "
+            f"{each.spec.precision} too narrow for this model (--precision fp32)."
+        )
+    return stored.cpu()

@@ -1,0 +1,260 @@
+"""Plan: which rows of which sets an extraction would compute, and what their owner should know before it does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from featstore.digest import Json
+from featstore.images.digests import Digests
+from featstore.images.image_set import ImageSet, overlap_note
+from featstore.images.views import Augment, View
+from featstore.models.pool import REDUCTIONS
+from featstore.models.staged import StagedModel
+from featstore.models.trunk import Output, Precision
+from featstore.store.image_tables import is_changed
+from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet
+from featstore.store.spec import FeatureSpec
+from featstore.store.store import FeatureStore
+from featstore.words import size_text
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedSet:
+    """One feature set of a plan.
+
+    Attributes:
+        cut: canonical name.
+        output: cut and reduction.
+        view: evaluation, or with one seed.
+        spec: of the values.
+        stored: the set as the store has it, or None.
+        is_wanted: ``(N,)``, the images that were asked for.
+        is_missing: ``(N,)``, those of them without a row.
+        is_failed: ``(N,)``, those of them that failed before or can't be read now, though their files are there.
+        row_bytes: size of one row.
+    """
+
+    cut: str
+    output: Output
+    view: View
+    spec: FeatureSpec
+    stored: FeatureSet | None
+    is_wanted: NDArray[np.bool_]
+    is_missing: NDArray[np.bool_]
+    is_failed: NDArray[np.bool_]
+    row_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """What an extraction would do: which rows of which sets are stored and which are missing.
+
+    Attributes:
+        model: whose trunk runs.
+        images: in order.
+        digests: of the images.
+        sets: the evaluation view's and each seed's, for every cut; no two of one key.
+        is_absent: ``(N,)``, images whose files aren't there.
+        is_changed: ``(N,)``, images that the store knew by their ids, with another content.
+        stage_digests: cut -> digest of the model up to it.
+    """
+
+    model: StagedModel
+    images: ImageSet
+    digests: Digests
+    sets: tuple[PlannedSet, ...]
+    is_absent: NDArray[np.bool_]
+    is_changed: NDArray[np.bool_]
+    stage_digests: dict[str, str]
+
+    @cached_property
+    def is_missing(self) -> NDArray[np.bool_]:
+        """``(N,)``: images that lack a row in any set."""
+        return _any([each.is_missing for each in self.sets])
+
+    @cached_property
+    def is_failed(self) -> NDArray[np.bool_]:
+        """``(N,)``: images that lack a row because they have failed."""
+        return _any([each.is_missing & each.is_failed for each in self.sets])
+
+    def status(self, *, on_error: str = "raise") -> dict[str, Json]:
+        """Images, stored, missing, changed (of the missing), failed and the bytes to write.
+
+        With `raise` a failed image is one of the missing; with `skip` it isn't, and an absent file still is: a disk
+        that isn't there must not pass for a finished job.
+        """
+        to_compute = self._to_compute(on_error)
+        missing = _any(to_compute)
+        return {
+            "images": len(self.images),
+            "stored": int((~self.is_missing).sum()),
+            "missing": int(missing.sum()),
+            "changed": int((missing & self.is_changed).sum()),
+            "failed": int((self.is_failed & ~missing if on_error == "skip" else self.is_failed).sum()),
+            "bytes": sum(int(rows.sum()) * each.row_bytes for rows, each in zip(to_compute, self.sets, strict=True)),
+        }
+
+    def describe(self) -> str:
+        """One line: ``10,500 images: 10,000 stored, 500 to compute, 13.1 MB in 1 feature set``."""
+        status = self.status()
+        failed = f" ({status['failed']:,} of them failed before)" if status["failed"] else ""
+        return (
+            f"{status['images']:,} images: {status['stored']:,} stored, {self.to_compute()}{failed}, "
+            f"{size_text(status['bytes'])} in {len(self.sets)} feature set{'' if len(self.sets) == 1 else 's'}"
+        )
+
+    def to_compute(self, *, on_error: str = "raise") -> str:
+        """What `status` counts as missing: ``500 to compute``, or ``500 to compute (497 new, 3 changed: a, b, c)``."""
+        missing = _any(self._to_compute(on_error))
+        changed = np.flatnonzero(missing & self.is_changed).tolist()
+        counted = f"{int(missing.sum()):,} to compute"
+        if not changed:
+            return counted
+        named = f"{', '.join(self.images.ids[place] for place in changed[:3])}{', ...' * (len(changed) > 3)}"
+        return f"{counted} ({int(missing.sum()) - len(changed):,} new, {len(changed):,} changed: {named})"
+
+    def _to_compute(self, on_error: str) -> list[NDArray[np.bool_]]:
+        return [each.is_missing & ~each.is_failed if on_error == "skip" else each.is_missing for each in self.sets]
+
+    def notes(self) -> list[str]:
+        """Sentences about the images that their owner should read."""
+        notes = []
+        absent = [self.images.ids[index] for index in np.flatnonzero(self.is_absent)]
+        if absent:
+            named = f"{', '.join(absent[:3])}{', ...' * (len(absent) > 3)}"
+            words = "image file is" if len(absent) == 1 else "image files are"
+            notes.append(f"{len(absent):,} {words} absent ({named})")
+        overlap = overlap_note(self.images, self.digests)
+        return notes if overlap is None else [*notes, overlap]
+
+
+def plan(
+    model: StagedModel | nn.Module,
+    images: ImageSet,
+    store: FeatureStore,
+    *,
+    cuts: Sequence[str] | None = None,
+    reduce: str = "auto",
+    augment: Augment | None = None,
+    view: View | None = None,
+    dtype: str = "float16",
+    precision: Precision = "fp32",
+) -> Plan:
+    """What `extract` with the same arguments would do. Reads images as far as their digests aren't known.
+
+    Raises:
+        ValueError: for an unknown cut, reduction, type or precision, a size the model can't take, no images, or a
+            policy that has changed since it was made.
+        TypeError: for cuts that are a text, not a list.
+        ModelError: for a model that can't be keyed.
+        DamagedFileError: for a damaged part or image table of what is asked for.
+    """
+    for name, value, kind, example in (
+        ("model", model, nn.Module, 'backbone("resnet34")'),
+        ("images", images, ImageSet, 'ImageSet.from_folder("photos")'),
+        ("store", store, FeatureStore, 'FeatureStore("features")'),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}; expected what {example} gives.")
+    if not len(images):
+        raise ValueError(f"{images.name} holds no images. Expected some to extract. Give the set that has been dealt.")
+    if isinstance(cuts, str):
+        raise TypeError(f"cuts is {cuts!r}. Expected a list of cuts. Write [{cuts!r}].")
+    if augment is not None:
+        augment.policy.check_unchanged()
+    staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)
+    geometry = (view or staged.view).evaluation
+    check_size(staged, geometry)
+    viewed = in_view(staged, geometry)
+    views = [geometry, *(augment.views(geometry) if augment else ())]
+    stage_digests = viewed.digests()
+    by_key: dict[str, tuple[FeatureSpec, Output, View]] = {}  # a cut named twice, or two of one value, is one set
+    for output in [output_at(viewed, cut, reduce) for cut in cuts or [viewed.default_cut]]:
+        for each in views:
+            spec = FeatureSpec(
+                trunk=stage_digests[output.cut],
+                pool=output.pool.facts(),
+                view=each.facts(),
+                precision=precision,
+                dtype=dtype,
+            )
+            by_key.setdefault(spec.key, (spec, output, each))
+    known = store.known_digests(images)
+    digests = images.digests(known)
+    is_absent = _absent(images, digests)
+    is_training = images.splits == "train"
+    everything = np.ones(len(images), dtype=bool)
+    planned = []
+    for spec, output, each in by_key.values():
+        request = FeatureRequest(trunk=spec.trunk, pool=spec.pool, view=each, dtype=dtype, precision=precision)
+        stored = store.find_one(request)
+        wanted = everything if each.is_evaluation or not is_training.any() else is_training
+        shape = output.pool.shape(viewed.shape(output.cut))
+        planned.append(
+            PlannedSet(
+                cut=output.cut,
+                output=output,
+                view=each,
+                spec=spec,
+                stored=stored,
+                is_wanted=wanted,
+                is_missing=wanted & store.missing(stored, digests),
+                is_failed=wanted & store.is_failed(stored, digests) & ~is_absent,
+                row_bytes=math.prod(shape) * DTYPES[dtype].itemsize,
+            )
+        )
+    return Plan(
+        model=staged,
+        images=images,
+        digests=digests,
+        sets=tuple(planned),
+        is_absent=is_absent,
+        is_changed=is_changed(images, digests, known),
+        stage_digests=stage_digests,
+    )
+
+
+def output_at(model: StagedModel, cut: str, reduce: str = "auto") -> Output:
+    """What ``CUT`` or ``CUT:REDUCTION`` means for a model."""
+    name, _, own = cut.partition(":")
+    reduction = own or reduce
+    if reduction not in ("auto", *REDUCTIONS):
+        raise ValueError(f"{reduction!r} is no reduction. The reductions are auto, {', '.join(REDUCTIONS)}.")
+    return Output(model.canonical(name), model.pool(name, reduction))
+
+
+def check_size(model: StagedModel, view: View) -> None:
+    """Raises ValueError if `model` takes images of another size only."""
+    if model.fixed_size is not None and view.size != model.fixed_size:
+        raise ValueError(
+            f"{model.name} takes images of {model.fixed_size} pixels only, not {view.size}: its position embeddings "
+            "are made for that size. Leave out --size, or choose a backbone without them."
+        )
+
+
+def in_view(model: StagedModel, view: View) -> StagedModel:
+    """`model` with images as `view` prepares them: not each model takes every size, not even to measure shapes."""
+    if model.view == view.evaluation:
+        return model
+    viewed = model.sharing()
+    viewed.view = view.evaluation
+    return viewed
+
+
+def _any(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    result: NDArray[np.bool_] = np.logical_or.reduce(masks)
+    return result
+
+
+def _absent(images: ImageSet, digests: Digests) -> NDArray[np.bool_]:
+    absent = np.zeros(len(images), dtype=bool)
+    unread = np.array(sorted(digests.failed), dtype=np.int64)
+    absent[unread[images.select(unread).absent()]] = True
+    return absent
