@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featstore.digest import Json
+from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.contents import is_changed, overlap_note
 from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet
@@ -19,7 +20,7 @@ from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, output_at
-from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet
+from featstore.store.sets import FeatureRequest, FeatureSet
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
 from featstore.words import size_text
@@ -207,7 +208,7 @@ def plan(
                 is_wanted=wanted,
                 is_missing=wanted & store.missing(stored, digests),
                 is_failed=wanted & store.is_failed(stored, digests) & ~is_absent,
-                row_bytes=math.prod(shape) * DTYPES[dtype].itemsize,
+                row_bytes=math.prod(shape) * STORAGE_TYPES[dtype].itemsize,
             )
         )
     return Plan(

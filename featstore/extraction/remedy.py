@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from featstore.digest import Json
+from featstore.files.storage_types import DEFAULT_STORAGE_TYPE
 from featstore.images.image_set import ImageSet
 from featstore.images.origins import made_by
 from featstore.images.views import Augment, View
@@ -16,8 +17,6 @@ from featstore.remedies import Call, Command
 
 DEFAULT_VALID, DEFAULT_SPLIT_SEED = 0.2, 0
 """What the programs hold out of a set without a split of its own."""
-
-DEFAULT_DTYPE = "float16"
 
 
 def extract_remedy(
@@ -47,7 +46,7 @@ def extract_remedy(
     for cut in cuts:
         words += ["--cut", cut]
     words += [*of_view, *of_augment]
-    words += _unless("--dtype", dtype, DEFAULT_DTYPE) + _unless("--precision", precision, DEFAULT_PRECISION)
+    words += _unless("--dtype", dtype, DEFAULT_STORAGE_TYPE) + _unless("--precision", precision, DEFAULT_PRECISION)
     words += _unless("--on-error", on_error, "raise")
     return Command(*words)
 
@@ -142,7 +141,7 @@ def _python_call(
         name = augment.policy.name
         policy = repr(name) if augment.policy.function is None else name if name.isidentifier() else "policy"
         arguments["augment"] = f"Augment({policy}, seeds={list(augment.seeds)})"
-    if dtype not in (None, DEFAULT_DTYPE):
+    if dtype not in (None, DEFAULT_STORAGE_TYPE):
         arguments["dtype"] = repr(dtype)
     if precision not in (None, DEFAULT_PRECISION):
         arguments["precision"] = repr(precision)

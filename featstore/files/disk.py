@@ -1,4 +1,7 @@
-"""Disk: the operations by which upkeep changes a store, each by itself, so that a test can record or stop at any."""
+"""Disk: all that changes files and folders of a store, by operations of which a test can record, fail or stop any.
+
+Each goes through `perform`, and nothing else here or elsewhere in a store writes to the disk.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +9,68 @@ import errno
 import os
 import re
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def unlink(path: Path) -> None:
-    """Deletes a file.
+@contextmanager
+def whole_or_nothing(path: Path, length: int) -> Iterator[int]:
+    """A descriptor to write `length` bytes to; on leaving they are at `path` and synced, or nothing is.
 
     Raises:
-        FileNotFoundError: if it is gone already.
+        FileExistsError: if `path` is taken.
+        OSError: as the system gave it; that the disk is full it says of `path`.
     """
-    os.unlink(path)
-
-
-def rename(path: Path, target: Path) -> None:
-    """Gives a file or folder another name in its folder; on the disk only once that folder is synced."""
-    os.rename(path, target)
-
-
-def remove_folder(path: Path) -> bool:
-    """Deletes a folder if it is empty; whether it is gone."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "a written file is never replaced, choose another name", os.fspath(path))
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}")
+    fd = create(temporary)
     try:
-        os.rmdir(path)
-    except FileNotFoundError:
-        return True
-    except OSError as error:
-        # ENOTDIR: a link to a folder elsewhere, which is whoever's who made it.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        return False
-    return True
+        try:
+            allocate(fd, length)
+            yield fd
+            sync(fd)
+        finally:
+            os.close(fd)
+        rename(temporary, path)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
+            error.filename = os.fspath(path)  # operations on descriptors name none
+        with suppress(OSError):  # the first error is the one to tell
+            unlink(temporary)
+        raise
+    sync_folder(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Sees to it that the names in a folder are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def make_folder(path: Path, *, root: Path) -> None:
+    """Makes the folder `path`, and those above it, such that no power loss takes it away with the files in it.
+
+    A folder's name is safe once the folder above it is synced. Below `root` that is done for those that were there as
+    well: whoever made them may have been killed before the sync. Above it not everyone may read the folders.
+
+    Args:
+        path: below `root`.
+        root: of the store; made as well.
+
+    Raises:
+        OSError: as the system gave it.
+    """
+    for folder in (*reversed(path.parents), path):
+        is_new = not folder.is_dir()
+        if is_new:
+            try:
+                mkdir(folder)
+            except FileExistsError:  # another process may be as far; but a file there stays one
+                if not folder.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder)) from None
+        if is_new or root in folder.parents:
+            sync_folder(folder.parent)
 
 
 def set_aside(path: Path) -> Path:
@@ -83,3 +110,101 @@ _DAMAGED, _REMOVED = ".damaged-", ".removed-"
 _TEMPORARY = re.compile(r"\..+\.h5\.tmp-[0-9a-f]{16}", re.DOTALL)
 _SET_ASIDE = re.compile(rf"\..+\.h5{re.escape(_DAMAGED)}[0-9a-f]{{16}}", re.DOTALL)
 _MOVED_ASIDE = re.compile(rf"{re.escape(_REMOVED)}[0-9a-f]{{16}}")
+
+# ---- the operations
+
+_MAX_WRITE_BYTES = 64 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def perform(operation: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Carries out one operation, told by its `__name__`: what is put in the place of this function sees them all."""
+    return operation(*args, **options)
+
+
+def _operation(function: Callable[P, T]) -> Callable[P, T]:
+    @wraps(function)
+    def performed(*args: P.args, **options: P.kwargs) -> T:
+        return perform(function, *args, **options)
+
+    return performed
+
+
+@_operation
+def create(path: Path) -> int:
+    """A descriptor to write to a new file."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+@_operation
+def allocate(fd: int, length: int) -> None:
+    """Takes the space for a whole file, so that a full disk is found before anything is written."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        os.posix_fallocate(fd, 0, length)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # what file systems without it answer
+            raise
+
+
+@_operation
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data`."""
+    while data:
+        written = os.pwrite(fd, data[:_MAX_WRITE_BYTES], offset)
+        data = data[written:]
+        offset += written
+
+
+@_operation
+def sync(fd: int) -> None:
+    """Sees to it that the content of a file is on the disk."""
+    os.fsync(fd)
+
+
+@_operation
+def sync_folder(path: Path) -> None:
+    """Sees to it that the names in a folder are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@_operation
+def rename(path: Path, target: Path) -> None:
+    """Gives a file or folder another name in its folder; on the disk only once that folder is synced."""
+    os.rename(path, target)
+
+
+@_operation
+def unlink(path: Path) -> None:
+    """Deletes a file.
+
+    Raises:
+        FileNotFoundError: if it is gone already.
+    """
+    os.unlink(path)
+
+
+@_operation
+def mkdir(path: Path) -> None:
+    """Makes a folder in one that is there."""
+    os.mkdir(path)
+
+
+@_operation
+def remove_folder(path: Path) -> bool:
+    """Deletes a folder if it is empty; whether it is gone."""
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        # ENOTDIR: a link to a folder elsewhere, which is whoever's who made it.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        return False
+    return True

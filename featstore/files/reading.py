@@ -48,8 +48,7 @@ class Places:
     @property
     def row_bytes(self) -> int:
         """Size of one row."""
-        first = self.parts[0]
-        return math.prod(first.shape) * first.dtype.itemsize
+        return self.parts[0].row_bytes
 
     def of(self, rows: Rows) -> Places:
         """Where some of the rows lie."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from featstore.digest import Json, canonical_json, digest_json
 from featstore.errors import DamagedFileError
 from featstore.files.index import is_among
-from featstore.files.part import Table
+from featstore.files.table import Table
 from featstore.images.digests import Digests, DigestTable, KnownDigests
 from featstore.images.image_set import ImageSet
 from featstore.images.labels import SPLITS

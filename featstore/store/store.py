@@ -22,9 +22,11 @@ from featstore.errors import (
     MissingFeaturesError,
     OnError,
 )
+from featstore.files.disk import make_folder
 from featstore.files.index import RowIndex, is_among
-from featstore.files.part import make_folder, write_part, write_table
+from featstore.files.part import write_part
 from featstore.files.provenance import signature
+from featstore.files.table import write_table
 from featstore.images.contents import is_changed
 from featstore.images.digests import Digests, KnownDigests
 from featstore.images.image_set import ImageSet

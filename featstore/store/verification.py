@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from featstore.errors import DamagedFileError, FeatureStoreError, NewerFormatError
 from featstore.files import disk
-from featstore.files.part import Part, Table
+from featstore.files.part import Part
+from featstore.files.table import Table
 from featstore.store.catalogue import Catalogue, dangling, listed, misplaced, part_paths, unreadable
 from featstore.store.image_tables import ImageTables
 from featstore.store.sets import SetPart, key_in, made_by, short_key

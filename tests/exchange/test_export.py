@@ -32,7 +32,8 @@ from featstore import (
 from featstore.exchange import export as export_module
 from featstore.exchange.export import ExportReport, export
 from featstore.exchange.imports import import_features
-from featstore.files.part import Part, is_part, write_part
+from featstore.files.header import is_part
+from featstore.files.part import Part, write_part
 from featstore.images.image_set import images_by_id
 
 DTYPES = ("float16", "float32", "bfloat16")

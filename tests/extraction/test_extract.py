@@ -50,7 +50,8 @@ from featstore.extraction import job as job_module
 from featstore.extraction.extract import run_plan
 from featstore.extraction.job import Job
 from featstore.extraction.progress import Progress
-from featstore.files.part import Part, Table, write_part
+from featstore.files.part import Part, write_part
+from featstore.files.table import Table
 from featstore.models.probe import take_probes
 from featstore.models.trunk import Trunk
 

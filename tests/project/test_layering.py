@@ -24,7 +24,13 @@ Rooms = tuple[tuple[str, tuple[str, ...]], ...]
 ROOMS: dict[str, Rooms] = {
     "featstore": (
         ("", ("remedies", "errors", "words", "digest", "machine", "source_code")),
-        ("files", ("part", "index", "reading", "provenance", "disk")),
+        (
+            "files",
+            (
+                "storage_types", "disk", "plain_reads", "header", "hdf5", "part", "table", "index", "reading",
+                "provenance",
+            ),
+        ),
         (
             "images",
             (
@@ -70,7 +76,7 @@ CLOSED = {("images", "files"), ("models", "files"), ("exchange", "extraction")}
 
 # Outside library -> the only modules that may import it.
 DOORS = {
-    "h5py": {"featstore.files.part"},
+    "h5py": {"featstore.files.hdf5"},
     "PIL": {"featstore.images.decode"},
     "torchvision.io": {"featstore.images.decode"},
     "torchvision.models": {"featstore.models.torchvision_models"},
@@ -103,6 +109,7 @@ SURFACE: dict[str, str] = {
     ),
     "extraction.extract": "extract",
     "extraction.remedy": "DEFAULT_SPLIT_SEED DEFAULT_VALID extract_remedy seed_ranges",
+    "files.storage_types": "DEFAULT_STORAGE_TYPE STORAGE_TYPES",
     "images.contents": "is_changed overlap_note",
     "images.digests": "Digests KnownDigest KnownDigests",
     "images.folders": "IMAGE_SUFFIXES",
@@ -333,7 +340,7 @@ def test_what_is_forbidden_is_named(module: str, source: str, named: str) -> Non
         ),
         ("featstore.cli.app", "from featstore import __version__"),
         ("featstore.models.torchvision_models", "import torchvision\ntorchvision.models.get_model(name)"),
-        ("featstore.files.part", "import h5py\nh5py.File(path)"),
+        ("featstore.files.hdf5", "import h5py\nh5py.File(path)"),
         ("training.learner", "from featstore import StagedModel\nfrom featstore.models.modes import mode_of"),
         ("training.lr_find", "def plot():\n    from training.plots import learning_rates"),
     ],

@@ -50,10 +50,10 @@ from support.crashing import (
     temporary_names,
     tree_of,
 )
+from support.operations import replace_operation
 
 from featstore import FeatureRequest, FeatureStore, FeatureStoreError, MissingFeaturesError
 from featstore.files import disk
-from featstore.files import part as part_module
 from featstore.files.part import write_part
 from featstore.store import catalogue
 
@@ -246,10 +246,22 @@ def act_once(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, act
     monkeypatch.setattr(module, name, called)
 
 
+def act_before_first(monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[], object]) -> None:
+    """Does `act` before the first operation of that name on the disk."""
+    acts = iter([act])
+
+    def acting(operation: Callable[..., Any], *arguments: Any) -> Any:
+        for each in acts:
+            each()
+        return operation(*arguments)
+
+    replace_operation(monkeypatch, name, acting)
+
+
 def test_a_collection_that_takes_the_file_of_a_living_writer_stops_no_extraction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    act_once(monkeypatch, part_module, "_rename", lambda: collect(tmp_path))  # that of the image table comes first
+    act_before_first(monkeypatch, "rename", lambda: collect(tmp_path))  # that of the image table comes first
     extract_rest(tmp_path, 4)
     assert len(rows_in(tmp_path)) == 2 * 4
 
@@ -258,7 +270,7 @@ def test_a_collection_goes_on_where_a_set_is_removed_meanwhile(tmp_path: Path, m
     for number in range(2):
         file_part(tmp_path, [number])
     compact(tmp_path)
-    act_once(monkeypatch, disk, "sync_folder", lambda: remove(tmp_path, "layer2"))
+    act_before_first(monkeypatch, "sync_folder", lambda: remove(tmp_path, "layer2"))
     collect(tmp_path)
     assert rows_in(tmp_path) == {}
 

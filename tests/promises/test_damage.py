@@ -23,7 +23,8 @@ from support import released
 
 from featstore import DamagedFileError, FeatureStore
 from featstore.digest import digest_json
-from featstore.files.part import Part, Table, write_part, write_table
+from featstore.files.part import Part, write_part
+from featstore.files.table import Table, write_table
 from featstore.store.spec import FeatureSpec
 
 NUM_FLIPS = 300

@@ -33,6 +33,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from PIL import Image
+from support.operations import watch
 from support.tiny import VIEW, arrays, net, pixels, rows_by_hand, staged
 from torch import Tensor, nn
 
@@ -55,9 +56,7 @@ from featstore.errors import OnError
 from featstore.extraction import job as job_module
 from featstore.extraction.extract import run_plan
 from featstore.extraction.plan import Plan
-from featstore.files import disk
-from featstore.files import part as part_module
-from featstore.files.part import Part
+from featstore.files.part import Part, write_part
 from featstore.store import compaction
 from featstore.store import store as store_module  # its name write_part is replaced, to see what is published
 from featstore.store.features import Access, Features
@@ -368,15 +367,7 @@ class Operations:
         self._fault: Fault | None = None
         self._num_done = 0
         self.has_failed = False
-        for module, name in (
-            *((part_module, name) for name in ("_create", "_allocate", "_write_at", "_rename")),
-            *((disk, name) for name in ("unlink", "rename", "remove_folder")),
-            (Path, "mkdir"),
-        ):
-            patched.setattr(module, name, self._counted(getattr(module, name)))
-        for module, name in ((part_module, "_sync"), (part_module, "_sync_folder"), (disk, "sync_folder")):
-            patched.setattr(module, name, self._counted(lambda _: None))
-        patched.setattr(Path, "unlink", self._ended_by_a_kill(Path.unlink))
+        watch(patched, self._counted)
 
     @contextmanager
     def failing(self, fault: Fault | None) -> Iterator[None]:
@@ -387,25 +378,16 @@ class Operations:
         finally:
             self._fault = None
 
-    def _counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            if self._fault is not None and not self.has_failed and self._num_done == self._fault.num_done:
-                self.has_failed = True
-                if self._fault.kind == "error":
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                raise StoppedError
-            self._num_done += 1
-            return operation(*args, **options)
-
-        return self._ended_by_a_kill(run)
-
-    def _ended_by_a_kill(self, operation: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            if self._fault is not None and self._fault.kind == "kill" and self.has_failed:
-                raise StoppedError
-            return operation(*args, **options)
-
-        return run
+    def _counted(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
+        if self._fault is not None and self._fault.kind == "kill" and self.has_failed:
+            raise StoppedError
+        if self._fault is not None and not self.has_failed and self._num_done == self._fault.num_done:
+            self.has_failed = True
+            if self._fault.kind == "error":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise StoppedError
+        self._num_done += 1
+        return None if name in ("sync", "sync_folder") else operation(*args)
 
 
 def kept_in(parts: Iterable[Part]) -> Kept:
@@ -499,7 +481,7 @@ class StoreMachine(RuleBasedStateMachine):
         now = time.time_ns
         self.patched.setattr(time, "time_ns", lambda: now() + 10**10)
         self.patched.setattr(job_module, "COMMIT_BYTES", 1)  # each batch makes a part
-        self.patched.setattr(store_module, "write_part", self._recorded(part_module.write_part))
+        self.patched.setattr(store_module, "write_part", self._recorded(write_part))
 
         self.folder = TemporaryDirectory()
         self.photo_folder = PhotoFolder(Path(self.folder.name))

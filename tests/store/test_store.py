@@ -35,7 +35,8 @@ from featstore import (
     extract,
 )
 from featstore.digest import digest_json
-from featstore.files.part import Part, Table, write_part
+from featstore.files.part import Part, write_part
+from featstore.files.table import Table
 from featstore.images.digests import Digests, StatFacts, stat_rows
 
 Run = Callable[..., tuple[str, ...]]

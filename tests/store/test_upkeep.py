@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.operations import replace_operation, watch
 from support.tiny import VIEW, arrays, staged
 from torch import Tensor
 
@@ -36,8 +37,7 @@ from featstore import (
     extract,
 )
 from featstore.exchange.imports import import_file
-from featstore.files import disk
-from featstore.files import part as part_module
+from featstore.files import header
 from featstore.files.part import Part, write_part
 from featstore.store import catalogue, compaction, difference
 
@@ -340,10 +340,10 @@ def test_a_full_disk_leaves_all_rows_and_no_file(store: FeatureStore, monkeypatc
         file(store, name)
     before, files = rows_in(store), files_below(store.root)
 
-    def full(fd: int, data: memoryview, offset: int) -> None:
+    def full(operation: Callable[..., Any], fd: int, data: memoryview, offset: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(part_module, "_write_at", full)
+    replace_operation(monkeypatch, "write_at", full)
     with pytest.raises(OSError, match="No space left"):
         store.compact()
     assert files_below(store.root) == files
@@ -398,20 +398,12 @@ def kill_at(count: int) -> None:
     """Ends the process, without any cleaning up, before its operation number `count` on the disk."""
     left = iter(range(count, -1, -1))
 
-    def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            if next(left) == 0:
-                os._exit(KILLED)
-            return operation(*args)
+    def counted(name: str, operation: Callable[..., Any], *args: Any) -> Any:
+        if next(left) == 0:
+            os._exit(KILLED)
+        return operation(*args)
 
-        return run
-
-    for module, names in (
-        (part_module, ["_create", "_allocate", "_write_at", "_sync", "_rename", "_sync_folder"]),
-        (disk, ["unlink", "rename", "remove_folder", "sync_folder"]),
-    ):
-        for name in names:
-            setattr(module, name, counted(getattr(module, name)))
+    watch(pytest.MonkeyPatch(), counted)
 
 
 def kills(store: FeatureStore, folder: Path, work: Callable[[FeatureStore], Any]) -> Iterator[FeatureStore]:
@@ -554,14 +546,14 @@ def test_a_job_keeps_its_parts_where_the_merged_one_turns_out_to_be_damaged_and_
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = [file(store, name) for name in range(3)]
-    before, rename = rows_in(store), part_module._rename
+    before = rows_in(store)
 
-    def damaging(source: Path, target: Path) -> None:
+    def damaging(operation: Callable[..., Any], source: Path, target: Path) -> None:
         flip_row(source, 1)
-        rename(source, target)
+        operation(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(part_module, "_rename", damaging)
+        replace_operation(patched, "rename", damaging)
         report = store.merge(KEY, own)
     (merge,), (left,) = report.merges, report.left
     assert all(path.exists() for path in own)
@@ -821,7 +813,7 @@ def test_what_may_well_be_sound_is_reported_and_never_set_aside(
     part = Part.open(newer)
     newer.unlink()
     with monkeypatch.context() as patched:
-        patched.setattr(part_module, "FORMAT_VERSION", 77)
+        patched.setattr(header, "FORMAT_VERSION", 77)
         write_part(newer, features=rows_of([0]), digests=part.digests, decoders=part.decoders, facts=part.facts)
     part = Part.open(strange)
     strange.unlink()
@@ -1164,7 +1156,7 @@ def test_a_set_of_which_the_trunks_folder_is_a_link_is_not_removed(store: Featur
 # ---- writers beside it
 
 
-@pytest.mark.parametrize("operation", ["_create", "_allocate", "_sync", "_rename", "_sync_folder"])
+@pytest.mark.parametrize("operation", ["create", "allocate", "sync", "rename", "sync_folder"])
 @pytest.mark.parametrize("how", ["removed", "deleted", "deleted with the one above"])
 def test_a_writer_whose_folder_is_taken_away_at_any_moment_writes_again(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch, operation: str, how: str
@@ -1172,10 +1164,9 @@ def test_a_writer_whose_folder_is_taken_away_at_any_moment_writes_again(
     path = file(store, 0)
     if how != "removed":
         path.unlink()
-    real: Callable[..., Any] = getattr(part_module, operation)
     times = iter(range(100))
 
-    def disturbed(*args: Any) -> Any:
+    def disturb() -> None:
         if next(times) < 3 and path.parent.exists():
             if how == "removed":
                 path.parent.rename(path.parent.with_name(f".removed-{time.time_ns():x}"))
@@ -1183,37 +1174,31 @@ def test_a_writer_whose_folder_is_taken_away_at_any_moment_writes_again(
                 shutil.rmtree(path.parent)
             if how == "deleted with the one above":
                 shutil.rmtree(path.parent.parent)
+
+    is_written = False
+
+    def disturbed(name: str, real: Callable[..., Any], *args: Any) -> Any:
+        nonlocal is_written
+        if name == operation and (name != "sync_folder" or is_written):
+            disturb()
+        is_written = is_written or name == "rename"
         return real(*args)
 
-    monkeypatch.setattr(part_module, operation, disturbed)
-    if operation == "_sync_folder":
-        monkeypatch.setattr(part_module, "_sync_folder", real)
-        monkeypatch.setattr(part_module, "_create", disturbed_before(part_module._create, disturbed, path))
+    watch(monkeypatch, disturbed)
     filed = file(store, 1)
     assert Part.open(filed).num_rows == 1
     monkeypatch.undo()
     assert DIGESTS[1].tobytes() in rows_in(store)
 
 
-def disturbed_before(real: Callable[..., Any], disturb: Callable[..., Any], path: Path) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        result = real(*args)
-        disturb(path.parent.parent.parent)
-        return result
-
-    return run
-
-
 def test_a_writer_gives_up_where_its_folder_is_taken_away_each_time(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = part_module._create
-
-    def create(path: Path) -> int:
+    def create(operation: Callable[..., Any], path: Path) -> Any:
         shutil.rmtree(path.parent)
-        return real(path)
+        return operation(path)
 
-    monkeypatch.setattr(part_module, "_create", create)
+    replace_operation(monkeypatch, "create", create)
     with pytest.raises(FileNotFoundError):
         file(store, 0)
 

@@ -42,7 +42,6 @@ from featstore import (
 from featstore.errors import DamagedFileError
 from featstore.extraction import job
 from featstore.files import disk
-from featstore.files import part as part_module
 from featstore.files.part import Part
 from featstore.store import compaction, removal, verification
 from featstore.store import store as store_module
@@ -51,6 +50,7 @@ from featstore.store.features import Access, Features
 from featstore.store.removal import RemoveReport
 from featstore.store.sets import FeatureSet
 from featstore.store.verification import VerifyReport
+from support.operations import replace_operation, watch
 from support.tiny import VIEW, arrays, staged
 
 SECTOR_BYTES = 512
@@ -339,11 +339,11 @@ def _compact_and_die(folder: Path) -> None:
     class DiedError(Exception):
         pass
 
-    def die(folder: Path) -> None:
+    def die(operation: Callable[..., Any], path: Path) -> NoReturn:
         raise DiedError
 
     with pytest.MonkeyPatch.context() as patched, suppress(DiedError):
-        patched.setattr(part_module, "_sync_folder", die)
+        replace_operation(patched, "sync_folder", die)
         compact(folder)
 
 
@@ -484,22 +484,31 @@ def recorded(folder: Path) -> Iterator[list[Operation]]:
     def below(path: Path) -> Path:
         return path.relative_to(folder)
 
-    def created(path: Path) -> int:
-        fd = create(path)
-        files[fd] = below(path)
-        log.append(Create(files[fd]))
-        return fd
-
     def filed(path: Path, **_: Any) -> Filed:
         is_part = path.name.startswith("part-")
         rows = [(Part.open(path).facts["key"], bytes(digest)) for digest in Part.open(path).digests] if is_part else []
         return Filed(below(path), frozenset(rows))
 
-    def removed_folder(path: Path) -> bool:
-        was_there, is_gone = path.exists(), remove_folder(path)
-        if was_there and is_gone:
-            log.append(Remove(below(path)))
-        return is_gone
+    operations: dict[str, Callable[..., Operation]] = {
+        "mkdir": lambda path: MakeFolder(below(path)),
+        "allocate": lambda fd, length: Allocate(files[fd], length),
+        "write_at": lambda fd, data, offset: Write(files[fd], offset, bytes(data)),
+        "sync": lambda fd: Sync(files[fd]),
+        "rename": lambda path, target: Rename(below(path), below(target)),
+        "unlink": lambda path: Remove(below(path)),
+        "remove_folder": lambda path: Remove(below(path)),
+        "sync_folder": lambda path: SyncFolder(below(path)),
+    }
+
+    def noted(name: str, operation: Callable[..., Any], *arguments: Any) -> Any:
+        was_there = name != "remove_folder" or arguments[0].exists()
+        result = operation(*arguments)
+        if name == "create":
+            files[result] = below(arguments[0])
+            log.append(Create(files[result]))
+        elif was_there and result is not False:  # as a folder says that isn't empty
+            log.append(operations[name](*arguments))
+        return result
 
     def removed(catalogue: Catalogue, spec: FeatureSpec, folders: Sequence[Path]) -> RemoveReport:
         parts = tuple(frozenset(map(below, part_paths(folder))) for folder in folders)
@@ -515,32 +524,21 @@ def recorded(folder: Path) -> Iterator[list[Operation]]:
 
     with pytest.MonkeyPatch.context() as patched:
 
-        def note(module: ModuleType, name: str, operation: Callable[..., Operation]) -> None:
-            real = getattr(module, name)
+        def note(module: ModuleType) -> None:
+            writers = {name: getattr(module, name) for name in ("write_part", "write_table") if hasattr(module, name)}
+            for name, real in writers.items():
 
-            def noted(*arguments: Any, **options: Any) -> None:
-                real(*arguments, **options)
-                log.append(operation(*arguments, **options))
+                def written(*arguments: Any, real: Callable[..., None] = real, **options: Any) -> None:
+                    real(*arguments, **options)
+                    log.append(filed(*arguments, **options))
 
-            patched.setattr(module, name, noted)
+                patched.setattr(module, name, written)
 
-        create, remove_folder = part_module._create, disk.remove_folder
-        patched.setattr(part_module, "_create", created)
-        patched.setattr(disk, "remove_folder", removed_folder)
+        watch(patched, noted)
         patched.setattr(store_module, "remove", removed)
         patched.setattr(store_module, "verify", verified)
-        note(os, "mkdir", lambda path, *_: MakeFolder(below(path)))
-        note(part_module, "_allocate", lambda fd, length: Allocate(files[fd], length))
-        note(part_module, "_write_at", lambda fd, data, offset: Write(files[fd], offset, bytes(data)))
-        note(part_module, "_sync", lambda fd: Sync(files[fd]))
-        note(part_module, "_rename", lambda path, target: Rename(below(path), below(target)))
-        note(part_module, "_sync_folder", lambda path: SyncFolder(below(path)))
-        note(disk, "unlink", lambda path: Remove(below(path)))
-        note(disk, "rename", lambda path, target: Rename(below(path), below(target)))
-        note(disk, "sync_folder", lambda path: SyncFolder(below(path)))
-        note(store_module, "write_part", filed)
-        note(store_module, "write_table", filed)
-        note(compaction, "write_part", filed)
+        note(store_module)
+        note(compaction)
         yield log
 
 

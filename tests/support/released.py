@@ -15,7 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from featstore.digest import digest_json
-from featstore.files.part import FORMAT_VERSION, make_folder, write_part, write_table
+from featstore.files.disk import make_folder
+from featstore.files.header import FORMAT_VERSION
+from featstore.files.part import write_part
+from featstore.files.table import write_table
 
 DATA = Path(__file__).parents[1] / "data"
 

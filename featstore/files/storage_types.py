@@ -1,0 +1,66 @@
+"""Storage types: the kinds of numbers that features are stored as. What there is to say of one stands here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageType:
+    """Binary floating-point numbers with one bit for the sign, little-endian, as IEEE 754 lays them out.
+
+    Attributes:
+        name: as requests, specs, folders and torch call it.
+        exponent_bits: with a bias of half their range.
+        mantissa_bits: stored ones, without the leading one.
+        numpy: the name of the narrowest one that numpy has too and that holds each of the values.
+        safetensors: what safetensors files call it.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    numpy: str
+    safetensors: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return (1 + self.exponent_bits + self.mantissa_bits) // 8
+
+    @property
+    def in_numpy(self) -> StorageType:
+        """Itself, or the narrowest one that numpy has too and that holds each of the values."""
+        return STORAGE_TYPES[self.numpy]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """As torch's type."""
+        import torch  # only who computes waits for it
+
+        dtype: torch.dtype = getattr(torch, self.name)
+        return dtype
+
+
+STORAGE_TYPES: Mapping[str, StorageType] = {
+    each.name: each
+    for each in (
+        StorageType(name="float16", exponent_bits=5, mantissa_bits=10, numpy="float16", safetensors="F16"),
+        StorageType(name="float32", exponent_bits=8, mantissa_bits=23, numpy="float32", safetensors="F32"),
+        StorageType(name="bfloat16", exponent_bits=8, mantissa_bits=7, numpy="float32", safetensors="BF16"),
+    )
+}
+"""All of them by name."""
+
+DEFAULT_STORAGE_TYPE = "float16"
+"""Where nobody says."""
+
+
+def storage_type_of(dtype: torch.dtype) -> StorageType | None:
+    """The storage type of tensors of such a type; None where they can't be stored as they are."""
+    return STORAGE_TYPES.get(str(dtype).removeprefix("torch."))
