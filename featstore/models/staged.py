@@ -137,9 +137,11 @@ class StagedModel(nn.Module):
 
     @property
     def default_cut(self) -> str:
-        """Where a head goes if nobody says: the last value with positions before the last layer with parameters.
+        """Where a head goes if nobody says: the last map or tokens before the network's own pooling.
 
-        Values that only dropout made are passed over. A network without maps or tokens is cut at the vector there.
+        A classifier that works at each position (squeezenet's last convolution) and what follows it come after the cut.
+        Values that only dropout made are passed over. A network without maps or tokens is cut at the vector before its
+        last layer with parameters.
         """
         if self._default_cut is not None:
             return self._default_cut
@@ -148,12 +150,16 @@ class StagedModel(nn.Module):
             return stages[-1].name
         last = max((index for index, stage in enumerate(stages) if any(True for _ in stage.parameters())), default=0)
         before = [stage.name for stage in stages[:last] if stage.has_effect]
-        if not before:
+        # Without its classifier (fc = Identity()) the last layer with parameters belongs to the trunk; one that stands
+        # alone may be either.
+        is_headless = not stages[last].is_classifier and len(stages) > 1
+        candidates = [stage.name for stage in stages if stage.has_effect] if is_headless else before
+        with_positions = [name for name in candidates if self._has_positions(name)]
+        if not with_positions and not before:
             raise ModelError(
                 f"{self.name} has no value before its last layer with parameters ({stages[last].name}), so there is "
                 f"no default cut. Name one: {', '.join(self.cut_points)}."
             )
-        with_positions = [name for name in before if self._has_positions(name)]
         return (with_positions or before)[-1]
 
     def index(self, cut: str) -> int:

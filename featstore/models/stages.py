@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from featstore.digest import digest_json, digest_tensor
 from featstore.errors import ModelError
@@ -21,12 +21,14 @@ class Stage(nn.Module):
         aliases: other names of that value.
         may_write_input: whether its forward may write into its input's memory.
         has_effect: False where it changes nothing in eval mode (dropout).
+        is_classifier: whether it may be the layer that makes scores: one linear layer, at each position for itself.
     """
 
     name: str
     aliases: tuple[str, ...] = ()
     may_write_input: bool = False
     has_effect: bool = True
+    is_classifier: bool = False
 
     def digest(self, before: str) -> str:
         """The chained digest after this stage, given the digest before it."""
@@ -52,6 +54,7 @@ class TracedStage(Stage):
         self.training = stage.eval.training
         self.may_write_input = may_write(stage.eval) or (stage.train is not None and may_write(stage.train))
         self.has_effect = not passes_through(stage.eval)
+        self.is_classifier = _is_pointwise(stage.eval)
         self._state = frozenset(state) & self._all_tensors().keys()
 
     def digest(self, before: str) -> str:
@@ -143,3 +146,14 @@ class AbsentStage(Stage):
             f"The trunk up to {self.name} isn't here: this model came from a store, which knows its name and digest "
             "but not its weights. Attach it: learn.attach(model), or work with stored features only."
         )
+
+
+def _is_pointwise(stage: fx.GraphModule) -> bool:
+    """Whether a stage is one linear layer or one convolution with a kernel of a single pixel, and nothing else."""
+    operations = [node for node in stage.graph.nodes if node.op not in {"placeholder", "get_attr", "output"}]
+    if len(operations) != 1 or operations[0].op != "call_module":
+        return False
+    layer = stage.get_submodule(str(operations[0].target))
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return all(size == 1 for size in layer.kernel_size)
+    return isinstance(layer, nn.Linear)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from support.splitting import randomise
 from torch import Tensor, nn
 
@@ -100,6 +101,59 @@ def test_the_default_cut_is_the_last_value_with_positions(name: str, cut: str, s
     model = outline(name)
     assert model.default_cut == cut
     assert model.shape(cut) == shape
+
+
+def without(name: str, head: str) -> nn.Module:
+    module: nn.Module = torchvision.models.get_model(name, weights=None)
+    setattr(module, head, nn.Identity())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "cut", "shape"),
+    [
+        (lambda: without("resnet18", "fc"), "layer4", (512, 7, 7)),
+        (lambda: without("resnet50", "fc"), "layer4", (2048, 7, 7)),
+        (lambda: nn.Sequential(*list(torchvision.models.resnet18(weights=None).children())[:-1]), "7", (512, 7, 7)),
+        (lambda: nn.Sequential(*list(torchvision.models.resnet18(weights=None).children())[:-2]), "7", (512, 7, 7)),
+        (lambda: torchvision.models.squeezenet1_1(weights=None).features, "12", (512, 13, 13)),
+        (lambda: without("vit_b_32", "heads"), "encoder", (50, 768)),
+        (lambda: without("densenet121", "classifier"), "relu", (1024, 7, 7)),
+        (lambda: without("efficientnet_b0", "classifier"), "features", (1280, 7, 7)),
+        (lambda: without("swin_t", "head"), "permute", (768, 7, 7)),
+    ],
+)
+def test_without_its_classifier_a_network_is_cut_where_it_is_with_it(
+    make: Callable[[], nn.Module], cut: str, shape: tuple[int, ...]
+) -> None:
+    with torch.device("meta"):
+        model = StagedModel.from_module(make())
+    assert (model.default_cut, model.shape(model.default_cut)) == (cut, shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [("resnet18", "layer4"), ("squeezenet1_1", "features"), ("vit_b_32", "encoder"), ("vgg11", "avgpool")],
+)
+def test_a_classifier_of_positions_or_of_a_vector_comes_after_the_default_cut(name: str, cut: str) -> None:
+    with torch.device("meta"):
+        model = StagedModel.from_module(torchvision.models.get_model(name, weights=None))
+    assert model.default_cut == cut
+
+
+@pytest.mark.parametrize(
+    ("layers", "cut"),
+    [
+        ([nn.Conv2d(3, 4, 3), nn.ReLU()], "1"),
+        ([nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Dropout()], "3"),
+        ([nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.ReLU()], "1"),  # a score at each position
+        ([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1)], "2"),
+    ],
+)
+def test_a_network_that_ends_in_maps_is_cut_there_but_before_a_linear_layer_at_each_position(
+    layers: list[nn.Module], cut: str
+) -> None:
+    assert staged(nn.Sequential(*layers)).default_cut == cut
 
 
 def test_the_default_cut_of_a_network_without_maps_is_the_vector_there() -> None:
