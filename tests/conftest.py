@@ -1,6 +1,7 @@
 """One thread, unless the caller says otherwise; tests marked `cuda` are skipped where there is no GPU."""
 
 import os
+import tempfile
 
 import pytest
 
@@ -8,6 +9,9 @@ import pytest
 # cores: the tests of equivalence 51 s with one, over 250 s with two; all tests 7.2 min in one process, 6.4 min in two
 # of pytest-xdist at a like load: not worth one more tool. Before torch, which reads it once; processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What code this user trusts is remembered there: tests neither read nor write the real one.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="featstore-state-")
 
 import torch
 

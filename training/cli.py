@@ -144,7 +144,7 @@ def head(
     feature_store = FeatureStore(store)
     given = _labelled(images)
     try:
-        staged = model.model([each for each in (cut, freeze_to) if each is not None])
+        staged = model.model([each for each in (cut, freeze_to) if each is not None], trust_code=how.trust_code)
     except ValueError:
         _refuse_imported(model.backbone, feature_store)
         raise
@@ -192,6 +192,9 @@ def finetune_command(
     weights: Annotated[
         str | None, typer.Option(metavar="DEFAULT|ENUM|none|FILE", help="Weights of --backbone.")
     ] = None,
+    weights_prefix: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What names begin with in a file of several networks.")
+    ] = None,
     cut: Annotated[
         str | None,
         typer.Option("--cut", metavar="CUT", help="With --backbone: where the head sits.", show_default="see below"),
@@ -214,7 +217,13 @@ def finetune_command(
     source: StagedModel | str
     if backbone is not None:
         given = _labelled(images)
-        source = load_model(backbone, weights, [each for each in (cut, freeze_to) if each is not None])
+        source = load_model(
+            backbone,
+            weights,
+            [each for each in (cut, freeze_to) if each is not None],
+            weights_prefix=weights_prefix,
+            trust_code=how.trust_code,
+        )
         given = _for_run(source.origin.get("run"), images, given)
         notes = [*given.notes, *source.notes]
         options = {"cut": cut, "view": view.view(source.view)}
@@ -236,6 +245,7 @@ def finetune_command(
         out=training.out,
         overwrite=training.overwrite,
         allow_leak=training.allow_leak,
+        trust_code=how.trust_code,
         **options,
         **how.options(),
     )
@@ -262,7 +272,14 @@ def evaluate(
     given = _for_run(model, images, images.given())
     tell_all(given.notes)
     # The features it was trained on give its scores again exactly; images give them to the storage type's precision.
-    learn = Learner.load(model, given.images, Learner.store_of(model), on_missing="images", **how.options())
+    learn = Learner.load(
+        model,
+        given.images,
+        Learner.store_of(model),
+        on_missing="images",
+        trust_code=how.trust_code,
+        **how.options(),
+    )
     scored = finite(learn.evaluate(split))
     if output.json:
         show_json({split: scored, "inputs": learn.read_from})
@@ -286,7 +303,7 @@ def predict(
     from training.learner import Learner
     from training.predict import as_images, predictions, write_csv
 
-    learn = Learner.load(model, **how.options())
+    learn = Learner.load(model, trust_code=how.trust_code, **how.options())
     images = as_images(items)
     ids, values = learn.scored(images)
     are_scored = set(ids)

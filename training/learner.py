@@ -388,6 +388,7 @@ class Learner:
         *,
         module: nn.Module | None = None,
         head: nn.Module | None = None,
+        trust_code: bool = False,
         **options: Any,
     ) -> Learner:
         """A learner with a saved run's model as it was saved: weights, head, classes, freeze point, view.
@@ -400,6 +401,7 @@ class Learner:
             store: as in `Learner`.
             module: the backbone, for a run whose backbone has no name.
             head: the head, for a run whose head was a module of your own.
+            trust_code: lets a run whose model comes from somebody's file run that file.
             options: further arguments of `Learner`.
 
         Raises:
@@ -410,7 +412,7 @@ class Learner:
         facts = stored.facts
         past = PastSplit.read(folder)
         images = saved.run_images(facts, folder, images, past, store)
-        base = saved.saved_backbone(stored, folder, module)
+        base = saved.saved_backbone(stored, folder, module, trust_code=trust_code)
         learn = cls(
             base,
             images,

@@ -54,6 +54,7 @@ def finetune(
     augment: Augment | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    trust_code: bool = False,
     **options: Any,
 ) -> Learner:
     """Trains everything behind `freeze_to` (None: everything) and keeps the epoch with the lowest validation loss.
@@ -70,13 +71,14 @@ def finetune(
         augment: of the training images.
         out: run folder to save.
         overwrite: replaces a run there.
+        trust_code: as in `Learner.load`.
         options: further arguments of `Learner`.
     """
     if out is not None:
         check_free(Path(out), overwrite=overwrite)
     settings = {"augment": augment, "on_missing": "images", **options}
     if isinstance(model_or_run, str | Path):
-        learn = Learner.load(model_or_run, images, store, **settings)
+        learn = Learner.load(model_or_run, images, store, trust_code=trust_code, **settings)
     else:
         learn = Learner(model_or_run, images, store, **settings)
     if freeze_to is None:

@@ -16,14 +16,14 @@ from torch import nn
 
 from featstore import __version__
 from featstore.digest import Json
-from featstore.errors import FeatureStoreError, ModelError
+from featstore.errors import DamagedFileError, FeatureStoreError, ModelError
 from featstore.images.image_set import ImageSet
 from featstore.images.labels import Task
 from featstore.images.sources import AbsentSource
 from featstore.images.views import View
 from featstore.models.backbones import architecture, restored
 from featstore.models.digests import module_digest
-from featstore.models.runs import Run
+from featstore.models.runs import Run, read_file
 from featstore.models.staged import StagedModel
 from featstore.models.stages import PoolStage
 from featstore.store.store import FeatureStore
@@ -110,11 +110,8 @@ def write_scores(folder: Path, scored: Mapping[str, float]) -> None:
 
 def read_scores(run: Path) -> dict[str, Json] | None:
     """What the saved model scored on the images held out; None if there are none."""
-    path = run / METRICS
-    if not path.is_file():
-        return None
-    scores: dict[str, Json] = json.loads(path.read_text(encoding="utf-8"))["valid"]
-    return scores
+    content = read_file(run, METRICS)
+    return None if content is None else _parsed(content, run / METRICS, "valid")
 
 
 def finite(scored: Mapping[str, float]) -> dict[str, Json]:
@@ -123,12 +120,24 @@ def finite(scored: Mapping[str, float]) -> dict[str, Json]:
 
 
 def store_of(run: Path) -> FeatureStore | None:
-    """The store that a saved run was trained with, if it is still where it was."""
-    try:
-        folder = json.loads((run / RUN).read_text(encoding="utf-8"))["store"]
-    except (OSError, ValueError, KeyError):  # a run without that fact is a run all the same
-        return None
+    """The store that a saved run was trained with, if it is still where it was; None also without run.json.
+
+    Raises:
+        DamagedFileError: if run.json isn't what was saved.
+    """
+    content = read_file(run, RUN)
+    folder = None if content is None else _parsed(content, run / RUN, "store")
     return FeatureStore(folder) if folder is not None and Path(folder).is_dir() else None
+
+
+def _parsed(content: bytes, path: Path, name: str) -> Json:
+    """One fact of a JSON file of a run; runs of version 1 have no checksum of it."""
+    try:
+        return json.loads(content)[name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(
+            f"{path} is damaged ({error!r}). Restore it, or delete it: the model is whole without it."
+        ) from error
 
 
 def run_images(
@@ -161,11 +170,12 @@ def run_images(
     return past.applied(images, {} if store is None else store.known_digests(images))
 
 
-def saved_backbone(saved: Run, folder: Path, module: nn.Module | None) -> StagedModel:
+def saved_backbone(saved: Run, folder: Path, module: nn.Module | None, *, trust_code: bool = False) -> StagedModel:
     """The backbone of a saved run, with the run's weights.
 
     Raises:
-        FeatureStoreError: if it has no name and `module` isn't given, or its source has changed.
+        FeatureStoreError: if it has no name and `module` isn't given, its source has changed, or it comes from a file
+            that may not run here.
         WeightsError: if the tensors don't give the model that was saved.
     """
     facts = saved.facts["model"]
@@ -184,7 +194,7 @@ def saved_backbone(saved: Run, folder: Path, module: nn.Module | None) -> Staged
             f"The backbone of {folder} was made in Python and has no name. Give it: Learner.load({str(folder)!r}, "
             "module=...)."
         )
-    return restored(architecture(facts["architecture"]), saved, origin=str(folder))
+    return restored(architecture(facts["architecture"], folder, trust_code=trust_code), saved, origin=str(folder))
 
 
 def saved_head(facts: Mapping[str, Json], head: nn.Module | None, folder: Path) -> str | nn.Module:

@@ -118,7 +118,7 @@ def extract(
     output: OutputFlags,
 ) -> None:
     """Compute the features that a store lacks, and file them."""
-    planned = _planned(images, model, sets, view, augment)
+    planned = _planned(images, model, sets, view, augment, how)
     tell(planned.describe())
     if how.on_image_error == "raise":
         _refuse_absent(planned)
@@ -154,7 +154,7 @@ def status(
 
     Takes the flags of extract and computes nothing.
     """
-    planned = _planned(images, model, sets, view, augment)
+    planned = _planned(images, model, sets, view, augment, how)
     counts = planned.status(on_error=how.on_error)
     if output.json:
         show_json(counts)
@@ -197,7 +197,9 @@ def backbones(
     show(table([_cut_row(each) for each in facts["cuts"]]))
 
 
-def _planned(images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFlags, augment: AugmentFlags) -> Plan:
+def _planned(
+    images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFlags, augment: AugmentFlags, how: RunFlags
+) -> Plan:
     """What is asked for, against what is stored; says all that its owner should know about it."""
     augmentation = augment.augmentation()
     if augmentation is not None and augmentation.is_fresh:
@@ -207,7 +209,7 @@ def _planned(images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFl
         )
     given = images.given()
     tell_all(given.notes)
-    staged = model.model(sets.cuts)
+    staged = model.model(sets.cuts, trust_code=how.trust_code)
     tell_all(staged.notes)
     precision: Precision = sets.precision  # type: ignore[assignment]  # checked by SetFlags
     planned = plan(

@@ -177,10 +177,14 @@ class ModelFlags:
             show_default="DEFAULT for a name, else its own",
         ),
     ] = None
+    weights_prefix: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What tensors' names begin with in a file of several networks: teacher."),
+    ] = None
 
-    def model(self, cuts: Sequence[str] = ()) -> StagedModel:
+    def model(self, cuts: Sequence[str] = (), *, trust_code: bool = False) -> StagedModel:
         """The model, see `load_model`."""
-        return load_model(self.backbone, self.weights, cuts)
+        return load_model(self.backbone, self.weights, cuts, weights_prefix=self.weights_prefix, trust_code=trust_code)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +291,11 @@ class RunFlags:
         typer.Option(metavar="raise|skip", help="An image that can't be read: stop, or leave it out and report it."),
     ] = "raise"
 
+    trust_code: Annotated[
+        bool,
+        typer.Option("--trust-code", help="Let a saved run of somebody else's run the file its model is made in."),
+    ] = False
+
     def __post_init__(self) -> None:
         one_of("--on-error", self.on_error, _ON_ERROR)
         choose_device(self.device)
@@ -336,7 +345,14 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
-def load_model(source: str, weights: str | None, cuts: Sequence[str] = ()) -> StagedModel:
+def load_model(
+    source: str,
+    weights: str | None,
+    cuts: Sequence[str] = (),
+    *,
+    weights_prefix: str | None = None,
+    trust_code: bool = False,
+) -> StagedModel:
     """`backbone(source, weights)` whose tensors fit up to the deepest of `cuts` (``CUT`` or ``CUT:REDUCTION``).
 
     Raises:
@@ -349,8 +365,9 @@ def load_model(source: str, weights: str | None, cuts: Sequence[str] = ()) -> St
         elif names and weights is not None:
             skeleton = backbone(source)
         else:
-            return backbone(source, weights)
-        return backbone(source, weights, cut=max(names, key=skeleton.index, default=None))
+            return backbone(source, weights, weights_prefix=weights_prefix, trust_code=trust_code)
+        deepest = max(names, key=skeleton.index, default=None)
+        return backbone(source, weights, cut=deepest, weights_prefix=weights_prefix, trust_code=trust_code)
 
 
 def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:

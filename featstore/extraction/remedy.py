@@ -76,7 +76,8 @@ def model_flags(model: StagedModel) -> list[str] | None:
     """The flags that make this model, or None where no flags can."""
     if "backbone" not in model.origin:
         return None
-    return ["--backbone", str(model.origin["backbone"]), *_unless("--weights", model.origin.get("weights"), "DEFAULT")]
+    flags = ["--backbone", str(model.origin["backbone"]), *_unless("--weights", model.origin.get("weights"), "DEFAULT")]
+    return flags + _unless("--weights-prefix", model.origin.get("weights_prefix"), None)
 
 
 def view_flags(view: View, default: View) -> list[str] | None:

@@ -16,7 +16,7 @@ from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError, WeightsError
 from featstore.images.views import View
 from featstore.models import own_file, torchvision_models
-from featstore.models.runs import Run, read_run
+from featstore.models.runs import Run, located, read_run
 from featstore.models.staged import StagedModel
 from featstore.models.weights import fitting, read_tensors
 
@@ -57,7 +57,12 @@ def backbone_names() -> list[str]:
 
 
 def backbone(
-    source: str | Path | nn.Module, weights: str | Path | None = None, *, cut: str | None = None
+    source: str | Path | nn.Module,
+    weights: str | Path | None = None,
+    *,
+    cut: str | None = None,
+    weights_prefix: str | None = None,
+    trust_code: bool = False,
 ) -> StagedModel:
     """The staged model that `source` names, with its weights and the view that belongs to them.
 
@@ -69,6 +74,8 @@ def backbone(
             name; what it returns for a function or module; its own for a run.
         cut: the last cut that will be used, if it lies before the default cut: tensors of a weights file must fit up
             to there. Stages behind it that a file doesn't fit are left out of the model.
+        weights_prefix: what the names of the tensors in a weights file begin with, where it holds several networks.
+        trust_code: lets a saved run whose model comes from somebody's file run that file (see `models.trust`).
 
     Raises:
         ValueError: for a name that isn't known; the message lists the names.
@@ -78,16 +85,16 @@ def backbone(
     """
     if isinstance(source, nn.Module):
         model = source if isinstance(source, StagedModel) else StagedModel.from_module(source)
-        return model if weights is None or str(weights) == "none" else _with_file(model, weights, cut)
+        return model if weights is None or str(weights) == "none" else _with_file(model, weights, cut, weights_prefix)
     text = str(source)
     library = _library_of(text)
     if library is not None:
-        return _named(library, text, "DEFAULT" if weights is None else weights, cut)
+        return _named(library, text, "DEFAULT" if weights is None else weights, cut, weights_prefix)
     if own_file.is_own_file(text):
         model = own_file.load(text)
-        return model if weights is None or str(weights) == "none" else _with_file(model, weights, cut)
-    if Path(text).is_dir():
-        return _from_run(Path(text), weights)
+        return model if weights is None or str(weights) == "none" else _with_file(model, weights, cut, weights_prefix)
+    if located(Path(text)).is_dir():
+        return _from_run(Path(text), weights, trust_code=trust_code)
     raise ValueError(
         f"{text!r} is no backbone. Expected one of {', '.join(backbone_names())}; a function in your own file "
         "(path/to/file.py:make_model); or the folder of a saved run."
@@ -104,15 +111,16 @@ def weight_names(name: str) -> list[str]:
     return list(_known_library(name).weight_names(name))
 
 
-def architecture(facts: Mapping[str, Json]) -> StagedModel:
-    """The model that a run's facts name, with whatever weights its constructor gives it.
+def architecture(facts: Mapping[str, Json], run: Path, *, trust_code: bool = False) -> StagedModel:
+    """The model that the facts of `run` name, with whatever weights its constructor gives it.
 
     Raises:
-        FeatureStoreError: if it comes from a file that is gone, or whose source has changed since.
+        FeatureStoreError: if it comes from a file that is gone, whose source has changed since, or that may not run
+            here (see `trust`).
     """
     if "name" in facts:
         return _known_library(facts["name"]).initial(**facts)
-    return own_file.made_again(facts)
+    return own_file.made_again(facts, run, trust_code=trust_code)
 
 
 def restored(model: StagedModel, run: Run, *, origin: str | None = None) -> StagedModel:
@@ -153,7 +161,7 @@ def _known_library(name: str) -> Library:
     return library
 
 
-def _named(library: Library, name: str, weights: str | Path, cut: str | None) -> StagedModel:
+def _named(library: Library, name: str, weights: str | Path, cut: str | None, prefix: str | None) -> StagedModel:
     if str(weights) == "none":
         return library.initial(name)
     known = library.weight_names(name)
@@ -164,10 +172,10 @@ def _named(library: Library, name: str, weights: str | Path, cut: str | None) ->
             f"{str(weights)!r} are no weights of {name}. Expected {', '.join(['DEFAULT', *known])}, none, or a file "
             "(.safetensors, .pth, .pt, .th, .bin, .ckpt)."
         )
-    return _with_file(library.initial(name), weights, cut)
+    return _with_file(library.initial(name), weights, cut, prefix)
 
 
-def _with_file(model: StagedModel, weights: str | Path, cut: str | None) -> StagedModel:
+def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix: str | None) -> StagedModel:
     """`model` with the tensors of a weights file, up to the last stage that the file fits."""
     path = Path(weights).expanduser()
     if not path.is_file():
@@ -179,13 +187,23 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None) -> Stag
     last_used = model.index(cut or model.default_cut)
     stages = {name: stage.tensors() for name, stage in zip(model.cut_points, model.ordered, strict=True)}
     fit = fitting(
-        tensors, list(stages.values()), num_needed=last_used + 1, file=path, model=model.name, unused=model.unused
+        tensors,
+        list(stages.values()),
+        num_needed=last_used + 1,
+        file=path,
+        model=model.name,
+        unused=model.unused,
+        prefix=prefix,
     )
     default = None
     with suppress(ModelError):  # no default cut at the view's size: with `cut` given, another size may follow
         default = model.cut_points[min(model.index(model.default_cut), fit.num_stages - 1)]
     trimmed = model.up_to(list(stages)[fit.num_stages - 1]).with_(
-        origin={**model.origin, "weights": str(weights)},
+        origin={
+            **model.origin,
+            "weights": str(weights),
+            **({} if prefix is None else {"weights_prefix": prefix}),
+        },
         notes=(*choices, *fit.notes, *_view_note(model)),
         default_cut=default,
     )
@@ -203,7 +221,7 @@ def _view_note(model: StagedModel) -> tuple[str, ...]:
     )
 
 
-def _from_run(folder: Path, weights: str | Path | None) -> StagedModel:
+def _from_run(folder: Path, weights: str | Path | None, *, trust_code: bool) -> StagedModel:
     if weights is not None:
         raise ValueError(f"{folder} is a saved run, which brings its own weights; leave out --weights {weights}.")
     run = read_run(folder)
@@ -213,7 +231,7 @@ def _from_run(folder: Path, weights: str | Path | None) -> StagedModel:
             f"The model of {folder} was made in Python from a module without a name. Load it there, with the module: "
             f'Learner.load("{folder}", module=...).'
         )
-    return restored(architecture(facts["architecture"]), run, origin=str(folder))
+    return restored(architecture(facts["architecture"], folder, trust_code=trust_code), run, origin=str(folder))
 
 
 def _looks_like_a_file(weights: str | Path) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from featstore.digest import Json, digest_bytes
 from featstore.errors import FeatureStoreError, ModelError
+from featstore.models import trust
 from featstore.models.modes import seeded
 from featstore.models.staged import StagedModel
 from featstore.source_code import outdated_sources, own_files, source_digests
@@ -25,6 +26,8 @@ def is_own_file(source: str) -> bool:
 
 def load(source: str) -> StagedModel:
     """The model of ``path/to/file.py:function``, called without arguments under a fixed seed.
+
+    Whoever asks for it by name has chosen to run that code, which is remembered (see `trust`).
 
     Raises:
         ValueError: if file or function isn't there or makes no module, or a module that the file imports isn't what
@@ -48,21 +51,23 @@ def load(source: str) -> StagedModel:
     if not isinstance(made, nn.Module):
         raise ValueError(f"{source} returned a {type(made).__name__}; expected an nn.Module or a StagedModel.")
     model = made if isinstance(made, StagedModel) else StagedModel.from_module(made.eval(), name=path.stem)
-    made_by = {"file": str(path), "function": function, "source": source_digests(module)}
+    trust.remember(path, function)
+    made_by = {
+        "file": str(path),
+        "function": function,
+        "source": source_digests(module),
+        "reachable": trust.reachable_sources(path),
+    }
     return model.with_(origin={"backbone": source, "architecture": made_by})
 
 
-def made_again(facts: Mapping[str, Json]) -> StagedModel:
+def made_again(facts: Mapping[str, Json], run: Path, *, trust_code: bool = False) -> StagedModel:
     """The model of the file and function that a run's facts name.
 
     Raises:
-        FeatureStoreError: if the file is gone, or its source has changed since.
+        FeatureStoreError: if the file is gone, its source has changed since, or it may not run here (see `trust`).
     """
-    if not Path(facts["file"]).is_file():
-        raise FeatureStoreError(
-            f"The model was made by {facts['function']} in {facts['file']}, and that file is gone. Put it back, or "
-            "give the model in Python: Learner.load(run, module=...)."
-        )
+    trust.check_trusted(facts, run, trust_code=trust_code)
     model = load(f"{facts['file']}:{facts['function']}")
     if model.origin["architecture"]["source"] != facts["source"]:
         raise FeatureStoreError(

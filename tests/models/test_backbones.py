@@ -95,7 +95,7 @@ def test_another_library_needs_these_functions_and_its_place_in_the_list(
         backbone("tiny/two", "twos")
     torch.save(model.tensors(), tmp_path / "weights.pth")
     assert backbone("tiny/two", tmp_path / "weights.pth").digests() == model.digests()
-    wide = architecture({"name": "tiny/two", "channels": 5})
+    wide = architecture({"name": "tiny/two", "channels": 5}, tmp_path / "run")
     again = backbone(str(save(wide, tmp_path / "tuned", "1")))
     assert (again.shape("1"), again.digest("1")) == ((5, 2, 2), wide.digest("1"))
 

@@ -79,7 +79,7 @@ def test_a_vit_takes_one_size_and_has_a_class_token() -> None:
 
 
 def test_a_vit_of_another_size_can_be_built_again_from_its_facts() -> None:
-    model = architecture({"name": "vit_b_32", "image_size": 64})
+    model = architecture({"name": "vit_b_32", "image_size": 64}, Path("run"))
     assert (model.fixed_size, model.view.size) == (64, 64)
     assert model.origin["architecture"] == {"name": "vit_b_32", "image_size": 64}
     assert model.shape("encoder.ln") == (5, 768)
