@@ -1,13 +1,19 @@
 """training: heads fitted to features, models fitted to images, by one loop."""
 
-from featstore.images.views import Augment
-from training.fit import History
-from training.heads import build_head, concat_head, linear_head, mlp_head
-from training.inputs.derive import Inputs
-from training.learner import Learner
-from training.lr_find import LearningRates
-from training.predict import Prediction
-from training.recipes import finetune, train_head
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featstore.images.views import Augment
+    from training.fit import History
+    from training.heads import build_head, concat_head, linear_head, mlp_head
+    from training.inputs.derive import Inputs
+    from training.learner import Learner
+    from training.lr_find import LearningRates
+    from training.predict import Prediction
+    from training.recipes import finetune, train_head
 
 __all__ = [
     "Augment",
@@ -23,3 +29,27 @@ __all__ = [
     "mlp_head",
     "train_head",
 ]
+
+_MODULES = {
+    "featstore.images.views": ("Augment",),
+    "training.fit": ("History",),
+    "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
+    "training.inputs.derive": ("Inputs",),
+    "training.learner": ("Learner",),
+    "training.lr_find": ("LearningRates",),
+    "training.predict": ("Prediction",),
+    "training.recipes": ("finetune", "train_head"),
+}
+"""Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
