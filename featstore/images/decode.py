@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import re
@@ -9,6 +10,8 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +25,6 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
-from torchvision.io import ImageReadMode
 
 from featstore.errors import FeatureStoreError
 from featstore.machine import available_bytes
@@ -275,11 +277,32 @@ def _by_torchvision(data: bytes) -> NDArray[np.uint8]:
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         # The operator itself: since torchvision 0.29 each call of its Python wrapper warns, to point at torchcodec.
-        image: Tensor = torch.ops.image.decode_jpeg(encoded, ImageReadMode.RGB.value, False)
+        image: Tensor = _torchvision_jpeg()(encoded, _RGB, False)
     except RuntimeError as error:
         _refuse_lack_of_memory("JPEG", data, error)
         raise DecodeError(_failure("JPEG", error)) from error
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+
+
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
+
+
+@cache
+def _torchvision_jpeg() -> Callable[[Tensor, int, bool], Tensor]:
+    """The operator that decodes a JPEG, from torchvision's library of image operators alone.
+
+    `import torchvision` brings its models and torch's compiler along, which takes as long as torch itself.
+    """
+    package = importlib.util.find_spec("torchvision")
+    folders = [] if package is None else [Path(each) for each in package.submodule_search_locations or ()]
+    for library in [path for folder in folders for path in sorted(folder.glob("image*.so"))]:
+        with suppress(OSError):  # of another build than this torch
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+            break
+    if not hasattr(torch.ops.image, "decode_jpeg"):
+        import torchvision.io  # noqa: F401 - it says what is wrong with its installation, or has it elsewhere
+    operator: Callable[[Tensor, int, bool], Tensor] = torch.ops.image.decode_jpeg
+    return operator
 
 
 def _by_pillow(data: bytes, header: _Header, memory: Budget) -> tuple[NDArray[np.uint8], int, str | None]:
