@@ -22,16 +22,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode
 
 from featstore.errors import FeatureStoreError
-
-POLICY = "featstore-decode-1"
-"""The name and version of the rules in this file. Other values for the same bytes need another name."""
-
-ARRAY, TORCHVISION, PILLOW = 0, 1, 2
-DECODERS: dict[int, str] = {ARRAY: "array", TORCHVISION: "torchvision.io", PILLOW: "pillow"}
-"""What the decoder code of a row means."""
-
-MAX_PIXELS = 178_956_970
-"""The most pixels that are decoded, half a gigabyte as RGB; also where Pillow stops unless told otherwise."""
+from featstore.images.decoders import ARRAY, MAX_PIXELS, PILLOW, POLICY, TORCHVISION
 
 
 class DecodeError(ValueError):
@@ -39,7 +30,7 @@ class DecodeError(ValueError):
 
 
 def decode(data: bytes | NDArray[np.uint8], *, policy: str = POLICY, apply_exif: bool = True) -> tuple[Tensor, int]:
-    """The image as uint8 RGB `(3, H, W)`, and the code of the decoder that read it (see `DECODERS`).
+    """The image as uint8 RGB `(3, H, W)`, and the code of the decoder that read it (see `decoders.DECODERS`).
 
     Strides are those of `(H, W, 3)` rows, as decoders leave them: planes would cost as much time as the resize that
     follows (1600 x 1200: 2.3 ms for the copy, then 3.3 ms to resize against 1.1 ms from rows). The memory is the
@@ -51,7 +42,7 @@ def decode(data: bytes | NDArray[np.uint8], *, policy: str = POLICY, apply_exif:
 
     Args:
         data: the encoded file, or an array `(H, W)` or `(H, W, 3)`.
-        policy: must be `POLICY`, the only one so far.
+        policy: must be `decoders.POLICY`, the only one so far.
         apply_exif: whether the EXIF orientation turns and mirrors the image.
 
     Raises:
