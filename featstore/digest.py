@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Json = Any
 """A value made of dict (str keys), list, tuple, str, bool, int, float and None."""
@@ -46,6 +46,8 @@ def digest_tensor(tensor: Tensor) -> str:
     Raises:
         TypeError: for tensors without plain elements (sparse, quantized, on the meta device).
     """
+    import torch
+
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise TypeError(f"a {tensor.layout} tensor of dtype {tensor.dtype} on {tensor.device} has no digest")
     flat = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
