@@ -18,9 +18,6 @@ from types import BuiltinFunctionType, CodeType, FunctionType, GetSetDescriptorT
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
-
 from featstore.digest import Json, canonical_json, digest_bytes, digest_tensor
 from featstore.errors import ModelError
 
@@ -180,8 +177,10 @@ def _value_facts(name: str, value: Any, attributes: set[str], seen: list[object]
 
 
 def _plain_facts(name: str, value: Any) -> Json:
+    import torch
+
     try:
-        if isinstance(value, Tensor):
+        if isinstance(value, torch.Tensor):
             return {"tensor": digest_tensor(value)}
         if isinstance(value, torch.dtype | torch.device | torch.memory_format):
             return {"torch": str(value)}

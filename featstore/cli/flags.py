@@ -18,10 +18,10 @@ import typer
 from featstore.cli.program import one_of
 from featstore.errors import OnError
 from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
-from featstore.images.augmentation import BUILT_IN
 from featstore.images.csv_tables import OWN_SPLITS
 from featstore.images.image_set import ImageSet
 from featstore.images.origins import ORIGINS, Origin, named_by
+from featstore.images.policies import BUILT_IN
 from featstore.images.views import INTERPOLATIONS, Augment, View
 from featstore.models.backbones import backbone, backbone_names, outline
 from featstore.models.staged import StagedModel

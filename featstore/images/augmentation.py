@@ -1,8 +1,7 @@
-"""Policies: what augmentation does to an image for a seed, keyed by everything that decides the result."""
+"""Augmentation: a policy as a value, built-in or a person's own, keyed by everything that decides its results."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -10,22 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from featstore.digest import Json, canonical_json, digest_json
 from featstore.errors import ModelError
+from featstore.images.geometry import Geometry, RenderError
+from featstore.images.policies import BUILT_IN, Draws
 from featstore.source_code import function_facts
 
-OwnPolicy = Callable[[Tensor, torch.Generator], Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+OwnPolicy: TypeAlias = "Callable[[Tensor, torch.Generator], Tensor]"
 """A person's policy: uint8 `(3, H, W)` and a CPU generator to uint8 `(3, H', W')`, before the evaluation geometry."""
-
-
-class RenderError(ValueError):
-    """An image that can't be made into a view; the message is the reason, without the image's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class Policy:
 
     def describe(self) -> str:
         """The name, and for all but the built-in ones of this version what tells two of one name apart."""
-        if BUILT_IN.get(self.name) == self:
+        if self._is_built_in:
             return self.name
         identity = json.loads(self.identity)
         if "source" in identity:
@@ -79,6 +78,24 @@ class Policy:
         """The random numbers for the image of content `digest`: of nothing else, whatever the order or the worker."""
         return Draws([self.facts, seed, digest.hex()])
 
+    def render(self, image: Tensor, geometry: Geometry, seed: int, digest: bytes) -> Tensor:
+        """The augmented view of `image`, which stays as it is: uint8 `(3, size, size)`, maybe in its memory.
+
+        A person's own policy comes before the evaluation geometry; a built-in one has the geometry at hand.
+
+        Raises:
+            RenderError: as `apply`, and as `Geometry.evaluation`.
+            ValueError: for a policy that is neither built-in, in this version, nor has a function.
+        """
+        if self._is_built_in:
+            method, _, params = BUILT_IN[self.name]
+            return method(image, geometry, self.draws(seed, digest), **params)
+        return geometry.evaluation(self.apply(image, seed, digest))
+
+    @property
+    def _is_built_in(self) -> bool:
+        return NAMED.get(self.name) == self
+
     def apply(self, image: Tensor, seed: int, digest: bytes) -> Tensor:
         """What a person's own policy makes of `image`, which it can't change: uint8 `(3, H', W')`.
 
@@ -91,6 +108,8 @@ class Policy:
                 f"the policy {self.name} is known by its facts only ({self.identity}), so no image can go through it; "
                 "give the policy itself: view.with_seed(policy, seed)"
             )
+        import torch
+
         # torch's CPU generator starts from 32 bits of its seed: two images may share a start, which does no harm.
         generator = torch.Generator().manual_seed(self.draws(seed, digest).integer(2**63))
         return _called(self.function, self.name, image, generator)
@@ -112,9 +131,9 @@ def policy(given: str | OwnPolicy | Policy) -> Policy:
     if isinstance(given, Policy):
         return given
     if isinstance(given, str):
-        if given not in BUILT_IN:
-            raise ValueError(f"there is no augmentation policy {given!r}; choose {', '.join(BUILT_IN)}")
-        return BUILT_IN[given]
+        if given not in NAMED:
+            raise ValueError(f"there is no augmentation policy {given!r}; choose {', '.join(NAMED)}")
+        return NAMED[given]
     if not callable(given):
         raise TypeError(f"an augmentation policy is a name or a function, not a {type(given).__name__}")
     name = getattr(given, "__name__", type(given).__name__)
@@ -122,77 +141,14 @@ def policy(given: str | OwnPolicy | Policy) -> Policy:
     return Policy(name=name, identity=canonical_json(_identity(given, name)), function=given)
 
 
-# --- the built-in policies ---
+NAMED = {
+    name: Policy(name=name, identity=canonical_json({"version": each.version, "params": dict(each.params)}))
+    for name, each in BUILT_IN.items()
+}
+"""The policies of `policies.BUILT_IN`."""
 
-FLIP_PROBABILITY = 0.5
-AREA = (0.08, 1.0)
-ASPECT = (3 / 4, 4 / 3)
-ATTEMPTS = 10
-
-
-def _built_in(name: str, version: int, **params: Json) -> Policy:
-    return Policy(name=name, identity=canonical_json({"version": version, "params": params}))
-
-
-NONE = _built_in("none", 1)
-FLIP = _built_in("flip", 1, probability=FLIP_PROBABILITY)
-RANDOM_RESIZED_CROP = _built_in(
-    "random_resized_crop", 1, area=AREA, aspect=ASPECT, attempts=ATTEMPTS, flip_probability=FLIP_PROBABILITY
-)
-BUILT_IN = {each.name: each for each in (NONE, FLIP, RANDOM_RESIZED_CROP)}
-
-
-class Box(NamedTuple):
-    """A rectangle of pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def random_box(height: int, width: int, draws: Draws) -> Box:
-    """A box of random area and aspect in an image; after `ATTEMPTS` that don't fit, the largest central one that may.
-
-    Distributed as torchvision's ``RandomResizedCrop``.
-    """
-    for _ in range(ATTEMPTS):
-        area = height * width * draws.uniform(*AREA)
-        aspect = math.exp(draws.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
-        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            top = draws.integer(height - box_height + 1)
-            return Box(top, draws.integer(width - box_width + 1), box_height, box_width)
-    box_height, box_width = height, width
-    if width / height < ASPECT[0]:
-        box_height = round(width / ASPECT[0])
-    elif width / height > ASPECT[1]:
-        box_width = round(height * ASPECT[1])
-    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
-
-
-class Draws:
-    """Random numbers that follow from `key` alone, on every machine: SHA-256 of the key's SHA-256 and a counter."""
-
-    def __init__(self, key: Json) -> None:
-        self._start = hashlib.sha256(canonical_json(key).encode("ascii")).digest()
-        self._count = 0
-
-    def uniform(self, low: float, high: float) -> float:
-        """A number in [low, high), one of 2**53."""
-        return low + (high - low) * ((self._bits() >> 11) / 2**53)
-
-    def integer(self, stop: int) -> int:
-        """A number in 0 ... stop - 1, all equally likely; `stop` is at most 2**63."""
-        limit = 2**64 - 2**64 % stop  # the rest would favour small numbers
-        while (bits := self._bits()) >= limit:
-            pass
-        return bits % stop
-
-    def _bits(self) -> int:
-        block = hashlib.sha256(self._start + self._count.to_bytes(8, "big")).digest()
-        self._count += 1
-        return int.from_bytes(block[:8], "big")
+NONE = NAMED["none"]
+"""No augmentation, for programs that need a word for it; no view has it."""
 
 
 # --- a person's own policy: what it is keyed by ---
@@ -220,13 +176,15 @@ def _identity(function: OwnPolicy, name: str) -> dict[str, Json]:
 
 
 def _called(function: OwnPolicy, name: str, image: Tensor, generator: torch.Generator) -> Tensor:
+    import torch
+
     try:
         result = function(image.clone(memory_format=torch.contiguous_format), generator)
     except Exception as error:
         raise RenderError(f"the policy {name} failed: {type(error).__name__}: {error}") from error
-    is_image = isinstance(result, Tensor) and result.dim() == 3 and result.shape[0] == 3 and result.numel() > 0
+    is_image = isinstance(result, torch.Tensor) and result.dim() == 3 and result.shape[0] == 3 and result.numel() > 0
     if not is_image or result.dtype != torch.uint8 or result.device.type != "cpu":
-        found = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        found = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
         raise RenderError(f"the policy {name} returned {found}; expected a uint8 tensor (3, H, W) on the CPU")
     return result
 
@@ -236,6 +194,8 @@ def _check_pure(function: OwnPolicy, name: str) -> None:
 
     Done once, where the policy is made and in the thread that makes it: the states belong to the whole process.
     """
+    import torch
+
     size = (3, 240, 320)
     image = (torch.arange(math.prod(size)) * 2654435761 % 2**32 // 2**24).to(torch.uint8).reshape(size)
     for seed in range(4):  # several: a policy may do nothing to some images
@@ -255,6 +215,8 @@ def _check_pure(function: OwnPolicy, name: str) -> None:
 
 @contextmanager
 def _global_random_state(seed: int) -> Iterator[None]:
+    import torch
+
     # numpy's legacy functions: the global state that a policy may have used by mistake has no others.
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:

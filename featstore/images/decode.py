@@ -27,19 +27,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from featstore.errors import FeatureStoreError
+from featstore.images.decoders import ARRAY, MAX_PIXELS, PILLOW, POLICY, TORCHVISION
 from featstore.machine import available_bytes
 from featstore.words import size_text
-
-POLICY = "featstore-decode-1"
-"""The name and version of the rules in this file. Other values for the same bytes need another name."""
-
-ARRAY, TORCHVISION, PILLOW = 0, 1, 2
-DECODERS: dict[int, str] = {ARRAY: "array", TORCHVISION: "torchvision.io", PILLOW: "pillow"}
-"""What the decoder code of a row means."""
-
-MAX_PIXELS = 178_956_970
-"""The most pixels that are decoded, half a gigabyte as RGB; also where Pillow stops unless told otherwise."""
-
 
 MAX_SCANS = 100
 """The most scans of a JPEG that are decoded. Encoders write up to a dozen; each goes over all of the image."""
@@ -78,7 +68,7 @@ def decode(
 
     Args:
         data: the encoded file, or an array `(H, W)` or `(H, W, 3)`.
-        policy: must be `POLICY`, the only one so far.
+        policy: must be `decoders.POLICY`, the only one so far.
         apply_exif: whether the EXIF orientation turns and mirrors the image.
         memory: what all decodings at one time may take, where there are several.
 

@@ -5,39 +5,22 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from featstore.digest import Json
-from featstore.images.augmentation import (
-    BUILT_IN,
-    FLIP,
-    FLIP_PROBABILITY,
-    NONE,
-    RANDOM_RESIZED_CROP,
-    Draws,
-    OwnPolicy,
-    Policy,
-    RenderError,
-    policy,
-    random_box,
-)
-from featstore.images.decode import MAX_PIXELS
-from featstore.images.decode import POLICY as DECODE_POLICY
+from featstore.images.augmentation import NONE, OwnPolicy, Policy, policy
+from featstore.images.decoders import POLICY as DECODE_POLICY
+from featstore.images.geometry import INTERPOLATIONS, SMOOTH, Geometry, RenderError
 
-__all__ = ["BUILT_IN", "INTERPOLATIONS", "Augment", "OwnPolicy", "Policy", "RenderError", "View", "policy"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact")
-"""What torch can resize uint8 with; each gives the same bits on every CPU level."""
+__all__ = ["INTERPOLATIONS", "Augment", "OwnPolicy", "Policy", "RenderError", "View", "policy"]
 
 MAX_SEED = 2**63 - 1
 """The largest seed, as folders are named by theirs: what a signed integer of 64 bits holds."""
-
-_SMOOTH = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +69,7 @@ class View:
             raise ValueError(f"interpolation {self.interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
         if self.decode != DECODE_POLICY:
             raise ValueError(f"decode policy {self.decode!r} is unknown here; this featstore has {DECODE_POLICY!r}")
-        if self.interpolation not in _SMOOTH:
+        if self.interpolation not in SMOOTH:
             object.__setattr__(self, "antialias", False)  # equal values, hence equal facts
         object.__setattr__(self, "mean", _channels("mean", self.mean))
         object.__setattr__(self, "std", _channels("std", self.std))
@@ -213,23 +196,20 @@ class View:
             RenderError: for an image that would be too large when resized, or on which a person's policy fails.
         """
         _check_image(image)
+        geometry = Geometry(
+            size=self.size, resize=self.resize, interpolation=self.interpolation, antialias=self.antialias
+        )
         if self.policy is None or self.seed is None:
-            return _planes(self._resized_and_cropped(image))
-        if self.policy == FLIP:
-            draws = self.policy.draws(self.seed, digest)
-            return _planes(self._resized_and_cropped(image), is_mirrored=_is_mirrored(draws))
-        if self.policy == RANDOM_RESIZED_CROP:
-            draws = self.policy.draws(self.seed, digest)
-            box = random_box(image.shape[1], image.shape[2], draws)
-            part = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
-            return _planes(self._interpolated(part, self.size, self.size), is_mirrored=_is_mirrored(draws))
-        return _planes(self._resized_and_cropped(self.policy.apply(image, self.seed, digest)))
+            return _planes(geometry.evaluation(image))
+        return _planes(self.policy.render(image, geometry, self.seed, digest))
 
     def normalise(self, batch: Tensor) -> Tensor:
         """The model's input: float32 `(N, 3, size, size)` on the batch's device, from uint8 `(N, 3, size, size)`.
 
         On the CPU equal to torchvision's presets bit for bit.
         """
+        import torch
+
         if batch.dtype != torch.uint8 or batch.shape[1:] != (3, self.size, self.size):
             raise ValueError(
                 f"a batch {tuple(batch.shape)} of {batch.dtype}; expected uint8 (N, 3, {self.size}, {self.size}), the "
@@ -240,32 +220,6 @@ class View:
             :, :, None, None
         ]
         return batch.to(torch.float32).div_(constants[0]).sub_(constants[1]).div_(constants[2])
-
-    def _resized_and_cropped(self, image: Tensor) -> Tensor:
-        """`(3, size, size)`, with the roundings of torchvision's presets."""
-        height, width = image.shape[1:]
-        long = int(self.resize * max(height, width) / min(height, width))
-        if long * self.resize > MAX_PIXELS:
-            raise RenderError(
-                f"{width} x {height} pixels would be {long:,} x {self.resize} with the shorter side resized; at most "
-                f"{MAX_PIXELS:,} pixels are made; crop the image"
-            )
-        image = self._interpolated(image, *((long, self.resize) if width <= height else (self.resize, long)))
-        top, left = (round((side - self.size) / 2) for side in image.shape[1:])
-        return image[:, top : top + self.size, left : left + self.size]
-
-    def _interpolated(self, image: Tensor, height: int, width: int) -> Tensor:
-        """`(3, height, width)`. uint8 throughout: torch's float resize gives other last bits on other CPU levels."""
-        if image.shape[1:] == (height, width):
-            return image
-        align_corners = False if self.interpolation in _SMOOTH else None
-        return F.interpolate(
-            image[None],
-            size=(height, width),
-            mode=self.interpolation,
-            align_corners=align_corners,
-            antialias=self.antialias,
-        )[0]
 
 
 @dataclass(frozen=True, init=False)
@@ -318,17 +272,16 @@ def _checked_seeds(seeds: Iterable[int] | str) -> tuple[int, ...] | Literal["fre
     return checked
 
 
-def _is_mirrored(draws: Draws) -> bool:
-    return draws.uniform(0, 1) < FLIP_PROBABILITY
-
-
-def _planes(image: Tensor, *, is_mirrored: bool = False) -> Tensor:
+def _planes(image: Tensor) -> Tensor:
     """A contiguous copy. numpy's, which stays in this thread: torch's copies fork a team of OpenMP threads in each."""
-    array = image.numpy()
-    return torch.from_numpy(np.array(array[:, :, ::-1] if is_mirrored else array, order="C"))
+    import torch
+
+    return torch.from_numpy(np.array(image.numpy(), order="C"))
 
 
 def _check_image(image: Tensor) -> None:
+    import torch
+
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ValueError(f"an image {tuple(image.shape)} of {image.dtype}; expected uint8 (3, H, W)")
 

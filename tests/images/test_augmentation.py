@@ -20,7 +20,8 @@ from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from featstore.images.augmentation import ASPECT, Draws, Policy, policy, random_box
+from featstore.images.augmentation import Policy, policy
+from featstore.images.policies import ASPECT, Draws, random_box
 
 DIGEST = bytes(range(32))
 IMAGE = torch.arange(3 * 40 * 50).reshape(3, 40, 50).to(torch.uint8)

@@ -25,17 +25,8 @@ from sklearn.datasets import load_sample_images
 
 from featstore import FeatureStoreError
 from featstore.images import decode as decode_module
-from featstore.images.decode import (
-    ARRAY,
-    DECODERS,
-    MAX_PIXELS,
-    PILLOW,
-    POLICY,
-    TORCHVISION,
-    Budget,
-    DecodeError,
-    decode,
-)
+from featstore.images.decode import Budget, DecodeError, decode
+from featstore.images.decoders import ARRAY, DECODERS, MAX_PIXELS, PILLOW, POLICY, TORCHVISION
 
 Pixels = NDArray[np.uint8]
 PHOTO: Pixels = np.ascontiguousarray(load_sample_images().images[0][60:180:2, 200:360:2])  # (60, 80, 3)

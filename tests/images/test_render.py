@@ -22,7 +22,8 @@ from torch import Tensor
 
 import featstore.images.render as render_module
 from featstore.errors import ImageError
-from featstore.images.decode import PILLOW, TORCHVISION, Decoded, decode
+from featstore.images.decode import Decoded, decode
+from featstore.images.decoders import PILLOW, TORCHVISION
 from featstore.images.digests import content_digest
 from featstore.images.image_set import ImageSet
 from featstore.images.render import Job, render

@@ -29,7 +29,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
 
 from featstore.digest import canonical_json
-from featstore.images.augmentation import random_box
+from featstore.images.policies import random_box
 from featstore.images.views import INTERPOLATIONS, MAX_SEED, Augment, RenderError, View, policy
 
 DIGEST = bytes(range(32))

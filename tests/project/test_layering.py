@@ -35,7 +35,7 @@ ROOMS: dict[str, Rooms] = {
             "images",
             (
                 "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set", "contents",
-                "origins", "decode", "augmentation", "views", "render",
+                "origins", "decoders", "decode", "geometry", "policies", "augmentation", "views", "render",
             ),
         ),
         (

@@ -1,0 +1,11 @@
+"""Decoders: the name of the decode policy, what the decoder codes of rows mean, and how large an image may be."""
+
+POLICY = "featstore-decode-1"
+"""The name and version of the rules in `decode`. Other values for the same bytes need another name."""
+
+ARRAY, TORCHVISION, PILLOW = 0, 1, 2
+DECODERS: dict[int, str] = {ARRAY: "array", TORCHVISION: "torchvision.io", PILLOW: "pillow"}
+"""What the decoder code of a row means."""
+
+MAX_PIXELS = 178_956_970
+"""The most pixels that are decoded, half a gigabyte as RGB; also where Pillow stops unless told otherwise."""
