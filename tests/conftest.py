@@ -1,6 +1,7 @@
 """One thread, unless the caller says otherwise; tests marked `cuda` are skipped where there is no GPU."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,6 +11,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from support.processes import Processes
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Runs programs in a process of their own, of which all tests together wait for one interpreter."""
+    with Processes() as running:
+        yield running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
