@@ -21,6 +21,14 @@ from typing import Any, NamedTuple, NoReturn, Self
 AS_A_MODULE = "import runpy, sys; del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
 """The program that is ``python -m NAME ...``, with NAME as its first argument."""
 
+AS_A_SCRIPT = """
+    import os, runpy, sys
+    del sys.argv[0]
+    sys.path[0] = os.path.dirname(sys.argv[0])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""The program that is ``python FILE ...``, with FILE as its first argument."""
+
 _CALL = """
     import pickle, sys
     from pathlib import Path
