@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,6 +15,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="featstore-state-")
 
 import torch
+from support.processes import Processes
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Runs programs in a process of their own, of which all tests together wait for one interpreter."""
+    with Processes() as running:
+        yield running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

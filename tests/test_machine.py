@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.processes import Processes
 
 from featstore import machine
 from featstore.machine import _left, available_bytes, file_system, is_local, num_processors
 
 
-def test_processors_are_those_that_this_process_may_use() -> None:
+def test_processors_are_those_that_this_process_may_use(processes: Processes) -> None:
     assert num_processors() >= 1
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("the system pins no process to a processor")
     program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); " + (
         "from featstore.machine import num_processors; print(num_processors())"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"
+    assert processes.answer(program) == "1"
 
 
 def test_available_memory_is_some_and_no_more_than_there_is() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.processes import Processes
 
 import featstore
 from featstore import ModelError
@@ -79,9 +79,6 @@ def test_code_without_a_file_is_refused() -> None:
         source_digests(module)
 
 
-def test_a_class_typed_into_a_prompt_is_refused() -> None:
+def test_a_class_typed_into_a_prompt_is_refused(processes: Processes) -> None:
     code = "from featstore.source_code import source_digests\nclass Typed: pass\nsource_digests(Typed)"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(featstore.__file__).parents[1], capture_output=True, text=True
-    )
-    assert "The source of __main__ can't be found" in run.stderr
+    assert "The source of __main__ can't be found" in processes.run(code).stderr

@@ -17,6 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from support.processes import AS_A_MODULE, Processes
 
 from featstore import FeatureStore, ImageSet, backbone
 from featstore.cli.app import main
@@ -721,17 +722,18 @@ def test_help_fits_the_flags_of_the_contract(featstore: Program) -> None:
         assert set(re.findall(r"^  --([a-z-]+)", text, re.MULTILINE)) == expected
 
 
-def test_the_program_runs_as_a_module_and_in_an_ascii_terminal(here: Path) -> None:
+def test_the_program_runs_as_a_module_and_in_an_ascii_terminal(here: Path, processes: Processes) -> None:
     (here / "photos" / "cat" / "köpek.jpg").touch()
-    ran = subprocess.run(
-        [sys.executable, "-m", "featstore", "extract", *flags("--on-error", "skip")],
-        capture_output=True,
-        check=False,
-        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
-    )
+    in_ascii = f"""
+        import sys
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="ascii", errors="strict")
+        {AS_A_MODULE}
+    """
+    ran = processes.run(in_ascii, "featstore", "extract", *flags("--on-error", "skip"))
     assert ran.returncode == 0
-    assert b"cat/k\\xf6pek.jpg: " in ran.stderr
-    assert ran.stdout.startswith(b"key ")
+    assert "cat/k\\xf6pek.jpg: " in ran.stderr
+    assert ran.stdout.startswith("key ")
 
 
 def test_the_program_runs_as_a_script_whose_reader_may_stop_early(here: Path) -> None:

@@ -6,14 +6,10 @@ import copy
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.processes import Processes
 from support.tiny import SIZE, VIEW, Net, arrays, jpeg, net, photos, pixels, rows_by_hand, staged
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -1145,20 +1142,26 @@ def test_progress_without_a_terminal_is_plain_lines(
 # ---- at once
 
 
-def _extract_elsewhere(root: Path, barrier: Any) -> None:
-    barrier.wait()
+def extract_beside_another(root: Path, ready: Path) -> None:
+    """Begins when two files lie in the folder `ready`, of which one is its own."""
+    (ready / str(os.getpid())).touch()
+    while len(list(ready.iterdir())) < 2:
+        time.sleep(0.001)
     run(arrays(30), FeatureStore(root), batch_size=4, augment=Augment("flip", seeds=[0]))
 
 
-def test_two_jobs_at_once_leave_each_row_once_for_every_reader(store: FeatureStore) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
-    jobs = [context.Process(target=_extract_elsewhere, args=(store.root, barrier)) for _ in range(2)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-    assert [job.exitcode for job in jobs] == [0, 0]
+def test_two_jobs_at_once_leave_each_row_once_for_every_reader(
+    tmp_path: Path, store: FeatureStore, processes: Processes
+) -> None:
+    (tmp_path / "ready").mkdir()
+    program = f"""
+        from pathlib import Path
+        from test_extract import extract_beside_another
+        extract_beside_another(Path({str(store.root)!r}), Path({str(tmp_path / "ready")!r}))
+    """
+    for job in [processes.start(program) for _ in range(2)]:
+        ended = processes.end(job)
+        assert ended.returncode == 0, ended.stderr
     images = arrays(30)
     report = run(images, store, augment=Augment("flip", seeds=[0]))
     assert report.computed == 0
@@ -1173,7 +1176,7 @@ def test_two_jobs_at_once_leave_each_row_once_for_every_reader(store: FeatureSto
     assert all(Part.open(path).verify() == [] for path in store.root.rglob("part-*.h5"))
 
 
-def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, processes: Processes) -> None:
     """A process whose rows are 164 MB in all, and parts of 8 MB, which it merges at its end."""
     if not Path("/proc/self/statm").exists():
         pytest.skip("the system doesn't tell how much memory a process has")
@@ -1183,7 +1186,6 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     program = f"""
         import resource, sys, threading, time
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         import torch
         from support.tiny import VIEW
         from featstore import FeatureStore, ImageSet, StagedModel, extract
@@ -1217,9 +1219,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
         assert sorted(part.num_rows for part in found.parts) == [200, 2300]
         print(most[0] - before)
     """
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout) < 60 << 20, ran.stdout
+    assert int(processes.answer(program)) < 60 << 20
 
 
 # ---- the image set beside the rows

@@ -24,6 +24,7 @@ from support.parts import (
     some_digests,
     write,
 )
+from support.processes import Processes
 from torch import Tensor
 
 from featstore.errors import DamagedFileError
@@ -466,14 +467,15 @@ def crc_of_features(part: Part) -> int:
 
 # Python 3.12 and later warn about every fork beside threads; that this one works is the claim.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_a_part_works_in_worker_processes(path: Path, method: str) -> None:
+def test_a_part_works_in_a_forked_worker_and_in_a_new_process(path: Path, processes: Processes) -> None:
     features = random_bits(100)
     write(path, features)
     unmapped, mapped = Part.open(path), Part.open(path)
     assert crc_of_features(mapped) == zlib.crc32(bits(features))
-    with multiprocessing.get_context(method).Pool(1) as pool:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.map(crc_of_features, [unmapped, mapped]) == [zlib.crc32(bits(features))] * 2
+    for part in (unmapped, mapped):
+        assert processes.call(crc_of_features, part) == zlib.crc32(bits(features))
 
 
 # ---- what a caller may pass

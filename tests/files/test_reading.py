@@ -6,9 +6,6 @@ import errno
 import mmap
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.processes import Processes
 from support.tiny import SPEC, arrays, digests_of
 from torch.utils.data import DataLoader
 
@@ -278,13 +276,12 @@ def test_an_order_depends_on_the_seed_alone_but_in_a_stream(folder: Path, tmp_pa
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system doesn't tell a process's memory")
-def test_a_stream_through_three_times_as_many_rows_takes_no_more_memory(tmp_path: Path) -> None:
+def test_a_stream_through_three_times_as_many_rows_takes_no_more_memory(tmp_path: Path, processes: Processes) -> None:
     """In a process whose memory is looked at after each batch: its own and its share of mapped files."""
     for place in range(3):
         write(tmp_path, list(range(place * 1000, place * 1000 + 1000)), place)
     program = f"""
-        import resource, sys
-        sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
+        import resource
         from pathlib import Path
         from test_reading import joined
         from featstore.store import features
@@ -301,12 +298,10 @@ def test_a_stream_through_three_times_as_many_rows_takes_no_more_memory(tmp_path
             for shuffle in (True, False):
                 print(most(1000), most(3000))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, env=os.environ
-    )
-    grown = [many - few for few, many in (map(int, line.split()) for line in done.stdout.splitlines())]
+    said = processes.answer(program)
+    grown = [many - few for few, many in (map(int, line.split()) for line in said.splitlines())]
     assert len(grown) == 4
-    assert max(grown) < 64 << 20, done.stdout  # of 131 MB that are read more
+    assert max(grown) < 64 << 20, said  # of 131 MB that are read more
 
 
 # ---- damage, and files that go
@@ -713,11 +708,10 @@ def open_parts() -> list[str]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_a_child_reads_that_was_forked_while_a_thread_loaded_rows(folder: Path) -> None:
+def test_a_child_reads_that_was_forked_while_a_thread_loaded_rows(folder: Path, processes: Processes) -> None:
     """In a process of its own, whose child is killed if it waits for what nobody will give it."""
     program = f"""
-        import os, signal, sys, threading
-        sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
+        import os, signal, threading
         from pathlib import Path
         import torch
         from test_reading import joined, names_in
@@ -746,5 +740,4 @@ def test_a_child_reads_that_was_forked_while_a_thread_loaded_rows(folder: Path) 
         thread.join()
         print(status, stored.access.startswith("memory"), names_in(stored[[5]]))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
-    assert done.stdout == "0 True [5]\n"
+    assert processes.answer(program) == "0 True [5]"

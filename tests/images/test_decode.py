@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import re
 import struct
-import subprocess
-import sys
-import textwrap
 import time
 import zlib
 from collections.abc import Callable
@@ -22,6 +19,7 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 from sklearn.datasets import load_sample_images
+from support.processes import Processes
 
 from featstore import FeatureStoreError
 from featstore.images import decode as decode_module
@@ -455,16 +453,15 @@ def test_a_setting_that_hides_truncation_is_refused(monkeypatch: pytest.MonkeyPa
         decode(encoded(photo("P"), "GIF"))
 
 
-def test_memory_that_is_not_there_is_no_fault_of_an_image() -> None:
+def test_memory_that_is_not_there_is_no_fault_of_an_image(processes: Processes) -> None:
     """In a process that may take little more than it has."""
-    program = f"""
-        import resource, sys
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+    program = """
+        import resource
         from io import BytesIO
         from PIL import Image
         from featstore.images.decode import decode
-        images = {{}}
-        for name, options in (("baseline", {{}}), ("progressive", {{"progressive": True}})):
+        images = {}
+        for name, options in (("baseline", {}), ("progressive", {"progressive": True})):
             Image.new("RGB", (9000, 9000)).save(images.setdefault(name, BytesIO()), "JPEG", **options)
         taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         for megabytes in (30, 100, 200):
@@ -477,9 +474,8 @@ def test_memory_that_is_not_there_is_no_fault_of_an_image() -> None:
     """
     if not Path("/proc/self/statm").exists():
         pytest.skip("the system doesn't tell how much memory a process has")
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert {"baseline a JPEG", "progressive a JPEG"} <= {line.partition(" of ")[0] for line in ran.stdout.splitlines()}
+    said = processes.answer(program).splitlines()
+    assert {"baseline a JPEG", "progressive a JPEG"} <= {line.partition(" of ")[0] for line in said}
 
 
 def test_pillows_limit_is_neither_changed_nor_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:

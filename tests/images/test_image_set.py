@@ -7,8 +7,6 @@ import io
 import mmap
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from support.processes import Processes
 from torchvision.datasets import ImageFolder
 
 from featstore.errors import FeatureStoreError, ImageError
@@ -75,6 +74,10 @@ def counted(number: int, num_classes: int = 2, prefix: str = "") -> ImageSet:
 
 def members(images: ImageSet, split: str) -> set[str]:
     return {image for image, dealt in zip(images.ids, images.splits, strict=True) if dealt == split}
+
+
+def held_out_of_200() -> set[str]:
+    return members(counted(200, 4).split(0.2, 0.1), "valid")
 
 
 def per_class(images: ImageSet) -> list[int]:
@@ -569,18 +572,11 @@ class TestSplit:
             dealt = dict(zip(images.ids, images.splits.tolist(), strict=True))
             assert [dealt[image] for image in ranked] == ["valid"] * 2 + ["test"] * 3 + ["train"] * 5
 
-    def test_membership_is_the_same_in_any_order_and_in_another_process(self) -> None:
+    def test_membership_is_the_same_in_any_order_and_in_another_process(self, processes: Processes) -> None:
         images = counted(200, 4)
         backwards = images.select(np.arange(200)[::-1])
         assert members(images.split(0.2, 0.1), "valid") == members(backwards.split(0.2, 0.1), "valid")
-        code = (
-            "from featstore.images.image_set import *; import numpy as np\n"
-            "images = ImageSet.from_arrays(np.zeros((40, 2, 2), np.uint8), [0, 1] * 20).split()\n"
-            "print(' '.join(images.valid.ids))"
-        )
-        here = ImageSet.from_arrays(np.zeros((40, 2, 2), np.uint8), [0, 1] * 20).split().valid.ids
-        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert tuple(told.stdout.split()) == here
+        assert processes.call(held_out_of_200) == held_out_of_200()
 
     def test_another_seed_deals_another_split(self) -> None:
         images = counted(200)

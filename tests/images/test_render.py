@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
+from support.processes import Processes
 from torch import Tensor
 
 import featstore.images.render as render_module
@@ -276,7 +275,7 @@ def test_wrong_arguments_are_refused_at_once() -> None:
         render(Counting(0), [], workers=-1)
 
 
-def test_torchs_thread_count_is_left_alone_also_for_new_threads() -> None:
+def test_torchs_thread_count_is_left_alone_also_for_new_threads(processes: Processes) -> None:
     # In a process of its own: the count that new threads start with can't be set back once it is wrong.
     program = """
 import threading, numpy as np, torch
@@ -298,6 +297,4 @@ thread.start()
 thread.join()
 print(counts)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-
-    assert result.stdout.strip() == "[3, 3]"
+    assert processes.answer(program) == "[3, 3]"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from support.splitting import check_split, randomise
+from support.tiny import vision_transformer
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import StochasticDepth
@@ -87,10 +89,10 @@ class Tokens(nn.Module):
         return scores
 
 
-@pytest.mark.parametrize("make", [Net, Tokens])
+@pytest.mark.parametrize("make", [Net, Tokens, partial(vision_transformer, 12)])
 def test_every_cut_of_a_small_network_splits_it_bit_for_bit(make: Callable[[], nn.Module]) -> None:
     module = make()
-    check_split(StagedModel.from_module(module), images(), module)
+    check_split(StagedModel.from_module(module, view=View(size=12, resize=12)), images(), module)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -102,8 +104,8 @@ def test_every_cut_of_a_small_network_splits_it_bit_for_bit(make: Callable[[], n
         ("resnet50", 32),
         ("squeezenet1_0", 64),
         ("squeezenet1_1", 64),
-        ("vit_b_16", 64),
-        ("vit_b_32", 224),
+        pytest.param("vit_b_16", 64, marks=pytest.mark.slow),
+        pytest.param("vit_b_32", 224, marks=pytest.mark.slow),
     ],
 )
 def test_every_cut_of_a_backbone_splits_it_bit_for_bit(name: str, size: int) -> None:

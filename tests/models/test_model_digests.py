@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from support.processes import Processes
 from torch import Tensor, nn
 
 from featstore import ModelError, StagedModel, backbone
@@ -226,19 +225,14 @@ def test_the_layers_of_a_transformer_are_keyed_with_their_settings_but_their_dro
     assert len(keys) == 4
 
 
-def test_two_processes_give_one_key() -> None:
-    code = "import test_model_digests as t; print(t.digest(t.drawn(t.Net())))"
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for seed in ("1", "2")
-    ]
-    assert {process.communicate()[0].strip() for process in processes} == {digest(drawn(Net()))}
+def test_two_processes_give_one_key(processes: Processes) -> None:
+    seeded, key = processes.call(seed_and_key)
+    assert (seeded != hash("text"), key) == (True, digest(drawn(Net())))
+
+
+def seed_and_key() -> tuple[int, str]:
+    """What hashes of texts come to, which is another in each process, and the key of a network."""
+    return hash("text"), digest(drawn(Net()))
 
 
 def test_the_key_of_a_fixed_network_is_what_it_has_always_been() -> None:

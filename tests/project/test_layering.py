@@ -13,6 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from support.processes import Processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -349,10 +350,9 @@ def test_what_is_allowed_passes(module: str, source: str) -> None:
     assert not faults(module, source)
 
 
-def test_importing_featstore_loads_neither_plots_nor_scikit_learn_nor_the_command_line() -> None:
+def test_importing_featstore_loads_neither_plots_nor_scikit_learn_nor_the_command_line(processes: Processes) -> None:
     program = "import featstore, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    loaded = set(shown.stdout.split())
+    loaded = set(processes.answer(program).split())
     assert {"featstore", "torch"} <= loaded
     assert not loaded & {"matplotlib", "sklearn", "typer", "training"}
 

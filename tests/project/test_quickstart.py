@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.processes import AS_A_SCRIPT, Processes
 from support.programs import photographs
 
 from featstore import backbone
@@ -29,12 +29,6 @@ PROMISES = (
     "cached and live losses are equal, bit for bit",
     "unfreezing moved the first stage",
 )
-
-
-def quickstart(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 
 
 def promises(printed: str) -> dict[str, str]:
@@ -54,14 +48,14 @@ def script() -> ModuleType:
     return module
 
 
-def test_own_photographs_go_all_the_way_and_every_promise_holds(tmp_path: Path) -> None:
+def test_own_photographs_go_all_the_way_and_every_promise_holds(tmp_path: Path, processes: Processes) -> None:
     photographs(tmp_path / "photos", count=5)
     own = f"{os.path.relpath(ROOT / 'scripts/digits_backbone.py', tmp_path)}:make_model"
-    ran = quickstart("--images", "photos", "--backbone", own, "--epochs", "1", "--out", "made", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert promises(ran.stdout) == dict.fromkeys(PROMISES, "yes")
-    assert re.search(r"^head at layer3 +\d\.\d{3} +\d+\.\d\d +\d+\.\d\d$", ran.stdout, re.MULTILINE)
-    assert "--cut layer2:none --cut layer3 --augment flip --seeds 0-3 --dtype float32" in ran.stdout
+    flags = ["--images", "photos", "--backbone", own, "--epochs", "1", "--out", "made"]
+    printed = processes.answer(AS_A_SCRIPT, str(SCRIPT), *flags, cwd=tmp_path)
+    assert promises(printed) == dict.fromkeys(PROMISES, "yes")
+    assert re.search(r"^head at layer3 +\d\.\d{3} +\d+\.\d\d +\d+\.\d\d$", printed, re.MULTILINE)
+    assert "--cut layer2:none --cut layer3 --augment flip --seeds 0-3 --dtype float32" in printed
     for name in ("views.png", "learning-rates.png", "history.png"):
         with Image.open(tmp_path / "made" / name) as plot:
             assert plot.size >= (600, 400)

@@ -8,7 +8,7 @@ cases where this draws some.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -325,24 +325,28 @@ def test_a_job_whose_parts_were_merged_by_others_has_nothing_to_merge_and_nothin
 # ---- real kills
 
 
-def test_kill_9_at_random_instants_loses_no_part_and_a_second_run_computes_only_the_rest(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def forker() -> Iterator[Forker]:
+    with Forker() as running:
+        yield running
+
+
+def test_kill_9_at_random_instants_loses_no_part_and_a_second_run_computes_only_the_rest(
+    forker: Forker, tmp_path: Path
+) -> None:
     num_images = 32
-    with Forker() as forker:
-        forker.run("extract", tmp_path, num_images=num_images)
-        whole = rows_in(tmp_path)
-        killed = [
-            kill_and_check(forker, tmp_path / str(seed), num_images, whole, random.Random(seed)) for seed in range(4)
-        ]
+    forker.run("extract", tmp_path, num_images=num_images)
+    whole = rows_in(tmp_path)
+    killed = [kill_and_check(forker, tmp_path / str(seed), num_images, whole, random.Random(seed)) for seed in range(4)]
     assert len(whole) == 2 * num_images
     assert any(killed)
 
 
 def test_readers_see_all_that_was_committed_while_others_write_compact_collect_remove_and_are_killed(
-    tmp_path: Path,
+    forker: Forker, tmp_path: Path
 ) -> None:
-    with Forker() as forker:
-        forker.run("extract reference", tmp_path / "reference")
-        killed = crowd_and_check(forker, tmp_path / "crowd", tmp_path / "reference", 16, random.Random(0))
+    forker.run("extract reference", tmp_path / "reference")
+    killed = crowd_and_check(forker, tmp_path / "crowd", tmp_path / "reference", 16, random.Random(0))
     assert killed.keys() == set(CROWD) - {"read"}
 
 

@@ -27,7 +27,9 @@ from featstore.files.part import Part, write_part
 from featstore.files.table import Table, write_table
 from featstore.store.spec import FeatureSpec
 
-NUM_FLIPS = 300
+NUM_FLIPS = 100
+"""Bits of each region. One checksum covers all of a region, so few of them say of a bit what many would."""
+
 ROWS_A_BLOCK, NUM_BLOCKS = 10, 10
 NUM_ROWS = ROWS_A_BLOCK * NUM_BLOCKS
 FACTS = released.PART_FACTS

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.splitting import randomise
-from support.tiny import VIEW, pixels
+from support.tiny import VIEW, pixels, staged_vision_transformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -253,7 +253,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[StagedModel, Image
 
 
 @pytest.mark.parametrize("freeze_to", ["encoder.layers.encoder_layer_10", "encoder.ln"])
-def test_vit_b_32_trains_equally_from_features_and_live(
+def test_a_vit_trains_equally_from_features_and_live(
     vit: tuple[StagedModel, ImageSet, FeatureStore, FeatureStore], freeze_to: str
 ) -> None:
     model, images, store, beside = vit
@@ -265,10 +265,13 @@ def test_vit_b_32_trains_equally_from_features_and_live(
         assert_equal_training(cached, live, epochs=1, lr=1e-3)
 
 
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[StagedModel, ImageSet, FeatureStore, FeatureStore]:
+@pytest.fixture(scope="module", params=["tiny", pytest.param("vit_b_32", marks=pytest.mark.slow)])
+def vit(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[StagedModel, ImageSet, FeatureStore, FeatureStore]:
     """Tokens before the last layer and the class token behind it, with a seed; and a store of another pool."""
-    model, images = backbone("vit_b_32", weights="none"), labelled(train=5, valid=0, size=32)
+    model = staged_vision_transformer() if request.param == "tiny" else backbone("vit_b_32", weights="none")
+    images = labelled(train=5, valid=0, size=32)
     randomise(model, seed=1)
     root = tmp_path_factory.mktemp("vit")
     cuts = ["encoder.layers.encoder_layer_10:none", "encoder.ln"]

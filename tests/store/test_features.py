@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.processes import Processes
 from support.tiny import SPEC, arrays, digests_of
 
 from featstore import Features
@@ -234,12 +235,13 @@ def _sums(stored: Features, rows: list[int]) -> list[float]:
     return sums
 
 
-@pytest.mark.parametrize("start", ["spawn", "forkserver", "fork"])
-def test_features_work_in_processes_however_started(tmp_path: Path, start: Any) -> None:
+def test_features_work_in_a_forked_worker_and_in_a_new_process(tmp_path: Path, processes: Processes) -> None:
     stored = features(tmp_path, (3, 0), (4, 1, 2))
     assert len(stored[:]) == 5
-    with multiprocessing.get_context(start).Pool(1) as pool:
-        assert pool.apply(_sums, (stored, [4, 1])) == rows_of(4, 1).sum(dim=(1, 2)).tolist()
+    expected = rows_of(4, 1).sum(dim=(1, 2)).tolist()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(_sums, (stored, [4, 1])) == expected
+    assert processes.call(_sums, stored, [4, 1]) == expected
 
 
 def test_features_work_in_several_threads(tmp_path: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.processes import Processes
 
 from featstore import FeatureSpec, Pool, View
 
@@ -54,14 +53,12 @@ def test_the_key_stays_the_same_from_release_to_release() -> None:
     assert SPEC.key == "13051b3be93db0f9883bb0ef2cfe4b9ecbd3afa9b3705a6b82add40ae1a2dcc2"
 
 
-def test_the_key_is_the_same_in_every_process() -> None:
-    code = (
-        "import sys, json; from featstore import FeatureSpec; print(FeatureSpec.from_facts(json.load(sys.stdin)).key)"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(SPEC.facts()), capture_output=True, text=True, check=True
-    )
-    assert ran.stdout.strip() == SPEC.key
+def test_the_key_is_the_same_in_every_process(processes: Processes) -> None:
+    assert processes.call(key_of, SPEC.facts()) == SPEC.key
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    return FeatureSpec.from_facts(facts).key
 
 
 def test_names_of_backbones_and_cuts_are_no_facts() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import pickle
 import random
@@ -1204,79 +1203,6 @@ def test_a_writer_gives_up_where_its_folder_is_taken_away_each_time(
 
 
 # ---- processes beside each other
-
-
-def write_for(root: Path, seconds: float, place: int, filed: Any) -> None:
-    store = FeatureStore(root)
-    end = time.monotonic() + seconds
-    rng = random.Random(place)
-    while time.monotonic() < end:
-        names = rng.sample(range(len(DIGESTS)), 3)
-        file(store, *names)
-        filed.put(names)
-        time.sleep(0.02)
-
-
-def compact_for(root: Path, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        FeatureStore(root).compact()
-        time.sleep(0.005)
-
-
-def collect_for(root: Path, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        report = FeatureStore(root).gc(older_than=0.2)
-        assert report.left == ()
-        time.sleep(0.01)
-
-
-def file_and_remove_for(root: Path, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    store = FeatureStore(root)
-    while time.monotonic() < end:
-        for name in range(3):
-            file(store, name, spec=OTHER)
-        store.remove(OTHER.key)
-
-
-def test_readers_writers_compactions_collections_and_removals_beside_each_other(store: FeatureStore) -> None:
-    file(store, 0)
-    seconds = 3.0
-    context = multiprocessing.get_context("fork")
-    filed = context.Queue()
-    root = store.root
-    processes = [
-        context.Process(target=write_for, args=(root, seconds, 0, filed)),
-        context.Process(target=write_for, args=(root, seconds, 1, filed)),
-        context.Process(target=compact_for, args=(root, seconds)),
-        context.Process(target=compact_for, args=(root, seconds)),
-        context.Process(target=collect_for, args=(root, seconds)),
-        context.Process(target=file_and_remove_for, args=(root, seconds)),
-    ]
-    for process in processes:
-        process.start()
-    written = {0}
-    num_reads = 0
-    features = store.features(IMAGES.select([0]), KEY)
-    while any(process.is_alive() for process in processes):
-        while not filed.empty():
-            written |= set(filed.get())
-        names = sorted(written)
-        found = store.features(IMAGES.select(names), KEY)
-        assert torch.equal(found[:], rows_of(names))
-        assert torch.equal(features[:], rows_of([0]))  # joined long ago
-        num_reads += 1
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert num_reads > 5
-    assert store.damaged() == []
-    store.compact()
-    store.gc(older_than=0)
-    (part,) = store.set(KEY).parts
-    assert files_below(root) == {part.path.relative_to(root).as_posix()}
 
 
 @pytest.mark.parametrize("call", range(4))

@@ -968,7 +968,7 @@ def kill_and_check(forker: Forker, folder: Path, num_images: int, whole: Rows, r
 REMOVED_CUT = "layer1:avg"
 """Of a set that is removed again and again."""
 
-CROWD = ("write", "write", "compact", "collect", "remove", "read", "read")
+CROWD = ("write", "write", "compact", "compact", "collect", "remove", "read", "read")
 """The processes that are at work on one store at once."""
 
 _STOP, _COMMITTED = "stop", "committed"
@@ -1054,7 +1054,7 @@ def collect_on(folder: Path, *, seed: int) -> None:
     """Deletes garbage, however young, again and again."""
     rng, store = random.Random(seed), FeatureStore(folder / ROOT)
     while _goes_on(folder):
-        store.gc(older_than=0)
+        assert store.gc(older_than=0).left == ()
         time.sleep(rng.random() * 0.05)
 
 

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from featstore import FeatureSpec, ImageSet, StagedModel, View
 from featstore.images.decode import decode
 from featstore.images.digests import content_digest
+from featstore.models.torchvision_models import FAMILIES
 
 SIZE = 16
 VIEW = View(size=SIZE, resize=20)
@@ -54,6 +56,33 @@ def net(seed: int = 0, stride: int = 2) -> Net:
 def staged(seed: int = 0, stride: int = 2) -> StagedModel:
     """The staged model of `net(seed, stride)`."""
     return StagedModel.from_module(net(seed, stride), view=VIEW, name="net")
+
+
+def vision_transformer(size: int = 24, num_layers: int = 12) -> VisionTransformer:
+    """torchvision's class, as deep as ViT-B and otherwise tiny, for images of `size` pixels, a multiple of 4."""
+    with torch.random.fork_rng(devices=[]):
+        return VisionTransformer(
+            image_size=size,
+            patch_size=size // 2,
+            num_layers=num_layers,
+            num_heads=2,
+            hidden_dim=16,
+            mlp_dim=32,
+            num_classes=5,
+        ).eval()
+
+
+def staged_vision_transformer(size: int = 24) -> StagedModel:
+    """The staged model of `vision_transformer(size)`, with all that `backbone` says of a ViT."""
+    (family,) = (family for family in FAMILIES if "vit_b_32" in family.names)
+    return StagedModel.from_module(
+        vision_transformer(size),
+        view=View(size=size, resize=size),
+        layouts=dict(family.layouts),
+        class_tokens=family.class_tokens,
+        containers=family.containers,
+        fixed_size=size,
+    )
 
 
 def pixels(count: int, seed: int = 0, size: int = 24) -> NDArray[np.uint8]:

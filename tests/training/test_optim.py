@@ -8,7 +8,8 @@ import torch
 from support.tiny import VIEW, staged
 from torch import nn
 
-from featstore import StagedModel, backbone
+from featstore import StagedModel
+from featstore.models.backbones import outline
 from training import build_head, optim
 from training.optim import LayerGroup, layer_groups, spread
 
@@ -18,7 +19,7 @@ def num_parameters(model: StagedModel, group: LayerGroup) -> int:
 
 
 def with_head(name: str, classes: int = 10, cut: str | None = None) -> StagedModel:
-    model = backbone(name, weights="none")
+    model = outline(name)
     cut = cut or model.default_cut
     pool = model.pool(cut)
     return model.with_head(build_head("concat", pool.shape(model.shape(cut)), classes, 0), cut=cut)
@@ -49,7 +50,7 @@ def test_a_resnet_that_is_cut_earlier_is_parted_at_the_same_place() -> None:
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "vit_b_32"])
 def test_other_bodies_are_parted_in_the_middle_and_lose_no_parameter(name: str) -> None:
-    for model in (with_head(name), backbone(name, weights="none")):
+    for model in (with_head(name), outline(name)):
         groups = layer_groups(model)
         assert [group.name for group in groups] == ["early body", "late body", "head"]
         assert [place for group in groups for place in group.stages] == list(range(len(model.stages)))

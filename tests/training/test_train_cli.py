@@ -6,13 +6,12 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.processes import AS_A_MODULE, Processes
 from support.programs import BACKBONE, Ran, Run, photographs, runner
 from typer.models import OptionInfo
 
@@ -435,9 +434,8 @@ def test_an_unknown_option_is_named(run: Run, program: str, command: str) -> Non
     assert re.fullmatch(expected, ran.last_words)
 
 
-def test_the_program_runs_as_a_module(here: Path) -> None:
-    command = [sys.executable, "-m", "training", "predict", "--model", "nowhere", "photos"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_program_runs_as_a_module(here: Path, processes: Processes) -> None:
+    ran = processes.run(AS_A_MODULE, "training", "predict", "--model", "nowhere", "photos")
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr.startswith("nowhere is no saved run")
 
