@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from featstore.digest import Json
+from featstore.errors import ModelError
 from featstore.images.views import View
 from featstore.models.graph import eval_mode
 from featstore.models.pool import Pool
@@ -104,7 +105,17 @@ class Trunk:
             values = self.view.normalise(images.to(self.device))
             values = values.to(_DTYPES[self.precision])
             activations = self._model.activations(values, cuts)
+            for cut in cuts:
+                self._check_rows(cut, activations[cut])
             return [output.pool(activations[output.cut])[:rows] for output in self.outputs]
+
+    def _check_rows(self, cut: str, values: Tensor) -> None:
+        if values.ndim == 0 or len(values) != self.batch_size:
+            raise ModelError(
+                f"{self._model.name} gives no row an image at {cut}: in passes of {self.batch_size} the value there is "
+                f"{tuple(values.shape)}. Cut before or after it, or take another batch size (a squeeze() of all "
+                "dimensions takes the images' own away where a pass has one)."
+            )
 
     def _prepared(self, model: StagedModel) -> tuple[StagedModel, bool]:
         """The stages to run, and whether they are `model`'s own."""

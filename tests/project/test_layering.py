@@ -28,7 +28,10 @@ ROOMS: dict[str, Rooms] = {
         ("images", ("digests", "sources", "image_set", "decode", "augmentation", "views", "render")),
         (
             "models",
-            ("graph", "pool", "digests", "staged", "trunk", "weights", "runs", "backbones", "probe", "purity"),
+            (
+                "graph", "pool", "digests", "staged", "trunk", "weights", "runs", "backbones", "probe", "batch_mixing",
+                "purity",
+            ),
         ),
         (
             "store",
