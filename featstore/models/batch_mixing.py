@@ -105,13 +105,16 @@ class BatchMixing(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 status = None  # statistics that eval mode leaves empty
             else:
                 status, self.is_decided = _UNKNOWN, False
-        if is_written and self.status(value) != status:
-            if isinstance(status, Mixed | Unknown):
-                self._written[_memory(value)] = status
-            elif any(_memory(other) == _memory(value) and other is not value for other, _ in self._known.values()):
-                self._written[_memory(value)] = _UNKNOWN
-                self.is_decided = False
+        if is_written and isinstance(status, Mixed | Unknown):
+            self._written[_memory(value)] = status
+        elif is_written and self.status(value) != status and self._has_other_views(value):
+            self._written[_memory(value)] = _UNKNOWN
+            self.is_decided = False
         self.set(value, status)
+
+    def _has_other_views(self, value: Tensor) -> bool:
+        memory = _memory(value)
+        return any(_memory(other) == memory and other is not value for other, _ in self._known.values())
 
     def _fits(self, value: Tensor, rows: Rows) -> bool:
         size = rows.outer * self.num_images * rows.inner
