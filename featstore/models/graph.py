@@ -168,6 +168,7 @@ class _Tracer(fx.Tracer):
         self.opaque = opaque
         self.paths: dict[fx.Node, str] = {}
         self.plain_paths: dict[fx.Node, str] = {}  # without the number of the use
+        self.owners: dict[fx.Node, str] = {}  # the module whose forward runs it
         self.inside: list[str] = []
         self._uses: Counter[str] = Counter()
 
@@ -193,6 +194,7 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
         inside = self.inside[-1] if self.inside else ""
+        self.owners[node] = "".join(self.inside[-2:-1]) if kind == "call_module" else inside
         path = str(node.target) if kind == "call_module" else ".".join(filter(None, [inside, _operation_name(node)]))
         uses = self._uses[path]
         self._uses[path] += 1
@@ -225,11 +227,17 @@ def _traced(module: nn.Module, *, training: bool, opaque: frozenset[str]) -> tup
     while True:
         tracer = _Tracer(opaque)
         attributes = set(vars(module))
-        with one_pass, _attributes_kept(module), mode_of(module, training=training), random_states_kept():
-            before = random_states()
+        with (
+            one_pass,
+            _attributes_kept(module) as undo_proxies,
+            mode_of(module, training=training),
+            random_states_kept(),
+        ):
+            before, versions = random_states(), _versions(module)
             try:
                 graph = tracer.trace(module)
                 _refuse_draws(before)
+                changing = None if training else _changing(module, graph, tracer, versions, undo_proxies)
             except Exception as error:
                 where = tracer.inside[-1] if tracer.inside else ""
                 if not where:
@@ -239,10 +247,128 @@ def _traced(module: nn.Module, *, training: bool, opaque: frozenset[str]) -> tup
                     ) from error
                 opaque = opaque | {where}
                 continue
+            if changing is not None:
+                what, where = changing
+                if not where:
+                    raise ModelError(
+                        f"{type(module).__name__} can't be traced: its {what} is another one each "
+                        "time it runs (a counter, the time, a list that grows), and tracing would keep the first. Make "
+                        "it depend on self.training, or move it into a module of its own."
+                    )
+                opaque = opaque | {where}
+                continue
             used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
             # Constant tensors, which the tracer parked on the caller's module.
             constants = {name: vars(module)[name] for name in (set(vars(module)) - attributes) & used}
         return _as_trace(module, graph, tracer, constants, training=training), opaque
+
+
+def _versions(module: nn.Module) -> dict[str, list[tuple[int, int]]]:
+    """Of each module, by path, which tensors it has, and how often each has been written into."""
+    return {path: _versions_of(part) for path, part in module.named_modules()}
+
+
+def _versions_of(part: nn.Module) -> list[tuple[int, int]]:
+    values = (*vars(part).values(), *part._parameters.values(), *part._buffers.values())
+    return [(id(value), value._version) for value in values if isinstance(value, Tensor) and not value.is_inference()]
+
+
+def _written(module: nn.Module, before: dict[str, list[tuple[int, int]]]) -> str | None:
+    """The path of a module whose forward replaced a buffer of it or wrote into a tensor it keeps, while it was traced.
+
+    The graph doesn't do so: it would go on with what the tensor held then.
+    """
+    for path, part in module.named_modules():
+        now: dict[int, int] = dict(_versions_of(part))
+        is_replaced = any(isinstance(each, fx.Proxy) for each in (*part._buffers.values(), *part._parameters.values()))
+        if is_replaced or any(now.get(key, version) != version for key, version in before[path]):
+            return str(path)
+    return None
+
+
+def _changing(
+    module: nn.Module,
+    first: fx.Graph,
+    tracer: _Tracer,
+    versions: dict[str, list[tuple[int, int]]],
+    undo_proxies: Callable[[], None],
+) -> tuple[str, str] | None:
+    """What the same forward does or keeps in another way each time it runs, and the path of its module; None: nothing.
+
+    What a forward reads from elsewhere than its input is a constant of the graph: a counter, the time. Each run goes on
+    from what the one before has left, but for proxies. What only the first one does (it makes a table) is no change.
+    """
+    written = _written(module, versions)
+    if written is not None:
+        return "state", written
+    graphs, kept = [first], [_numbers(module)]
+    for _ in range(2):
+        undo_proxies()
+        try:
+            graphs.append(_Tracer(tracer.opaque).trace(module))
+        except Exception:  # it needs what was undone
+            return None
+        kept.append(_numbers(module))
+        if _first_difference(module, graphs[-2], graphs[-1]) is None and kept[-2] == kept[-1]:
+            return None
+    node = _first_difference(module, first, graphs[1])
+    if node is not None:
+        return _operation_name(node), tracer.owners[node]
+    return _counted(module, first, tracer, kept[0], undo_proxies)
+
+
+def _counted(
+    module: nn.Module,
+    first: fx.Graph,
+    tracer: _Tracer,
+    before: dict[tuple[str, str], float],
+    undo_proxies: Callable[[], None],
+) -> tuple[str, str] | None:
+    """The same for numbers that move from run to run: whether the forward does something else once they are large."""
+    moved = [key for key, value in _numbers(module).items() if before.get(key) != value]
+    for far in (10**3, 10**6):
+        undo_proxies()
+        for path, name in moved:
+            setattr(module.get_submodule(path), name, far)
+        try:
+            node = _first_difference(module, first, _Tracer(tracer.opaque).trace(module))
+        except Exception:
+            return "state", moved[0][0]
+        if node is not None:
+            return _operation_name(node), tracer.owners[node]
+    return None
+
+
+def _numbers(module: nn.Module) -> dict[tuple[str, str], float]:
+    """The plain numbers that each module keeps, by its path and their name."""
+    return {
+        (path, name): value
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _first_difference(module: nn.Module, graph: fx.Graph, other: fx.Graph) -> fx.Node | None:
+    places: tuple[dict[fx.Node, int], dict[fx.Node, int]] = ({}, {})
+    nodes: tuple[fx.Node, fx.Node]
+    for index, nodes in enumerate(zip(graph.nodes, other.nodes, strict=False)):
+        for node, known in zip(nodes, places, strict=True):
+            known[node] = index
+        one, two = (
+            (node.op, fx.node.map_arg((node.args, node.kwargs), known.__getitem__))
+            for node, known in zip(nodes, places, strict=True)
+        )
+        if one != two or not _is_same_target(module, *nodes):
+            return nodes[0]
+    return None  # every graph ends with its output
+
+
+def _is_same_target(module: nn.Module, one: fx.Node, other: fx.Node) -> bool:
+    if one.op == "get_attr" and one.target != other.target:  # each run parks constants under names of its own
+        mine, others = (operator.attrgetter(str(node.target))(module) for node in (one, other))
+        return mine.dtype == others.dtype and torch.equal(mine, others)
+    return one.target == other.target
 
 
 def _refuse_draws(before: tuple[Any, ...]) -> None:
@@ -252,8 +378,11 @@ def _refuse_draws(before: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Undoes what a forward assigns to its modules while it is traced: proxies, counters, parked constants."""
+def _attributes_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Undoes what a forward assigns to its modules while it is traced: proxies, counters, parked constants.
+
+    The block gets a function that undoes the proxies alone.
+    """
     owned = [
         content
         for part in module.modules()
@@ -261,13 +390,28 @@ def _attributes_kept(module: nn.Module) -> Iterator[None]:
         if isinstance(content, dict)
     ]
     before = [dict(content) for content in owned]
+
+    def undo_proxies() -> None:
+        for content, saved in zip(owned, before, strict=True):
+            proxies = [name for name, value in content.items() if _holds_proxy(value)]
+            for name in proxies:
+                del content[name]
+            content.update({name: saved[name] for name in proxies if name in saved})
+
     try:
-        yield
+        yield undo_proxies
     finally:
         for content, saved in zip(owned, before, strict=True):
             if content.keys() != saved.keys() or any(content[name] is not saved[name] for name in saved):
                 content.clear()
                 content.update(saved)
+
+
+def _holds_proxy(value: Any) -> bool:
+    values = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(values, list | tuple):
+        return any(_holds_proxy(each) for each in values)
+    return isinstance(value, fx.Proxy)
 
 
 def _as_trace(

@@ -1,9 +1,20 @@
-"""Purity: the check that a trunk's output depends on one image alone, made before anything is cached."""
+"""Purity: the check that a trunk's output depends on one image alone, made before anything is cached.
+
+Twice over: by structure (`batch_mixing` follows the images through every operator of a small batch), and by numbers, in
+batches of the size that will run, where an image's company is changed and nothing else. Numbers alone decide about what
+the first has no rule for, and about Python code that could not be traced.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import datetime
+import dis
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -11,18 +22,35 @@ from torch import Tensor, fx, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves, tree_map
 
 from featstore.errors import ModelError
+from featstore.models.batch_mixing import BatchMixing, Mixed, Rows, Status
+from featstore.models.graph import has_fingerprint, is_library_leaf
 from featstore.models.modes import eval_mode, numerics, random_states, random_states_kept
 from featstore.models.probe import probe_images
 from featstore.models.staged import StagedModel
 from featstore.models.stages import TracedStage
 
 TOLERANCE = 1e-4
-"""Difference that other rows of a batch may make by rounding, as a share of the output's largest value."""
+"""Difference that place and number of images may make by rounding, as a share of the output's largest value."""
 
 NUM_REPEATS = 16
 """Runs of a stage that draws random numbers: one that uses them rarely (a branch of probability 1/4) is found too."""
+
+FEW = 5
+"""Images of the small batch. A prime, and not the number of channels of an image."""
+
+FAR = 1e4
+"""What a company beyond the range of any image consists of."""
+
+MANY = 8
+"""From this batch size on all kinds of company find room beside all images under test in one batch."""
+
+CLOCKS = {
+    "time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "localtime",
+    "gmtime", "ctime", "strftime", "now", "utcnow", "today",
+}  # fmt: skip
 
 
 def check_pure(
@@ -30,9 +58,8 @@ def check_pure(
 ) -> None:
     """Checks that the trunk up to `cut`, in eval mode, is a function of one image.
 
-    Runs a few batches of two and three images, and two of the size that will run: a model may treat that one in
-    another way (statistics of groups of 8). The model, its batch-norm statistics, and all global random states are left
-    as they were.
+    Runs two batches of five images, and about four of the size that will run: a model may treat that one in another way
+    (statistics of groups of 8). The model's tensors and flags and all global random states are left as they were.
 
     Args:
         model: never changed.
@@ -41,40 +68,28 @@ def check_pure(
         device: where they run; default: where the model is.
 
     Raises:
-        ModelError: if the output changes from run to run (dropout left on), or with the other images of the batch,
-            their number or the place among them (batch norm without running statistics); the first operation that
-            does is named; and while a mode of torch's is active, which may change what any operation computes.
+        ModelError: if the output changes from run to run (dropout left on, a counter, the time), or with the other
+            images of the batch, their number or the place among them (batch norm without running statistics); the first
+            operation that does is named. If it hasn't one row an image. And while a mode of torch's is active, which
+            may change what any operation computes.
     """
     _refuse_modes(model, cut)
     trunk = model.trunk(cut)
     if device is not None and any(each.device != device for each in (*trunk.parameters(), *trunk.buffers())):
         trunk = copy.deepcopy(trunk).to(device)
     parameter = next(trunk.parameters(), torch.empty(0, device=device))
-    first, second = model.view.normalise(probe_images(model.view.size)).to(parameter)
-    mixed: Any = torch.stack([first, second, first.flip(1)])
-    alone: Any = torch.stack([first, first])
+    images = model.view.normalise(_images(model.view.size)).to(parameter)
     with eval_mode(trunk), torch.no_grad(), numerics("fp32", parameter.device), random_states_kept():
-        for stage in trunk:
-            mixed_after, alone_after = _once(stage, mixed), _once(stage, alone)
-            if not _is_repeatable(stage, mixed, mixed_after):
-                raise ModelError(
-                    f"{model.name} can't be cached at {cut}: {_random_operation(stage, mixed)} gives other values each "
-                    "time it runs, also in eval mode. Make it depend on self.training (nn.Dropout does), or cut before "
-                    "it."
-                )
-            if not _is_of_one_image(mixed_after, alone_after):
-                raise _mixes(model, cut, _mixing_operation(stage, mixed, alone))
-            mixed, alone = mixed_after, alone_after
-        if batch_size is not None and batch_size > 1:
-            where = _mixing_stage(trunk, first, second, batch_size)
-            if where is not None:
-                raise _mixes(model, cut, f"stage {where}, in batches of {batch_size},")
-    if not _has_rows(mixed, 3):
-        shape = tuple(mixed.shape) if isinstance(mixed, Tensor) else type(mixed).__name__
-        raise ModelError(
-            f"{model.name} can't be cached at {cut}: for 3 images the value there is {shape}, and rows are images. Cut "
-            "before or after it."
-        )
+        check = _Check(model.name, cut, list(trunk))
+        few = check.walked(images)
+        if not _has_rows(few, FEW):
+            raise check.without_rows(few, FEW)
+        if batch_size == 1:
+            check.compare_number(1)
+        else:
+            check.compare(batch_size or FEW)
+        if batch_size is None:  # another number of images; where it is fixed, all passes have that one
+            check.compare_number(2)
 
 
 def _refuse_modes(model: StagedModel, cut: str) -> None:
@@ -87,98 +102,433 @@ def _refuse_modes(model: StagedModel, cut: str) -> None:
             )
 
 
-def _mixes(model: StagedModel, cut: str, what: str) -> ModelError:
-    return ModelError(
-        f"{model.name} can't be cached at {cut}: what {what} gives for an image depends on the other images of the "
-        "batch. Batch norm needs running statistics (track_running_stats=True) for eval mode; or cut before it."
-    )
+def _images(size: int) -> Tensor:
+    """An ordinary image and one of full contrast, a dark one, a saturated one and a flat one: uint8."""
+    first, second = probe_images(size)
+    flat = [torch.full_like(first, level) for level in (0, 255, 128)]
+    return torch.stack([64 + first // 2, second, *flat])
 
 
-def _mixing_stage(trunk: nn.Sequential, first: Tensor, second: Tensor, batch_size: int) -> str | None:
-    """The first stage whose result for `first` depends on place and company in batches of that size."""
-    others = [second.roll(shift, -1) for shift in range(1, batch_size)]
-    at_start = _results_at(trunk, torch.stack([first, *others]), 0)
-    at_end = _results_at(trunk, torch.stack([*(other.flip(1) for other in others), first]), batch_size - 1)
-    for stage, one, other in zip(trunk, at_start, at_end, strict=True):
-        if one is not None and other is not None and not (one.shape == other.shape and _close(one, other)):
-            return str(getattr(stage, "name", type(stage).__name__))
-    return None
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """Stages that run as one, from rows to rows; `rows` holds what comes in for each of the five images."""
+
+    stages: list[nn.Module]
+    rows: Tensor
+    result: Any  # what comes out for them
 
 
-def _results_at(trunk: nn.Sequential, values: Any, place: int) -> list[Tensor | None]:
-    """What each stage gives for the image at `place`: rows alone are kept, whole batches may fill a GPU."""
-    num_images, rows = len(values), list[Tensor | None]()
-    for stage in trunk:
+class _Check:
+    """One trunk under test: first `walked` with a small batch, then compared in batches of other sizes."""
+
+    def __init__(self, name: str, cut: str, stages: list[nn.Module]) -> None:
+        self.name, self.cut, self.stages = name, cut, stages
+        self.units: list[_Unit] = []
+
+    # -------------------------------------------------------------------------------------------------- a small batch
+
+    def walked(self, images: Tensor) -> Any:
+        """The output for `images`; refuses what isn't repeatable and what mixes images by its structure.
+
+        Notes the units to compare: a stage that structure can't decide about is one of its own, so that it meets
+        extremes at its own input, whatever the stages before it make of theirs.
+        """
+        values: Any = images
+        known: list[Status] = [Rows(0)]
+        start, rows = 0, images
+        for index, stage in enumerate(self.stages):
+            mixing = BatchMixing(len(images))
+            after, known_after = _followed(stage, values, known, mixing)
+            is_apart = _is_opaque(stage) or not mixing.is_decided
+            if is_apart and index > start and _are_rows(values, known, len(images)):
+                self.units.append(_Unit(stages=self.stages[start:index], rows=rows, result=values))
+                start, rows = index, values
+            self._refuse_changing(stage, values, after)
+            where = next((each.where for each in known_after if isinstance(each, Mixed)), None)
+            if where is not None:
+                raise self._mixes(where)
+            values, known = after, known_after
+            is_end = index + 1 == len(self.stages)
+            if is_end or (is_apart and _has_rows(values, len(images))):
+                self.units.append(_Unit(stages=self.stages[start : index + 1], rows=rows, result=values))
+                start, rows, known = index + 1, values, [Rows(0)]  # the unit's own comparison proves it
+        return values
+
+    def _refuse_changing(self, stage: nn.Module, values: Any, after: Any) -> None:
+        is_opaque = _is_opaque(stage)
+        facts = _facts(stage) if is_opaque else None
+        if not _is_repeatable(stage, values, after):
+            what = f"{_random_operation(stage, values)} gives other values each time it runs, also in eval mode"
+            raise ModelError(
+                f"{self.name} can't be cached at {self.cut}: {what}. Make it depend on self.training (nn.Dropout "
+                "does), or cut before it."
+            )
+        if is_opaque and _facts(stage) != facts:
+            raise ModelError(
+                f"{self.name} can't be cached at {self.cut}: {_opaque_parts(stage)[0][0]} changes what it keeps (a "
+                "counter, a list, a buffer) each time it runs, and may depend on it. Change it in train mode alone, or "
+                "cut before it."
+            )
+        for where, part in _opaque_parts(stage):
+            clock = None if has_fingerprint(part) else _clock(part)
+            if clock is not None:
+                raise ModelError(
+                    f"{self.name} can't be cached at {self.cut}: {where} reads the clock ({clock}), and no run can "
+                    "show that its values don't depend on it. Take the clock out of its code, vouch for it with a "
+                    "method fingerprint(), or cut before it."
+                )
+
+    # --------------------------------------------------------------------------------------------- batches of a size
+
+    def compare(self, num_images: int) -> None:
+        """Refuses a unit whose result for an image depends on company, place or number in batches of that size."""
+        for unit in self.units:
+            is_last = unit is self.units[-1]
+            try:
+                self._compare_unit(unit, num_images, _Kinds.of(unit.rows), is_last=is_last)
+            except ModelError:
+                raise
+            except Exception:  # a person's code may refuse what no image gives; what it refuses it doesn't compute
+                self._compare_unit(unit, num_images, _Kinds.plain(unit.rows), is_last=is_last)
+
+    def compare_number(self, num_images: int) -> None:
+        """Refuses a trunk that gives ordinary images other rows, or none, in batches of that size, at most 2."""
+        unit = _Unit(stages=self.stages, rows=self.units[0].rows, result=self.units[-1].result)
+        rows = list(unit.rows[:num_images])
+        values = _run(unit.stages, rows)
+        if not _has_rows(values, num_images) or values.shape[1:] != unit.result.shape[1:]:
+            raise self.without_rows(values, num_images)
+        for place in range(num_images):
+            if not _close(unit.result[place], values[place]):
+                where = _differing(unit.stages, ([*unit.rows], place), (rows, place), _close)
+                raise self._mixes(f"{where}, in batches of {num_images},")
+
+    def _compare_unit(self, unit: _Unit, num_images: int, kinds: _Kinds, *, is_last: bool) -> None:
+        def refuse(one: _Seen, other: _Seen, agree: _Agree) -> None:
+            where = _differing(unit.stages, one, other, agree)
+            raise self._mixes(where if num_images == FEW else f"{where}, in batches of {num_images},")
+
+        kept: dict[int, tuple[_Seen, Tensor]] = {}  # under test -> where its row came from
+        for batch in kinds.batches(num_images):
+            result = _run(unit.stages, batch.rows)
+            if not _has_rows(result, num_images) or result.shape[1:] != unit.result.shape[1:]:
+                if is_last:
+                    raise self.without_rows(result, num_images)
+                refuse((list(unit.rows), 0), (batch.rows, 0), _close)
+            for number, place in batch.tested.items():
+                seen = (batch.rows, place)
+                if number in kept and not _equal(kept[number][1], result[place]):
+                    refuse(kept[number][0], seen, _equal)
+                kept.setdefault(number, (seen, result[place].clone()))
+            for one, other in batch.alike:
+                if not _close(result[one], result[other]):
+                    refuse((batch.rows, one), (batch.rows, other), _close)
+            if batch.ordinary is not None and not _close(unit.result[0], result[batch.ordinary]):
+                refuse((list(unit.rows), 0), (batch.rows, batch.ordinary), _close)
+
+    # ------------------------------------------------------------------------------------------------------ refusals
+
+    def without_rows(self, values: Any, num_images: int) -> ModelError:
+        """The refusal of a value that hasn't one row for each of so many images."""
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        images = f"{num_images} image{'s' if num_images > 1 else ''}"
+        return ModelError(
+            f"{self.name} can't be cached at {self.cut}: for {images} the value there is {shape}, and rows are images. "
+            f"Cut before or after it{', or take another batch size' if num_images == 1 else ''}."
+        )
+
+    def _mixes(self, what: str) -> ModelError:
+        return ModelError(
+            f"{self.name} can't be cached at {self.cut}: what {what} gives for an image depends on the other images of "
+            "the batch. Batch norm needs running statistics (track_running_stats=True) for eval mode; or cut before it."
+        )
+
+
+_Seen = tuple[list[Tensor], int]
+"""A batch, and a place in it."""
+
+_Agree = Callable[[Any, Any], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """What runs together.
+
+    Attributes:
+        tested: number of a row under test -> its place. Whatever the company, the result there is the same to the bit.
+        alike: pairs of places with equal rows.
+        ordinary: the place of the ordinary image, if it is there.
+    """
+
+    rows: list[Tensor]
+    tested: dict[int, int]
+    alike: list[tuple[int, int]]
+    ordinary: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kinds:
+    """The rows under test, each with a company of its own kind, and the company that is of all other kinds.
+
+    A small row among small ones, a high one among high ones and a low one among low ones, and then all of them among
+    everything: so each extreme of a batch, and each threshold on one, is passed in both directions.
+    """
+
+    ordinary: Tensor
+    tested: list[tuple[Tensor, Tensor]]
+    company: list[Tensor]
+
+    @classmethod
+    def of(cls, rows: Tensor) -> _Kinds:
+        if not rows.is_floating_point() or not rows[0].numel():
+            return cls.plain(rows)
+        ordinary, other, dark, saturated, flat = rows
+        most = torch.finfo(rows.dtype).max / 4
+        largest = ordinary.abs().nan_to_num(0, 0, 0).max()
+        high, higher = ordinary.abs() + largest, other.abs() + largest
+        beyond = (ordinary.abs() * FAR + FAR).clamp(max=most)
+        zeros = torch.zeros_like(ordinary)
+        return cls(
+            ordinary=ordinary,
+            tested=[(ordinary / 128, zeros), (high, higher), (-high, -higher)],
+            company=[beyond, -beyond, zeros, saturated, dark, other, flat, ordinary.flip(-1), ordinary],
+        )
+
+    @classmethod
+    def plain(cls, rows: Tensor) -> _Kinds:
+        """Of what images give alone: for numbers that count something, and for code that refuses others."""
+        ordinary, other, dark, saturated, flat = rows
+        return cls(
+            ordinary=ordinary,
+            tested=[(ordinary, ordinary), (saturated, saturated), (dark, dark)],
+            company=[other, flat, saturated, dark, ordinary],
+        )
+
+    def batches(self, num_images: int) -> Iterator[_Batch]:
+        """Batches of one size in which each row under test has all kinds of company at one place."""
+        for number, (row, own) in enumerate(self.tested):
+            place = number if num_images >= MANY else 0
+            alone = [row if (index - place) % 2 == 0 or num_images < MANY else own for index in range(num_images)]
+            alike = [(place, index) for index, each in enumerate(alone) if each is row and index != place]
+            yield _Batch(rows=alone, tested={number: place}, alike=alike)
+            if num_images < MANY:
+                for start in range(0, len(self.few), num_images - 1):
+                    some = self.few[start : start + num_images - 1]
+                    rows = [*islice(cycle([row, *some]), num_images)]
+                    yield _Batch(rows=rows, tested={number: 0}, alike=[], ordinary=_place_of(self.ordinary, rows))
+        if num_images >= MANY:
+            some = [row for row, _ in self.tested]
+            rows = [*some, self.ordinary, *islice(cycle(self.company), num_images - len(some) - 1)]
+            tested = {number: number for number in range(len(some))}
+            yield _Batch(rows=rows, tested=tested, alike=[], ordinary=len(some))
+
+    @property
+    def few(self) -> list[Tensor]:
+        """The company that goes furthest, for batches without room."""
+        return [*self.company[:3], self.ordinary]
+
+
+def _place_of(row: Tensor, rows: list[Tensor]) -> int | None:
+    return next((index for index, each in enumerate(rows) if each is row), None)
+
+
+# ------------------------------------------------------------------------------------------------------ running stages
+
+
+def _run(stages: Sequence[nn.Module], rows: list[Tensor]) -> Any:
+    values: Any = torch.stack(rows)
+    for stage in stages:
         values = stage(values)
-        rows.append(values[place].clone() if _has_rows(values, num_images) else None)
-    return rows
+    return values
 
 
 def _once(stage: nn.Module, values: Any) -> Any:
+    return stage(_copied(values))
+
+
+def _copied(values: Any) -> Any:
     # A stage may write into its input.
-    return stage(values.clone() if isinstance(values, Tensor) else values)
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, values)
 
 
-def _is_repeatable(stage: nn.Module, values: Any, result: Any) -> bool:
-    before = random_states()
-    if not _equal(_once(stage, values), result):
-        return False
-    draws = random_states() != before
-    return not draws or all(_equal(_once(stage, values), result) for _ in range(NUM_REPEATS))
+def _followed(stage: nn.Module, values: Any, known: list[Status], mixing: BatchMixing) -> tuple[Any, list[Status]]:
+    """What the stage gives, and what is known of each tensor of it, in order."""
+    values = _copied(values)
+    for value, status in zip(_tensors(values), known, strict=True):
+        mixing.set(value, status)
+    mixing.place = _stage_name(stage)
+    with mixing:
+        result = _Follower(stage, mixing).run(values) if isinstance(stage, TracedStage) else stage(values)
+    return result, [mixing.status(value) for value in _tensors(result)]
 
 
-def _is_of_one_image(mixed: Any, alone: Any) -> bool:
-    """Whether the first of three different images got what both of two equal images got, where rows are images."""
-    if not (_has_rows(mixed, 3) and _has_rows(alone, 2)):
-        return True  # what is made of it is looked at next
-    return mixed.shape[1:] == alone.shape[1:] and all(_close(mixed[0], row) for row in alone)
+class _Follower(fx.Interpreter):
+    """Runs a graph and tells which operation runs."""
+
+    def __init__(self, stage: TracedStage, mixing: BatchMixing) -> None:
+        super().__init__(stage.in_eval)
+        self.stage, self.mixing = stage, mixing
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.mixing.place = _described(n, self.stage)
+        return super().run_node(n)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _has_rows(values: Any, num_images: int) -> bool:
     return isinstance(values, Tensor) and values.ndim > 0 and len(values) == num_images
 
 
-def _random_operation(stage: nn.Module, values: Any) -> str:
-    def differ(one: Any, other: Any) -> bool:
-        return not _equal(one, other)
-
-    return _first_operation(stage, [(values, values)] * NUM_REPEATS, differ)
+def _are_rows(values: Any, known: list[Status], num_images: int) -> bool:
+    return _has_rows(values, num_images) and (not isinstance(known[0], Rows) or known[0] == Rows(0))
 
 
-def _mixing_operation(stage: nn.Module, mixed: Any, alone: Any) -> str:
-    def differ(one: Any, other: Any) -> bool:
-        return not _is_of_one_image(one, other)
+def _is_repeatable(stage: nn.Module, values: Any, result: Any) -> bool:
+    before = random_states()
+    again = _once(stage, values)
+    if not _equal(again, result) and not _equal(again, _once(stage, values)):
+        return False  # the first result was had in another way, the others weren't
+    draws = random_states() != before
+    return not draws or all(_equal(_once(stage, values), again) for _ in range(NUM_REPEATS))
 
-    return _first_operation(stage, [(mixed, alone)], differ)
+
+# ------------------------------------------------------------------------------------------------------------- opaque
 
 
-def _first_operation(stage: nn.Module, inputs: list[tuple[Any, Any]], differ: Callable[[Any, Any], bool]) -> str:
-    """The first operation of `stage` whose results for one of the pairs of `inputs` differ, in words."""
+def _opaque_parts(stage: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a stage that couldn't be traced, described; of a stage that isn't traced itself."""
     if not isinstance(stage, TracedStage):
-        return f"stage {getattr(stage, 'name', type(stage).__name__)}"
-    for one, other in inputs:
-        mine, others = _Recorder(stage).results(one), _Recorder(stage).results(other)
-        for node in stage.in_eval.graph.nodes:
-            if node.op not in {"placeholder", "get_attr", "output"} and differ(mine[node], others[node]):
-                return _described(node, stage)
-    return f"stage {stage.name}"
+        return [(_stage_name(stage), stage)]
+    calls = [node for node in stage.in_eval.graph.nodes if node.op == "call_module"]
+    parts = [(_described(node, stage), stage.in_eval.get_submodule(str(node.target))) for node in calls]
+    return [(where, part) for where, part in parts if not is_library_leaf(part)]
+
+
+def _is_opaque(stage: nn.Module) -> bool:
+    return bool(_opaque_parts(stage))
+
+
+def _facts(stage: nn.Module) -> str | None:
+    """What a stage is made of, with what its code reads and keeps; None where that has no key."""
+    if not isinstance(stage, TracedStage):
+        return None
+    try:
+        return stage.digest("")
+    except ModelError:
+        return None
+
+
+def _clock(module: nn.Module) -> str | None:
+    """The clock that the code of `module` or of a function in it reads, if any."""
+    for part in module.modules():
+        homes = [kind for kind in type(part).__mro__ if not kind.__module__.startswith("torch.")]
+        for value in [each for home in (*homes, part) for each in vars(home).values()]:
+            found = _clock_of(value, set())
+            if found is not None:
+                return found
+    return None
+
+
+def _clock_of(value: Any, seen: set[int]) -> str | None:
+    value = getattr(value, "__func__", value)
+    if not isinstance(value, FunctionType) or id(value) in seen or value.__module__.partition(".")[0] == "torch":
+        return None
+    seen.add(id(value))
+    steps = [step for code in _codes(value.__code__) for step in dis.get_instructions(code)]
+    attributes = {step.argval for step in steps if step.opname in {"LOAD_ATTR", "LOAD_METHOD"}} & CLOCKS
+    names = {step.argval for step in steps if step.opname in {"LOAD_GLOBAL", "LOAD_NAME"}} & value.__globals__.keys()
+    cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    read = [*((name, value.__globals__[name]) for name in sorted(names)), *(("", cell) for cell in cells)]
+    for name, each in read:
+        if each in (time, datetime, datetime.datetime, datetime.date) and attributes:
+            return f"{name}.{min(attributes)}"
+        if getattr(each, "__module__", "") == "time" and getattr(each, "__name__", "") in CLOCKS:
+            return str(name)
+    return next((found for _, each in read if (found := _clock_of(each, seen)) is not None), None)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------------- naming
+
+
+def _random_operation(stage: nn.Module, values: Any) -> str:
+    """The first operation of `stage` whose result differs from run to run, in words."""
+    for _ in range(NUM_REPEATS):
+        found = _first_differing(stage, (values, _copied), (values, _copied), _equal)
+        if found is not None:
+            return found
+    return _stage_name(stage)
+
+
+def _differing(stages: Sequence[nn.Module], one: _Seen, other: _Seen, agree: _Agree) -> str:
+    """The first operation whose results at two places of two batches differ, in words."""
+    mine, others = (torch.stack(rows) for rows, _ in (one, other))
+    for stage in stages:
+        found = _first_differing(stage, (mine, _row_of(one)), (others, _row_of(other)), agree)
+        if found is not None:
+            return found
+        mine, others = _once(stage, mine), _once(stage, others)
+    return _stage_name(stages[-1])
+
+
+def _row_of(seen: _Seen) -> Callable[[Any], Any]:
+    rows, place = seen
+    return lambda value: value[place].clone() if _has_rows(value, len(rows)) else None
+
+
+_Kept = tuple[Any, Callable[[Any], Any]]
+"""What goes into a stage, and what of an operation's result is compared."""
+
+
+def _first_differing(stage: nn.Module, one: _Kept, other: _Kept, agree: _Agree) -> str | None:
+    """The first operation of `stage` whose two results don't agree, in words."""
+    if not isinstance(stage, TracedStage):
+        mine, others = (keep(_once(stage, values)) for values, keep in (one, other))
+        return None if agree(mine, others) else _stage_name(stage)
+    mine, others = (_Recorder(stage, keep).results(values) for values, keep in (one, other))
+    for node in stage.in_eval.graph.nodes:
+        if node.op not in {"placeholder", "get_attr", "output"} and not agree(mine[node], others[node]):
+            return _described(node, stage)
+    return None
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps a copy of each result, since a later operation may write into it."""
+    """Runs a graph and keeps something of each result, a copy since a later operation may write into it."""
 
-    def __init__(self, stage: TracedStage) -> None:
+    def __init__(self, stage: TracedStage, keep: Callable[[Any], Any]) -> None:
         super().__init__(stage.in_eval)
+        self.keep = keep
         self.kept: dict[fx.Node, Any] = {}
 
     def results(self, values: Any) -> dict[fx.Node, Any]:
-        self.run(values.clone() if isinstance(values, Tensor) else values)
+        self.run(_copied(values))
         return self.kept
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        self.kept[n] = result.clone() if isinstance(result, Tensor) else result
+        self.kept[n] = self.keep(result)
         return result
+
+
+def _stage_name(stage: nn.Module) -> str:
+    return f"stage {getattr(stage, 'name', type(stage).__name__)}"
 
 
 def _described(node: fx.Node, stage: TracedStage) -> str:
@@ -195,7 +545,12 @@ def _equal(one: Any, other: Any) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def _close(one: Any, other: Any) -> bool:
+    """Whether two results differ by rounding alone."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return True
+    if one.shape != other.shape:
+        return False
     one, other = one.double(), other.double()
     largest = float(one.nan_to_num(posinf=0, neginf=0).abs().max()) if one.numel() else 0.0
     is_close = (one - other).abs() <= TOLERANCE * max(largest, 1e-30)

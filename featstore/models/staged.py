@@ -510,12 +510,15 @@ class StagedModel(nn.Module):
         return any(size > 1 for size in positions)
 
     def _measured_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        """Shapes from a pass without data where the model can run so, else on one empty image."""
+        """Shapes from a pass without data where the model can run so, else on empty images.
+
+        Two, not one: ``squeeze()`` takes the dimension of a single image away.
+        """
         try:
-            return self._shapes_of(torch.empty((1, 3, size, size), device="meta"), on_meta=True)
+            return self._shapes_of(torch.empty((2, 3, size, size), device="meta"), on_meta=True)
         except Exception:  # whole modules may make tensors of their own, which don't live on the meta device
             device = next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
-            return self._shapes_of(torch.zeros((1, 3, size, size), device=device), on_meta=False)
+            return self._shapes_of(torch.zeros((2, 3, size, size), device=device), on_meta=False)
 
     def _shapes_of(self, images: Tensor, *, on_meta: bool) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from featstore.digest import Json
+from featstore.errors import ModelError
 from featstore.images.views import View
 from featstore.models.modes import eval_mode, numerics
 from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS, Precision
@@ -110,7 +111,17 @@ class Trunk:
             values = self.view.normalise(images.to(self.device))
             values = values.to(_DTYPES[self.precision])
             activations = self._model.activations(values, cuts)
+            for cut in cuts:
+                self._check_rows(cut, activations[cut])
             return [output.pool(activations[output.cut])[:rows] for output in self.outputs]
+
+    def _check_rows(self, cut: str, values: Tensor) -> None:
+        if values.ndim == 0 or len(values) != self.batch_size:
+            raise ModelError(
+                f"{self._model.name} gives no row an image at {cut}: in passes of {self.batch_size} the value there is "
+                f"{tuple(values.shape)}. Cut before or after it, or take another batch size (a squeeze() of all "
+                "dimensions takes the images' own away where a pass has one)."
+            )
 
     def _prepared(self, model: StagedModel) -> tuple[StagedModel, bool]:
         """The stages to run, and whether they are `model`'s own."""

@@ -43,7 +43,7 @@ ROOMS: dict[str, Rooms] = {
             "models",
             (
                 "names", "modes", "graph", "pool", "digests", "stages", "staged", "trunk", "weights", "runs", "trust",
-                "torchvision_models", "own_file", "backbones", "probe", "purity",
+                "torchvision_models", "own_file", "backbones", "probe", "batch_mixing", "purity",
             ),
         ),
         (
