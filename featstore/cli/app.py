@@ -38,11 +38,11 @@ from featstore.digest import Json
 from featstore.extraction.extract import ExtractReport, run_plan
 from featstore.extraction.plan import Plan, plan
 from featstore.extraction.remedy import DEFAULT_DTYPE, DEFAULT_PRECISION
+from featstore.files.storage_types import STORAGE_TYPES
 from featstore.models.backbones import backbone_names, outline, weight_names
 from featstore.models.pool import REDUCTIONS
 from featstore.models.staged import Stage, StagedModel
 from featstore.models.trunk import PRECISIONS, Precision
-from featstore.store.sets import DTYPES
 from featstore.store.store import FeatureStore
 from featstore.words import size_text
 
@@ -86,7 +86,7 @@ class SetFlags:
     reduce: Annotated[
         str, typer.Option(metavar="|".join(("auto", *REDUCTIONS)), help="Reduction of cuts without their own.")
     ] = "auto"
-    dtype: Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Of the stored values.")] = DEFAULT_DTYPE
+    dtype: Annotated[str, typer.Option(metavar="|".join(STORAGE_TYPES), help="Of the stored values.")] = DEFAULT_DTYPE
     precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help="Of the arithmetic.")] = DEFAULT_PRECISION
     batch_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Images a pass.", show_default="see below")
@@ -94,7 +94,7 @@ class SetFlags:
 
     def __post_init__(self) -> None:
         one_of("--reduce", self.reduce, ("auto", *REDUCTIONS))
-        one_of("--dtype", self.dtype, tuple(DTYPES))
+        one_of("--dtype", self.dtype, tuple(STORAGE_TYPES))
         one_of("--precision", self.precision, PRECISIONS)
         if Path(self.store).exists() and not Path(self.store).is_dir():
             raise ValueError(f"--store {self.store} is a file. Expected a folder, or the name of a new one.")

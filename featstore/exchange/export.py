@@ -212,9 +212,11 @@ def _write_hdf5(targets: tuple[Path, ...], rows: _Rows) -> _Written:
 
 
 def _write_npy(targets: tuple[Path, ...], rows: _Rows) -> _Written:
-    stored = rows.features.dtype
-    dtype = torch.float32 if stored == torch.bfloat16 else stored
-    notes = ["bfloat16 became float32, which .npy can hold; no value changed"] if stored == torch.bfloat16 else []
+    stored = rows.features.spec.storage_type
+    dtype = stored.in_numpy.torch_dtype
+    notes = []
+    if stored.in_numpy != stored:
+        notes.append(f"{stored.name} became {stored.in_numpy.name}, which .npy can hold; no value changed")
     separator = _label_separator(rows.images)
     if rows.images.task == "multi":
         notes.append(f"several labels of an image stand in one cell, with {separator} between them")
@@ -243,8 +245,7 @@ def _write_safetensors(targets: tuple[Path, ...], rows: _Rows) -> _Written:
     if images.targets is not None:
         kind = {"int64": "I64", "float32": "F32"}[str(images.targets.dtype)]
         tensors["targets"] = (kind, images.targets.shape, images.targets.nbytes)
-    kind = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}[features.dtype]
-    tensors["features"] = (kind, features.shape, math.prod(features.shape) * features.dtype.itemsize)
+    tensors["features"] = (features.spec.storage_type.safetensors, features.shape, features.num_bytes)
     tensors["digests"] = ("U8", rows.digests.shape, rows.digests.nbytes)
     header = _safetensors_header(tensors, metadata)
     if len(header) > _MAX_SAFETENSORS_HEADER:

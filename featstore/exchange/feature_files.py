@@ -28,6 +28,7 @@ from featstore.errors import DamagedFileError
 from featstore.files.hdf5 import opened_hdf5
 from featstore.files.header import is_part
 from featstore.files.part import Part
+from featstore.files.storage_types import STORAGE_TYPES, storage_type_of
 from featstore.images.digests import DigestTable, KnownDigests
 from featstore.images.image_set import ImageSet, Task
 from featstore.images.sources import AbsentSource
@@ -43,6 +44,9 @@ ID_DATASETS = ("id", "ids", "sample_id")
 ID_COLUMNS = ("id", "path")
 
 _BLOCK_BYTES = 8 << 20
+_IN_NUMPY = [each.name for each in STORAGE_TYPES.values() if each.in_numpy == each]
+_DOUBLE = torch.float64
+"""Read beside the storage types; its numbers are stored as float32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -212,7 +216,7 @@ class ForeignRows:
                 f"The features have the shape {whole}. Expected (N, *F): a row for each image, with a value at least. "
                 "Give an array of two dimensions or more."
             )
-        if self.dtype not in (torch.float16, torch.float32, torch.float64, torch.bfloat16):
+        if self.dtype != _DOUBLE and storage_type_of(self.dtype) is None:
             raise _wrong_type(str(self.dtype).removeprefix("torch."))
 
     def blocks(self, *, progress: bool, verb: str) -> Iterator[tuple[int, Tensor]]:
@@ -397,9 +401,8 @@ def _opened_safetensors(path: Path, dataset: str) -> Iterator[FeatureFile]:
             )
         slices = file.get_slice(dataset)
         shape = tuple(slices.get_shape())
-        dtype = {"F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16}.get(
-            slices.get_dtype()
-        )
+        kinds = {each.safetensors: each.torch_dtype for each in STORAGE_TYPES.values()} | {"F64": _DOUBLE}
+        dtype = kinds.get(slices.get_dtype())
         if dtype is None:
             raise _wrong_type(slices.get_dtype())
         rows = ForeignRows(
@@ -454,12 +457,10 @@ def _described(
 
 def _rows_of_array(array: Any) -> ForeignRows:
     """Rows of whatever has shape, dtype and slices like an array: one in memory, a mapped one, a dataset of HDF5."""
-    dtype = {("f", 2): torch.float16, ("f", 4): torch.float32, ("f", 8): torch.float64}.get(
-        (array.dtype.kind, array.dtype.itemsize)
-    )
+    native = array.dtype.name  # whatever its byte order
+    dtype = _DOUBLE if native == "float64" else STORAGE_TYPES[native].torch_dtype if native in _IN_NUMPY else None
     if dtype is None:
         raise _wrong_type(str(array.dtype))
-    native = str(dtype).removeprefix("torch.")
     return ForeignRows(
         num_rows=array.shape[0] if array.shape else 0,
         shape=tuple(array.shape[1:]),
@@ -469,7 +470,8 @@ def _rows_of_array(array: Any) -> ForeignRows:
 
 
 def _wrong_type(found: str) -> TypeError:
-    return TypeError(f"The features are {found}. Expected float16, float32, float64 or bfloat16. Convert them.")
+    names = [*_IN_NUMPY, "float64", *(name for name in STORAGE_TYPES if name not in _IN_NUMPY)]
+    return TypeError(f"The features are {found}. Expected {', '.join(names[:-1])} or {names[-1]}. Convert them.")
 
 
 # ---- Ids

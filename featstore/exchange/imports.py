@@ -23,11 +23,12 @@ from featstore.digest import Json, canonical_json, digest_bytes
 from featstore.errors import FeatureStoreError
 from featstore.exchange.feature_files import ForeignRows, images_by_id, opened_features, rows_of
 from featstore.files.index import first_places
+from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet
 from featstore.images.sources import AbsentSource
 from featstore.images.views import View
-from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet, short_key
+from featstore.store.sets import FeatureRequest, FeatureSet, short_key
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
 
@@ -469,7 +470,7 @@ def _write(
 
 
 def _narrowed(block: Tensor, dtype: str) -> Tensor:
-    return block.to(DTYPES[dtype]).contiguous()
+    return block.to(STORAGE_TYPES[dtype].torch_dtype).contiguous()
 
 
 def _layout(layout: str | None, shape: tuple[int, ...]) -> str:

@@ -30,7 +30,7 @@ from featstore.models.probe import TOLERANCES, Probe, take_probes
 from featstore.models.purity import check_pure
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, Trunk, choose_device, default_batch_size
-from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet
+from featstore.store.sets import FeatureRequest, FeatureSet
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
 
@@ -283,7 +283,7 @@ def _computed(
 
 def _compared(old: FeatureSet, live: Tensor, stored: Tensor, ids: Sequence[str]) -> tuple[float, float]:
     """The largest difference beyond rounding, and the most that is allowed; refused if it is more."""
-    limits = torch.finfo(DTYPES[old.spec.dtype])
+    limits = torch.finfo(old.spec.storage_type.torch_dtype)
     half_a_unit = (stored.abs() * limits.eps).clamp(min=limits.smallest_normal * limits.eps) / 2
     beyond = ((live - stored).abs() - half_a_unit).clamp(min=0).nan_to_num(nan=math.inf)
     tolerance = TOLERANCES[old.spec.precision] * float(stored.abs().max())
@@ -339,7 +339,7 @@ def _written(
                 yield len(rows)
                 bar.update(len(rows))
     if failed:
-        empty = torch.empty((0, *old.parts[0].shape), dtype=DTYPES[spec.dtype])
+        empty = torch.empty((0, *old.parts[0].shape), dtype=spec.storage_type.torch_dtype)
         none = np.zeros((0, 32), np.uint8)
         facts = _facts(facts, old.parts[0], failed)
         store.write(spec, features=[empty], digests=none, decoders=none[:, 0], facts=facts)

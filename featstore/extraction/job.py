@@ -25,7 +25,6 @@ from featstore.images.render import Job as ImageJob
 from featstore.images.render import Rendered, render
 from featstore.models.probe import Probe
 from featstore.models.trunk import Output, Trunk
-from featstore.store.sets import DTYPES
 from featstore.store.store import FeatureStore
 
 COMMIT_BYTES = 256 << 20
@@ -196,7 +195,7 @@ class Job:
         return self.store.write(
             each.spec,
             features=[values for values, _ in gathered.rows]
-            or [torch.empty((0, *shape), dtype=DTYPES[each.spec.dtype])],
+            or [torch.empty((0, *shape), dtype=each.spec.storage_type.torch_dtype)],
             digests=np.frombuffer(b"".join(digest for digest, _ in items), np.uint8).reshape(-1, 32),
             decoders=np.array([decoder for _, decoder in items], np.uint8),
             facts={
@@ -257,15 +256,16 @@ class _Gathered:
 
 def _narrowed(values: Tensor, each: PlannedSet, items: Sequence[_Item], images: ImageSet) -> Tensor:
     """`values` in the storage type, on the CPU; refused if that loses a value to infinity."""
-    stored = values.to(DTYPES[each.spec.dtype])
+    stored = values.to(each.spec.storage_type.torch_dtype)
     finite = stored.reshape(len(stored), -1).isfinite().all(dim=1)
     if not finite.all():
         row = int(torch.nonzero(~finite)[0])
         largest, image = float(values[row].abs().max()), images.ids[items[row].index]
         if bool(values[row].isfinite().all()):
+            limit = torch.finfo(stored.dtype).max
             raise FeatureStoreError(
                 f"{image}: its activations at {each.cut} reach {largest:.6g}, more than {each.spec.dtype} can hold "
-                f"({torch.finfo(DTYPES[each.spec.dtype]).max:.6g}). Store them as bfloat16 or float32 (--dtype)."
+                f"({limit:.6g}). Store them as bfloat16 or float32 (--dtype)."
             )
         raise FeatureStoreError(
             f"{image}: its activations at {each.cut} aren't finite. The weights may be damaged, or "

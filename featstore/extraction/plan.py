@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featstore.digest import Json
+from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet, overlap_note
 from featstore.images.views import Augment, View
@@ -19,7 +20,7 @@ from featstore.models.pool import REDUCTIONS
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, Precision
 from featstore.store.image_tables import is_changed
-from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet
+from featstore.store.sets import FeatureRequest, FeatureSet
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
 from featstore.words import size_text
@@ -207,7 +208,7 @@ def plan(
                 is_wanted=wanted,
                 is_missing=wanted & store.missing(stored, digests),
                 is_failed=wanted & store.is_failed(stored, digests) & ~is_absent,
-                row_bytes=math.prod(shape) * DTYPES[dtype].itemsize,
+                row_bytes=math.prod(shape) * STORAGE_TYPES[dtype].itemsize,
             )
         )
     return Plan(

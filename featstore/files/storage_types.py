@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +18,7 @@ class StorageType:
         name: as requests, specs, folders and torch call it.
         exponent_bits: with a bias of half their range.
         mantissa_bits: stored ones, without the leading one.
-        numpy: what numpy calls its narrowest type that holds each of the values.
+        numpy: the name of the narrowest one that numpy has too and that holds each of the values.
         safetensors: what safetensors files call it.
     """
 
@@ -36,14 +34,9 @@ class StorageType:
         return (1 + self.exponent_bits + self.mantissa_bits) // 8
 
     @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        """Numpy's narrowest type that holds each of the values."""
-        return np.dtype(self.numpy)
-
-    @property
-    def is_numpys(self) -> bool:
-        """Whether numpy has this very type."""
-        return self.numpy == self.name
+    def in_numpy(self) -> StorageType:
+        """Itself, or the narrowest one that numpy has too and that holds each of the values."""
+        return STORAGE_TYPES[self.numpy]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -65,6 +58,7 @@ STORAGE_TYPES: Mapping[str, StorageType] = {
 """All of them by name."""
 
 DEFAULT_STORAGE_TYPE = "float16"
+"""Where nobody says."""
 
 
 def storage_type_of(dtype: torch.dtype) -> StorageType | None:

@@ -29,7 +29,7 @@ from featstore.files import disk
 from featstore.files.index import RowIndex
 from featstore.files.part import Part, write_part
 from featstore.files.provenance import signature
-from featstore.store.sets import FeatureSet, digest_rows, features_bytes, newest
+from featstore.store.sets import FeatureSet, digest_rows, newest
 from featstore.words import size_text
 
 MAX_PART_BYTES = 4 << 30
@@ -89,7 +89,7 @@ class CompactReport:
     @property
     def bytes(self) -> int:
         """Size of the new parts' activations."""
-        return sum(features_bytes(each.part) for each in self.merges)
+        return sum(each.part.num_bytes for each in self.merges)
 
     def __add__(self, other: CompactReport) -> CompactReport:
         return CompactReport(merges=self.merges + other.merges, left=self.left + other.left)
@@ -101,7 +101,7 @@ class CompactReport:
 
 def compact(found: FeatureSet) -> CompactReport:
     """Merges all parts of a set that are small enough; see `FeatureStore.compact`."""
-    small = (part for part in found.parts if features_bytes(part) <= MAX_PART_BYTES // 2)
+    small = (part for part in found.parts if part.num_bytes <= MAX_PART_BYTES // 2)
     return merge(found, [part for part in small if part.num_rows <= MAX_PART_ROWS // 2])
 
 
@@ -164,10 +164,10 @@ def _filled(parts: Sequence[Part]) -> Iterator[list[Part]]:
     batch: list[Part] = []
     num_bytes, num_rows = 0, 0
     for part in parts:
-        num_bytes, num_rows = num_bytes + features_bytes(part), num_rows + part.num_rows
+        num_bytes, num_rows = num_bytes + part.num_bytes, num_rows + part.num_rows
         if batch and (num_bytes > MAX_PART_BYTES or num_rows > MAX_PART_ROWS):
             yield batch
-            batch, num_bytes, num_rows = [], features_bytes(part), part.num_rows
+            batch, num_bytes, num_rows = [], part.num_bytes, part.num_rows
         batch.append(part)
     yield batch
 

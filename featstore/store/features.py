@@ -226,7 +226,7 @@ class Features:
     def numpy(self) -> NDArray[Any]:
         """All activations ``(N, *F)`` in memory; bfloat16, which numpy lacks, as float32. Errors as in `tensor`."""
         values = self._all()
-        array: NDArray[Any] = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        array: NDArray[Any] = values.to(self.spec.storage_type.in_numpy.torch_dtype).numpy()
         return array
 
     def __repr__(self) -> str:

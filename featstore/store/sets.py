@@ -9,7 +9,6 @@ A set is known by what its parts say, not by what folders are called. `docs/form
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,18 +17,16 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from featstore.digest import Json
 from featstore.errors import DamagedFileError
 from featstore.files.index import RowIndex
 from featstore.files.part import Part
+from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.views import View
 from featstore.models.trunk import PRECISIONS, Precision
 from featstore.store.spec import FeatureSpec
-
-DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +63,7 @@ class FeatureRequest:
         return frozenset(
             FeatureSpec(trunk=self.trunk, pool=self.pool, view=view, precision=precision, dtype=dtype).key
             for precision in ([self.precision] if self.precision else PRECISIONS)
-            for dtype in ([self.dtype] if self.dtype else DTYPES)
+            for dtype in ([self.dtype] if self.dtype else STORAGE_TYPES)
         )
 
     def differences(self, spec: FeatureSpec) -> list[tuple[str, str, str]]:
@@ -198,8 +195,8 @@ class SetPart:
                 raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
             if part.facts["key"] != spec.key or spec.rendered.facts() != spec.view:
                 raise ValueError("its key isn't that of its spec")
-            if part.dtype != DTYPES[spec.dtype]:
-                raise ValueError(f"it holds {part.dtype}, and its spec says {spec.dtype}")
+            if part.storage_type != spec.storage_type:
+                raise ValueError(f"it holds torch.{part.storage_type.name}, and its spec says {spec.dtype}")
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(
                 f"{part.path} can't be used by this featstore: {error}. If a newer one wrote it, upgrade; else put a "
@@ -252,11 +249,6 @@ def made_by(part: Part) -> str:
 def superseded_names(parts: Iterable[SetPart]) -> frozenset[str]:
     """Names of the parts that some part replaces."""
     return frozenset(name for each in parts for name in each.supersedes)
-
-
-def features_bytes(part: Part) -> int:
-    """Size of a part's activations."""
-    return part.num_rows * math.prod(part.shape) * part.dtype.itemsize
 
 
 def digest_rows(digests: Iterable[str]) -> NDArray[np.uint8]:

@@ -7,11 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from featstore.digest import Json, digest_json
+from featstore.files.storage_types import STORAGE_TYPES, StorageType
 from featstore.images.views import View
 from featstore.models.trunk import PRECISIONS, Precision
-
-DTYPES = ("float16", "float32", "bfloat16")
-"""Storage types of features."""
 
 VERSION = 1
 """Raised when the same facts come to mean other values."""
@@ -38,8 +36,10 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"{self.precision!r} is no precision. The precisions are {', '.join(PRECISIONS)}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"{self.dtype!r} is no storage type for features. The types are {', '.join(DTYPES)}.")
+        if self.dtype not in STORAGE_TYPES:
+            raise ValueError(
+                f"{self.dtype!r} is no storage type for features. The types are {', '.join(STORAGE_TYPES)}."
+            )
 
     @cached_property
     def key(self) -> str:
@@ -78,6 +78,11 @@ class FeatureSpec:
         mine, others = self._words(), other._words()
         found = [(name, mine[name], others[name]) for name in mine if mine[name] != others[name]]
         return found + self.rendered.differences(other.rendered)
+
+    @property
+    def storage_type(self) -> StorageType:
+        """Of the stored values."""
+        return STORAGE_TYPES[self.dtype]
 
     @property
     def reduction(self) -> str:

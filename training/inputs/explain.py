@@ -9,6 +9,7 @@ import numpy as np
 
 from featstore.errors import FactsDifferError, FeatureStoreError, MissingFeaturesError
 from featstore.extraction.remedy import extract_remedy, seed_ranges
+from featstore.files.storage_types import DEFAULT_STORAGE_TYPE, STORAGE_TYPES
 from featstore.images.image_set import ImageSet
 from featstore.images.sources import AbsentSource
 from featstore.images.views import Augment
@@ -155,8 +156,8 @@ def _too_deep(search: Search, deeper: dict[str, FeatureSet]) -> FeatureStoreErro
     shape = needed.pool.shape(model.shape(needed.cut, situation.view.size))
     kind = {3: "maps", 2: "tokens"}.get(len(shape), "vectors")
     count = len(situation.images)
-    dtype = "float16" if situation.chosen is None else situation.chosen.spec.dtype
-    num_bytes = count * int(np.prod(shape, dtype=np.int64)) * (4 if dtype == "float32" else 2)
+    dtype = DEFAULT_STORAGE_TYPE if situation.chosen is None else situation.chosen.spec.dtype
+    num_bytes = count * int(np.prod(shape, dtype=np.int64)) * STORAGE_TYPES[dtype].itemsize
     remedy = _remedy(search, needed, situation.chosen)
     instead = f'freeze_to("{cut}"); or on_missing="images"'
     if isinstance(remedy, Command):

@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+import torch
+from support.parts import DTYPES
+
+from featstore.files.storage_types import STORAGE_TYPES, StorageType, storage_type_of
+
+
+def test_the_storage_types_are_those_of_the_format() -> None:
+    assert [each.torch_dtype for each in STORAGE_TYPES.values()] == list(DTYPES)
+    assert list(STORAGE_TYPES) == [each.name for each in STORAGE_TYPES.values()]
+
+
+@pytest.mark.parametrize("each", STORAGE_TYPES.values(), ids=STORAGE_TYPES)
+def test_a_storage_type_says_of_its_numbers_what_torch_says(each: StorageType) -> None:
+    limits = torch.finfo(each.torch_dtype)
+    assert each.itemsize == each.torch_dtype.itemsize
+    assert limits.eps == 2.0**-each.mantissa_bits
+    assert limits.smallest_normal == 2.0 ** (2 - (1 << (each.exponent_bits - 1)))
+    assert storage_type_of(each.torch_dtype) is each
+
+
+@pytest.mark.parametrize("each", STORAGE_TYPES.values(), ids=STORAGE_TYPES)
+def test_numpy_holds_each_value_of_a_storage_type(each: StorageType) -> None:
+    values = torch.tensor([1 / 3, -(2.0**-14), torch.finfo(each.torch_dtype).max], dtype=each.torch_dtype)
+    held = values.to(each.in_numpy.torch_dtype).numpy()
+    assert held.dtype == np.dtype(each.numpy)
+    assert torch.equal(torch.from_numpy(held).to(each.torch_dtype), values)
+
+
+def test_other_types_are_no_storage_types() -> None:
+    assert [storage_type_of(dtype) for dtype in (torch.float64, torch.int64, torch.bool)] == [None] * 3
