@@ -28,6 +28,7 @@ from featstore.images.views import Augment, View
 from featstore.models.runs import new_run, read_run, write_run
 from featstore.models.staged import PoolStage, StagedModel
 from featstore.models.trunk import choose_device
+from featstore.store.part_facts import stage_facts
 from featstore.store.store import FeatureStore
 from training import metrics as scores
 from training import optim, schedules
@@ -698,15 +699,7 @@ class Learner:
                 "cut": model.cut_points[-1],
                 "default_cut": self.cut,
                 "reduction": self._reduction,
-                "stages": [
-                    {
-                        "name": name,
-                        "layout": model.layout(name),
-                        "shape": list(model.shape(name, self.view.size)),
-                        "digest": digests[name],
-                    }
-                    for name in model.cut_points
-                ],
+                "stages": stage_facts(model, digests, size=self.view.size),
                 "digests": {name: digests[name] for name in model.cut_points},
                 "class_tokens": model.class_tokens,
                 "view": self.view.facts(),

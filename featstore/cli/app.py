@@ -41,8 +41,8 @@ from featstore.extraction.remedy import DEFAULT_DTYPE, DEFAULT_PRECISION
 from featstore.files.storage_types import STORAGE_TYPES
 from featstore.models.backbones import backbone_names, outline, weight_names
 from featstore.models.pool import REDUCTIONS
+from featstore.models.precision import PRECISIONS, Precision
 from featstore.models.staged import Stage, StagedModel
-from featstore.models.trunk import PRECISIONS, Precision
 from featstore.store.store import FeatureStore
 from featstore.words import size_text
 

@@ -29,7 +29,8 @@ from featstore.exchange.feature_files import images_by_digest
 from featstore.files.part import write_part
 from featstore.images.image_set import ImageSet
 from featstore.store.features import Features
-from featstore.store.sets import FeatureSet, short_key
+from featstore.store.folders import short_key
+from featstore.store.sets import FeatureSet
 from featstore.store.store import FeatureStore
 from featstore.words import size_text
 
@@ -212,7 +213,7 @@ def _write_hdf5(targets: tuple[Path, ...], rows: _Rows) -> _Written:
 
 
 def _write_npy(targets: tuple[Path, ...], rows: _Rows) -> _Written:
-    stored = rows.features.spec.storage_type
+    stored = rows.features.storage_type
     dtype = stored.in_numpy.torch_dtype
     notes = []
     if stored.in_numpy != stored:
@@ -245,7 +246,7 @@ def _write_safetensors(targets: tuple[Path, ...], rows: _Rows) -> _Written:
     if images.targets is not None:
         kind = {"int64": "I64", "float32": "F32"}[str(images.targets.dtype)]
         tensors["targets"] = (kind, images.targets.shape, images.targets.nbytes)
-    tensors["features"] = (features.spec.storage_type.safetensors, features.shape, features.num_bytes)
+    tensors["features"] = (features.storage_type.safetensors, features.shape, features.num_bytes)
     tensors["digests"] = ("U8", rows.digests.shape, rows.digests.nbytes)
     header = _safetensors_header(tensors, metadata)
     if len(header) > _MAX_SAFETENSORS_HEADER:

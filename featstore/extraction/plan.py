@@ -17,8 +17,9 @@ from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet, overlap_note
 from featstore.images.views import Augment, View
 from featstore.models.pool import REDUCTIONS
+from featstore.models.precision import Precision
 from featstore.models.staged import StagedModel
-from featstore.models.trunk import Output, Precision
+from featstore.models.trunk import Output
 from featstore.store.image_tables import is_changed
 from featstore.store.sets import FeatureRequest, FeatureSet
 from featstore.store.spec import FeatureSpec

@@ -14,8 +14,9 @@ from torch import Tensor
 from featstore.digest import Json
 from featstore.errors import FactsDifferError
 from featstore.images.views import View
+from featstore.models.precision import Precision
 from featstore.models.staged import StagedModel
-from featstore.models.trunk import Output, Precision, Trunk
+from featstore.models.trunk import Output, Trunk
 
 NUM_VALUES = 128
 TOLERANCES: dict[str, float] = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}

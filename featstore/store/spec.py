@@ -9,7 +9,7 @@ from typing import Any
 from featstore.digest import Json, digest_json
 from featstore.files.storage_types import STORAGE_TYPES, StorageType
 from featstore.images.views import View
-from featstore.models.trunk import PRECISIONS, Precision
+from featstore.models.precision import PRECISIONS, Precision
 
 VERSION = 1
 """Raised when the same facts come to mean other values."""

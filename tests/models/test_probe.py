@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from featstore import FactsDifferError, Output, StagedModel, View
 from featstore.digest import canonical_json
+from featstore.models.precision import PRECISIONS
 from featstore.models.probe import NUM_VALUES, TOLERANCES, Probe, check_probe, probe_images, take_probes
-from featstore.models.trunk import PRECISIONS
 
 VIEW = View(size=16, resize=18)
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from featstore import Output, StagedModel, Trunk, View
 from featstore.models.graph import random_states
 from featstore.models.pool import Pool
-from featstore.models.trunk import PRECISIONS, Precision, choose_device, default_batch_size, numerics
+from featstore.models.precision import PRECISIONS, Precision
+from featstore.models.trunk import choose_device, default_batch_size, numerics
 
 VIEW = View(size=16, resize=18)
 BACKENDS = torch.backends

@@ -34,13 +34,16 @@ ROOMS: dict[str, Rooms] = {
         ("images", ("digests", "sources", "image_set", "decode", "augmentation", "views", "render")),
         (
             "models",
-            ("graph", "pool", "digests", "staged", "trunk", "weights", "runs", "backbones", "probe", "purity"),
+            (
+                "precision", "graph", "pool", "digests", "staged", "trunk", "weights", "runs", "backbones", "probe",
+                "purity",
+            ),
         ),
         (
             "store",
             (
-                "spec", "features", "sets", "image_tables", "catalogue", "verification", "compaction", "removal",
-                "garbage", "difference", "store",
+                "spec", "access", "folders", "features", "part_facts", "sets", "image_tables", "catalogue",
+                "verification", "compaction", "removal", "garbage", "difference", "refusals", "store", "gathering",
             ),
         ),
         ("extraction", ("remedy", "plan", "progress", "job", "extract", "adopt")),

@@ -17,7 +17,8 @@ from featstore.errors import OnError
 from featstore.images.render import Job, render
 from featstore.images.views import View
 from featstore.models.graph import eval_mode
-from featstore.models.trunk import Precision, default_batch_size, numerics
+from featstore.models.precision import Precision
+from featstore.models.trunk import default_batch_size, numerics
 from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batch_size
 from training.inputs.situation import Situation
 

@@ -13,9 +13,10 @@ from featstore.errors import FactsDifferError, FeatureStoreError, ImageError, Mi
 from featstore.extraction.extract import extract
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
+from featstore.models.precision import Precision
 from featstore.models.probe import check_probe, take_probes
 from featstore.models.staged import PoolStage
-from featstore.models.trunk import Output, Precision, Trunk
+from featstore.models.trunk import Output, Trunk
 from featstore.store.features import Features
 from featstore.store.sets import FeatureSet
 from training.inputs.explain import images_absent, why_not
@@ -227,9 +228,9 @@ def stored_batch_size(situation: Situation) -> int | None:
     """B of the newest part of this model's features in the store, so that a live trunk gives the same bits."""
     digests = set(situation.digests.values())
     fitting = [each for each in situation.sets if each.spec.trunk in digests]
-    on_device = [each for each in fitting if each.facts["profile"]["device"] == situation.device.type]
+    on_device = [each for each in fitting if each.batch_size_on(situation.device.type)]
     newest = max(on_device, key=lambda each: str(each.facts["when"]), default=None)
-    return None if newest is None else int(newest.facts["profile"]["batch_size"])
+    return None if newest is None else newest.batch_size_on(situation.device.type)
 
 
 def _live_reason(situation: Situation, augment: Augment | None) -> str | None:
