@@ -26,6 +26,7 @@ from featstore.models.digests import module_digest
 from featstore.models.runs import Run, read_file
 from featstore.models.staged import StagedModel
 from featstore.models.stages import PoolStage
+from featstore.store.part_facts import stage_facts
 from featstore.store.store import FeatureStore
 from training.fit import History
 from training.placement import reduction_of
@@ -58,15 +59,7 @@ def run_facts(
             "cut": model.cut_points[-1],
             "default_cut": cut,
             "reduction": reduction_of(model),
-            "stages": [
-                {
-                    "name": name,
-                    "layout": model.layout(name),
-                    "shape": list(model.shape(name, view.size)),
-                    "digest": digests[name],
-                }
-                for name in model.cut_points
-            ],
+            "stages": stage_facts(model, digests, size=view.size),
             "digests": {name: digests[name] for name in model.cut_points},
             "class_tokens": model.class_tokens,
             "view": view.facts(),

@@ -28,7 +28,8 @@ from featstore.errors import AmbiguousRequestError, FeatureStoreError, OnError
 from featstore.files.part import write_part
 from featstore.images.image_set import ImageSet, images_by_digest
 from featstore.store.features import Features
-from featstore.store.sets import FeatureSet, short_key
+from featstore.store.folders import short_key
+from featstore.store.sets import FeatureSet
 from featstore.store.store import FeatureStore
 from featstore.words import size_text
 
@@ -211,7 +212,7 @@ def _write_hdf5(targets: tuple[Path, ...], rows: _Rows) -> _Written:
 
 
 def _write_npy(targets: tuple[Path, ...], rows: _Rows) -> _Written:
-    stored = rows.features.spec.storage_type
+    stored = rows.features.storage_type
     dtype = stored.in_numpy.torch_dtype
     notes = []
     if stored.in_numpy != stored:
@@ -244,11 +245,7 @@ def _write_safetensors(targets: tuple[Path, ...], rows: _Rows) -> _Written:
     if images.targets is not None:
         kind = {"int64": "I64", "float32": "F32"}[str(images.targets.dtype)]
         tensors["targets"] = (kind, images.targets.shape, images.targets.nbytes)
-    tensors["features"] = (
-        features.spec.storage_type.safetensors,
-        features.shape,
-        math.prod(features.shape) * features.dtype.itemsize,
-    )
+    tensors["features"] = (features.storage_type.safetensors, features.shape, features.num_bytes)
     tensors["digests"] = ("U8", rows.digests.shape, rows.digests.nbytes)
     header = _safetensors_header(tensors, metadata)
     if len(header) > _MAX_SAFETENSORS_HEADER:

@@ -28,7 +28,10 @@ from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet, images_by_id
 from featstore.images.views import View
 from featstore.models.names import DIMENSIONS, layout_of
-from featstore.store.sets import FeatureRequest, FeatureSet, short_key
+from featstore.store.folders import short_key
+from featstore.store.gathering import Gathered
+from featstore.store.part_facts import part_facts, stage_fact
+from featstore.store.sets import FeatureRequest, FeatureSet
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
 from featstore.words import counted
@@ -39,7 +42,6 @@ CUT = "imported"
 LAYOUTS = (*DIMENSIONS, "other")
 
 _VERSION = 1  # of the rules for the digests below, see docs/format.md
-_PART_BYTES = 256 << 20
 _NAME_LENGTH = 80  # of an image set's name before the key's digits: more than 100 in all would be cut off
 _SAME_IMAGE = 1e-2
 """Largest difference, as a share of the largest value, between rows of byte-identical images: their last bits may have
@@ -423,16 +425,14 @@ def _lacks(stored: FeatureSet | None, digests: NDArray[np.uint8]) -> NDArray[np.
 
 
 def _facts(name: str, layout: str, shape: tuple[int, ...], trunk: str, source: str) -> dict[str, Json]:
-    return {
-        "backbone": name,
-        "cut": CUT,
-        "stages": [{"name": CUT, "layout": layout, "shape": list(shape), "digest": trunk}],
-        "class_tokens": 0,
-        "profile": {"batch_size": 1, "device": "unknown"},
-        "probe": {"values": [[], []], "largest": 0.0},
-        "failed": {},
-        "imported": {"source": source},
-    }
+    facts = part_facts(
+        backbone=name,
+        stages=[stage_fact(CUT, layout, shape, trunk)],
+        class_tokens=0,
+        profile={"batch_size": 1, "device": "unknown"},
+        probe={"values": [[], []], "largest": 0.0},
+    )
+    return facts | {"imported": {"source": source}}
 
 
 def _write(
@@ -445,29 +445,21 @@ def _write(
     *,
     progress: bool,
 ) -> None:
-    """Files the new ones of `content`'s rows, whose `digests` these are, in parts of `_PART_BYTES` or a little more.
+    """Files the new ones of `content`'s rows, whose `digests` these are, in parts of `PART_BYTES` or a little more.
 
     Raises:
         FeatureStoreError: for a row that isn't what it was when its hash became part of the key.
     """
-    gathered: list[Tensor] = []
-    numbers: list[NDArray[np.int64]] = []
-
-    def commit() -> None:
-        own = digests[np.concatenate(numbers)]
-        store.write(spec, features=gathered, digests=own, decoders=np.zeros(len(own), np.uint8), facts=facts)
-        gathered.clear()
-        numbers.clear()
-
+    gathered = Gathered(spec, content.rows.shape)
     for chosen, values in content.blocks(progress=progress) if is_new.any() else ():
         new = np.flatnonzero(is_new[chosen.start : chosen.stop])
         if len(new):
-            gathered.append(values[torch.from_numpy(new)])
-            numbers.append(new + chosen.start)
-        if sum(each.nbytes for each in gathered) >= _PART_BYTES:
-            commit()
-    if gathered:
-        commit()
+            gathered.add(values[torch.from_numpy(new)], digests[new + chosen.start], np.zeros(len(new), np.uint8))
+        if gathered.is_enough:
+            gathered.write(store, facts)
+            gathered = Gathered(spec, content.rows.shape)
+    if gathered.num_rows:
+        gathered.write(store, facts)
 
 
 def _narrowed(block: Tensor, dtype: str) -> Tensor:

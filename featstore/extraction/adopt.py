@@ -29,6 +29,8 @@ from featstore.models.probe import TOLERANCES, Probe, take_probes
 from featstore.models.purity import check_pure
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, Trunk, choose_device, default_batch_size, output_at
+from featstore.store.gathering import Gathered
+from featstore.store.part_facts import part_facts, stage_facts
 from featstore.store.sets import FeatureRequest, FeatureSet
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
@@ -36,7 +38,6 @@ from featstore.store.store import FeatureStore
 NUM_ROWS = 64
 """Rows that are computed again and compared, where nobody says."""
 
-_PART_BYTES = 256 << 20
 _TRIES = 10  # of reading files that are merged and deleted each time
 
 
@@ -125,7 +126,7 @@ def adopt(
         candidate.model,
         [candidate.output],
         view=candidate.model.view,
-        batch_size=batch_size or _stored_batch_size(old, chosen),
+        batch_size=batch_size or old.batch_size_on(chosen.type) or default_batch_size(chosen),
         precision=candidate.spec.precision,
         device=chosen,
     )
@@ -187,23 +188,13 @@ class _Candidate:
 
     def facts(self, trunk: Trunk, probe: Probe) -> dict[str, Json]:
         """Those of a part."""
-        names = self.model.cut_points[: self.model.index(self.output.cut) + 1]
-        return {
-            "backbone": self.model.name,
-            "cut": self.output.cut,
-            "stages": [
-                {
-                    "name": name,
-                    "layout": self.model.layout(name),
-                    "shape": list(self.model.shape(name)),
-                    "digest": self.digests[name],
-                }
-                for name in names
-            ],
-            "class_tokens": self.model.class_tokens,
-            "profile": trunk.profile(),
-            "probe": probe.facts(),
-        }
+        return part_facts(
+            backbone=self.model.name,
+            stages=stage_facts(self.model, self.digests)[: self.model.index(self.output.cut) + 1],
+            class_tokens=self.model.class_tokens,
+            profile=trunk.profile(),
+            probe=probe.facts(),
+        )
 
 
 def _check_other_facts(old: FeatureSet, candidate: _Candidate) -> None:
@@ -240,11 +231,6 @@ def _sampled(
     ordered = here[np.lexsort(digests[here].T[::-1])]
     spread: NDArray[np.int64] = ordered[np.arange(needed) * len(ordered) // needed]
     return np.sort(spread)
-
-
-def _stored_batch_size(old: FeatureSet, device: torch.device) -> int:
-    profile = old.facts["profile"]
-    return int(profile["batch_size"]) if profile["device"] == device.type else default_batch_size(device)
 
 
 def _checked_probe(old: FeatureSet, candidate: _Candidate, trunk: Trunk) -> Probe:
@@ -325,46 +311,38 @@ def _written(
     is_shown = progress and sys.stderr.isatty()
     with tqdm(total=old.index.num_images, unit="row", disable=not is_shown, file=sys.stderr) as bar:
         for place, part in enumerate(old.index.parts):
-            for features, rows in _wanted_rows(old, new, place, part):
-                store.write(
-                    spec,
-                    features=features,
-                    digests=part.digests[rows],
-                    decoders=part.decoders[rows],
-                    facts=_facts(facts, part, failed),
-                )
-                failed = {}
-                yield len(rows)
-                bar.update(len(rows))
+            for gathered in _wanted_rows(old, new, spec, place, part):
+                gathered.failed, failed = failed, {}
+                gathered.write(store, _facts(facts, part))
+                yield gathered.num_rows
+                bar.update(gathered.num_rows)
     if failed:
-        empty = torch.empty((0, *old.parts[0].shape), dtype=spec.storage_type.torch_dtype)
-        none = np.zeros((0, 32), np.uint8)
-        facts = _facts(facts, old.parts[0], failed)
-        store.write(spec, features=[empty], digests=none, decoders=none[:, 0], facts=facts)
+        nothing = Gathered(spec, old.parts[0].shape, failed=failed)
+        nothing.write(store, _facts(facts, old.parts[0]))
 
 
-def _facts(facts: dict[str, Json], part: Part, failed: dict[str, str]) -> dict[str, Json]:
+def _facts(facts: dict[str, Json], part: Part) -> dict[str, Json]:
     """`facts` for rows of `part`, which were computed on the profile that it records."""
-    return facts | {"failed": failed, "adopted": facts["adopted"] | {"profile": part.facts["profile"]}}
+    return facts | {"adopted": facts["adopted"] | {"profile": part.facts["profile"]}}
 
 
 def _wanted_rows(
-    old: FeatureSet, new: FeatureSet | None, place: int, part: Part
-) -> Iterator[tuple[list[Tensor], NDArray[np.int64]]]:
+    old: FeatureSet, new: FeatureSet | None, spec: FeatureSpec, place: int, part: Part
+) -> Iterator[Gathered]:
     """The rows of one part that count in the old set and that the new one lacks, in pieces to file; all checked."""
     part_of, row_in = old.index.find(part.digests)
     is_wanted = (part_of == place) & (row_in == np.arange(part.num_rows))
     if new is not None:
         is_wanted &= new.index.find(part.digests)[0] < 0
-    gathered: list[Tensor] = []
-    rows: list[NDArray[np.int64]] = []
+    gathered = Gathered(spec, part.shape)
     for block_rows, block in part.read_blocks(range(len(part.checksums))):
         here = np.flatnonzero(is_wanted[block_rows.start : block_rows.stop])
         if len(here):
-            gathered.append(block[torch.from_numpy(here)])  # a copy: the block's memory is used again
-            rows.append(here + block_rows.start)
-        if sum(each.nbytes for each in gathered) >= _PART_BYTES:
-            yield gathered, np.concatenate(rows)
-            gathered, rows = [], []
-    if gathered:
-        yield gathered, np.concatenate(rows)
+            rows = here + block_rows.start
+            copied = block[torch.from_numpy(here)]  # the block's memory is used again
+            gathered.add(copied, part.digests[rows], part.decoders[rows])
+        if gathered.is_enough:
+            yield gathered
+            gathered = Gathered(spec, part.shape)
+    if gathered.num_rows:
+        yield gathered

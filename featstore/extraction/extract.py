@@ -25,6 +25,7 @@ from featstore.models.probe import Probe, check_probe, take_probes
 from featstore.models.purity import check_pure
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, Trunk, choose_device, default_batch_size
+from featstore.store.part_facts import stage_facts
 from featstore.store.sets import digest_rows
 from featstore.store.store import FeatureStore
 
@@ -163,7 +164,8 @@ def run_plan(
     if lacking:
         refuse_changed(planned)  # the probes, too, must be those of the planned model
     notes = _noted_images(planned, store, is_needed=bool(lacking))
-    job = Job(planned, store, trunk, probes, _stage_facts(planned, model))
+    stages = stage_facts(model, planned.stage_digests)
+    job = Job(planned, store, trunk, probes, {each.cut: stages[: model.index(each.cut) + 1] for each in planned.sets})
     job.notes += notes
     job.run(on_error=on_error, workers=workers, progress=Progress(job.num_jobs, is_shown=progress))
     job.merge(is_shown=progress)
@@ -248,10 +250,8 @@ def _noted_images(planned: Plan, store: FeatureStore, *, is_needed: bool) -> lis
 
 def _stored_batch_size(planned: Plan, device: torch.device) -> int:
     """B of rows already stored on this kind of device, so that one set has one profile; else the default."""
-    for each in planned.sets:
-        if each.stored is not None and each.stored.facts["profile"]["device"] == device.type:
-            return int(each.stored.facts["profile"]["batch_size"])
-    return default_batch_size(device)
+    stored = [each.stored.batch_size_on(device.type) for each in planned.sets if each.stored is not None]
+    return next((size for size in stored if size), default_batch_size(device))
 
 
 def _checked_probes(planned: Plan, model: StagedModel, outputs: list[Output], trunk: Trunk) -> dict[Output, Probe]:
@@ -276,17 +276,3 @@ def _checked_probes(planned: Plan, model: StagedModel, outputs: list[Output], tr
                 now=trunk.profile(),
             )
     return probes
-
-
-def _stage_facts(planned: Plan, model: StagedModel) -> dict[str, list[Json]]:
-    """Cut -> name, layout, shape and digest of each stage up to it."""
-    facts: list[Json] = [
-        {
-            "name": name,
-            "layout": model.layout(name),
-            "shape": list(model.shape(name)),
-            "digest": planned.stage_digests[name],
-        }
-        for name in model.cut_points
-    ]
-    return {each.cut: facts[: model.index(each.cut) + 1] for each in planned.sets}

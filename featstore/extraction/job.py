@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,11 @@ from featstore.images.render import Job as ImageJob
 from featstore.images.render import Rendered, render
 from featstore.models.probe import Probe
 from featstore.models.trunk import Output, Trunk
+from featstore.store.gathering import PART_BYTES, Gathered
+from featstore.store.part_facts import part_facts
 from featstore.store.store import FeatureStore
 
-COMMIT_BYTES = 256 << 20
+COMMIT_BYTES = PART_BYTES
 COMMIT_SECONDS = 60.0
 """A part is written when this much has been gathered, or this long after the last one."""
 
@@ -51,7 +53,7 @@ class Job:
         self.view_of = [self.views.index(each.view) for each in planned.sets]
         self.is_needed = self._needed()
         self.drawn: deque[ImageJob] = deque()  # jobs whose views are on their way; they come back in order
-        self.gathered = [_Gathered() for _ in planned.sets]
+        self.gathered = [self._nothing(each) for each in planned.sets]
         self.computed = [0] * len(planned.sets)
         self.failures: dict[str, str] = {}  # digest -> reason, of images that can't be decoded or rendered
         self.unread: dict[str, tuple[str, str]] = {}  # digest -> image and reason, of those that couldn't be read
@@ -164,7 +166,8 @@ class Job:
             if rows:
                 chosen = [items[row] for row in rows]
                 values = _narrowed(results[each.output][rows], each, chosen, self.planned.images)
-                self.gathered[place].add(values, chosen)
+                digests = np.frombuffer(b"".join(item.digest for item in chosen), np.uint8).reshape(-1, 32)
+                self.gathered[place].add(values, digests, np.array([item.decoder for item in chosen], np.uint8))
                 self.computed[place] += len(rows)
 
     def _commit_if_due(self) -> None:
@@ -173,40 +176,32 @@ class Job:
             self._commit()
 
     def _commit(self) -> None:
-        if self.trunk.is_live and any(each.rows for each in self.gathered):
+        if self.trunk.is_live and any(each.num_rows for each in self.gathered):
             self._check_model()
         for place, each in enumerate(self.planned.sets):
-            if self.gathered[place].rows or self.gathered[place].failed:
-                self.written[place].append(self._write(each, self.gathered[place]))
+            if self.gathered[place].num_rows or self.gathered[place].failed:
+                self.written[place].append(self.gathered[place].write(self.store, self._facts(each)))
                 # Forgotten only now: after an interrupt while a part is written, its rows are written again.
-                self.gathered[place] = _Gathered()
+                self.gathered[place] = self._nothing(each)
         self.last_commit = time.monotonic()
 
     def _check_model(self) -> None:
         try:
             refuse_changed(self.planned)
         except FeatureStoreError:
-            self.gathered = [_Gathered() for _ in self.planned.sets]  # of nobody knows which weights
+            self.gathered = [self._nothing(each) for each in self.planned.sets]  # of nobody knows which weights
             raise
 
-    def _write(self, each: PlannedSet, gathered: _Gathered) -> Path:
-        shape = each.output.pool.shape(tuple(self.stages[each.cut][-1]["shape"]))
-        items = [item for _, items in gathered.rows for item in items]
-        return self.store.write(
-            each.spec,
-            features=[values for values, _ in gathered.rows]
-            or [torch.empty((0, *shape), dtype=each.spec.storage_type.torch_dtype)],
-            digests=np.frombuffer(b"".join(digest for digest, _ in items), np.uint8).reshape(-1, 32),
-            decoders=np.array([decoder for _, decoder in items], np.uint8),
-            facts={
-                "backbone": self.planned.model.name,
-                "cut": each.cut,
-                "stages": self.stages[each.cut],
-                "class_tokens": self.planned.model.class_tokens,
-                "profile": self.trunk.profile(),
-                "probe": self.probes[each.output].facts(),
-                "failed": gathered.failed,
-            },
+    def _nothing(self, each: PlannedSet) -> Gathered:
+        return Gathered(each.spec, each.output.pool.shape(tuple(self.stages[each.cut][-1]["shape"])))
+
+    def _facts(self, each: PlannedSet) -> dict[str, Json]:
+        return part_facts(
+            backbone=self.planned.model.name,
+            stages=self.stages[each.cut],
+            class_tokens=self.planned.model.class_tokens,
+            profile=self.trunk.profile(),
+            probe=self.probes[each.output].facts(),
         )
 
 
@@ -240,20 +235,6 @@ class _Item:
     decoder: int
 
 
-@dataclass(eq=False)
-class _Gathered:
-    """Rows of one set that wait to be written."""
-
-    rows: list[tuple[Tensor, list[tuple[bytes, int]]]] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    num_bytes: int = 0
-
-    def add(self, values: Tensor, items: Sequence[_Item]) -> None:
-        """Rows with their digests and decoders; in one step, so that no interrupt can leave one without the other."""
-        self.rows.append((values, [(item.digest, item.decoder) for item in items]))
-        self.num_bytes += values.nbytes
-
-
 def _narrowed(values: Tensor, each: PlannedSet, items: Sequence[_Item], images: ImageSet) -> Tensor:
     """`values` in the storage type, on the CPU; refused if that loses a value to infinity."""
     stored = values.to(each.spec.storage_type.torch_dtype)
@@ -262,10 +243,10 @@ def _narrowed(values: Tensor, each: PlannedSet, items: Sequence[_Item], images: 
         row = int(torch.nonzero(~finite)[0])
         largest, image = float(values[row].abs().max()), images.ids[items[row].index]
         if bool(values[row].isfinite().all()):
+            limit = torch.finfo(stored.dtype).max
             raise FeatureStoreError(
                 f"{image}: its activations at {each.cut} reach {largest:.6g}, more than {each.spec.dtype} can hold "
-                f"({torch.finfo(each.spec.storage_type.torch_dtype).max:.6g}). Store them as bfloat16 or float32 "
-                "(--dtype)."
+                f"({limit:.6g}). Store them as bfloat16 or float32 (--dtype)."
             )
         raise FeatureStoreError(
             f"{image}: its activations at {each.cut} aren't finite. The weights may be damaged, or "

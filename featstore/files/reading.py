@@ -11,15 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from featstore.files.part import Part
 from featstore.machine import num_processors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUM_THREADS = min(4, num_processors())
 """That read at once, with the one that waits for what is read. A few ask for all that a memory bus gives."""
@@ -171,6 +172,8 @@ class Plain(InFiles):
             self._read(part, wanted.row_in[where], _as_slice(where), out)
 
     def _read(self, part: int, row_in: NDArray[np.int64], where: Rows, out: NDArray[np.uint8]) -> None:
+        import torch
+
         self.check(part, row_in)
         opened = self.places.parts[part]
         if isinstance(where, slice):
@@ -194,6 +197,8 @@ def load(places: Places, out: Tensor) -> Tensor:
 
 def as_bytes(values: Tensor) -> NDArray[np.uint8]:
     """The bytes ``(n, row_bytes)`` of the rows of a contiguous tensor ``(n, *F)``; they share their memory."""
+    import torch
+
     array: NDArray[np.uint8] = values.reshape(len(values), math.prod(values.shape[1:])).view(torch.uint8).numpy()
     return array
 
@@ -224,6 +229,8 @@ def keep_freed_memory() -> None:
     It would give them back to the system, which zeroes every page anew: a third of the time of a batch of 13 MB. glibc
     raises both of its thresholds when a large block is freed; to others this does nothing.
     """
+    import torch
+
     torch.empty(31 << 20, dtype=torch.uint8)
 
 

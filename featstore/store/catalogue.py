@@ -16,17 +16,9 @@ from typing import Any
 
 from featstore.errors import DamagedFileError
 from featstore.files.part import Part
+from featstore.store.folders import PART_NAME, is_trunk_folder, key_in, short_key, short_trunk
 from featstore.store.image_tables import IMAGES
-from featstore.store.sets import (
-    PART_NAME,
-    FeatureSet,
-    SetPart,
-    is_trunk_folder,
-    key_in,
-    short_key,
-    short_trunk,
-    superseded_names,
-)
+from featstore.store.sets import FeatureSet, SetPart, superseded_names
 from featstore.store.spec import FeatureSpec
 
 _PAUSES_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)

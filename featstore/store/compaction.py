@@ -17,11 +17,10 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from featstore.digest import Json, canonical_json
 from featstore.errors import DamagedFileError
@@ -31,6 +30,9 @@ from featstore.files.part import Part, write_part
 from featstore.files.provenance import signature
 from featstore.store.sets import FeatureSet, digest_rows, newest
 from featstore.words import size_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PART_BYTES = 4 << 30
 """Features of a merged part, at most; parts of more than half of it are left as they are."""
@@ -238,6 +240,8 @@ def _check_rows(part: Part, rows: NDArray[np.int64]) -> None:
 
 def _chunks(parts: Sequence[Part], kept: Sequence[NDArray[np.bool_]]) -> Iterator[Tensor]:
     """The rows that are kept, block by block, each checked; a chunk is good until the next one is drawn."""
+    import torch  # only who merges waits for it
+
     yield torch.empty((0, *parts[0].shape), dtype=parts[0].dtype)  # there may be no other
     for part, is_kept in zip(parts, kept, strict=True):
         blocks = np.unique(np.flatnonzero(is_kept) // part.block_rows)

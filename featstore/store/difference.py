@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from featstore.files.index import first_places
 from featstore.files.reading import Places, Plain, as_bytes
-from featstore.store.sets import FeatureSet, short_key
+from featstore.store.folders import short_key
+from featstore.store.sets import FeatureSet
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUM_COMPARED = 1000
 """Rows whose values are compared, at most."""
@@ -111,6 +114,8 @@ def _chosen(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _compared(a: FeatureSet, b: FeatureSet, digests: NDArray[np.uint8]) -> ValueDifference:
+    import torch  # only who compares values waits for it
+
     is_equal, largest, reached = a.parts[0].dtype == b.parts[0].dtype, 0.0, 0.0
     stored = [_stored(each, digests) for each in (a, b)]
     num_rows = max(1, _PIECE_BYTES // (8 * math.prod(a.parts[0].shape)))
@@ -136,6 +141,8 @@ def _stored(found: FeatureSet, digests: NDArray[np.uint8]) -> Plain:
 
 def _rows(stored: Plain, which: slice) -> Tensor:
     """Some of the rows, ``(n, *F)``."""
+    import torch
+
     first, num_rows = stored.places.parts[0], len(stored.places.row_in[which])
     rows = torch.empty((num_rows, *first.shape), dtype=first.dtype)
     stored.take(which, as_bytes(rows))

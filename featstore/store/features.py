@@ -36,17 +36,15 @@ from featstore.files.reading import (
     keep_freed_memory,
     load,
 )
+from featstore.files.storage_types import StorageType
 from featstore.images.image_set import ImageSet
 from featstore.machine import available_bytes, file_system, is_local
 from featstore.remedies import Command
+from featstore.store.access import Access
 from featstore.store.spec import FeatureSpec
 from featstore.words import size_text
 
-Access = Literal["memory", "map", "stream"]
-
 _Batch = tuple[Tensor, NDArray[np.int64]]
-
-ACCESSES = ("auto", "memory", "map", "stream")
 
 
 class Features:
@@ -122,9 +120,14 @@ class Features:
         return (len(self), *self.parts[0].shape)
 
     @property
+    def storage_type(self) -> StorageType:
+        """Of the stored values."""
+        return self.parts[0].storage_type
+
+    @property
     def dtype(self) -> torch.dtype:
         """As stored: torch.float16, float32 or bfloat16."""
-        return self.parts[0].dtype
+        return self.storage_type.torch_dtype
 
     @property
     def num_bytes(self) -> int:
@@ -226,7 +229,7 @@ class Features:
     def numpy(self) -> NDArray[Any]:
         """All activations ``(N, *F)`` in memory; bfloat16, which numpy lacks, as float32. Errors as in `tensor`."""
         values = self._all()
-        array: NDArray[Any] = values.to(self.spec.storage_type.in_numpy.torch_dtype).numpy()
+        array: NDArray[Any] = values.to(self.storage_type.in_numpy.torch_dtype).numpy()
         return array
 
     def __repr__(self) -> str:

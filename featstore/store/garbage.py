@@ -18,9 +18,10 @@ from featstore.files.index import RowIndex
 from featstore.files.part import Part
 from featstore.store.catalogue import Catalogue, listed, part_paths
 from featstore.store.compaction import LeftAlone
+from featstore.store.folders import is_trunk_folder, key_in
 from featstore.store.image_tables import IMAGES
 from featstore.store.removal import files_in
-from featstore.store.sets import SetPart, is_trunk_folder, key_in, superseded_names
+from featstore.store.sets import SetPart, superseded_names
 from featstore.store.spec import FeatureSpec
 from featstore.words import size_text
 

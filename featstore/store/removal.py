@@ -15,7 +15,8 @@ from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.files import disk
 from featstore.files.index import RowIndex
 from featstore.store.catalogue import Catalogue, UnsoundSet, listed, misplaced, part_paths
-from featstore.store.sets import PART_NAME, short_key, superseded_names
+from featstore.store.folders import PART_NAME, short_key
+from featstore.store.sets import superseded_names
 from featstore.store.spec import FeatureSpec
 from featstore.words import size_text
 

@@ -1,15 +1,7 @@
-"""Feature sets: what a reader asks for, the parts of one spec, and what their folders are called.
-
-::
-
-    <root>/<backbone>@<cut>-<trunk12>/<reduction>-<view>-<dtype>-<key8>[-seed3]/part-*.h5
-
-A set is known by what its parts say, not by what folders are called. `docs/format.md` is normative.
-"""
+"""Feature sets: what a reader asks for, and the parts of one spec; known by what they say, not by their folders."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +18,7 @@ from featstore.files.part import Part
 from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.views import View
 from featstore.models.names import PRECISIONS, Precision
+from featstore.store.part_facts import FACTS
 from featstore.store.spec import FeatureSpec
 
 
@@ -112,6 +105,11 @@ class FeatureSet:
         """Facts of the newest part: stages, profile, probe, backbone and cut as people call them, who and when."""
         return newest(self.parts).facts
 
+    def batch_size_on(self, device_type: str) -> int | None:
+        """B of the newest part, so that one set has one profile; None where that was computed on another device."""
+        profile = self.facts["profile"]
+        return int(profile["batch_size"]) if profile["device"] == device_type else None
+
     @cached_property
     def index(self) -> RowIndex:
         """Where each image's row lies."""
@@ -191,7 +189,7 @@ class SetPart:
         """
         try:
             spec = FeatureSpec.from_facts(part.facts["spec"])
-            if missing := _FACTS - part.facts.keys():
+            if missing := FACTS - part.facts.keys():
                 raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
             if part.facts["key"] != spec.key or spec.rendered.facts() != spec.view:
                 raise ValueError("its key isn't that of its spec")
@@ -216,26 +214,6 @@ class SetPart:
         return names
 
 
-_FACTS = frozenset(
-    {
-        "spec",
-        "key",
-        "view",
-        "backbone",
-        "cut",
-        "stages",
-        "class_tokens",
-        "profile",
-        "probe",
-        "failed",
-        "supersedes",
-        "who",
-        "when",
-    }
-)
-"""What readers of a part rely on: all that `docs/format.md` lists, which every version of it has had."""
-
-
 def newest(parts: Iterable[Part]) -> Part:
     """The part that was written last."""
     return max(parts, key=lambda part: str(part.facts["when"]))
@@ -254,49 +232,3 @@ def superseded_names(parts: Iterable[SetPart]) -> frozenset[str]:
 def digest_rows(digests: Iterable[str]) -> NDArray[np.uint8]:
     """Hexadecimal digests as rows ``(N, 32)``."""
     return np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
-
-
-# ---- folders
-
-PART_NAME = re.compile(r"part-.*\.h5", re.DOTALL)
-"""Of files that are parts."""
-
-_TRUNK_DIGITS, _KEY_DIGITS = 12, 8
-
-
-def folder_name(spec: FeatureSpec, backbone: str, cut: str) -> Path:
-    """Where a new set goes, below the root."""
-    view = spec.rendered
-    words = [
-        spec.reduction,
-        "evaluation" if view.policy is None else view.policy.name,
-        spec.dtype,
-        short_key(spec.key),
-    ]
-    seed = [] if view.seed is None else [f"seed{view.seed}"]
-    return Path(f"{_safe(backbone)}@{_safe(cut)}-{short_trunk(spec.trunk)}", "-".join([*map(_safe, words), *seed]))
-
-
-def short_trunk(trunk: str) -> str:
-    """The digits of a trunk's digest with which the name of its folder ends."""
-    return trunk[:_TRUNK_DIGITS]
-
-
-def short_key(key: str) -> str:
-    """The digits of a key (or of its beginning) in the name of a set's folder."""
-    return key[:_KEY_DIGITS]
-
-
-def key_in(name: str) -> str:
-    """The digits of the key in the name of a set's folder; none if someone has renamed it."""
-    found = re.search(rf"-([0-9a-f]{{{_KEY_DIGITS}}})(-seed\d+)?$", name)
-    return found[1] if found else ""
-
-
-def is_trunk_folder(name: str) -> bool:
-    """Whether a folder is called as those that hold the sets of one trunk."""
-    return re.search(rf"@.*-[0-9a-f]{{{_TRUNK_DIGITS}}}$", name) is not None
-
-
-def _safe(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "_", text)[:80]

@@ -7,19 +7,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from featstore.digest import Json
 from featstore.errors import (
-    AmbiguousRequestError,
     DamagedFileError,
-    FactsDifferError,
-    FeatureStoreError,
-    MissingFeaturesError,
     OnError,
 )
 from featstore.files.disk import make_folder
@@ -30,12 +25,12 @@ from featstore.files.table import write_table
 from featstore.images.contents import is_changed
 from featstore.images.digests import Digests, KnownDigests
 from featstore.images.image_set import ImageSet
-from featstore.models.staged import StagedModel
-from featstore.remedies import Command
+from featstore.store import refusals
+from featstore.store.access import Access, check_access
 from featstore.store.catalogue import Catalogue, UnsoundSet, part_paths, permitted
 from featstore.store.compaction import CompactReport, LeftAlone, compact, delete_replaced, merge
 from featstore.store.difference import SetDifference, diff
-from featstore.store.features import ACCESSES, Access, Features
+from featstore.store.folders import folder_name, key_in, short_key
 from featstore.store.garbage import GcReport, fault, gc
 from featstore.store.image_tables import (
     IMAGES,
@@ -45,10 +40,17 @@ from featstore.store.image_tables import (
     table_file,
     table_name,
 )
+from featstore.store.part_facts import stamped
 from featstore.store.removal import RemoveReport, foreseen, remove
-from featstore.store.sets import FeatureRequest, FeatureSet, digest_rows, folder_name, key_in, short_key
+from featstore.store.sets import FeatureRequest, FeatureSet, digest_rows
 from featstore.store.spec import FeatureSpec
 from featstore.store.verification import VerifyReport, verify
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from featstore.models.staged import StagedModel
+    from featstore.store.features import Features
 
 DAY_SECONDS = 24 * 3600.0
 
@@ -81,7 +83,7 @@ class FeatureStore:
     ) -> None:
         if Path(root).is_file():
             raise ValueError(f"{root} is a file. Expected the folder of a store, or the name of a new one.")
-        _check_access(access)
+        check_access(access)
         if memory_bytes is not None and memory_bytes < 1:
             raise ValueError(
                 f"memory_bytes is {memory_bytes}; expected at least 1, or None for a share of what is free."
@@ -160,9 +162,8 @@ class FeatureStore:
         """
         found = [each for each in self.find(request) if key is None or each.key.startswith(key)]
         if len(found) > 1:
-            raise AmbiguousRequestError(
-                self._ambiguous(found, "fit this request", "Choose one by its key: --features KEY.")
-            )
+            remedy = "Choose one by its key: --features KEY."
+            raise refusals.several_sets(self.root, found, "fit this request", remedy)
         return found[0] if found else None
 
     def set(self, key: str) -> FeatureSet:
@@ -175,7 +176,7 @@ class FeatureStore:
         """
         found = self._catalogue.set_of(*self._located(key))
         if found is None:
-            raise self._holds_no(key)
+            raise refusals.holds_no_set(self.root, key)
         return found
 
     def features(
@@ -200,17 +201,20 @@ class FeatureStore:
             FactsDifferError: if no set fits; the message names the facts in which the nearest one differs.
             FeatureStoreError: if there is no store, or no set of that key.
         """
+        from featstore.store.features import Features  # only who reads rows waits for torch
+
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
         way = self.access if access is None else access
-        _check_access(way)
+        check_access(way)
         chosen = self._chosen(which)
         digests = images.digests(self.known_digests(images))
         part_of, row_in = chosen.index.find(digests.values)
         has_row = (part_of >= 0) & ~digests.is_failed
         missing = ~has_row & ~self.is_failed(chosen, digests) if on_error == "skip" else ~has_row
         if missing.any():
-            raise MissingFeaturesError(self._lacks(chosen, images, digests, missing))
+            changed = is_changed(images, digests, self.known_digests(images))
+            raise refusals.lacks_rows(self.root, chosen, images, digests, missing, changed)
         if not has_row.all():
             images, part_of, row_in = images.select(has_row), part_of[has_row], row_in[has_row]
         return Features(
@@ -268,6 +272,8 @@ class FeatureStore:
 
         Heads on it train, save and predict on stored features; `StagedModel.attach` puts the real trunk in.
         """
+        from featstore.models.staged import StagedModel
+
         chosen = self.set(key)
         model = StagedModel.absent(
             chosen.facts["stages"],
@@ -294,16 +300,16 @@ class FeatureStore:
             features: chunks ``(n, *F)`` in the storage type.
             digests: ``(n, 32)``, the images of the rows.
             decoders: ``(n,)``.
-            facts: at least backbone, cut, stages, class_tokens, profile, probe and failed.
+            facts: at least `part_facts`.
         """
-        stamped = {**facts, "spec": spec.facts(), "key": spec.key, "view": spec.view, "supersedes": [], **signature()}
+        whole = stamped(facts, spec)
         named = self._folder / folder_name(spec, str(facts["backbone"]), str(facts["cut"]))
         for tries_left in reversed(range(_TRIES)):
             try:
                 folder = self._catalogue.folder_of(spec) or named
                 make_folder(folder, root=self._folder)
                 path = folder / f"part-{secrets.token_hex(8)}.h5"
-                write_part(path, features=features, digests=digests, decoders=decoders, facts=stamped)
+                write_part(path, features=features, digests=digests, decoders=decoders, facts=whole)
             except FileNotFoundError:  # the folder was removed, or found empty and deleted, while we wrote into it
                 if not tries_left:
                     raise
@@ -329,16 +335,9 @@ class FeatureStore:
         if name is not None and not newest:
             newest = [self._tables.open(path) for path in self._tables.paths() if path.stem == name]
         if not newest:
-            called = f" called {name}" if name else ""
-            names = ", ".join(sorted({table_name(path) for path in self._tables.paths()})) or "none"
-            raise FeatureStoreError(
-                f"{self.root} holds no image set{called}; those it holds: {names}. Extract features of it first."
-            )
+            raise refusals.holds_no_images(self.root, name, {table_name(path) for path in self._tables.paths()})
         if len(newest) > 1:
-            listed = ", ".join(f"{table.stem} ({table.num_images:,} images)" for table in newest)
-            raise AmbiguousRequestError(
-                f"{self.root} holds several image sets: {listed}. Name one: ImageSet.from_store(store, name=...)."
-            )
+            raise refusals.several_images(self.root, newest)
         (table,) = newest
         return table.image_set(where=str(self.root / IMAGES / table.stem))
 
@@ -504,13 +503,7 @@ class FeatureStore:
     def check_exists(self) -> None:
         """Raises FeatureStoreError if there is no folder."""
         if not self._folder.is_dir():
-            raise FeatureStoreError(
-                f"There is no store {self.root}. Give the folder of an existing one (in a program: --store), or make "
-                "one with extract(model, images, store); on the command line:",
-                remedy=Command(
-                    *("featstore", "extract", "--images", "FOLDER", "--store", str(self.root), "--backbone", "NAME")
-                ),
-            )
+            raise refusals.no_store(self.root)
 
     # -------------------------------------------------------------------------------------------------------- inside
 
@@ -522,32 +515,25 @@ class FeatureStore:
     def _located(self, key: str) -> tuple[FeatureSpec, tuple[Path, ...]]:
         """The one spec whose key starts with `key`, and its folders."""
         self.check_exists()
-        _check_key(key)
+        refusals.check_key(key)
         found = self._catalogue.keyed(key)
         if not found:
-            raise self._holds_no(key)
+            raise refusals.holds_no_set(self.root, key)
         if len(found) > 1:
             sets = [self._catalogue.set_of(spec, folders) for spec, folders in found]
-            raise AmbiguousRequestError(
-                self._ambiguous(
-                    [each for each in sets if each], f"have keys that start with {key}", "Give more of the key."
-                )
-            )
+            sound = [each for each in sets if each]
+            raise refusals.several_sets(self.root, sound, f"have keys that start with {key}", "Give more of the key.")
         return found[0]
 
     def _removable(self, key: str) -> tuple[FeatureSpec | UnsoundSet, tuple[Path, ...]]:
         """The one set whose key starts with `key`, sound or not, and its folders."""
         self.check_exists()
-        _check_key(key)
+        refusals.check_key(key)
         found = self._catalogue.keyed_or_unsound(key)
         if not found:
-            raise self._holds_no(key)
+            raise refusals.holds_no_set(self.root, key)
         if len(found) > 1:
-            listed = ", ".join(short_key(chosen.key) for chosen, _ in found)
-            raise AmbiguousRequestError(
-                f"{len(found)} feature sets in {self.root} have keys that start with {key}: {listed}. Give more of the "
-                f"one that is meant; {self._ls()} lists in what they differ."
-            )
+            raise refusals.several_keys(self.root, key, [chosen.key for chosen, _ in found])
         return found[0]
 
     def _chosen(self, which: FeatureRequest | FeatureSet | str) -> FeatureSet:
@@ -558,77 +544,9 @@ class FeatureStore:
         found = self.find_one(which)
         if found is None:
             self.check_exists()
-            raise self._differs(which)
+            sets = self.sets()
+            raise refusals.none_fits(self.root, which, sets, [] if sets else self.damaged())
         return found
-
-    def _lacks(self, chosen: FeatureSet, images: ImageSet, digests: Digests, missing: NDArray[np.bool_]) -> str:
-        count = int(missing.sum())
-        changed = missing & is_changed(images, digests, self.known_digests(images))
-        kinds = {
-            "new": missing & ~changed & ~digests.is_failed,
-            "changed since": changed,
-            "unreadable": missing & digests.is_failed,
-        }
-        which = _named(images, digests, missing)
-        if changed.any():
-            listed = {word: mask for word, mask in kinds.items() if mask.any()}
-            which = "; ".join(
-                f"{int(mask.sum()):,} {word}: {_named(images, digests, mask)}" for word, mask in listed.items()
-            )
-        return (
-            f"{self.root} holds {len(images) - count:,} of the {len(images):,} images asked for "
-            f"({chosen.facts['backbone']}@{chosen.facts['cut']} {chosen.spec.reduction}, "
-            f"{chosen.spec.rendered.label()}, set {chosen.key[:8]}); {count:,} are missing ({which}). "
-            f"{_how_to_add(chosen)}, or ask for the images that are there."
-        )
-
-    def _differs(self, request: FeatureRequest) -> FactsDifferError:
-        """Which set is nearest to a request that none fits, and in what it differs."""
-        compared = [(request.differences(each.spec), each) for each in self.sets()]
-        if not compared:
-            unusable = self.damaged()
-            if unusable:
-                return FactsDifferError(f"{self.root} holds no features that can be used. {unusable[0]}")
-            return FactsDifferError(
-                f"{self.root} holds no features yet. Compute them with", remedy=Command("featstore", "extract")
-            )
-        differences, nearest = min(compared, key=lambda item: (len(item[0]), -item[1].index.num_images))
-        listed = "; ".join(f"{name} (stored {stored}, yours {yours})" for name, stored, yours in differences)
-        return FactsDifferError(
-            f"No stored features fit this request in {self.root}. Nearest is set {nearest.key[:8]} "
-            f"({nearest.facts['backbone']}@{nearest.facts['cut']}); it differs in: {listed}. Compute what you ask for "
-            "with featstore extract, or ask for what is there:",
-            remedy=self._ls(),
-        )
-
-    def _ambiguous(self, found: Sequence[FeatureSet], how: str, remedy: str) -> str:
-        differing = {name: None for each in found for name, _, _ in found[0].spec.differences(each.spec)}
-        listed = []
-        for each in found:
-            # Against another one: a fact's value stands in the words of a difference.
-            others = [other.spec for other in found if other is not each]
-            facts = {name: value for other in others for name, value, _ in each.spec.differences(other)}
-            words = ", ".join(f"{name} {facts[name]}" for name in differing if name in facts)
-            listed.append(f"{each.key[:8]} ({words})")
-        return f"{len(found)} feature sets in {self.root} {how}: {'; '.join(listed)}. {remedy}"
-
-    def _holds_no(self, key: str) -> FeatureStoreError:
-        return FeatureStoreError(f"{self.root} holds no feature set {key}. List what it holds:", remedy=self._ls())
-
-    def _ls(self) -> Command:
-        return Command("featstore", "ls", "--store", str(self.root))
-
-
-def _check_key(key: str) -> None:
-    if not key:  # all keys start with it: a variable of a shell that isn't set would remove the only set of a store
-        raise FeatureStoreError(
-            "The key is empty. Expected the first digits of one, as featstore ls lists them. Give some."
-        )
-
-
-def _check_access(access: str) -> None:
-    if access not in ACCESSES:
-        raise ValueError(f"access is {access!r}; expected {', '.join(ACCESSES)}.")
 
 
 def _fresh_index(folder: Path, key: str) -> RowIndex:
@@ -641,23 +559,6 @@ def _set_if_there(catalogue: Catalogue, key: str) -> FeatureSet | None:
     """The set of a whole key; None if others have removed it."""
     found = (catalogue.set_of(*located) for located in catalogue.keyed(key))
     return next((each for each in found if each), None)
-
-
-def _named(images: ImageSet, digests: Digests, mask: NDArray[np.bool_]) -> str:
-    """The first of some images by their ids, with the reason where one can't be read."""
-    places = np.flatnonzero(mask).tolist()
-    names = [
-        f"{images.ids[place]}: {digests.failed[place]}" if place in digests.failed else images.ids[place]
-        for place in places[:3]
-    ]
-    return "; ".join([*names, *["..."] * (len(places) > 3)])
-
-
-def _how_to_add(chosen: FeatureSet) -> str:
-    """What to do about images without a row in a set."""
-    if "imported" in chosen.facts:  # nobody here can compute them, and more rows have another key
-        return "Its features were made elsewhere: make those of all images there, and featstore import them"
-    return "Compute them with featstore extract"
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from featstore.files import disk
 from featstore.files.part import Part
 from featstore.files.table import Table
 from featstore.store.catalogue import Catalogue, dangling, listed, misplaced, part_paths, unreadable
+from featstore.store.folders import key_in, short_key
 from featstore.store.image_tables import ImageTables
-from featstore.store.sets import SetPart, key_in, made_by, short_key
+from featstore.store.sets import SetPart, made_by
 from featstore.words import size_text
 
 

@@ -148,7 +148,7 @@ def test_an_import_that_was_interrupted_writes_the_rest(
     images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("featstore.exchange.feature_files._BLOCK_BYTES", 2 * 6 * 4)
-    monkeypatch.setattr("featstore.exchange.imports._PART_BYTES", 1)
+    monkeypatch.setattr("featstore.store.gathering.PART_BYTES", 1)
     key = import_features(store, values(), images, name="clip").key
     parts = store.set(key).parts
     assert [part.num_rows for part in parts] == [2, 2, 2, 2]

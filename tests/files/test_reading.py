@@ -27,7 +27,7 @@ from featstore.files.index import RowIndex
 from featstore.files.part import Part, write_part
 from featstore.files.reading import Blocks, Places, ahead
 from featstore.store import features as features_module
-from featstore.store.features import ACCESSES, Access
+from featstore.store.access import ACCESSES, Access
 
 SHAPE = (64, 64, 4)
 NUM_ROWS = 100

@@ -49,8 +49,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "store",
             (
-                "spec", "features", "sets", "image_tables", "catalogue", "verification", "compaction", "removal",
-                "garbage", "difference", "store",
+                "spec", "access", "folders", "features", "part_facts", "sets", "image_tables", "catalogue",
+                "verification", "compaction", "removal", "garbage", "difference", "refusals", "store", "gathering",
             ),
         ),
         ("extraction", ("remedy", "plan", "progress", "job", "extract", "adopt")),
@@ -131,6 +131,7 @@ SURFACE: dict[str, str] = {
     "models.trunk": "Output Trunk choose_device default_batch_size",
     "remedies": "Call Command Remedy Steps",
     "store.features": "Features",
+    "store.part_facts": "stage_facts",
     "store.sets": "FeatureRequest FeatureSet",
     "store.store": "FeatureStore",
     "words": "size_text",

@@ -59,7 +59,8 @@ from featstore.extraction.plan import Plan
 from featstore.files.part import Part, write_part
 from featstore.store import compaction
 from featstore.store import store as store_module  # its name write_part is replaced, to see what is published
-from featstore.store.features import Access, Features
+from featstore.store.access import Access
+from featstore.store.features import Features
 
 EXAMPLES = int(os.environ.get("FEATSTORE_EXAMPLES", "0"))
 """Sequences to try; 0: a few, the same each time."""

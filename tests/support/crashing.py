@@ -45,8 +45,9 @@ from featstore.files import disk
 from featstore.files.part import Part
 from featstore.store import compaction, removal, verification
 from featstore.store import store as store_module
+from featstore.store.access import Access
 from featstore.store.catalogue import Catalogue, part_paths
-from featstore.store.features import Access, Features
+from featstore.store.features import Features
 from featstore.store.removal import RemoveReport
 from featstore.store.sets import FeatureSet
 from featstore.store.verification import VerifyReport

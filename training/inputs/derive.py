@@ -305,9 +305,9 @@ def stored_batch_size(situation: Situation) -> int | None:
     """B of the newest part of this model's features in the store, so that a live trunk gives the same bits."""
     digests = set(situation.digests.values())
     fitting = [each for each in situation.sets if each.spec.trunk in digests]
-    on_device = [each for each in fitting if each.facts["profile"]["device"] == situation.device.type]
+    on_device = [each for each in fitting if each.batch_size_on(situation.device.type)]
     newest = max(on_device, key=lambda each: str(each.facts["when"]), default=None)
-    return None if newest is None else int(newest.facts["profile"]["batch_size"])
+    return None if newest is None else newest.batch_size_on(situation.device.type)
 
 
 def _live_reason(situation: Situation, augment: Augment | None) -> str | None:

@@ -1,0 +1,64 @@
+"""Gathering: rows of one set on their way into a part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featstore.digest import Json
+from featstore.store.spec import FeatureSpec
+from featstore.store.store import FeatureStore
+
+PART_BYTES = 256 << 20
+"""Of rows that are worth a part."""
+
+
+@dataclass(eq=False)
+class Gathered:
+    """Rows that wait to be written, and images that failed instead.
+
+    Attributes:
+        spec: of their set.
+        shape: of one row.
+        failed: digest (hexadecimal) -> reason.
+        num_bytes: of the rows.
+    """
+
+    spec: FeatureSpec
+    shape: tuple[int, ...]
+    failed: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+    _chunks: list[tuple[Tensor, NDArray[np.uint8], NDArray[np.uint8]]] = field(default_factory=list)
+
+    def add(self, values: Tensor, digests: NDArray[np.uint8], decoders: NDArray[np.uint8]) -> None:
+        """Rows with their digests and decoders; in one step, so that no interrupt can leave one without the other."""
+        self._chunks.append((values, digests, decoders))
+        self.num_bytes += values.nbytes
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that wait."""
+        return sum(len(values) for values, _, _ in self._chunks)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether they are worth a part."""
+        return self.num_bytes >= PART_BYTES
+
+    def write(self, store: FeatureStore, facts: Mapping[str, Json]) -> Path:
+        """Publishes them as one part, which may have no rows; `facts` as `FeatureStore.write` takes them."""
+        none = np.zeros((0, 32), np.uint8)
+        return store.write(
+            self.spec,
+            features=[values for values, _, _ in self._chunks]
+            or [torch.empty((0, *self.shape), dtype=self.spec.storage_type.torch_dtype)],
+            digests=np.concatenate([none, *(digests for _, digests, _ in self._chunks)]),
+            decoders=np.concatenate([none[:, 0], *(decoders for _, _, decoders in self._chunks)]),
+            facts={**facts, "failed": self.failed},
+        )

@@ -1,0 +1,78 @@
+"""The facts of a part beside its rows: what whoever computed these says, and what the store adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from featstore.digest import Json
+from featstore.files.provenance import signature
+from featstore.store.spec import FeatureSpec
+
+if TYPE_CHECKING:
+    from featstore.models.staged import StagedModel
+
+
+def part_facts(
+    *,
+    backbone: str,
+    stages: Sequence[Json],
+    class_tokens: int,
+    profile: Json,
+    probe: Json,
+    failed: Mapping[str, str] | None = None,
+) -> dict[str, Json]:
+    """What `FeatureStore.write` takes.
+
+    Args:
+        backbone: what people call the model.
+        stages: up to the cut, which is the last one: see `stage_facts`.
+        class_tokens: of the model.
+        profile: on what the rows were computed, `Trunk.profile()`.
+        probe: `Probe.facts()`.
+        failed: digest (hexadecimal) -> reason, of images that have no row because they failed; default: none.
+    """
+    return {
+        "backbone": backbone,
+        "cut": stages[-1]["name"],
+        "stages": list(stages),
+        "class_tokens": class_tokens,
+        "profile": profile,
+        "probe": probe,
+        "failed": dict(failed or {}),
+    }
+
+
+def stage_facts(model: StagedModel, digests: Mapping[str, str], *, size: int | None = None) -> list[Json]:
+    """Of each stage of a model that one can cut after; `digests` by their names, `size` of images as in `shape`."""
+    return [stage_fact(name, model.layout(name), model.shape(name, size), digests[name]) for name in model.cut_points]
+
+
+def stage_fact(name: str, layout: str, shape: Sequence[int], digest: str) -> Json:
+    """Of one stage: layout and shape of one image's activations behind it, and the digest of the model up to there."""
+    return {"name": name, "layout": layout, "shape": list(shape), "digest": digest}
+
+
+def stamped(facts: Mapping[str, Json], spec: FeatureSpec) -> dict[str, Json]:
+    """All facts of a new part, which is written now."""
+    return {**facts, "spec": spec.facts(), "key": spec.key, "view": spec.view, "supersedes": [], **signature()}
+
+
+FACTS = frozenset(
+    {
+        "spec",
+        "key",
+        "view",
+        "backbone",
+        "cut",
+        "stages",
+        "class_tokens",
+        "profile",
+        "probe",
+        "failed",
+        "supersedes",
+        "who",
+        "when",
+    }
+)
+"""What readers of a part rely on: all that `docs/format.md` lists, which every version of it has had."""
