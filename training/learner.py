@@ -21,8 +21,8 @@ from torch import nn
 import featstore
 from featstore.digest import Json
 from featstore.errors import AmbiguousRequestError, DamagedFileError, FactsDifferError, FeatureStoreError, OnError
+from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.extraction.plan import check_size
-from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.image_set import ImageSet, overlap_note
 from featstore.images.views import Augment, View
 from featstore.models.runs import new_run, read_run, write_run

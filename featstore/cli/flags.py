@@ -13,25 +13,28 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from featstore.cli.program import one_of
 from featstore.errors import OnError
-from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
+from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.augmentation import BUILT_IN
-from featstore.images.image_set import OWN_SPLITS, ImageSet, Task
-from featstore.images.views import INTERPOLATIONS, Augment, View
-from featstore.models.backbones import backbone, backbone_names, outline
-from featstore.models.staged import StagedModel
-from featstore.models.trunk import choose_device
+from featstore.images.image_set import OWN_SPLITS, Task
+from featstore.images.views import INTERPOLATIONS
+
+if TYPE_CHECKING:
+    from featstore.images.image_set import ImageSet
+    from featstore.images.views import Augment, View
+    from featstore.models.staged import StagedModel
+    from featstore.store.store import FeatureStore
 
 FEW_IMAGES = 100
 """Below so many validation images, the steps in which accuracy moves are worth a sentence."""
 
-_ON_ERROR = get_args(OnError)
-_TASKS = ("single", "multi")
+ON_ERROR: tuple[OnError, ...] = get_args(OnError)
+_TASKS: tuple[Task, ...] = get_args(Task)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,7 +156,8 @@ class ImageFlags:
         return [f"no image has more than one label (the classes are {classes}); {separator}"]
 
     def _from_table(self) -> ImageSet:
-        task: Task = "multi" if self.task == "multi" else "single"
+        from featstore.images.image_set import ImageSet
+
         return ImageSet.from_csv(
             self.images,
             root=self.root,
@@ -162,7 +166,7 @@ class ImageFlags:
             label_sep=self.label_sep,
             split_column=self.split_column,
             group_column=self.group_column,
-            task=task,
+            task=one_of("--task", self.task, _TASKS),
         )
 
     def _from_folder(self) -> ImageSet:
@@ -173,6 +177,8 @@ class ImageFlags:
                     f"--{name.replace('_', '-')} {getattr(self, name)} is for a table of images, and {self.images} is "
                     "none. Leave it out, or give a .csv or .tsv file with --images."
                 )
+        from featstore.images.image_set import ImageSet
+
         return ImageSet.from_folder(self.images)
 
     def _refuse_a_second_split(self, images: ImageSet) -> None:
@@ -289,14 +295,16 @@ class AugmentFlags:
 
     def augmentation(self) -> Augment | None:
         """What was asked for; None for the evaluation view alone."""
+        from featstore.images.views import Augment
+
         if self.augment is None or self.seeds is None:
             return None
         return Augment(self.augment, parse_seeds_or_fresh(self.seeds))
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags:
-    """How the work is done; no value depends on it."""
+class ComputeFlags:
+    """What the work is done with; no value depends on it."""
 
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:1", help="auto: the first GPU, else the CPU.")] = (
         "auto"
@@ -310,19 +318,32 @@ class RunFlags:
             show_default="one a processor, up to 8",
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        from featstore.models.trunk import choose_device
+
+        choose_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(ComputeFlags):
+    """How the work is done; no value depends on it."""
+
     on_error: Annotated[
         str,
-        typer.Option(metavar="raise|skip", help="An image that can't be read: stop, or leave it out and report it."),
+        typer.Option(
+            metavar="|".join(ON_ERROR), help="An image that can't be read: stop, or leave it out and report it."
+        ),
     ] = "raise"
 
     def __post_init__(self) -> None:
-        one_of("--on-error", self.on_error, _ON_ERROR)
-        choose_device(self.device)
+        one_of("--on-error", self.on_error, ON_ERROR)
+        super().__post_init__()
 
     @property
     def on_image_error(self) -> OnError:
         """What to do about an image that can't be read."""
-        return "skip" if self.on_error == "skip" else "raise"
+        return one_of("--on-error", self.on_error, ON_ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +354,9 @@ class OutputFlags:
     debug: Annotated[bool, typer.Option("--debug", help="After an error, its traceback.")] = False
 
 
+KeyArgument = Annotated[
+    str, typer.Argument(metavar="KEY", help="A feature set's key, or the start of it (featstore ls).")
+]
 StoreOption = Annotated[str, typer.Option("--store", metavar="DIR", help="Where features are filed.")]
 
 
@@ -370,6 +394,8 @@ def load_model(source: str, weights: str | None, cuts: Sequence[str] = ()) -> St
     Raises:
         ValueError: for an unknown backbone or cut; of a named backbone before any weights are read.
     """
+    from featstore.models.backbones import backbone, backbone_names, outline
+
     names = [cut.partition(":")[0] for cut in cuts]
     with redirect_stdout(sys.stderr):  # torch.hub announces its downloads there, and a person's file may print
         if source in backbone_names():
@@ -379,6 +405,13 @@ def load_model(source: str, weights: str | None, cuts: Sequence[str] = ()) -> St
         else:
             return backbone(source, weights)
         return backbone(source, weights, cut=max(names, key=skeleton.index, default=None))
+
+
+def open_store(folder: str) -> FeatureStore:
+    """The store in a folder, which need not be there yet."""
+    from featstore.store.store import FeatureStore
+
+    return FeatureStore(folder)
 
 
 def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import FactsDifferError, FeatureStoreError
+from featstore.extraction.defaults import NUM_ROWS
 from featstore.extraction.plan import check_size, output_at
 from featstore.files.index import first_places
 from featstore.files.part import Part
@@ -33,9 +34,6 @@ from featstore.models.trunk import Output, Trunk, choose_device, default_batch_s
 from featstore.store.sets import DTYPES, FeatureRequest, FeatureSet
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
-
-NUM_ROWS = 64
-"""Rows that are computed again and compared, where nobody says."""
 
 _PART_BYTES = 256 << 20
 _TRIES = 10  # of reading files that are merged and deleted each time

@@ -7,15 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from featstore.digest import Json
+from featstore.extraction.defaults import DEFAULT_DTYPE, DEFAULT_PRECISION, DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.image_set import OWN_SPLITS, ImageSet
 from featstore.images.views import Augment, View
 from featstore.models.staged import StagedModel
 from featstore.remedies import Call, Command
-
-DEFAULT_VALID, DEFAULT_SPLIT_SEED = 0.2, 0
-"""What the programs hold out of a set without a split of its own."""
-
-DEFAULT_DTYPE, DEFAULT_PRECISION = "float16", "fp32"
 
 
 def extract_remedy(
