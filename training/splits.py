@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import DamagedFileError, FeatureStoreError
-from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
+from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.digests import Digests, KnownDigest
 from featstore.images.image_set import ImageSet
 from featstore.images.labels import SPLITS

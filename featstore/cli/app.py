@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featstore.cli import exchange, store
 from featstore.cli.flags import (
     AugmentFlags,
     ImageFlags,
@@ -18,6 +19,7 @@ from featstore.cli.flags import (
     StoreOption,
     ViewFlags,
     load_model,
+    open_store,
     spread,
 )
 from featstore.cli.program import (
@@ -33,17 +35,15 @@ from featstore.cli.program import (
     tell,
     tell_all,
 )
-from featstore.cli.store import COMMANDS
 from featstore.digest import Json
-from featstore.extraction.extract import ExtractReport, run_plan
-from featstore.extraction.plan import Plan, plan
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE, STORAGE_TYPES
-from featstore.models.backbones import backbone_names, outline, weight_names
-from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS, Precision
-from featstore.models.staged import StagedModel
-from featstore.models.stages import Stage
-from featstore.store.store import FeatureStore
+from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS
 from featstore.words import size_text
+
+if TYPE_CHECKING:
+    from featstore.extraction.extract import ExtractReport
+    from featstore.extraction.plan import Plan
+    from featstore.models.staged import StagedModel
 
 DEFAULTS = """\b
 Defaults that depend on what is asked for:
@@ -118,6 +118,8 @@ def extract(
     output: OutputFlags,
 ) -> None:
     """Compute the features that a store lacks, and file them."""
+    from featstore.extraction.extract import run_plan
+
     planned = _planned(images, model, sets, view, augment, how)
     tell(planned.describe())
     if how.on_image_error == "raise":
@@ -125,7 +127,7 @@ def extract(
     try:
         report = run_plan(
             planned,
-            FeatureStore(sets.store),
+            open_store(sets.store),
             on_error=how.on_image_error,
             device=how.device,
             batch_size=sets.batch_size,
@@ -167,7 +169,7 @@ def status(
     raise typer.Exit(INCOMPLETE if counts["missing"] else DONE)
 
 
-for _name, _command in COMMANDS.items():
+for _name, _command in (store.COMMANDS | exchange.COMMANDS).items():
     app.command(_name)(_command)
 
 
@@ -180,6 +182,8 @@ def backbones(
     ] = None,
 ) -> None:
     """List backbones and their weights; of one, its cuts."""
+    from featstore.models.backbones import backbone_names, outline, weight_names
+
     if name is None:
         known = [{"name": each, "weights": weight_names(each)} for each in backbone_names()]
         if output.json:
@@ -201,6 +205,8 @@ def _planned(
     images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFlags, augment: AugmentFlags, how: RunFlags
 ) -> Plan:
     """What is asked for, against what is stored; says all that its owner should know about it."""
+    from featstore.extraction.plan import plan
+
     augmentation = augment.augmentation()
     if augmentation is not None and augmentation.is_fresh:
         raise ValueError(
@@ -211,17 +217,16 @@ def _planned(
     tell_all(given.notes)
     staged = model.model(sets.cuts, trust_code=how.trust_code)
     tell_all(staged.notes)
-    precision: Precision = sets.precision  # type: ignore[assignment]  # checked by SetFlags
     planned = plan(
         staged,
         given.images,
-        FeatureStore(sets.store),
+        open_store(sets.store),
         cuts=sets.cuts or None,
         reduce=sets.reduce,
         augment=augmentation,
         view=view.view(staged.view),
         dtype=sets.dtype,
-        precision=precision,
+        precision=one_of("--precision", sets.precision, PRECISIONS),
     )
     tell_all(planned.notes())
     return planned
@@ -256,6 +261,8 @@ def _report(report: ExtractReport, output: OutputFlags) -> None:
 
 
 def _cut_facts(model: StagedModel) -> dict[str, Json]:
+    from featstore.models.stages import Stage
+
     default = model.default_cut
     cuts = []
     for name, stage in zip(model.cut_points, model.stages, strict=False):  # pool and head, behind them, are no cuts

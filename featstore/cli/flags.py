@@ -11,27 +11,30 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from featstore.cli.program import one_of
 from featstore.errors import OnError
-from featstore.extraction.remedy import DEFAULT_SPLIT_SEED, DEFAULT_VALID
+from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.csv_tables import OWN_SPLITS
-from featstore.images.image_set import ImageSet
+from featstore.images.labels import Task
 from featstore.images.origins import ORIGINS, Origin, named_by
 from featstore.images.policies import BUILT_IN
-from featstore.images.views import INTERPOLATIONS, Augment, View
-from featstore.models.backbones import backbone, backbone_names, outline
-from featstore.models.staged import StagedModel
-from featstore.models.trunk import choose_device
+from featstore.images.views import INTERPOLATIONS
+
+if TYPE_CHECKING:
+    from featstore.images.image_set import ImageSet
+    from featstore.images.views import Augment, View
+    from featstore.models.staged import StagedModel
+    from featstore.store.store import FeatureStore
 
 FEW_IMAGES = 100
 """Below so many validation images, the steps in which accuracy moves are worth a sentence."""
 
-_ON_ERROR = get_args(OnError)
-_TASKS = ("single", "multi")
+ON_ERROR: tuple[OnError, ...] = get_args(OnError)
+_TASKS: tuple[Task, ...] = get_args(Task)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -265,14 +268,16 @@ class AugmentFlags:
 
     def augmentation(self) -> Augment | None:
         """What was asked for; None for the evaluation view alone."""
+        from featstore.images.views import Augment
+
         if self.augment is None or self.seeds is None:
             return None
         return Augment(self.augment, parse_seeds_or_fresh(self.seeds))
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags:
-    """How the work is done; no value depends on it."""
+class ComputeFlags:
+    """What the work is done with; no value depends on it."""
 
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:1", help="auto: the first GPU, else the CPU.")] = (
         "auto"
@@ -286,9 +291,22 @@ class RunFlags:
             show_default="one a processor, up to 8",
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        from featstore.models.trunk import choose_device
+
+        choose_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(ComputeFlags):
+    """How the work is done; no value depends on it."""
+
     on_error: Annotated[
         str,
-        typer.Option(metavar="raise|skip", help="An image that can't be read: stop, or leave it out and report it."),
+        typer.Option(
+            metavar="|".join(ON_ERROR), help="An image that can't be read: stop, or leave it out and report it."
+        ),
     ] = "raise"
 
     trust_code: Annotated[
@@ -297,13 +315,13 @@ class RunFlags:
     ] = False
 
     def __post_init__(self) -> None:
-        one_of("--on-error", self.on_error, _ON_ERROR)
-        choose_device(self.device)
+        one_of("--on-error", self.on_error, ON_ERROR)
+        super().__post_init__()
 
     @property
     def on_image_error(self) -> OnError:
         """What to do about an image that can't be read."""
-        return "skip" if self.on_error == "skip" else "raise"
+        return one_of("--on-error", self.on_error, ON_ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +332,9 @@ class OutputFlags:
     debug: Annotated[bool, typer.Option("--debug", help="After an error, its traceback.")] = False
 
 
+KeyArgument = Annotated[
+    str, typer.Argument(metavar="KEY", help="A feature set's key, or the start of it (featstore ls).")
+]
 StoreOption = Annotated[str, typer.Option("--store", metavar="DIR", help="Where features are filed.")]
 
 
@@ -358,6 +379,8 @@ def load_model(
     Raises:
         ValueError: for an unknown backbone or cut; of a named backbone before any weights are read.
     """
+    from featstore.models.backbones import backbone, backbone_names, outline
+
     names = [cut.partition(":")[0] for cut in cuts]
     with redirect_stdout(sys.stderr):  # torch.hub announces its downloads there, and a person's file may print
         if source in backbone_names():
@@ -368,6 +391,13 @@ def load_model(
             return backbone(source, weights, weights_prefix=weights_prefix, trust_code=trust_code)
         deepest = max(names, key=skeleton.index, default=None)
         return backbone(source, weights, cut=deepest, weights_prefix=weights_prefix, trust_code=trust_code)
+
+
+def open_store(folder: str) -> FeatureStore:
+    """The store in a folder, which need not be there yet."""
+    from featstore.store.store import FeatureStore
+
+    return FeatureStore(folder)
 
 
 def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:

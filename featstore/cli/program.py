@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import typer
 import typer.main
@@ -25,6 +25,8 @@ DONE, FAILED, WRONG_USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes of both programs; INCOMPLETE is for `extract` and `status` alone."""
 
 MOST_LISTED = 10
+
+Word = TypeVar("Word", bound=str)
 
 
 class IncompleteError(FeatureStoreError):
@@ -133,11 +135,12 @@ def facts_table(facts: Json) -> str:
     return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in lines)
 
 
-def one_of(flag: str, value: str, known: Sequence[str]) -> str:
+def one_of(flag: str, value: str, known: Sequence[Word]) -> Word:
     """`value`, if it is one of `known`; else ValueError that names the flag and lists them."""
-    if value not in known:
-        raise ValueError(f"{flag} is {value!r}. Expected {', '.join(known[:-1])} or {known[-1]}.")
-    return value
+    for word in known:
+        if value == word:
+            return word
+    raise ValueError(f"{flag} is {value!r}. Expected {', '.join(known[:-1])} or {known[-1]}.")
 
 
 def _cell(value: Json) -> str:

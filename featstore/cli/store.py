@@ -1,44 +1,26 @@
-"""The store's commands of the `featstore` program: see, check, compare, clear up, and carry features in and out."""
+"""The store's commands of the `featstore` program: see, check, compare and clear up."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featstore.cli.flags import (
-    GivenImages,
-    ImageFlags,
-    ModelFlags,
-    OutputFlags,
-    StoreOption,
-    ViewFlags,
-    load_model,
-    spread,
-)
-from featstore.cli.program import DONE, FAILED, MOST_LISTED, facts_table, one_of, show, show_json, table, tell, tell_all
+from featstore.cli.flags import KeyArgument, OutputFlags, StoreOption, open_store, spread
+from featstore.cli.program import DONE, FAILED, MOST_LISTED, facts_table, show, show_json, table, tell, tell_all
 from featstore.digest import Json
-from featstore.errors import DamagedFileError, FeatureStoreError, OnError
-from featstore.exchange.export import SUFFIXES, export
-from featstore.exchange.feature_files import ID_COLUMNS, IdTable, read_ids
-from featstore.exchange.imports import LAYOUTS, import_file
-from featstore.extraction.adopt import NUM_ROWS, adopt
-from featstore.images.image_set import without_files
-from featstore.models.trunk import choose_device
+from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.remedies import Command
-from featstore.store.image_tables import IMAGES, table_name
-from featstore.store.removal import RemoveReport
-from featstore.store.sets import FeatureSet
-from featstore.store.store import FeatureStore
 
-KeyArgument = Annotated[
-    str, typer.Argument(metavar="KEY", help="A feature set's key, or the start of it (featstore ls).")
-]
+if TYPE_CHECKING:
+    from featstore.store.removal import RemoveReport
+    from featstore.store.sets import FeatureSet
+    from featstore.store.store import FeatureStore
 
 
 # ---- What a store holds
@@ -50,7 +32,7 @@ def ls(store: StoreOption, output: OutputFlags) -> None:
 
     Damaged files are named, and their sets left out; the exit code is then 1.
     """
-    filed = FeatureStore(store)
+    filed = open_store(store)
     found = [each.describe() for each in filed.sets()]
     damaged = filed.damaged()
     if output.json:
@@ -69,7 +51,7 @@ def show_set(key: KeyArgument, store: StoreOption, output: OutputFlags) -> None:
 
     Superseded rows are those of images that were replaced or deleted since; the first few are named.
     """
-    filed = FeatureStore(store)
+    filed = open_store(store)
     facts = _set_facts(filed, filed.set(key))
     if output.json:
         show_json(facts)
@@ -90,7 +72,7 @@ def diff(
     output: OutputFlags,
 ) -> None:
     """Say in what two feature sets differ: facts, images, and values of up to 1,000 images that both have."""
-    found = FeatureStore(store).diff(first, second)
+    found = open_store(store).diff(first, second)
     if output.json:
         show_json(asdict(found))
         return
@@ -112,7 +94,9 @@ def verify(
 
     The exit code is 1 if a file can't be used; with --repair, if one is left that can't.
     """
-    report = FeatureStore(store).verify(repair=repair, progress=sys.stderr.isatty())
+    from featstore.store.image_tables import IMAGES
+
+    report = open_store(store).verify(repair=repair, progress=sys.stderr.isatty())
     aside = [each for each in report.damaged if each.set_aside is not None]
     if output.json:
         damaged = [
@@ -154,7 +138,7 @@ def compact(
     What they replace is deleted by featstore gc, once it is old enough. A set with damaged rows is left alone, and the
     exit code is then 1.
     """
-    report = FeatureStore(store).compact(key)
+    report = open_store(store).compact(key)
     if output.json:
         merges = [
             {"key": each.key, "part": str(each.part.path), "replaced": [part.path.name for part in each.replaced]}
@@ -177,7 +161,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing, and say what would be.")] = False,
 ) -> None:
     """Delete files that nobody reads: superseded ones, and what killed jobs, repairs and removals have left."""
-    report = FeatureStore(store).gc(older_than=parse_duration(older_than), dry_run=dry_run)
+    report = open_store(store).gc(older_than=parse_duration(older_than), dry_run=dry_run)
     if output.json:
         paths: Json = [str(path) for path in report.paths]
         left = [asdict(each) for each in report.left]
@@ -200,7 +184,7 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
 ) -> None:
     """Delete whole feature sets. Asks first, unless --yes is given; if one of them can't be removed, none is."""
-    filed = FeatureStore(store)
+    filed = open_store(store)
     chosen = list(dict.fromkeys(filed.foresee_removal(key).key for key in keys))
     if not yes and not _is_confirmed(filed, chosen):
         tell("Nothing was removed.")
@@ -216,204 +200,6 @@ def remove(
             show_json([asdict(report) for report in reports])
 
 
-# ---- In and out
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdoptFlags:
-    """How a sample of the rows is computed again."""
-
-    cut: Annotated[
-        str | None,
-        typer.Option("--cut", metavar="CUT", help="Where to cut the backbone.", show_default="as the set was"),
-    ] = None
-    rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Rows to compute again.")] = NUM_ROWS
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", min=1, metavar="N", help="Images a pass.", show_default="that of the stored rows"),
-    ] = None
-    device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:1", help="auto: the first GPU, else the CPU.")
-    ] = "auto"
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            min=0,
-            metavar="N",
-            help="Threads that read and decode; 0: none beside the main one.",
-            show_default="one a processor, up to 8",
-        ),
-    ] = None
-
-    def __post_init__(self) -> None:
-        choose_device(self.device)
-
-
-@spread
-def adopt_set(
-    key: KeyArgument,
-    images: ImageFlags,
-    model: ModelFlags,
-    store: StoreOption,
-    view: ViewFlags,
-    how: AdoptFlags,
-    output: OutputFlags,
-) -> None:
-    """File a feature set under another key, after a library upgrade or for the same model spelled in another way.
-
-    A sample of its rows is computed again with the backbone; only if they are equal is anything filed. The old set
-    stays.
-    """
-    filed = FeatureStore(store)
-    cut = how.cut or str(filed.set(key).facts["cut"])
-    given = images.given()
-    staged = load_model(model.backbone, model.weights, [cut])
-    tell_all(staged.notes)
-    report = adopt(
-        filed,
-        key,
-        staged,
-        given.images,
-        cut=cut,
-        view=view.view(staged.view),
-        device=how.device,
-        batch_size=how.batch_size,
-        workers=how.workers,
-        num_rows=how.rows,
-        progress=True,
-    )
-    if output.json:
-        show_json(asdict(report))
-    else:
-        show(str(report))
-
-
-@spread
-def export_set(
-    key: KeyArgument,
-    store: StoreOption,
-    out: Annotated[
-        str, typer.Option("--out", metavar="|".join(f"FILE{suffix}" for suffix in SUFFIXES), help="The new file.")
-    ],
-    output: OutputFlags,
-    images_name: Annotated[
-        str | None,
-        typer.Option(
-            "--images-name",
-            metavar="NAME",
-            help="Image set in the store whose rows are written.",
-            show_default="the only one",
-        ),
-    ] = None,
-    on_error: Annotated[
-        str,
-        typer.Option(
-            "--on-error", metavar="raise|skip", help="Images that failed in the extraction: stop, or leave them out."
-        ),
-    ] = "raise",
-) -> None:
-    """Write a feature set into one file for other tools, with ids, labels and splits.
-
-    .npy brings a .csv of that name along; .parquet needs pyarrow.
-    """
-    how: OnError = "skip" if one_of("--on-error", on_error, ("raise", "skip")) == "skip" else "raise"
-    filed = FeatureStore(store)
-    images = None if images_name is None else filed.images(images_name)
-    report = export(filed, key, out, images=images, on_error=how, progress=True)
-    tell_all(report.notes)
-    if output.json:
-        show_json(asdict(report) | {"files": [str(file) for file in report.files]})
-    else:
-        show(str(report))
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnownImageFlags(ImageFlags):
-    """Which images features made elsewhere are of, if their files are here; else the table of ids says it."""
-
-    images: Annotated[
-        str,
-        typer.Option(
-            "--images",
-            metavar="FOLDER|FILE.csv|FILE.tsv",
-            help="The images, if they are here: a folder, or a table.",
-            show_default="known by their ids alone",
-        ),
-    ] = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForeignFlags:
-    """What a file of features made elsewhere holds, and what it is called here."""
-
-    name: Annotated[str, typer.Option("--name", metavar="NAME", help="What you call the model, in lists.")]
-    ids: Annotated[
-        str | None,
-        typer.Option(
-            "--ids",
-            metavar="FILE.txt|FILE.csv",
-            help="The ids of the rows, in order: a line each, or a table's column id or path. Without --images the "
-            "table's labels and splits are taken too.",
-            show_default="those in the file",
-        ),
-    ] = None
-    dataset: Annotated[
-        str | None,
-        typer.Option("--dataset", metavar="NAME", help="The features in the file.", show_default="features"),
-    ] = None
-    id_dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--id-dataset", metavar="NAME", help="The ids in an HDF5 file.", show_default="id, ids or sample_id"
-        ),
-    ] = None
-    layout: Annotated[
-        str | None,
-        typer.Option("--layout", metavar="|".join(LAYOUTS), help="Of one row.", show_default="by its dimensions"),
-    ] = None
-
-    def __post_init__(self) -> None:
-        if self.layout is not None:
-            one_of("--layout", self.layout, LAYOUTS)
-
-
-@spread
-def import_set(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Features: .npy, .h5 or .safetensors.")],
-    store: StoreOption,
-    foreign: ForeignFlags,
-    images: KnownImageFlags,
-    output: OutputFlags,
-) -> None:
-    """File features that something else computed, joined to images by id; only their key finds them.
-
-    Their spec says nothing about the model or the view, for nobody here knows them.
-    """
-    given = None if foreign.ids is None else read_ids(foreign.ids, _id_column(images))
-    known = _imported_images(foreign, images, given)
-    if known is not None:
-        tell_all(known.notes)
-    report = import_file(
-        FeatureStore(store),
-        file,
-        name=foreign.name,
-        images=None if known is None else known.images,
-        ids=None if given is None else given.ids,
-        dataset=foreign.dataset,
-        id_dataset=foreign.id_dataset,
-        layout=foreign.layout,
-        progress=True,
-    )
-    tell_all(report.notes)
-    if output.json:
-        show_json(asdict(report))
-        return
-    show(str(report))
-    model, images_of = f"store.model({report.key[:8]!r})", f"ImageSet.from_store(store, {report.images!r})"
-    tell(f'A head on it: Learner({model}, {images_of}, store, head="linear")')
-
-
 COMMANDS: dict[str, Callable[..., None]] = {
     "ls": ls,
     "show": show_set,
@@ -422,9 +208,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compact": compact,
     "gc": gc,
     "remove": remove,
-    "adopt": adopt_set,
-    "export": export_set,
-    "import": import_set,
 }
 """By name, in the order in which help lists them."""
 
@@ -508,9 +291,11 @@ def _counted(count: int | None, names: Sequence[str] | None) -> str | int | None
 
 def _older_images(store: str, path: Path) -> str:
     """What an image set is now whose table was set aside."""
+    from featstore.store.image_tables import table_name
+
     name = table_name(path)
     try:
-        now = f"is as an older table has it ({FeatureStore(store).images(name).describe()})"
+        now = f"is as an older table has it ({open_store(store).images(name).describe()})"
     except FeatureStoreError:
         now = "is gone"
     return f"The image set {name} {now}, until featstore extract files it again."
@@ -544,47 +329,3 @@ def _is_confirmed(store: FeatureStore, keys: Sequence[str]) -> bool:
     sets = "this feature set" if len(keys) == 1 else f"these {len(keys)} feature sets"
     tell(f"Remove {sets} from {store.root}, for good? [y/N]")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-# ---- Imported images
-
-
-def _id_column(images: KnownImageFlags) -> str | None:
-    """The column of ids that was named for the table of ids; with --images, the flag is about that table."""
-    is_named = not images.images and images.path_column != _defaults(images)["path_column"]
-    return images.path_column if is_named else None
-
-
-def _imported_images(foreign: ForeignFlags, flags: KnownImageFlags, given: IdTable | None) -> GivenImages | None:
-    """The images that the rows are of; None: those that the file describes."""
-    if flags.images:
-        return flags.given()
-    if given is None or foreign.ids is None or not given.columns:
-        _refuse_table_flags(flags)
-        return None
-    columns, defaults = given.columns, _defaults(flags)
-    columns_found = {
-        "path_column": next((name for name in ID_COLUMNS if name in columns), ""),
-        "label_column": "label" if "label" in columns else "",
-        "split_column": "split" if "split" in columns else None,
-        "group_column": "group" if "group" in columns else None,
-    }
-    taken: dict[str, Any] = {
-        name: value for name, value in columns_found.items() if getattr(flags, name) == defaults[name]
-    }
-    found = replace(flags, images=foreign.ids, **taken).given()
-    in_order = replace(found.images.select(given.lines), name=found.images.name, ids=given.ids)
-    return replace(found, images=without_files(in_order, where=foreign.ids, digests=given.digests))
-
-
-def _refuse_table_flags(flags: KnownImageFlags) -> None:
-    for name, default in _defaults(flags).items():
-        if getattr(flags, name) != default:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(flags, name)} is about images, and neither --images nor a table "
-                "of ids is given. Expected one of them. Give --images, or --ids with a .csv or .tsv file."
-            )
-
-
-def _defaults(flags: KnownImageFlags) -> dict[str, Any]:
-    return {each.name: each.default for each in fields(flags)}

@@ -14,27 +14,34 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from featstore.digest import Json, canonical_json
 from featstore.errors import AmbiguousRequestError, FeatureStoreError, OnError
 from featstore.files.part import write_part
-from featstore.images.image_set import ImageSet, images_by_digest
+from featstore.images.image_set import ImageSet
 from featstore.store.features import Features
-from featstore.store.folders import short_key
 from featstore.store.sets import FeatureSet
 from featstore.store.store import FeatureStore
 from featstore.words import size_text
 
-SUFFIXES = (".h5", ".hdf5", ".npy", ".safetensors", ".parquet")
-"""What a file's name must end with, in any case: the ending chooses the format."""
+if TYPE_CHECKING:  # a program's help lists the formats, and waits for nothing that an export needs
+    import torch
+    from torch import Tensor
+
+    from featstore.images.image_set import ImageSet
+    from featstore.store.features import Features
+    from featstore.store.sets import FeatureSet
+    from featstore.store.store import FeatureStore
+
+    _Written = tuple[torch.dtype, Sequence[str]]
+    """The type of the features in the file, and notes for the report."""
 
 _BLOCK_BYTES = 8 << 20
 _MAX_SAFETENSORS_HEADER = 100_000_000  # what the library reads
@@ -111,8 +118,8 @@ def export(
         OSError: as the disk gave it; no file is left then.
     """
     target = Path(path)
-    write = _writer(target)
-    targets = _targets(target)
+    chosen_format = _format_of(target)
+    targets = (target, *(target.with_suffix(suffix) for suffix in chosen_format.beside))
     _check_free(targets)
     chosen = store.set(key)
     wanted = _default_images(store, chosen) if images is None else images
@@ -124,7 +131,7 @@ def export(
             "least. Give the images that the set was made of."
         )
     rows = _Rows(features, chosen, features.images.digests(store.known_digests(features.images)).values, progress)
-    dtype, notes = write(targets, rows)
+    dtype, notes = chosen_format.write(targets, rows)
     return ExportReport(
         key=chosen.key,
         files=targets,
@@ -186,11 +193,25 @@ class _Rows:
 # ---- The formats
 
 
-_Written = tuple[torch.dtype, Sequence[str]]
-_Write = Callable[[tuple[Path, ...], _Rows], _Written]
+@dataclass(frozen=True, kw_only=True)
+class _Format:
+    """A kind of file that an export makes.
+
+    Attributes:
+        suffixes: any of which a file's name ends with; the first is named where another format is advised.
+        write: puts the rows into new files, whole or not at all; the first is the one that was asked for.
+        beside: suffixes of the other files that are made with it.
+        needs: a module that not everyone has, and the extra of featstore that brings it; None if it needs none.
+    """
+
+    suffixes: tuple[str, ...]
+    write: Callable[[tuple[Path, ...], _Rows], _Written]
+    beside: tuple[str, ...] = ()
+    needs: tuple[str, str] | None = None
 
 
 def _write_hdf5(targets: tuple[Path, ...], rows: _Rows) -> _Written:
+
     images = rows.images
     columns: dict[str, NDArray[Any]] = {
         "id": _fixed(images.ids, "id"),
@@ -231,6 +252,7 @@ def _write_npy(targets: tuple[Path, ...], rows: _Rows) -> _Written:
 
 
 def _write_safetensors(targets: tuple[Path, ...], rows: _Rows) -> _Written:
+
     images, features = rows.images, rows.features
     metadata = {
         "format": "pt",
@@ -265,8 +287,9 @@ def _write_safetensors(targets: tuple[Path, ...], rows: _Rows) -> _Written:
 
 
 def _write_parquet(targets: tuple[Path, ...], rows: _Rows) -> _Written:
-    import pyarrow as pa  # not everyone has it: `_writer` has looked
+    import pyarrow as pa  # not everyone has it: `_format_of` has looked
     import pyarrow.parquet as pq
+    import torch
 
     width = math.prod(rows.features.shape[1:])
     shape = "x".join(map(str, rows.features.shape[1:]))
@@ -296,36 +319,37 @@ def _write_parquet(targets: tuple[Path, ...], rows: _Rows) -> _Written:
     return torch.float32, notes
 
 
-_WRITERS: dict[str, _Write] = {
-    ".h5": _write_hdf5,
-    ".hdf5": _write_hdf5,
-    ".npy": _write_npy,
-    ".safetensors": _write_safetensors,
-    ".parquet": _write_parquet,
-}
+_FORMATS = (
+    _Format(suffixes=(".h5", ".hdf5"), write=_write_hdf5),
+    _Format(suffixes=(".npy",), write=_write_npy, beside=(".csv",)),
+    _Format(suffixes=(".safetensors",), write=_write_safetensors),
+    _Format(suffixes=(".parquet",), write=_write_parquet, needs=("pyarrow.parquet", "parquet")),
+)
+
+SUFFIXES = tuple(suffix for each in _FORMATS for suffix in each.suffixes)
+"""What a file's name must end with, in any case: the ending chooses the format."""
 
 
-def _writer(path: Path) -> _Write:
+def _format_of(path: Path) -> _Format:
     suffix = path.suffix.lower()
-    if suffix not in _WRITERS:
+    found = next((each for each in _FORMATS if suffix in each.suffixes), None)
+    if found is None:
         raise ValueError(
             f"{path} ends with {suffix or 'no suffix'}, which names no format. Expected a name that ends with "
             f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}. Give such a name."
         )
-    if suffix == ".parquet":
+    if found.needs is not None:
+        module, extra = found.needs
+        library = module.partition(".")[0]
         try:
-            import pyarrow.parquet  # noqa: F401  # loaded by nobody who doesn't export to it
+            import_module(module)  # loaded by nobody who doesn't export to it
         except ImportError as error:
+            *others, last = [each.suffixes[0] for each in _FORMATS if each.needs is None]
             raise FeatureStoreError(
-                f"{path} needs pyarrow, which isn't installed. Expected it for .parquet alone. Install it with "
-                "pip install 'featstore[parquet]', or export as .h5, .npy or .safetensors."
+                f"{path} needs {library}, which isn't installed. Expected it for {suffix} alone. Install it with "
+                f"pip install 'featstore[{extra}]', or export as {', '.join(others)} or {last}."
             ) from error
-    return _WRITERS[suffix]
-
-
-def _targets(path: Path) -> tuple[Path, ...]:
-    """The files that an export as `path` makes."""
-    return (path, path.with_suffix(".csv")) if path.suffix.lower() == ".npy" else (path,)
+    return found
 
 
 def _safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str]) -> bytes:
@@ -394,6 +418,9 @@ def _decoders(rows: _Rows) -> NDArray[np.uint8]:
 
 
 def _default_images(store: FeatureStore, chosen: FeatureSet) -> ImageSet:
+    from featstore.images.image_set import images_by_digest
+    from featstore.store.folders import short_key
+
     if store.has_images():
         try:
             return store.images()
@@ -439,6 +466,8 @@ def _new_files(targets: Sequence[Path]) -> Iterator[Sequence[BinaryIO]]:
 
 
 def _bytes(block: Tensor) -> memoryview:
+    import torch
+
     return block.reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -10,11 +10,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
@@ -34,9 +34,6 @@ from featstore.images.image_set import ImageSet
 from featstore.images.labels import Task
 from featstore.images.sources import AbsentSource
 from featstore.store.sets import digest_rows
-
-SUFFIXES = (".npy", ".h5", ".hdf5", ".safetensors")
-"""What a file's name must end with, in any case."""
 
 FEATURES = "features"
 """What the features are called in a file that can hold several things, if nobody says."""
@@ -83,22 +80,16 @@ def opened_features(path: Path, *, dataset: str | None = None, id_dataset: str |
         DamagedFileError: for a file that can't be read as what its ending says, or is altered.
     """
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in _READERS:
+        *others, last = _READERS
         raise ValueError(
             f"{path} ends with {suffix or 'no suffix'}, which names no format that is read. Expected "
-            f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}. Convert it, or give import_features an array."
+            f"{', '.join(others)} or {last}. Convert it, or give import_features an array."
         )
     if not path.is_file():
         raise ValueError(f"There is no file {path}. Expected the features to import. Correct the path.")
-    if suffix == ".npy":
-        with path.open("rb") as file:
-            yield FeatureFile(rows=_rows_of_array(_npy_array(path, file)))
-    elif suffix == ".safetensors":
-        with _opened_safetensors(path, dataset or FEATURES) as found:
-            yield found
-    else:
-        with _opened_hdf5(path, dataset, id_dataset) as found:
-            yield found
+    with _READERS[suffix](path, dataset, id_dataset) as found:
+        yield found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -253,6 +244,12 @@ class _PlainArray:
         return values
 
 
+@contextmanager
+def _opened_npy(path: Path, dataset: str | None, id_dataset: str | None) -> Iterator[FeatureFile]:
+    with path.open("rb") as file:
+        yield FeatureFile(rows=_rows_of_array(_npy_array(path, file)))
+
+
 def _npy_array(path: Path, file: io.BufferedReader) -> _PlainArray:
     try:
         version = np.lib.format.read_magic(file)
@@ -342,7 +339,8 @@ def _found_in_part(path: Path) -> FeatureFile:
 
 
 @contextmanager
-def _opened_safetensors(path: Path, dataset: str) -> Iterator[FeatureFile]:
+def _opened_safetensors(path: Path, dataset: str | None, id_dataset: str | None) -> Iterator[FeatureFile]:
+    wanted = dataset or FEATURES
     try:
         opened = safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
@@ -351,12 +349,12 @@ def _opened_safetensors(path: Path, dataset: str) -> Iterator[FeatureFile]:
         ) from error
     with opened as file:
         names = list(file.keys())
-        if dataset not in names:
+        if wanted not in names:
             raise ValueError(
-                f"{path} has no tensor {dataset!r}; it has {', '.join(sorted(names)) or 'none'}. Expected one. Name it "
+                f"{path} has no tensor {wanted!r}; it has {', '.join(sorted(names)) or 'none'}. Expected one. Name it "
                 "with --dataset."
             )
-        slices = file.get_slice(dataset)
+        slices = file.get_slice(wanted)
         shape = tuple(slices.get_shape())
         kinds = {each.safetensors: each.torch_dtype for each in STORAGE_TYPES.values()} | {"F64": _DOUBLE}
         dtype = kinds.get(slices.get_dtype())
@@ -382,6 +380,23 @@ def _opened_safetensors(path: Path, dataset: str) -> Iterator[FeatureFile]:
                 groups=json.loads(metadata["groups"]) if "groups" in metadata else None,
             )
         yield FeatureFile(rows=rows, ids=ids, images=images)
+
+
+class _Reader(Protocol):
+    """What a file of one format holds, until the block ends; errors as those of `opened_features`."""
+
+    def __call__(
+        self, path: Path, dataset: str | None, id_dataset: str | None
+    ) -> AbstractContextManager[FeatureFile]: ...
+
+
+_READERS: dict[str, _Reader] = {
+    ".npy": _opened_npy,
+    ".h5": _opened_hdf5,
+    ".hdf5": _opened_hdf5,
+    ".safetensors": _opened_safetensors,
+}
+"""What a file's name ends with, in lower case -> how it is read; a format that holds one array passes names over."""
 
 
 def _described(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import FactsDifferError, FeatureStoreError
+from featstore.extraction.defaults import NUM_ROWS
 from featstore.files.index import first_places
 from featstore.files.part import Part
 from featstore.images.image_set import ImageSet
@@ -34,9 +35,6 @@ from featstore.store.part_facts import part_facts, stage_facts
 from featstore.store.sets import FeatureRequest, FeatureSet
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
-
-NUM_ROWS = 64
-"""Rows that are computed again and compared, where nobody says."""
 
 _TRIES = 10  # of reading files that are merged and deleted each time
 

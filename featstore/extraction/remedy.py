@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from featstore.digest import Json
+from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE
 from featstore.images.image_set import ImageSet
 from featstore.images.origins import made_by
@@ -14,9 +15,6 @@ from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION
 from featstore.models.staged import StagedModel
 from featstore.remedies import Call, Command
-
-DEFAULT_VALID, DEFAULT_SPLIT_SEED = 0.2, 0
-"""What the programs hold out of a set without a split of its own."""
 
 
 def extract_remedy(

@@ -53,10 +53,10 @@ ROOMS: dict[str, Rooms] = {
                 "verification", "compaction", "removal", "garbage", "difference", "refusals", "store", "gathering",
             ),
         ),
-        ("extraction", ("remedy", "plan", "progress", "job", "extract", "adopt")),
+        ("extraction", ("defaults", "remedy", "plan", "progress", "job", "extract", "adopt")),
         ("exchange", ("feature_files", "export", "imports")),
         ("", ("__init__",)),
-        ("cli", ("program", "flags", "store", "app")),
+        ("cli", ("program", "flags", "store", "exchange", "app")),
         ("", ("__main__",)),
     ),
     "training": (
@@ -89,6 +89,7 @@ DOORS = {
         "featstore.cli.program",
         "featstore.cli.flags",
         "featstore.cli.store",
+        "featstore.cli.exchange",
         "featstore.cli.app",
         "training.cli",
     },
@@ -108,8 +109,9 @@ SURFACE: dict[str, str] = {
         "AmbiguousRequestError DamagedFileError FactsDifferError FeatureStoreError ImageError MissingFeaturesError "
         "ModelError OnError"
     ),
+    "extraction.defaults": "DEFAULT_SPLIT_SEED DEFAULT_VALID",
     "extraction.extract": "extract",
-    "extraction.remedy": "DEFAULT_SPLIT_SEED DEFAULT_VALID extract_remedy seed_ranges",
+    "extraction.remedy": "extract_remedy seed_ranges",
     "files.storage_types": "DEFAULT_STORAGE_TYPE STORAGE_TYPES",
     "images.contents": "is_changed overlap_note",
     "images.digests": "Digests KnownDigest KnownDigests",

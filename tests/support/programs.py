@@ -46,6 +46,8 @@ class Ran(NamedTuple):
 
 
 Run = Callable[..., Ran]
+Program = Callable[..., Ran]
+"""A `Run` of one program."""
 
 
 def runner(capsys: pytest.CaptureFixture[str]) -> Run:
@@ -67,3 +69,17 @@ def photographs(root: Path, count: int = 10, first: int = 0, classes: tuple[str,
             crop = whole[place * 7 : place * 7 + 90, place * 5 : place * 5 + 120]
             Image.fromarray(crop).save(root / name / f"{place:03}.jpg")
     return root
+
+
+def workplace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with photos/ and tiny.py."""
+    photographs(folder / "photos")
+    (folder / "tiny.py").write_text(BACKBONE, encoding="utf-8")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "100")
+    return folder
+
+
+def extract_flags(*more: str, images: str = "photos", store: str = "feats") -> list[str]:
+    """What `extract` is told about images, store and model in such a directory."""
+    return ["--images", images, "--store", store, "--backbone", "tiny.py:make_model", "--size", "32", *more]

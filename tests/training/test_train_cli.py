@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.processes import AS_A_MODULE, Processes
-from support.programs import BACKBONE, Ran, Run, photographs, runner
+from support.programs import Ran, Run, photographs, runner, workplace
 from typer.models import OptionInfo
 
 import featstore.cli.app
@@ -32,12 +32,7 @@ COMMANDS = [
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with photos/ and tiny.py."""
-    photographs(tmp_path / "photos")
-    (tmp_path / "tiny.py").write_text(BACKBONE, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    return tmp_path
+    return workplace(tmp_path, monkeypatch)
 
 
 @pytest.fixture

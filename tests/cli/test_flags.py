@@ -1,0 +1,202 @@
+"""The flags that both programs share: which images in which split, and what their words stand for."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.programs import Program, Ran, extract_flags, runner, workplace
+
+from featstore import ImageSet
+from featstore.cli.flags import ImageFlags, ViewFlags, load_model, parse_numbers, parse_seeds, parse_seeds_or_fresh
+from featstore.extraction.remedy import image_flags
+from featstore.images.views import View
+
+NUM_EACH = 10
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return workplace(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def featstore(here: Path, capsys: pytest.CaptureFixture[str]) -> Program:
+    return partial(runner(capsys), "featstore")
+
+
+# ---- Splits and tables
+
+
+@pytest.mark.parametrize(
+    ("num_valid", "sentence"),
+    [
+        (
+            "0.05",
+            "2 of 20 images held out (--valid 0.05, --split-seed 0). With 2 validation images accuracy moves in steps ",
+        ),
+        (
+            "0.3",
+            "6 of 20 images held out (--valid 0.3, --split-seed 0). With 6 validation images accuracy moves in steps "
+            "of 16.7 %.",
+        ),
+    ],
+)
+def test_the_program_says_what_it_holds_out(featstore: Program, num_valid: str, sentence: str) -> None:
+    assert sentence in featstore("status", *extract_flags("--valid", num_valid)).err
+
+
+def test_nothing_is_held_out_with_valid_0(here: Path) -> None:
+    given = ImageFlags(images="photos", valid=0.0).given()
+    assert (len(given.images.valid), len(given.images.train), given.notes) == (0, 0, ())
+
+
+def test_a_split_of_its_own_is_used_as_it_is(featstore: Program, here: Path) -> None:
+    for split, places in (("train", range(8)), ("valid", range(8, 10))):
+        for name in ("cat", "dog"):
+            (here / "own" / split / name).mkdir(parents=True)
+            for place in places:
+                shutil.copy(here / "photos" / name / f"{place:03}.jpg", here / "own" / split / name)
+    ran = featstore("status", *extract_flags("--augment", "flip", "--seeds", "0", images="own"))
+    assert "held out" not in ran.err
+    images = ImageFlags(images="own").given().images
+    assert (len(images.train), len(images.valid)) == (16, 4)
+    ran = featstore("status", *extract_flags("--valid", "0.3", images="own"))
+    assert ran == Ran(
+        2,
+        "",
+        "--valid 0.3 would deal images that bring a split of their own (20 images, 2 classes (cat 10, dog 10); train "
+        "16, valid 4). Leave out --valid, or give images without a split.\n",
+    )
+
+
+def test_a_table_with_groups_is_split_by_groups(featstore: Program, here: Path) -> None:
+    rows = [f"{name}/{place:03}.jpg;{name};p{place // 2}" for name in ("cat", "dog") for place in range(NUM_EACH)]
+    table = here / "table.csv"
+    table.write_text("\n".join(["file,kind,patient", *rows]).replace(";", ","), encoding="utf-8")
+    columns = ["--root", "photos", "--path-column", "file", "--label-column", "kind", "--group-column", "patient"]
+    ran = featstore("extract", *extract_flags(*columns, images="table.csv"))
+    assert ran.code == 0
+    assert ran.err.startswith("no split column: 4 of 20 images held out")
+    columns_of = ImageFlags(
+        images="table.csv", root="photos", path_column="file", label_column="kind", group_column="patient"
+    )
+    images = columns_of.given().images
+    assert images.groups is not None
+    held_out = {group for group, split in zip(images.groups, images.splits, strict=True) if split == "valid"}
+    kept = {group for group, split in zip(images.groups, images.splits, strict=True) if split == "train"}
+    assert len(held_out) == 1
+    assert not held_out & kept
+
+
+def test_a_tables_own_split_is_found_and_said(featstore: Program, here: Path) -> None:
+    names = [f"{name}/{place:03}.jpg" for name in ("cat", "dog") for place in range(NUM_EACH)]
+    rows = [f"{name},{name[:3]},{('train', 'train', 'test', 'valid')[place % 4]}" for place, name in enumerate(names)]
+    (here / "own.csv").write_text("\n".join(["path,label,split", *rows]), encoding="utf-8")
+    wanted = extract_flags("--root", "photos", images="own.csv")
+    found = "split by the table's column split: train 10, valid 5, test 5 (to deal anew: --split-column '')"
+    assert featstore("status", *wanted).err.splitlines() == [found]
+    images = ImageFlags(images="own.csv", root="photos").given().images
+    assert images.valid.ids == tuple(names[3::4])
+    named = ImageFlags(images="own.csv", root="photos", split_column="split").given()
+    assert (named.images.splits.tolist(), named.notes) == (images.splits.tolist(), ())
+    assert (
+        featstore("status", *wanted, "--valid", "0.3")
+        .err.splitlines()[-1]
+        .endswith("test 5). Leave out --valid, or leave the table's column aside with --split-column ''.")
+    )
+    anew = featstore("status", *wanted, "--split-column", "").err
+    assert anew.startswith("no split column is used: 4 of 20 images held out")
+
+    (here / "empty.csv").write_text("\n".join(["path,label,split", *(row.rpartition(",")[0] + "," for row in rows)]))
+    undealt = featstore("status", *extract_flags("--root", "photos", images="empty.csv")).err
+    assert undealt.startswith("the column split is empty: 4 of 20 images held out")
+
+
+@pytest.mark.parametrize("store", ["photos/feats", "photos", "photos/cat/feats"])
+def test_a_store_among_the_images_is_no_class(featstore: Program, here: Path, store: str) -> None:
+    assert featstore("extract", *extract_flags(store=store)).code == 0
+    again = featstore("extract", *extract_flags(store=store))
+    assert again.code == 0
+    assert "20 rows reused, 0 computed" in again.err
+    assert ImageSet.from_folder(here / "photos").classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("place", ["photos/feats", "photos"])
+def test_a_store_among_the_images_is_no_empty_class(featstore: Program, here: Path, place: str) -> None:
+    featstore("extract", *extract_flags())
+    shutil.copytree(here / "feats", here / place, dirs_exist_ok=True)
+    images = ImageSet.from_folder("photos")
+    assert images.classes == ("cat", "dog")
+    if place == "photos/feats":
+        assert images.skipped == (("feats", "a feature store"),)
+    else:
+        assert {reason for _, reason in images.skipped} == {"of a feature store"}
+    ran = featstore("status", *extract_flags())
+    assert "delete" not in ran.err
+    assert ran.code == 0
+
+
+def test_a_store_given_for_images_is_called_what_it_is(featstore: Program, here: Path) -> None:
+    featstore("extract", *extract_flags())
+    ran = featstore("status", *extract_flags(images="feats"))
+    assert ran.err == (
+        f"{here}/feats is a feature store, which holds no images. Expected a folder of images. Name the one whose "
+        "features these are.\n"
+    )
+
+
+def test_a_table_without_labels_has_a_flag(here: Path) -> None:
+    (here / "table.csv").write_text("path\ncat/000.jpg\ncat/001.jpg\n", encoding="utf-8")
+    given = ImageFlags(images="table.csv", root="photos", label_column="").given()
+    assert not given.images.is_labelled
+    assert given.notes == ("no split column: 1 of 2 images held out (--valid 0.2, --split-seed 0).",)
+    assert image_flags(given.images) == ["--images", "table.csv", "--root", "photos", "--label-column", ""]
+
+
+def test_skipped_files_are_named(featstore: Program, here: Path) -> None:
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+        (here / "photos" / name).touch()
+    reason = "not an image by its suffix"
+    assert featstore("status", *extract_flags()).err.startswith(
+        f"4 files skipped (a.txt: {reason}, b.txt: {reason}, c.txt: {reason}, ...)\n"
+    )
+
+
+# ---- What flags stand for
+
+
+def test_seeds_and_numbers_are_read() -> None:
+    assert parse_seeds("0-3,7") == (0, 1, 2, 3, 7)
+    assert parse_seeds_or_fresh("fresh") == "fresh"
+    assert parse_seeds_or_fresh("5") == (5,)
+    assert parse_numbers("1e-5,1e-3", "--lr") == (1e-5, 1e-3)
+    for wrong in ("", "-1", "1-", "a", "1,,2", "²"):
+        with pytest.raises(ValueError, match="--seeds is"):
+            parse_seeds(wrong)
+    for wrong in ("", "nan", "1,inf"):
+        with pytest.raises(ValueError, match="--lr is"):
+            parse_numbers(wrong, "--lr")
+
+
+def test_size_alone_takes_resize_along() -> None:
+    assert ViewFlags(size=112).view(View()) == View(size=112, resize=128)
+    assert ViewFlags(size=112, resize=120, interpolation="bicubic", std="1,1,1").view(View()) == View(
+        size=112, resize=120, interpolation="bicubic", std=(1.0, 1.0, 1.0)
+    )
+
+
+def test_a_model_loads_without_cuts(here: Path) -> None:
+    assert load_model("tiny.py:make_model", None).default_cut == "conv2"
+
+
+def test_a_table_for_several_labels_without_any_says_so(featstore: Program, here: Path) -> None:
+    names = sorted(path.relative_to(here).as_posix() for path in (here / "photos").rglob("*.jpg"))
+    rows = [f"{name},{'red;big' if place % 2 else 'red'}" for place, name in enumerate(names)]
+    (here / "table.csv").write_text("\n".join(["path,label", *rows]) + "\n", encoding="utf-8")
+    wanted = ["--images", "table.csv", "--task", "multi", "--store", "feats", "--backbone", "tiny.py:make_model"]
+    doubt = "no image has more than one label (the classes are red, red;big); is --label-sep missing?"
+    assert doubt in featstore("status", *wanted).err
+    assert "no image has more than one label" not in featstore("status", *wanted, "--label-sep", ";").err
