@@ -141,7 +141,7 @@ def head(
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else _learning_rate(lr)
     feature_store = FeatureStore(store)
-    chosen, notes = _labelled(images)
+    chosen, notes = _labelled(images, for_new_head=True)
     try:
         staged = model.model([each for each in (cut, freeze_to) if each is not None])
     except ValueError:
@@ -212,7 +212,7 @@ def finetune_command(
     options: dict[str, Any] = {}
     source: StagedModel | str
     if backbone is not None:
-        chosen, notes = _labelled(images)
+        chosen, notes = _labelled(images, for_new_head=True)
         source = load_model(backbone, weights, [each for each in (cut, freeze_to) if each is not None])
         chosen, notes = _for_run(source.origin.get("run"), images, chosen, notes)
         notes = [*notes, *source.notes]
@@ -221,7 +221,7 @@ def finetune_command(
         assert start is not None
         if view != ViewFlags():
             raise ValueError("--size, --resize, --mean, --std and --interpolation come with the run of --from.")
-        chosen, notes = _for_run(start, images, *_labelled(images))
+        chosen, notes = _for_run(start, images, *_labelled(images, for_new_head=False))
         source = start
     tell_all(notes)
     learn = finetune(
@@ -304,14 +304,18 @@ def predict(
         tell(f"{len(records):,} predictions in {csv}")
 
 
-def _labelled(flags: ImageFlags) -> tuple[ImageSet, list[str]]:
+def _labelled(flags: ImageFlags, *, for_new_head: bool) -> tuple[ImageSet, list[str]]:
     """The images to train on, and what their owner should read about them."""
+    from training.class_tables import check_contrast
+
     images, notes = flags.image_set()
     if not images.is_labelled:
         raise ValueError(
             f"{flags.images} has no labels, and there is nothing to train without. Expected a folder with a folder for "
             "each class, or a table with a column of labels. Give one with --images."
         )
+    if for_new_head:  # a saved run brings its class table, of which the images may be a part
+        check_contrast(images)
     return images, notes
 
 

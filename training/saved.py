@@ -25,9 +25,10 @@ from featstore.models.digests import module_digest
 from featstore.models.runs import Run
 from featstore.models.staged import PoolStage, StagedModel
 from featstore.store.store import FeatureStore
+from training.class_tables import with_classes
 from training.fit import History
 from training.placement import reduction_of
-from training.splits import PastSplit, with_classes
+from training.splits import PastSplit
 
 HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.json", "valid_predictions.csv"
 

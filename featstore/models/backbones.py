@@ -111,6 +111,20 @@ def weight_names(name: str) -> list[str]:
     return [default, *(member.name for member in enum if member.name != default)]
 
 
+def class_names(model: StagedModel) -> tuple[str, ...] | None:
+    """The class of each logit, where a model has torchvision's own weights; None where nobody knows.
+
+    A name that stands for two of ImageNet's classes in some versions of torchvision (crane, maillot) is told apart by
+    the numbers of its logits.
+    """
+    name, weights = model.origin.get("backbone"), model.origin.get("weights")
+    if name not in backbone_names() or weights not in ("DEFAULT", *weight_names(name)):
+        return None
+    enum = torchvision.models.get_model_weights(name)
+    names = (enum.DEFAULT if weights == "DEFAULT" else enum[weights]).meta["categories"]
+    return tuple(f"{each} ({place})" if names.count(each) > 1 else each for place, each in enumerate(names))
+
+
 def _named(name: str, weights: str | Path, cut: str | None) -> StagedModel:
     if str(weights) == "none":
         return _initial(name)

@@ -49,8 +49,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "splits", "optim", "fit", "lr_find", "predict", "placement", "settings", "saved", "learner", "recipes",
-                "__init__", "cli", "__main__",
+                "class_tables", "splits", "optim", "fit", "lr_find", "predict", "placement", "settings", "saved",
+                "learner", "recipes", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -98,7 +98,7 @@ SURFACE: dict[str, str] = {
     "images.render": "Job render",
     "images.sources": "AbsentSource FolderSource",
     "images.views": "Augment OwnPolicy Policy View",
-    "models.backbones": "architecture restored",
+    "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
     "models.graph": "eval_mode mode_of",
     "models.pool": "Pool REDUCTIONS automatic",

@@ -10,7 +10,8 @@ import pytest
 from support.tiny import jpeg, photos, pixels
 
 from featstore import DamagedFileError, FeatureStoreError, ImageSet
-from training.splits import FILE, PastSplit, with_classes
+from training.class_tables import with_classes
+from training.splits import FILE, PastSplit
 
 COUNT = 20
 
