@@ -142,7 +142,7 @@ def head(
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else _learning_rate(lr)
     feature_store = FeatureStore(store)
-    given = _labelled(images)
+    given = _labelled(images, for_new_head=True)
     try:
         staged = model.model([each for each in (cut, freeze_to) if each is not None], trust_code=how.trust_code)
     except ValueError:
@@ -216,7 +216,7 @@ def finetune_command(
     options: dict[str, Any] = {}
     source: StagedModel | str
     if backbone is not None:
-        given = _labelled(images)
+        given = _labelled(images, for_new_head=True)
         source = load_model(
             backbone,
             weights,
@@ -231,7 +231,7 @@ def finetune_command(
         assert start is not None
         if view != ViewFlags():
             raise ValueError("--size, --resize, --mean, --std and --interpolation come with the run of --from.")
-        given = _for_run(start, images, _labelled(images))
+        given = _for_run(start, images, _labelled(images, for_new_head=False))
         source, notes = start, [*given.notes]
     tell_all(notes)
     learn = finetune(
@@ -322,14 +322,18 @@ def predict(
         tell(f"{len(records):,} predictions in {csv}")
 
 
-def _labelled(flags: ImageFlags) -> GivenImages:
+def _labelled(flags: ImageFlags, *, for_new_head: bool) -> GivenImages:
     """The images to train on."""
+    from training.class_tables import check_contrast
+
     given = flags.given()
     if not given.images.is_labelled:
         raise ValueError(
             f"{flags.images} has no labels, and there is nothing to train without. Expected a folder with a folder for "
             "each class, or a table with a column of labels. Give one with --images."
         )
+    if for_new_head:  # a saved run brings its class table, of which the images may be a part
+        check_contrast(given.images)
     return given
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from featstore.models.trunk import choose_device
 from featstore.store.store import FeatureStore
 from training import metrics as scores
 from training import optim, saved, schedules, settings
+from training.class_tables import check_contrast, kept_table, with_table
 from training.fit import History, Record, check_norms, outputs, predicted, record_line, run_epochs
 from training.inputs.batches import Batches, left_out_note
 from training.inputs.derive import Inputs, Source, derive, extract_missing, find_to_score, labelled, to_score, to_train
@@ -59,6 +60,8 @@ class Learner:
         cut: where the head sits; default: the model's default cut, or the only one this model has features of.
         reduce: the pool at the cut: auto, none, avg, max, concat, token or tokens.
         head: concat, linear, mlp, a module of your own from pooled activations to logits, or ``keep``.
+        classes: the class of each logit, in order; default: the images' own table. With ``head="keep"`` the default is
+            what the model's weights were trained on, or the images' classes if these number the logits (0, 1, 2, ...).
         features: start of the key of the set to use; it fixes cut, reduction, view, storage type and precision.
         augment: policy and seeds of the training images; None: the evaluation view.
         on_missing: what happens when the store doesn't hold what could be read from it: ``error``, ``images`` (read
@@ -98,6 +101,7 @@ class Learner:
         cut: str | None = None,
         reduce: str = "auto",
         head: str | nn.Module = "concat",
+        classes: Sequence[str] | None = None,
         features: str | None = None,
         augment: Augment | None = None,
         on_missing: OnMissing | None = None,
@@ -127,7 +131,7 @@ class Learner:
         self._seen: PastSplit | None = None  # of this learner's own fits
         if self._past is not None:
             images = self._past.applied(images, {} if store is None else store.known_digests(images))
-        self._images, self.store, self.augment = images, store, augment
+        self.store, self.augment = store, augment
         self.on_missing: OnMissing = on_missing or default_on_missing(store)
         self.on_error: OnError = on_error
         self.optimizer, self.batch_size, self.seed = optimizer, batch_size, seed
@@ -137,7 +141,10 @@ class Learner:
         self._features = placement.key
         self.view = (view or placement.view or backbone.view).evaluation
         backbone.check_size(self.view)
-        self.classes, self.task = images.classes, images.task
+        if head == "keep":
+            classes = kept_table(backbone, images, self.view.size, classes)
+        self._images = images if classes is None else with_table(images, tuple(classes))
+        self.classes, self.task = self._images.classes, images.task
         self.history = History()
         self.read_from: Literal["features", "images"] | None = None
         self._loss, self._metrics = loss, scores.by_name(metrics or ())
@@ -420,6 +427,7 @@ class Learner:
             cut=facts["model"]["default_cut"],
             reduce=facts["model"]["reduction"] or "none",
             head=saved.saved_head(facts["head"], head, folder),
+            classes=images.classes,
             view=View.from_facts(facts["model"]["view"]),
             **options,
         )
@@ -474,6 +482,7 @@ class Learner:
 
     def _ready(self) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""
+        check_contrast(self.images)
         training = to_train(self.images)
         optim.build(self.model, 1.0, optimizer="sgd", weight_decay=0.0)  # raises if nothing would train
         situation = self._situation()

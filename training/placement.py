@@ -112,7 +112,7 @@ def with_head(
 
     Args:
         backbone: shared, never changed.
-        head: as in `heads.build_head`; or ``keep``: the backbone's own.
+        head: as in `heads.build_head`; or ``keep``: the backbone's own, whose logits `class_tables.kept_table` names.
         placement: where it sits.
         digests: the cuts' digests of the backbone.
         view: of the images, whose size decides how wide the activations are.
@@ -126,12 +126,6 @@ def with_head(
     if head == "keep":
         model = backbone.with_()
         cut = model.canonical(placement.cut or model.default_cut)
-        shape, count = model.shape(model.cut_points[-1], view.size), len(classes)
-        if shape != (count,):
-            raise ValueError(
-                f"{model.name} ends in {'x'.join(map(str, shape))} values an image, and the images have {count:,} "
-                'classes; head="keep" needs a logit a class. Give a class table with classes=, or another head.'
-            )
         model.freeze_to(cut)
         return model, cut
     cut, reduce = placement.settled(backbone, digests)

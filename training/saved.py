@@ -28,9 +28,10 @@ from featstore.models.staged import StagedModel
 from featstore.models.stages import PoolStage
 from featstore.store.part_facts import stage_facts
 from featstore.store.store import FeatureStore
+from training.class_tables import with_classes
 from training.fit import History
 from training.placement import reduction_of
-from training.splits import PastSplit, with_classes
+from training.splits import PastSplit
 
 HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.json", "valid_predictions.csv"
 

@@ -156,30 +156,6 @@ def present_split(images: ImageSet, digests: Digests, past: PastSplit | None) ->
     )
 
 
-def with_classes(images: ImageSet, classes: tuple[str, ...], run: Path) -> ImageSet:
-    """`images` with targets that count in the class table of a run.
-
-    Raises:
-        FeatureStoreError: if they have a class that the run lacks; it is named, and nothing is shifted.
-    """
-    unknown = [name for name in images.classes if name not in classes]
-    if unknown:
-        raise FeatureStoreError(
-            f"The images have {'the class' if len(unknown) == 1 else 'the classes'} {', '.join(unknown)}, which the "
-            f"model of {run} doesn't know (it knows {', '.join(classes)}). Train a head for the new classes, or leave "
-            "their images out."
-        )
-    if images.classes == classes or images.targets is None:
-        return replace(images, classes=classes)
-    places = np.array([classes.index(name) for name in images.classes], np.int64)
-    if images.task == "single":
-        targets = np.where(images.targets >= 0, places[np.maximum(images.targets, 0).astype(np.int64)], -1)
-        return replace(images, classes=classes, targets=targets)
-    wide = np.zeros((len(images), len(classes)), np.float32)
-    wide[:, places] = images.targets
-    return replace(images, classes=classes, targets=wide)
-
-
 def _check_size(content: bytes) -> None:
     """`np.savez` doesn't compress: what claims to be larger than its file would fill the memory."""
     with ZipFile(BytesIO(content)) as archive:

@@ -47,6 +47,9 @@ class Library(Protocol):
             WeightsError: for weights that aren't here and can't be had.
         """
 
+    def class_names(self, name: str, weights: str) -> tuple[str, ...]:
+        """The class of each logit of a model with those weights; no name stands twice."""
+
 
 LIBRARIES: tuple[Library, ...] = (torchvision_models,)
 
@@ -109,6 +112,15 @@ def outline(name: str) -> StagedModel:
 def weight_names(name: str) -> list[str]:
     """Names of the weights for the backbone `name`; the one that DEFAULT stands for comes first."""
     return list(_known_library(name).weight_names(name))
+
+
+def class_names(model: StagedModel) -> tuple[str, ...] | None:
+    """The class of each logit, where a model has a library's own weights; None where nobody knows."""
+    library, weights = _library_of(str(model.origin.get("backbone"))), model.origin.get("weights")
+    name = str(model.origin.get("backbone"))
+    if library is None or weights not in ("DEFAULT", *library.weight_names(name)):
+        return None
+    return library.class_names(name, str(weights))
 
 
 def architecture(facts: Mapping[str, Json], run: Path, *, trust_code: bool = False) -> StagedModel:

@@ -86,6 +86,17 @@ def pretrained(name: str, weights: str) -> StagedModel:
     return _staged(module, name, View.from_preset(chosen.transforms()), weights=weights)
 
 
+def class_names(name: str, weights: str) -> tuple[str, ...]:
+    """The categories of torchvision's `weights`.
+
+    A name that stands for two of ImageNet's classes in some versions (crane, maillot) is told apart by the numbers of
+    its logits.
+    """
+    enum = _weights(name)
+    names = (enum.DEFAULT if weights == "DEFAULT" else enum[weights]).meta["categories"]
+    return tuple(f"{each} ({place})" if names.count(each) > 1 else each for place, each in enumerate(names))
+
+
 def _weights(name: str) -> Any:
     """Torchvision's enumeration of the weights for `name`."""
     from torchvision.models import get_model_weights

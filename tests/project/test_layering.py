@@ -65,8 +65,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "splits", "optim", "fit", "lr_find", "predict", "placement", "settings", "saved", "learner", "recipes",
-                "__init__", "cli", "__main__",
+                "class_tables", "splits", "optim", "fit", "lr_find", "predict", "placement", "settings", "saved",
+                "learner", "recipes", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -121,7 +121,7 @@ SURFACE: dict[str, str] = {
     "images.render": "Job render",
     "images.sources": "AbsentSource FolderSource",
     "images.views": "Augment OwnPolicy Policy View",
-    "models.backbones": "architecture restored",
+    "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
     "models.modes": "eval_mode mode_of numerics",
     "models.names": "DEFAULT_PRECISION Precision REDUCTIONS automatic",

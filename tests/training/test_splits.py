@@ -12,7 +12,8 @@ from support.tiny import jpeg, photos, pixels
 
 from featstore import DamagedFileError, FeatureStoreError, ImageSet
 from featstore.models.runs import new_run, write_run
-from training.splits import FILE, PastSplit, with_classes
+from training.class_tables import with_classes
+from training.splits import FILE, PastSplit
 
 COUNT = 20
 

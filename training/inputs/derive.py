@@ -162,7 +162,9 @@ def training_part(images: ImageSet) -> ImageSet:
 
 def labelled(images: ImageSet) -> ImageSet:
     """The images that have a target."""
-    if images.targets is None or images.task == "multi":
+    if images.targets is None:
+        return images.select([])
+    if images.task == "multi":
         return images
     return images if (images.targets >= 0).all() else images.select(images.targets >= 0)
 
@@ -171,12 +173,28 @@ def to_train(images: ImageSet) -> ImageSet:
     """The labelled images to train on.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none; or if images are held out to choose by, and not one of them has a label.
     """
     training = labelled(training_part(images))
     if not len(training) or training.targets is None:
         raise ValueError("There are no labelled images to train on. Give an image set with classes.")
+    if len(images.valid) and not len(labelled(images.valid)):
+        raise ValueError(
+            f"None of the {len(images.valid):,} images of the split valid has a label (first: {images.valid.ids[0]}), "
+            "so no epoch can be scored on them. Expected labels as those of the training images have: a folder for "
+            f"each class, or a value in the column of labels. Add them; or {_without_split(images)}."
+        )
     return training
+
+
+def _without_split(images: ImageSet) -> str:
+    """What to give instead where the held-out images of a set can't be scored."""
+    if images.origin.get("constructor") == "from_folder":
+        folder = f"{images.origin['root']}/{images.train.ids[0].partition('/')[0]}"
+        return f"give the training images alone, of which some are then held out: --images {folder}"
+    if "split_column" in images.origin:
+        return "deal the labelled images anew: --split-column ''"
+    return "give the training images alone (learn.images = learn.images.train), and no epoch is scored"
 
 
 def to_score(images: ImageSet, split: str) -> ImageSet:

@@ -1,0 +1,150 @@
+"""Class tables: which logit is of which class, and whether the classes of some images can be told apart at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from featstore.errors import FeatureStoreError
+from featstore.images.image_set import ImageSet
+from featstore.models.backbones import class_names
+from featstore.models.staged import StagedModel
+
+_WORDNET = re.compile(r"n\d{8}")
+"""A folder of ImageNet, by its number in WordNet; sorted, the 1,000 of them are in the order of ImageNet's logits."""
+
+
+def check_contrast(images: ImageSet) -> None:
+    """Checks that there are two classes to tell apart; a label that an image has or lacks (task multi) is enough.
+
+    Raises:
+        ValueError: if there is one class; the folders that were read as classes are shown.
+    """
+    if images.task == "multi" or len(images.classes) != 1:
+        return
+    (name,) = images.classes
+    raise ValueError(
+        f"All {len(images):,} images are of one class, {name}, so there is nothing to tell apart. Expected two classes "
+        f"or more. {_how_read(images, name)}"
+    )
+
+
+def kept_table(
+    model: StagedModel, images: ImageSet, size: int, classes: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The class of each logit of a model that keeps its own head, for `images`.
+
+    It is the table `classes` if that is given; what the model's weights were trained on, if all classes of the images
+    are among it; else the images' own, where it is their names that number the logits: 0, 1, 2 and so on, or the
+    1,000 folders of ImageNet. Never their order alone, which is that of the alphabet.
+
+    Args:
+        model: with its own head.
+        images: labelled or not.
+        size: of the images.
+        classes: the name of each logit, in order.
+
+    Raises:
+        ValueError: if the number of logits is another one than that of the classes, or logits and classes can't be
+            matched.
+    """
+    shape = model.shape(model.cut_points[-1], size)
+    known = class_names(model) or ()
+    if classes is None and shape == (len(known),) and {*images.classes} <= {*known}:
+        return known
+    table = images.classes if classes is None else tuple(classes)
+    if shape != (len(table),):
+        raise ValueError(
+            f"{model.name} ends in {'x'.join(map(str, shape))} values an image, and the images have {len(table):,} "
+            'classes; head="keep" needs a logit a class. Give a class table with classes=, or another head.'
+        )
+    if classes is not None:
+        return table
+    numbers = tuple(map(str, range(len(table))))
+    if {*table} == {*numbers}:
+        return numbers
+    if len(table) == 1000 and all(map(_WORDNET.fullmatch, table)):
+        return tuple(sorted(table))
+    unknown = [name for name in table if name not in known]
+    told = f"{model.name} doesn't say which class each of its {len(table):,} logits is of"
+    if known:
+        told = f"{model.name} tells {_some(known)} apart, and not {_some(unknown)}"
+    raise ValueError(
+        f"{told}; the images' classes are {_some(table)}. Expected the names of the logits in their order, so that "
+        'none is scored as another: classes=(...) with head="keep"; or a new head.'
+    )
+
+
+def with_table(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
+    """`images` with targets that count in the table `classes`.
+
+    Raises:
+        ValueError: if a name stands twice in the table, or they have a class that isn't in it.
+    """
+    twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
+    if twice:
+        raise ValueError(f"classes names {_some(twice)} twice. Expected a name of its own for each logit.")
+    unknown = [name for name in images.classes if name not in classes]
+    if unknown:
+        raise ValueError(
+            f"The images have {'the class' if len(unknown) == 1 else 'the classes'} {_some(unknown)}, which classes "
+            f"({_some(classes)}) lacks. Name all of them, or leave their images out."
+        )
+    return _counted_in(images, classes)
+
+
+def with_classes(images: ImageSet, classes: tuple[str, ...], run: Path) -> ImageSet:
+    """`images` with targets that count in the class table of a run.
+
+    Raises:
+        FeatureStoreError: if they have a class that the run lacks; it is named, and nothing is shifted.
+    """
+    unknown = [name for name in images.classes if name not in classes]
+    if unknown:
+        raise FeatureStoreError(
+            f"The images have {'the class' if len(unknown) == 1 else 'the classes'} {', '.join(unknown)}, which the "
+            f"model of {run} doesn't know (it knows {', '.join(classes)}). Train a head for the new classes, or leave "
+            "their images out."
+        )
+    return _counted_in(images, classes)
+
+
+def _counted_in(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
+    if images.classes == classes or images.targets is None:
+        return replace(images, classes=classes)
+    places = np.array([classes.index(name) for name in images.classes], np.int64)
+    if images.task == "single":
+        targets = np.where(images.targets >= 0, places[np.maximum(images.targets, 0).astype(np.int64)], -1)
+        return replace(images, classes=classes, targets=targets)
+    wide = np.zeros((len(images), len(classes)), np.float32)
+    wide[:, places] = images.targets
+    return replace(images, classes=classes, targets=wide)
+
+
+def _how_read(images: ImageSet, name: str) -> str:
+    """Where the one class was read from, and what to give instead."""
+    if images.origin.get("constructor") != "from_folder":
+        return "Give labels with two different values."
+    folders = [PurePosixPath(image).parent.parts for image in images.ids]
+    places = {parts[: parts.index(name) + 1] for parts in folders if name in parts}
+    read = [f"{'/'.join(place)}/" for place in sorted(places)]
+    inside = sorted(
+        {parts[len(place)] for parts in folders for place in places if parts[: len(place)] == place != parts}
+    )
+    root = Path(images.origin["root"])
+    is_below = read != [f"{name}/"]  # in folders of splits
+    told = f"Read as a class below {root}: {_some(read)}"
+    if len(inside) < 2:
+        return f"{told}. Give a folder with a folder for each class{'' if is_below else '; the one above it, perhaps'}."
+    holds = f"{told}, which holds {_some([f'{folder}/' for folder in inside])}"
+    if is_below:
+        return f"{holds}. If these are the classes, move them up, into the place of {name}/."
+    return f"{holds}. If these are the classes, give their folder: {root / name}."
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f", ... ({len(names):,} in all)" if len(names) > 6 else "")
