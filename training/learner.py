@@ -31,14 +31,14 @@ from featstore.models.trunk import choose_device
 from featstore.store.store import FeatureStore
 from training import metrics as scores
 from training import optim, schedules
-from training.fit import History, Record, outputs, predicted, run_epochs
-from training.heads import build_head
-from training.inputs.batches import Batches
+from training.fit import History, Record, copied_tensors, outputs, predicted, put_back, run_epochs
+from training.heads import build_head, passes_an_epoch, standardise
+from training.inputs.batches import Batches, num_batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, find, labelled, training_part
 from training.inputs.situation import OnError, OnMissing, Origin, Situation, frozen_words, training_words, views_words
 from training.lr_find import LearningRates, find_lr
 from training.predict import Prediction, as_images, predictions, probabilities, write_csv
-from training.saved import check_head, head_digest, no_images, past_split, saved_backbone, saved_head
+from training.saved import check_head, head_digest, no_images, past_split, saved_backbone, saved_head, with_statistics
 from training.splits import PastSplit, with_classes
 
 HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.json", "valid_predictions.csv"
@@ -278,11 +278,15 @@ class Learner:
             raise ValueError(f"epochs is {epochs}; expected at least 1.")
         situation, inputs = self._ready()
         assert inputs.train is not None
-        train = self._batches(inputs.train, situation)
+        train = self._training_batches(inputs.train, situation)
         valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
+        standardise(self._tail(), (rows for rows, _ in train.in_order()))
         if lr is None:
-            lr = float(f"{self._found(train, weight_decay).suggestion:.2g}")
+            found = self._found(train, weight_decay)
+            lr = float(f"{found.suggestion:.2g}")
             self._say(f"learning rate {lr:g}, the finder's suggestion (to use it again: --lr {lr:g})")
+            if found.note is not None:
+                self._say(found.note)
         self.read_from, self._trained_on = inputs.train.kind, str(inputs)
         self._seen = self._split(situation).over(self._seen)  # before the first step: a fit may be interrupted
         optimizer = optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
@@ -316,7 +320,16 @@ class Learner:
         """Tries rising learning rates on what would train now; weights, statistics and random state come back."""
         situation, inputs = self._ready()
         assert inputs.train is not None
-        return self._found(self._batches(inputs.train, situation), weight_decay)
+        train, tail = self._training_batches(inputs.train, situation), self._tail()
+        before = copied_tensors(tail)
+        try:
+            standardise(tail, (rows for rows, _ in train.in_order()))
+            found = self._found(train, weight_decay)
+        finally:
+            put_back(tail, before)
+        if found.note is not None:
+            self._say(found.note)
+        return found
 
     def _found(self, train: Batches, weight_decay: float) -> LearningRates:
         return find_lr(
@@ -440,7 +453,7 @@ class Learner:
         learn.head_name = facts["head"]["name"]
         if "backbone" not in base.origin:
             learn._origins.clear()  # the caller's module has other weights than the run
-        learn.model.load_tensors(saved.tensors)
+        learn.model.load_tensors(with_statistics(saved.tensors, learn.model))
         check_head(learn.model, facts["head"], folder)
         learn._past = past
         if facts["model"]["frozen"] is None:
@@ -566,6 +579,10 @@ class Learner:
 
     def _batches(self, source: Source, situation: Situation) -> Batches:
         return Batches(source, situation, batch_size=self.batch_size, workers=self.workers)
+
+    def _training_batches(self, source: Source, situation: Situation) -> Batches:
+        passes = passes_an_epoch(self._tail(), num_batches(len(source.images), self.batch_size))
+        return Batches(source, situation, batch_size=self.batch_size, workers=self.workers, passes=passes)
 
     def _ready(self) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""

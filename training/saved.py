@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError
@@ -18,6 +18,7 @@ from featstore.models.digests import START, chain
 from featstore.models.graph import split_into_stages
 from featstore.models.runs import Run
 from featstore.models.staged import HeadStage, StagedModel
+from training.heads import LinearHead, unstandardised
 from training.splits import PastSplit
 
 
@@ -88,6 +89,15 @@ def check_head(model: StagedModel, facts: Mapping[str, Json], folder: Path) -> N
             f"{facts['digest'][:8]} expected, {'none' if digest is None else digest[:8]} found). Give the head as it "
             "was, with its layers and settings; its tensors come from the run."
         )
+
+
+def with_statistics(tensors: Mapping[str, Tensor], model: StagedModel) -> Mapping[str, Tensor]:
+    """The tensors of a run; those of a linear head from before 0.2, which took its inputs as they are, say so."""
+    head = list(model.stages)[-1]
+    if not isinstance(head, HeadStage) or not isinstance(head.module, LinearHead):
+        return tensors
+    made = {f"{head.name}.{name}": value for name, value in unstandardised(head.module.in_features).items()}
+    return tensors if any(name in tensors for name in made) else {**tensors, **made}
 
 
 def past_split(backbone: StagedModel) -> PastSplit | None:
