@@ -220,17 +220,18 @@ def network(gain: float) -> StagedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        norm = nn.BatchNorm2d(16, momentum=None)  # the mean of all batches, here of one
         stages = {
             "layer1": nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()),
-            "layer2": nn.Sequential(nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU()),
+            "layer2": nn.Sequential(nn.Conv2d(8, 16, 3, stride=2), norm, nn.ReLU()),
         }
     view = View(size=16, resize=16)
-    view = replace(view, std=tuple(value / gain for value in view.std))
+    red, green, blue = view.std
+    view = replace(view, std=(red / gain, green / gain, blue / gain))
     noise = np.random.default_rng(0).normal(110, 50, (64, 16, 16, 3)).clip(0, 255)
-    stages["layer2"][1].momentum = None  # the mean of all batches, here of one
     with torch.no_grad():
         stages["layer2"](stages["layer1"](view.normalise(torch.from_numpy(noise.astype(np.uint8)).permute(0, 3, 1, 2))))
-    stages["layer2"][1].momentum = 0.1
+    norm.momentum = 0.1
     return StagedModel.from_stages(stages, view=view, name="small")
 
 

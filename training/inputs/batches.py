@@ -154,7 +154,7 @@ class Batches:
         assert not isinstance(source, FeatureSource)
         if isinstance(source.views, tuple):
             return source.views[place]
-        return self.situation.view.with_seed(source.views.policy, place)
+        return self.situation.view.with_seed(source.views.policy, int(place))
 
     def _run(self, pending: list[tuple[Tensor, int]]) -> tuple[Tensor, NDArray[np.int64]]:
         images, rows = torch.stack([image for image, _ in pending]), np.array([row for _, row in pending])
