@@ -42,9 +42,6 @@ SEEDS = "0-3"
 TUNING_RATES = (1e-4, 1e-3)
 """Learning rates of the earliest and the last layer group once more than a head trains."""
 
-HIGHEST_RATE = 1e-2
-"""Highest rate for a head: of a handful of images the finder may see no rate that is too high."""
-
 PROGRAMS = {"featstore": featstore.cli.app.main, "featstore-train": training.cli.main}
 
 
@@ -183,7 +180,7 @@ def _train(job: Job) -> tuple[list[Step], int]:
     learn = _learner(job, images, model, store)
     rates = learn.lr_find()
     rates.plot().savefig(job.out / "learning-rates.png", dpi=150)
-    lr = f"{min(rates.suggestion, HIGHEST_RATE):.2g}"
+    lr = f"{rates.suggestion:.2g}"
     own = ["--cut", job.cut, *job.augment_flags, "--epochs", str(job.head_epochs), "--lr", lr]
     out = ["--out", str(job.run("head"))]
     _run("featstore-train", "head", *job.image_flags, *job.model_flags, *own, *job.device_flags, *out)

@@ -25,8 +25,19 @@ from featstore.store.store import FeatureStore
 from training import metrics as scores
 from training import optim, saved, schedules, settings
 from training.class_tables import check_contrast, kept_table, with_table
-from training.fit import History, Record, check_norms, outputs, predicted, record_line, run_epochs
-from training.inputs.batches import Batches, left_out_note
+from training.fit import (
+    History,
+    Record,
+    check_norms,
+    copied_tensors,
+    outputs,
+    predicted,
+    put_back,
+    record_line,
+    run_epochs,
+)
+from training.heads import passes_an_epoch, standardise
+from training.inputs.batches import Batches, left_out_note, num_batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, find_to_score, labelled, to_score, to_train
 from training.inputs.situation import (
     OnMissing,
@@ -269,11 +280,15 @@ class Learner:
             raise ValueError(f"epochs is {epochs}; expected at least 1.")
         situation, inputs = self._ready()
         assert inputs.train is not None
-        train = self._batches(inputs.train, situation)
+        train = self._training_batches(inputs.train, situation)
         valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
+        standardise(self._tail(), (rows for rows, _ in train.in_order()))
         if lr is None:
-            lr = float(f"{self._found(train, weight_decay).suggestion:.2g}")
+            found = self._found(train, weight_decay)
+            lr = float(f"{found.suggestion:.2g}")
             self._say(f"learning rate {lr:g}, the finder's suggestion (to use it again: --lr {lr:g})")
+            if found.note is not None:
+                self._say(found.note)
         self.read_from, self._trained_on = inputs.train.kind, str(inputs)
         self._seen = self._split(situation).over(self._seen)  # before the first step: a fit may be interrupted
         optimizer = optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
@@ -307,7 +322,16 @@ class Learner:
         """Tries rising learning rates on what would train now; weights, statistics and random state come back."""
         situation, inputs = self._ready()
         assert inputs.train is not None
-        return self._found(self._batches(inputs.train, situation), weight_decay)
+        train, tail = self._training_batches(inputs.train, situation), self._tail()
+        before = copied_tensors(tail)
+        try:
+            standardise(tail, (rows for rows, _ in train.in_order()))
+            found = self._found(train, weight_decay)
+        finally:
+            put_back(tail, before)
+        if found.note is not None:
+            self._say(found.note)
+        return found
 
     def _found(self, train: Batches, weight_decay: float) -> LearningRates:
         return find_lr(
@@ -434,7 +458,7 @@ class Learner:
         learn.head_name = facts["head"]["name"]
         if "backbone" not in base.origin:
             learn._origins.clear()  # the caller's module has other weights than the run
-        learn.model.load_tensors(stored.tensors)
+        learn.model.load_tensors(saved.with_statistics(stored.tensors, learn.model))
         saved.check_head(learn.model, facts["head"], folder)
         learn._past = past
         if facts["model"]["frozen"] is None:
@@ -479,6 +503,10 @@ class Learner:
 
     def _batches(self, source: Source, situation: Situation) -> Batches:
         return Batches(source, situation, batch_size=self.batch_size, workers=self.workers)
+
+    def _training_batches(self, source: Source, situation: Situation) -> Batches:
+        passes = passes_an_epoch(self._tail(), num_batches(len(source.images), self.batch_size))
+        return Batches(source, situation, batch_size=self.batch_size, workers=self.workers, passes=passes)
 
     def _ready(self) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""

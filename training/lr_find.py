@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.fit import check_any, copied_tensors, put_back, seeded, training_mode
+from featstore.models.modes import mode_of
+from training.fit import check_any, copied_tensors, put_back, seeded, step, training_mode
 from training.inputs.batches import Batches
 from training.metrics import Loss
+from training.optim import sensible_rates
 
 if TYPE_CHECKING:
     from training.plots import Plot
@@ -25,6 +28,12 @@ START, END, STEPS = 1e-5, 10.0, 100
 # worst 2.1, 2.1, 2.3 and 3.0 times) that at the best rate of a grid.
 _MOMENTUM = 0.9
 _STOP = 4.0  # times the lowest smoothed loss
+_FEW = 5
+"""Batches a pass: with fewer, 100 steps are 25 passes and more, and a low loss says that they were learnt by heart."""
+_TOO_LOW = 100.0  # times below an optimizer's default, where a noisy loss was lowest before the rate did anything
+_JUDGES = 4  # batches at most
+_LOWER = 3.0
+"""What a rate is divided by when a trial at it made the loss worse."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,13 +44,16 @@ class LearningRates:
         lrs: the rate of each step, of the last layer group.
         losses: the training loss of each step.
         smoothed: their debiased exponential mean.
-        suggestion: the rate where the smoothed loss is lowest, divided by 10.
+        suggestion: the rate where the smoothed loss is lowest, divided by 10, within what is sensible for the
+            optimizer; lower where a trial of it made the loss worse; the optimizer's default for a few batches.
+        note: why the suggestion isn't that of the curve, as a sentence; None if it is.
     """
 
     lrs: tuple[float, ...]
     losses: tuple[float, ...]
     smoothed: tuple[float, ...]
     suggestion: float
+    note: str | None = None
 
     def __repr__(self) -> str:
         span = f"{self.lrs[0]:.2g} to {self.lrs[-1]:.2g}"
@@ -68,7 +80,9 @@ def find_lr(
     """Trains for `steps` batches while the rate rises geometrically, then puts weights, statistics and modes back.
 
     Epochs are repeated as needed. It stops early when the smoothed loss exceeds 4 times its lowest value or is no
-    longer finite. Also when it is interrupted, the tail is as it was before.
+    longer finite. What the curve suggests is then tried: an epoch (at most `steps` batches) at that rate, from the same
+    weights, may not make the loss of batches that it left out worse, else a third of it is tried. Also when it is
+    interrupted, the tail is as it was before.
 
     Args:
         tail: the stages that train.
@@ -119,12 +133,84 @@ def find_lr(
         raise FloatingPointError(
             f"The loss isn't finite at the rate {start:g} already. Check the images' normalisation and the labels."
         )
+    rates = sensible_rates(optimizer)
+    curve = lrs[smoothed.index(min(smoothed))] / 10
+    a_pass = len(train) // train.passes
+    if a_pass < _FEW:
+        first, why = rates.default, f"{a_pass} batch{'es are' if a_pass != 1 else ' is'} too few to find a rate by"
+    elif curve < rates.default / _TOO_LOW:
+        first, why = rates.default, "the loss was lowest at the start, which says nothing of a rate"
+    else:
+        first, why = min(max(curve, rates.floor), rates.ceiling), f"the curve's own {curve:.2g} isn't safe"
+    chosen = _first_that_helps(
+        first, rates.floor, lambda lr: _trial(tail, train, make_optimizer, lr, loss=loss, seed=seed, steps=steps)
+    )
+    origin = "a safe default" if chosen == first else "a trial chose"
     return LearningRates(
         lrs=tuple(lrs),
         losses=tuple(losses),
         smoothed=tuple(smoothed),
-        suggestion=lrs[smoothed.index(min(smoothed))] / 10,
+        suggestion=chosen,
+        note=None if chosen == curve else f"{why}: {chosen:.2g} is {origin} for {type(optimizer).__name__}",
     )
+
+
+def _first_that_helps(first: float, floor: float, trial: Callable[[float], tuple[float, float]]) -> float:
+    """The highest rate, from `first` down, after which the loss isn't worse than before; the best one if there is none.
+
+    With batch norm the loss may rise at any rate, as the statistics move: the lowest rate is no remedy then.
+    """
+    tried: dict[float, float] = {}
+    lr = first
+    while True:
+        start, after = trial(lr)
+        if after <= start:
+            return lr
+        tried[lr] = math.inf if math.isnan(after) else after
+        if lr <= floor:
+            return min(tried, key=lambda each: (tried[each], each))
+        lr = max(lr / _LOWER, floor)
+
+
+def _trial(
+    tail: nn.Module,
+    train: Batches,
+    make_optimizer: Callable[[], Optimizer],
+    lr: float,
+    *,
+    loss: Loss,
+    seed: int,
+    steps: int,
+) -> tuple[float, float]:
+    """The loss, in eval mode, before and after an epoch at a rate, of batches that it left out."""
+    before = copied_tensors(tail)
+    optimizer = make_optimizer()
+    last = optimizer.param_groups[-1]["lr"]
+    for group in optimizer.param_groups:
+        group["lr"] *= lr / last
+    epoch = train.epoch(seed, 0)
+    # They lie in memory, so they are few. Of a single batch there is none to leave out.
+    a_pass = len(train) // train.passes
+    judges = list(islice(epoch, max(1, min(_JUDGES, a_pass // _FEW))))
+    start = _mean_loss(tail, judges, loss)
+    try:
+        with seeded(seed, 0, train.device):
+            with training_mode(tail):
+                for inputs, targets in islice(epoch, min(a_pass - len(judges), steps)) if a_pass > 1 else judges:
+                    step(tail, inputs.clone(), targets, loss, optimizer)
+            return start, _mean_loss(tail, judges, loss)
+    except FloatingPointError:
+        return start, math.inf
+    finally:
+        put_back(tail, before)
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _mean_loss(tail: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], loss: Loss) -> float:
+    with torch.no_grad(), mode_of(tail, training=False):
+        # Copies, as a stage may write into its input.
+        values = [float(loss(tail(inputs.clone()), targets)) * len(targets) for inputs, targets in batches]
+    return sum(values) / sum(len(targets) for _, targets in batches)
 
 
 def _repeated(train: Batches, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,10 +9,12 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from featstore.models.staged import StagedModel
-from featstore.models.stages import AbsentStage, Stage
+from featstore.models.stages import AbsentStage, HeadStage, Stage
+from training.heads import DAMPING, SPREAD, LinearHead
 
 LearningRate = float | Sequence[float]
 """One rate for all groups; one for each group; or two, (low, high), spread geometrically over all groups."""
@@ -24,6 +26,34 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adam": torch.optim.Adam,
     "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9),  # each group brings its own rate
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Which learning rates of the last layer group are sensible with an optimizer.
+
+    Attributes:
+        floor: below it nothing is learnt.
+        default: safe where nothing is known.
+        ceiling: above it small problems may look good and then fall apart.
+    """
+
+    floor: float
+    default: float
+    ceiling: float
+
+
+_ADAM = Rates(floor=1e-6, default=3e-3, ceiling=3e-2)
+_SGD = Rates(floor=1e-5, default=1e-2, ceiling=0.3)
+_OTHER = Rates(floor=1e-6, default=1e-3, ceiling=3e-2)
+
+
+def sensible_rates(optimizer: Optimizer) -> Rates:
+    """The rates to choose from with `optimizer`."""
+    if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        return _ADAM
+    return _SGD if isinstance(optimizer, torch.optim.SGD) else _OTHER
+
 
 _BOUNDARY, _AROUND = "layer2", {"layer1", "layer2", "layer3"}
 """Where fastai 0.7 parts the body of a resnet (its `lr_cut`): the early body ends with layer2."""
@@ -108,7 +138,7 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
         lr: as in `spread`.
         optimizer: a key of `OPTIMIZERS`, or a callable that takes parameter groups, each with its rate, weight decay
             and name.
-        weight_decay: of every parameter.
+        weight_decay: of every parameter; of a linear head that of the weights on standardised inputs.
 
     Raises:
         ValueError: if nothing trains, for an unknown optimizer, or for rates that don't fit.
@@ -131,11 +161,20 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
             parameter_groups.append(
                 {"params": parameters, "lr": rate, "weight_decay": weight_decay, "name": group.name}
             )
+            if isinstance(optimizer, str) and _is_linear_head(model.stages[group.stages[-1]]):
+                # Its inputs have that spread, so its weights are smaller, and so is what decay does to them.
+                parameter_groups[-1]["weight_decay"] *= SPREAD
+                if optimizer in ("adam", "adamw"):
+                    parameter_groups[-1]["eps"] = DAMPING
     if not parameter_groups:
         raise ValueError(
             "Everything is frozen, so there is nothing to train. Freeze less: freeze_to(...) or unfreeze()."
         )
     return (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)(parameter_groups)
+
+
+def _is_linear_head(stage: nn.Module) -> bool:
+    return isinstance(stage, HeadStage) and isinstance(stage.module, LinearHead)
 
 
 def _has_parameters(stage: Stage) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from featstore import __version__
 from featstore.digest import Json
@@ -25,11 +25,12 @@ from featstore.models.backbones import architecture, restored
 from featstore.models.digests import module_digest
 from featstore.models.runs import Run, read_file
 from featstore.models.staged import StagedModel
-from featstore.models.stages import PoolStage
+from featstore.models.stages import HeadStage, PoolStage
 from featstore.store.part_facts import stage_facts
 from featstore.store.store import FeatureStore
 from training.class_tables import with_classes
 from training.fit import History
+from training.heads import LinearHead, unstandardised
 from training.placement import reduction_of
 from training.splits import PastSplit
 
@@ -229,6 +230,15 @@ def check_head(model: StagedModel, facts: Mapping[str, Json], folder: Path) -> N
             f"{facts['digest'][:8]} expected, {'none' if digest is None else digest[:8]} found). Give the head as it "
             "was, with its layers and settings; its tensors come from the run."
         )
+
+
+def with_statistics(tensors: Mapping[str, Tensor], model: StagedModel) -> Mapping[str, Tensor]:
+    """The tensors of a run; those of a linear head from before 0.2, which took its inputs as they are, say so."""
+    head = list(model.stages)[-1]
+    if not isinstance(head, HeadStage) or not isinstance(head.module, LinearHead):
+        return tensors
+    made = {f"{head.name}.{name}": value for name, value in unstandardised(head.module.in_features).items()}
+    return tensors if any(name in tensors for name in made) else {**tensors, **made}
 
 
 def past_split(backbone: StagedModel) -> PastSplit | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, backbone, extract
 from featstore.errors import DamagedFileError, FeatureStoreError
-from training import Learner, finetune, train_head
+from training import Learner, build_head, finetune, train_head
 
 State = dict[str, tuple[Tensor, bool, bool]]
 
@@ -132,6 +132,10 @@ def test_an_images_list_of_metrics_given_by_the_caller_is_left_alone() -> None:
 def test_a_frozen_epoch_moves_the_head_and_nothing_else_not_even_statistics(features: FeatureStore) -> None:
     for store in (features, None):
         learn = learner(store=store)
+        before = copies(learn.model)
+        learn.fit(1, lr=1e-2)
+        statistics = {"head.mean", "head.scale", "head.num_rows"}  # of a linear head, taken before the first step
+        assert moved(before, learn.model) == {"head.weight", "head.bias", *statistics}
         before = copies(learn.model)
         learn.fit(1, lr=1e-2)
         assert moved(before, learn.model) == {"head.weight", "head.bias"}
@@ -547,7 +551,7 @@ def test_labels_count_in_the_runs_class_table_whatever_classes_the_images_have(t
     loaded = Learner.load(run, without_a, module=staged(), quiet=True)
     assert loaded.images.targets is not None
     assert loaded.images.targets.tolist() == [1, 2, 1, 2, 1, 2]
-    expected = learner(images=only, head=nn.Linear(24, 3))
+    expected = learner(images=only, head=build_head("linear", 24, 3))
     expected.model.load_tensors(learn.model.tensors())
     assert loaded.evaluate("valid") == expected.evaluate("valid")
     with pytest.raises(FeatureStoreError, match="the class d"):
@@ -790,3 +794,17 @@ def test_names_and_paths_in_the_place_of_things_are_refused_with_what_to_write()
         learn.augment = "flip"  # type: ignore[assignment]
     with pytest.raises(TypeError, match=r'store is .features.; expected what FeatureStore\("features"\) gives'):
         extract(staged(), images, "features")  # type: ignore[arg-type]
+
+
+def test_a_run_whose_linear_head_took_its_inputs_as_they_are_predicts_as_it_did(tmp_path: Path) -> None:
+    images = arrays(12).split(valid=0.25)
+    plain = learner(images=images, head=nn.Linear(24, 2))
+    plain.fit(1, lr=1e-2)
+    plain.head_name = "linear"  # what runs of linear heads held: weight and bias alone
+    run = plain.save(tmp_path / "run")
+    loaded = Learner.load(run, images, module=staged(), quiet=True)
+    assert np.array_equal(loaded.predict_proba(images), plain.predict_proba(images))
+    loaded.fit(1, lr=1e-3)
+    again = Learner.load(loaded.save(tmp_path / "again"), images, module=staged(), quiet=True)
+    assert int(again.model.tensors()["head.num_rows"]) == len(images.train)
+    assert np.array_equal(again.predict_proba(images), loaded.predict_proba(images))

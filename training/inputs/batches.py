@@ -37,13 +37,16 @@ class Batches:
         batch_size: rows a batch. In training a last batch of one joins the batch before it (batch norm needs two);
             with a batch size of 1, which asks for single rows, it does not.
         workers: threads that read and decode images.
+        passes: over the images, that make an epoch.
     """
 
-    def __init__(self, source: Source, situation: Situation, *, batch_size: int, workers: int | None) -> None:
+    def __init__(
+        self, source: Source, situation: Situation, *, batch_size: int, workers: int | None, passes: int = 1
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
         self.source, self.situation = source, situation
-        self.batch_size, self.workers = batch_size, workers
+        self.batch_size, self.workers, self.passes = batch_size, workers, passes
         self.device = situation.device
         self.on_error: OnError = situation.on_error
         targets = source.images.targets
@@ -56,8 +59,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches an epoch in training."""
-        full, rest = divmod(self.num_images, self.batch_size)
-        return full + (rest > 1 or (rest == 1 and full == 0))
+        return self.passes * num_batches(self.num_images, self.batch_size)
 
     @property
     def num_images(self) -> int:
@@ -65,16 +67,17 @@ class Batches:
         return len(self.source.images)
 
     def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One shuffled pass of (inputs ``(n, *F)`` float32, targets ``(n,)`` or ``(n, K)``), on the device.
+        """An epoch of (inputs ``(n, *F)`` float32, targets ``(n,)`` or ``(n, K)``), on the device, each pass shuffled.
 
         Order and views depend on seed and epoch alone. With several fixed views each image goes through all of them,
         in a random order, before it sees one again.
         """
         if self.targets is None:
             raise ValueError("These images have no labels, so there is nothing to train on.")
-        order = np.random.default_rng([seed, epoch, 0]).permutation(self.num_images)
-        for inputs, rows in self._batched(self._chunks(order, self._views(seed, epoch)), merge_single=True):
-            yield inputs, self.targets[rows].to(self.device)
+        for number in range(epoch * self.passes, (epoch + 1) * self.passes):
+            order = np.random.default_rng([seed, number, 0]).permutation(self.num_images)
+            for inputs, rows in self._batched(self._chunks(order, self._views(seed, number)), merge_single=True):
+                yield inputs, self.targets[rows].to(self.device)
 
     def in_order(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         """One pass over the first view, in the order of the images: (inputs, row numbers)."""
@@ -153,7 +156,7 @@ class Batches:
         assert not isinstance(source, FeatureSource)
         if isinstance(source.views, tuple):
             return source.views[place]
-        return self.situation.view.with_seed(source.views.policy, place)
+        return self.situation.view.with_seed(source.views.policy, int(place))
 
     def _run(self, pending: list[tuple[Tensor, int]]) -> tuple[Tensor, NDArray[np.int64]]:
         images, rows = torch.stack([image for image, _ in pending]), np.array([row for _, row in pending])
@@ -206,6 +209,12 @@ def left_out_note(*passes: Batches | None) -> str | None:
         return None
     name, reason = next(iter(failures.items()))
     return f"{len(failures):,} image{'s' * (len(failures) > 1)} can't be read, left out (first: {name}: {reason})"
+
+
+def num_batches(num_images: int, batch_size: int) -> int:
+    """Batches of a pass in training: a last one of a single image joins the one before it."""
+    full, rest = divmod(num_images, batch_size)
+    return full + (rest > 1 or (rest == 1 and full == 0))
 
 
 def fresh_seed(seed: int, epoch: int) -> int:
