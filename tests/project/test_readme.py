@@ -1,6 +1,7 @@
 """The README's two minutes, run as they stand: on photographs, with random weights where the real ones would be."""
 
 import re
+import runpy
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -126,3 +127,8 @@ def _write_crops(folder: Path, photo: np.ndarray, rng: np.random.Generator, name
     for name in names:
         top, left = rng.integers(0, photo.shape[0] - 240), rng.integers(0, photo.shape[1] - 260)
         Image.fromarray(photo[top : top + 240, left : left + 260]).save(folder / name, quality=90)
+
+
+def test_the_readme_shows_the_house_as_it_is() -> None:
+    drawn = runpy.run_path(str(README.with_name("scripts") / "draw_house.py"))["pictures"]()
+    assert drawn in README.read_text(encoding="utf-8")
