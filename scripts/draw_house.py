@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "project"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "project"))
 from test_layering import ROOMS, modules, names_used, room, target_in
 
 BEGIN, END = "<!-- drawn by scripts/draw_house.py -->", "<!-- /drawn -->"
