@@ -13,10 +13,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "tests" / "project"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "project"))
 from test_layering import ROOMS, modules, names_used, room, target_in
+
+ROOT = Path(__file__).parents[1]
 
 BEGIN, END = "<!-- drawn by scripts/draw_house.py -->", "<!-- /drawn -->"
 
