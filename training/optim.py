@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from featstore.errors import FeatureStoreError
+from featstore.models.modes import check_trainable
 from featstore.models.staged import StagedModel
 from featstore.models.stages import AbsentStage, HeadStage, Stage
 from training.heads import DAMPING, SPREAD, LinearHead
@@ -142,7 +144,13 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
 
     Raises:
         ValueError: if nothing trains, for an unknown optimizer, or for rates that don't fit.
+        FeatureStoreError: if gradients are switched off, or a parameter can never have one.
     """
+    if not torch.is_grad_enabled():
+        raise FeatureStoreError(
+            "Gradients are switched off here, by torch.no_grad, torch.inference_mode or torch.set_grad_enabled(False), "
+            "and training needs them. Call fit and lr_find outside of that block."
+        )
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
         raise ValueError(
             f"{optimizer!r} is no optimizer. The optimizers are {', '.join(OPTIMIZERS)}; or pass a callable."
@@ -157,6 +165,7 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
             for parameter in model.stages[place].parameters()
             if parameter.requires_grad
         ]
+        check_trainable(parameters, model.name)
         if parameters:
             parameter_groups.append(
                 {"params": parameters, "lr": rate, "weight_decay": weight_decay, "name": group.name}

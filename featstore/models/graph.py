@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from featstore.errors import ModelError
-from featstore.models.modes import mode_of, one_pass, random_states, random_states_kept
+from featstore.models.modes import gradients_on, mode_of, one_pass, random_states, random_states_kept
 
 LIBRARY_LEAVES = ("torch.nn", "torch.ao.nn")
 
@@ -86,6 +86,15 @@ def refuse_patched(module: nn.Module) -> None:
             raise ModelError(
                 f"{where} has a forward hook, whose effect no key can see. Remove the hook, or write what it does into "
                 "the forward of a module."
+            )
+        if isinstance(getattr(part, "_orig_mod", None), nn.Module):
+            raise ModelError(
+                f"{where} is compiled by torch.compile, and what that runs no key can see. Hand over the module that "
+                f"was compiled: {f'put the _orig_mod of {path} in its place' if path else 'net._orig_mod'}."
+            )
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{where} is a TorchScript module, whose code no key can see. Hand over the nn.Module it was made from."
             )
         if "forward" in vars(part):
             raise ModelError(
@@ -232,6 +241,7 @@ def _traced(module: nn.Module, *, training: bool, opaque: frozenset[str]) -> tup
             _attributes_kept(module) as undo_proxies,
             mode_of(module, training=training),
             random_states_kept(),
+            gradients_on(),
         ):
             before, versions = random_states(), _versions(module)
             try:

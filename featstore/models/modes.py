@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from featstore.errors import ModelError
 from featstore.models.names import Precision
 
 INITIAL_SEED = 0
@@ -72,6 +73,26 @@ def random_states() -> tuple[Any, ...]:
     """The global random states on the CPU, as a value to compare: it changes when a number is drawn."""
     _, numbers, *places = np.random.get_state()  # noqa: NPY002
     return random.getstate(), np.asarray(numbers).tobytes(), places, torch.get_rng_state().numpy().tobytes()
+
+
+@contextmanager
+def gradients_on() -> Iterator[None]:
+    """Gradients for the block whatever the caller has switched off, and tensors that can be trained.
+
+    A forward may ask whether gradients are on (checkpointing does), and a tensor that it makes inside
+    ``torch.inference_mode`` can never take part in training.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def check_trainable(parameters: Iterable[nn.Parameter], name: str) -> None:
+    """Raises ModelError for parameters that were made inside ``torch.inference_mode``: they are for inference only."""
+    if any(parameter.is_inference() for parameter in parameters):
+        raise ModelError(
+            f"{name} has parameters that were made inside torch.inference_mode, which torch can't train. Make the "
+            "model, its head and the learner outside of it."
+        )
 
 
 @contextmanager

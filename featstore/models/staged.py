@@ -15,7 +15,7 @@ from featstore.errors import ModelError
 from featstore.images.views import View
 from featstore.models.digests import START
 from featstore.models.graph import split_into_stages
-from featstore.models.modes import eval_mode, random_states_kept
+from featstore.models.modes import check_trainable, eval_mode, random_states_kept
 from featstore.models.names import automatic, layout_of
 from featstore.models.pool import Pool
 from featstore.models.stages import AbsentStage, HeadStage, PoolStage, Stage, TracedStage
@@ -493,6 +493,8 @@ class StagedModel(nn.Module):
     def _freeze(self, count: int) -> None:
         self._own(count)
         self._num_frozen = count
+        if not torch.is_inference_mode_enabled():
+            check_trainable((tensor for stage in self.ordered[count:] for tensor in stage.parameters()), self.name)
         for stage in self.ordered[count:]:
             for parameter in stage.parameters():
                 if parameter.is_floating_point():
@@ -528,6 +530,13 @@ class StagedModel(nn.Module):
                 with torch.no_grad(), eval_mode(stage), random_states_kept():
                     values = _on_meta(stage, values) if on_meta else stage(values)
             except Exception as error:
+                if (channels := _other_channels(stage, values)) is not None:
+                    raise ModelError(
+                        f"{self.name} takes images of {channels} channel{'s' * (channels != 1)} (its stage "
+                        f"{stage.name}), and images have 3 here, R, G and B, which are equal in a gray image. Hand "
+                        f"over a module that makes {channels} of the 3 and then calls yours, in its forward: "
+                        f"self.net({'images[:, :1]' if channels == 1 else 'self.adapt(images)'})."
+                    ) from error
                 reason = str(error).strip().rstrip(".") or type(error).__name__
                 raise ModelError(
                     f"{self.name} can't take images of {images.shape[-1]} x {images.shape[-1]} pixels: its stage "
@@ -548,6 +557,14 @@ def _on_meta(stage: Stage, values: Any) -> Any:
     state = dict(stage.named_parameters()) | dict(stage.named_buffers())
     empty = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
     return torch.func.functional_call(stage, empty, (values,))
+
+
+def _other_channels(stage: Stage, values: Any) -> int | None:
+    """How many channels a stage's first layer takes, if it is another number than that of RGB images `values`."""
+    if not isinstance(values, Tensor) or values.ndim != 4 or values.shape[1] != 3:
+        return None
+    counts = (getattr(part, "in_channels", getattr(part, "num_features", 3)) for part in stage.modules())
+    return next((int(count) for count in counts if count != 3), None)
 
 
 def _shares_memory(values: Any, others: Iterable[Tensor]) -> bool:

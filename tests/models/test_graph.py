@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -534,6 +535,49 @@ def test_what_runs_beside_a_class_is_refused_by_name(patch: Callable[[nn.Module]
         StagedModel.from_module(module)
     with pytest.raises(ModelError, match="ReLU"):
         model.digests()
+
+
+def test_a_compiled_module_is_refused_and_the_advice_works() -> None:
+    net: Any = torch.compile(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()))
+    with pytest.raises(ModelError, match=r"the model \(OptimizedModule\) is compiled .* was compiled: net._orig_mod\."):
+        StagedModel.from_module(net)
+    assert StagedModel.from_module(net._orig_mod).cut_points == ["0", "1"]
+    outer = nn.Sequential(nn.Conv2d(3, 3, 1), net)
+    with pytest.raises(ModelError, match=r"1 \(OptimizedModule\) is compiled .* put the _orig_mod of 1 in its place\."):
+        StagedModel.from_module(outer)
+    outer[1] = net._orig_mod
+    assert StagedModel.from_module(outer).cut_points == ["0", "1.0", "1"]
+
+
+def test_a_torchscript_module_is_refused_with_what_to_hand_over() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        net = torch.jit.script(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()))
+    with pytest.raises(ModelError, match=r"TorchScript module, .* Hand over the nn.Module it was made from"):
+        StagedModel.from_module(net)
+
+
+class Asking(nn.Module):
+    """Another forward without gradients, as checkpointing has, and a tensor that it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        values = self.conv(values) * torch.full((4, 1, 1), 0.5)
+        return values.relu() if torch.is_grad_enabled() else values.relu().contiguous()
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_the_caller_has_switched_off_change_no_stage(off: Callable[[], Any]) -> None:
+    module = Asking()
+    expected = StagedModel.from_module(module)
+    with off():
+        model = StagedModel.from_module(module)
+    assert model.digests() == expected.digests()
+    model.train()(images()).sum().backward()  # with constants that can be trained through
+    assert module.conv.weight.grad is not None
 
 
 def test_a_parametrization_is_refused_and_the_advice_works() -> None:

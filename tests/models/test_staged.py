@@ -190,6 +190,30 @@ def test_a_size_that_a_network_cannot_take_is_refused_with_the_stage() -> None:
         model.shape("1")
 
 
+def test_a_network_of_one_channel_is_refused_and_the_advice_works() -> None:
+    class Gray(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, images: Tensor) -> Tensor:
+            result: Tensor = self.net(images[:, :1])
+            return result
+
+    gray = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    gray(torch.zeros(1, 1, 12, 12))
+    advice = r"sequential takes images of 1 channel \(its stage 0\), and images have 3 .*: self.net\(images\[:, :1\]\)"
+    with pytest.raises(ModelError, match=advice):
+        staged(gray).shape("1")
+    with pytest.raises(ModelError, match=advice):
+        _ = staged(gray).default_cut
+    assert staged(Gray(gray)).shape("net.1") == (4, 10, 10)
+    with pytest.raises(
+        ModelError, match=r"takes images of 6 channels \(its stage 0\), .*: self.net\(self.adapt\(images"
+    ):
+        staged(nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3))).shape("1")
+
+
 def test_layouts_follow_the_dimensions_where_nobody_says() -> None:
     model = staged()
     assert [model.layout(cut) for cut in ("layer1", "layer3", "mean", "fc")] == ["NCHW", "NCHW", "NC", "NC"]
@@ -319,6 +343,15 @@ def test_thawing_trains_parameters_that_came_frozen() -> None:
     model.freeze_to("layer2")
     assert all(parameter.requires_grad for parameter in model.trained_parameters())
     assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_model_made_for_inference_alone_is_refused_where_it_is_thawed() -> None:
+    with torch.inference_mode():
+        model = staged()
+    with torch.no_grad():
+        assert model(images()).shape == (4, 5)
+    with pytest.raises(ModelError, match=r"net has parameters that were made inside torch.inference_mode"):
+        model.unfreeze()
 
 
 def test_freezing_again_keeps_what_was_trained() -> None:

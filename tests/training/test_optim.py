@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.tiny import VIEW, staged
+from support.tiny import VIEW, arrays, staged
 from torch import nn
 
-from featstore import StagedModel
+from featstore import FeatureStoreError, StagedModel
 from featstore.models.backbones import outline
-from training import build_head, optim
+from training import Learner, build_head, optim
 from training.optim import LayerGroup, layer_groups, spread
 
 
@@ -156,3 +158,21 @@ def test_nothing_left_to_train_is_refused() -> None:
     model.freeze_to(model.cut_points[-1])
     with pytest.raises(ValueError, match=r"Everything is frozen.*freeze_to\(\.\.\.\) or unfreeze\(\)"):
         optim.build(model, 1e-2, optimizer="sgd", weight_decay=0.0)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_training_where_gradients_are_switched_off_is_refused_and_goes_on_outside(off: Callable[[], Any]) -> None:
+    learn = Learner(staged(), arrays(6), head="linear", quiet=True)
+    with off():
+        for train in (lambda: learn.fit(1, lr=1e-3), learn.lr_find):
+            with pytest.raises(FeatureStoreError, match=r"Gradients are switched off here, .* outside of that block\."):
+                train()
+        assert len(learn.predict(arrays(6))) == 6
+    assert len(learn.fit(1, lr=1e-3).records) == 1
+
+
+def test_a_learner_made_for_inference_alone_is_refused() -> None:
+    with torch.inference_mode():
+        learn = Learner(staged(), arrays(6), head="linear", quiet=True)
+    with pytest.raises(FeatureStoreError, match=r"net has parameters that were made inside torch.inference_mode"):
+        learn.fit(1, lr=1e-3)
