@@ -29,7 +29,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the README's reader has: photos in two class folders, two new ones in inbox/, and resnet34's weights.
 
-    With their views, eight photos fill one batch of 40 through resnet34 at 224 pixels, which is what these tests take.
+    Eight photos and the views of six of them fill one batch of 32, and batches of resnet34 are what these tests take.
     """
     folder = tmp_path_factory.mktemp("readme")
     rng = np.random.default_rng(0)
