@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -35,3 +36,20 @@ def listed(names: Sequence[str]) -> str:
     """
     more = [f"{len(names) - 5:,} more"] if len(names) > 5 else []
     return ", ".join([*map(repr, names[:5]), *more])
+
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str, *, is_one_line: bool = False) -> str:
+    r"""`text` with control characters shown, not obeyed: names come from files, and a terminal obeys what it is sent.
+
+    >>> printable("cat\x1b[2J\tdog")
+    'cat\\x1b[2J\tdog'
+
+    Args:
+        text: may hold tabs and line breaks.
+        is_one_line: shows these too.
+    """
+    shown = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return shown.replace("\n", "\\n").replace("\t", "\\t") if is_one_line else shown

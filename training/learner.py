@@ -22,6 +22,7 @@ from featstore.models.runs import new_run, read_run, write_run
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import choose_device
 from featstore.store.store import FeatureStore
+from featstore.words import printable
 from training import metrics as scores
 from training import optim, saved, schedules, settings
 from training.class_tables import check_contrast, kept_table, with_table
@@ -546,7 +547,7 @@ class Learner:
 
     def _say(self, text: str | None) -> None:
         if text is not None and not self.quiet:
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
 
     def _say_trained(self, images: ImageSet) -> None:
         digests = images.digests(self._situation().known)

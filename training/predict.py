@@ -59,12 +59,21 @@ def predictions(ids: Sequence[str], values: NDArray[np.float64], classes: Sequen
 
 
 def write_csv(path: Path, ids: Sequence[str], values: NDArray[np.float64], classes: Sequence[str], task: str) -> None:
-    """A table: image, label, probability, then a column a class."""
+    """A table: image, label, probability, then a column a class.
+
+    People open it with a spreadsheet, which takes a text that begins like a formula for one: such a name gets an
+    apostrophe in front, as a spreadsheet marks text.
+    """
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "label", "probability", *classes])
+        writer.writerow(["image", "label", "probability", *map(_as_text, classes)])
         for each, row in zip(predictions(ids, values, classes, task), values, strict=True):
-            writer.writerow([each.image, each.label, f"{each.probability:.6f}", *(f"{value:.6f}" for value in row)])
+            numbers = [f"{value:.6f}" for value in (each.probability, *row)]
+            writer.writerow([_as_text(each.image), _as_text(each.label), *numbers])
+
+
+def _as_text(name: str) -> str:
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
 def as_images(items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> ImageSet:

@@ -20,6 +20,7 @@ import typer.main
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ImageError
 from featstore.remedies import Command
+from featstore.words import printable
 
 DONE, FAILED, WRONG_USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes of both programs; INCOMPLETE is for `extract` and `status` alone."""
@@ -150,7 +151,7 @@ def _cell(value: Json) -> str:
         return "x".join(map(str, value))
     if isinstance(value, float):
         return f"{value:,.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else printable(str(value), is_one_line=True)
 
 
 def _flat(prefix: str, value: Json) -> Iterator[tuple[str, str]]:
@@ -158,9 +159,9 @@ def _flat(prefix: str, value: Json) -> Iterator[tuple[str, str]]:
         for name, inner in value.items():
             yield from _flat(f"{prefix}.{name}" if prefix else name, inner)
     elif isinstance(value, list):
-        yield prefix, ", ".join(map(str, value)) or "-"
+        yield prefix, printable(", ".join(map(str, value)), is_one_line=True) or "-"
     else:
-        yield prefix, "-" if value is None else str(value)
+        yield prefix, "-" if value is None else printable(str(value), is_one_line=True)
 
 
 @contextmanager
@@ -215,4 +216,4 @@ def _raised_in(error: Exception) -> str:
 
 def _write(text: str, stream: TextIO) -> None:
     encoding = stream.encoding or "utf-8"  # a file name may hold what the terminal, or UTF-8 itself, can't say
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import struct
 import sys
@@ -297,7 +298,7 @@ def _write_parquet(targets: tuple[Path, ...], rows: _Rows) -> _Written:
     if rows.features.dtype != torch.float32:
         notes.append(f"{_name(rows.features.dtype)} became float32; no value changed")
     is_single = rows.images.task == "single"
-    labels = rows.labels("\0")
+    labels = list(map(_shown, rows.labels("\0")))
     columns = {
         "id": pa.array(list(map(_shown, rows.images.ids)), pa.string()),
         "split": pa.array(rows.images.splits.tolist(), pa.string()),
@@ -476,5 +477,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _shown(text: str) -> str:
-    """`text` without the lone surrogates of a name that is no UTF-8, which Arrow can't hold."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """`text` without lone surrogates, which Arrow can't hold: those of a name that is no UTF-8, and any others."""
+    as_bytes = text.encode("utf-8", "surrogateescape") if not _OTHER_SURROGATE.search(text) else None
+    if as_bytes is not None:
+        return as_bytes.decode("utf-8", "backslashreplace")
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+_OTHER_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # stands for no byte

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import DamagedFileError
-from featstore.files.hdf5 import opened_hdf5
+from featstore.files.hdf5 import opened_hdf5, own_dataset
 from featstore.files.header import is_part
 from featstore.files.part import Part
 from featstore.files.storage_types import STORAGE_TYPES, storage_type_of
@@ -304,7 +304,13 @@ def _member(file: Any, name: str, path: Path, flag: str) -> Any:
             f"{path} has no dataset {name!r}; at its top are {', '.join(sorted(file)) or 'none'}. Expected one. Name "
             f"it with {flag}."
         )
-    return file[name]
+    try:
+        return own_dataset(file, name)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} can't be imported: {error}. Expected values in the file itself. Copy them into one, where all "
+            f"files are: h5py.File('whole.h5', 'w')['{name}'] = h5py.File('{path.name}')['{name}'][()]"
+        ) from error
 
 
 def _found_in_part(path: Path) -> FeatureFile:
@@ -325,15 +331,15 @@ def _found_in_part(path: Path) -> FeatureFile:
     with opened_hdf5(path) as file:
         if "id" not in file:
             return FeatureFile(rows=rows)
-        ids = _texts(file["id"][()])
+        ids = _texts(own_dataset(file, "id")[()])
         images = _described(
             part.facts,
             ids,
             where=str(path),
             digests=part.digests,
-            splits=_texts(file["split"][()]),
-            targets=file["target"][()] if "target" in file else None,
-            groups=_texts(file["group"][()]) if "group" in file else None,
+            splits=_texts(own_dataset(file, "split")[()]),
+            targets=own_dataset(file, "target")[()] if "target" in file else None,
+            groups=_texts(own_dataset(file, "group")[()]) if "group" in file else None,
         )
     return FeatureFile(rows=rows, ids=ids, images=images)
 

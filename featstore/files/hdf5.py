@@ -61,6 +61,31 @@ def opened_hdf5(path: Path) -> Iterator[Any]:
             yield hdf5
 
 
+def own_dataset(hdf5: Any, name: str) -> Any:
+    """The dataset of that path, whose values lie in the file itself.
+
+    HDF5 reads others out of files that the dataset names: virtual ones, whose sources may be missing (it then gives
+    zeros, or ends the interpreter), and external ones, which may be any file of this machine.
+
+    Raises:
+        KeyError: if there is none.
+        ValueError: if it is no dataset, or one of those.
+    """
+    path = ""
+    for part in name.strip("/").split("/"):
+        path = f"{path}/{part}"
+        if isinstance(hdf5.get(path, getlink=True), h5py.ExternalLink):
+            raise ValueError(f"{path} is a link into another file")
+    dataset = hdf5[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise ValueError(f"/{name} is not a dataset")
+    if dataset.is_virtual:
+        raise ValueError(f"/{name} is a virtual dataset, which is put together from other files")
+    if dataset.external:
+        raise ValueError(f"/{name} has its values in other files (external storage)")
+    return dataset
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredRows:
     """What the features of a part are as an array of rows.
@@ -311,7 +336,8 @@ class Structure:
         return facts
 
     def _dataset(self, name: str) -> h5py.Dataset:
-        dataset = self._hdf5[name]
-        if not isinstance(dataset, h5py.Dataset):
-            raise ValueError(f"/{name} is not a dataset")
+        dataset = own_dataset(self._hdf5, name)
+        region = self.layout.regions.get(name)
+        if region is not None and _extent_of(dataset) != region:
+            raise ValueError(f"/{name} lies elsewhere than its region says")
         return dataset

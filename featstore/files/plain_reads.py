@@ -16,8 +16,8 @@ MAX_BUFFERS = 1024
 """What Linux and macOS take in one call."""
 
 REMEDY = (
-    "Put a sound copy in its place, or set it aside (featstore verify --repair) and extract or import again, which "
-    "files only what is then missing."
+    "Move a sound copy into its place (mv: cp would write over what readers have mapped), or set it aside (featstore "
+    "verify --repair) and extract or import again, which files only what is then missing."
 )
 """For a damaged file."""
 
@@ -95,7 +95,7 @@ def _unfilled(buffers: list[memoryview], count: int) -> list[memoryview]:
 # ---- what is said about a file
 
 _NO_FILE_REMEDY = (
-    "Put a sound copy in its place, or delete it and extract or import again, which files only what is then missing."
+    "Move a sound copy into its place, or delete it and extract or import again, which files only what is then missing."
 )
 
 

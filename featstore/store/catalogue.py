@@ -181,17 +181,24 @@ class Catalogue:
         return tuple(sorted({*holding, *beside.get(spec.key, ())}))
 
     def _spec_in(self, folder: Path) -> FeatureSpec | None:
+        """The spec of the parts in `folder`; where they are of several, that which the folder is named after."""
         damage: DamagedFileError | None = None
+        first: FeatureSpec | None = None
+        digits = key_in(folder.name)
         for path in part_paths(folder):
             try:
-                return self.part(path).spec
+                spec = self.part(path).spec
             except FileNotFoundError:  # superseded, and unlinked since it was listed
                 continue
             except DamagedFileError as error:
                 damage = damage or error
-        if damage is not None:
+                continue
+            if not digits or short_key(spec.key) == digits:
+                return spec
+            first = first or spec
+        if first is None and damage is not None:
             raise damage
-        return None
+        return first
 
     def _opened_in(self, folders: Sequence[Path]) -> tuple[list[SetPart], dict[Path, DamagedFileError]]:
         """The parts in `folders` in the order of their names, and what is wrong with those that can't be used.
@@ -302,8 +309,8 @@ def misplaced(path: Path, key: str, key_of_folder: str) -> str:
 def dangling(path: Path) -> str:
     """What is said of a link to nothing."""
     return (
-        f"{path} is a link to a file that isn't there. Put a sound copy of the file in its place, or delete the link "
-        "and extract (or import) again, which adds only what is then missing."
+        f"{path} is a link to a file that isn't there. Move a sound copy of the file into its place, or delete the "
+        "link and extract (or import) again, which adds only what is then missing."
     )
 
 

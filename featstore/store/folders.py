@@ -55,4 +55,5 @@ def is_trunk_folder(name: str) -> bool:
 
 
 def _safe(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "_", text)[:80]
+    """`text` as a part of a folder's name, which never begins with a dot: nobody looks into hidden folders."""
+    return re.sub(r"^\.+|[^A-Za-z0-9._]+", "_", text)[:80]

@@ -41,6 +41,17 @@ class ImageTable:
 
     table: Table
 
+    @classmethod
+    def of(cls, table: Table) -> ImageTable:
+        """`table`, if it has the columns and facts of the format.
+
+        Raises:
+            DamagedFileError: names the first one that is missing or of another kind.
+        """
+        if fault := _fault(table):
+            raise DamagedFileError(_unusable(table.path, fault))
+        return cls(table)
+
     @property
     def stem(self) -> str:
         """Name of the file without its ending: what children call their parents."""
@@ -59,7 +70,7 @@ class ImageTable:
     @property
     def content(self) -> str:
         """Equal for two tables that say the same."""
-        return str(self.table.facts["content"])
+        return str(self.table.facts.get("content"))
 
     @property
     def digests(self) -> NDArray[np.uint8]:
@@ -121,7 +132,7 @@ class ImageTables:
         found = self._opened.get(path)  # another thread may forget it meanwhile
         if found is None:
             with _readable(path):
-                found = self._opened[path] = ImageTable(Table.open(path))
+                found = self._opened[path] = ImageTable.of(Table.open(path))
         return found
 
     def newest(self, is_asked: Callable[[str], bool]) -> list[ImageTable]:
@@ -143,7 +154,7 @@ class ImageTables:
         described = self._descriptions(lambda name: True)
         for path in sorted(described, key=lambda path: described[path].when, reverse=True):
             with suppress(FileNotFoundError, DamagedFileError), _readable(path):
-                yield self._opened.get(path) or ImageTable(Table.open(path))
+                yield self._opened.get(path) or ImageTable.of(Table.open(path))
 
     def forget(self, path: Path) -> None:
         """Opens the table at `path` anew when it is asked for again."""
@@ -161,7 +172,7 @@ class ImageTables:
                             facts = Table.read_facts(path)
                     except FileNotFoundError:  # deleted since it was listed
                         continue
-                    known = self._described[path] = _Description(parents=tuple(facts["parents"]), when=facts["when"])
+                    known = self._described[path] = _Description.of(path, facts)
                 found[path] = known
         return found
 
@@ -181,6 +192,14 @@ class _Description:
     parents: tuple[str, ...]
     when: str
 
+    @classmethod
+    def of(cls, path: Path, facts: Mapping[str, Json]) -> _Description:
+        """From the facts of the table at `path`; DamagedFileError if they don't tell."""
+        parents, when = facts.get("parents"), facts.get("when")
+        if not isinstance(parents, list) or not isinstance(when, str):
+            raise DamagedFileError(_unusable(path, f"its facts don't tell what it replaces ({parents!r:.60})"))
+        return cls(parents=tuple(parents), when=when)
+
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
@@ -188,6 +207,59 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise DamagedFileError(f"{path} can't be read ({error.strerror}). Make it readable for you.") from error
+
+
+def _unusable(path: Path, fault: str) -> str:
+    return (
+        f"{path} can't be used by this featstore: {fault}. If a newer one wrote it, upgrade; else move a sound copy "
+        "into its place, or delete it and extract again, which files the image set anew."
+    )
+
+
+def _fault(table: Table) -> str | None:
+    """What of a table isn't as the format has it, in words; None of a sound one."""
+    columns, facts = table.columns, table.facts
+    missing = [name for name in _COLUMNS if name not in columns]
+    missing += [name for name in _FACTS if name not in facts]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    for name, kind in _FACTS.items():
+        if not isinstance(facts[name], kind):
+            return f"its fact {name} is {facts[name]!r:.60}"
+    count = len(columns["digest"])
+    for name, shape in _COLUMNS.items():
+        wanted = None if shape is None else (count, *shape)
+        if wanted is not None and columns[name].shape != wanted:
+            return f"its column {name} has the shape {columns[name].shape}, not {wanted}"
+    for name in ("group", "target"):
+        if name in columns and len(columns[name]) != count:
+            return f"its column {name} has {len(columns[name]):,} values for {count:,} images"
+    ends = columns["id_ends"]
+    if count and not (ends[-1] == len(columns["id_bytes"]) and (np.diff(ends, prepend=0) >= 0).all()):
+        return "its ids don't end where their bytes do"
+    if count and columns["split"].max() >= len(_SPLIT_NAMES):
+        return f"its column split holds {columns['split'].max()}"
+    return None
+
+
+_COLUMNS: dict[str, tuple[int, ...] | None] = {
+    "id_bytes": None,
+    "id_ends": (),
+    "digest": (32,),
+    "has_digest": (),
+    "stat": (5,),
+    "split": (),
+}
+"""Column -> the shape of what it holds of each image; None: as many bytes as the ids have."""
+
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "task": str,
+    "classes": list,
+    "groups": (list, type(None)),
+    "parents": list,
+    "when": str,
+}
 
 
 def last_ids(digests: NDArray[np.uint8], tables: Iterable[ImageTable], *, wanted: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -76,3 +77,44 @@ FACTS = frozenset(
     }
 )
 """What readers of a part rely on: all that `docs/format.md` lists, which every version of it has had."""
+
+
+def check_facts(facts: Mapping[str, Json]) -> None:
+    """Checks that the facts which a store relies on are of the kinds that `docs/format.md` gives them.
+
+    Raises:
+        ValueError: names the first one that isn't.
+    """
+    texts, mappings = ("key", "backbone", "cut", "who", "when"), ("spec", "view", "profile", "probe", "failed")
+    is_as_expected = {
+        **{name: isinstance(facts[name], str) for name in texts},
+        **{name: isinstance(facts[name], dict) for name in mappings},
+        "class_tokens": isinstance(facts["class_tokens"], int),
+        "supersedes": _are_texts(facts["supersedes"]),
+        "stages": _are_stages(facts["stages"]),
+    }
+    if is_as_expected["failed"]:
+        failed = facts["failed"]
+        is_as_expected["failed"] = _are_texts([*failed, *failed.values()]) and all(map(_DIGEST.fullmatch, failed))
+    for name, is_so in is_as_expected.items():
+        if not is_so:
+            raise ValueError(f"its fact {name} is {facts[name]!r:.60}, which the format doesn't allow")
+
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def _are_texts(values: Json) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _are_stages(stages: Json) -> bool:
+    if not isinstance(stages, list) or not stages:
+        return False
+    return all(
+        isinstance(stage, dict)
+        and all(isinstance(stage.get(name), str) for name in ("name", "layout", "digest"))
+        and isinstance(stage.get("shape"), list)
+        and all(isinstance(size, int) for size in stage["shape"])
+        for stage in stages
+    )

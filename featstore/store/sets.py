@@ -18,7 +18,7 @@ from featstore.files.part import Part
 from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.views import View
 from featstore.models.names import PRECISIONS, Precision
-from featstore.store.part_facts import FACTS
+from featstore.store.part_facts import FACTS, check_facts
 from featstore.store.spec import FeatureSpec
 
 
@@ -191,14 +191,15 @@ class SetPart:
             spec = FeatureSpec.from_facts(part.facts["spec"])
             if missing := FACTS - part.facts.keys():
                 raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
+            check_facts(part.facts)
             if part.facts["key"] != spec.key or spec.rendered.facts() != spec.view:
                 raise ValueError("its key isn't that of its spec")
             if part.storage_type != spec.storage_type:
                 raise ValueError(f"it holds torch.{part.storage_type.name}, and its spec says {spec.dtype}")
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(
-                f"{part.path} can't be used by this featstore: {error}. If a newer one wrote it, upgrade; else put a "
-                f"sound copy in its place, or delete it and run {made_by(part)} again."
+                f"{part.path} can't be used by this featstore: {error}. If a newer one wrote it, upgrade; else move a "
+                f"sound copy into its place, or delete it and run {made_by(part)} again."
             ) from error
         return cls(part, spec)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from featstore.files.part import Part
 from featstore.files.table import Table
 from featstore.store.catalogue import Catalogue, dangling, listed, misplaced, part_paths, unreadable
 from featstore.store.folders import key_in, short_key
-from featstore.store.image_tables import ImageTables
+from featstore.store.image_tables import ImageTable, ImageTables
 from featstore.store.sets import SetPart, made_by
 from featstore.words import size_text
 
@@ -71,6 +72,7 @@ def verify(catalogue: Catalogue, tables: ImageTables, *, repair: bool, progress:
     if repair:
         _sync_set_aside([*catalogue.folders(), tables.folder])
     parts, closed = _listed(catalogue)
+    closed |= _closed(tables.folder)
     checked = _checked(parts, _check_part, progress=progress)
     checked_tables = _checked(tables.paths(), _check_table, progress=False)  # small
     faults = (
@@ -124,6 +126,17 @@ def _listed(catalogue: Catalogue) -> tuple[list[Path], dict[Path, _Checked]]:
     return parts, closed
 
 
+def _closed(folder: Path) -> dict[Path, _Checked]:
+    """The folder of the image tables, with the reason, if it can't be listed; it need not be there."""
+    try:
+        os.listdir(folder)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        return {folder: _Checked(num_bytes=0, reason=unreadable(folder, error))}
+    return {}
+
+
 def _checked(paths: Sequence[Path], check: Callable[[Path], str], *, progress: bool) -> dict[Path, _Checked]:
     """What is found at each of `paths`; those are left out that have gone since they were listed."""
     found = {}
@@ -160,7 +173,11 @@ def _check_part(path: Path) -> str:
 
 def _check_table(path: Path) -> str:
     with _told_from_damage(path):
-        Table.open(path)
+        table = Table.open(path)
+    try:
+        ImageTable.of(table)
+    except DamagedFileError as error:
+        raise _NoDamageError(str(error)) from error
     return ""
 
 
@@ -199,8 +216,8 @@ def _altered_rows(part: Part, blocks: Sequence[range]) -> str:
     listed = f"{', '.join(stretches)}{', ...' * (len(blocks) > 3)}"
     return (
         f"{part.path} is damaged: {sum(map(len, blocks)):,} rows of its features ({listed}) don't fit their checksums. "
-        f"Put a sound copy in its place, or set it aside (featstore verify --repair) and run {made_by(part)} again, "
-        "which adds only what is then missing."
+        "Move a sound copy into its place (mv: cp would write over what readers have mapped), or set it aside "
+        f"(featstore verify --repair) and run {made_by(part)} again, which adds only what is then missing."
     )
 
 

@@ -310,7 +310,7 @@ def test_what_is_no_file_is_refused_in_a_sentence_and_not_waited_for(
         error = small.damage(sound_sets=1 if kind == "part" else 2)
     assert error.startswith(f"{path} ")
     assert words in error
-    assert "Put a sound copy in its place, or " in error
+    assert "Move a sound copy into its place" in error
     if kind == "part":
         small.check_others()
 
