@@ -32,8 +32,10 @@ from torch import nn
 
 class Gate(nn.Module):
     def forward(self, values):
-        if bool((values.amin(dim=(1, 2, 3)) > 2).any()) and "INTERRUPT_AT_WHITE" in os.environ:
-            signal.raise_signal(int(os.environ["INTERRUPT_AT_WHITE"]))
+        red, green, blue = values.unbind(1)
+        is_magenta = (red.amin((1, 2)) > 2) & (green.amax((1, 2)) < -1.5) & (blue.amin((1, 2)) > 2)
+        if bool(is_magenta.any()) and "INTERRUPT_AT_MAGENTA" in os.environ:
+            signal.raise_signal(int(os.environ["INTERRUPT_AT_MAGENTA"]))
         return values
 
 
@@ -268,14 +270,14 @@ def test_after_ctrl_c_or_the_end_of_its_time_what_was_computed_is_filed(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     (here / "impatient.py").write_text(IMPATIENT, encoding="utf-8")
-    Image.new("RGB", (90, 90), "white").save(here / "photos" / "dog" / "white.png")
+    Image.new("RGB", (90, 90), "magenta").save(here / "photos" / "dog" / "magenta.png")
     wanted = ["--images", "photos", "--store", "feats", "--backbone", "impatient.py:make_model", "--size", "32"]
-    monkeypatch.setenv("INTERRUPT_AT_WHITE", str(int(by)))
+    monkeypatch.setenv("INTERRUPT_AT_MAGENTA", str(int(by)))
     ran = featstore("extract", *wanted, "--batch-size", "4")
     assert (ran.code, ran.out) == (130, "")
     assert signal.getsignal(signal.SIGTERM) == before
     assert ran.err.endswith("\nInterrupted. What was computed is filed; the same command computes the rest.\n")
-    monkeypatch.delenv("INTERRUPT_AT_WHITE")
+    monkeypatch.delenv("INTERRUPT_AT_MAGENTA")
     again = featstore("extract", *wanted, "--json")
     assert [(each["computed"], each["reused"]) for each in again.json["sets"]] == [(1, 20)]
 
