@@ -26,7 +26,12 @@ def test_a_function_of_ones_own_makes_the_model_and_may_import_what_lies_beside_
     assert (sys.path, random_states()) == (before, states)
     assert not list(tmp_path.glob("__pycache__"))
     made_by = model.origin["architecture"]
-    assert made_by == {"file": str(path), "function": "make", "source": made_by["source"]}
+    assert made_by == {
+        "file": str(path),
+        "function": "make",
+        "source": made_by["source"],
+        "reachable": made_by["source"],
+    }
     assert len(made_by["source"]) == 2
     assert backbone(f"{path}:make").digests() == model.digests()
 
