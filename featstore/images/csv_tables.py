@@ -6,7 +6,7 @@ import csv
 import os
 from collections.abc import Iterable
 
-from featstore.images.labels import SPLIT_WORDS, Row
+from featstore.images.labels import Row, split_named
 from featstore.words import counted
 
 OWN_SPLITS = "split"
@@ -132,14 +132,14 @@ def _table_labels(cell: str, label_sep: str | None) -> tuple[str, ...]:
 
 
 def _table_split(cell: str, where: str) -> str:
-    word = cell.strip().lower()
-    if word not in SPLIT_WORDS:
+    split = split_named(cell)
+    if split is None:
         raise ValueError(
             f"{where} has the split {cell!r}. Expected train, valid (or val), test, or nothing. Correct the cell, name "
             "another column of splits with --split-column NAME (in Python: split_column=NAME), or use none, to split "
             "anew: --split-column '' (split_column=\"\")."
         )
-    return SPLIT_WORDS[word]
+    return split
 
 
 def _table_group(cell: str, where: str) -> str:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from featstore.digest import Json, digest_bytes
 from featstore.images.csv_tables import OWN_SPLITS, holds_splits, read_table, table_rows
 from featstore.images.digests import Digests, DigestTable, KnownDigest, KnownDigests, Memo
-from featstore.images.folders import StrPath, existing_folder, folder_rows
+from featstore.images.folders import StrPath, TopFolders, existing_folder, folder_rows
 from featstore.images.labels import (
     Row,
     Task,
@@ -60,6 +60,7 @@ class ImageSet:
         task: one class an image, or any number of labels.
         source: how bytes are had.
         skipped: `(path below the root, reason)` of files that were found and left out.
+        notes: sentences about how a folder or table was understood, where that isn't plain.
         origin: the constructor's arguments as JSON, and those of `split`, to print a command that makes this set, or
             the set it was selected from; empty if there is none.
     """
@@ -73,6 +74,7 @@ class ImageSet:
     task: Task
     source: ImageSource
     skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
     origin: Mapping[str, Json] = field(default_factory=dict)
     _memo: Memo = field(default_factory=Memo)  # shared by all sets derived from one another; never pickled
 
@@ -91,21 +93,25 @@ class ImageSet:
             self._set("groups", checked_groups(self.groups, len(self)))
 
     @classmethod
-    def from_folder(cls, root: StrPath, *, name: str | None = None) -> ImageSet:
+    def from_folder(cls, root: StrPath, *, top_folders: TopFolders = "auto", name: str | None = None) -> ImageSet:
         """The images below a folder, sorted by path; the first folder of each path is its class.
 
-        Where all folders are called `train`, `valid` (or `val`) and `test`, and `train` is there, they are the splits
-        and the class is the first folder below; images directly in a split folder are unlabelled. A root with images
+        Where all folders are called as splits are (`train`, `valid`, `test` and the other words of `SPLIT_WORDS`, in
+        any case), they are the splits and the class is the first folder below; images directly in a split folder are
+        unlabelled. Where some are called so and it can't be told what they are, `top_folders` must say it: "classes"
+        takes every folder for a class, "splits" takes those for splits and leaves the others out. A root with images
         and no folders is an unlabelled set. Links to folders are followed. Hidden files, files of other suffixes,
         images beside the class folders and feature stores are listed in `skipped`.
 
         Raises:
-            ValueError: if the folder is missing or has no images, a class or split folder has none, or `valid` or
-                `test` have a class that `train` lacks.
+            ValueError: if the folder is missing or has no images, a class or split folder has none, folders may be
+                splits or classes, or `valid` or `test` have a class that `train` lacks.
             FeatureStoreError: if a folder can't be listed.
         """
+        if top_folders not in get_args(TopFolders):
+            raise ValueError(f"top_folders is {top_folders!r}. Expected 'auto', 'classes' or 'splits'. Choose one.")
         folder = existing_folder(root)
-        rows, skipped = folder_rows(folder)
+        rows, skipped, notes = folder_rows(folder, top_folders)
         return cls._from_rows(
             rows,
             name=name or os.path.basename(folder),
@@ -114,7 +120,8 @@ class ImageSet:
             is_labelled=True,
             source=FolderSource(root=folder),
             skipped=skipped,
-            origin={"constructor": "from_folder", "root": os.fspath(root), "name": name},
+            notes=notes,
+            origin={"constructor": "from_folder", "root": os.fspath(root), "top_folders": top_folders, "name": name},
         )
 
     @classmethod
@@ -421,6 +428,7 @@ class ImageSet:
         source: ImageSource,
         origin: dict[str, Json],
         skipped: tuple[tuple[str, str], ...] = (),
+        notes: tuple[str, ...] = (),
     ) -> ImageSet:
         groups = tuple(row.group for row in rows if row.group is not None)
         return cls(
@@ -433,6 +441,7 @@ class ImageSet:
             task=task,
             source=source,
             skipped=skipped,
+            notes=notes,
             origin=origin,
         )
 
@@ -445,6 +454,7 @@ class ImageSet:
             splits=self.splits[indices],
             groups=None if self.groups is None else _picked(self.groups, indices),
             skipped=(),
+            notes=(),
         )
 
     def _strata(self, stratify: bool) -> NDArray[np.int64]:

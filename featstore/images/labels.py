@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from numbers import Integral
@@ -17,8 +18,33 @@ Task = Literal["single", "multi"]
 SPLITS = ("train", "valid", "test")
 """The splits, in the order in which people use them; an image of none has "" instead."""
 
-SPLIT_WORDS = {"train": "train", "valid": "valid", "val": "valid", "test": "test", "": ""}
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("valid", "val", "validation", "validate", "dev", "eval", "evaluation"), "valid"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+    "": "",
+}
 """Each word, in small letters, that folders and tables may use -> the split that it stands for."""
+
+
+def split_named(name: str) -> str | None:
+    """The split that a name stands for, in any case: train for ``Training``; None for any other name.
+
+    >>> split_named("Training"), split_named("dog"), split_named("train2017")
+    ('train', None, None)
+    """
+    return SPLIT_WORDS.get(name.strip().lower())
+
+
+def split_hinted(name: str) -> str | None:
+    """The split that a name stands for or has a word of; None where it has none, or words of several.
+
+    >>> split_hinted("train2017"), split_hinted("seg_test"), split_hinted("trainer"), split_hinted("train_test")
+    ('train', 'test', None, None)
+    """
+    words = re.findall(r"[^\W\d_]+", name.lower())
+    hinted = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+    return hinted.pop() if len(hinted) == 1 else None
 
 
 class Row(NamedTuple):
@@ -34,7 +60,7 @@ class Row(NamedTuple):
 def class_table(
     rows: list[Row], *, given: tuple[str, ...] | None = None, by_value: bool = False, instead: str | None = None
 ) -> tuple[str, ...]:
-    """The classes given, or else those of the images in train or in no split, sorted.
+    """The classes given, or else those of the images in train or in no split, sorted; of all, where none is in either.
 
     Args:
         rows: the images.
@@ -43,7 +69,8 @@ def class_table(
         instead: what a person may do who needs no classes.
     """
     if given is None:
-        known = {label for row in rows if row.split in ("train", "") for label in row.labels}
+        learned = [row for row in rows if row.split in ("train", "")] or rows
+        known = {label for row in learned for label in row.labels}
     else:
         known = set(given)
     for row in rows:
@@ -130,12 +157,12 @@ def checked_splits(splits: Sequence[str] | NDArray[np.str_], count: int) -> NDAr
     checked = given.astype("<U5")
     if not np.isin(given, ("", *SPLITS)).all():
         words = given.tolist()
-        unknown = sorted({word for word in set(words) if word.lower() not in SPLIT_WORDS})
+        unknown = sorted({word for word in set(words) if split_named(word) is None})
         if unknown:
             raise ValueError(
                 f"splits holds {listed(unknown)}. Expected train, valid (or val), test or ''. Correct them."
             )
-        checked = np.array([SPLIT_WORDS[word.lower()] for word in words], dtype="<U5")
+        checked = np.array([split_named(word) for word in words], dtype="<U5")
     checked.flags.writeable = False
     return checked
 

@@ -143,9 +143,81 @@ class TestFolders:
         with pytest.raises(ValueError, match="2 folders for split valid: val and valid"):
             ImageSet.from_folder(tmp_path)
 
-    def test_train_beside_other_folders_is_a_class(self, tmp_path: Path) -> None:
-        fill(tmp_path, "train/1.png", "bus/1.png", "test/1.png")
-        assert ImageSet.from_folder(tmp_path).classes == ("bus", "test", "train")
+    @pytest.mark.parametrize(
+        ("train", "valid", "test"),
+        [
+            ("Training", "Validation", "Testing"),
+            ("trn", "val", "tst"),
+            ("TRAIN", "dev", "test"),
+            ("train", "eval", "Test"),
+        ],
+    )
+    def test_the_usual_names_of_splits_are_splits_in_any_case(
+        self, tmp_path: Path, train: str, valid: str, test: str
+    ) -> None:
+        fill(tmp_path, *[f"{top}/{kind}/{top}.png" for top in (train, valid, test) for kind in ("cat", "dog")])
+        images = ImageSet.from_folder(tmp_path)
+        assert images.classes == ("cat", "dog")
+        assert {
+            top: set(images.splits[[name.startswith(f"{top}/") for name in images.ids]]) for top in (train, valid)
+        } == {
+            train: {"train"},
+            valid: {"valid"},
+        }
+        assert len(images.test) == 2
+
+    def test_unusual_words_for_splits_are_said(self, tmp_path: Path) -> None:
+        images = ImageSet.from_folder(fill(tmp_path, "Training/a/1.png", "Validation/a/2.png"))
+        assert images.notes == ("folders read as splits: Training is train, Validation is valid",)
+        assert images.train.notes == ()
+
+    @pytest.mark.parametrize(
+        ("paths", "tops", "splits"),
+        [
+            (
+                ("train/a/1.png", "test/a/2.png", "extra/a/3.png"),
+                "'extra', 'test', 'train'",
+                "test is test, train is train",
+            ),
+            (("train/1.png", "bus/1.png", "test/1.png"), "'bus', 'test', 'train'", "test is test, train is train"),
+            (("train/a/1.png", "more/a/3.png"), "'more', 'train'", "train is train"),
+            (("train2017/1.png", "val2017/2.png"), "'train2017', 'val2017'", "train2017 is train, val2017 is valid"),
+            (
+                ("seg_pred/1.png", "seg_test/a/2.png", "seg_train/a/1.png"),
+                "'seg_pred', 'seg_test', 'seg_train'",
+                "seg_test is test, seg_train is train",
+            ),
+        ],
+    )
+    def test_a_mixture_of_splits_and_other_folders_is_refused_with_both_readings(
+        self, tmp_path: Path, paths: tuple[str, ...], tops: str, splits: str
+    ) -> None:
+        fill(tmp_path, *paths)
+        with pytest.raises(
+            ValueError, match=rf"as . classes \({tops}\), or as splits with the classes below \({splits}"
+        ):
+            ImageSet.from_folder(tmp_path)
+        assert ", ".join(map(repr, ImageSet.from_folder(tmp_path, top_folders="classes").classes)) == tops
+
+    def test_folders_said_to_be_splits_leave_the_others_out(self, tmp_path: Path) -> None:
+        fill(tmp_path, "train2017/a/1.png", "test/a/2.png", "extra/b/3.png")
+        images = ImageSet.from_folder(tmp_path, top_folders="splits")
+        assert (images.ids, images.splits.tolist()) == (("test/a/2.png", "train2017/a/1.png"), ["test", "train"])
+        assert images.skipped == (("extra/b/3.png", "in no split folder"),)
+        with pytest.raises(ValueError, match="has no folder for a split: 'b'"):
+            ImageSet.from_folder(tmp_path / "extra", top_folders="splits")
+        with pytest.raises(ValueError, match="top_folders is 'labels'"):
+            ImageSet.from_folder(tmp_path, top_folders="labels")  # type: ignore[arg-type]
+
+    def test_one_word_for_a_split_among_classes_is_a_class(self, tmp_path: Path) -> None:
+        fill(tmp_path / "vehicles", "train/1.png", "bus/1.png", "car/1.png")
+        assert ImageSet.from_folder(tmp_path / "vehicles").classes == ("bus", "car", "train")
+        fill(tmp_path / "things", "test tube/1.png", "train station/1.png", "trainer/1.png")
+        assert ImageSet.from_folder(tmp_path / "things").classes == ("test tube", "train station", "trainer")
+
+    def test_splits_without_train_have_the_classes_of_all(self, tmp_path: Path) -> None:
+        images = ImageSet.from_folder(fill(tmp_path, "valid/a/1.png", "test/b/1.png"))
+        assert (images.classes, images.splits.tolist()) == (("a", "b"), ["test", "valid"])
 
     @pytest.mark.parametrize("empty", ["fox", "train/fox", "valid/fox", "valid"])
     def test_an_empty_class_or_split_is_an_error_that_names_it(self, tmp_path: Path, empty: str) -> None:
@@ -507,7 +579,7 @@ class TestSubsets:
             ({"task": "multi"}, r"Expected \(2, 2\) of 0 and 1"),
             ({"task": "regression"}, "'regression'. Expected 'single'"),
             ({"splits": np.array(["train"])}, "splits has 1 entries"),
-            ({"splits": np.array(["train", "dev"])}, "splits holds 'dev'"),
+            ({"splits": np.array(["train", "fold"])}, "splits holds 'fold'"),
             ({"groups": ("p",)}, "groups has 1 entries"),
         ],
     )
