@@ -6,7 +6,7 @@ import csv
 import os
 from collections.abc import Iterable
 
-from featstore.images.labels import Row, split_named
+from featstore.images.labels import Row, composed, split_named
 from featstore.words import counted
 
 OWN_SPLITS = "split"
@@ -78,12 +78,13 @@ def table_rows(
                 "Quote cells that contain the separator."
             )
         full, image = _table_path(cells[places["path"]], folder, where)
-        if full in lines:
+        place = composed(full)  # two spellings of a name are one file on macOS, and in most people's minds
+        if place in lines:
             raise ValueError(
-                f"{file} names {image} twice, in line {lines[full]} and in line {line}. "
+                f"{file} names {image} twice, in line {lines[place]} and in line {line}. "
                 "Expected every image once. Delete one of the lines."
             )
-        lines[full] = line
+        lines[place] = line
         rows.append(
             Row(
                 image=image,
@@ -98,7 +99,8 @@ def table_rows(
 
 def _places(header: list[str], columns: dict[str, str | None], file: str) -> dict[str, int]:
     """Where each column that was named stands."""
-    names = [cell.strip() for cell in header]
+    names = [composed(cell.strip()) for cell in header]
+    columns = {what: column and composed(column) for what, column in columns.items()}
     for what, column in columns.items():
         if column is not None and names.count(column) != 1:
             instead = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from numbers import Integral
@@ -57,15 +58,76 @@ class Row(NamedTuple):
     where: str
 
 
+def composed(name: str) -> str:
+    """A name in Unicode's NFC, in which an accented letter is one character: equal for all that look and mean the same.
+
+    macOS writes names of files in NFD, where the accent follows its letter.
+    """
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def composed_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """A class table in NFC; as it is, if it was made when two spellings still were two classes."""
+    given = tuple(names)
+    table = tuple(map(composed, given))
+    return table if len(set(table)) == len(table) else given
+
+
+def one_spelling(rows: list[Row]) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows with labels in NFC, and groups where one is spelled in two ways; a note for each of several spellings.
+
+    Groups of a single spelling stay, since they decide how images are dealt.
+    """
+    labels = _spellings(label for row in rows for label in row.labels)
+    groups = _spellings(row.group for row in rows if row.group is not None)
+    if not labels and not groups:
+        return rows, ()
+    several = {name for name, spelled in groups.items() if len(spelled) > 1}
+    changed = [
+        row._replace(
+            labels=tuple(map(composed, row.labels)),
+            group=composed(row.group) if row.group is not None and composed(row.group) in several else row.group,
+        )
+        for row in rows
+    ]
+    return changed, tuple(
+        f"the {what} {name!r} comes in {len(spelled)} Unicode spellings (as macOS and others write it), taken for one"
+        for what, found in (("label", labels), ("group", groups))
+        for name, spelled in sorted(found.items())
+        if len(spelled) > 1
+    )
+
+
+def _spellings(names: Iterable[str]) -> dict[str, set[str]]:
+    """Each name that isn't ASCII, in NFC -> how it is written."""
+    found: dict[str, set[str]] = {}
+    for name in {name for name in names if not name.isascii()}:
+        found.setdefault(composed(name), set()).add(name)
+    return found
+
+
+def are_numbers(classes: Iterable[str]) -> bool:
+    """Whether all class names are plain integers, which are sorted by value; ``007`` and ``1.0`` are names.
+
+    >>> are_numbers(["10", "9"]), are_numbers(["10", "09"]), are_numbers(["10", "ten"])
+    (True, False, False)
+    """
+    return all(_PLAIN_INTEGER.fullmatch(name) for name in classes)
+
+
+_PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+
 def class_table(
-    rows: list[Row], *, given: tuple[str, ...] | None = None, by_value: bool = False, instead: str | None = None
+    rows: list[Row], *, given: tuple[str, ...] | None = None, instead: str | None = None
 ) -> tuple[str, ...]:
     """The classes given, or else those of the images in train or in no split, sorted; of all, where none is in either.
+
+    Names that all are plain integers are sorted by value.
 
     Args:
         rows: the images.
         given: the classes, in the order that counts.
-        by_value: sorts them as numbers.
         instead: what a person may do who needs no classes.
     """
     if given is None:
@@ -84,7 +146,7 @@ def class_table(
                     f"{f' ({listed(sorted(known))})' if known else ''}. Correct the label, or add the class there"
                     f"{f'; to extract features only, {instead}' if instead else ''}."
                 )
-    return given if given is not None else tuple(sorted(known, key=int if by_value else str))
+    return given if given is not None else tuple(sorted(known, key=int if are_numbers(known) else str))
 
 
 def targets_of(rows: list[Row], classes: tuple[str, ...], task: Task) -> NDArray[np.int64] | NDArray[np.float32]:
@@ -138,12 +200,6 @@ def _label_name(label: object, given: tuple[str, ...] | None, where: str) -> str
     if number == -1:
         return None
     return str(number) if given is None else given[number]
-
-
-def are_integers(cells: Sequence[Any], task: Task) -> bool:
-    """Whether all labels of these images are numbers, which are sorted by value."""
-    labels = cells if task == "single" else [label for cell in cells if cell is not None for label in cell]
-    return all(isinstance(label, Integral) for label in labels if label is not None)
 
 
 def checked_splits(splits: Sequence[str] | NDArray[np.str_], count: int) -> NDArray[np.str_]:

@@ -22,8 +22,8 @@ from featstore.remedies import Call, Command
 # The contract that other tools rely on.
 EXTRACT_FLAGS = {
     "--images", "--top-folders", "--root", "--path-column", "--label-column", "--label-sep", "--split-column",
-    "--group-column", "--task", "--valid", "--split-seed", "--store", "--backbone", "--weights", "--cut", "--reduce", "--size",
-    "--resize",
+    "--group-column", "--task", "--valid", "--split-seed", "--store", "--backbone", "--weights", "--cut", "--reduce",
+    "--size", "--resize",
     "--mean", "--std", "--interpolation", "--augment", "--seeds", "--dtype", "--precision", "--device", "--batch-size",
     "--workers", "--on-error", "--json",
 }  # fmt: skip

@@ -100,6 +100,33 @@ class TestFolders:
         second = ImageSet.from_folder(fill(tmp_path / "two", *reversed(paths)))
         assert first.ids == second.ids == tuple(sorted(paths))
 
+    def test_folders_that_are_numbers_are_classes_in_order_of_value(self, tmp_path: Path) -> None:
+        images = ImageSet.from_folder(fill(tmp_path, *[f"{number}/1.png" for number in range(12)]))
+        assert images.classes == tuple(map(str, range(12)))
+        assert images.targets is not None
+        assert dict(zip(images.ids, images.targets.tolist(), strict=True)) == {
+            f"{number}/1.png": number for number in range(12)
+        }
+        assert "12 classes in the order of their numbers (0 1, 1 1, 2 1," in images.describe()
+
+    @pytest.mark.parametrize("names", [("10", "007", "9"), ("10", "9", "ten"), ("1.5", "10", "9"), ("1e1", "10", "9")])
+    def test_names_that_are_not_all_plain_integers_are_sorted_as_text(
+        self, tmp_path: Path, names: tuple[str, ...]
+    ) -> None:
+        images = ImageSet.from_folder(fill(tmp_path, *[f"{name}/1.png" for name in names]))
+        assert images.classes == tuple(sorted(names))
+        assert "order" not in images.describe()
+
+    def test_two_unicode_spellings_of_a_folder_are_one_class(self, tmp_path: Path) -> None:
+        fill(tmp_path, "Fu\u0308chse/1.png", "F\u00fcchse/2.png", "Ba\u0308ren/3.png")
+        images = ImageSet.from_folder(tmp_path)
+        assert images.classes == ("B\u00e4ren", "F\u00fcchse")
+        np.testing.assert_array_equal(images.targets, [0, 1, 1])
+        assert images.notes == (
+            "the label 'F\u00fcchse' comes in 2 Unicode spellings (as macOS and others write it), taken for one",
+        )
+        assert not images.digests().failed
+
     def test_hidden_and_stray_files_are_listed_not_fatal(self, tmp_path: Path) -> None:
         fill(tmp_path, "a/1.png", "a/.2.png", ".git/3.png", "__MACOSX/a/1.png", "a/Thumbs.db", "a/notes.txt", "x.png")
         images = ImageSet.from_folder(tmp_path)
@@ -338,6 +365,41 @@ class TestTables:
         with pytest.raises(ValueError, match=r"no table by its suffix"):
             ImageSet.from_csv(table(tmp_path / "t.txt", "path,label"))
 
+    def test_a_label_and_a_group_in_two_unicode_spellings_are_one(self, tmp_path: Path) -> None:
+        lines = [
+            "path,label,Gro\u0308\u00dfe",
+            "1.png,caf\u00e9,Ma\u0308x",
+            "2.png,cafe\u0301,M\u00e4x",
+            "3.png,bar,Zo\u0308e",
+        ]
+        images = ImageSet.from_csv(table(tmp_path / "t.csv", *lines), group_column="Gr\u00f6\u00dfe")
+        assert images.classes == ("bar", "caf\u00e9")
+        np.testing.assert_array_equal(images.targets, [1, 1, 0])
+        assert images.groups == ("M\u00e4x", "M\u00e4x", "Zo\u0308e")  # a single spelling deals as it did
+        assert [note.split(" comes in 2 ")[0] for note in images.notes] == [
+            "the label 'caf\u00e9'",
+            "the group 'M\u00e4x'",
+        ]
+
+    def test_a_file_is_found_in_the_unicode_spelling_that_it_has(self, tmp_path: Path) -> None:
+        fill(tmp_path, "Ba\u0308ren/caf\u00e9.png", "abs/u\u0308.png")
+        absolute = str(tmp_path / "abs" / "\u00fc.png")
+        file = table(
+            tmp_path / "t.csv", "path,label", "B\u00e4ren/cafe\u0301.png,a", f"{absolute},b", "no/\u00fc.png,b"
+        )
+        images = ImageSet.from_csv(file)
+        assert images.read(0) == image_bytes(0)
+        assert images.absent() == [2]
+        found = images.digests()
+        assert list(found.failed) == [2]
+        assert bytes(found.values[1]) == hashlib.sha256(image_bytes(1)).digest()
+        assert not images.digests(KnownDigests([DigestTable.of(images.ids, found)])).failed.keys() - {2}
+
+    def test_a_path_in_two_unicode_spellings_is_one_image_twice(self, tmp_path: Path) -> None:
+        file = table(tmp_path / "t.csv", "path,label", "caf\u00e9.png,a", "cafe\u0301.png,b")
+        with pytest.raises(ValueError, match=r"names cafe\u0301.png twice, in line 2 and in line 3"):
+            ImageSet.from_csv(file)
+
     def test_several_labels_become_n_hot_columns(self, tmp_path: Path) -> None:
         file = table(tmp_path / "m.csv", "path,label", "1.png,dog; cat", "2.png,", "3.png,cat;cat", "4.png,ant")
         images = ImageSet.from_csv(file, task="multi", label_sep=";")
@@ -436,6 +498,17 @@ class TestArrays:
         for images in (by_place, by_name):
             assert images.classes == ("zebra", "ant", "cow")
             np.testing.assert_array_equal(images.targets, [1, 0, -1])
+
+    def test_labels_of_arrays_are_compared_in_nfc(self) -> None:
+        labels = ["caf\u00e9", "cafe\u0301", "bar"]
+        images = ImageSet.from_arrays(np.zeros((3, 2, 2), np.uint8), labels)
+        assert images.classes == ("bar", "caf\u00e9")
+        given = ImageSet.from_arrays(np.zeros((3, 2, 2), np.uint8), labels, classes=["cafe\u0301", "bar"])
+        np.testing.assert_array_equal(given.targets, [0, 0, 1])
+
+    def test_a_class_table_from_before_two_spellings_were_one_is_kept(self) -> None:
+        old = ImageSet(**{**vars(counted(2)), "classes": ("caf\u00e9", "cafe\u0301")})
+        assert old.classes == ("caf\u00e9", "cafe\u0301")
 
     def test_n_hot_arrays_and_lists_of_labels_agree(self) -> None:
         pixels = np.zeros((3, 2, 2), np.uint8)
