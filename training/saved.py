@@ -18,7 +18,7 @@ from featstore import __version__
 from featstore.digest import Json
 from featstore.errors import DamagedFileError, FeatureStoreError, ModelError
 from featstore.images.image_set import ImageSet
-from featstore.images.labels import Task
+from featstore.images.labels import Task, composed_classes
 from featstore.images.sources import AbsentSource
 from featstore.images.views import View
 from featstore.models.backbones import architecture, restored
@@ -149,7 +149,7 @@ def run_images(
     Raises:
         FeatureStoreError: if they are labelled for another task, or have a class that the run lacks.
     """
-    classes = tuple(facts["classes"])
+    classes = composed_classes(facts["classes"])
     if images is None:
         images = no_images(classes, facts["task"])
     elif not images.is_labelled:

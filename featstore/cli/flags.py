@@ -19,6 +19,7 @@ from featstore.cli.program import one_of
 from featstore.errors import OnError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.csv_tables import OWN_SPLITS
+from featstore.images.folders import TopFolders
 from featstore.images.labels import Task
 from featstore.images.origins import ORIGINS, Origin, named_by
 from featstore.images.policies import BUILT_IN
@@ -35,6 +36,7 @@ FEW_IMAGES = 100
 
 ON_ERROR: tuple[OnError, ...] = get_args(OnError)
 _TASKS: tuple[Task, ...] = get_args(Task)
+_TOP_FOLDERS: tuple[TopFolders, ...] = get_args(TopFolders)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,6 +70,12 @@ class ImageFlags:
             help=f"A {', or a '.join(origin.help for origin in ORIGINS)}.",
         ),
     ]
+    top_folders: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(_TOP_FOLDERS), help="What a folder's first folders are; auto: splits if all are called so."
+        ),
+    ] = "auto"
     root: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Where a table's paths start.", show_default="the table's folder"),
@@ -106,6 +114,7 @@ class ImageFlags:
 
     def __post_init__(self) -> None:
         one_of("--task", self.task, _TASKS)
+        one_of("--top-folders", self.top_folders, _TOP_FOLDERS)
 
     def given(self) -> GivenImages:
         """The images, dealt into splits.
@@ -117,7 +126,7 @@ class ImageFlags:
         origin, options = named_by(self.images), self._options()
         self._refuse_options_of_others(origin, options)
         images = origin.make(self.images, options)
-        notes = (*_skipped_note(images), *self._single_labels_note(images))
+        notes = (*_skipped_note(images), *images.notes, *self._single_labels_note(images))
         if self.split_column or (images.splits != "").any():
             self._refuse_a_second_split(images, origin)
             found = origin.found_split(images, options)

@@ -6,7 +6,7 @@ import csv
 import os
 from collections.abc import Iterable
 
-from featstore.images.labels import SPLIT_WORDS, Row
+from featstore.images.labels import Row, composed, split_named
 from featstore.words import counted
 
 OWN_SPLITS = "split"
@@ -78,12 +78,13 @@ def table_rows(
                 "Quote cells that contain the separator."
             )
         full, image = _table_path(cells[places["path"]], folder, where)
-        if full in lines:
+        place = composed(full)  # two spellings of a name are one file on macOS, and in most people's minds
+        if place in lines:
             raise ValueError(
-                f"{file} names {image} twice, in line {lines[full]} and in line {line}. "
+                f"{file} names {image} twice, in line {lines[place]} and in line {line}. "
                 "Expected every image once. Delete one of the lines."
             )
-        lines[full] = line
+        lines[place] = line
         rows.append(
             Row(
                 image=image,
@@ -98,7 +99,8 @@ def table_rows(
 
 def _places(header: list[str], columns: dict[str, str | None], file: str) -> dict[str, int]:
     """Where each column that was named stands."""
-    names = [cell.strip() for cell in header]
+    names = [composed(cell.strip()) for cell in header]
+    columns = {what: column and composed(column) for what, column in columns.items()}
     for what, column in columns.items():
         if column is not None and names.count(column) != 1:
             instead = {
@@ -132,14 +134,14 @@ def _table_labels(cell: str, label_sep: str | None) -> tuple[str, ...]:
 
 
 def _table_split(cell: str, where: str) -> str:
-    word = cell.strip().lower()
-    if word not in SPLIT_WORDS:
+    split = split_named(cell)
+    if split is None:
         raise ValueError(
             f"{where} has the split {cell!r}. Expected train, valid (or val), test, or nothing. Correct the cell, name "
             "another column of splits with --split-column NAME (in Python: split_column=NAME), or use none, to split "
             "anew: --split-column '' (split_column=\"\")."
         )
-    return SPLIT_WORDS[word]
+    return split
 
 
 def _table_group(cell: str, where: str) -> str:

@@ -7,16 +7,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from featstore.errors import FeatureStoreError
-from featstore.images.labels import SPLIT_WORDS, Row
+from featstore.images.labels import SPLITS, Row, split_hinted, split_named
 from featstore.words import counted, listed
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What a file's name must end with, in any case, to count as an image of a folder. A table names its files itself."""
 
 StrPath = str | os.PathLike[str]
+
+TopFolders = Literal["auto", "classes", "splits"]
+"""What the first folders below a root are: splits if all are called so, or as said."""
 
 
 def existing_folder(root: StrPath) -> str:
@@ -31,11 +34,12 @@ def existing_folder(root: StrPath) -> str:
     return folder
 
 
-def folder_rows(folder: str) -> tuple[list[Row], tuple[tuple[str, str], ...]]:
-    """A row for each image below `folder`, sorted by path, and what is left out, see `ImageSet.from_folder`."""
+def folder_rows(folder: str, top_folders: TopFolders) -> tuple[list[Row], tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """A row for each image below `folder`, sorted by path; what is left out; notes. See `ImageSet.from_folder`."""
     listing = _without_stores(_list(folder))
-    rows, beside = _arrange(listing, folder)
-    return rows, tuple(sorted(listing.skipped + beside))
+    split_of = _split_folders(listing, folder, top_folders)
+    rows, beside = _arrange(listing, folder, split_of)
+    return rows, tuple(sorted(listing.skipped + beside)), tuple(_split_notes(split_of))
 
 
 class _Listing(NamedTuple):
@@ -99,23 +103,25 @@ def _without_stores(listing: _Listing) -> _Listing:
     return _Listing(listing.images, list(filter(is_outside, listing.folders)), others + named)
 
 
-def _arrange(listing: _Listing, folder: str) -> tuple[list[Row], list[tuple[str, str]]]:
+def _arrange(listing: _Listing, folder: str, split_of: dict[str, str]) -> tuple[list[Row], list[tuple[str, str]]]:
     """A row for each image with its class and split, sorted by path; and what lies beside the folders."""
     if not listing.images:
         raise ValueError(_nothing_found(listing, folder))
-    tops = [path for path in listing.folders if "/" not in path]
-    split_of = _split_folders(tops, folder)
+    tops = _top_folders(listing)
     rows, beside = [], []
     for image in sorted(listing.images):
         above = image.split("/")[:-1]
         if tops and not above:
             beside.append((image, f"lies beside the {'split' if split_of else 'class'} folders"))
+        elif split_of and above[0] not in split_of:
+            beside.append((image, "in no split folder"))
         elif split_of:
             rows.append(Row(image, tuple(above[1:2]), split_of[above[0]], None, image))
         else:
             rows.append(Row(image, tuple(above[:1]), "", None, image))
     levels = 2 if split_of else 1
-    _check_filled((path for path in listing.folders if path.count("/") < levels), rows, folder)
+    used = [path for path in listing.folders if not split_of or path.partition("/")[0] in split_of]
+    _check_filled((path for path in used if path.count("/") < levels), rows, folder)
     return rows, beside
 
 
@@ -134,20 +140,73 @@ def _identity(facts: os.stat_result) -> _Identity:
     return facts.st_dev, facts.st_ino
 
 
-def _split_folders(tops: list[str], folder: str) -> dict[str, str]:
+def _top_folders(listing: _Listing) -> list[str]:
+    return sorted(path for path in listing.folders if "/" not in path)
+
+
+def _split_folders(listing: _Listing, folder: str, top_folders: TopFolders) -> dict[str, str]:
     """The split of each top folder, if these folders are splits; else nothing."""
-    words = {top.lower() for top in tops}
-    if "train" not in words or not words <= set(SPLIT_WORDS):
+    tops = _top_folders(listing)
+    named = {top: split for top in tops if (split := split_named(top)) is not None}
+    if top_folders == "classes":
         return {}
-    split_of = {top: SPLIT_WORDS[top.lower()] for top in tops}
+    if top_folders == "splits":
+        named = {top: split for top in tops if (split := split_hinted(top)) is not None}
+        if not named:
+            raise ValueError(
+                f"{folder} has no folder for a split: {listed(tops) or 'no folders at all'}. Expected train, valid (or "
+                "val) and test. Rename them, or leave out --top-folders splits (in Python: top_folders)."
+            )
+    elif len(named) < len(tops):
+        if _is_mixture(tops, named, listing):
+            raise ValueError(_both_readings(tops, folder))
+        return {}
+    _check_one_each(named, folder)
+    return named
+
+
+def _is_mixture(tops: list[str], named: dict[str, str], listing: _Listing) -> bool:
+    """Whether some of the top folders may well be splits, though others are called otherwise.
+
+    One name alone may be a class (`train` beside `bus`), unless there are folders below, as classes are in splits.
+    """
+    hinted = {top: split for top in tops if (split := split_hinted(top)) is not None}
+    has_folders = {path.partition("/")[0] for path in listing.folders if "/" in path}
+    return (
+        len(named) > 1
+        or any(top in has_folders for top in named)
+        or len(hinted) == len(tops) > 1
+        or (len(set(hinted.values())) > 1 and all(top in has_folders for top in hinted))
+    )
+
+
+def _both_readings(tops: list[str], folder: str) -> str:
+    hinted = {top: split_hinted(top) for top in tops}
+    splits = ", ".join(f"{top} is {split}" for top, split in hinted.items() if split is not None)
+    others = [top for top, split in hinted.items() if split is None]
+    return (
+        f"{folder} has folders called as splits are, and they can be read in two ways: as "
+        f"{counted(len(tops), 'class')} ({listed(tops)}), or as splits with the classes below ({splits}"
+        f"{f'; {listed(others)} left out' if others else ''}). Expected only folders for splits (train, valid, test), "
+        "or only folders for classes. Rename or move some, or say which is meant: --top-folders classes or "
+        "--top-folders splits (in Python: top_folders='classes' or 'splits')."
+    )
+
+
+def _check_one_each(split_of: dict[str, str], folder: str) -> None:
     for split, number in Counter(split_of.values()).items():
         if number > 1:
-            same = " and ".join(sorted(top for top in tops if split_of[top] == split))
+            same = " and ".join(sorted(top for top in split_of if split_of[top] == split))
             raise ValueError(
                 f"{folder} has {number} folders for split {split}: {same}. "
                 "Expected one. Merge them, or rename the one that is not meant."
             )
-    return split_of
+
+
+def _split_notes(split_of: dict[str, str]) -> list[str]:
+    """Which folder is which split, where a name is not the split's own."""
+    unusual = [f"{top} is {split}" for top, split in split_of.items() if top.lower() not in (*SPLITS, "val")]
+    return [f"folders read as splits: {', '.join(unusual)}"] if unusual else []
 
 
 def _check_filled(folders: Iterable[str], rows: list[Row], folder: str) -> None:

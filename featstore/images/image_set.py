@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,18 +15,21 @@ from numpy.typing import ArrayLike, NDArray
 from featstore.digest import Json, digest_bytes
 from featstore.images.csv_tables import OWN_SPLITS, holds_splits, read_table, table_rows
 from featstore.images.digests import Digests, DigestTable, KnownDigest, KnownDigests, Memo
-from featstore.images.folders import StrPath, existing_folder, folder_rows
+from featstore.images.folders import StrPath, TopFolders, existing_folder, folder_rows
 from featstore.images.labels import (
     Row,
     Task,
-    are_integers,
+    are_numbers,
     check_length,
     checked_groups,
     checked_splits,
     checked_targets,
     class_table,
+    composed,
+    composed_classes,
     label_lists,
     label_names,
+    one_spelling,
     split_counts,
     targets_of,
 )
@@ -60,6 +63,7 @@ class ImageSet:
         task: one class an image, or any number of labels.
         source: how bytes are had.
         skipped: `(path below the root, reason)` of files that were found and left out.
+        notes: sentences about how a folder or table was understood, where that isn't plain.
         origin: the constructor's arguments as JSON, and those of `split`, to print a command that makes this set, or
             the set it was selected from; empty if there is none.
     """
@@ -73,6 +77,7 @@ class ImageSet:
     task: Task
     source: ImageSource
     skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
     origin: Mapping[str, Json] = field(default_factory=dict)
     _memo: Memo = field(default_factory=Memo)  # shared by all sets derived from one another; never pickled
 
@@ -83,7 +88,7 @@ class ImageSet:
         _check_unique(self.classes, "class", "Name every class once.")
         self._set("name", _safe_name(self.name))
         self._set("ids", tuple(self.ids))
-        self._set("classes", tuple(self.classes))
+        self._set("classes", composed_classes(self.classes))
         self._set("origin", dict(self.origin))
         self._set("splits", checked_splits(self.splits, len(self)))
         self._set("targets", checked_targets(self.targets, len(self), len(self.classes), self.task))
@@ -91,21 +96,28 @@ class ImageSet:
             self._set("groups", checked_groups(self.groups, len(self)))
 
     @classmethod
-    def from_folder(cls, root: StrPath, *, name: str | None = None) -> ImageSet:
+    def from_folder(cls, root: StrPath, *, top_folders: TopFolders = "auto", name: str | None = None) -> ImageSet:
         """The images below a folder, sorted by path; the first folder of each path is its class.
 
-        Where all folders are called `train`, `valid` (or `val`) and `test`, and `train` is there, they are the splits
-        and the class is the first folder below; images directly in a split folder are unlabelled. A root with images
+        Classes are sorted, by value if all are plain integers; two Unicode spellings of one name are one class.
+
+        Where all folders are called as splits are (`train`, `valid`, `test` and the other words of `SPLIT_WORDS`, in
+        any case), they are the splits and the class is the first folder below; images directly in a split folder are
+        unlabelled. Where some are called so and it can't be told what they are, `top_folders` must say it: "classes"
+        takes every folder for a class, "splits" takes those for splits and leaves the others out. A root with images
         and no folders is an unlabelled set. Links to folders are followed. Hidden files, files of other suffixes,
         images beside the class folders and feature stores are listed in `skipped`.
 
         Raises:
-            ValueError: if the folder is missing or has no images, a class or split folder has none, or `valid` or
-                `test` have a class that `train` lacks.
+            ValueError: if the folder is missing or has no images, a class or split folder has none, folders may be
+                splits or classes, or `valid` or `test` have a class that `train` lacks.
             FeatureStoreError: if a folder can't be listed.
         """
+        if top_folders not in get_args(TopFolders):
+            raise ValueError(f"top_folders is {top_folders!r}. Expected 'auto', 'classes' or 'splits'. Choose one.")
         folder = existing_folder(root)
-        rows, skipped = folder_rows(folder)
+        rows, skipped, notes = folder_rows(folder, top_folders)
+        rows, spellings = one_spelling(rows)
         return cls._from_rows(
             rows,
             name=name or os.path.basename(folder),
@@ -114,7 +126,8 @@ class ImageSet:
             is_labelled=True,
             source=FolderSource(root=folder),
             skipped=skipped,
-            origin={"constructor": "from_folder", "root": os.fspath(root), "name": name},
+            notes=(*notes, *spellings),
+            origin={"constructor": "from_folder", "root": os.fspath(root), "top_folders": top_folders, "name": name},
         )
 
     @classmethod
@@ -153,7 +166,7 @@ class ImageSet:
         if split_column is None and holds_splits(lines[0][1], (path_column, label_column, group_column)):
             split_column = OWN_SPLITS
         columns = {"path": path_column, "label": label_column, "split": split_column or None, "group": group_column}
-        rows = table_rows(lines, file, folder, columns, label_sep)
+        rows, spellings = one_spelling(table_rows(lines, file, folder, columns, label_sep))
         return cls._from_rows(
             rows,
             name=name or os.path.splitext(os.path.basename(file))[0],
@@ -164,6 +177,7 @@ class ImageSet:
             ),
             is_labelled=label_column is not None,
             source=FolderSource(root=folder),
+            notes=spellings,
             origin={
                 "constructor": "from_csv",
                 "path": os.fspath(path),
@@ -195,7 +209,7 @@ class ImageSet:
         A label is a class name, or an integer: a place in `classes`, or without `classes` a name of its own. None, ""
         and -1 mean unlabelled. If `task` is "multi", `labels` is an array `(N, K)` of 0 and 1, or a list of labels for
         each image. `classes` keeps the order it is given in; without it, the classes are those of the images in
-        `train` or in no split, sorted (integers by value).
+        `train` or in no split, sorted (by value, if all are integers).
 
         A writable array is copied; a read-only one (`np.load(..., mmap_mode="r")`) is kept as it is, and hashed anew
         by each call of `digests`, as its file may have been written to.
@@ -206,14 +220,14 @@ class ImageSet:
         """
         source = ArraySource.of(images)
         count = len(source.images)
-        given = None if classes is None else tuple(str(each) for each in classes)
+        given = None if classes is None else tuple(composed(str(each)) for each in classes)
         cells: Sequence[Any] = [None] * count if labels is None else list(labels)
         if task == "multi" and isinstance(labels, np.ndarray) and labels.dtype != object:
             cells, given = label_lists(labels, given)
         check_length(cells, count, "labels")
         check_length(groups, count, "groups")
         dealt = checked_splits([""] * count if splits is None else splits, count).tolist()
-        rows = [
+        found = [
             Row(
                 image=str(index),
                 labels=label_names(cells[index], given, task, f"labels[{index}]"),
@@ -223,13 +237,15 @@ class ImageSet:
             )
             for index in range(count)
         ]
+        rows, spellings = one_spelling(found)
         return cls._from_rows(
             rows,
             name=name,
             task=task,
-            classes=class_table(rows, given=given, by_value=are_integers(cells, task)),
+            classes=class_table(rows, given=given),
             is_labelled=labels is not None,
             source=source,
+            notes=spellings,
             origin={},
         )
 
@@ -421,6 +437,7 @@ class ImageSet:
         source: ImageSource,
         origin: dict[str, Json],
         skipped: tuple[tuple[str, str], ...] = (),
+        notes: tuple[str, ...] = (),
     ) -> ImageSet:
         groups = tuple(row.group for row in rows if row.group is not None)
         return cls(
@@ -433,6 +450,7 @@ class ImageSet:
             task=task,
             source=source,
             skipped=skipped,
+            notes=notes,
             origin=origin,
         )
 
@@ -445,6 +463,7 @@ class ImageSet:
             splits=self.splits[indices],
             groups=None if self.groups is None else _picked(self.groups, indices),
             skipped=(),
+            notes=(),
         )
 
     def _strata(self, stratify: bool) -> NDArray[np.int64]:
@@ -463,7 +482,9 @@ class ImageSet:
             counts, num_unlabelled = counts[1:], counts[0]
         shown = [f"{name} {count:,}" for name, count in zip(self.classes[:6], counts[:6], strict=True)]
         more = [f"{self.num_classes - 6:,} more"] if self.num_classes > 6 else []
-        text = f"{counted(self.num_classes, 'class')} ({', '.join(shown + more)})"
+        is_by_value = are_numbers(self.classes) and list(self.classes) == sorted(self.classes, key=int)
+        order = " in the order of their numbers" if is_by_value and list(self.classes) != sorted(self.classes) else ""
+        text = f"{counted(self.num_classes, 'class')}{order} ({', '.join(shown + more)})"
         if self.task == "multi":
             return f"{text}, several an image"
         return f"{text}, {num_unlabelled:,} unlabelled" if num_unlabelled else text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from numbers import Integral
@@ -17,8 +19,33 @@ Task = Literal["single", "multi"]
 SPLITS = ("train", "valid", "test")
 """The splits, in the order in which people use them; an image of none has "" instead."""
 
-SPLIT_WORDS = {"train": "train", "valid": "valid", "val": "valid", "test": "test", "": ""}
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("valid", "val", "validation", "validate", "dev", "eval", "evaluation"), "valid"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+    "": "",
+}
 """Each word, in small letters, that folders and tables may use -> the split that it stands for."""
+
+
+def split_named(name: str) -> str | None:
+    """The split that a name stands for, in any case: train for ``Training``; None for any other name.
+
+    >>> split_named("Training"), split_named("dog"), split_named("train2017")
+    ('train', None, None)
+    """
+    return SPLIT_WORDS.get(name.strip().lower())
+
+
+def split_hinted(name: str) -> str | None:
+    """The split that a name stands for or has a word of; None where it has none, or words of several.
+
+    >>> split_hinted("train2017"), split_hinted("seg_test"), split_hinted("trainer"), split_hinted("train_test")
+    ('train', 'test', None, None)
+    """
+    words = re.findall(r"[^\W\d_]+", name.lower())
+    hinted = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+    return hinted.pop() if len(hinted) == 1 else None
 
 
 class Row(NamedTuple):
@@ -31,19 +58,81 @@ class Row(NamedTuple):
     where: str
 
 
+def composed(name: str) -> str:
+    """A name in Unicode's NFC, in which an accented letter is one character: equal for all that look and mean the same.
+
+    macOS writes names of files in NFD, where the accent follows its letter.
+    """
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def composed_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """A class table in NFC; as it is, if it was made when two spellings still were two classes."""
+    given = tuple(names)
+    table = tuple(map(composed, given))
+    return table if len(set(table)) == len(table) else given
+
+
+def one_spelling(rows: list[Row]) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows with labels in NFC, and groups where one is spelled in two ways; a note for each of several spellings.
+
+    Groups of a single spelling stay, since they decide how images are dealt.
+    """
+    labels = _spellings(label for row in rows for label in row.labels)
+    groups = _spellings(row.group for row in rows if row.group is not None)
+    if not labels and not groups:
+        return rows, ()
+    several = {name for name, spelled in groups.items() if len(spelled) > 1}
+    changed = [
+        row._replace(
+            labels=tuple(map(composed, row.labels)),
+            group=composed(row.group) if row.group is not None and composed(row.group) in several else row.group,
+        )
+        for row in rows
+    ]
+    return changed, tuple(
+        f"the {what} {name!r} comes in {len(spelled)} Unicode spellings (as macOS and others write it), taken for one"
+        for what, found in (("label", labels), ("group", groups))
+        for name, spelled in sorted(found.items())
+        if len(spelled) > 1
+    )
+
+
+def _spellings(names: Iterable[str]) -> dict[str, set[str]]:
+    """Each name that isn't ASCII, in NFC -> how it is written."""
+    found: dict[str, set[str]] = {}
+    for name in {name for name in names if not name.isascii()}:
+        found.setdefault(composed(name), set()).add(name)
+    return found
+
+
+def are_numbers(classes: Iterable[str]) -> bool:
+    """Whether all class names are plain integers, which are sorted by value; ``007`` and ``1.0`` are names.
+
+    >>> are_numbers(["10", "9"]), are_numbers(["10", "09"]), are_numbers(["10", "ten"])
+    (True, False, False)
+    """
+    return all(_PLAIN_INTEGER.fullmatch(name) for name in classes)
+
+
+_PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+
+
 def class_table(
-    rows: list[Row], *, given: tuple[str, ...] | None = None, by_value: bool = False, instead: str | None = None
+    rows: list[Row], *, given: tuple[str, ...] | None = None, instead: str | None = None
 ) -> tuple[str, ...]:
-    """The classes given, or else those of the images in train or in no split, sorted.
+    """The classes given, or else those of the images in train or in no split, sorted; of all, where none is in either.
+
+    Names that all are plain integers are sorted by value.
 
     Args:
         rows: the images.
         given: the classes, in the order that counts.
-        by_value: sorts them as numbers.
         instead: what a person may do who needs no classes.
     """
     if given is None:
-        known = {label for row in rows if row.split in ("train", "") for label in row.labels}
+        learned = [row for row in rows if row.split in ("train", "")] or rows
+        known = {label for row in learned for label in row.labels}
     else:
         known = set(given)
     for row in rows:
@@ -57,7 +146,7 @@ def class_table(
                     f"{f' ({listed(sorted(known))})' if known else ''}. Correct the label, or add the class there"
                     f"{f'; to extract features only, {instead}' if instead else ''}."
                 )
-    return given if given is not None else tuple(sorted(known, key=int if by_value else str))
+    return given if given is not None else tuple(sorted(known, key=int if are_numbers(known) else str))
 
 
 def targets_of(rows: list[Row], classes: tuple[str, ...], task: Task) -> NDArray[np.int64] | NDArray[np.float32]:
@@ -113,12 +202,6 @@ def _label_name(label: object, given: tuple[str, ...] | None, where: str) -> str
     return str(number) if given is None else given[number]
 
 
-def are_integers(cells: Sequence[Any], task: Task) -> bool:
-    """Whether all labels of these images are numbers, which are sorted by value."""
-    labels = cells if task == "single" else [label for cell in cells if cell is not None for label in cell]
-    return all(isinstance(label, Integral) for label in labels if label is not None)
-
-
 def checked_splits(splits: Sequence[str] | NDArray[np.str_], count: int) -> NDArray[np.str_]:
     """`(count,)` of words in `SPLITS` and "", read-only.
 
@@ -130,12 +213,12 @@ def checked_splits(splits: Sequence[str] | NDArray[np.str_], count: int) -> NDAr
     checked = given.astype("<U5")
     if not np.isin(given, ("", *SPLITS)).all():
         words = given.tolist()
-        unknown = sorted({word for word in set(words) if word.lower() not in SPLIT_WORDS})
+        unknown = sorted({word for word in set(words) if split_named(word) is None})
         if unknown:
             raise ValueError(
                 f"splits holds {listed(unknown)}. Expected train, valid (or val), test or ''. Correct them."
             )
-        checked = np.array([SPLIT_WORDS[word.lower()] for word in words], dtype="<U5")
+        checked = np.array([split_named(word) for word in words], dtype="<U5")
     checked.flags.writeable = False
     return checked
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from featstore.images.csv_tables import OWN_SPLITS
 from featstore.images.image_set import ImageSet
-from featstore.images.labels import SPLIT_WORDS, split_counts
+from featstore.images.labels import split_counts, split_hinted, split_named
 
 
 class Origin(Protocol):
@@ -73,7 +73,7 @@ class FolderOrigin:
     help = "folder of class folders (below train/, valid/, test/)"
     kind = "a folder of images"
     instance = "a folder"
-    options = ()
+    options = ("top_folders",)
     without_split = "give images without a split"
 
     def is_named_by(self, path: str) -> bool:
@@ -82,15 +82,20 @@ class FolderOrigin:
 
     def make(self, path: str, options: Mapping[str, Any]) -> ImageSet:
         """The set; errors as of `ImageSet.from_folder`."""
-        return ImageSet.from_folder(path)
+        return ImageSet.from_folder(path, top_folders=options["top_folders"])
 
     def flags(self, images: ImageSet) -> list[str]:
-        """The folder."""
-        return ["--images", str(images.origin["root"])]
+        """The folder, and what its first folders are."""
+        meant = images.origin.get("top_folders", "auto")
+        return ["--images", str(images.origin["root"]), *([] if meant == "auto" else ["--top-folders", meant])]
 
     def own_splits(self, images: ImageSet) -> list[str] | None:
         """Those of the folders train, valid and test."""
-        splits = [SPLIT_WORDS.get(name.partition("/")[0].lower(), "") for name in images.ids]
+        meant = images.origin.get("top_folders", "auto")
+        if meant == "classes":
+            return None
+        split_of = split_hinted if meant == "splits" else split_named
+        splits = [split_of(name.partition("/")[0]) or "" for name in images.ids]
         return splits if splits and all(splits) else None
 
     def no_split(self, images: ImageSet, options: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 import time
+import unicodedata
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -84,8 +85,8 @@ class FolderSource:
     def read(self, image: str) -> bytes:
         """The file's bytes; `ImageError` if there is none, or it can't be read."""
         try:
-            self._stat(image)
-            with open(self._path(image), "rb") as file:
+            path, _ = self._found(image)
+            with open(path, "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:
             raise ImageError(image, self._reason(error)) from error
@@ -111,7 +112,7 @@ class FolderSource:
     def has(self, image: str) -> bool:
         """Whether the file is there."""
         try:
-            self._stat(image)
+            self._found(image)
         except (OSError, ValueError):
             return False
         return True
@@ -122,7 +123,8 @@ class FolderSource:
 
     def _look(self, image: str) -> bytes:
         try:
-            return _packed(self._stat(image), hashed_at_ns=0)
+            _, facts = self._found(image)
+            return _packed(facts, hashed_at_ns=0)
         except (OSError, ValueError) as error:
             raise ImageError(image, self._reason(error)) from error
 
@@ -134,9 +136,9 @@ class FolderSource:
     def _hash(self, image: str) -> bytes:
         """Digest and facts of a file."""
         try:
-            self._stat(image)
+            path, _ = self._found(image)
             hashed_at_ns = time.time_ns()
-            with open(self._path(image), "rb", buffering=0) as file:
+            with open(path, "rb", buffering=0) as file:
                 _let_writes_show(file.fileno())
                 before = os.fstat(file.fileno())
                 if before.st_size <= _MOST_BYTES_AT_ONCE:
@@ -150,14 +152,31 @@ class FolderSource:
             raise ImageError(image, "the file changed while it was read; wait until it is written, then run again")
         return value + _packed(after, hashed_at_ns)
 
-    def _path(self, image: str) -> str:
-        return os.path.join(self.root, image)
-
-    def _stat(self, image: str) -> os.stat_result:
-        facts = os.stat(self._path(image))
+    def _found(self, image: str) -> tuple[str, os.stat_result]:
+        """The path of an image's file, maybe in another Unicode spelling than the id, and the facts of it."""
+        path = os.path.join(self.root, image)
+        try:
+            facts = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            other = None if image.isascii() else self._spelled_otherwise(image)
+            if other is None:
+                raise
+            path, facts = other, os.stat(other)
         if not stat.S_ISREG(facts.st_mode):  # opening a pipe would wait for ever
             raise ValueError("it is not a file")
-        return facts
+        return path, facts
+
+    def _spelled_otherwise(self, image: str) -> str | None:
+        """The path of an image whose folders and file are written in NFC or NFD, each by itself."""
+        path = "/" if image.startswith("/") else self.root
+        for part in filter(None, image.split("/")):
+            forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+            there = (os.path.join(path, form) for form in forms)
+            found = next((each for each in there if os.path.lexists(each)), None)
+            if found is None:
+                return None
+            path = found
+        return path
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, FileNotFoundError | NotADirectoryError):

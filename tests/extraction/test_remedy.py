@@ -6,22 +6,24 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from support.tiny import arrays, net, photos
 from torch import Tensor
 
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, View, extract, plan
+from featstore.cli.flags import ImageFlags
 from featstore.extraction.remedy import extract_remedy, image_flags, model_flags, seed_ranges, view_flags
 from featstore.remedies import Call, Command
 
 # The contract that other tools rely on.
 EXTRACT_FLAGS = {
-    "--images", "--root", "--path-column", "--label-column", "--label-sep", "--split-column", "--group-column",
-    "--task", "--valid", "--split-seed", "--store", "--backbone", "--weights", "--cut", "--reduce", "--size",
-    "--resize",
+    "--images", "--top-folders", "--root", "--path-column", "--label-column", "--label-sep", "--split-column",
+    "--group-column", "--task", "--valid", "--split-seed", "--store", "--backbone", "--weights", "--cut", "--reduce",
+    "--size", "--resize",
     "--mean", "--std", "--interpolation", "--augment", "--seeds", "--dtype", "--precision", "--device", "--batch-size",
     "--workers", "--on-error", "--json",
 }  # fmt: skip
@@ -119,6 +121,34 @@ def test_a_folder_with_splits_of_its_own_needs_no_flag(folder: str) -> None:
     assert image_flags(images.valid) == ["--images", "dealt"]
     assert image_flags(images.split(valid=0.5)) is None
     assert image_flags(images.with_splits(["train"] * len(images))) is None
+
+
+def made_again(images: ImageSet) -> ImageSet:
+    """The set that the programs make of the flags of `images`."""
+    flags = image_flags(images)
+    assert flags is not None
+    options: dict[str, Any] = {
+        flag[2:].replace("-", "_"): value for flag, value in zip(flags[::2], flags[1::2], strict=True)
+    }
+    if "valid" in options:
+        options["valid"] = float(options["valid"])
+    return ImageFlags(**options).given().images
+
+
+def check_made_again(images: ImageSet) -> None:
+    again = made_again(images)
+    assert (again.ids, again.classes, again.splits.tolist()) == (images.ids, images.classes, images.splits.tolist())
+    np.testing.assert_array_equal(again.targets, images.targets)
+
+
+@pytest.mark.parametrize("top_folders", ["classes", "splits"])
+def test_what_top_folders_are_is_said_again(folder: str, top_folders: Literal["classes", "splits"]) -> None:
+    for top in ("train2017", "val2017", "extra"):
+        photos(Path("given") / top)
+    images = ImageSet.from_folder("given", top_folders=top_folders)
+    wanted = ["--images", "given", "--top-folders", top_folders]
+    assert image_flags(images) == wanted + ["--valid", "0"] * (top_folders == "classes")
+    check_made_again(images)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,33 @@ class TestFolders:
         second = ImageSet.from_folder(fill(tmp_path / "two", *reversed(paths)))
         assert first.ids == second.ids == tuple(sorted(paths))
 
+    def test_folders_that_are_numbers_are_classes_in_order_of_value(self, tmp_path: Path) -> None:
+        images = ImageSet.from_folder(fill(tmp_path, *[f"{number}/1.png" for number in range(12)]))
+        assert images.classes == tuple(map(str, range(12)))
+        assert images.targets is not None
+        assert dict(zip(images.ids, images.targets.tolist(), strict=True)) == {
+            f"{number}/1.png": number for number in range(12)
+        }
+        assert "12 classes in the order of their numbers (0 1, 1 1, 2 1," in images.describe()
+
+    @pytest.mark.parametrize("names", [("10", "007", "9"), ("10", "9", "ten"), ("1.5", "10", "9"), ("1e1", "10", "9")])
+    def test_names_that_are_not_all_plain_integers_are_sorted_as_text(
+        self, tmp_path: Path, names: tuple[str, ...]
+    ) -> None:
+        images = ImageSet.from_folder(fill(tmp_path, *[f"{name}/1.png" for name in names]))
+        assert images.classes == tuple(sorted(names))
+        assert "order" not in images.describe()
+
+    def test_two_unicode_spellings_of_a_folder_are_one_class(self, tmp_path: Path) -> None:
+        fill(tmp_path, "Fu\u0308chse/1.png", "F\u00fcchse/2.png", "Ba\u0308ren/3.png")
+        images = ImageSet.from_folder(tmp_path)
+        assert images.classes == ("B\u00e4ren", "F\u00fcchse")
+        np.testing.assert_array_equal(images.targets, [0, 1, 1])
+        assert images.notes == (
+            "the label 'F\u00fcchse' comes in 2 Unicode spellings (as macOS and others write it), taken for one",
+        )
+        assert not images.digests().failed
+
     def test_hidden_and_stray_files_are_listed_not_fatal(self, tmp_path: Path) -> None:
         fill(tmp_path, "a/1.png", "a/.2.png", ".git/3.png", "__MACOSX/a/1.png", "a/Thumbs.db", "a/notes.txt", "x.png")
         images = ImageSet.from_folder(tmp_path)
@@ -143,9 +170,81 @@ class TestFolders:
         with pytest.raises(ValueError, match="2 folders for split valid: val and valid"):
             ImageSet.from_folder(tmp_path)
 
-    def test_train_beside_other_folders_is_a_class(self, tmp_path: Path) -> None:
-        fill(tmp_path, "train/1.png", "bus/1.png", "test/1.png")
-        assert ImageSet.from_folder(tmp_path).classes == ("bus", "test", "train")
+    @pytest.mark.parametrize(
+        ("train", "valid", "test"),
+        [
+            ("Training", "Validation", "Testing"),
+            ("trn", "val", "tst"),
+            ("TRAIN", "dev", "test"),
+            ("train", "eval", "Test"),
+        ],
+    )
+    def test_the_usual_names_of_splits_are_splits_in_any_case(
+        self, tmp_path: Path, train: str, valid: str, test: str
+    ) -> None:
+        fill(tmp_path, *[f"{top}/{kind}/{top}.png" for top in (train, valid, test) for kind in ("cat", "dog")])
+        images = ImageSet.from_folder(tmp_path)
+        assert images.classes == ("cat", "dog")
+        assert {
+            top: set(images.splits[[name.startswith(f"{top}/") for name in images.ids]]) for top in (train, valid)
+        } == {
+            train: {"train"},
+            valid: {"valid"},
+        }
+        assert len(images.test) == 2
+
+    def test_unusual_words_for_splits_are_said(self, tmp_path: Path) -> None:
+        images = ImageSet.from_folder(fill(tmp_path, "Training/a/1.png", "Validation/a/2.png"))
+        assert images.notes == ("folders read as splits: Training is train, Validation is valid",)
+        assert images.train.notes == ()
+
+    @pytest.mark.parametrize(
+        ("paths", "tops", "splits"),
+        [
+            (
+                ("train/a/1.png", "test/a/2.png", "extra/a/3.png"),
+                "'extra', 'test', 'train'",
+                "test is test, train is train",
+            ),
+            (("train/1.png", "bus/1.png", "test/1.png"), "'bus', 'test', 'train'", "test is test, train is train"),
+            (("train/a/1.png", "more/a/3.png"), "'more', 'train'", "train is train"),
+            (("train2017/1.png", "val2017/2.png"), "'train2017', 'val2017'", "train2017 is train, val2017 is valid"),
+            (
+                ("seg_pred/1.png", "seg_test/a/2.png", "seg_train/a/1.png"),
+                "'seg_pred', 'seg_test', 'seg_train'",
+                "seg_test is test, seg_train is train",
+            ),
+        ],
+    )
+    def test_a_mixture_of_splits_and_other_folders_is_refused_with_both_readings(
+        self, tmp_path: Path, paths: tuple[str, ...], tops: str, splits: str
+    ) -> None:
+        fill(tmp_path, *paths)
+        with pytest.raises(
+            ValueError, match=rf"as . classes \({tops}\), or as splits with the classes below \({splits}"
+        ):
+            ImageSet.from_folder(tmp_path)
+        assert ", ".join(map(repr, ImageSet.from_folder(tmp_path, top_folders="classes").classes)) == tops
+
+    def test_folders_said_to_be_splits_leave_the_others_out(self, tmp_path: Path) -> None:
+        fill(tmp_path, "train2017/a/1.png", "test/a/2.png", "extra/b/3.png")
+        images = ImageSet.from_folder(tmp_path, top_folders="splits")
+        assert (images.ids, images.splits.tolist()) == (("test/a/2.png", "train2017/a/1.png"), ["test", "train"])
+        assert images.skipped == (("extra/b/3.png", "in no split folder"),)
+        with pytest.raises(ValueError, match="has no folder for a split: 'b'"):
+            ImageSet.from_folder(tmp_path / "extra", top_folders="splits")
+        with pytest.raises(ValueError, match="top_folders is 'labels'"):
+            ImageSet.from_folder(tmp_path, top_folders="labels")  # type: ignore[arg-type]
+
+    def test_one_word_for_a_split_among_classes_is_a_class(self, tmp_path: Path) -> None:
+        fill(tmp_path / "vehicles", "train/1.png", "bus/1.png", "car/1.png")
+        assert ImageSet.from_folder(tmp_path / "vehicles").classes == ("bus", "car", "train")
+        fill(tmp_path / "things", "test tube/1.png", "train station/1.png", "trainer/1.png")
+        assert ImageSet.from_folder(tmp_path / "things").classes == ("test tube", "train station", "trainer")
+
+    def test_splits_without_train_have_the_classes_of_all(self, tmp_path: Path) -> None:
+        images = ImageSet.from_folder(fill(tmp_path, "valid/a/1.png", "test/b/1.png"))
+        assert (images.classes, images.splits.tolist()) == (("a", "b"), ["test", "valid"])
 
     @pytest.mark.parametrize("empty", ["fox", "train/fox", "valid/fox", "valid"])
     def test_an_empty_class_or_split_is_an_error_that_names_it(self, tmp_path: Path, empty: str) -> None:
@@ -266,6 +365,41 @@ class TestTables:
         with pytest.raises(ValueError, match=r"no table by its suffix"):
             ImageSet.from_csv(table(tmp_path / "t.txt", "path,label"))
 
+    def test_a_label_and_a_group_in_two_unicode_spellings_are_one(self, tmp_path: Path) -> None:
+        lines = [
+            "path,label,Gro\u0308\u00dfe",
+            "1.png,caf\u00e9,Ma\u0308x",
+            "2.png,cafe\u0301,M\u00e4x",
+            "3.png,bar,Zo\u0308e",
+        ]
+        images = ImageSet.from_csv(table(tmp_path / "t.csv", *lines), group_column="Gr\u00f6\u00dfe")
+        assert images.classes == ("bar", "caf\u00e9")
+        np.testing.assert_array_equal(images.targets, [1, 1, 0])
+        assert images.groups == ("M\u00e4x", "M\u00e4x", "Zo\u0308e")  # a single spelling deals as it did
+        assert [note.split(" comes in 2 ")[0] for note in images.notes] == [
+            "the label 'caf\u00e9'",
+            "the group 'M\u00e4x'",
+        ]
+
+    def test_a_file_is_found_in_the_unicode_spelling_that_it_has(self, tmp_path: Path) -> None:
+        fill(tmp_path, "Ba\u0308ren/caf\u00e9.png", "abs/u\u0308.png")
+        absolute = str(tmp_path / "abs" / "\u00fc.png")
+        file = table(
+            tmp_path / "t.csv", "path,label", "B\u00e4ren/cafe\u0301.png,a", f"{absolute},b", "no/\u00fc.png,b"
+        )
+        images = ImageSet.from_csv(file)
+        assert images.read(0) == image_bytes(0)
+        assert images.absent() == [2]
+        found = images.digests()
+        assert list(found.failed) == [2]
+        assert bytes(found.values[1]) == hashlib.sha256(image_bytes(1)).digest()
+        assert not images.digests(KnownDigests([DigestTable.of(images.ids, found)])).failed.keys() - {2}
+
+    def test_a_path_in_two_unicode_spellings_is_one_image_twice(self, tmp_path: Path) -> None:
+        file = table(tmp_path / "t.csv", "path,label", "caf\u00e9.png,a", "cafe\u0301.png,b")
+        with pytest.raises(ValueError, match=r"names cafe\u0301.png twice, in line 2 and in line 3"):
+            ImageSet.from_csv(file)
+
     def test_several_labels_become_n_hot_columns(self, tmp_path: Path) -> None:
         file = table(tmp_path / "m.csv", "path,label", "1.png,dog; cat", "2.png,", "3.png,cat;cat", "4.png,ant")
         images = ImageSet.from_csv(file, task="multi", label_sep=";")
@@ -364,6 +498,17 @@ class TestArrays:
         for images in (by_place, by_name):
             assert images.classes == ("zebra", "ant", "cow")
             np.testing.assert_array_equal(images.targets, [1, 0, -1])
+
+    def test_labels_of_arrays_are_compared_in_nfc(self) -> None:
+        labels = ["caf\u00e9", "cafe\u0301", "bar"]
+        images = ImageSet.from_arrays(np.zeros((3, 2, 2), np.uint8), labels)
+        assert images.classes == ("bar", "caf\u00e9")
+        given = ImageSet.from_arrays(np.zeros((3, 2, 2), np.uint8), labels, classes=["cafe\u0301", "bar"])
+        np.testing.assert_array_equal(given.targets, [0, 0, 1])
+
+    def test_a_class_table_from_before_two_spellings_were_one_is_kept(self) -> None:
+        old = ImageSet(**{**vars(counted(2)), "classes": ("caf\u00e9", "cafe\u0301")})
+        assert old.classes == ("caf\u00e9", "cafe\u0301")
 
     def test_n_hot_arrays_and_lists_of_labels_agree(self) -> None:
         pixels = np.zeros((3, 2, 2), np.uint8)
@@ -507,7 +652,7 @@ class TestSubsets:
             ({"task": "multi"}, r"Expected \(2, 2\) of 0 and 1"),
             ({"task": "regression"}, "'regression'. Expected 'single'"),
             ({"splits": np.array(["train"])}, "splits has 1 entries"),
-            ({"splits": np.array(["train", "dev"])}, "splits holds 'dev'"),
+            ({"splits": np.array(["train", "fold"])}, "splits holds 'fold'"),
             ({"groups": ("p",)}, "groups has 1 entries"),
         ],
     )

@@ -117,7 +117,7 @@ SURFACE: dict[str, str] = {
     "images.digests": "Digests KnownDigest KnownDigests",
     "images.folders": "IMAGE_SUFFIXES",
     "images.image_set": "ImageSet",
-    "images.labels": "SPLITS Task",
+    "images.labels": "SPLITS Task composed_classes",
     "images.render": "Job render",
     "images.sources": "AbsentSource FolderSource",
     "images.views": "Augment OwnPolicy Policy View",
