@@ -23,7 +23,7 @@ from featstore.cli.flags import (
     spread,
 )
 from featstore.cli.program import one_of, show, show_json, tell, tell_all
-from featstore.exchange.export import SUFFIXES
+from featstore.exchange.export import SUFFIXES, export
 from featstore.exchange.imports import LAYOUTS
 from featstore.extraction.defaults import NUM_ROWS
 
@@ -116,8 +116,6 @@ def export_set(
 
     .npy brings a .csv of that name along; .parquet needs pyarrow.
     """
-    from featstore.exchange.export import export
-
     how = one_of("--on-error", on_error, ON_ERROR)
     filed = open_store(store)
     images = None if images_name is None else filed.images(images_name)
