@@ -321,23 +321,29 @@ class Structure:
         column = self._dataset(name)
         if column.dtype != np.dtype(dtype) or column.shape != shape:
             raise ValueError(f"/{name} is {column.dtype} {column.shape}, not {np.dtype(dtype)} {shape}")
+        self._check_place(name)
         values: NDArray[Any] = column[()]
         return values
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The values of all datasets but the facts."""
-        return {name: np.asarray(self._dataset(name)[()]) for name in self._hdf5 if name != "facts"}
+        names = [name for name in self._hdf5 if name != "facts"]
+        for name in names:
+            self._check_place(name)
+        return {name: np.asarray(self._dataset(name)[()]) for name in names}
 
     def facts(self) -> dict[str, Json]:
         """The JSON facts."""
         facts = json.loads(self._dataset("facts").asstr()[()])
         if not isinstance(facts, dict):
             raise ValueError("/facts is not a JSON object")
+        self._check_place("facts")
         return facts
 
     def _dataset(self, name: str) -> h5py.Dataset:
-        dataset = own_dataset(self._hdf5, name)
+        return own_dataset(self._hdf5, name)
+
+    def _check_place(self, name: str) -> None:
         region = self.layout.regions.get(name)
-        if region is not None and _extent_of(dataset) != region:
+        if region is not None and _extent_of(self._dataset(name)) != region:
             raise ValueError(f"/{name} lies elsewhere than its region says")
-        return dataset

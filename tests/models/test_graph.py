@@ -537,6 +537,7 @@ def test_what_runs_beside_a_class_is_refused_by_name(patch: Callable[[nn.Module]
         model.digests()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_compiled_module_is_refused_and_the_advice_works() -> None:
     net: Any = torch.compile(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()))
     with pytest.raises(ModelError, match=r"the model \(OptimizedModule\) is compiled .* was compiled: net._orig_mod\."):

@@ -279,7 +279,13 @@ def test_a_situation_of_plain_values_gives_the_batches_that_a_learner_trains_on(
             steps.append((logits.detach().clone(), targets.clone()))
         return nn.functional.cross_entropy(logits, targets)
 
-    options: dict[str, Any] = {"head": "linear", "reduce": "concat", "batch_size": 3, "device": "cpu", "quiet": True}
+    options: dict[str, Any] = {
+        "head": nn.Linear(24, 2),
+        "reduce": "concat",
+        "batch_size": 3,
+        "device": "cpu",
+        "quiet": True,
+    }
     learn = Learner(staged(), images, store, loss=noted, **options)
     situation = Situation.of(learn.model, images, store)
     training = Batches(find(situation, images.train, None), situation, batch_size=3, workers=0)

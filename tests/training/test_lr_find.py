@@ -52,8 +52,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, FeatureS
 
 
 def learner(stored: tuple[ImageSet, FeatureStore], **options: Any) -> Learner:
-    settings = {"cut": "layer2", "head": Head(), "batch_size": 8, **options}
-    return Learner(staged(), *stored, device="cpu", workers=0, quiet=True, **settings)
+    settings = {"cut": "layer2", "head": Head(), "batch_size": 8, "quiet": True, **options}
+    return Learner(staged(), *stored, device="cpu", workers=0, **settings)
 
 
 def batches(model: StagedModel, images: ImageSet) -> Batches:

@@ -127,7 +127,7 @@ def test_a_new_schedule_is_a_function_and_its_name_in_the_table(monkeypatch: pyt
         return LambdaLR(optimizer, lambda step: 1 - step / total_steps)
 
     monkeypatch.setitem(schedules.SCHEDULES, "falling", falling)
-    learn = Learner(staged(), arrays(12), head="linear", batch_size=4, quiet=True, device="cpu")
+    learn = Learner(staged(), arrays(12), head="mlp", batch_size=4, quiet=True, device="cpu")
     history = learn.fit(2, lr=0.1, schedule="falling")  # 6 steps, the third and the last end an epoch
     assert [record["lr"] for record in history.records] == pytest.approx([0.1 * 4 / 6, 0.1 * 1 / 6])
     with pytest.raises(ValueError, match="'cosine' is unknown; pass one of constant, one_cycle, falling"):
