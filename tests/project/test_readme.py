@@ -132,3 +132,15 @@ def _write_crops(folder: Path, photo: np.ndarray, rng: np.random.Generator, name
 def test_the_readme_shows_the_house_as_it_is() -> None:
     drawn = runpy.run_path(str(README.with_name("scripts") / "draw_house.py"))["pictures"]()
     assert drawn in README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    text = (README.parent / page).read_text(encoding="utf-8")
+    rooms = ("featstore/", "training/", "tests/", "scripts/", "docs/", "models/", "images/", "files/", "store/")
+    named = {word for word in re.findall(r"`([\w./]+)`", text) if word.startswith((*rooms, "extraction/", "exchange/"))}
+    missing = [
+        name for name in named if not any((README.parent / folder / name).exists() for folder in ("", "featstore"))
+    ]
+    assert len(named) > 4
+    assert not [name for name in missing if "NAME" not in name and "." in name]
