@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.random import bit_generator
 
 from featstore.digest import Json, canonical_json, digest_json
 from featstore.errors import ModelError
@@ -190,27 +192,133 @@ def _called(function: OwnPolicy, name: str, image: Tensor, generator: torch.Gene
 
 
 def _check_pure(function: OwnPolicy, name: str) -> None:
-    """Refuses a function whose result depends on more than image and generator, by different global random states.
+    """Refuses a function whose result depends on more than image and generator, or may.
 
-    Done once, where the policy is made and in the thread that makes it: the states belong to the whole process.
+    It is called by different global random states, which must stay where they are, and may make no generator without a
+    seed. Done once, where the policy is made and in the thread that makes it: the states belong to the whole process.
     """
     import torch
 
     size = (3, 240, 320)
     image = (torch.arange(math.prod(size)) * 2654435761 % 2**32 // 2**24).to(torch.uint8).reshape(size)
-    for seed in range(4):  # several: a policy may do nothing to some images
+    for seed in range(_NUM_TRIALS):
         results = []
         for state in (1, 2):
-            with _global_random_state(state):
+            generator = torch.Generator().manual_seed(seed)
+            with _global_random_state(state), _watched_generators() as unseeded:
+                before = _global_states()
                 try:
-                    results.append(_called(function, name, image, torch.Generator().manual_seed(seed)))
+                    results.append(_called(function, name, image, generator))
                 except RenderError as error:
                     raise ValueError(f"{error} (tried on a made-up image {size})") from error
+                moved = [whose for whose, now in _global_states().items() if now != before[whose]]
+            if moved or unseeded:
+                what = (
+                    f"moved the global random state of {' and of '.join(moved)}"
+                    if moved
+                    else f"took random numbers from {unseeded[0]}"
+                )
+                raise ValueError(
+                    f"the policy {name} {what}, so another run may give other views. Expected a function of image and "
+                    "generator alone. Draw every random number from the generator, or seed another one by it: "
+                    "torch.rand(1, generator=generator), "
+                    "np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))."
+                )
         if not torch.equal(*results):
             raise ValueError(
                 f"the policy {name} gave two results for one image and one generator. Expected a function of the two "
                 "alone. Draw every random number from the generator: torch.rand(1, generator=generator)."
             )
+
+
+_NUM_TRIALS = 16
+"""Generators that a policy is tried with: it may do nothing to most images."""
+
+
+def _global_states() -> dict[str, bytes]:
+    """Whose global random state -> the state."""
+    import torch
+
+    _, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": np.asarray(keys).tobytes() + repr(rest).encode("ascii"),
+        "Python": repr(random.getstate()).encode("ascii"),
+    }
+
+
+@contextmanager
+def _watched_generators() -> Iterator[list[str]]:
+    """A list of the sources of random numbers that the block made or used without a seed, in this thread.
+
+    Those of torch count if they were made by the name `torch.Generator`; they all start from the same number, so an
+    image's random numbers would be those of every other.
+    """
+    import torch
+
+    found: list[str] = []
+    here = threading.get_ident()
+
+    def note(source: str) -> None:
+        if threading.get_ident() == here:
+            found.append(source)
+
+    def noting(method: Callable[..., Any], source: str) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            note(source)
+            return method(*args)
+
+        return noted
+
+    def seed(self: random.Random, a: Any = None, version: int = 2) -> None:
+        if a is None:
+            note("a random.Random without a seed")
+        seed_python(self, a, version)
+
+    seed_python, entropy = random.Random.seed, random.SystemRandom
+    watched: list[tuple[Any, str, Any]] = [
+        (random.Random, "seed", seed),
+        (entropy, "random", noting(entropy.random, "the system's entropy")),
+        (entropy, "getrandbits", noting(entropy.getrandbits, "the system's entropy")),
+        # Where numpy gets what starts a generator that nobody seeds.
+        (bit_generator, "randbits", noting(vars(bit_generator)["randbits"], "a generator of numpy without a seed")),
+        (torch, "Generator", _watched_torch(found, here)),
+    ]
+    before = [vars(owner)[name] for owner, name, _ in watched]
+    try:
+        for owner, name, watching in watched:
+            setattr(owner, name, watching)
+        yield found
+    finally:
+        for (owner, name, _), original in zip(watched, before, strict=True):
+            setattr(owner, name, original)
+
+
+def _watched_torch(found: list[str], thread: int) -> Any:
+    """A class as `torch.Generator`, whose generators are in `found` until they have a seed or a state."""
+    import torch
+
+    original: Any = torch.Generator
+    words = "a torch.Generator without a seed"
+
+    class Kind(type(original)):  # type: ignore[misc]
+        def __instancecheck__(cls, value: object) -> bool:
+            return isinstance(value, original)  # also those that were made before
+
+    def made(self: Any, *_: Any, **__: Any) -> None:
+        if threading.get_ident() == thread:
+            found.append(words)
+
+    def seeded(method: str) -> Callable[..., Any]:
+        def call(self: Any, value: Any) -> Any:
+            if threading.get_ident() == thread and words in found:
+                found.remove(words)
+            return getattr(original, method)(self, value)
+
+        return call
+
+    methods = {"__init__": made, "manual_seed": seeded("manual_seed"), "set_state": seeded("set_state")}
+    return Kind("Generator", (original,), methods)
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
 import random
+import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomResizedCrop, v2
 
 from featstore.images.augmentation import Policy, policy
 from featstore.images.policies import ASPECT, Draws, random_box
@@ -345,21 +347,93 @@ def test_a_file_edited_since_its_import_is_refused(tmp_path: Path, monkeypatch: 
 
 
 GENERATORS = np.random.default_rng()
+numpys = np.random.default_rng
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        lambda image, generator: image // int(torch.randint(1, 200, ())),
-        lambda image, generator: image // np.random.randint(1, 200),  # noqa: NPY002
-        lambda image, generator: image // random.randint(1, 200),
         lambda image, generator: image // int(GENERATORS.integers(1, 200)),
-        lambda image, generator: image + int(torch.rand(1, generator=generator) < 0.5) * int(torch.randint(0, 200, ())),
+        lambda image, generator: image // (1 + os.urandom(1)[0]),
     ],
 )
 def test_random_numbers_from_elsewhere_are_refused(function: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match="two results for one image and one generator"):
         policy(function)
+
+
+@pytest.mark.parametrize(
+    ("function", "whose"),
+    [
+        (lambda image, generator: image // int(torch.randint(1, 200, ())), "torch"),
+        (lambda image, generator: image // np.random.randint(1, 200), "numpy"),  # noqa: NPY002
+        (lambda image, generator: image // random.randint(1, 200), "Python"),
+        (
+            lambda image, generator: (
+                image + int(torch.rand(1, generator=generator) < 0.5) * int(torch.randint(0, 200, ()))
+            ),
+            "torch",
+        ),
+        # These change one image in a million, so two results hardly ever differ.
+        (lambda image, generator: image.flip(2) if torch.rand(1) < 1e-6 else image, "torch"),
+        (lambda image, generator: image.flip(2) if np.random.rand() < 1e-6 else image, "numpy"),  # noqa: NPY002
+        (lambda image, generator: image.flip(2) if random.random() < 1e-6 else image, "Python"),
+        (lambda image, generator: v2.RandomHorizontalFlip(1e-6)(image), "torch"),
+        (lambda image, generator: image // torch.manual_seed(3).initial_seed(), "torch"),
+    ],
+)
+def test_a_policy_that_moves_a_global_random_state_is_refused(function: Callable[..., Tensor], whose: str) -> None:
+    with pytest.raises(ValueError, match=f"moved the global random state of {whose}, .*generator=generator"):
+        policy(function)
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (lambda image, generator: image.flip(2) if np.random.default_rng().random() < 1e-6 else image, "of numpy"),
+        (lambda image, generator: image.flip(2) if numpys().random() < 1e-6 else image, "of numpy"),
+        (lambda image, generator: image.flip(2) if np.random.RandomState().rand() < 1e-6 else image, "of numpy"),
+        (lambda image, generator: image.flip(2) if random.Random().random() < 1e-6 else image, "random.Random"),
+        (
+            lambda image, generator: image // int(torch.randint(1, 9, (), generator=torch.Generator())),
+            "torch.Generator",
+        ),
+    ],
+)
+def test_a_generator_without_a_seed_is_refused(function: Callable[..., Tensor], what: str) -> None:
+    with pytest.raises(ValueError, match=f"took random numbers from a .*{what} without a seed"):
+        policy(function)
+
+
+@pytest.mark.parametrize("draw", [lambda: random.SystemRandom().random(), lambda: secrets.randbelow(10**6) / 10**6])
+def test_a_policy_that_draws_from_the_systems_entropy_is_refused(draw: Callable[[], float]) -> None:
+    with pytest.raises(ValueError, match="took random numbers from the system's entropy"):
+        policy(lambda image, generator: image.flip(2) if draw() < 1e-6 else image)
+
+
+def seeded_again(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Generators of other libraries, seeded by the one that is given."""
+    seed = int(torch.randint(2**31, (), generator=generator))
+    other = torch.Generator()
+    other.manual_seed(seed)
+    copy = torch.Generator()
+    copy.set_state(other.get_state())
+    numbers = [
+        int(np.random.default_rng(seed).integers(1, 9)),
+        random.Random(seed).randint(1, 9),
+        int(torch.randint(1, 9, (), generator=copy)),
+    ]
+    are_generators = isinstance(generator, torch.Generator) and isinstance(other, torch.Generator)
+    return image // sum(numbers) if are_generators else image[0]
+
+
+def test_generators_that_the_given_one_seeds_are_accepted() -> None:
+    own, kinds = policy(seeded_again), (torch.Generator, random.Random.seed)
+    assert torch.equal(own.apply(IMAGE, 3, DIGEST), own.apply(IMAGE, 3, DIGEST))
+    assert not torch.equal(own.apply(IMAGE, 3, DIGEST), own.apply(IMAGE, 4, DIGEST))
+    with pytest.raises(ValueError, match="without a seed"):
+        policy(lambda image, generator: image // (1 + (torch.Generator() is None)))
+    assert (torch.Generator, random.Random.seed) == kinds
 
 
 def test_global_random_states_are_left_as_they_were() -> None:
@@ -376,7 +450,7 @@ def test_global_random_states_are_left_as_they_were() -> None:
 
     own = policy(darker)
     own.apply(IMAGE, 3, DIGEST)
-    with pytest.raises(ValueError, match="two results"):
+    with pytest.raises(ValueError, match="global random state"):
         policy(lambda image, generator: image // int(torch.randint(1, 200, ())))
 
     assert draws() == expected
