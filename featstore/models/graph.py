@@ -90,6 +90,12 @@ def refuse_patched(module: nn.Module) -> None:
                 f"{where} is compiled by torch.compile, and what that runs no key can see. Hand over the module that "
                 f"was compiled: {f'put the _orig_mod of {path} in its place' if path else 'net._orig_mod'}."
             )
+        if getattr(part, "_compiled_call_impl", None) is not None:
+            call = ".".join(filter(None, ["net", path, "compile()"]))
+            raise ModelError(
+                f"{where} was compiled in place ({call}), and what that runs no key can see. Hand over the network as "
+                "it was before, or copy.deepcopy(net), which isn't compiled."
+            )
         if isinstance(part, torch.jit.ScriptModule):
             raise ModelError(
                 f"{where} is a TorchScript module, whose code no key can see. Hand over the nn.Module it was made from."
