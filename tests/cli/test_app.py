@@ -21,7 +21,8 @@ from featstore import FeatureStore, ImageSet, backbone
 
 NUM_EACH = 10
 
-# Interrupts itself at an all-white image: as Ctrl-C does, at a moment that the test chooses.
+# Interrupts itself at an all-red image: as Ctrl-C does, at a moment that the test chooses. The check of a model has
+# images of its own, white ones among them, and none that is red all over.
 IMPATIENT = """
 import os
 import signal
@@ -32,8 +33,9 @@ from torch import nn
 
 class Gate(nn.Module):
     def forward(self, values):
-        if bool((values.amin(dim=(1, 2, 3)) > 2).any()) and "INTERRUPT_AT_WHITE" in os.environ:
-            signal.raise_signal(int(os.environ["INTERRUPT_AT_WHITE"]))
+        is_red = (values[:, 0].amin((1, 2)) > 2) & (values[:, 1:].amax((1, 2, 3)) < -1)
+        if bool(is_red.any()) and "INTERRUPT_AT_RED" in os.environ:
+            signal.raise_signal(int(os.environ["INTERRUPT_AT_RED"]))
         return values
 
 
@@ -262,20 +264,20 @@ def test_a_name_that_is_not_text_prints(featstore: Program, here: Path) -> None:
     assert "cat/köpek 狗.jpg: " in ran.err
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
-def test_after_ctrl_c_or_the_end_of_its_time_what_was_computed_is_filed(
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_after_ctrl_c_the_end_of_its_time_or_of_its_terminal_what_was_computed_is_filed(
     featstore: Program, here: Path, monkeypatch: pytest.MonkeyPatch, by: signal.Signals
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(by)
     (here / "impatient.py").write_text(IMPATIENT, encoding="utf-8")
-    Image.new("RGB", (90, 90), "white").save(here / "photos" / "dog" / "white.png")
+    Image.new("RGB", (90, 90), "red").save(here / "photos" / "dog" / "red.png")
     wanted = ["--images", "photos", "--store", "feats", "--backbone", "impatient.py:make_model", "--size", "32"]
-    monkeypatch.setenv("INTERRUPT_AT_WHITE", str(int(by)))
+    monkeypatch.setenv("INTERRUPT_AT_RED", str(int(by)))
     ran = featstore("extract", *wanted, "--batch-size", "4")
     assert (ran.code, ran.out) == (130, "")
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(by) == before
     assert ran.err.endswith("\nInterrupted. What was computed is filed; the same command computes the rest.\n")
-    monkeypatch.delenv("INTERRUPT_AT_WHITE")
+    monkeypatch.delenv("INTERRUPT_AT_RED")
     again = featstore("extract", *wanted, "--json")
     assert [(each["computed"], each["reused"]) for each in again.json["sets"]] == [(1, 20)]
 
