@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, TypeVar
 
 import typer
@@ -71,7 +71,8 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our results has seen enough
         return FAILED
     except KeyboardInterrupt as error:
-        tell(" ".join(["Interrupted.", *getattr(error, "__notes__", ())]))
+        with suppress(OSError):  # the terminal may be what ended
+            tell(" ".join(["Interrupted.", *getattr(error, "__notes__", ())]))
         return INTERRUPTED
     except Exception as error:
         if "--debug" in arguments:
@@ -166,15 +167,23 @@ def _flat(prefix: str, value: Json) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def _ended_as_interrupted() -> Iterator[None]:
-    """Takes SIGTERM, which schedulers send at the end of a job's time, as Ctrl-C: what was computed is filed."""
+    """Takes SIGTERM and SIGHUP as Ctrl-C: what was computed is filed.
+
+    Schedulers send the one at the end of a job's time, a terminal or ssh session that closes sends the other. What
+    whoever started the program wants ignored (nohup) stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():  # no other may set what signals do
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ends = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no SIGHUP
+    before = {each: signal.getsignal(each) for each in ends if signal.getsignal(each) != signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not set from Python
+        for each, handler in before.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 def _sentence(error: Exception, name: str) -> str:

@@ -17,14 +17,8 @@ from torch import Tensor, fx, nn
 
 from featstore.digest import Json, digest_json, digest_tensor
 from featstore.errors import ModelError
-from featstore.models.graph import (
-    has_fingerprint,
-    is_in_place,
-    is_library_class,
-    is_library_leaf,
-    refuse_patched,
-    split_into_stages,
-)
+from featstore.models.graph import is_in_place, refuse_patched, split_into_stages
+from featstore.models.tracing import has_fingerprint, is_library_class, is_library_leaf
 from featstore.source_code import class_facts, source_digests
 
 START = digest_json(["featstore operations", 1])

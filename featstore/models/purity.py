@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from featstore.errors import ModelError
 from featstore.models.batch_mixing import BatchMixing, Mixed, Rows, Status
-from featstore.models.graph import has_fingerprint, is_library_leaf
 from featstore.models.modes import eval_mode, numerics, random_states, random_states_kept
 from featstore.models.probe import probe_images
 from featstore.models.staged import StagedModel
 from featstore.models.stages import TracedStage
+from featstore.models.tracing import has_fingerprint, is_library_leaf
 
 TOLERANCE = 1e-4
 """Difference that place and number of images may make by rounding, as a share of the output's largest value."""

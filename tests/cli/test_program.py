@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
 import pytest
 
 from featstore import FeatureStoreError
@@ -61,3 +65,40 @@ def test_only_a_command_at_the_end_loses_the_full_stop(
     assert run(app, "featstore", ["fail"]) == 1
     assert capsys.readouterr().err == f"{said}\n"
     assert str(error) == said.removesuffix(".") + "."
+
+
+def test_what_whoever_started_the_program_ignores_does_not_end_it() -> None:
+    app = new_app()
+    seen: list[bool] = []
+
+    @app.command()
+    def work() -> None:
+        signal.raise_signal(signal.SIGHUP)
+        seen.append(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert run(app, "tool", []) == 0
+        assert seen == [True]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_program_whose_terminal_has_closed_ends_as_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = new_app()
+    ours, its = os.openpty()
+    terminal = os.fdopen(its, "w", buffering=1)
+
+    @app.command()
+    def work() -> None:
+        os.close(ours)
+        signal.raise_signal(signal.SIGHUP)
+
+    with monkeypatch.context() as with_terminal:
+        with_terminal.setattr(sys, "stderr", terminal)
+        assert run(app, "tool", []) == 130
+    with pytest.raises(OSError, match="Input/output error"):  # what is said there reaches nobody
+        print("anybody?", file=terminal)
+    with pytest.raises(OSError, match="Input/output error"):
+        terminal.close()

@@ -342,7 +342,7 @@ def test_the_batch_size_that_runs_is_the_one_that_is_checked(store: FeatureStore
 
     module = nn.Sequential(nn.Conv2d(3, 2, 3), Ghost())
     model = StagedModel.from_module(module.eval(), view=VIEW)
-    with pytest.raises(ModelError, match="stage 1, in batches of 8, gives for an image depends on the other images"):
+    with pytest.raises(ModelError, match=r"what 1 \(Ghost\), in batches of 8, gives for an image depends on the other"):
         run(arrays(3), store, model=model, cuts=["1"], batch_size=8)
     run(arrays(3), store, model=model, cuts=["1"], batch_size=6)
 

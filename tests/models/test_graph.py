@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -548,6 +549,27 @@ def test_a_compiled_module_is_refused_and_the_advice_works() -> None:
         StagedModel.from_module(outer)
     outer[1] = net._orig_mod
     assert StagedModel.from_module(outer).cut_points == ["0", "1.0", "1"]
+
+
+@pytest.mark.parametrize("path", ["", "0"])
+def test_a_module_that_was_compiled_in_place_is_refused_and_the_advice_works(path: str) -> None:
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()), nn.Tanh())
+    model = StagedModel.from_module(net)
+    net.get_submodule(path).compile()
+    with pytest.raises(
+        ModelError, match=r"\(Sequential\) was compiled in place \(net\.(0\.)?compile\(\)\), .*deepcopy"
+    ):
+        StagedModel.from_module(net)
+    assert StagedModel.from_module(copy.deepcopy(net)).digest("1") == model.digest("1")
+    assert net.get_submodule(path)._compiled_call_impl is not None  # the caller's stays as it was
+
+
+def test_a_leaf_that_is_compiled_in_place_after_the_staging_is_refused_by_its_stage() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+    model = StagedModel.from_module(net)
+    net[1].compile()
+    with pytest.raises(ModelError, match=r"1 \(ReLU\) was compiled in place"):
+        model.digests()
 
 
 def test_a_torchscript_module_is_refused_with_what_to_hand_over() -> None:

@@ -42,8 +42,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "models",
             (
-                "names", "modes", "graph", "pool", "digests", "stages", "staged", "trunk", "weights", "runs", "trust",
-                "torchvision_models", "own_file", "backbones", "probe", "batch_mixing", "purity",
+                "names", "modes", "tracing", "graph", "pool", "digests", "stages", "staged", "trunk", "weights", "runs",
+                "trust", "torchvision_models", "own_file", "backbones", "probe", "batch_mixing", "purity",
             ),
         ),
         (
