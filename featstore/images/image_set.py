@@ -7,13 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featstore.digest import Json, digest_bytes
-from featstore.images.csv_tables import OWN_SPLITS, holds_splits, read_table, table_rows
+from featstore.images.csv_tables import OWN_SPLITS, Reading, classes_of, holds_splits, read_table, table_rows
 from featstore.images.digests import Digests, DigestTable, KnownDigest, KnownDigests, Memo
 from featstore.images.folders import StrPath, TopFolders, existing_folder, folder_rows
 from featstore.images.labels import (
@@ -139,12 +139,21 @@ class ImageSet:
         path_column: str = "path",
         label_column: str | None = "label",
         label_sep: str | None = None,
+        one_hot: Sequence[str] | Literal["*"] | None = None,
         split_column: str | None = None,
+        valid_column: str | None = None,
         group_column: str | None = None,
         task: Task = "single",
+        suffix: str | None = None,
+        strip: str | None = None,
         name: str | None = None,
     ) -> ImageSet:
         """The images that a table with a header names, in its order; UTF-8, commas in a `.csv`, tabs in a `.tsv`.
+
+        UTF-16 and cells separated otherwise (as the header shows) are read as well, which `notes` says. Backslashes in
+        paths are slashes. `suffix` is added to names without it; `strip` is cut off where paths begin with it (a folder
+        of another machine), so that the rest lies below `root`. Columns of 0 and 1, one a class, are named by `one_hot`
+        ("*": all that are used for nothing else); a column of who is held out, and else trained on, by `valid_column`.
 
         Paths are below `root` (default: the table's folder) or absolute. Splits are `train`, `valid` (or `val`),
         `test`, or empty; without `split_column` those of the column `split`, if there is one, and with
@@ -161,23 +170,48 @@ class ImageSet:
                 f"label_sep is {label_sep!r} but task is {task!r}, where a cell is one class. "
                 "Expected label_sep only with several labels an image. Pass task='multi', or leave label_sep out."
             )
+        if valid_column is not None and split_column:
+            raise ValueError(
+                f"split_column is {split_column!r} and valid_column {valid_column!r}. Expected one column that says "
+                "the split. Leave one out."
+            )
         folder = os.path.dirname(file) if root is None else existing_folder(root)
-        lines = read_table(file)
-        if split_column is None and holds_splits(lines[0][1], (path_column, label_column, group_column)):
+        lines, dialect = read_table(file, path_column)
+        if valid_column is not None:
+            split_column = None
+        elif split_column is None and holds_splits(lines[0][1], (path_column, label_column, group_column)):
             split_column = OWN_SPLITS
-        columns = {"path": path_column, "label": label_column, "split": split_column or None, "group": group_column}
-        rows, spellings = one_spelling(table_rows(lines, file, folder, columns, label_sep))
+        reading = Reading(
+            columns={
+                "path": path_column,
+                "label": label_column if one_hot is None else None,
+                "split": split_column or None,
+                "valid": valid_column,
+                "group": group_column,
+            },
+            label_sep=label_sep,
+            task=task,
+            suffix=suffix,
+            strip=strip,
+        )
+        one_hot_classes = None
+        if one_hot is not None:
+            one_hot_classes = classes_of(lines[0][1], reading, one_hot)
+            reading = replace(reading, one_hot=one_hot_classes)
+        found, notes = table_rows(lines, file, folder, reading)
+        rows, spellings = one_spelling(found)
         return cls._from_rows(
             rows,
             name=name or os.path.splitext(os.path.basename(file))[0],
             task=task,
             classes=class_table(
                 rows,
+                given=one_hot_classes,
                 instead="leave the labels out: --label-column '' (in Python: label_column=None)",
             ),
-            is_labelled=label_column is not None,
+            is_labelled=label_column is not None or one_hot is not None,
             source=FolderSource(root=folder),
-            notes=spellings,
+            notes=(*dialect, *notes, *spellings),
             origin={
                 "constructor": "from_csv",
                 "path": os.fspath(path),
@@ -185,9 +219,13 @@ class ImageSet:
                 "path_column": path_column,
                 "label_column": label_column,
                 "label_sep": label_sep,
+                "one_hot": one_hot if one_hot is None or one_hot == "*" else list(one_hot),
                 "split_column": split_column,
+                "valid_column": valid_column,
                 "group_column": group_column,
                 "task": task,
+                "suffix": suffix,
+                "strip": strip,
                 "name": name,
             },
         )
@@ -319,8 +357,8 @@ class ImageSet:
             ValueError: for another number of splits or another word.
         """
         origin = {key: value for key, value in self.origin.items() if key != "split"}
-        if origin.get("split_column"):
-            origin["split_column"] = ""  # what the table says no longer counts
+        if origin.get("split_column") or origin.get("valid_column"):
+            origin |= {"split_column": "", "valid_column": None}  # what the table says no longer counts
         return replace(self, splits=checked_splits(splits, len(self)), origin=origin)
 
     def split(

@@ -6,6 +6,8 @@ options that no other has, their flags as well.
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -111,9 +113,13 @@ _TABLE_DEFAULTS = {
     "path_column": "path",
     "label_column": "label",
     "label_sep": None,
+    "one_hot": None,
     "split_column": OWN_SPLITS,
+    "valid_column": None,
     "group_column": None,
     "task": "single",
+    "suffix": None,
+    "strip": None,
 }
 
 
@@ -135,13 +141,17 @@ class TableOrigin:
     def make(self, path: str, options: Mapping[str, Any]) -> ImageSet:
         """The set; errors as of `ImageSet.from_csv`."""
         given = {name: options[name] for name in self.options}
+        if given["one_hot"] not in (None, "*"):
+            given["one_hot"] = next(csv.reader([given["one_hot"]], skipinitialspace=True), [])
         return ImageSet.from_csv(path, **{**given, "label_column": given["label_column"] or None})
 
     def flags(self, images: ImageSet) -> list[str]:
         """The table, and what it is read by."""
         flags = ["--images", str(images.origin["path"])]
         for name, default in _TABLE_DEFAULTS.items():
-            value = images.origin[name]
+            value = images.origin.get(name)
+            if isinstance(value, list):
+                value = _as_cells(value)
             if name == "label_column" and value is None:
                 value = ""  # nothing is labelled
             if value is not None and value != default:
@@ -150,7 +160,8 @@ class TableOrigin:
 
     def own_splits(self, images: ImageSet) -> list[str] | None:
         """Those of the table's column."""
-        return images.splits.tolist() if images.origin["split_column"] else None
+        is_split = images.origin["split_column"] or images.origin.get("valid_column")
+        return images.splits.tolist() if is_split else None
 
     def no_split(self, images: ImageSet, options: Mapping[str, Any]) -> str:
         """What the table lacks, or was told to leave aside."""
@@ -164,6 +175,13 @@ class TableOrigin:
         if column is None or options["split_column"] is not None:
             return None
         return f"split by the table's column {column}: {split_counts(images.splits)} (to deal anew: --split-column '')"
+
+
+def _as_cells(names: list[str]) -> str:
+    """Names between commas, quoted where they hold one."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="").writerow(names)
+    return stream.getvalue()
 
 
 FOLDER = FolderOrigin()
