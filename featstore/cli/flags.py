@@ -128,8 +128,11 @@ class ImageFlags:
         one_of("--task", self.task, _TASKS)
         one_of("--top-folders", self.top_folders, _TOP_FOLDERS)
 
-    def given(self) -> GivenImages:
+    def given(self, *, held_out_classes: bool = False) -> GivenImages:
         """The images, dealt into splits.
+
+        Args:
+            held_out_classes: held-out images may have classes that none to train on has.
 
         Raises:
             ValueError: for flags that don't go together, and as `ImageSet.from_folder`, `from_csv` and `split` do.
@@ -137,7 +140,7 @@ class ImageFlags:
         """
         origin, options = named_by(self.images), self._options()
         self._refuse_options_of_others(origin, options)
-        images = origin.make(self.images, options)
+        images = origin.make(self.images, options, held_out_classes=held_out_classes)
         notes = (*_skipped_note(images), *images.notes, *self._single_labels_note(images))
         if self.split_column or self.valid_column or (images.splits != "").any():
             self._refuse_a_second_split(images, origin)

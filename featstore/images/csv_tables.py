@@ -14,6 +14,7 @@ from typing import Literal, TextIO
 
 from featstore.images.folders import IMAGE_SUFFIXES
 from featstore.images.labels import Row, Task, composed, split_named
+from featstore.images.sources import without_start
 from featstore.words import counted
 
 OWN_SPLITS = "split"
@@ -293,8 +294,8 @@ def _path_cell(cell: str, reading: Reading) -> tuple[str, bool]:
         path += reading.suffix
     if reading.strip is None:
         return path, False
-    before = reading.strip.replace("\\", "/").rstrip("/") + "/"
-    return path.removeprefix(before).lstrip("/") if path.startswith(before) else path, path.startswith(before)
+    rest = without_start(path, reading.strip)
+    return rest, rest != path
 
 
 def _table_path(cell: str, folder: str, where: str) -> tuple[str, str]:

@@ -51,7 +51,7 @@ class Origin(Protocol):
     def is_named_by(self, path: str) -> bool:
         """Whether a path means images of this kind."""
 
-    def make(self, path: str, options: Mapping[str, Any]) -> ImageSet:
+    def make(self, path: str, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
         """The image set; of `options`, at least those of this origin, each has its value or the flag's default."""
 
     def flags(self, images: ImageSet) -> list[str]:
@@ -82,9 +82,9 @@ class FolderOrigin:
         """If it is a folder."""
         return os.path.isdir(path)
 
-    def make(self, path: str, options: Mapping[str, Any]) -> ImageSet:
+    def make(self, path: str, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
         """The set; errors as of `ImageSet.from_folder`."""
-        return ImageSet.from_folder(path, top_folders=options["top_folders"])
+        return ImageSet.from_folder(path, top_folders=options["top_folders"], held_out_classes=held_out_classes)
 
     def flags(self, images: ImageSet) -> list[str]:
         """The folder, and what its first folders are."""
@@ -138,12 +138,13 @@ class TableOrigin:
         """If it is a file, or would be a table by its suffix."""
         return not os.path.isdir(path) and (path.lower().endswith((".csv", ".tsv")) or os.path.isfile(path))
 
-    def make(self, path: str, options: Mapping[str, Any]) -> ImageSet:
+    def make(self, path: str, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
         """The set; errors as of `ImageSet.from_csv`."""
         given = {name: options[name] for name in self.options}
         if given["one_hot"] not in (None, "*"):
             given["one_hot"] = next(csv.reader([given["one_hot"]], skipinitialspace=True), [])
-        return ImageSet.from_csv(path, **{**given, "label_column": given["label_column"] or None})
+        given |= {"label_column": given["label_column"] or None, "held_out_classes": held_out_classes}
+        return ImageSet.from_csv(path, **given)
 
     def flags(self, images: ImageSet) -> list[str]:
         """The table, and what it is read by."""

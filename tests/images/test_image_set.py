@@ -166,6 +166,19 @@ class TestFolders:
         with pytest.raises(ValueError, match=r"class 'wolf' \(valid/wolf/1.png, split valid\) is not in train"):
             ImageSet.from_folder(tmp_path)
 
+    def test_classes_that_are_held_out_alone_are_taken_if_asked_for(self, tmp_path: Path) -> None:
+        fill(tmp_path, "train/a/1.png", "valid/a/2.png", "valid/wolf/1.png")
+        with pytest.raises(
+            ValueError, match=r"to extract features only, run featstore extract \(.*held_out_classes=True"
+        ):
+            ImageSet.from_folder(tmp_path)
+        images = ImageSet.from_folder(tmp_path, held_out_classes=True)
+        assert images.classes == ("a", "wolf")
+        np.testing.assert_array_equal(images.valid.targets, [0, 1])
+        assert images.notes[0].startswith("1 class ('wolf') is held out alone: ")
+        file = table(tmp_path / "t.csv", "path,label,split", "1.png,a,train", "2.png,b,test")
+        assert ImageSet.from_csv(file, held_out_classes=True).classes == ("a", "b")
+
     def test_both_valid_and_val_is_an_error(self, tmp_path: Path) -> None:
         fill(tmp_path, "train/a/1.png", "valid/a/2.png", "val/a/3.png")
         with pytest.raises(ValueError, match="2 folders for split valid: val and valid"):
@@ -1039,6 +1052,22 @@ class TestReading:
             images.read(1)
         assert caught.value.image == "a/2.png"
         assert images.absent() == [1]
+
+    def test_absolute_paths_of_another_machine_are_found_without_their_start(self, tmp_path: Path) -> None:
+        fill(tmp_path / "now", "cat/1.png", "dog/2.png")
+        lines = ["/data/old/photos/cat/1.png,cat", "/data/old/photos/dog/2.png,dog"]
+        images = ImageSet.from_csv(table(tmp_path / "t.csv", "path,label", *lines))
+        assert images.with_root(tmp_path / "now").absent() == [0, 1]
+        with pytest.raises(
+            ImageError, match=r"cat/1.png: there is no such file; if .* --strip /data/old/photos/cat --root"
+        ):
+            images.read(0)
+        moved = images.with_root(tmp_path / "now", strip="/data/old/photos")
+        assert (moved.ids, moved.absent()) == (images.ids, [])
+        assert [moved.read(0), moved.read(1)] == [image_bytes(0), image_bytes(1)]
+        assert len(moved.digests()) == 2
+        with pytest.raises(ValueError, match=r"no path of t begins with /data/new \(the first is /data/old"):
+            images.with_root(tmp_path / "now", strip="/data/new")
 
     def test_another_root_finds_moved_images(self, tmp_path: Path) -> None:
         images = ImageSet.from_folder(fill(tmp_path / "old", "a/1.png", "a/2.png"))
