@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import ImageError
+from featstore.images.decoders import MAX_FILE_BYTES
 from featstore.images.digests import (
     Digests,
     DigestTable,
@@ -31,6 +32,7 @@ from featstore.images.digests import (
     content_digest,
     no_stats,
 )
+from featstore.words import size_text
 
 
 class ImageSource(Protocol):
@@ -93,7 +95,8 @@ class FolderSource:
     def read(self, image: str) -> bytes:
         """The file's bytes; `ImageError` if there is none, or it can't be read."""
         try:
-            path, _ = self._found(image)
+            path, facts = self._found(image)
+            _check_size(facts.st_size)
             with open(path, "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:
@@ -144,7 +147,8 @@ class FolderSource:
     def _hash(self, image: str) -> bytes:
         """Digest and facts of a file."""
         try:
-            path, _ = self._found(image)
+            path, facts = self._found(image)
+            _check_size(facts.st_size)
             hashed_at_ns = time.time_ns()
             with open(path, "rb", buffering=0) as file:
                 _let_writes_show(file.fileno())
@@ -405,6 +409,15 @@ _NO_FACTS = struct.pack("=5q", -1, -1, -1, -1, -1)
 
 _WRITTEN_BACK_AFTER_SECONDS = 60.0
 """Twice what Linux takes by default until it writes a changed page to the disk."""
+
+
+def _check_size(num_bytes: int) -> None:
+    """ValueError for a file that is no image by its size: reading it would fill the memory before anything is known."""
+    if num_bytes > MAX_FILE_BYTES:
+        raise ValueError(
+            f"it has {size_text(num_bytes)}, and no image that is decoded has more than {size_text(MAX_FILE_BYTES)}; is "
+            "it an image? Move it away"
+        )
 
 
 def _facts(facts: os.stat_result) -> tuple[int, int, int, int]:
