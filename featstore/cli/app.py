@@ -37,6 +37,7 @@ from featstore.cli.program import (
 )
 from featstore.digest import Json
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE, STORAGE_TYPES
+from featstore.images.sources import is_absolute, moved_remedy
 from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS
 from featstore.words import size_text
 
@@ -213,7 +214,7 @@ def _planned(
             "Fresh views can't be stored: each epoch has its own (--seeds fresh). Give fixed seeds, such as --seeds "
             "0-3, or train from images: featstore-train ... --seeds fresh."
         )
-    given = images.given()
+    given = images.given(held_out_classes=True)
     tell_all(given.notes)
     staged = model.model(sets.cuts, trust_code=how.trust_code)
     tell_all(staged.notes)
@@ -235,9 +236,12 @@ def _planned(
 def _refuse_absent(planned: Plan) -> None:
     absent = [planned.images.ids[index] for index in planned.is_absent.nonzero()[0]]
     if absent:
+        moved = "say with --root where a table's paths start"
+        if all(map(is_absolute, absent)):
+            moved = moved_remedy(absent)
         raise IncompleteError(
             f"{len(absent):,} of {len(planned.images):,} image files {'is' if len(absent) == 1 else 'are'} absent "
-            f"(first: {absent[0]}). Expected all. Bring them back, or say with --root where a table's paths start; or "
+            f"(first: {absent[0]}). Expected all. Bring them back, or {moved}; or "
             "extract the others with --on-error skip."
         )
 

@@ -66,7 +66,7 @@ def adopt_set(
 
     filed = open_store(store)
     cut = sample.cut or str(filed.set(key).facts["cut"])
-    given = images.given()
+    given = images.given(held_out_classes=True)
     staged = load_model(model.backbone, model.weights, [cut])
     tell_all(staged.notes)
     report = adopt(
@@ -235,7 +235,7 @@ def _imported_images(foreign: ForeignFlags, flags: KnownImageFlags, given: IdTab
     from featstore.images.image_set import without_files
 
     if flags.images:
-        return flags.given()
+        return flags.given(held_out_classes=True)
     if given is None or foreign.ids is None or not given.columns:
         _refuse_table_flags(flags)
         return None
@@ -249,7 +249,7 @@ def _imported_images(foreign: ForeignFlags, flags: KnownImageFlags, given: IdTab
     taken: dict[str, Any] = {
         name: value for name, value in columns_found.items() if getattr(flags, name) == defaults[name]
     }
-    found = replace(flags, images=foreign.ids, **taken).given()
+    found = replace(flags, images=foreign.ids, **taken).given(held_out_classes=True)
     in_order = replace(found.images.select(given.lines), name=found.images.name, ids=given.ids)
     return replace(found, images=without_files(in_order, where=foreign.ids, digests=given.digests))
 

@@ -87,6 +87,9 @@ class ImageFlags:
     label_sep: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What stands between several labels of one image.")
     ] = None
+    one_hot: Annotated[
+        str | None, typer.Option(metavar="NAMES|*", help="A table's columns of 0 and 1, one a class; *: all others.")
+    ] = None
     split_column: Annotated[
         str | None,
         typer.Option(
@@ -95,10 +98,19 @@ class ImageFlags:
             show_default=f"{OWN_SPLITS}, if there is one",
         ),
     ] = None
+    valid_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A table's column of 0 and 1: 1 is held out, 0 is train.")
+    ] = None
     group_column: Annotated[
         str | None, typer.Option(metavar="NAME", help="A table's column of what stays in one split, a patient say.")
     ] = None
     task: Annotated[str, typer.Option(metavar="single|multi", help="One label an image, or any number.")] = "single"
+    suffix: Annotated[
+        str | None, typer.Option(metavar=".jpg", help="What a table's names lack to be names of files.")
+    ] = None
+    strip: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Cut off a table's paths, to find the rest below --root.")
+    ] = None
     valid: Annotated[
         float | None,
         typer.Option(
@@ -116,8 +128,11 @@ class ImageFlags:
         one_of("--task", self.task, _TASKS)
         one_of("--top-folders", self.top_folders, _TOP_FOLDERS)
 
-    def given(self) -> GivenImages:
+    def given(self, *, held_out_classes: bool = False) -> GivenImages:
         """The images, dealt into splits.
+
+        Args:
+            held_out_classes: held-out images may have classes that none to train on has.
 
         Raises:
             ValueError: for flags that don't go together, and as `ImageSet.from_folder`, `from_csv` and `split` do.
@@ -125,9 +140,9 @@ class ImageFlags:
         """
         origin, options = named_by(self.images), self._options()
         self._refuse_options_of_others(origin, options)
-        images = origin.make(self.images, options)
+        images = origin.make(self.images, options, held_out_classes=held_out_classes)
         notes = (*_skipped_note(images), *images.notes, *self._single_labels_note(images))
-        if self.split_column or (images.splits != "").any():
+        if self.split_column or self.valid_column or (images.splits != "").any():
             self._refuse_a_second_split(images, origin)
             found = origin.found_split(images, options)
             return GivenImages(images=images, about=(*notes, *(() if found is None else (found,))))

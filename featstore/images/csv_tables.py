@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import os
-from collections.abc import Iterable
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal, TextIO
 
-from featstore.images.labels import Row, composed, split_named
+from featstore.images.folders import IMAGE_SUFFIXES
+from featstore.images.labels import Row, Task, composed, split_named
+from featstore.images.sources import without_start
 from featstore.words import counted
 
 OWN_SPLITS = "split"
@@ -15,28 +23,56 @@ OWN_SPLITS = "split"
 Line = tuple[int, list[str]]  # where it starts, and its cells
 
 
-def read_table(file: str) -> list[Line]:
-    """The lines that are not empty, each with the number it starts at; the header and at least one more."""
-    separator = {".csv": ",", ".tsv": "\t"}.get(os.path.splitext(file)[1].lower())
-    if separator is None:
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the cells of a table are read, see `ImageSet.from_csv`.
+
+    Attributes:
+        columns: the names of the columns "path", "label", "split", "valid" and "group"; None for what isn't read.
+        label_sep: between the labels of a cell; None where a cell is one label.
+        one_hot: columns that are a class each.
+        task: one class an image, or any number.
+        suffix: of the files, where the table leaves it out.
+        strip: what paths begin with and no longer lie in.
+    """
+
+    columns: dict[str, str | None]
+    label_sep: str | None = None
+    one_hot: tuple[str, ...] = ()
+    task: Task = "single"
+    suffix: str | None = None
+    strip: str | None = None
+
+
+def read_table(file: str, path_column: str) -> tuple[list[Line], tuple[str, ...]]:
+    """The lines that are not empty, each with the number it starts at, and notes; the header and at least one more.
+
+    Cells lie between commas in a ``.csv`` and tabs in a ``.tsv``, unless the header is made of something else.
+    """
+    own = {".csv": ",", ".tsv": "\t"}.get(os.path.splitext(file)[1].lower())
+    if own is None:
         raise ValueError(
             f"{file} is no table by its suffix. Expected .csv (commas) or .tsv (tabs). Rename or convert it."
         )
     lines: list[Line] = []
-    start = 1
+    start, separator, encoding = 1, own, "utf-8-sig"
     try:
+        encoding = _encoding(file)
         # Names of files need not be UTF-8; what isn't survives as os.fsdecode would have it.
-        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+        errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
+        with open(file, newline="", encoding=encoding, errors=errors) as stream:
+            separator, num_before = _separator(stream, own, path_column)
             reader = csv.reader(stream, delimiter=separator, strict=True, skipinitialspace=True)
+            start += num_before
             for cells in reader:
                 if cells:
                     lines.append((start, cells))
-                start = reader.line_num + 1
+                start = reader.line_num + num_before + 1
     except OSError as error:
         raise ValueError(
             f"{file} can't be read ({error.strerror}). Expected a table of images. Correct the path."
         ) from error
-    except csv.Error as error:
+    except (csv.Error, UnicodeError) as error:
         raise ValueError(
             f"{file} can't be understood at line {start} ({error}). Expected rows of cells separated by "
             f"{separator!r}. Correct the line."
@@ -46,7 +82,41 @@ def read_table(file: str) -> list[Line]:
             f"{file} holds {'only a header' if lines else 'nothing'}. Expected a header and a row for each image. "
             "Add the rows, or name another file."
         )
-    return lines
+    found = [f"cells separated by {separator!r}"] * (separator != own) + ["UTF-16"] * (encoding != "utf-8-sig")
+    return lines, ((f"{os.path.basename(file)} is read as {' and '.join(found)}",) if found else ())
+
+
+def _encoding(file: str) -> str:
+    """UTF-16 with a byte order mark or, as a header is mostly ASCII, with a zero in its first letter; else UTF-8."""
+    with open(file, "rb") as stream:
+        first = stream.read(2)
+    if first in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    return "utf-16-le" if first[1:] == b"\0" else "utf-16-be" if first[:1] == b"\0" else "utf-8-sig"
+
+
+_SEPARATORS = (",", ";", "\t", "|")
+
+
+def _separator(stream: TextIO, own: str, path_column: str) -> tuple[str, int]:
+    """What separates the cells of the header, and how many lines come before it: Excel's ``sep=;``.
+
+    The table's own separator, unless only another one gives the column of paths, or gives columns at all.
+    """
+    begin, num_before, header = stream.tell(), 0, "\n"
+    while header and not header.strip():
+        header = stream.readline()
+    if match := re.fullmatch(r'"?sep=(.)"?\s*', header):
+        return match[1], 1
+    stream.seek(begin)
+    cells = {
+        each: [composed(cell.strip()) for cell in next(csv.reader([header], delimiter=each, skipinitialspace=True), [])]
+        for each in (own, *_SEPARATORS)
+    }
+    named = [each for each, names in cells.items() if composed(path_column) in names]
+    if named or len(cells[own]) > 1:
+        return named[0] if named else own, num_before
+    return max(cells, key=lambda each: len(cells[each])), num_before
 
 
 def holds_splits(header: list[str], named: Iterable[str | None]) -> bool:
@@ -54,22 +124,29 @@ def holds_splits(header: list[str], named: Iterable[str | None]) -> bool:
     return OWN_SPLITS in {cell.strip() for cell in header} - {*named}
 
 
-def table_rows(
-    table: list[Line], file: str, folder: str, columns: dict[str, str | None], label_sep: str | None
-) -> list[Row]:
-    """A row for each line of a table, see `ImageSet.from_csv`.
+def classes_of(header: list[str], reading: Reading, one_hot: Sequence[str] | Literal["*"]) -> tuple[str, ...]:
+    """The columns that are a class each: those that were named, or for ``*`` all that nothing else is read from."""
+    if one_hot != "*":
+        return tuple(map(composed, one_hot))
+    taken = {composed(name) for name in (*reading.columns.values(), OWN_SPLITS) if name is not None}
+    return tuple(name for cell in header if (name := composed(cell.strip())) not in taken)
+
+
+def table_rows(table: list[Line], file: str, folder: str, reading: Reading) -> tuple[list[Row], tuple[str, ...]]:
+    """A row for each line of a table, see `ImageSet.from_csv`, and notes.
 
     Args:
         table: its lines, the header first.
         file: it was read from, for messages.
         folder: absolute; paths are below it.
-        columns: the names of the columns "path", "label", "split" and "group"; None for what isn't read.
-        label_sep: between the labels of a cell; None where a cell is one label.
+        reading: how cells are read.
     """
     (_, header), *body = table
-    places = _places(header, columns, file)
+    places = _places(table, reading, file, folder)
+    of_class = {name: places[f"class {name}"] for name in reading.one_hot}
     rows: list[Row] = []
     lines: dict[str, int] = {}
+    num_slashed = num_stripped = 0
     for line, cells in body:
         where = f"line {line} of {file}"
         if len(cells) != len(header):
@@ -77,7 +154,10 @@ def table_rows(
                 f"{where} has {counted(len(cells), 'cell')}. Expected {len(header)}, as the header has. "
                 "Quote cells that contain the separator."
             )
-        full, image = _table_path(cells[places["path"]], folder, where)
+        cell, was_stripped = _path_cell(cells[places["path"]], reading)
+        num_slashed += "\\" in cells[places["path"]]
+        num_stripped += was_stripped
+        full, image = _table_path(cell, folder, where)
         place = composed(full)  # two spellings of a name are one file on macOS, and in most people's minds
         if place in lines:
             raise ValueError(
@@ -88,31 +168,134 @@ def table_rows(
         rows.append(
             Row(
                 image=image,
-                labels=_table_labels(cells[places["label"]], label_sep) if "label" in places else (),
-                split=_table_split(cells[places["split"]], where) if "split" in places else "",
+                labels=(
+                    _one_hot_labels(cells, of_class, reading.task, where)
+                    if of_class
+                    else _table_labels(cells[places["label"]], reading.label_sep, where)
+                    if "label" in places
+                    else ()
+                ),
+                split=(
+                    _valid_split(cells[places["valid"]], where)
+                    if "valid" in places
+                    else _table_split(cells[places["split"]], where)
+                    if "split" in places
+                    else ""
+                ),
                 group=_table_group(cells[places["group"]], where) if "group" in places else None,
                 where=where,
             )
         )
-    return rows
+    if reading.strip is not None and not num_stripped:
+        raise ValueError(
+            f"no path of {file} begins with {reading.strip} (the first is {body[0][1][places['path']]}). Expected what "
+            "--strip (in Python: strip) names at the start of paths. Correct it, or leave it out."
+        )
+    notes = [f"backslashes in {counted(num_slashed, 'path')} are read as slashes"] if num_slashed else []
+    return rows, (*notes, *_unused_notes(table, reading, folder, places))
 
 
-def _places(header: list[str], columns: dict[str, str | None], file: str) -> dict[str, int]:
-    """Where each column that was named stands."""
-    names = [composed(cell.strip()) for cell in header]
-    columns = {what: column and composed(column) for what, column in columns.items()}
-    for what, column in columns.items():
+def _places(table: list[Line], reading: Reading, file: str, folder: str) -> dict[str, int]:
+    """Where each column that was named stands; that of a class as ``class NAME``."""
+    names = [composed(cell.strip()) for cell in table[0][1]]
+    wanted = {
+        **{what: column and composed(column) for what, column in reading.columns.items()},
+        **{f"class {name}": name for name in reading.one_hot},
+    }
+    for what, column in wanted.items():
         if column is not None and names.count(column) != 1:
+            count = f"{names.count(column) or 'no'} column{'s' if column in names else ''} {column!r}"
+            has = f"{file} has {count}; it has {', '.join(map(repr, names))}"
+            if what not in reading.columns:
+                raise ValueError(
+                    f"{has}. Expected a column of 0 and 1 for each class. Correct --one-hot (in Python: one_hot)."
+                )
             instead = {
                 "label": "; if nothing is labelled, say --label-column '' (label_column=None)",
                 "split": "; to use none, say --split-column '' (split_column=\"\")",
             }.get(what, "")
             raise ValueError(
-                f"{file} has {names.count(column) or 'no'} column{'s' if column in names else ''} {column!r}; it has "
-                f"{', '.join(map(repr, names))}. Expected one column with each image's {what}. "
+                f"{has}. Expected one column with each image's {what}{_proposal(table, wanted, folder)}. "
                 f"Name it with --{what}-column NAME (in Python: {what}_column=NAME){instead}."
             )
-    return {what: names.index(column) for what, column in columns.items() if column is not None}
+    return {what: names.index(column) for what, column in wanted.items() if column is not None}
+
+
+_PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_name",
+               "image_id", "img", "name", "fname", "id")  # fmt: skip
+_LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "breed", "species", "target", "tags", "diagnosis",
+                "dx", "y")  # fmt: skip
+_VALID_NAMES = ("is_valid", "valid", "is_val", "val")
+_FEW_LINES = 100
+"""Of a table, that are looked at for what a column may be."""
+
+
+def _proposal(table: list[Line], wanted: dict[str, str | None], folder: str) -> str:
+    """Which columns may be the missing ones, as flags and arguments; nothing where none looks like it."""
+    names = [composed(cell.strip()) for cell in table[0][1]]
+    columns = {
+        name: [cells[at] for _, cells in table[1:_FEW_LINES] if at < len(cells)] for at, name in enumerate(names)
+    }
+    free = [name for name in names if name not in wanted.values()]
+    found: dict[str, str] = {}
+    if wanted["path"] not in names:
+        by_cells = [name for name in free if _share_of_images(columns[name]) > 0.5]
+        path = next(iter(by_cells + _known(free, _PATH_NAMES)), None)
+        if path is not None:
+            found["path_column"] = path
+            suffix = "" if by_cells else _lacking_suffix(columns[path], folder)
+            found |= {"suffix": suffix} if suffix else {}
+            free.remove(path)
+    if wanted["label"] is not None and wanted["label"] not in names:
+        label = next(iter(_known(free, _LABEL_NAMES)), None)
+        found |= {} if label is None else {"label_column": label}
+    if not found:
+        return ""
+    flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in found.items())
+    return f", maybe {flags} (in Python: {', '.join(f'{name}={value!r}' for name, value in found.items())})"
+
+
+def _known(names: list[str], known: tuple[str, ...]) -> list[str]:
+    return sorted((name for name in names if name.lower() in known), key=lambda name: known.index(name.lower()))
+
+
+def _share_of_images(cells: list[str]) -> float:
+    return sum(cell.lower().endswith(IMAGE_SUFFIXES) for cell in cells) / max(1, len(cells))
+
+
+def _lacking_suffix(cells: list[str], folder: str) -> str | None:
+    """The suffix with which the first of these names is a file below the folder, where it is none without."""
+    path = os.path.join(folder, cells[0]) if cells and cells[0] else None
+    if path is None or os.path.lexists(path):
+        return None
+    return next((suffix for suffix in IMAGE_SUFFIXES if os.path.lexists(path + suffix)), None)
+
+
+def _unused_notes(table: list[Line], reading: Reading, folder: str, places: dict[str, int]) -> list[str]:
+    """What a table seems to say that isn't used."""
+    names = [composed(cell.strip()) for cell in table[0][1]]
+    notes = []
+    paths = [cells[places["path"]] for _, cells in table[1:_FEW_LINES]]
+    if reading.suffix is None and (suffix := _lacking_suffix(paths, folder)):
+        notes.append(f"the files end with {suffix}, which the table leaves out: say --suffix {suffix}")
+    if not {"split", "valid"} & places.keys():
+        free = [name for at, name in enumerate(names) if at not in places.values()]
+        notes += [
+            f"the table's column {name} isn't used; if it says what is held out: --valid-column {shlex.quote(name)}"
+            for name in _known(free, _VALID_NAMES)[:1]
+        ]
+    return notes
+
+
+def _path_cell(cell: str, reading: Reading) -> tuple[str, bool]:
+    """A path with slashes, its suffix and without what it no longer lies in; whether it had that."""
+    path = cell.replace("\\", "/")
+    if path and reading.suffix is not None and not path.lower().endswith((reading.suffix.lower(), *IMAGE_SUFFIXES)):
+        path += reading.suffix
+    if reading.strip is None:
+        return path, False
+    rest = without_start(path, reading.strip)
+    return rest, rest != path
 
 
 def _table_path(cell: str, folder: str, where: str) -> tuple[str, str]:
@@ -128,9 +311,51 @@ def _table_path(cell: str, folder: str, where: str) -> tuple[str, str]:
     return full, image.replace(os.sep, "/")
 
 
-def _table_labels(cell: str, label_sep: str | None) -> tuple[str, ...]:
+def _table_labels(cell: str, label_sep: str | None, where: str) -> tuple[str, ...]:
     pieces = [cell] if label_sep is None else cell.split(label_sep)
+    _refuse_list(cell.strip(), label_sep, where)
     return tuple(piece.strip() for piece in pieces if piece.strip())
+
+
+def _refuse_list(cell: str, label_sep: str | None, where: str) -> None:
+    """Refuses a list as Python or JSON writes it: its brackets and quotes would become parts of class names."""
+    if not cell or (cell[0], cell[-1]) not in (("[", "]"), ("(", ")"), ("{", "}")):
+        return
+    is_list = label_sep is not None and cell[0] == "["
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        is_list = is_list or isinstance(ast.literal_eval(cell), list | tuple | set)
+    if is_list:
+        names = [piece.strip(" \t\"'") for piece in cell[1:-1].split(",")]
+        plain = (label_sep or ";").join(name for name in names if name)
+        raise ValueError(
+            f"{where} has the label {cell}, a list with brackets. Expected the names alone, such as {plain!r} with "
+            f"--task multi --label-sep {shlex.quote(label_sep or ';')} (in Python: task='multi', "
+            f"label_sep={label_sep or ';'!r}). Write the column so."
+        )
+
+
+_YES, _NO = ("1", "1.0", "true", "yes", "t", "y"), ("0", "0.0", "false", "no", "f", "n", "")
+
+
+def _is_yes(cell: str, where: str, what: str) -> bool:
+    word = cell.strip().lower()
+    if word not in (*_YES, *_NO):
+        raise ValueError(f"{where} has {cell!r} in the column {what}. Expected 0 or 1, or true or false. Correct it.")
+    return word in _YES
+
+
+def _one_hot_labels(cells: list[str], of_class: dict[str, int], task: Task, where: str) -> tuple[str, ...]:
+    names = tuple(name for name, place in of_class.items() if _is_yes(cells[place], where, name))
+    if task == "single" and len(names) > 1:
+        raise ValueError(
+            f"{where} has {counted(len(names), 'class')}: {', '.join(names)}. Expected one, as the task is single. "
+            "Correct the line, or say --task multi (in Python: task='multi')."
+        )
+    return names
+
+
+def _valid_split(cell: str, where: str) -> str:
+    return "valid" if _is_yes(cell, where, "of what is held out") else "train"
 
 
 def _table_split(cell: str, where: str) -> str:

@@ -9,3 +9,6 @@ DECODERS: dict[int, str] = {ARRAY: "array", TORCHVISION: "torchvision.io", PILLO
 
 MAX_PIXELS = 178_956_970
 """The most pixels that are decoded, half a gigabyte as RGB; also where Pillow stops unless told otherwise."""
+
+MAX_FILE_BYTES = 8 * MAX_PIXELS + (64 << 20)
+"""The most bytes of a file that is read: four channels of 16 bits a pixel, uncompressed, and what lies around them."""

@@ -7,13 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featstore.digest import Json, digest_bytes
-from featstore.images.csv_tables import OWN_SPLITS, holds_splits, read_table, table_rows
+from featstore.images.csv_tables import OWN_SPLITS, Reading, classes_of, holds_splits, read_table, table_rows
 from featstore.images.digests import Digests, DigestTable, KnownDigest, KnownDigests, Memo
 from featstore.images.folders import StrPath, TopFolders, existing_folder, folder_rows
 from featstore.images.labels import (
@@ -27,13 +27,14 @@ from featstore.images.labels import (
     class_table,
     composed,
     composed_classes,
+    held_out_notes,
     label_lists,
     label_names,
     one_spelling,
     split_counts,
     targets_of,
 )
-from featstore.images.sources import AbsentSource, ArraySource, FolderSource, ImageSource
+from featstore.images.sources import AbsentSource, ArraySource, FolderSource, ImageSource, without_start
 from featstore.images.splitting import check_test_groups, fold_of_each, split_of_each
 from featstore.words import counted
 
@@ -96,7 +97,9 @@ class ImageSet:
             self._set("groups", checked_groups(self.groups, len(self)))
 
     @classmethod
-    def from_folder(cls, root: StrPath, *, top_folders: TopFolders = "auto", name: str | None = None) -> ImageSet:
+    def from_folder(
+        cls, root: StrPath, *, top_folders: TopFolders = "auto", held_out_classes: bool = False, name: str | None = None
+    ) -> ImageSet:
         """The images below a folder, sorted by path; the first folder of each path is its class.
 
         Classes are sorted, by value if all are plain integers; two Unicode spellings of one name are one class.
@@ -107,6 +110,9 @@ class ImageSet:
         takes every folder for a class, "splits" takes those for splits and leaves the others out. A root with images
         and no folders is an unlabelled set. Links to folders are followed. Hidden files, files of other suffixes,
         images beside the class folders and feature stores are listed in `skipped`.
+
+        With `held_out_classes` the table holds classes that only held-out images have, as sets for retrieval do: their
+        features can be extracted, and no head learns them.
 
         Raises:
             ValueError: if the folder is missing or has no images, a class or split folder has none, folders may be
@@ -122,11 +128,11 @@ class ImageSet:
             rows,
             name=name or os.path.basename(folder),
             task="single",
-            classes=class_table(rows),
+            classes=class_table(rows, held_out_classes=held_out_classes, instead=_HELD_OUT),
             is_labelled=True,
             source=FolderSource(root=folder),
             skipped=skipped,
-            notes=(*notes, *spellings),
+            notes=(*notes, *spellings, *held_out_notes(rows)),
             origin={"constructor": "from_folder", "root": os.fspath(root), "top_folders": top_folders, "name": name},
         )
 
@@ -139,12 +145,24 @@ class ImageSet:
         path_column: str = "path",
         label_column: str | None = "label",
         label_sep: str | None = None,
+        one_hot: Sequence[str] | Literal["*"] | None = None,
         split_column: str | None = None,
+        valid_column: str | None = None,
         group_column: str | None = None,
         task: Task = "single",
+        suffix: str | None = None,
+        strip: str | None = None,
+        held_out_classes: bool = False,
         name: str | None = None,
     ) -> ImageSet:
         """The images that a table with a header names, in its order; UTF-8, commas in a `.csv`, tabs in a `.tsv`.
+
+        Held-out images of other classes than those of `train` need `held_out_classes`, as in `from_folder`.
+
+        UTF-16 and cells separated otherwise (as the header shows) are read as well, which `notes` says. Backslashes in
+        paths are slashes. `suffix` is added to names without it; `strip` is cut off where paths begin with it (a folder
+        of another machine), so that the rest lies below `root`. Columns of 0 and 1, one a class, are named by `one_hot`
+        ("*": all that are used for nothing else); a column of who is held out, and else trained on, by `valid_column`.
 
         Paths are below `root` (default: the table's folder) or absolute. Splits are `train`, `valid` (or `val`),
         `test`, or empty; without `split_column` those of the column `split`, if there is one, and with
@@ -161,23 +179,49 @@ class ImageSet:
                 f"label_sep is {label_sep!r} but task is {task!r}, where a cell is one class. "
                 "Expected label_sep only with several labels an image. Pass task='multi', or leave label_sep out."
             )
+        if valid_column is not None and split_column:
+            raise ValueError(
+                f"split_column is {split_column!r} and valid_column {valid_column!r}. Expected one column that says "
+                "the split. Leave one out."
+            )
         folder = os.path.dirname(file) if root is None else existing_folder(root)
-        lines = read_table(file)
-        if split_column is None and holds_splits(lines[0][1], (path_column, label_column, group_column)):
+        lines, dialect = read_table(file, path_column)
+        if valid_column is not None:
+            split_column = None
+        elif split_column is None and holds_splits(lines[0][1], (path_column, label_column, group_column)):
             split_column = OWN_SPLITS
-        columns = {"path": path_column, "label": label_column, "split": split_column or None, "group": group_column}
-        rows, spellings = one_spelling(table_rows(lines, file, folder, columns, label_sep))
+        reading = Reading(
+            columns={
+                "path": path_column,
+                "label": label_column if one_hot is None else None,
+                "split": split_column or None,
+                "valid": valid_column,
+                "group": group_column,
+            },
+            label_sep=label_sep,
+            task=task,
+            suffix=suffix,
+            strip=strip,
+        )
+        one_hot_classes = None
+        if one_hot is not None:
+            one_hot_classes = classes_of(lines[0][1], reading, one_hot)
+            reading = replace(reading, one_hot=one_hot_classes)
+        found, notes = table_rows(lines, file, folder, reading)
+        rows, spellings = one_spelling(found)
         return cls._from_rows(
             rows,
             name=name or os.path.splitext(os.path.basename(file))[0],
             task=task,
             classes=class_table(
                 rows,
-                instead="leave the labels out: --label-column '' (in Python: label_column=None)",
+                given=one_hot_classes,
+                held_out_classes=held_out_classes,
+                instead=f"leave the labels out: --label-column '' (in Python: label_column=None), or {_HELD_OUT}",
             ),
-            is_labelled=label_column is not None,
+            is_labelled=label_column is not None or one_hot is not None,
             source=FolderSource(root=folder),
-            notes=spellings,
+            notes=(*dialect, *notes, *spellings, *held_out_notes(rows)),
             origin={
                 "constructor": "from_csv",
                 "path": os.fspath(path),
@@ -185,9 +229,13 @@ class ImageSet:
                 "path_column": path_column,
                 "label_column": label_column,
                 "label_sep": label_sep,
+                "one_hot": one_hot if one_hot is None or one_hot == "*" else list(one_hot),
                 "split_column": split_column,
+                "valid_column": valid_column,
                 "group_column": group_column,
                 "task": task,
+                "suffix": suffix,
+                "strip": strip,
                 "name": name,
             },
         )
@@ -294,11 +342,15 @@ class ImageSet:
         """
         return self._subset(_checked_indices(which, len(self)), "select")
 
-    def with_root(self, root: StrPath) -> ImageSet:
-        """The same images, read from another folder (on another machine, say).
+    def with_root(self, root: StrPath, *, strip: str | None = None) -> ImageSet:
+        """The same images, read from another folder (on another machine, say); ids stay.
+
+        Args:
+            root: the folder.
+            strip: what is cut off the paths that begin with it: of absolute ones, which lie below no root otherwise.
 
         Raises:
-            ValueError: if there is no such folder, or the images are arrays.
+            ValueError: if there is no such folder, the images are arrays, or no path begins with `strip`.
         """
         moved = self.source.moved(os.path.abspath(root))
         if moved is None:
@@ -308,6 +360,15 @@ class ImageSet:
             )
         existing_folder(root)
         origin = {**self.origin, "root": os.fspath(root)} if self.origin else {}
+        if strip is not None:
+            if all(without_start(image, strip) == image for image in self.ids):
+                first = f" (the first is {self.ids[0]})" if self.ids else ""
+                raise ValueError(
+                    f"no path of {self.name} begins with {strip}{first}. Expected what is to be cut off paths. Correct "
+                    "strip, or leave it out."
+                )
+            moved = FolderSource(root=os.path.abspath(root), strip=strip)
+            origin = {**origin, "strip": strip} if origin.get("constructor") == "from_csv" else {}
         # The files are others, so what was hashed tells nothing; a store's digests come with facts to compare.
         memo = Memo(KnownDigests.of(self.source.known))
         return replace(self, source=moved, origin=origin, _memo=memo)
@@ -319,8 +380,8 @@ class ImageSet:
             ValueError: for another number of splits or another word.
         """
         origin = {key: value for key, value in self.origin.items() if key != "split"}
-        if origin.get("split_column"):
-            origin["split_column"] = ""  # what the table says no longer counts
+        if origin.get("split_column") or origin.get("valid_column"):
+            origin |= {"split_column": "", "valid_column": None}  # what the table says no longer counts
         return replace(self, splits=checked_splits(splits, len(self)), origin=origin)
 
     def split(
@@ -491,6 +552,9 @@ class ImageSet:
 
     def _set(self, attribute: str, value: Any) -> None:
         object.__setattr__(self, attribute, value)
+
+
+_HELD_OUT = "run featstore extract (in Python: held_out_classes=True)"
 
 
 class HoldsImageSets(Protocol):

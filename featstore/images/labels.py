@@ -119,7 +119,11 @@ _PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
 def class_table(
-    rows: list[Row], *, given: tuple[str, ...] | None = None, instead: str | None = None
+    rows: list[Row],
+    *,
+    given: tuple[str, ...] | None = None,
+    held_out_classes: bool = False,
+    instead: str | None = None,
 ) -> tuple[str, ...]:
     """The classes given, or else those of the images in train or in no split, sorted; of all, where none is in either.
 
@@ -128,11 +132,12 @@ def class_table(
     Args:
         rows: the images.
         given: the classes, in the order that counts.
+        held_out_classes: takes those of held-out images as well.
         instead: what a person may do who needs no classes.
     """
     if given is None:
         learned = [row for row in rows if row.split in ("train", "")] or rows
-        known = {label for row in learned for label in row.labels}
+        known = {label for row in (rows if held_out_classes else learned) for label in row.labels}
     else:
         known = set(given)
     for row in rows:
@@ -147,6 +152,19 @@ def class_table(
                     f"{f'; to extract features only, {instead}' if instead else ''}."
                 )
     return given if given is not None else tuple(sorted(known, key=int if are_numbers(known) else str))
+
+
+def held_out_notes(rows: list[Row]) -> list[str]:
+    """A note about classes that no image in train or in no split has, where others have some."""
+    learned = {label for row in rows if row.split in ("train", "") for label in row.labels}
+    others = sorted({label for row in rows for label in row.labels} - learned)
+    if not learned or not others:
+        return []
+    are = "is" if len(others) == 1 else "are"
+    return [
+        f"{counted(len(others), 'class')} ({listed(others)}) {are} held out alone: features can be extracted, but no "
+        "head learns them from this split"
+    ]
 
 
 def targets_of(rows: list[Row], classes: tuple[str, ...], task: Task) -> NDArray[np.int64] | NDArray[np.float32]:

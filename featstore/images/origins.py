@@ -6,6 +6,8 @@ options that no other has, their flags as well.
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -49,7 +51,7 @@ class Origin(Protocol):
     def is_named_by(self, path: str) -> bool:
         """Whether a path means images of this kind."""
 
-    def make(self, path: str, options: Mapping[str, Any]) -> ImageSet:
+    def make(self, path: str, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
         """The image set; of `options`, at least those of this origin, each has its value or the flag's default."""
 
     def flags(self, images: ImageSet) -> list[str]:
@@ -80,9 +82,9 @@ class FolderOrigin:
         """If it is a folder."""
         return os.path.isdir(path)
 
-    def make(self, path: str, options: Mapping[str, Any]) -> ImageSet:
+    def make(self, path: str, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
         """The set; errors as of `ImageSet.from_folder`."""
-        return ImageSet.from_folder(path, top_folders=options["top_folders"])
+        return ImageSet.from_folder(path, top_folders=options["top_folders"], held_out_classes=held_out_classes)
 
     def flags(self, images: ImageSet) -> list[str]:
         """The folder, and what its first folders are."""
@@ -111,9 +113,13 @@ _TABLE_DEFAULTS = {
     "path_column": "path",
     "label_column": "label",
     "label_sep": None,
+    "one_hot": None,
     "split_column": OWN_SPLITS,
+    "valid_column": None,
     "group_column": None,
     "task": "single",
+    "suffix": None,
+    "strip": None,
 }
 
 
@@ -132,16 +138,21 @@ class TableOrigin:
         """If it is a file, or would be a table by its suffix."""
         return not os.path.isdir(path) and (path.lower().endswith((".csv", ".tsv")) or os.path.isfile(path))
 
-    def make(self, path: str, options: Mapping[str, Any]) -> ImageSet:
+    def make(self, path: str, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
         """The set; errors as of `ImageSet.from_csv`."""
         given = {name: options[name] for name in self.options}
-        return ImageSet.from_csv(path, **{**given, "label_column": given["label_column"] or None})
+        if given["one_hot"] not in (None, "*"):
+            given["one_hot"] = next(csv.reader([given["one_hot"]], skipinitialspace=True), [])
+        given |= {"label_column": given["label_column"] or None, "held_out_classes": held_out_classes}
+        return ImageSet.from_csv(path, **given)
 
     def flags(self, images: ImageSet) -> list[str]:
         """The table, and what it is read by."""
         flags = ["--images", str(images.origin["path"])]
         for name, default in _TABLE_DEFAULTS.items():
-            value = images.origin[name]
+            value = images.origin.get(name)
+            if isinstance(value, list):
+                value = _as_cells(value)
             if name == "label_column" and value is None:
                 value = ""  # nothing is labelled
             if value is not None and value != default:
@@ -150,7 +161,8 @@ class TableOrigin:
 
     def own_splits(self, images: ImageSet) -> list[str] | None:
         """Those of the table's column."""
-        return images.splits.tolist() if images.origin["split_column"] else None
+        is_split = images.origin["split_column"] or images.origin.get("valid_column")
+        return images.splits.tolist() if is_split else None
 
     def no_split(self, images: ImageSet, options: Mapping[str, Any]) -> str:
         """What the table lacks, or was told to leave aside."""
@@ -164,6 +176,13 @@ class TableOrigin:
         if column is None or options["split_column"] is not None:
             return None
         return f"split by the table's column {column}: {split_counts(images.splits)} (to deal anew: --split-column '')"
+
+
+def _as_cells(names: list[str]) -> str:
+    """Names between commas, quoted where they hold one."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="").writerow(names)
+    return stream.getvalue()
 
 
 FOLDER = FolderOrigin()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shlex
 import stat
 import struct
 import time
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import ImageError
+from featstore.images.decoders import MAX_FILE_BYTES
 from featstore.images.digests import (
     Digests,
     DigestTable,
@@ -29,6 +32,7 @@ from featstore.images.digests import (
     content_digest,
     no_stats,
 )
+from featstore.words import size_text
 
 
 class ImageSource(Protocol):
@@ -68,9 +72,15 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSource:
-    """Image files below an absolute folder; an id is a path below it, or an absolute path of its own."""
+    """Image files below an absolute folder; an id is a path below it, or an absolute path of its own.
+
+    Attributes:
+        root: the folder.
+        strip: what is cut off ids that begin with it, which then lie below `root`; None: nothing.
+    """
 
     root: str
+    strip: str | None = None
 
     @property
     def absence(self) -> str | None:
@@ -85,11 +95,12 @@ class FolderSource:
     def read(self, image: str) -> bytes:
         """The file's bytes; `ImageError` if there is none, or it can't be read."""
         try:
-            path, _ = self._found(image)
+            path, facts = self._found(image)
+            _check_size(facts.st_size)
             with open(path, "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:
-            raise ImageError(image, self._reason(error)) from error
+            raise ImageError(image, self._reason(image, error)) from error
 
     def digests(self, ids: tuple[str, ...], memo: Memo, known: KnownDigests) -> Digests:
         """The files' digests; a file is read only if neither `memo` nor `known` has one that is certain still to hold.
@@ -126,7 +137,7 @@ class FolderSource:
             _, facts = self._found(image)
             return _packed(facts, hashed_at_ns=0)
         except (OSError, ValueError) as error:
-            raise ImageError(image, self._reason(error)) from error
+            raise ImageError(image, self._reason(image, error)) from error
 
     def _take(self, ids: tuple[str, ...]) -> Digests:
         taken, failed = _in_threads(self._hash, ids, otherwise=bytes(32) + _NO_FACTS)
@@ -136,7 +147,8 @@ class FolderSource:
     def _hash(self, image: str) -> bytes:
         """Digest and facts of a file."""
         try:
-            path, _ = self._found(image)
+            path, facts = self._found(image)
+            _check_size(facts.st_size)
             hashed_at_ns = time.time_ns()
             with open(path, "rb", buffering=0) as file:
                 _let_writes_show(file.fileno())
@@ -147,13 +159,14 @@ class FolderSource:
                     value = hashlib.file_digest(file, "sha256").digest()
                 after = os.fstat(file.fileno())
         except (OSError, ValueError) as error:
-            raise ImageError(image, self._reason(error)) from error
+            raise ImageError(image, self._reason(image, error)) from error
         if _facts(before) != _facts(after):
             raise ImageError(image, "the file changed while it was read; wait until it is written, then run again")
         return value + _packed(after, hashed_at_ns)
 
     def _found(self, image: str) -> tuple[str, os.stat_result]:
         """The path of an image's file, maybe in another Unicode spelling than the id, and the facts of it."""
+        image = image if self.strip is None else without_start(image, self.strip)
         path = os.path.join(self.root, image)
         try:
             facts = os.stat(path)
@@ -178,13 +191,41 @@ class FolderSource:
             path = found
         return path
 
-    def _reason(self, error: Exception) -> str:
+    def _reason(self, image: str, error: Exception) -> str:
         if isinstance(error, FileNotFoundError | NotADirectoryError):
+            if is_absolute(image) and self.strip is None:
+                return f"there is no such file; {moved_remedy([image])}"
             return (
                 f"there is no such file in {self.root}; give the images' folder with --root (in Python: "
                 "images.with_root(...))"
             )
         return f"the file can't be read ({getattr(error, 'strerror', None) or error})"
+
+
+def without_start(image: str, start: str) -> str:
+    """A path without the folders that it begins with; as it is, if it doesn't.
+
+    >>> without_start("/data/photos/cat/1.jpg", "/data/photos"), without_start("C:/photos/1.jpg", "C:/photos/")
+    ('cat/1.jpg', '1.jpg')
+    """
+    before = start.replace("\\", "/").rstrip("/") + "/"
+    return image.removeprefix(before).lstrip("/") if image.startswith(before) else image
+
+
+def is_absolute(image: str) -> bool:
+    """Whether an id is a path of its own, here or on Windows."""
+    return re.match(r"([A-Za-z]:)?/", image) is not None
+
+
+def moved_remedy(images: Sequence[str]) -> str:
+    """What to do about files with absolute paths that aren't there, as the end of a sentence."""
+    folders = {image.rpartition("/")[0] or "/" for image in images}
+    drives = {folder.partition("/")[0] for folder in folders}
+    start = os.path.commonpath(sorted(folders)) if len(drives) == 1 else sorted(folders)[0]
+    return (
+        "if the files were moved, say what to cut off their absolute paths and where they are now: "
+        f"--strip {shlex.quote(start)} --root DIR (in Python: images.with_root(DIR, strip={start!r}))"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -368,6 +409,15 @@ _NO_FACTS = struct.pack("=5q", -1, -1, -1, -1, -1)
 
 _WRITTEN_BACK_AFTER_SECONDS = 60.0
 """Twice what Linux takes by default until it writes a changed page to the disk."""
+
+
+def _check_size(num_bytes: int) -> None:
+    """ValueError for a file that is no image by its size: reading it would fill the memory before anything is known."""
+    if num_bytes > MAX_FILE_BYTES:
+        raise ValueError(
+            f"it has {size_text(num_bytes)}, and no image that is decoded has more than {size_text(MAX_FILE_BYTES)}; is "
+            "it an image? Move it away"
+        )
 
 
 def _facts(facts: os.stat_result) -> tuple[int, int, int, int]:

@@ -91,6 +91,28 @@ def test_a_table_with_groups_is_split_by_groups(featstore: Program, here: Path) 
     assert not held_out & kept
 
 
+def test_the_remedy_for_absolute_paths_of_another_machine_works(featstore: Program, here: Path) -> None:
+    rows = [f"/old/place/{name}/{place:03}.jpg,{name}" for name in ("cat", "dog") for place in range(NUM_EACH)]
+    (here / "moved.csv").write_text("\n".join(["path,label", *rows]), encoding="utf-8")
+    ran = featstore("extract", *extract_flags(images="moved.csv"))
+    assert ran.code == 3
+    assert "absolute paths and where they are now: --strip /old/place --root DIR (in Python" in ran.last_words
+    assert (
+        featstore("extract", *extract_flags("--strip", "/old/place", "--root", "photos", images="moved.csv")).code == 0
+    )
+
+
+def test_features_of_classes_that_are_held_out_alone_are_extracted(featstore: Program, here: Path) -> None:
+    for split, name in (("train", "cat"), ("test", "dog")):
+        (here / "retrieval" / split / name).mkdir(parents=True)
+        shutil.copy(here / "photos" / name / "000.jpg", here / "retrieval" / split / name)
+    ran = featstore("extract", *extract_flags(images="retrieval"))
+    assert ran.code == 0
+    assert "1 class ('dog') is held out alone: " in ran.err
+    with pytest.raises(ValueError, match=r"class 'dog' .* is not in train"):
+        ImageFlags(images="retrieval").given()
+
+
 def test_a_tables_own_split_is_found_and_said(featstore: Program, here: Path) -> None:
     names = [f"{name}/{place:03}.jpg" for name in ("cat", "dog") for place in range(NUM_EACH)]
     rows = [f"{name},{name[:3]},{('train', 'train', 'test', 'valid')[place % 4]}" for place, name in enumerate(names)]

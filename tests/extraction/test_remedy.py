@@ -23,9 +23,8 @@ from featstore.remedies import Call, Command
 EXTRACT_FLAGS = {
     "--images", "--top-folders", "--root", "--path-column", "--label-column", "--label-sep", "--split-column",
     "--group-column", "--task", "--valid", "--split-seed", "--store", "--backbone", "--weights", "--cut", "--reduce",
-    "--size", "--resize",
-    "--mean", "--std", "--interpolation", "--augment", "--seeds", "--dtype", "--precision", "--device", "--batch-size",
-    "--workers", "--on-error", "--json",
+    "--size", "--resize", "--one-hot", "--valid-column", "--suffix", "--strip", "--mean", "--std", "--interpolation",
+    "--augment", "--seeds", "--dtype", "--precision", "--device", "--batch-size", "--workers", "--on-error", "--json",
 }  # fmt: skip
 
 
@@ -149,6 +148,30 @@ def test_what_top_folders_are_is_said_again(folder: str, top_folders: Literal["c
     wanted = ["--images", "given", "--top-folders", top_folders]
     assert image_flags(images) == wanted + ["--valid", "0"] * (top_folders == "classes")
     check_made_again(images)
+
+
+def test_how_a_table_is_read_is_said_again(folder: str) -> None:
+    names = [path.relative_to(folder).as_posix() for path in sorted(Path(folder).rglob("*.jpg"))]
+    rows = [f"C:\\old\\{name[:-4]};{place % 2};{1 - place % 2};{place % 3}" for place, name in enumerate(names)]
+    Path("t.csv").write_text("\n".join(["file;a, b;c;held", *rows]))
+    images = ImageSet.from_csv(
+        "t.csv",
+        root=folder,
+        path_column="file",
+        one_hot=["c", "a, b"],
+        valid_column=None,
+        suffix=".jpg",
+        strip="C:/old",
+    )
+    assert (images.classes, images.absent()) == (("c", "a, b"), [])
+    check_made_again(images.split(0.2))
+    Path("t.csv").write_text(
+        "\n".join(["path,label,split,is_valid", *(f"{name},a,test,{name[0] == 'c'}" for name in names)])
+    )
+    held_out = ImageSet.from_csv("t.csv", root=folder, valid_column="is_valid")
+    assert image_flags(held_out) == ["--images", "t.csv", "--root", folder, "--valid-column", "is_valid"]
+    check_made_again(held_out)
+    check_made_again(held_out.split(0.3))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -164,6 +165,19 @@ class TestFolders:
         fill(tmp_path, "train/a/1.png", "valid/a/2.png", "valid/wolf/1.png")
         with pytest.raises(ValueError, match=r"class 'wolf' \(valid/wolf/1.png, split valid\) is not in train"):
             ImageSet.from_folder(tmp_path)
+
+    def test_classes_that_are_held_out_alone_are_taken_if_asked_for(self, tmp_path: Path) -> None:
+        fill(tmp_path, "train/a/1.png", "valid/a/2.png", "valid/wolf/1.png")
+        with pytest.raises(
+            ValueError, match=r"to extract features only, run featstore extract \(.*held_out_classes=True"
+        ):
+            ImageSet.from_folder(tmp_path)
+        images = ImageSet.from_folder(tmp_path, held_out_classes=True)
+        assert images.classes == ("a", "wolf")
+        np.testing.assert_array_equal(images.valid.targets, [0, 1])
+        assert images.notes[0].startswith("1 class ('wolf') is held out alone: ")
+        file = table(tmp_path / "t.csv", "path,label,split", "1.png,a,train", "2.png,b,test")
+        assert ImageSet.from_csv(file, held_out_classes=True).classes == ("a", "b")
 
     def test_both_valid_and_val_is_an_error(self, tmp_path: Path) -> None:
         fill(tmp_path, "train/a/1.png", "valid/a/2.png", "val/a/3.png")
@@ -408,6 +422,137 @@ class TestTables:
         assert images.targets.dtype == np.float32
         np.testing.assert_array_equal(images.targets, [[0, 1, 1], [0, 0, 0], [0, 1, 0], [1, 0, 0]])
         assert images.describe() == "4 images, 3 classes (ant 1, cat 2, dog 1), several an image"
+
+    @pytest.mark.parametrize(
+        ("cell", "separator", "plain"),
+        [
+            ("['cat', 'indoor']", ",", "'cat,indoor'"),
+            ('["cat", "indoor"]', ";", "'cat;indoor'"),
+            ("[cat, indoor]", ",", "'cat,indoor'"),
+            ("('cat', 'indoor')", None, "'cat;indoor'"),
+        ],
+    )
+    def test_a_list_with_brackets_is_refused_with_the_form_that_is_expected(
+        self, tmp_path: Path, cell: str, separator: str | None, plain: str
+    ) -> None:
+        file = table(
+            tmp_path / "m.tsv", "path\tlabel", f"1.png\t{cell}" if '"' not in cell else '1.png\t"[""cat"", ""indoor""]"'
+        )
+        with pytest.raises(
+            ValueError, match=rf"line 2 of .* a list with brackets. Expected the names alone, such as {plain}"
+        ):
+            ImageSet.from_csv(file, task="single" if separator is None else "multi", label_sep=separator)
+
+    def test_a_class_name_with_brackets_is_a_name(self, tmp_path: Path) -> None:
+        file = table(tmp_path / "m.csv", "path,label", "1.png,[unknown]", "2.png,(none)")
+        assert ImageSet.from_csv(file).classes == ("(none)", "[unknown]")
+
+    @pytest.mark.parametrize(
+        ("text", "encoding", "words"),
+        [
+            ("path;label\na,b.png;cat\n", "utf-8", "cells separated by ';'"),
+            ("sep=;\npath;label\na,b.png;cat\n", "utf-8-sig", "cells separated by ';'"),
+            ("path\tlabel\na,b.png\tcat\n", "utf-16", r"cells separated by '\t' and UTF-16"),
+            ('path,label\n"a,b.png",cat\n', "utf-16-le", "UTF-16"),
+            ('\npath,label\n"a,b.png",cat\n', "utf-16-be", "UTF-16"),
+            ("label|x;y|path\ncat|0|a,b.png\n", "utf-8", "cells separated by '|'"),
+        ],
+    )
+    def test_a_dialect_is_found_by_the_header_and_said(
+        self, tmp_path: Path, text: str, encoding: str, words: str
+    ) -> None:
+        (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+        images = ImageSet.from_csv(tmp_path / "t.csv")
+        assert (images.ids, images.classes) == (("a,b.png",), ("cat",))
+        assert images.notes == (f"t.csv is read as {words}",)
+
+    def test_a_line_after_the_separators_own_is_named_by_its_number(self, tmp_path: Path) -> None:
+        file = table(tmp_path / "t.csv", "sep=;", "path;label", "1.png;a", "2.png")
+        with pytest.raises(ValueError, match=r"line 4 of .* has 1 cell"):
+            ImageSet.from_csv(file)
+
+    def test_backslashes_are_slashes(self, tmp_path: Path) -> None:
+        fill(tmp_path, "a/b/1.png", "a/2.png")
+        images = ImageSet.from_csv(table(tmp_path / "t.csv", "path,label", "a\\b\\1.png,x", "a/2.png,y"))
+        assert images.ids == ("a/b/1.png", "a/2.png")
+        assert images.notes == ("backslashes in 1 path are read as slashes",)
+        assert images.read(0) == image_bytes(0)
+
+    def test_names_without_suffix_get_it(self, tmp_path: Path) -> None:
+        fill(tmp_path, "1.png", "2.png", "3.5.png")
+        file = table(tmp_path / "t.csv", "path,label", "1,x", "2.PNG,y", "3.5,y")
+        assert ImageSet.from_csv(file, suffix=".png").ids == ("1.png", "2.PNG", "3.5.png")
+        assert ImageSet.from_csv(file).notes == (
+            "the files end with .png, which the table leaves out: say --suffix .png",
+        )
+
+    def test_one_hot_columns_are_classes_in_their_order(self, tmp_path: Path) -> None:
+        file = table(
+            tmp_path / "t.csv", "path,zebra,ant,owl", "1.png,1,0,0", "2.png,0.0,1.0,0.0", "3.png,0,0,", "4.png,0,0,0"
+        )
+        images = ImageSet.from_csv(file, one_hot="*")
+        assert images.classes == ("zebra", "ant", "owl")
+        np.testing.assert_array_equal(images.targets, [0, 1, -1, -1])
+        several = ImageSet.from_csv(
+            table(tmp_path / "m.csv", "path,a,b", "1.png,1,1"), one_hot=["b", "a"], task="multi"
+        )
+        assert several.classes == ("b", "a")
+        np.testing.assert_array_equal(several.targets, [[1, 1]])
+
+    @pytest.mark.parametrize(
+        ("row", "one_hot", "message"),
+        [
+            ("1.png,1,1", "*", "line 2 of .* has 2 classes: a, b. Expected one, .*--task multi"),
+            ("1.png,1,-1", "*", "line 2 of .* has '-1' in the column b. Expected 0 or 1"),
+            ("1.png,1,0", ["c"], "has no column 'c'; it has 'path', 'a', 'b'. Expected a column of 0 and 1"),
+        ],
+    )
+    def test_one_hot_columns_of_anything_else_are_refused(
+        self, tmp_path: Path, row: str, one_hot: list[str] | Literal["*"], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            ImageSet.from_csv(table(tmp_path / "t.csv", "path,a,b", row), one_hot=one_hot)
+
+    def test_a_column_of_what_is_held_out_is_a_split(self, tmp_path: Path) -> None:
+        rows = ["1.png,a,False", "2.png,a,True", "3.png,b,0"]
+        file = table(tmp_path / "t.csv", "path,label,is_valid", *rows)
+        assert ImageSet.from_csv(file, valid_column="is_valid").splits.tolist() == ["train", "valid", "train"]
+        assert ImageSet.from_csv(file).notes == (
+            "the table's column is_valid isn't used; if it says what is held out: --valid-column is_valid",
+        )
+        with pytest.raises(ValueError, match="Expected one column that says the split"):
+            ImageSet.from_csv(file, valid_column="is_valid", split_column="label")
+        with pytest.raises(ValueError, match=r"line 2 of .* has '1.png' in the column of what is held out"):
+            ImageSet.from_csv(file, valid_column="path")
+
+    def test_a_missing_column_is_answered_with_what_may_be_meant(self, tmp_path: Path) -> None:
+        fill(tmp_path / "dogs", "0a1.jpg")
+        file = table(tmp_path / "t.csv", "id,breed", "0a1,boxer", "0a2,pug")
+        with pytest.raises(
+            ValueError,
+            match=r"no column 'path'; it has 'id', 'breed'\. Expected one column with each image's path, maybe "
+            r"--path-column id --suffix \.jpg --label-column breed "
+            r"\(in Python: path_column='id', suffix='\.jpg', label_column='breed'\)",
+        ):
+            ImageSet.from_csv(file, root=tmp_path / "dogs")
+        images = ImageSet.from_csv(file, root=tmp_path / "dogs", path_column="id", suffix=".jpg", label_column="breed")
+        assert images.read(0) == image_bytes(0)
+        other = table(tmp_path / "u.csv", "num,photo,kind of", "1,x.png,a")
+        with pytest.raises(ValueError, match="path, maybe --path-column photo \\(in"):
+            ImageSet.from_csv(other)
+
+    def test_the_start_of_paths_of_another_machine_is_cut_off(self, tmp_path: Path) -> None:
+        fill(tmp_path, "cats/1.png", "cats/2.png")
+        for start in ("/data/photos", "C:\\photos", "old"):
+            join = "\\" if "\\" in start else "/"
+            lines = [join.join([start, "cats", f"{number}.png"]) + ",a" for number in (1, 2)]
+            file = table(tmp_path / "t.csv", "path,label", *lines)
+            images = ImageSet.from_csv(file, root=tmp_path, strip=start)
+            assert images.ids == ("cats/1.png", "cats/2.png")
+            assert images.absent() == []
+            assert ImageSet.from_csv(file, root=tmp_path).absent() == [0, 1]
+        with pytest.raises(ValueError, match=r"no path of .* begins with /elsewhere \(the first is old/cats/1.png\)"):
+            ImageSet.from_csv(file, root=tmp_path, strip="/elsewhere")
 
     def test_several_labels_are_never_inferred(self, tmp_path: Path) -> None:
         file = table(tmp_path / "m.csv", "path,label", "1.png,dog;cat", "2.png,dog")
@@ -907,6 +1052,22 @@ class TestReading:
             images.read(1)
         assert caught.value.image == "a/2.png"
         assert images.absent() == [1]
+
+    def test_absolute_paths_of_another_machine_are_found_without_their_start(self, tmp_path: Path) -> None:
+        fill(tmp_path / "now", "cat/1.png", "dog/2.png")
+        lines = ["/data/old/photos/cat/1.png,cat", "/data/old/photos/dog/2.png,dog"]
+        images = ImageSet.from_csv(table(tmp_path / "t.csv", "path,label", *lines))
+        assert images.with_root(tmp_path / "now").absent() == [0, 1]
+        with pytest.raises(
+            ImageError, match=r"cat/1.png: there is no such file; if .* --strip /data/old/photos/cat --root"
+        ):
+            images.read(0)
+        moved = images.with_root(tmp_path / "now", strip="/data/old/photos")
+        assert (moved.ids, moved.absent()) == (images.ids, [])
+        assert [moved.read(0), moved.read(1)] == [image_bytes(0), image_bytes(1)]
+        assert len(moved.digests()) == 2
+        with pytest.raises(ValueError, match=r"no path of t begins with /data/new \(the first is /data/old"):
+            images.with_root(tmp_path / "now", strip="/data/new")
 
     def test_another_root_finds_moved_images(self, tmp_path: Path) -> None:
         images = ImageSet.from_folder(fill(tmp_path / "old", "a/1.png", "a/2.png"))

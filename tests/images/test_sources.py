@@ -19,6 +19,22 @@ from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo, c
 from featstore.images.sources import ImageSource
 
 
+def test_a_file_larger_than_any_image_fails_by_name_before_it_is_read(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", 4)
+    with open(folder / "cat" / "disk.jpg", "wb") as file:
+        file.truncate(12 * 10**9)  # holes, which take no space
+    images = ImageSet.from_folder(folder)
+    (place,) = images.digests().failed
+    assert images.ids[place] == "cat/disk.jpg"
+    assert images.absent() == []
+    with pytest.raises(
+        ImageError, match=r"cat/disk.jpg: .*it has 12 GB, and no image that is decoded has more than 1.5 GB"
+    ):
+        images.read(place)
+    report = extract(staged(), images, FeatureStore(tmp_path / "feats"), on_error="skip")
+    assert [image for image, _ in report.failures] == ["cat/disk.jpg"]
+
+
 @dataclass(frozen=True)
 class ZipSource:
     """Images in a zip archive; an id is a name in it."""

@@ -35,8 +35,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "images",
             (
-                "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set", "contents",
-                "origins", "decoders", "decode", "geometry", "policies", "augmentation", "views", "render",
+                "decoders", "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set",
+                "contents", "origins", "decode", "geometry", "policies", "augmentation", "views", "render",
             ),
         ),
         (
