@@ -24,8 +24,8 @@ from featstore.cli.flags import (
 )
 from featstore.cli.program import one_of, show, show_json, tell, tell_all
 from featstore.exchange.export import SUFFIXES
-from featstore.exchange.imports import LAYOUTS
 from featstore.extraction.defaults import NUM_ROWS
+from featstore.models.names import LAYOUTS
 
 if TYPE_CHECKING:
     from featstore.exchange.feature_files import IdTable
