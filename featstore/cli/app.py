@@ -118,9 +118,9 @@ def extract(
     output: OutputFlags,
 ) -> None:
     """Compute the features that a store lacks, and file them."""
+    planned = _planned(images, model, sets, view, augment, how)
     from featstore.extraction.extract import run_plan
 
-    planned = _planned(images, model, sets, view, augment, how)
     tell(planned.describe())
     if how.on_image_error == "raise":
         _refuse_absent(planned)
@@ -205,8 +205,6 @@ def _planned(
     images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFlags, augment: AugmentFlags, how: RunFlags
 ) -> Plan:
     """What is asked for, against what is stored; says all that its owner should know about it."""
-    from featstore.extraction.plan import plan
-
     augmentation = augment.augmentation()
     if augmentation is not None and augmentation.is_fresh:
         raise ValueError(
@@ -215,6 +213,8 @@ def _planned(
         )
     given = images.given()
     tell_all(given.notes)
+    from featstore.extraction.plan import plan  # torch: what was asked for is understood by now
+
     staged = model.model(sets.cuts, trust_code=how.trust_code)
     tell_all(staged.notes)
     planned = plan(

@@ -23,7 +23,7 @@ from featstore.cli.flags import (
     spread,
 )
 from featstore.cli.program import one_of, show, show_json, tell, tell_all
-from featstore.exchange.export import SUFFIXES
+from featstore.exchange.names import EXPORT_SUFFIXES
 from featstore.extraction.defaults import NUM_ROWS
 from featstore.models.names import LAYOUTS
 
@@ -93,7 +93,8 @@ def export_set(
     key: KeyArgument,
     store: StoreOption,
     out: Annotated[
-        str, typer.Option("--out", metavar="|".join(f"FILE{suffix}" for suffix in SUFFIXES), help="The new file.")
+        str,
+        typer.Option("--out", metavar="|".join(f"FILE{suffix}" for suffix in EXPORT_SUFFIXES), help="The new file."),
     ],
     output: OutputFlags,
     images_name: Annotated[

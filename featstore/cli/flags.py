@@ -19,10 +19,10 @@ from featstore.cli.program import one_of
 from featstore.errors import OnError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.csv_tables import OWN_SPLITS
+from featstore.images.geometry import INTERPOLATIONS
 from featstore.images.labels import Task
 from featstore.images.origins import ORIGINS, Origin, named_by
 from featstore.images.policies import BUILT_IN
-from featstore.images.views import INTERPOLATIONS
 
 if TYPE_CHECKING:
     from featstore.images.image_set import ImageSet
@@ -293,6 +293,8 @@ class ComputeFlags:
     ] = None
 
     def __post_init__(self) -> None:
+        if self.device in ("auto", "cpu"):  # always there: what is wrong with other flags is said without torch
+            return
         from featstore.models.trunk import choose_device
 
         choose_device(self.device)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from featstore.images.csv_tables import OWN_SPLITS
-from featstore.images.image_set import ImageSet
 from featstore.images.labels import SPLIT_WORDS, split_counts
+
+if TYPE_CHECKING:
+    from featstore.images.image_set import ImageSet
 
 
 class Origin(Protocol):
@@ -82,6 +84,8 @@ class FolderOrigin:
 
     def make(self, path: str, options: Mapping[str, Any]) -> ImageSet:
         """The set; errors as of `ImageSet.from_folder`."""
+        from featstore.images.image_set import ImageSet  # a program's help waits for no images
+
         return ImageSet.from_folder(path)
 
     def flags(self, images: ImageSet) -> list[str]:
@@ -129,6 +133,8 @@ class TableOrigin:
 
     def make(self, path: str, options: Mapping[str, Any]) -> ImageSet:
         """The set; errors as of `ImageSet.from_csv`."""
+        from featstore.images.image_set import ImageSet
+
         given = {name: options[name] for name in self.options}
         return ImageSet.from_csv(path, **{**given, "label_column": given["label_column"] or None})
 
