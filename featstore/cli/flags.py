@@ -331,7 +331,12 @@ class OutputFlags:
     """How a program speaks."""
 
     json: Annotated[bool, typer.Option("--json", help="The result as one JSON document on stdout.")] = False
-    debug: Annotated[bool, typer.Option("--debug", help="After an error, its traceback.")] = False
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug", help="After an error, its traceback; extract and status say what took time before a row."
+        ),
+    ] = False
 
 
 KeyArgument = Annotated[

@@ -65,8 +65,8 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = typer.main.get_command(app)
     try:
-        if _completion_variable(name) in os.environ:  # a shell asks what may come next
-            return _answered(command, name)
+        if os.environ.get(_completion_variable(name)):  # a shell asks what may come next
+            command.main([], prog_name=name)
         with _ended_as_interrupted(), command.make_context(name, arguments) as context:
             command.invoke(context)
         return DONE
@@ -171,14 +171,6 @@ def _flat(prefix: str, value: Json) -> Iterator[tuple[str, str]]:
 def _completion_variable(name: str) -> str:
     """The environment variable with which typer's scripts for shells ask the program `name`."""
     return f"_{name}_COMPLETE".replace("-", "_").upper()
-
-
-def _answered(command: Any, name: str) -> int:
-    try:
-        command.main([], prog_name=name)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return DONE
 
 
 @contextmanager

@@ -24,7 +24,7 @@ Rooms = tuple[tuple[str, tuple[str, ...]], ...]
 
 ROOMS: dict[str, Rooms] = {
     "featstore": (
-        ("", ("remedies", "errors", "words", "digest", "machine", "source_code")),
+        ("", ("remedies", "errors", "words", "timing", "digest", "machine", "source_code")),
         (
             "files",
             (
@@ -353,7 +353,9 @@ def test_what_is_allowed_passes(module: str, source: str) -> None:
     assert not faults(module, source)
 
 
-def test_importing_featstore_loads_neither_torch_nor_arrays_nor_plots_nor_the_command_line(processes: Processes) -> None:
+def test_importing_featstore_loads_neither_torch_nor_arrays_nor_plots_nor_the_command_line(
+    processes: Processes,
+) -> None:
     program = "import featstore, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = set(processes.answer(program).split())
     assert "featstore" in loaded
