@@ -19,6 +19,7 @@ from featstore.cli.flags import (
     StoreOption,
     ViewFlags,
     load_model,
+    open_store,
     parse_numbers,
     spread,
 )
@@ -135,14 +136,13 @@ def head(
     extract: Annotated[bool, typer.Option("--extract", help="Compute features that are missing.")] = False,
 ) -> None:
     """Train a head on stored features."""
-    from featstore.store.store import FeatureStore
-    from training.recipes import train_head
-
     one_of("--head", kind, choices.HEADS)
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else _learning_rate(lr)
-    feature_store = FeatureStore(store)
+    feature_store = open_store(store)
     given = _labelled(images, for_new_head=True)
+    from training.recipes import train_head  # torch: what was asked for is understood by now
+
     try:
         staged = model.model([each for each in (cut, freeze_to) if each is not None], trust_code=how.trust_code)
     except ValueError:
@@ -205,14 +205,13 @@ def finetune_command(
     ] = None,
 ) -> None:
     """Train a model from images, or from features up to where it is frozen."""
-    from featstore.store.store import FeatureStore
-    from training.recipes import finetune
-
     if (start is None) == (backbone is None):
         raise ValueError("Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head.")
     if start is not None and (weights is not None or cut is not None):
         raise ValueError("--weights and --cut belong to --backbone; a run brings its own weights and its head.")
     rate = _learning_rate(lr)
+    from training.recipes import finetune  # torch: what was asked for is understood by now
+
     options: dict[str, Any] = {}
     source: StagedModel | str
     if backbone is not None:
@@ -237,7 +236,7 @@ def finetune_command(
     learn = finetune(
         source,
         given.images,
-        store=None if store is None else FeatureStore(store),
+        store=None if store is None else open_store(store),
         freeze_to=freeze_to,
         epochs=epochs,
         lr=rate,
@@ -265,10 +264,10 @@ def evaluate(
     split: Annotated[str, typer.Option(metavar="|".join(SPLITS), help="Which images to score.")] = "valid",
 ) -> None:
     """Score a saved model on images of a split; without a split of their own they get the run's."""
+    one_of("--split", split, SPLITS)
     from training.learner import Learner
     from training.saved import finite
 
-    one_of("--split", split, SPLITS)
     given = _for_run(model, images, images.given())
     tell_all(given.notes)
     # The features it was trained on give its scores again exactly; images give them to the storage type's precision.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -39,6 +40,7 @@ from featstore.digest import Json
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE, STORAGE_TYPES
 from featstore.images.sources import is_absolute, moved_remedy
 from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS
+from featstore.timing import step_seconds
 from featstore.words import size_text
 
 if TYPE_CHECKING:
@@ -119,25 +121,26 @@ def extract(
     output: OutputFlags,
 ) -> None:
     """Compute the features that a store lacks, and file them."""
-    from featstore.extraction.extract import run_plan
+    with _steps_told(output):
+        planned = _planned(images, model, sets, view, augment, how)
+        from featstore.extraction.extract import run_plan
 
-    planned = _planned(images, model, sets, view, augment, how)
-    tell(planned.describe())
-    if how.on_image_error == "raise":
-        _refuse_absent(planned)
-    try:
-        report = run_plan(
-            planned,
-            open_store(sets.store),
-            on_error=how.on_image_error,
-            device=how.device,
-            batch_size=sets.batch_size,
-            workers=how.workers,
-            progress=bool(planned.is_missing.any()),
-        )
-    except KeyboardInterrupt as interrupt:
-        interrupt.add_note("What was computed is filed; the same command computes the rest.")
-        raise
+        tell(planned.describe())
+        if how.on_image_error == "raise":
+            _refuse_absent(planned)
+        try:
+            report = run_plan(
+                planned,
+                open_store(sets.store),
+                on_error=how.on_image_error,
+                device=how.device,
+                batch_size=sets.batch_size,
+                workers=how.workers,
+                progress=bool(planned.is_missing.any()),
+            )
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note("What was computed is filed; the same command computes the rest.")
+            raise
     _report(report, output)
     raise typer.Exit(INCOMPLETE if report.missing else DONE)
 
@@ -157,7 +160,8 @@ def status(
 
     Takes the flags of extract and computes nothing.
     """
-    planned = _planned(images, model, sets, view, augment, how)
+    with _steps_told(output):
+        planned = _planned(images, model, sets, view, augment, how)
     counts = planned.status(on_error=how.on_error)
     if output.json:
         show_json(counts)
@@ -206,8 +210,6 @@ def _planned(
     images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFlags, augment: AugmentFlags, how: RunFlags
 ) -> Plan:
     """What is asked for, against what is stored; says all that its owner should know about it."""
-    from featstore.extraction.plan import plan
-
     augmentation = augment.augmentation()
     if augmentation is not None and augmentation.is_fresh:
         raise ValueError(
@@ -216,6 +218,8 @@ def _planned(
         )
     given = images.given(held_out_classes=True)
     tell_all(given.notes)
+    from featstore.extraction.plan import plan  # torch: what was asked for is understood by now
+
     staged = model.model(sets.cuts, trust_code=how.trust_code)
     tell_all(staged.notes)
     planned = plan(
@@ -231,6 +235,18 @@ def _planned(
     )
     tell_all(planned.notes())
     return planned
+
+
+@contextmanager
+def _steps_told(output: OutputFlags) -> Iterator[None]:
+    """With --debug says what the block's time goes into before the first row, also where it fails."""
+    with step_seconds() as seconds:
+        try:
+            yield
+        finally:
+            if output.debug:
+                steps = ", ".join(f"{step} {taken:.2f} s" for step, taken in seconds.items())
+                tell(f"before the first row: {steps or 'nothing timed'}")
 
 
 def _refuse_absent(planned: Plan) -> None:

@@ -23,9 +23,9 @@ from featstore.cli.flags import (
     spread,
 )
 from featstore.cli.program import one_of, show, show_json, tell, tell_all
-from featstore.exchange.export import SUFFIXES, export
-from featstore.exchange.imports import LAYOUTS
+from featstore.exchange.names import EXPORT_SUFFIXES
 from featstore.extraction.defaults import NUM_ROWS
+from featstore.models.names import LAYOUTS
 
 if TYPE_CHECKING:
     from featstore.exchange.feature_files import IdTable
@@ -93,7 +93,8 @@ def export_set(
     key: KeyArgument,
     store: StoreOption,
     out: Annotated[
-        str, typer.Option("--out", metavar="|".join(f"FILE{suffix}" for suffix in SUFFIXES), help="The new file.")
+        str,
+        typer.Option("--out", metavar="|".join(f"FILE{suffix}" for suffix in EXPORT_SUFFIXES), help="The new file."),
     ],
     output: OutputFlags,
     images_name: Annotated[
@@ -117,6 +118,8 @@ def export_set(
     .npy brings a .csv of that name along; .parquet needs pyarrow.
     """
     how = one_of("--on-error", on_error, ON_ERROR)
+    from featstore.exchange.export import export
+
     filed = open_store(store)
     images = None if images_name is None else filed.images(images_name)
     report = export(filed, key, out, images=images, on_error=how, progress=True)

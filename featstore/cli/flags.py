@@ -20,10 +20,10 @@ from featstore.errors import OnError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.csv_tables import OWN_SPLITS
 from featstore.images.folders import TopFolders
+from featstore.images.geometry import INTERPOLATIONS
 from featstore.images.labels import Task
 from featstore.images.origins import ORIGINS, Origin, named_by
 from featstore.images.policies import BUILT_IN
-from featstore.images.views import INTERPOLATIONS
 
 if TYPE_CHECKING:
     from featstore.images.image_set import ImageSet
@@ -317,6 +317,8 @@ class ComputeFlags:
     ] = None
 
     def __post_init__(self) -> None:
+        if self.device in ("auto", "cpu"):  # always there: what is wrong with other flags is said without torch
+            return
         from featstore.models.trunk import choose_device
 
         choose_device(self.device)
@@ -353,7 +355,12 @@ class OutputFlags:
     """How a program speaks."""
 
     json: Annotated[bool, typer.Option("--json", help="The result as one JSON document on stdout.")] = False
-    debug: Annotated[bool, typer.Option("--debug", help="After an error, its traceback.")] = False
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug", help="After an error, its traceback; extract and status say what took time before a row."
+        ),
+    ] = False
 
 
 KeyArgument = Annotated[

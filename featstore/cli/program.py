@@ -6,6 +6,7 @@ Results go to stdout; everything said to a person goes to stderr.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -40,12 +41,14 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 def new_app(**settings: Any) -> typer.Typer:
     """A typer app whose help is plain text, the same in a terminal and in a file."""
+    # Typer loads pydantic, which takes as long as all else, to make bool values of flags that are not given, and so
+    # None; that those are False needs none.
+    not_given = dict.fromkeys(("help", "install_completion", "show_completion"), False)
     return typer.Typer(
-        add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         no_args_is_help=True,
-        context_settings={"max_content_width": 110},
+        context_settings={"max_content_width": 110, "default_map": not_given},
         **settings,
     )
 
@@ -63,6 +66,8 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = typer.main.get_command(app)
     try:
+        if os.environ.get(_completion_variable(name)):  # a shell asks what may come next
+            command.main([], prog_name=name)
         with _ended_as_interrupted(), command.make_context(name, arguments) as context:
             command.invoke(context)
         return DONE
@@ -163,6 +168,11 @@ def _flat(prefix: str, value: Json) -> Iterator[tuple[str, str]]:
         yield prefix, printable(", ".join(map(str, value)), is_one_line=True) or "-"
     else:
         yield prefix, "-" if value is None else printable(str(value), is_one_line=True)
+
+
+def _completion_variable(name: str) -> str:
+    """The environment variable with which typer's scripts for shells ask the program `name`."""
+    return f"_{name}_COMPLETE".replace("-", "_").upper()
 
 
 @contextmanager

@@ -25,11 +25,6 @@ from tqdm import tqdm
 
 from featstore.digest import Json, canonical_json
 from featstore.errors import AmbiguousRequestError, FeatureStoreError, OnError
-from featstore.files.part import write_part
-from featstore.images.image_set import ImageSet
-from featstore.store.features import Features
-from featstore.store.sets import FeatureSet
-from featstore.store.store import FeatureStore
 from featstore.words import size_text
 
 if TYPE_CHECKING:  # a program's help lists the formats, and waits for nothing that an export needs
@@ -212,6 +207,8 @@ class _Format:
 
 
 def _write_hdf5(targets: tuple[Path, ...], rows: _Rows) -> _Written:
+
+    from featstore.files.part import write_part
 
     images = rows.images
     columns: dict[str, NDArray[Any]] = {

@@ -27,7 +27,7 @@ from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet, images_by_id
 from featstore.images.views import View
-from featstore.models.names import DIMENSIONS, layout_of
+from featstore.models.names import DIMENSIONS, LAYOUTS, layout_of
 from featstore.store.folders import short_key
 from featstore.store.gathering import Gathered
 from featstore.store.part_facts import part_facts, stage_fact
@@ -39,7 +39,6 @@ from featstore.words import counted
 CUT = "imported"
 """What the only cut of such features is called."""
 
-LAYOUTS = (*DIMENSIONS, "other")
 
 _VERSION = 1  # of the rules for the digests below, see docs/format.md
 _NAME_LENGTH = 80  # of an image set's name before the key's digits: more than 100 in all would be cut off

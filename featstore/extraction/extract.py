@@ -14,7 +14,7 @@ from torch import nn
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ImageError, OnError
-from featstore.extraction.job import Job, refuse_changed
+from featstore.extraction.job import Job, Outcome, refuse_changed
 from featstore.extraction.plan import Plan, plan
 from featstore.extraction.progress import Progress
 from featstore.files.index import is_among
@@ -24,10 +24,11 @@ from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.probe import Probe, check_probe, take_probes
 from featstore.models.purity import check_pure
 from featstore.models.staged import StagedModel
-from featstore.models.trunk import Output, Trunk, choose_device, default_batch_size
+from featstore.models.trunk import Output, Trunk, check_batch_size, choose_device, default_batch_size
 from featstore.store.part_facts import stage_facts
 from featstore.store.sets import digest_rows
 from featstore.store.store import FeatureStore
+from featstore.timing import timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,46 +141,71 @@ def run_plan(
 ) -> ExtractReport:
     """Carries out a plan; arguments, result and errors as in `extract`.
 
-    The model must still be what it was when the plan was made: FactsDifferError if it isn't.
+    The model must still be what it was when the plan was made: FactsDifferError if it isn't. With nothing to compute
+    that is all that is asked of it: its key is that of the stored rows, and that they were computed by a function of
+    one image was checked then.
     """
     started = time.perf_counter() if started is None else started
     chosen = choose_device(device)
+    check_batch_size(batch_size)
     _refuse_unreadable(planned, on_error)
+    with timed("key"):
+        refuse_changed(planned)
+    if planned.is_to_read.any():
+        outcome = _computed(
+            planned, store, on_error=on_error, device=chosen, batch_size=batch_size, workers=workers, progress=progress
+        )
+    else:
+        outcome = Outcome.none(planned)
+        outcome.notes += _noted_images(planned, store, is_needed=bool(planned.is_missing.any()))
+    return _report(planned, outcome, time.perf_counter() - started)
+
+
+def _computed(
+    planned: Plan,
+    store: FeatureStore,
+    *,
+    on_error: OnError,
+    device: torch.device,
+    batch_size: int | None,
+    workers: int | None,
+    progress: bool,
+) -> Outcome:
+    """What comes of a plan with images to read."""
     model = planned.model.with_(view=planned.sets[0].view.evaluation)
     outputs = list(dict.fromkeys(each.output for each in planned.sets))
     lacking = list(dict.fromkeys(each.output for each in planned.sets if each.is_missing.any()))
     trunk = Trunk(
         model,
-        lacking or outputs,
+        lacking,
         view=model.view,
-        batch_size=_stored_batch_size(planned, chosen) if batch_size is None else batch_size,
+        batch_size=_stored_batch_size(planned, device) if batch_size is None else batch_size,
         precision=planned.sets[0].spec.precision,
-        device=chosen,
+        device=device,
     )
-    refuse_changed(planned)
-    if lacking:
+    with timed("purity"):
         last = max((output.cut for output in lacking), key=model.index)
         check_pure(model, last, batch_size=trunk.batch_size, device=trunk.device)
-    probes = _checked_probes(planned, model, outputs, trunk)
-    if lacking:
-        refuse_changed(planned)  # the probes, too, must be those of the planned model
-    notes = _noted_images(planned, store, is_needed=bool(lacking))
+    with timed("probe"):
+        probes = _checked_probes(planned, model, outputs, trunk)
+    with timed("key"):
+        refuse_changed(planned)  # trunk and probes, too, must be those of the planned model
+    notes = _noted_images(planned, store, is_needed=True)
     stages = stage_facts(model, planned.stage_digests)
     job = Job(planned, store, trunk, probes, {each.cut: stages[: model.index(each.cut) + 1] for each in planned.sets})
-    job.notes += notes
+    job.outcome.notes += notes
     job.run(on_error=on_error, workers=workers, progress=Progress(job.num_jobs, is_shown=progress))
     job.merge(is_shown=progress)
-    return _report(job, time.perf_counter() - started)
+    return job.outcome
 
 
-def _report(job: Job, seconds: float) -> ExtractReport:
+def _report(planned: Plan, outcome: Outcome, seconds: float) -> ExtractReport:
     """What was done."""
-    planned = job.planned
-    is_failed = is_among(planned.digests.values, digest_rows(job.failures)) | planned.digests.is_failed
-    is_unread = is_among(planned.digests.values, digest_rows(job.unread)) & ~is_failed
+    is_failed = is_among(planned.digests.values, digest_rows(outcome.failures)) | planned.digests.is_failed
+    is_unread = is_among(planned.digests.values, digest_rows(outcome.unread)) & ~is_failed
     is_left_out = is_failed | is_unread
     sets: list[dict[str, Json]] = []
-    for each, computed in zip(planned.sets, job.computed, strict=True):
+    for each, computed in zip(planned.sets, outcome.computed, strict=True):
         reused = int((each.is_wanted & ~each.is_missing).sum())
         sets.append(
             {
@@ -195,7 +221,7 @@ def _report(job: Job, seconds: float) -> ExtractReport:
             }
         )
     return ExtractReport(
-        computed=sum(job.computed),
+        computed=sum(outcome.computed),
         reused=sum(each["reused"] for each in sets),
         failed=int((is_failed & ~planned.is_absent).sum()),
         missing=int((is_unread | planned.is_absent).sum()),
@@ -203,21 +229,22 @@ def _report(job: Job, seconds: float) -> ExtractReport:
         keys=tuple(each.spec.key for each in planned.sets),
         sets=tuple(sets),
         failures=tuple(
-            (planned.images.ids[index], _reason(job, index)) for index in np.flatnonzero(is_left_out).tolist()
+            (planned.images.ids[index], _reason(planned, outcome, index))
+            for index in np.flatnonzero(is_left_out).tolist()
         ),
-        notes=tuple(job.notes),
+        notes=tuple(outcome.notes),
     )
 
 
-def _reason(job: Job, index: int) -> str:
-    digests = job.planned.digests
+def _reason(planned: Plan, outcome: Outcome, index: int) -> str:
+    digests = planned.digests
     if index in digests.failed:
         return digests.failed[index]
     digest = bytes(digests.values[index]).hex()
-    if digest in job.failures:
-        return job.failures[digest]
-    image, reason = job.unread[digest]
-    return reason if image == job.planned.images.ids[index] else f"its content was to be read as {image}: {reason}"
+    if digest in outcome.failures:
+        return outcome.failures[digest]
+    image, reason = outcome.unread[digest]
+    return reason if image == planned.images.ids[index] else f"its content was to be read as {image}: {reason}"
 
 
 def _refuse_unreadable(planned: Plan, on_error: str) -> None:

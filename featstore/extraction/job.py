@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,28 @@ MERGE_BYTES = 1 << 30
 """Of the parts that a job has written, those of less are merged at its end."""
 
 
+@dataclass(kw_only=True)
+class Outcome:
+    """What has come of a plan so far.
+
+    Attributes:
+        computed: rows of each set.
+        failures: digest -> reason, of images that can't be decoded or rendered.
+        unread: digest -> image and reason, of those that couldn't be read.
+        notes: sentences about what went otherwise.
+    """
+
+    computed: list[int]
+    failures: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, tuple[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def none(cls, planned: Plan) -> Outcome:
+        """Of a plan that nobody has begun."""
+        return cls(computed=[0] * len(planned.sets))
+
+
 class Job:
     """One run of a plan: gathers rows and writes parts."""
 
@@ -54,11 +76,8 @@ class Job:
         self.is_needed = self._needed()
         self.drawn: deque[ImageJob] = deque()  # jobs whose views are on their way; they come back in order
         self.gathered = [self._nothing(each) for each in planned.sets]
-        self.computed = [0] * len(planned.sets)
-        self.failures: dict[str, str] = {}  # digest -> reason, of images that can't be decoded or rendered
-        self.unread: dict[str, tuple[str, str]] = {}  # digest -> image and reason, of those that couldn't be read
+        self.outcome = Outcome.none(planned)
         self.written: list[list[Path]] = [[] for _ in planned.sets]
-        self.notes: list[str] = []
         self.last_commit = time.monotonic()
 
     @property
@@ -105,7 +124,7 @@ class Job:
             except Exception as error:  # the disk may be full: the rows are filed all the same
                 problem = str(error)
             if problem:
-                self.notes.append(
+                self.outcome.notes.append(
                     f"The parts that were written of set {each.spec.key[:8]} could not be merged ({problem}). All rows "
                     "are filed; merge them later with featstore compact"
                 )
@@ -148,9 +167,9 @@ class Job:
         """Files what would fail again; an image that can't be read now has done nothing to be left out for good."""
         reason, digest = rendered.failure or "", job.digest.hex()
         if not rendered.is_lasting:
-            self.unread[digest] = self.planned.images.ids[job.index], reason
+            self.outcome.unread[digest] = self.planned.images.ids[job.index], reason
             return
-        self.failures[digest] = reason
+        self.outcome.failures[digest] = reason
         for each, gathered in zip(self.planned.sets, self.gathered, strict=True):
             if each.view in job.views and each.is_missing[job.index]:
                 known = {} if each.stored is None else each.stored.failed
@@ -168,7 +187,7 @@ class Job:
                 values = _narrowed(results[each.output][rows], each, chosen, self.planned.images)
                 digests = np.frombuffer(b"".join(item.digest for item in chosen), np.uint8).reshape(-1, 32)
                 self.gathered[place].add(values, digests, np.array([item.decoder for item in chosen], np.uint8))
-                self.computed[place] += len(rows)
+                self.outcome.computed[place] += len(rows)
 
     def _commit_if_due(self) -> None:
         size = sum(gathered.num_bytes for gathered in self.gathered)

@@ -23,6 +23,7 @@ from featstore.models.trunk import Output, output_at
 from featstore.store.sets import FeatureRequest, FeatureSet
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
+from featstore.timing import timed
 from featstore.words import size_text
 
 
@@ -84,6 +85,11 @@ class Plan:
     def is_failed(self) -> NDArray[np.bool_]:
         """``(N,)``: images that lack a row because they have failed."""
         return _any([each.is_missing & each.is_failed for each in self.sets])
+
+    @cached_property
+    def is_to_read(self) -> NDArray[np.bool_]:
+        """``(N,)``: images that lack a row in any set, and can be read as far as one knows."""
+        return self.is_missing & ~self.digests.is_failed
 
     def status(self, *, on_error: str = "raise") -> dict[str, Json]:
         """Images, stored, missing, changed (of the missing), failed and the bytes to write.
@@ -175,7 +181,8 @@ def plan(
     staged.check_size(geometry)
     viewed = staged.with_(view=geometry)
     views = [geometry, *(augment.views(geometry) if augment else ())]
-    stage_digests = viewed.digests()
+    with timed("key"):
+        stage_digests = viewed.digests()
     by_key: dict[str, tuple[FeatureSpec, Output, View]] = {}  # a cut named twice, or two of one value, is one set
     for output in [output_at(viewed, cut, reduce) for cut in cuts or [viewed.default_cut]]:
         for each in views:
@@ -188,7 +195,8 @@ def plan(
             )
             by_key.setdefault(spec.key, (spec, output, each))
     known = store.known_digests(images)
-    digests = images.digests(known)
+    with timed("digests of images"):
+        digests = images.digests(known)
     is_absent = _absent(images, digests)
     is_training = images.splits == "train"
     everything = np.ones(len(images), dtype=bool)

@@ -186,7 +186,19 @@ class Part:
     def read_blocks(self, blocks: Iterable[int], *, verify: bool = True) -> Iterator[tuple[range, Tensor]]:
         """For each of `blocks` the range of its rows and their activations `(rows, *F)`, by plain reads.
 
-        All tensors are one piece of memory: each holds its block until the next step, and who keeps rows copies them.
+        As `read_block_bytes`, whose arguments and errors these are.
+        """
+        import torch
+
+        for rows, content in self.read_block_bytes(blocks, verify=verify):
+            yield rows, torch.from_numpy(content).reshape(-1).view(self.dtype).view(len(rows), *self.shape)
+
+    def read_block_bytes(
+        self, blocks: Iterable[int], *, verify: bool = True
+    ) -> Iterator[tuple[range, NDArray[np.uint8]]]:
+        """For each of `blocks` the range of its rows and their bytes `(rows, row_bytes)`, by plain reads.
+
+        All arrays are one piece of memory: each holds its block until the next step, and who keeps rows copies them.
         The file is opened at the first step, and closed after the last one or with the iterator.
 
         Args:
@@ -199,19 +211,17 @@ class Part:
             DamagedFileError: for a block that doesn't fit its checksum, and bytes that can't be read: it names the
                 rows or bytes; and if the file has become too short.
         """
-        import torch
-
-        memory = torch.empty(min(self.num_rows, self.block_rows) * self.row_bytes, dtype=torch.uint8)
+        memory = np.empty((min(self.num_rows, self.block_rows), self.row_bytes), np.uint8)
         with self._open_features() as fd:
             for block in blocks:
                 if not 0 <= block < len(self.checksums):
                     raise IndexError(f"there is no block {block} in {self.path}; it has {len(self.checksums)}, from 0")
                 rows, extent = self._rows_of(block), self._extent(block)
-                content = memory[: len(extent)]
-                read_at(self.path, fd, [content.numpy().data], extent.start)
-                if verify and zlib.crc32(content.numpy().data) != self.checksums[block]:
+                content = memory[: len(rows)]
+                read_at(self.path, fd, [content.reshape(-1).data], extent.start)
+                if verify and zlib.crc32(content.data) != self.checksums[block]:
                     raise damaged(self.path, f"its rows {rows.start} to {rows.stop - 1} don't fit their checksum")
-                yield rows, content.view(self.dtype).view(len(rows), *self.shape)
+                yield rows, content
 
     def read_rows(self, rows: NDArray[np.int64], out: Tensor | None = None) -> Tensor:
         """Activations `(n, *F)` of `rows` by plain reads: for files that may shrink, which kills whoever maps them.
@@ -230,21 +240,25 @@ class Part:
         """
         import torch
 
+        out = torch.empty((len(rows), *self.shape), dtype=self.dtype) if out is None else self._checked(out, len(rows))
+        self.read_row_bytes(rows, out.view(-1).view(torch.uint8).numpy().reshape(len(rows), self.row_bytes))
+        return out
+
+    def read_row_bytes(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Puts the bytes of `rows` into `out` `(n, row_bytes)`, contiguous; as `read_rows`, whose errors these are."""
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.num_rows:
             raise IndexError(
                 f"rows from {rows.min()} to {rows.max()} of {self.path}; it has {self.num_rows} rows, counted from 0"
             )
-        out = torch.empty((len(rows), *self.shape), dtype=self.dtype) if out is None else self._checked(out, len(rows))
         distinct, places, which = np.unique(rows, return_index=True, return_inverse=True)
-        memory, row_bytes = out.view(-1).view(torch.uint8).numpy().data, self.row_bytes
+        memory, row_bytes = out.reshape(-1).data, self.row_bytes
         with self._open_features() as fd:
             for row, stretches in _reads(distinct, places):
                 buffers = [memory[each.start * row_bytes : each.stop * row_bytes] for each in stretches]
                 read_at(self.path, fd, buffers, self.features_offset + row * row_bytes)
         sources = places[which]
         repeats = np.flatnonzero(sources != np.arange(len(rows)))
-        out[torch.from_numpy(repeats)] = out[torch.from_numpy(sources[repeats])]
-        return out
+        out[repeats] = out[sources[repeats]]
 
     def verify(self) -> list[range]:
         """The rows of each block whose checksum no longer fits its features; an empty list for a sound part.

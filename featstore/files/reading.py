@@ -105,7 +105,7 @@ class InFiles(Source):
         blocks = row_in // opened.block_rows
         unknown = np.unique(blocks[~checked[blocks]])
         if len(unknown):
-            for _ in opened.read_blocks(unknown.tolist()):
+            for _ in opened.read_block_bytes(unknown.tolist()):
                 pass
             checked[unknown] = True
 
@@ -172,15 +172,14 @@ class Plain(InFiles):
             self._read(part, wanted.row_in[where], _as_slice(where), out)
 
     def _read(self, part: int, row_in: NDArray[np.int64], where: Rows, out: NDArray[np.uint8]) -> None:
-        import torch
-
         self.check(part, row_in)
         opened = self.places.parts[part]
         if isinstance(where, slice):
-            values = torch.from_numpy(out[where]).view(opened.dtype).view(len(row_in), *opened.shape)
-            opened.read_rows(row_in, values)
+            opened.read_row_bytes(row_in, out[where])
         else:
-            out[where] = as_bytes(opened.read_rows(row_in))
+            read = np.empty((len(row_in), opened.row_bytes), np.uint8)
+            opened.read_row_bytes(row_in, read)
+            out[where] = read
 
 
 def load(places: Places, out: Tensor) -> Tensor:
@@ -324,9 +323,9 @@ def _load_blocks(
     values: NDArray[np.uint8],
 ) -> None:
     """Reads blocks; the rising `rows` of the part go to the places `where` of `values`."""
-    for extent, block in opened.read_blocks(blocks.tolist()):
+    for extent, block in opened.read_block_bytes(blocks.tolist()):
         first, last = np.searchsorted(rows, [extent.start, extent.stop])
-        values[_as_slice(where[first:last])] = as_bytes(block)[_as_slice(rows[first:last] - extent.start)]
+        values[_as_slice(where[first:last])] = block[_as_slice(rows[first:last] - extent.start)]
 
 
 def _copy_rows(values: NDArray[np.uint8], rows: Rows, out: NDArray[np.uint8]) -> None:

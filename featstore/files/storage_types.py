@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a program's help lists these, and waits for no arrays
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,17 @@ class StorageType:
     def in_numpy(self) -> StorageType:
         """Itself, or the narrowest one that numpy has too and that holds each of the values."""
         return STORAGE_TYPES[self.numpy]
+
+    def numbers(self, rows: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """The values ``(n, values)`` of rows of stored bytes ``(n, row_bytes)``, contiguous."""
+        import numpy as np
+
+        wide = self.in_numpy
+        if wide == self:
+            return rows.view(f"<f{self.itemsize}").astype(np.float64)
+        # What numpy lacks has the exponent of a wider one that it has, and fewer bits behind it.
+        bits = rows.view(f"<u{self.itemsize}").astype(f"<u{wide.itemsize}") << (wide.mantissa_bits - self.mantissa_bits)
+        return bits.view(f"<f{wide.itemsize}").astype(np.float64)
 
     @property
     def torch_dtype(self) -> torch.dtype:

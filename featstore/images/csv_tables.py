@@ -14,7 +14,6 @@ from typing import Literal, TextIO
 
 from featstore.images.folders import IMAGE_SUFFIXES
 from featstore.images.labels import Row, Task, composed, split_named
-from featstore.images.sources import without_start
 from featstore.words import counted
 
 OWN_SPLITS = "split"
@@ -294,6 +293,8 @@ def _path_cell(cell: str, reading: Reading) -> tuple[str, bool]:
         path += reading.suffix
     if reading.strip is None:
         return path, False
+    from featstore.images.sources import without_start  # numpy, which a program's help doesn't wait for
+
     rest = without_start(path, reading.strip)
     return rest, rest != path
 

@@ -7,12 +7,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from featstore.words import counted, listed
+
+if TYPE_CHECKING:  # a program's help has words of these, and waits for no arrays
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 Task = Literal["single", "multi"]
 
@@ -169,6 +170,8 @@ def held_out_notes(rows: list[Row]) -> list[str]:
 
 def targets_of(rows: list[Row], classes: tuple[str, ...], task: Task) -> NDArray[np.int64] | NDArray[np.float32]:
     """The target of each row, see `ImageSet.targets`; every label must be one of `classes`."""
+    import numpy as np
+
     place = {name: number for number, name in enumerate(classes)}
     if task == "single":
         return np.array([place[row.labels[0]] if row.labels else -1 for row in rows], dtype=np.int64)
@@ -180,6 +183,8 @@ def targets_of(rows: list[Row], classes: tuple[str, ...], task: Task) -> NDArray
 
 def label_lists(labels: NDArray[Any], given: tuple[str, ...] | None) -> tuple[list[list[int]], tuple[str, ...]]:
     """The places of the ones in each row of an n-hot array, and the class names."""
+    import numpy as np
+
     num_classes = labels.shape[-1] if given is None else len(given)
     if labels.ndim != 2 or labels.shape[1] != num_classes:
         raise ValueError(
@@ -226,6 +231,8 @@ def checked_splits(splits: Sequence[str] | NDArray[np.str_], count: int) -> NDAr
     Raises:
         ValueError: for another number of splits, or a word that isn't one of `SPLIT_WORDS`.
     """
+    import numpy as np
+
     check_length(splits, count, "splits")
     given = np.asarray(splits, dtype=str)
     checked = given.astype("<U5")
@@ -256,6 +263,8 @@ def checked_targets(
     targets: ArrayLike | None, count: int, num_classes: int, task: Task
 ) -> NDArray[np.int64] | NDArray[np.float32] | None:
     """A read-only copy; None if nothing is labelled."""
+    import numpy as np
+
     if targets is None:
         return None
     found = np.asarray(targets)

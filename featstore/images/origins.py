@@ -10,11 +10,13 @@ import csv
 import io
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from featstore.images.csv_tables import OWN_SPLITS
-from featstore.images.image_set import ImageSet
 from featstore.images.labels import split_counts, split_hinted, split_named
+
+if TYPE_CHECKING:
+    from featstore.images.image_set import ImageSet
 
 
 class Origin(Protocol):
@@ -84,6 +86,8 @@ class FolderOrigin:
 
     def make(self, path: str, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
         """The set; errors as of `ImageSet.from_folder`."""
+        from featstore.images.image_set import ImageSet  # a program's help waits for no images
+
         return ImageSet.from_folder(path, top_folders=options["top_folders"], held_out_classes=held_out_classes)
 
     def flags(self, images: ImageSet) -> list[str]:
@@ -140,6 +144,8 @@ class TableOrigin:
 
     def make(self, path: str, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
         """The set; errors as of `ImageSet.from_csv`."""
+        from featstore.images.image_set import ImageSet
+
         given = {name: options[name] for name in self.options}
         if given["one_hot"] not in (None, "*"):
             given["one_hot"] = next(csv.reader([given["one_hot"]], skipinitialspace=True), [])

@@ -10,8 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import numpy as np
-
 from featstore.digest import Json, canonical_json
 from featstore.images.geometry import Geometry
 
@@ -155,6 +153,7 @@ def _perhaps_mirrored(image: Tensor, draws: Draws, probability: float) -> Tensor
 
 def mirrored(image: Tensor) -> Tensor:
     """A copy with left and right exchanged. numpy's: torch's copies fork a team of OpenMP threads in each thread."""
+    import numpy as np
     import torch
 
     return torch.from_numpy(np.array(image.numpy()[:, :, ::-1], order="C"))

@@ -19,6 +19,7 @@ from featstore.models import own_file, torchvision_models
 from featstore.models.runs import Run, located, read_run
 from featstore.models.staged import StagedModel
 from featstore.models.weights import fitting, read_tensors
+from featstore.timing import timed
 
 
 class Library(Protocol):
@@ -195,7 +196,8 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
             f"There is no weights file {path}. Give the path of an existing file, or --weights none for a random "
             'initialisation (in Python: weights=FILE, weights="none").'
         )
-    tensors, choices = read_tensors(path)
+    with timed("load"):
+        tensors, choices = read_tensors(path)
     last_used = model.index(cut or model.default_cut)
     stages = {name: stage.tensors() for name, stage in zip(model.cut_points, model.ordered, strict=True)}
     fit = fitting(
@@ -219,7 +221,8 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
         notes=(*choices, *fit.notes, *_view_note(model)),
         default_cut=default,
     )
-    trimmed.load_tensors(fit.tensors)
+    with timed("load"):
+        trimmed.load_tensors(fit.tensors)
     return trimmed
 
 
@@ -236,7 +239,8 @@ def _view_note(model: StagedModel) -> tuple[str, ...]:
 def _from_run(folder: Path, weights: str | Path | None, *, trust_code: bool) -> StagedModel:
     if weights is not None:
         raise ValueError(f"{folder} is a saved run, which brings its own weights; leave out --weights {weights}.")
-    run = read_run(folder)
+    with timed("load"):
+        run = read_run(folder)
     facts = run.facts["model"]
     if facts["architecture"] is None:
         raise FeatureStoreError(

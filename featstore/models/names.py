@@ -13,6 +13,9 @@ Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
 DIMENSIONS: dict[str, int] = {"NCHW": 3, "NHWC": 3, "NLC": 2, "NC": 1}
 """How many dimensions the values of one image have in each layout."""
 
+LAYOUTS: tuple[str, ...] = (*DIMENSIONS, "other")
+"""All of them, with that of values of other dimensions."""
+
 POSITIONS: dict[str, tuple[int, ...]] = {"NCHW": (2, 3), "NHWC": (1, 2), "NLC": (1,)}
 """Which dimensions of a batch ``(N, *F)`` are positions, in the layouts that have some."""
 

@@ -17,6 +17,7 @@ from featstore.models import trust
 from featstore.models.modes import seeded
 from featstore.models.staged import StagedModel
 from featstore.source_code import outdated_sources, own_files, source_digests
+from featstore.timing import timed
 
 
 def is_own_file(source: str) -> bool:
@@ -45,7 +46,8 @@ def load(source: str) -> StagedModel:
         if not callable(make):
             raise ValueError(f"{file} has no function {function}. Expected path/to/file.py:function.")
         try:
-            made = make()
+            with timed("load"):
+                made = make()
         except Exception as error:
             raise ModelError(f"{source} failed with {type(error).__name__}: {error}. Mend that function.") from error
     if not isinstance(made, nn.Module):

@@ -18,14 +18,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import safetensors
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from featstore.digest import Json, digest_json
 from featstore.errors import DamagedFileError, FeatureStoreError
-from featstore.models.weights import read_tensors
+
+if TYPE_CHECKING:  # whether a run may be written is checked before a program loads torch
+    from torch import Tensor
 
 try:
     import fcntl
@@ -101,6 +100,8 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 
 def write_run(folder: Path, facts: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
     """Writes facts and tensors into an existing `folder` (from `new_run`, which seals it)."""
+    import safetensors.torch
+
     # Copies: safetensors refuses tensors that share memory.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path = folder / TENSORS
@@ -122,6 +123,8 @@ def read_run(folder: Path) -> Run:
         FeatureStoreError: if it is no run, or of a newer format.
         DamagedFileError: if one of its files isn't what was saved; a report that is missing is no damage.
     """
+    from featstore.models.weights import read_tensors
+
     place = located(folder)
     facts = _read_facts(place)
     for name in facts.get("files", {}):

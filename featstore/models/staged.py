@@ -19,6 +19,7 @@ from featstore.models.modes import check_trainable, eval_mode, random_states_kep
 from featstore.models.names import automatic, layout_of
 from featstore.models.pool import Pool
 from featstore.models.stages import AbsentStage, HeadStage, PoolStage, Stage, TracedStage
+from featstore.timing import timed
 
 POOL, HEAD = "pool", "head"
 """Names of the two stages that `StagedModel.with_head` adds; a number follows where a backbone has such a name."""
@@ -96,7 +97,8 @@ class StagedModel(nn.Module):
             ModelError: what can't be traced or keyed, named.
         """
         state = module.state_dict(keep_vars=True).keys()
-        stages = [TracedStage(stage, state) for stage in split_into_stages(module, containers=containers)]
+        with timed("trace"):
+            stages = [TracedStage(stage, state) for stage in split_into_stages(module, containers=containers)]
         model = cls(
             stages,
             view=view or View(),
@@ -233,7 +235,8 @@ class StagedModel(nn.Module):
             return stage.shape
         size = size or self.view.size
         if size not in self._shapes:
-            self._shapes[size] = self._measured_shapes(size)
+            with timed("shapes"):
+                self._shapes[size] = self._measured_shapes(size)
         return self._shapes[size][stage.name]
 
     def check_size(self, view: View) -> None:

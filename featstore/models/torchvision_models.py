@@ -16,6 +16,7 @@ from featstore.errors import WeightsError
 from featstore.images.views import View
 from featstore.models.modes import random_states_kept, seeded
 from featstore.models.staged import StagedModel
+from featstore.timing import timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,8 @@ def _weights(name: str) -> Any:
 def _made(name: str, **arguments: Any) -> nn.Module:
     from torchvision.models import get_model
 
-    module: nn.Module = get_model(name, **arguments)
+    with timed("load"):
+        module: nn.Module = get_model(name, **arguments)
     return module
 
 

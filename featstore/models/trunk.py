@@ -70,8 +70,7 @@ class Trunk:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"{precision!r} is no precision. The precisions are {', '.join(PRECISIONS)}.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch size {batch_size} is too small; it counts the images of one pass, at least 1.")
+        check_batch_size(batch_size)
         self.device = exact_device(device)
         self.batch_size = batch_size or default_batch_size(self.device)
         self.precision: Precision = precision
@@ -135,6 +134,12 @@ class Trunk:
         if not is_live:
             stages = list(copy.deepcopy(nn.ModuleList(stages)).to(self.device, dtype))
         return StagedModel(stages, view=self.view, name=model.name), is_live  # type: ignore[arg-type]
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """ValueError for less than one image a pass; None is the default."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch size {batch_size} is too small; it counts the images of one pass, at least 1.")
 
 
 def default_batch_size(device: torch.device) -> int:

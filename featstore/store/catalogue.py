@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Catalogue:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._parts: dict[Path, SetPart] = {}
+        self._parts: dict[Path, dict[Path, SetPart]] = {}  # by folder
         self._sets: dict[str, FeatureSet] = {}
 
     def folders(self, trunk: str | None = None) -> list[Path]:
@@ -155,10 +156,11 @@ class Catalogue:
             FileNotFoundError: if there is no such file.
             DamagedFileError: if it can't be used, or may not be read.
         """
-        opened = self._parts.get(path)
+        beside = self._parts.setdefault(path.parent, {})
+        opened = beside.get(path)
         if opened is None:
             with permitted(path):
-                opened = self._parts[path] = SetPart.of(Part.open(path))
+                opened = beside[path] = SetPart.of(Part.open(path))
         return opened
 
     def folder_of(self, spec: FeatureSpec) -> Path | None:
@@ -171,7 +173,7 @@ class Catalogue:
 
     def forget(self, path: Path) -> None:
         """Opens the part at `path` anew when it is asked for again."""
-        self._parts.pop(path, None)
+        self._parts.get(path.parent, {}).pop(path, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "_parts": {}, "_sets": {}}
@@ -218,8 +220,8 @@ class Catalogue:
                 time.sleep(pause)
                 continue
             known = set(paths)
-            for path in list(self._parts):  # other threads open and forget parts meanwhile
-                if path.parent in folders and path not in known:
+            for path in chain.from_iterable(list(self._parts.get(folder, ())) for folder in folders):
+                if path not in known:  # other threads open and forget parts meanwhile
                     self.forget(path)  # a deleted file takes up the disk for as long as somebody has it mapped
             damage |= {path: DamagedFileError(_listed_still(path)) for path in gone}
             return sorted(opened, key=lambda each: each.name), damage

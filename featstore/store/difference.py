@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.files.index import first_places
-from featstore.files.reading import Places, Plain, as_bytes
+from featstore.files.reading import Places, Plain
 from featstore.store.folders import short_key
 from featstore.store.sets import FeatureSet
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NUM_COMPARED = 1000
 """Rows whose values are compared, at most."""
@@ -114,17 +110,16 @@ def _chosen(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _compared(a: FeatureSet, b: FeatureSet, digests: NDArray[np.uint8]) -> ValueDifference:
-    import torch  # only who compares values waits for it
-
-    is_equal, largest, reached = a.parts[0].dtype == b.parts[0].dtype, 0.0, 0.0
+    type_a, type_b = a.parts[0].storage_type, b.parts[0].storage_type
+    is_equal, largest, reached = type_a == type_b, 0.0, 0.0
     stored = [_stored(each, digests) for each in (a, b)]
     num_rows = max(1, _PIECE_BYTES // (8 * math.prod(a.parts[0].shape)))
     for start in range(0, len(digests), num_rows):
         rows_a, rows_b = (_rows(each, slice(start, start + num_rows)) for each in stored)
-        is_equal = is_equal and torch.equal(rows_a.view(torch.uint8), rows_b.view(torch.uint8))
-        values_a, values_b = rows_a.double(), rows_b.double()
-        largest = max(largest, float((values_a - values_b).abs().max()))
-        reached = max(reached, float(values_a.abs().max()), float(values_b.abs().max()))
+        is_equal = is_equal and np.array_equal(rows_a, rows_b)
+        values_a, values_b = type_a.numbers(rows_a), type_b.numbers(rows_b)
+        largest = max(largest, float(np.abs(values_a - values_b).max()))
+        reached = max(reached, float(np.abs(values_a).max()), float(np.abs(values_b).max()))
     return ValueDifference(
         rows=len(digests),
         is_equal=is_equal,
@@ -139,13 +134,10 @@ def _stored(found: FeatureSet, digests: NDArray[np.uint8]) -> Plain:
     return Plain(Places(parts=found.index.parts, part_of=part_of, row_in=row_in))
 
 
-def _rows(stored: Plain, which: slice) -> Tensor:
-    """Some of the rows, ``(n, *F)``."""
-    import torch
-
-    first, num_rows = stored.places.parts[0], len(stored.places.row_in[which])
-    rows = torch.empty((num_rows, *first.shape), dtype=first.dtype)
-    stored.take(which, as_bytes(rows))
+def _rows(stored: Plain, which: slice) -> NDArray[np.uint8]:
+    """The bytes of some of the rows."""
+    rows = np.empty((len(stored.places.row_in[which]), stored.places.row_bytes), np.uint8)
+    stored.take(which, rows)
     return rows
 
 

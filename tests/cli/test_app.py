@@ -190,6 +190,19 @@ def test_a_corrupt_image_stops_the_extraction_and_is_named(featstore: Program, h
     assert "Traceback" in featstore("extract", *extract_flags("--debug")).err
 
 
+def test_debug_says_what_time_goes_into_before_the_first_row(featstore: Program, here: Path) -> None:
+    steps = [featstore("extract", *extract_flags("--debug")).err for _ in range(2)]
+    first, second = (re.findall(r"([a-z][a-z ]*) \d+\.\d\d s", _line(each, "before the first row: ")) for each in steps)
+    assert {"load", "trace", "shapes", "key", "digests of images", "purity", "probe"} == set(first)
+    assert set(second) == {*first} - {"purity", "probe"}  # there is nothing to compute
+    assert "before the first row" not in featstore("extract", *extract_flags()).err
+
+
+def _line(text: str, start: str) -> str:
+    (found,) = [line.removeprefix(start) for line in text.splitlines() if line.startswith(start)]
+    return found
+
+
 def test_a_corrupt_image_can_be_skipped(featstore: Program, here: Path) -> None:
     (here / "photos" / "cat" / "003.jpg").write_text("not a picture", encoding="utf-8")
     ran = featstore("extract", *extract_flags("--on-error", "skip", "--json"))

@@ -30,8 +30,9 @@ from featstore import (
     extract,
 )
 from featstore.exchange import export as export_module
-from featstore.exchange.export import ExportReport, export
+from featstore.exchange.export import SUFFIXES, ExportReport, export
 from featstore.exchange.imports import import_features
+from featstore.exchange.names import EXPORT_SUFFIXES
 from featstore.files.header import is_part
 from featstore.files.part import Part, write_part
 from featstore.images.image_set import images_by_id
@@ -519,3 +520,7 @@ def test_an_export_takes_less_memory_than_its_rows(tmp_path: Path, store: Featur
     # Threads and the allocator keep 60 to 135 MB, whatever the number of rows: far from the half of these 393 MB.
     assert int(held) < 196, "MB held at most"
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy", mmap_mode="r")[:, 0], values[:, 0])
+
+
+def test_the_endings_that_a_program_lists_are_those_that_name_a_format() -> None:
+    assert EXPORT_SUFFIXES == SUFFIXES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from support.extracting import counts, reduced, rows, run, up_to
 from support.tiny import SIZE, VIEW, arrays, jpeg, net, photos, pixels, rows_by_hand, staged
-from torch import nn
+from torch import Tensor, nn
 
 from featstore import (
     Augment,
@@ -44,6 +45,48 @@ def test_a_second_run_computes_nothing(store: FeatureStore) -> None:
     assert counts(first) == (20, 0, 0)
     assert counts(second) == (0, 20, 0)
     assert sorted(store.root.rglob("*.h5")) == files
+
+
+class Switched(nn.Module):
+    """Vouched for by its author, and out of order while it is switched off."""
+
+    is_on = True
+
+    def fingerprint(self) -> str:
+        return "switched"
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert Switched.is_on, "the trunk ran"
+        return images.mean((2, 3))
+
+
+def test_where_every_row_is_stored_or_no_image_can_be_read_the_trunk_never_runs(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = StagedModel.from_stages({"stem": nn.Identity(), "switched": Switched(), "end": nn.Identity()}, view=VIEW)
+    folder = photos(tmp_path / "photos")
+    run(ImageSet.from_folder(folder), store, model=model, cuts=["switched"])
+    monkeypatch.setattr(Switched, "is_on", False)
+    assert counts(run(ImageSet.from_folder(folder), store, model=model, cuts=["switched"])) == (0, 6, 0)
+    images = ImageSet.from_csv(
+        table(tmp_path / "photos.csv", [*ImageSet.from_folder(folder).ids, "gone.jpg"]), root=folder
+    )
+    report = run(images, store, model=model, cuts=["switched"], on_error="skip")
+    assert (counts(report), report.missing) == ((0, 6, 0), 1)
+    (folder / "dog/1.jpg").write_bytes(jpeg(99))
+    with pytest.raises(AssertionError, match="the trunk ran"):
+        run(ImageSet.from_folder(folder), store, model=model, cuts=["switched"])
+
+
+def table(path: Path, ids: Sequence[str]) -> Path:
+    path.write_text("\n".join(["path,label", *(f"{each},one" for each in ids)]), encoding="utf-8")
+    return path
+
+
+def test_a_wrong_batch_size_is_refused_also_where_every_row_is_stored(store: FeatureStore) -> None:
+    run(arrays(3), store)
+    with pytest.raises(ValueError, match="batch size 0 is too small"):
+        run(arrays(3), store, batch_size=0)
 
 
 def test_added_images_alone_are_computed(store: FeatureStore) -> None:

@@ -345,14 +345,14 @@ def test_no_row_of_a_damaged_block_is_given(
 
 @pytest.mark.parametrize("way", ["map", "stream"])
 def test_a_block_is_checked_once(folder: Path, way: Access, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_blocks = Part.read_blocks
+    read_block_bytes = Part.read_block_bytes
     checked: list[tuple[Path, int]] = []
 
     def counted(part: Part, blocks: Any, **options: Any) -> Any:
         checked.extend((part.path, block) for block in blocks)
-        return read_blocks(part, blocks, **options)
+        return read_block_bytes(part, blocks, **options)
 
-    monkeypatch.setattr(Part, "read_blocks", counted)
+    monkeypatch.setattr(Part, "read_block_bytes", counted)
     stored = joined(folder, way)
     for _ in range(3):
         list(stored.batches(100, shuffle=True))

@@ -28,5 +28,12 @@ def test_numpy_holds_each_value_of_a_storage_type(each: StorageType) -> None:
     assert torch.equal(torch.from_numpy(held).to(each.torch_dtype), values)
 
 
+@pytest.mark.parametrize("each", STORAGE_TYPES.values(), ids=STORAGE_TYPES)
+def test_stored_bytes_are_the_numbers_that_torch_takes_them_for(each: StorageType) -> None:
+    patterns = np.random.default_rng(0).integers(0, 256, (1000, 8 * each.itemsize), np.uint8)
+    expected = torch.from_numpy(patterns).view(each.torch_dtype).double().numpy()
+    np.testing.assert_array_equal(each.numbers(patterns), expected)  # NaN and infinities too
+
+
 def test_other_types_are_no_storage_types() -> None:
     assert [storage_type_of(dtype) for dtype in (torch.float64, torch.int64, torch.bool)] == [None] * 3

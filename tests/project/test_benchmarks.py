@@ -11,7 +11,11 @@ FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("store", ["--scale", "0.001", "--rounds", "1"]), ("scale", ["--rows", "200"])],
+    [
+        ("store", ["--scale", "0.001", "--rounds", "1"]),
+        ("scale", ["--rows", "200"]),
+        ("start", ["--sets", "3", "--rounds", "1"]),
+    ],
 )
 def test_a_benchmark_ends_in_its_ratios_and_targets(
     processes: Processes, tmp_path: Path, name: str, flags: list[str]

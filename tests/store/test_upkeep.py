@@ -1392,13 +1392,13 @@ def test_each_block_of_compared_rows_is_checked_once(store: FeatureStore, monkey
         file(store, *range(12), spec=spec, width=width)
     monkeypatch.setattr(difference, "_PIECE_BYTES", 8 * width)  # a row at once
     checked: list[tuple[Path, int]] = []
-    real = Part.read_blocks
+    real = Part.read_block_bytes
 
-    def counted(self: Part, blocks: Sequence[int], **options: Any) -> Iterator[tuple[range, Tensor]]:
+    def counted(self: Part, blocks: Sequence[int], **options: Any) -> Iterator[tuple[range, NDArray[np.uint8]]]:
         checked.extend((self.path, block) for block in blocks)
         return real(self, blocks, **options)
 
-    monkeypatch.setattr(Part, "read_blocks", counted)
+    monkeypatch.setattr(Part, "read_block_bytes", counted)
     values = store.diff(KEY, OTHER.key).values
     assert values is not None
     assert values.is_equal
@@ -1410,16 +1410,16 @@ def test_sets_are_compared_though_their_parts_are_merged_and_deleted_meanwhile(
 ) -> None:
     for name in range(6):
         file(store, name // 2, spec=(SPEC, OTHER)[name % 2])
-    real = Part.read_blocks
+    real = Part.read_block_bytes
 
-    def merged_first(self: Part, blocks: Sequence[int], **options: Any) -> Iterator[tuple[range, Tensor]]:
-        monkeypatch.setattr(Part, "read_blocks", real)
+    def merged_first(self: Part, blocks: Sequence[int], **options: Any) -> Iterator[tuple[range, NDArray[np.uint8]]]:
+        monkeypatch.setattr(Part, "read_block_bytes", real)
         writer = FeatureStore(store.root)
         writer.compact()
         writer.gc(older_than=0)
         return real(self, blocks, **options)
 
-    monkeypatch.setattr(Part, "read_blocks", merged_first)
+    monkeypatch.setattr(Part, "read_block_bytes", merged_first)
     values = store.diff(KEY, OTHER.key).values
     assert values is not None
     assert (values.rows, values.is_equal) == (3, True)
