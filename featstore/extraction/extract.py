@@ -15,6 +15,7 @@ from torch import nn
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ImageError, OnError
 from featstore.extraction.job import Job, Outcome, refuse_changed
+from featstore.extraction.narrowing import refuse_too_small
 from featstore.extraction.plan import Plan, plan
 from featstore.extraction.progress import Progress
 from featstore.files.index import is_among
@@ -38,7 +39,7 @@ class ExtractReport:
     Attributes:
         computed: rows computed, over all sets. Images of equal content share a row.
         reused: images whose rows were stored already, over all sets.
-        failed: images left out, with `on_error="skip"`.
+        failed: images left out of some set, with `on_error="skip"`.
         missing: images asked for that lack a row for another reason: their files are absent, or when their turn came
             they had vanished, had changed or couldn't be read. The next run computes them if it can.
         seconds: wall-clock time.
@@ -94,8 +95,8 @@ def extract(
         reduce: reduction of the cuts that don't name one: auto, none, avg, max, concat, token or tokens.
         augment: policy and fixed seeds; each seed is a feature set of its own.
         view: geometry and normalisation; default: the model's.
-        on_error: what an image that can't be read or decoded does: `raise` stops, after filing what is done; `skip`
-            leaves it out and reports it.
+        on_error: what an image that can't be read or decoded does, or one whose values the storage type can't hold:
+            `raise` stops, after filing what is done; `skip` leaves it out and reports it.
         dtype: of the stored values: float16, float32 or bfloat16.
         precision: of the arithmetic: fp32, tf32, bf16 or fp16.
         device: auto, cpu, cuda or cuda:1.
@@ -109,7 +110,8 @@ def extract(
         ModelError: for a model that can't be keyed or isn't a function of one image.
         FactsDifferError: if the model computes other values than the rows already stored, or is changed meanwhile: then
             nothing is filed of what was computed since the last part.
-        FeatureStoreError: for values the storage type can't hold.
+        FeatureStoreError: for values the storage type can't hold: with `raise`, too large or no numbers; all of them
+            too small.
         OSError: as the disk gave it.
     """
     started = time.perf_counter()
@@ -201,12 +203,16 @@ def _computed(
 
 def _report(planned: Plan, outcome: Outcome, seconds: float) -> ExtractReport:
     """What was done."""
-    is_failed = is_among(planned.digests.values, digest_rows(outcome.failures)) | planned.digests.is_failed
-    is_unread = is_among(planned.digests.values, digest_rows(outcome.unread)) & ~is_failed
-    is_left_out = is_failed | is_unread
+    is_undecoded = is_among(planned.digests.values, digest_rows(outcome.failures)) | planned.digests.is_failed
+    is_unread = is_among(planned.digests.values, digest_rows(outcome.unread)) & ~is_undecoded
+    is_unfit = [
+        each.is_missing & is_among(planned.digests.values, digest_rows(unfit))
+        for each, unfit in zip(planned.sets, outcome.unfit, strict=True)
+    ]
     sets: list[dict[str, Json]] = []
-    for each, computed in zip(planned.sets, outcome.computed, strict=True):
+    for each, unfit, computed in zip(planned.sets, is_unfit, outcome.computed, strict=True):
         reused = int((each.is_wanted & ~each.is_missing).sum())
+        is_failed = is_undecoded | unfit
         sets.append(
             {
                 "key": each.spec.key,
@@ -214,12 +220,14 @@ def _report(planned: Plan, outcome: Outcome, seconds: float) -> ExtractReport:
                 "reduce": each.spec.reduction,
                 "view": "evaluation" if each.view.policy is None else each.view.policy.name,
                 "seed": each.view.seed,
-                "rows": reused + int((each.is_missing & ~is_left_out).sum()),
+                "rows": reused + int((each.is_missing & ~is_failed & ~is_unread).sum()),
                 "computed": computed,
                 "reused": reused,
                 "failed": int((each.is_missing & is_failed & ~planned.is_absent).sum()),
             }
         )
+    is_failed = np.logical_or.reduce([is_undecoded, *is_unfit])
+    is_left_out = is_failed | is_unread
     return ExtractReport(
         computed=sum(outcome.computed),
         reused=sum(each["reused"] for each in sets),
@@ -241,8 +249,9 @@ def _reason(planned: Plan, outcome: Outcome, index: int) -> str:
     if index in digests.failed:
         return digests.failed[index]
     digest = bytes(digests.values[index]).hex()
-    if digest in outcome.failures:
-        return outcome.failures[digest]
+    for failures in (outcome.failures, *outcome.unfit):
+        if digest in failures:
+            return failures[digest]
     image, reason = outcome.unread[digest]
     return reason if image == planned.images.ids[index] else f"its content was to be read as {image}: {reason}"
 
@@ -292,6 +301,8 @@ def _checked_probes(planned: Plan, model: StagedModel, outputs: list[Output], tr
                 f"be damaged, or {precision} too narrow for this model (--precision fp32)."
             )
     for each in planned.sets:
+        if each.is_missing.any():
+            refuse_too_small(probes[each.output], each.spec, name=model.name, cut=each.cut)
         if each.stored is not None:
             facts = each.stored.facts
             check_probe(

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from featstore.digest import Json
 from featstore.errors import FactsDifferError, FeatureStoreError, ImageError, OnError
+from featstore.extraction.narrowing import lost_note, narrowed
 from featstore.extraction.plan import Plan, PlannedSet
 from featstore.extraction.progress import Progress
 from featstore.files.index import first_places
-from featstore.images.image_set import ImageSet
 from featstore.images.render import Job as ImageJob
 from featstore.images.render import Rendered, render
 from featstore.models.probe import Probe
@@ -43,12 +43,18 @@ class Outcome:
 
     Attributes:
         computed: rows of each set.
+        unfit: for each set digest -> reason, of images whose rows it can't hold.
+        num_values: of each set, other than zero, where its type can't hold all of them (see Narrowed).
+        num_lost: those of them that became zero.
         failures: digest -> reason, of images that can't be decoded or rendered.
         unread: digest -> image and reason, of those that couldn't be read.
         notes: sentences about what went otherwise.
     """
 
     computed: list[int]
+    unfit: list[dict[str, str]]
+    num_values: list[int]
+    num_lost: list[int]
     failures: dict[str, str] = field(default_factory=dict)
     unread: dict[str, tuple[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -56,7 +62,8 @@ class Outcome:
     @classmethod
     def none(cls, planned: Plan) -> Outcome:
         """Of a plan that nobody has begun."""
-        return cls(computed=[0] * len(planned.sets))
+        nothing = [0] * len(planned.sets)
+        return cls(computed=nothing[:], unfit=[{} for _ in planned.sets], num_values=nothing[:], num_lost=nothing[:])
 
 
 class Job:
@@ -74,6 +81,7 @@ class Job:
         self.views = list(dict.fromkeys(each.view for each in planned.sets))
         self.view_of = [self.views.index(each.view) for each in planned.sets]
         self.is_needed = self._needed()
+        self.on_error: OnError = "raise"
         self.drawn: deque[ImageJob] = deque()  # jobs whose views are on their way; they come back in order
         self.gathered = [self._nothing(each) for each in planned.sets]
         self.outcome = Outcome.none(planned)
@@ -88,6 +96,7 @@ class Job:
     def run(self, *, on_error: OnError, workers: int | None, progress: Progress) -> None:
         """Computes what is missing; files what is done also when it ends in an error."""
         size = self.trunk.batch_size
+        self.on_error = on_error
         batch: list[_Item] = []
         try:
             with (
@@ -104,6 +113,7 @@ class Job:
                             self._commit_if_due()
                     progress.step()
                 self._compute(batch)
+            self.outcome.notes += self._lost_notes()
         except ImageError:
             self._compute(batch)  # what is decoded already needn't be read again by the next run
             raise
@@ -170,11 +180,9 @@ class Job:
             self.outcome.unread[digest] = self.planned.images.ids[job.index], reason
             return
         self.outcome.failures[digest] = reason
-        for each, gathered in zip(self.planned.sets, self.gathered, strict=True):
+        for place, each in enumerate(self.planned.sets):
             if each.view in job.views and each.is_missing[job.index]:
-                known = {} if each.stored is None else each.stored.failed
-                if digest not in known:
-                    gathered.failed[digest] = reason
+                self._file_failure(place, digest, reason)
 
     def _compute(self, items: Sequence[_Item]) -> None:
         if not items:
@@ -183,11 +191,47 @@ class Job:
         for place, (each, view) in enumerate(zip(self.planned.sets, self.view_of, strict=True)):
             rows = [row for row, item in enumerate(items) if item.view == view and each.is_missing[item.index]]
             if rows:
-                chosen = [items[row] for row in rows]
-                values = _narrowed(results[each.output][rows], each, chosen, self.planned.images)
-                digests = np.frombuffer(b"".join(item.digest for item in chosen), np.uint8).reshape(-1, 32)
-                self.gathered[place].add(values, digests, np.array([item.decoder for item in chosen], np.uint8))
-                self.outcome.computed[place] += len(rows)
+                self._gather(place, [items[row] for row in rows], results[each.output][rows])
+
+    def _gather(self, place: int, items: Sequence[_Item], values: Tensor) -> None:
+        each = self.planned.sets[place]
+        result = narrowed(values, each.spec, each.cut)
+        for row, reason in result.unfit.items():
+            self._record_unfit(place, items[row], reason)
+        kept = [item for row, item in enumerate(items) if row not in result.unfit]
+        if kept:
+            digests = np.frombuffer(b"".join(item.digest for item in kept), np.uint8).reshape(-1, 32)
+            self.gathered[place].add(result.rows, digests, np.array([item.decoder for item in kept], np.uint8))
+        self.outcome.computed[place] += len(kept)
+        self.outcome.num_values[place] += result.num_values
+        self.outcome.num_lost[place] += result.num_lost
+
+    def _record_unfit(self, place: int, item: _Item, reason: str) -> None:
+        """Files, in one set, an image whose row the set can't hold: with other weights or another type it is another.
+
+        Raises:
+            FeatureStoreError: unless such images are skipped.
+        """
+        if self.on_error == "raise":
+            raise FeatureStoreError(
+                f"{self.planned.images.ids[item.index]}: {reason}. Or leave such images out with --on-error skip."
+            )
+        self.outcome.unfit[place][item.digest.hex()] = reason
+        self._file_failure(place, item.digest.hex(), reason)
+
+    def _file_failure(self, place: int, digest: str, reason: str) -> None:
+        stored = self.planned.sets[place].stored
+        if stored is None or digest not in stored.failed:
+            self.gathered[place].failed[digest] = reason
+
+    def _lost_notes(self) -> list[str]:
+        found = [
+            lost_note(each.spec, each.cut, num_values, num_lost)
+            for each, num_values, num_lost in zip(
+                self.planned.sets, self.outcome.num_values, self.outcome.num_lost, strict=True
+            )
+        ]
+        return list(dict.fromkeys(note for note in found if note is not None))
 
     def _commit_if_due(self) -> None:
         size = sum(gathered.num_bytes for gathered in self.gathered)
@@ -252,23 +296,3 @@ class _Item:
     view: int
     image: Tensor
     decoder: int
-
-
-def _narrowed(values: Tensor, each: PlannedSet, items: Sequence[_Item], images: ImageSet) -> Tensor:
-    """`values` in the storage type, on the CPU; refused if that loses a value to infinity."""
-    stored = values.to(each.spec.storage_type.torch_dtype)
-    finite = stored.reshape(len(stored), -1).isfinite().all(dim=1)
-    if not finite.all():
-        row = int(torch.nonzero(~finite)[0])
-        largest, image = float(values[row].abs().max()), images.ids[items[row].index]
-        if bool(values[row].isfinite().all()):
-            limit = torch.finfo(stored.dtype).max
-            raise FeatureStoreError(
-                f"{image}: its activations at {each.cut} reach {largest:.6g}, more than {each.spec.dtype} can hold "
-                f"({limit:.6g}). Store them as bfloat16 or float32 (--dtype)."
-            )
-        raise FeatureStoreError(
-            f"{image}: its activations at {each.cut} aren't finite. The weights may be damaged, or "
-            f"{each.spec.precision} too narrow for this model (--precision fp32)."
-        )
-    return stored.cpu()

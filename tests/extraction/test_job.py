@@ -369,6 +369,76 @@ def test_values_too_large_for_the_type_are_refused_with_image_cut_and_remedy(sto
         assert run(arrays(3), store, model=scaled(1e6), dtype=dtype).computed == 3
 
 
+class Bright(nn.Module):
+    """Values that grow with the image's mean: of a white one more than float16 can hold."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return (values.mean((2, 3)) * 3).exp() * 40
+
+
+def bright() -> StagedModel:
+    return StagedModel.from_stages({"stem": nn.Identity(), "bright": Bright()}, view=VIEW, name="net")
+
+
+def white_among(count: int) -> ImageSet:
+    return ImageSet.from_arrays(np.concatenate([pixels(count), np.full((1, 24, 24, 3), 255, np.uint8)]))
+
+
+def test_an_image_whose_values_a_set_cannot_hold_is_skipped_in_that_set_and_the_job_goes_on(
+    store: FeatureStore,
+) -> None:
+    images = white_among(6)
+    options: dict[str, Any] = {"model": bright(), "cuts": ["stem:avg", "bright"], "dtype": "float16", "batch_size": 3}
+    with pytest.raises(FeatureStoreError, match=r"^6: .* float16 .* Or leave such images out with --on-error skip\.$"):
+        run(images, store, **options)
+    report = run(images, store, on_error="skip", **options)
+    assert [(each["rows"], each["failed"]) for each in report.sets] == [(7, 0), (6, 1)]
+    assert report.failed == 1
+    ((name, reason),) = report.failures
+    assert name == "6"
+    assert re.match(r"its activations at bright reach [\d.e+]+, more than float16 can hold", reason)
+    digest = bytes(images.digests().values[6]).hex()
+    assert [store.set(key).failed for key in report.keys] == [{}, {digest: reason}]
+    assert len(store.features(images, report.keys[0])) == 7
+    features = store.features(images, report.keys[1], on_error="skip")
+    assert features.ids == images.ids[:6]
+    by_hand = rows_by_hand(Bright(), images.select(range(6)), VIEW, batch_size=3)
+    assert torch.equal(features[:], by_hand.half())
+    again = run(images, store, on_error="skip", **options)
+    assert counts(again) == (0, 13, 1)
+    assert store.set(report.keys[1]).failed == {digest: reason}
+    assert run(images, store, **(options | {"dtype": "float32"})).failed == 0  # the remedy
+
+
+def test_values_too_small_for_the_type_are_refused_before_anything_is_filed(store: FeatureStore) -> None:
+    for factor in (1e-10, 1e-7):
+        with pytest.raises(
+            FeatureStoreError, match=r"^net at layer2: .* reach [\d.e-]+ only\. float16 .* \(--dtype float32\)\.$"
+        ):
+            run(arrays(3), store, model=scaled(factor), dtype="float16")
+    assert not store.root.exists() or not store.sets()
+    for dtype in ("bfloat16", "float32"):  # the remedy
+        assert run(arrays(3), store, model=scaled(1e-10), dtype=dtype).notes == ()
+    assert run(arrays(3), store, model=scaled(1e-3), dtype="float16").notes == ()
+    assert run(arrays(3), store, model=scaled(0), dtype="float16").computed == 3  # zeros are zeros
+
+
+def test_values_that_are_stored_as_zeros_are_named_with_their_share(store: FeatureStore) -> None:
+    module = net()
+    with torch.no_grad():
+        for parameter in module.layer2[1].parameters():
+            parameter[:6] *= 1e-10  # half of the channels
+    model = StagedModel.from_module(module, view=VIEW, name="net")
+    images = arrays(7)
+    (note,) = run(images, store, model=model, dtype="float16", batch_size=3).notes
+    right = reduced(rows_by_hand(up_to("layer2", module), images, VIEW, batch_size=3), "concat")
+    share = 100 * (1 - float(right.half().count_nonzero() / right.count_nonzero()))
+    assert share > 30
+    assert note.startswith(f"{share:.3g} % of the values at layer2 that aren't zero were stored as zeros")
+    assert note.endswith("(its smallest is 6e-08); --dtype float32 keeps them")
+    assert run(images, store, model=model, dtype="float32", batch_size=3).notes == ()
+
+
 def test_values_that_are_no_numbers_are_refused_with_the_cut(store: FeatureStore) -> None:
     with pytest.raises(FeatureStoreError, match=r"layer2: the activations of the two probe images aren't finite"):
         run(arrays(3), store, model=scaled(float("nan")))

@@ -53,7 +53,7 @@ ROOMS: dict[str, Rooms] = {
                 "verification", "compaction", "removal", "garbage", "difference", "refusals", "store", "gathering",
             ),
         ),
-        ("extraction", ("defaults", "remedy", "plan", "progress", "job", "extract", "adopt")),
+        ("extraction", ("defaults", "remedy", "plan", "progress", "narrowing", "job", "extract", "adopt")),
         ("exchange", ("names", "feature_files", "export", "imports")),
         ("", ("__init__",)),
         ("cli", ("program", "flags", "store", "exchange", "app")),

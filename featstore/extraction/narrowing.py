@@ -1,0 +1,96 @@
+"""Narrowing: activations in the type that they are stored as, and what that type can't hold of them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from featstore.errors import FeatureStoreError
+from featstore.models.probe import Probe
+from featstore.store.spec import FeatureSpec
+
+LOST_SHARE = 0.01
+"""Of the values that aren't zero: the share stored as zeros from which it is said.
+
+Less is what any network has by chance. What is lost may be small beside the rest, or be whole channels, which a head
+that standardises its inputs would have seen: so it is said, and not refused.
+"""
+
+FEWEST_STEPS = 256
+"""Of the type's smallest steps, the least that the largest value must have.
+
+With fewer it has less than the eight bits of a bfloat16, and most other values become zeros.
+"""
+
+
+class Narrowed(NamedTuple):
+    """A batch of rows in the storage type.
+
+    Attributes:
+        rows: `(M, *F)` on the CPU: those that fit, in order.
+        unfit: row of the batch -> why it can't be stored, without the image's name.
+        num_values: values of `rows` that aren't zero before they are narrowed; 0 where the type holds all of them.
+        num_lost: those of them that are zeros afterwards.
+    """
+
+    rows: Tensor
+    unfit: dict[int, str]
+    num_values: int
+    num_lost: int
+
+
+def narrowed(values: Tensor, spec: FeatureSpec, cut: str) -> Narrowed:
+    """Float32 activations `(N, *F)` at `cut` as `spec` stores them."""
+    stored = values.to(spec.storage_type.torch_dtype)
+    is_fit = stored.reshape(len(stored), -1).isfinite().all(dim=1)
+    unfit: dict[int, str] = {}
+    if not is_fit.all():
+        unfit = {row: _reason(values[row], spec, cut) for row in torch.nonzero(~is_fit).flatten().tolist()}
+        values, stored = values[is_fit], stored[is_fit]
+    num_values = num_lost = 0
+    if stored.dtype != values.dtype:
+        num_values = int(values.count_nonzero())
+        num_lost = num_values - int(stored.count_nonzero())
+    return Narrowed(stored.cpu(), unfit, num_values, num_lost)
+
+
+def lost_note(spec: FeatureSpec, cut: str, num_values: int, num_lost: int) -> str | None:
+    """What is said of values stored as zeros; None where they are few (see `LOST_SHARE`)."""
+    if not num_values or num_lost < LOST_SHARE * num_values:
+        return None
+    return (
+        f"{100 * num_lost / num_values:.3g} % of the values at {cut} that aren't zero were stored as zeros, too small "
+        f"for {spec.dtype} (its smallest is {_smallest_step(spec):.2g}); --dtype float32 keeps them"
+    )
+
+
+def refuse_too_small(probe: Probe, spec: FeatureSpec, *, name: str, cut: str) -> None:
+    """Raises FeatureStoreError where a trunk's values are too small for the type that they are to be stored as."""
+    step = _smallest_step(spec)
+    if 0 < probe.largest < FEWEST_STEPS * step:
+        raise FeatureStoreError(
+            f"{name} at {cut}: the activations of the two probe images reach {probe.largest:.2g} only. {spec.dtype} "
+            f"has steps of {step:.2g} there, so most would be stored as zeros. Store them as float32 (--dtype float32)."
+        )
+
+
+def _smallest_step(spec: FeatureSpec) -> float:
+    """The smallest number above zero."""
+    limits = torch.finfo(spec.storage_type.torch_dtype)
+    return math.ldexp(limits.tiny, -spec.storage_type.mantissa_bits)
+
+
+def _reason(row: Tensor, spec: FeatureSpec, cut: str) -> str:
+    if bool(row.isfinite().all()):
+        limit = torch.finfo(spec.storage_type.torch_dtype).max
+        return (
+            f"its activations at {cut} reach {float(row.abs().max()):.6g}, more than {spec.dtype} can hold "
+            f"({limit:.6g}). Store them as bfloat16 or float32 (--dtype)"
+        )
+    return (
+        f"its activations at {cut} aren't finite. The weights may be damaged, or {spec.precision} too narrow for this "
+        "model (--precision fp32)"
+    )
