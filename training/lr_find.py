@@ -28,10 +28,13 @@ START, END, STEPS = 1e-5, 10.0, 100
 # worst 2.1, 2.1, 2.3 and 3.0 times) that at the best rate of a grid.
 _MOMENTUM = 0.9
 _STOP = 4.0  # times the lowest smoothed loss
-_FEW = 5
-"""Batches a pass: with fewer, 100 steps are 25 passes and more, and a low loss says that they were learnt by heart."""
+_FEW = 10
+"""Batches a pass: with fewer, 100 steps are over ten passes, and a low loss says that they were learnt by heart."""
 _TOO_LOW = 100.0  # times below an optimizer's default, where a noisy loss was lowest before the rate did anything
 _JUDGES = 4  # batches at most
+_MARGIN = 3.0
+"""Times its rate is what a trial of it runs at: the fit's own epoch has another order, and may have less luck."""
+_LOOKS = 10  # at the loss, in a trial
 _LOWER = 3.0
 """What a rate is divided by when a trial at it made the loss worse."""
 
@@ -80,9 +83,9 @@ def find_lr(
     """Trains for `steps` batches while the rate rises geometrically, then puts weights, statistics and modes back.
 
     Epochs are repeated as needed. It stops early when the smoothed loss exceeds 4 times its lowest value or is no
-    longer finite. What the curve suggests is then tried: an epoch (at most `steps` batches) at that rate, from the same
-    weights, may not make the loss of batches that it left out worse, else a third of it is tried. Also when it is
-    interrupted, the tail is as it was before.
+    longer finite. What the curve suggests is then tried: an epoch (at most `steps` batches) at three times that rate,
+    from the same weights, may not make the loss of batches that it leaves out worse, else a third of it is tried. Also
+    when it is interrupted, the tail is as it was before.
 
     Args:
         tail: the stages that train.
@@ -143,20 +146,25 @@ def find_lr(
     else:
         first, why = min(max(curve, rates.floor), rates.ceiling), f"the curve's own {curve:.2g} isn't safe"
     chosen = _first_that_helps(
-        first, rates.floor, lambda lr: _trial(tail, train, make_optimizer, lr, loss=loss, seed=seed, steps=steps)
+        first,
+        rates.floor,
+        lambda lr: _trial(tail, train, make_optimizer, _MARGIN * lr, loss=loss, seed=seed, steps=steps),
     )
-    origin = "a safe default" if chosen == first else "a trial chose"
+    if chosen != first:
+        origin = "what a trial found safe"
+    else:
+        origin = "a safe default" if first == rates.default else "as far as is safe"
     return LearningRates(
         lrs=tuple(lrs),
         losses=tuple(losses),
         smoothed=tuple(smoothed),
         suggestion=chosen,
-        note=None if chosen == curve else f"{why}: {chosen:.2g} is {origin} for {type(optimizer).__name__}",
+        note=None if chosen == curve else f"{why}: {chosen:.2g} is {origin} with {type(optimizer).__name__}",
     )
 
 
 def _first_that_helps(first: float, floor: float, trial: Callable[[float], tuple[float, float]]) -> float:
-    """The highest rate, from `first` down, after which the loss isn't worse than before; the best one if there is none.
+    """The highest rate, from `first` down, that never makes the loss worse than the start; the best one if all do.
 
     With batch norm the loss may rise at any rate, as the statistics move: the lowest rate is no remedy then.
     """
@@ -166,7 +174,7 @@ def _first_that_helps(first: float, floor: float, trial: Callable[[float], tuple
         start, after = trial(lr)
         if after <= start:
             return lr
-        tried[lr] = math.inf if math.isnan(after) else after
+        tried[lr] = after
         if lr <= floor:
             return min(tried, key=lambda each: (tried[each], each))
         lr = max(lr / _LOWER, floor)
@@ -182,7 +190,10 @@ def _trial(
     seed: int,
     steps: int,
 ) -> tuple[float, float]:
-    """The loss, in eval mode, before and after an epoch at a rate, of batches that it left out."""
+    """The loss, in eval mode, of batches that it leaves out: before an epoch at a rate, and worst in its later half.
+
+    A loss that swings is low now and then, so the end alone says little; a bump at the start does no harm.
+    """
     before = copied_tensors(tail)
     optimizer = make_optimizer()
     last = optimizer.param_groups[-1]["lr"]
@@ -191,14 +202,19 @@ def _trial(
     epoch = train.epoch(seed, 0)
     # They lie in memory, so they are few. Of a single batch there is none to leave out.
     a_pass = len(train) // train.passes
-    judges = list(islice(epoch, max(1, min(_JUDGES, a_pass // _FEW))))
+    judges = list(islice(epoch, max(1, min(_JUDGES, a_pass // 5))))
     start = _mean_loss(tail, judges, loss)
     try:
         with seeded(seed, 0, train.device):
-            with training_mode(tail):
-                for inputs, targets in islice(epoch, min(a_pass - len(judges), steps)) if a_pass > 1 else judges:
+            num_steps = min(a_pass - len(judges), steps) if a_pass > 1 else 1
+            worst = -math.inf
+            for number, (inputs, targets) in enumerate(islice(epoch, num_steps) if a_pass > 1 else judges, start=1):
+                with training_mode(tail):
                     step(tail, inputs.clone(), targets, loss, optimizer)
-            return start, _mean_loss(tail, judges, loss)
+                if number == num_steps or (2 * number > num_steps and number % max(num_steps // _LOOKS, 1) == 0):
+                    seen = _mean_loss(tail, judges, loss)
+                    worst = math.inf if math.isnan(seen) else max(worst, seen)
+            return start, worst
     except FloatingPointError:
         return start, math.inf
     finally:

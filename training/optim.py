@@ -46,7 +46,7 @@ class Rates:
 
 
 _ADAM = Rates(floor=1e-6, default=3e-3, ceiling=3e-2)
-_SGD = Rates(floor=1e-5, default=1e-2, ceiling=0.3)
+_SGD = Rates(floor=1e-5, default=1e-2, ceiling=0.1)
 _OTHER = Rates(floor=1e-6, default=1e-3, ceiling=3e-2)
 
 

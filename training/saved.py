@@ -233,7 +233,7 @@ def check_head(model: StagedModel, facts: Mapping[str, Json], folder: Path) -> N
 
 
 def with_statistics(tensors: Mapping[str, Tensor], model: StagedModel) -> Mapping[str, Tensor]:
-    """The tensors of a run; those of a linear head from before 0.2, which took its inputs as they are, say so."""
+    """The tensors of a run; earlier linear heads have no statistics, as they took their inputs as they are."""
     head = list(model.stages)[-1]
     if not isinstance(head, HeadStage) or not isinstance(head.module, LinearHead):
         return tensors

@@ -120,7 +120,7 @@ def test_the_suggestion_is_a_tenth_of_the_rate_where_the_smoothed_loss_is_lowest
     stored: tuple[ImageSet, FeatureStore],
 ) -> None:
     losses = [1 + ((step - 60) / 50) ** 2 for step in range(100)]
-    found = learner(stored, loss=scripted(losses), batch_size=4).lr_find()
+    found = learner(stored, loss=scripted(losses), batch_size=2).lr_find()
     mean, expected = 0.0, []
     for number, value in enumerate(losses, start=1):
         mean = 0.9 * mean + 0.1 * value
@@ -226,11 +226,12 @@ def test_a_few_batches_get_the_optimizers_default_and_the_result_says_so(
     stored: tuple[ImageSet, FeatureStore], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, default in (("adamw", 3e-3), ("sgd", 1e-2)):
-        learn = learner(stored, optimizer=name, quiet=False)
+        learn = learner(stored, optimizer=name)
+        learn.quiet = False
         found = learn.lr_find()
         assert found.suggestion == default
         assert found.note is not None
-        assert found.note.startswith(f"3 batches are too few to find a rate by: {default:.2g} is a safe default for ")
+        assert found.note.startswith(f"3 batches are too few to find a rate by: {default:.2g} is a safe default with ")
         assert found.note in capsys.readouterr().err
         learn.fit(1)
         assert f"learning rate {default:g}, the finder's suggestion" in capsys.readouterr().err
@@ -241,15 +242,14 @@ def test_a_curve_without_a_sensible_lowest_point_gives_no_guess(
     stored: tuple[ImageSet, FeatureStore], lowest: int, expected: float
 ) -> None:
     losses = [1 + abs(step - lowest) / 100 for step in range(100)]
-    found = learner(stored, loss=scripted(losses), batch_size=4).lr_find()
+    found = learner(stored, loss=scripted(losses), batch_size=2).lr_find()
     assert found.suggestion == expected
     assert found.note is not None
 
 
 def test_a_rate_that_makes_a_trial_worse_is_lowered(stored: tuple[ImageSet, FeatureStore]) -> None:
-    # 10 batches are never seen twice in the 100 steps of the curve alike; trials: start, steps, after.
     losses = [2 - step / 100 for step in range(100)]
-    trial = [1.0] * 2 + [1.0] * 8 + [5.0] * 2
+    trial = [1.0] * 2 + [1.0] * 8 + [5.0] * 2  # the batches that are left out, the steps, those batches again
     found = learner(stored, loss=scripted([*losses, *trial]), batch_size=2).lr_find()
     assert found.suggestion == pytest.approx(1e-2)
     assert found.note is not None
