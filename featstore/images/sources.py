@@ -415,8 +415,8 @@ def _check_size(num_bytes: int) -> None:
     """ValueError for a file that is no image by its size: reading it would fill the memory before anything is known."""
     if num_bytes > MAX_FILE_BYTES:
         raise ValueError(
-            f"it has {size_text(num_bytes)}, and no image that is decoded has more than {size_text(MAX_FILE_BYTES)}; is "
-            "it an image? Move it away"
+            f"it has {size_text(num_bytes)}, and no image that is decoded has more than {size_text(MAX_FILE_BYTES)}; "
+            "is it an image? Move it away"
         )
 
 
