@@ -13,7 +13,7 @@ from torch import nn
 
 from featstore.digest import Json
 from featstore.files.storage_types import STORAGE_TYPES
-from featstore.images.contents import is_changed, overlap_note
+from featstore.images.contents import is_changed, lone_formats_note, overlap_note, repeats_note
 from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
@@ -138,8 +138,12 @@ class Plan:
             named = f"{', '.join(absent[:3])}{', ...' * (len(absent) > 3)}"
             words = "image file is" if len(absent) == 1 else "image files are"
             notes.append(f"{len(absent):,} {words} absent ({named})")
-        overlap = overlap_note(self.images, self.digests)
-        return notes if overlap is None else [*notes, overlap]
+        found = (
+            overlap_note(self.images, self.digests),
+            repeats_note(self.images, self.digests),
+            lone_formats_note(self.images),
+        )
+        return [*notes, *(note for note in found if note is not None)]
 
 
 def plan(

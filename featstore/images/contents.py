@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from featstore.images.digests import Digests, KnownDigest, KnownDigests
 from featstore.images.image_set import ImageSet
 from featstore.images.labels import SPLITS
+from featstore.words import counted
 
 
 def split_overlap(images: ImageSet, digests: Digests) -> list[tuple[str, str]]:
@@ -41,6 +43,61 @@ def overlap_note(images: ImageSet, digests: Digests) -> str | None:
         f"{len(pairs):,} held-out images are byte for byte the same as images in another split ({named}); "
         "scores on them say nothing about new images"
     )
+
+
+def repeats_note(images: ImageSet, digests: Digests) -> str | None:
+    """A sentence that counts and names byte-identical images, which may be placeholders; None if there are none."""
+    groups = digests.duplicates()
+    if not groups:
+        return None
+    num_repeats = sum(len(group) for group in groups) - len(groups)
+    across = [group for group in groups if _num_classes(images, group) > 1]
+    named = sorted(groups, key=len, reverse=True)[:3]
+    words = ", ".join(f"{images.ids[group[0]]} {len(group):,} times" for group in named) + ", ..." * (len(groups) > 3)
+    in_classes = f", {len(across):,} of them under several classes ({images.ids[across[0][0]]})" if across else ""
+    return (
+        f"{counted(num_repeats, 'image')} {'repeats' if num_repeats == 1 else 'repeat'} another byte for byte: "
+        f"{counted(len(groups), 'content')} ({words}){in_classes}; copies, or placeholders for missing images?"
+    )
+
+
+def lone_formats_note(images: ImageSet) -> str | None:
+    """A sentence that names images which alone have their format in a folder of many of another; None without any."""
+    formats: dict[str, Counter[str]] = {}
+    for image in images.ids:
+        folder, _, name = image.rpartition("/")
+        formats.setdefault(folder, Counter())[_format(name)] += 1
+    lone_in = {
+        folder: {each for each, count in counts.items() if count == 1}
+        for folder, counts in formats.items()
+        if len(counts) == 2 and max(counts.values()) >= _MANY and min(counts.values()) == 1
+    }
+    if not lone_in:
+        return None
+    lone = [
+        image for image in images.ids if _format(image.rpartition("/")[2]) in lone_in.get(image.rpartition("/")[0], ())
+    ]
+    named = ", ".join(lone[:3]) + ", ..." * (len(lone) > 3)
+    return (
+        f"{counted(len(lone), 'image')} {'has' if len(lone) == 1 else 'have'} another format than all others in the "
+        f"folder ({named}): a placeholder?"
+    )
+
+
+_MANY = 10
+"""Images of one format, beside which a single one of another is worth a look."""
+
+
+def _format(name: str) -> str:
+    suffix = name.rpartition(".")[2].lower()
+    return {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif"}.get(suffix, suffix) if "." in name else ""
+
+
+def _num_classes(images: ImageSet, group: tuple[int, ...]) -> int:
+    if images.targets is None:
+        return 0
+    targets = images.targets[list(group)]
+    return len(np.unique(targets[targets >= 0] if images.task == "single" else targets, axis=0))
 
 
 def is_changed(images: ImageSet, digests: Digests, known: Mapping[str, KnownDigest]) -> NDArray[np.bool_]:

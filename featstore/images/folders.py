@@ -39,7 +39,8 @@ def folder_rows(folder: str, top_folders: TopFolders) -> tuple[list[Row], tuple[
     listing = _without_stores(_list(folder))
     split_of = _split_folders(listing, folder, top_folders)
     rows, beside = _arrange(listing, folder, split_of)
-    return rows, tuple(sorted(listing.skipped + beside)), tuple(_split_notes(split_of))
+    notes = _split_notes(split_of) + _one_class_notes(rows, folder, 2 if split_of else 1)
+    return rows, tuple(sorted(listing.skipped + beside)), tuple(notes)
 
 
 class _Listing(NamedTuple):
@@ -207,6 +208,21 @@ def _split_notes(split_of: dict[str, str]) -> list[str]:
     """Which folder is which split, where a name is not the split's own."""
     unusual = [f"{top} is {split}" for top, split in split_of.items() if top.lower() not in (*SPLITS, "val")]
     return [f"folders read as splits: {', '.join(unusual)}"] if unusual else []
+
+
+def _one_class_notes(rows: list[Row], folder: str, depth: int) -> list[str]:
+    """Which folder was read as the only class, and what may have been meant; `depth` folders lead to an image of it."""
+    classes = {label for row in rows for label in row.labels}
+    if len(classes) != 1:
+        return []
+    paths = [row.image.split("/")[:-1] for row in rows if row.labels]
+    below = sorted({path[depth] for path in paths if len(path) > depth})
+    (name,) = classes
+    meant = f"if the folder named is a class itself, name the one above it: {os.path.dirname(folder)}"
+    if len(below) > 1:
+        deeper = f"name the folder above them: {os.path.join(folder, name)}" if depth == 1 else "move them up one level"
+        meant = f"if the folders below it ({listed(below)}) are the classes, {deeper}"
+    return [f"only one class was found, the folder {name!r}, of {counted(len(paths), 'image')}; {meant}"]
 
 
 def _check_filled(folders: Iterable[str], rows: list[Row], folder: str) -> None:

@@ -30,6 +30,7 @@ from featstore.images.labels import (
     held_out_notes,
     label_lists,
     label_names,
+    one_label_notes,
     one_spelling,
     split_counts,
     targets_of,
@@ -221,7 +222,7 @@ class ImageSet:
             ),
             is_labelled=label_column is not None or one_hot is not None,
             source=FolderSource(root=folder),
-            notes=(*dialect, *notes, *spellings, *held_out_notes(rows)),
+            notes=(*dialect, *notes, *spellings, *held_out_notes(rows), *one_label_notes(rows)),
             origin={
                 "constructor": "from_csv",
                 "path": os.fspath(path),

@@ -168,6 +168,15 @@ def held_out_notes(rows: list[Row]) -> list[str]:
     ]
 
 
+def one_label_notes(rows: list[Row]) -> list[str]:
+    """A note if all labelled images of a table have one class."""
+    found = Counter(row.labels for row in rows if row.labels)
+    if len({label for labels in found for label in labels}) != 1:
+        return []
+    ((name,),) = {labels[:1] for labels in found}
+    return [f"only one class was found, {name!r}, of {counted(found.total(), 'image')}; is it the right column?"]
+
+
 def targets_of(rows: list[Row], classes: tuple[str, ...], task: Task) -> NDArray[np.int64] | NDArray[np.float32]:
     """The target of each row, see `ImageSet.targets`; every label must be one of `classes`."""
     import numpy as np

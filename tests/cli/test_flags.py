@@ -91,6 +91,19 @@ def test_a_table_with_groups_is_split_by_groups(featstore: Program, here: Path) 
     assert not held_out & kept
 
 
+def test_repeats_lone_formats_and_a_single_class_are_said(featstore: Program, here: Path) -> None:
+    for name in ("000.jpg", "001.jpg"):
+        shutil.copy(here / "photos" / "cat" / "005.jpg", here / "photos" / "dog" / name)
+    (here / "photos" / "dog" / "na.gif").write_bytes((here / "photos" / "dog" / "009.jpg").read_bytes())
+    said = featstore("status", *extract_flags("--valid", "0")).err.splitlines()
+    assert said[0].startswith("3 images repeat another byte for byte: 2 contents (cat/005.jpg 3 times, dog/009.jpg 2 ")
+    assert said[1].startswith("1 image has another format than all others in the folder (dog/na.gif)")
+    said = featstore("extract", *extract_flags("--valid", "0", images="photos/..")).err.splitlines()
+    assert said[1].startswith(
+        "only one class was found, the folder 'photos', of 21 images; if the folders below it ('cat', "
+    )
+
+
 def test_the_remedy_for_absolute_paths_of_another_machine_works(featstore: Program, here: Path) -> None:
     rows = [f"/old/place/{name}/{place:03}.jpg,{name}" for name in ("cat", "dog") for place in range(NUM_EACH)]
     (here / "moved.csv").write_text("\n".join(["path,label", *rows]), encoding="utf-8")

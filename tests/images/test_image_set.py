@@ -23,7 +23,7 @@ from support.processes import Processes
 from torchvision.datasets import ImageFolder
 
 from featstore.errors import FeatureStoreError, ImageError
-from featstore.images.contents import split_overlap
+from featstore.images.contents import lone_formats_note, repeats_note, split_overlap
 from featstore.images.digests import (
     Digests,
     DigestTable,
@@ -208,7 +208,7 @@ class TestFolders:
         assert len(images.test) == 2
 
     def test_unusual_words_for_splits_are_said(self, tmp_path: Path) -> None:
-        images = ImageSet.from_folder(fill(tmp_path, "Training/a/1.png", "Validation/a/2.png"))
+        images = ImageSet.from_folder(fill(tmp_path, "Training/a/1.png", "Training/b/1.png", "Validation/a/2.png"))
         assert images.notes == ("folders read as splits: Training is train, Validation is valid",)
         assert images.train.notes == ()
 
@@ -266,6 +266,34 @@ class TestFolders:
         (tmp_path / empty / "deeper").mkdir(parents=True)
         with pytest.raises(ValueError, match=f"'{empty}'.* holds? no images"):
             ImageSet.from_folder(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("paths", "words"),
+        [
+            (
+                ("photos/cat/1.png", "photos/dog/2.png"),
+                "'photos', of 2 images; if the folders below it ('cat', 'dog') are the classes, name the folder above "
+                "them: {root}/photos",
+            ),
+            (
+                ("large/1.png", "large/2.png"),
+                "'large', of 2 images; if the folder named is a class itself, name the one above it: {above}",
+            ),
+            (
+                ("train/all/cat/1.png", "train/all/dog/1.png", "test/1.png"),
+                "'all', of 2 images; if the folders below it ('cat', 'dog') are the classes, move them up one level",
+            ),
+        ],
+    )
+    def test_a_single_class_is_said_with_what_may_be_meant(
+        self, tmp_path: Path, paths: tuple[str, ...], words: str
+    ) -> None:
+        images = ImageSet.from_folder(fill(tmp_path / "root", *paths))
+        expected = words.format(root=tmp_path / "root", above=tmp_path)
+        assert images.notes == (f"only one class was found, the folder {expected}",)
+        file = table(tmp_path / "t.csv", "path,label,kind", "1.png,a,x", "2.png,a,y")
+        assert ImageSet.from_csv(file).notes == ("only one class was found, 'a', of 2 images; is it the right column?",)
+        assert ImageSet.from_csv(file, label_column="kind").notes == ()
 
     def test_images_without_folders_are_an_unlabelled_set(self, tmp_path: Path) -> None:
         images = ImageSet.from_folder(fill(tmp_path, "2.png", "1.png"))
@@ -464,7 +492,7 @@ class TestTables:
         (tmp_path / "t.csv").write_bytes(text.encode(encoding))
         images = ImageSet.from_csv(tmp_path / "t.csv")
         assert (images.ids, images.classes) == (("a,b.png",), ("cat",))
-        assert images.notes == (f"t.csv is read as {words}",)
+        assert images.notes[0] == f"t.csv is read as {words}"
 
     def test_a_line_after_the_separators_own_is_named_by_its_number(self, tmp_path: Path) -> None:
         file = table(tmp_path / "t.csv", "sep=;", "path;label", "1.png;a", "2.png")
@@ -1318,6 +1346,34 @@ class TestDuplicates:
             ("train/a/1.png", "valid/a/3.png"),
             ("valid/a/4.png", "test/a/6.png"),
         ]
+
+    def test_repeats_within_and_across_classes_are_counted_and_named(self, tmp_path: Path) -> None:
+        fill(tmp_path, *[f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(3)])
+        images = ImageSet.from_folder(tmp_path)
+        assert repeats_note(images, images.digests()) is None
+        for path in ("cat/8.png", "cat/9.png", "dog/9.png"):
+            (tmp_path / path).write_bytes(image_bytes(77))
+        (tmp_path / "dog/5.png").write_bytes(image_bytes(3))  # as dog/0.png
+        images = ImageSet.from_folder(tmp_path)
+        assert repeats_note(images, images.digests()) == (
+            "3 images repeat another byte for byte: 2 contents (cat/8.png 3 times, dog/0.png 2 times), 1 of them under "
+            "several classes (cat/8.png); copies, or placeholders for missing images?"
+        )
+
+    def test_an_image_alone_of_its_format_in_a_folder_is_named(self, tmp_path: Path) -> None:
+        fill(tmp_path, *[f"cat/{number}.{'jpg' if number % 2 else 'JPEG'}" for number in range(10)], "cat/none.gif")
+        fill(
+            tmp_path,
+            "few/1.jpg",
+            "few/2.gif",
+            *[f"mixed/{number}.jpg" for number in range(10)],
+            "mixed/1.png",
+            "mixed/1.bmp",
+        )
+        assert lone_formats_note(ImageSet.from_folder(tmp_path)) == (
+            "1 image has another format than all others in the folder (cat/none.gif): a placeholder?"
+        )
+        assert lone_formats_note(ImageSet.from_folder(tmp_path / "mixed")) is None
 
     def test_failed_and_undealt_images_overlap_with_nothing(self) -> None:
         values = np.zeros((4, 32), np.uint8)
