@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from featstore.digest import Json
-from featstore.errors import FeatureStoreError, ImageError, OnError
+from featstore.errors import Doubtful, FeatureStoreError, ImageError, OnError
 from featstore.extraction.job import Job, refuse_changed
 from featstore.extraction.narrowing import refuse_too_small
 from featstore.extraction.plan import Plan, plan
@@ -45,7 +45,9 @@ class ExtractReport:
         keys: of the sets, in the order of cuts, each with the evaluation view first.
         sets: one record a set: key, cut, reduce, view, seed, rows (images that have one now), computed, reused, failed.
         failures: (image id, reason) of failed and missing images.
-        notes: sentences about what could not be done afterwards; all rows are filed.
+        notes: sentences about what its owner should know, or that could not be done afterwards; all rows are filed.
+        doubts: (image id, reason) of images that were decoded now and may not look as their owner expects: damaged in a
+            way that decoders pass over, or 16-bit values that leave the upper bits unused. They have rows all the same.
     """
 
     computed: int
@@ -57,6 +59,7 @@ class ExtractReport:
     sets: tuple[dict[str, Json], ...]
     failures: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
+    doubts: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         missing = f"{self.missing:,} missing, " if self.missing else ""
@@ -77,6 +80,7 @@ def extract(
     augment: Augment | None = None,
     view: View | None = None,
     on_error: OnError = "raise",
+    doubtful: Doubtful = "note",
     dtype: str = "float16",
     precision: Precision = DEFAULT_PRECISION,
     device: torch.device | str = "auto",
@@ -96,6 +100,8 @@ def extract(
         view: geometry and normalisation; default: the model's.
         on_error: what an image that can't be read or decoded does, or one whose values the storage type can't hold:
             `raise` stops, after filing what is done; `skip` leaves it out and reports it.
+        doubtful: what an image does that is decoded with a doubt: `note` names it; `refuse` treats it as one that can't
+            be decoded. Of rows that are stored already nobody knows.
         dtype: of the stored values: float16, float32 or bfloat16.
         precision: of the arithmetic: fp32, tf32, bf16 or fp16.
         device: auto, cpu, cuda or cuda:1.
@@ -121,6 +127,7 @@ def extract(
         planned,
         store,
         on_error=on_error,
+        doubtful=doubtful,
         device=device,
         batch_size=batch_size,
         workers=workers,
@@ -134,6 +141,7 @@ def run_plan(
     store: FeatureStore,
     *,
     on_error: OnError = "raise",
+    doubtful: Doubtful = "note",
     device: torch.device | str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
@@ -169,7 +177,8 @@ def run_plan(
     stages = stage_facts(model, planned.stage_digests)
     job = Job(planned, store, trunk, probes, {each.cut: stages[: model.index(each.cut) + 1] for each in planned.sets})
     job.notes += notes
-    job.run(on_error=on_error, workers=workers, progress=Progress(job.num_jobs, is_shown=progress))
+    shown = Progress(job.num_jobs, is_shown=progress)
+    job.run(on_error=on_error, doubtful=doubtful, workers=workers, progress=shown)
     job.merge(is_shown=progress)
     return _report(job, time.perf_counter() - started)
 
@@ -214,6 +223,7 @@ def _report(job: Job, seconds: float) -> ExtractReport:
             (planned.images.ids[index], _reason(job, index)) for index in np.flatnonzero(is_left_out).tolist()
         ),
         notes=tuple(job.notes),
+        doubts=tuple(job.doubts.items()),
     )
 
 

@@ -118,12 +118,12 @@ SURFACE: dict[str, str] = {
     "images.folders": "IMAGE_SUFFIXES",
     "images.image_set": "ImageSet",
     "images.labels": "SPLITS Task",
-    "images.render": "Job render",
+    "images.render": "Job doubts_note render",
     "images.sources": "AbsentSource FolderSource",
     "images.views": "Augment OwnPolicy Policy View",
     "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
-    "models.modes": "eval_mode mode_of numerics",
+    "models.modes": "check_trainable eval_mode mode_of numerics",
     "models.names": "DEFAULT_PRECISION Precision REDUCTIONS automatic",
     "models.pool": "Pool",
     "models.probe": "check_probe take_probes",
@@ -136,7 +136,7 @@ SURFACE: dict[str, str] = {
     "store.part_facts": "stage_facts",
     "store.sets": "FeatureRequest FeatureSet",
     "store.store": "FeatureStore",
-    "words": "size_text",
+    "words": "printable size_text",
 }
 
 SAYS_NOTHING = {"utils", "util", "helpers", "manager", "base", "misc", "common"}
