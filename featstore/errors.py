@@ -14,6 +14,10 @@ from featstore.remedies import Remedy
 OnError = Literal["raise", "skip"]
 """What an image that can't be read or decoded does to the work: `raise` stops it; `skip` leaves the image out."""
 
+Doubtful = Literal["note", "refuse"]
+"""What an image does that was decoded, but looks damaged or too dark: it is named, or counts as one that can't be
+decoded."""
+
 
 class FeatureStoreError(Exception):
     """Anything featstore refuses to guess about; the parent of all errors here.

@@ -38,7 +38,7 @@ from training.fit import (
     run_epochs,
 )
 from training.heads import passes_an_epoch, standardise
-from training.inputs.batches import Batches, left_out_note, num_batches
+from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, find_to_score, labelled, to_score, to_train
 from training.inputs.situation import (
     OnMissing,
@@ -316,6 +316,7 @@ class Learner:
             on_epoch_end=told,
         )
         self._say(left_out_note(train, valid))
+        self._say(doubtful_note(train, valid))
         self.history.extend(history)
         return history
 
@@ -380,7 +381,9 @@ class Learner:
         images = as_images(items)
         situation, source = find_to_score(self._situation(), images, say=self._say)
         self.read_from = source.kind
-        logits, rows = predicted(self._tail(), self._batches(source, situation))
+        batches = self._batches(source, situation)
+        logits, rows = predicted(self._tail(), batches)
+        self._say(doubtful_note(batches))
         ids = tuple(source.images.ids[row] for row in rows.tolist())
         return ids, probabilities(logits, self.task)
 
@@ -521,7 +524,8 @@ class Learner:
         inputs = derive(situation, self.augment)
         if inputs.first is not None:
             self._say(inputs.first)
-            extract_missing(situation, self.augment, progress=not self.quiet)
+            for note in extract_missing(situation, self.augment, progress=not self.quiet):
+                self._say(note)
             situation = replace(self._situation(), on_missing="error")
             inputs = derive(situation, self.augment)
         if inputs.problem is not None:
@@ -539,6 +543,7 @@ class Learner:
         situation, source = find_to_score(self._situation(), chosen, say=self._say)
         batches = self._batches(source, situation)
         logits, targets, rows = outputs(self._tail(), batches)
+        self._say(doubtful_note(batches))
         return source, tuple(source.images.ids[row] for row in rows.tolist()), logits, targets
 
     def _scored(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -37,6 +37,7 @@ from featstore.cli.program import (
     tell_all,
 )
 from featstore.digest import Json
+from featstore.errors import Doubtful
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE, STORAGE_TYPES
 from featstore.images.sources import is_absolute, moved_remedy
 from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from featstore.extraction.plan import Plan
     from featstore.models.staged import StagedModel
 
+DOUBTFUL: tuple[Doubtful, ...] = get_args(Doubtful)
 DEFAULTS = """\b
 Defaults that depend on what is asked for:
   --cut         the last value with positions before the last layer with
@@ -109,6 +111,23 @@ class SetFlags:
         return self.cut or []
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExtractFlags(RunFlags):
+    """How an extraction is done; no value depends on it."""
+
+    doubtful: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(DOUBTFUL),
+            help="An image that looks damaged or too dark: name it, or take it as unreadable.",
+        ),
+    ] = "note"
+
+    def __post_init__(self) -> None:
+        one_of("--doubtful", self.doubtful, DOUBTFUL)
+        super().__post_init__()
+
+
 @app.command(epilog=DEFAULTS)
 @spread
 def extract(
@@ -117,7 +136,7 @@ def extract(
     sets: SetFlags,
     view: ViewFlags,
     augment: AugmentFlags,
-    how: RunFlags,
+    how: ExtractFlags,
     output: OutputFlags,
 ) -> None:
     """Compute the features that a store lacks, and file them."""
@@ -133,6 +152,7 @@ def extract(
                 planned,
                 open_store(sets.store),
                 on_error=how.on_image_error,
+                doubtful=one_of("--doubtful", how.doubtful, DOUBTFUL),
                 device=how.device,
                 batch_size=sets.batch_size,
                 workers=how.workers,
@@ -153,7 +173,7 @@ def status(
     sets: SetFlags,
     view: ViewFlags,
     augment: AugmentFlags,
-    how: RunFlags,
+    how: ExtractFlags,
     output: OutputFlags,
 ) -> None:
     """Count the images that a store has features of.
@@ -274,6 +294,7 @@ def _report(report: ExtractReport, output: OutputFlags) -> None:
                 "missing": report.missing,
                 "seconds": report.seconds,
                 "failures": failures,
+                "doubts": [list(doubt) for doubt in report.doubts],
             }
         )
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from featstore.digest import Json
-from featstore.errors import FeatureStoreError, ImageError, OnError
+from featstore.errors import Doubtful, FeatureStoreError, ImageError, OnError
 from featstore.extraction.job import Job, Outcome, refuse_changed
 from featstore.extraction.narrowing import refuse_too_small
 from featstore.extraction.plan import Plan, plan
@@ -46,7 +46,9 @@ class ExtractReport:
         keys: of the sets, in the order of cuts, each with the evaluation view first.
         sets: one record a set: key, cut, reduce, view, seed, rows (images that have one now), computed, reused, failed.
         failures: (image id, reason) of failed and missing images.
-        notes: sentences about what could not be done afterwards; all rows are filed.
+        notes: sentences about what its owner should know, or that could not be done afterwards; all rows are filed.
+        doubts: (image id, reason) of images that were decoded now and may not look as their owner expects: damaged in a
+            way that decoders pass over, or 16-bit values that leave the upper bits unused. They have rows all the same.
     """
 
     computed: int
@@ -58,6 +60,7 @@ class ExtractReport:
     sets: tuple[dict[str, Json], ...]
     failures: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
+    doubts: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         missing = f"{self.missing:,} missing, " if self.missing else ""
@@ -78,6 +81,7 @@ def extract(
     augment: Augment | None = None,
     view: View | None = None,
     on_error: OnError = "raise",
+    doubtful: Doubtful = "note",
     dtype: str = "float16",
     precision: Precision = DEFAULT_PRECISION,
     device: torch.device | str = "auto",
@@ -97,6 +101,8 @@ def extract(
         view: geometry and normalisation; default: the model's.
         on_error: what an image that can't be read or decoded does, or one whose values the storage type can't hold:
             `raise` stops, after filing what is done; `skip` leaves it out and reports it.
+        doubtful: what an image does that is decoded with a doubt: `note` names it; `refuse` treats it as one that can't
+            be decoded. Of rows that are stored already nobody knows.
         dtype: of the stored values: float16, float32 or bfloat16.
         precision: of the arithmetic: fp32, tf32, bf16 or fp16.
         device: auto, cpu, cuda or cuda:1.
@@ -122,6 +128,7 @@ def extract(
         planned,
         store,
         on_error=on_error,
+        doubtful=doubtful,
         device=device,
         batch_size=batch_size,
         workers=workers,
@@ -135,6 +142,7 @@ def run_plan(
     store: FeatureStore,
     *,
     on_error: OnError = "raise",
+    doubtful: Doubtful = "note",
     device: torch.device | str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
@@ -155,7 +163,14 @@ def run_plan(
         refuse_changed(planned)
     if planned.is_to_read.any():
         outcome = _computed(
-            planned, store, on_error=on_error, device=chosen, batch_size=batch_size, workers=workers, progress=progress
+            planned,
+            store,
+            on_error=on_error,
+            doubtful=doubtful,
+            device=chosen,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
         )
     else:
         outcome = Outcome.none(planned)
@@ -168,6 +183,7 @@ def _computed(
     store: FeatureStore,
     *,
     on_error: OnError,
+    doubtful: Doubtful,
     device: torch.device,
     batch_size: int | None,
     workers: int | None,
@@ -196,7 +212,8 @@ def _computed(
     stages = stage_facts(model, planned.stage_digests)
     job = Job(planned, store, trunk, probes, {each.cut: stages[: model.index(each.cut) + 1] for each in planned.sets})
     job.outcome.notes += notes
-    job.run(on_error=on_error, workers=workers, progress=Progress(job.num_jobs, is_shown=progress))
+    shown = Progress(job.num_jobs, is_shown=progress)
+    job.run(on_error=on_error, doubtful=doubtful, workers=workers, progress=shown)
     job.merge(is_shown=progress)
     return job.outcome
 
@@ -241,6 +258,7 @@ def _report(planned: Plan, outcome: Outcome, seconds: float) -> ExtractReport:
             for index in np.flatnonzero(is_left_out).tolist()
         ),
         notes=tuple(outcome.notes),
+        doubts=tuple(outcome.doubts.items()),
     )
 
 

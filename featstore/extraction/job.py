@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.digest import Json
-from featstore.errors import FactsDifferError, FeatureStoreError, ImageError, OnError
+from featstore.errors import Doubtful, FactsDifferError, FeatureStoreError, ImageError, OnError
 from featstore.extraction.narrowing import lost_note, narrowed
 from featstore.extraction.plan import Plan, PlannedSet
 from featstore.extraction.progress import Progress
 from featstore.files.index import first_places
 from featstore.images.render import Job as ImageJob
-from featstore.images.render import Rendered, render
+from featstore.images.render import Rendered, doubts_note, render
 from featstore.models.probe import Probe
 from featstore.models.trunk import Output, Trunk
 from featstore.store.gathering import PART_BYTES, Gathered
@@ -48,6 +48,7 @@ class Outcome:
         num_lost: those of them that became zero.
         failures: digest -> reason, of images that can't be decoded or rendered.
         unread: digest -> image and reason, of those that couldn't be read.
+        doubts: image -> why it may not look as its owner expects, though it was decoded.
         notes: sentences about what went otherwise.
     """
 
@@ -57,6 +58,7 @@ class Outcome:
     num_lost: list[int]
     failures: dict[str, str] = field(default_factory=dict)
     unread: dict[str, tuple[str, str]] = field(default_factory=dict)
+    doubts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -93,7 +95,7 @@ class Job:
         """Images to read."""
         return int(self.is_needed.any(axis=0).sum())
 
-    def run(self, *, on_error: OnError, workers: int | None, progress: Progress) -> None:
+    def run(self, *, on_error: OnError, doubtful: Doubtful, workers: int | None, progress: Progress) -> None:
         """Computes what is missing; files what is done also when it ends in an error."""
         size = self.trunk.batch_size
         self.on_error = on_error
@@ -101,7 +103,9 @@ class Job:
         try:
             with (
                 progress,
-                closing(render(self.planned.images, self._jobs(), workers=workers, on_error=on_error)) as rendered,
+                closing(
+                    render(self.planned.images, self._jobs(), workers=workers, on_error=on_error, doubtful=doubtful)
+                ) as rendered,
             ):
                 for each in progress.timed("reading and decoding", rendered):
                     batch += self._items(each)
@@ -113,7 +117,7 @@ class Job:
                             self._commit_if_due()
                     progress.step()
                 self._compute(batch)
-            self.outcome.notes += self._lost_notes()
+            self.outcome.notes += self._job_notes()
         except ImageError:
             self._compute(batch)  # what is decoded already needn't be read again by the next run
             raise
@@ -168,6 +172,8 @@ class Job:
         if rendered.views is None:
             self._record_failure(job, rendered)
             return []
+        if rendered.doubt is not None:
+            self.outcome.doubts[self.planned.images.ids[job.index]] = rendered.doubt
         return [
             _Item(job.index, job.digest, int(place), image, rendered.decoder)
             for place, image in zip(np.flatnonzero(self.is_needed[:, job.index]), rendered.views, strict=True)
@@ -224,14 +230,14 @@ class Job:
         if stored is None or digest not in stored.failed:
             self.gathered[place].failed[digest] = reason
 
-    def _lost_notes(self) -> list[str]:
-        found = [
+    def _job_notes(self) -> list[str]:
+        lost = [
             lost_note(each.spec, each.cut, num_values, num_lost)
             for each, num_values, num_lost in zip(
                 self.planned.sets, self.outcome.num_values, self.outcome.num_lost, strict=True
             )
         ]
-        return list(dict.fromkeys(note for note in found if note is not None))
+        return list(dict.fromkeys(note for note in (doubts_note(self.outcome.doubts), *lost) if note is not None))
 
     def _commit_if_due(self) -> None:
         size = sum(gathered.num_bytes for gathered in self.gathered)

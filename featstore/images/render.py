@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featstore.errors import ImageError, OnError
+from featstore.errors import Doubtful, ImageError, OnError
 from featstore.images.decode import Budget, Decoded, DecodeError, decode
 from featstore.images.digests import content_digest
 from featstore.images.views import RenderError, View
 from featstore.machine import num_processors
+
+MOST_NAMED = 3
+"""Of the images that a note is about."""
 
 
 class Readable(Protocol):
@@ -74,6 +79,7 @@ def render(
     *,
     workers: int | None = None,
     on_error: OnError = "raise",
+    doubtful: Doubtful = "note",
 ) -> Generator[Rendered]:
     """The views of each job, in the order of the jobs, which are drawn as they are needed.
 
@@ -86,25 +92,39 @@ def render(
         workers: threads that read, decode and render; 0 does it in the calling thread, with equal results. The default
             is one for each processor that the process may use, up to 8.
         on_error: "raise" stops at the first image that fails; "skip" delivers it with its `failure`.
+        doubtful: "refuse" makes a lasting failure of an image with a `doubt`.
 
     Raises:
-        ImageError: with "raise", naming the image: when it can't be read or decoded, is no longer the one whose digest
-            the job holds, or a policy fails on it, which is then named too.
+        ImageError: with "raise", naming the image: when it can't be read or decoded, is refused as doubtful, is no
+            longer the one whose digest the job holds, or a policy fails on it, which is then named too.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f'on_error is {on_error!r}; expected "raise" or "skip"')
+    if doubtful not in ("note", "refuse"):
+        raise ValueError(f'doubtful is {doubtful!r}; expected "note" or "refuse"')
     if workers is None:
         workers = min(8, num_processors())
     if workers < 0:
         raise ValueError(f"workers is {workers}; expected 0, for the calling thread, or more")
-    memory = Budget()
-    rendered = (
-        _in_threads(images, jobs, workers, memory) if workers else (_rendered(images, job, memory) for job in jobs)
-    )
+    one = partial(_rendered, images, memory=Budget(), doubtful=doubtful)
+    rendered = _in_threads(one, jobs, workers) if workers else (one(job) for job in jobs)
     return _refusing(rendered, images) if on_error == "raise" else rendered
 
 
-def _in_threads(images: Readable, jobs: Iterable[Job], workers: int, memory: Budget) -> Generator[Rendered]:
+def doubts_note(doubts: Mapping[str, str]) -> str | None:
+    """How many images were decoded with doubts, and what is doubtful about the first; None where there are none.
+
+    Args:
+        doubts: image -> reason.
+    """
+    if not doubts:
+        return None
+    named = "; ".join(f"{name}: {reason}" for name, reason in islice(doubts.items(), MOST_NAMED))
+    words = "1 image was" if len(doubts) == 1 else f"{len(doubts):,} images were"
+    return f"{words} decoded with doubts ({named}{'; ...' * (len(doubts) > MOST_NAMED)})"
+
+
+def _in_threads(one: Callable[[Job], Rendered], jobs: Iterable[Job], workers: int) -> Generator[Rendered]:
     # The workers leave torch's thread count alone. torch.set_num_threads(1) in a worker lasts beyond it: measured, the
     # caller keeps its count, but every thread started afterwards gets 1. Nor is it needed: decoding and resizing uint8
     # run in one thread each (wall and processor time equal, with 1 and 2 threads allowed), and so do numpy's copies.
@@ -112,7 +132,7 @@ def _in_threads(images: Readable, jobs: Iterable[Job], workers: int, memory: Bud
     ahead: deque[Future[Rendered]] = deque()
     try:
         for job in jobs:
-            ahead.append(pool.submit(_rendered, images, job, memory))
+            ahead.append(pool.submit(one, job))
             if len(ahead) == 2 * workers:
                 yield ahead.popleft().result()
         while ahead:
@@ -129,12 +149,15 @@ def _refusing(rendered: Generator[Rendered], images: Readable) -> Generator[Rend
             yield each
 
 
-def _rendered(images: Readable, job: Job, memory: Budget) -> Rendered:
+def _rendered(images: Readable, job: Job, *, memory: Budget, doubtful: Doubtful) -> Rendered:
     try:
         data = images.read(job.index)
         if content_digest(data) != job.digest:
             return Rendered(job.index, None, 0, "it was changed while the job ran; run the job again")
-        return _views(data, job, memory)
+        rendered = _views(data, job, memory)
+        if doubtful == "refuse" and rendered.doubt is not None:
+            return Rendered(job.index, None, 0, f"doubtful: {rendered.doubt}", is_lasting=True)
+        return rendered
     except ImageError as error:
         return Rendered(job.index, None, 0, error.reason)
     except (DecodeError, RenderError) as error:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -277,6 +278,22 @@ def test_a_name_that_is_not_text_prints(featstore: Program, here: Path) -> None:
     assert "cat/köpek 狗.jpg: " in ran.err
 
 
+def test_doubtful_images_are_said_and_listed_and_may_be_refused(featstore: Program, here: Path) -> None:
+    gray = (np.arange(64 * 64).reshape(64, 64) % 4096).astype(np.uint16)
+    Image.fromarray(gray).save(here / "photos" / "dog" / "dim.png")
+    refused = featstore("extract", *extract_flags("--doubtful", "refuse"))
+    assert (refused.code, refused.out) == (1, "")
+    assert "dog/dim.png: doubtful: its 16-bit values reach 4,095 of 65,535" in refused.err
+    assert "leave such images out with --on-error skip." in refused.err
+    ran = featstore("extract", *extract_flags("--json"))
+    assert ran.code == 0
+    assert "1 image was decoded with doubts (dog/dim.png: its 16-bit values" in ran.err
+    ((name, reason),) = ran.json["doubts"]
+    assert (name, reason[:17]) == ("dog/dim.png", "its 16-bit values")
+    wrong = featstore("status", *extract_flags("--doubtful", "maybe"))
+    assert (wrong.code, wrong.err) == (2, "--doubtful is 'maybe'. Expected note or refuse.\n")
+
+
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_after_ctrl_c_the_end_of_its_time_or_of_its_terminal_what_was_computed_is_filed(
     featstore: Program, here: Path, monkeypatch: pytest.MonkeyPatch, by: signal.Signals
@@ -539,7 +556,7 @@ def test_help_shows_every_default(featstore: Program) -> None:
 def test_help_fits_the_flags_of_the_contract(featstore: Program) -> None:
     image = "images root path-column label-column label-sep split-column group-column task valid split-seed"
     model = "store backbone weights weights-prefix trust-code cut reduce size resize mean std interpolation"
-    more = "augment seeds dtype precision device batch-size workers on-error json debug help"
+    more = "augment seeds dtype precision device batch-size workers on-error doubtful json debug help"
     expected = {*image.split(), *model.split(), *more.split()}
     for command in ("extract", "status"):
         text = featstore(command, "--help").out

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.extracting import counts, reduced, rows, run, up_to
 from support.tiny import SIZE, VIEW, arrays, jpeg, net, photos, pixels, rows_by_hand, staged
 from torch import Tensor, nn
@@ -308,6 +309,44 @@ def test_an_absent_file_is_missing_and_not_failed(store: FeatureStore, tmp_path:
     assert planned.status(on_error="skip")["missing"] == 1
     assert planned.status(on_error="skip")["failed"] == 0
     assert planned.notes() == ["1 image file is absent (cat/2.jpg)"]
+
+
+def dim(folder: Path, *names: str) -> ImageSet:
+    """Photographs; those of `names` have gray values of 12 bits in 16."""
+    photos(folder)
+    for seed, name in enumerate(names):
+        Image.fromarray(pixels(1, seed)[0, :, :, 0].astype(np.uint16) * 16).save(folder / name)
+    return ImageSet.from_folder(folder)
+
+
+def test_doubtful_images_have_rows_and_are_named(store: FeatureStore, tmp_path: Path) -> None:
+    images = dim(tmp_path / "photos", "cat/a.png", "dog/b.png")
+    report = run(images, store, augment=Augment("flip", seeds=[0]))
+    assert (counts(report), report.failures) == ((16, 0, 0), ())
+    assert [name for name, _ in report.doubts] == ["cat/a.png", "dog/b.png"]
+    (note,) = report.notes
+    assert re.match(r"2 images were decoded with doubts \(cat/a\.png: its 16-bit values .*; dog/b\.png: its 16", note)
+    assert run(images, store).doubts == ()  # nothing was decoded
+
+
+def test_refused_doubtful_images_fail_and_are_computed_once_they_are_noted_again(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    images = dim(tmp_path / "photos", "cat/a.png")
+    with pytest.raises(ImageError, match=r"^cat/a\.png: doubtful: its 16-bit values"):
+        run(images, store, doubtful="refuse")
+    report = run(images, store, doubtful="refuse", on_error="skip")
+    assert (report.failed, report.missing, report.doubts) == (1, 0, ())
+    ((name, reason),) = report.failures
+    assert (name, reason[:10]) == ("cat/a.png", "doubtful: ")
+    digest = bytes(images.digests().values[images.ids.index("cat/a.png")]).hex()
+    assert store.set(report.keys[0]).failed == {digest: reason}
+    assert "cat/a.png" not in store.features(images, report.keys[0], on_error="skip").ids
+    with pytest.raises(ValueError, match="doubtful is 'no'"):
+        run(images, store, doubtful="no")
+    later = run(images, store)
+    assert (later.keys, counts(later)) == (report.keys, (1, 6, 0))  # it decides no value, and so no key
+    assert store.set(report.keys[0]).failed == {}
 
 
 def test_a_policy_that_fails_names_image_and_policy(store: FeatureStore) -> None:

@@ -25,7 +25,7 @@ from featstore.images.decode import Decoded, decode
 from featstore.images.decoders import PILLOW, TORCHVISION
 from featstore.images.digests import content_digest
 from featstore.images.image_set import ImageSet
-from featstore.images.render import Job, render
+from featstore.images.render import Job, doubts_note, render
 from featstore.images.views import View
 
 VIEW = View(size=16, resize=18)
@@ -152,6 +152,40 @@ def test_an_image_that_changed_meanwhile_is_refused(folder: Path, workers: int) 
         list(render(images, jobs, workers=workers))
     skipped = list(render(images, jobs, workers=workers, on_error="skip"))
     assert [(result.index, result.is_lasting) for result in skipped if result.failure is not None] == [(1, False)]
+
+
+def dim(number: int) -> Image.Image:
+    """Gray values of 12 bits in 16."""
+    return Image.fromarray(digit(number).astype(np.uint16) * 16)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_doubtful_image_is_rendered_or_refused_as_one_that_cannot_be_decoded(folder: Path, workers: int) -> None:
+    dim(3).save(folder / "a" / "3.png")
+    images = ImageSet.from_folder(folder)
+    noted = list(render(images, jobs_of(images), workers=workers))
+    assert [each.index for each in noted if each.doubt is not None] == [3]
+    assert all(each.views is not None for each in noted)
+    with pytest.raises(ImageError, match=r"^a/3\.png: doubtful: its 16-bit values reach"):
+        list(render(images, jobs_of(images), workers=workers, doubtful="refuse"))
+    skipped = list(render(images, jobs_of(images), workers=workers, on_error="skip", doubtful="refuse"))
+    assert [each.index for each in skipped if each.views is None] == [3]
+    assert (skipped[3].failure, skipped[3].is_lasting) == (f"doubtful: {noted[3].doubt}", True)
+    with pytest.raises(ValueError, match='doubtful is \'maybe\'; expected "note" or "refuse"'):
+        next(render(images, [], doubtful="maybe"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, None),
+        (1, "1 image was decoded with doubts (0: dim)"),
+        (3, "3 images were decoded with doubts (0: dim; 1: dim; 2: dim)"),
+        (2000, "2,000 images were decoded with doubts (0: dim; 1: dim; 2: dim; ...)"),
+    ],
+)
+def test_a_note_of_doubts_counts_them_and_names_the_first(count: int, words: str | None) -> None:
+    assert doubts_note({str(number): "dim" for number in range(count)}) == words
 
 
 def picky(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -118,7 +118,7 @@ SURFACE: dict[str, str] = {
     "images.folders": "IMAGE_SUFFIXES",
     "images.image_set": "ImageSet",
     "images.labels": "SPLITS Task composed_classes",
-    "images.render": "Job render",
+    "images.render": "Job doubts_note render",
     "images.sources": "AbsentSource FolderSource",
     "images.views": "Augment OwnPolicy Policy View",
     "models.backbones": "architecture class_names restored",

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.tiny import photos, staged
 from torch import nn
 
@@ -147,3 +148,15 @@ def test_a_learner_predicts_files_as_the_model_alone_would(tmp_path: Path) -> No
     assert [each.image for each in found] == [path.as_posix() for path in paths]
     assert [each.label for each in found] == [images.classes[place] for place in values.argmax(axis=1)]
     assert [each.probability for each in found] == values.max(axis=1).tolist()
+
+
+def test_doubtful_images_are_said_by_fits_and_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = photos(tmp_path / "photos")
+    Image.fromarray(np.arange(24 * 24, dtype=np.uint16).reshape(24, 24)).save(folder / "cat" / "dim.png")
+    learn = Learner(staged(), ImageSet.from_folder(folder), head="linear", device="cpu")
+    learn.fit(1, lr=1e-3)
+    assert "1 image was decoded with doubts (cat/dim.png: its 16-bit values reach 575" in capsys.readouterr().err
+    learn.predict([folder / "cat" / "dim.png", folder / "dog"])
+    assert f"1 image was decoded with doubts ({folder}/cat/dim.png: its 16-bit values" in capsys.readouterr().err
+    learn.predict(folder / "dog")
+    assert "doubts" not in capsys.readouterr().err

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featstore.errors import OnError
-from featstore.images.render import Job, render
+from featstore.images.render import Job, doubts_note, render
 from featstore.images.views import View
 from featstore.models.modes import eval_mode, numerics
 from featstore.models.names import Precision
@@ -56,6 +56,7 @@ class Batches:
         self._trunk = frozen_trunk(situation, self.fixed_size) if source.kind == "images" else None
         self._rest = _frozen_rest(source, situation)
         self.failures: dict[str, str] = {}  # id -> reason, of images that were left out
+        self.doubts: dict[str, str] = {}  # the same of images that were decoded with doubts
 
     def __len__(self) -> int:
         """Batches an epoch in training."""
@@ -144,6 +145,8 @@ class Batches:
             if rendered.views is None:
                 self.failures[source.images.ids[rendered.index]] = rendered.failure or ""
             else:
+                if rendered.doubt is not None:
+                    self.doubts[source.images.ids[rendered.index]] = rendered.doubt
                 pending.append((rendered.views[0], rendered.index))
             if len(pending) == size:
                 yield self._run(pending)
@@ -209,6 +212,11 @@ def left_out_note(*passes: Batches | None) -> str | None:
         return None
     name, reason = next(iter(failures.items()))
     return f"{len(failures):,} image{'s' * (len(failures) > 1)} can't be read, left out (first: {name}: {reason})"
+
+
+def doubtful_note(*passes: Batches | None) -> str | None:
+    """How many images some passes decoded with doubts, and what is doubtful about the first; None if none."""
+    return doubts_note({name: reason for each in passes if each is not None for name, reason in each.doubts.items()})
 
 
 def num_batches(num_images: int, batch_size: int) -> int:

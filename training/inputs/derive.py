@@ -269,10 +269,11 @@ def find_to_score(situation: Situation, images: ImageSet, *, say: Callable[[str]
         return situation, find(situation, images, None)
 
 
-def extract_missing(situation: Situation, augment: Augment | None, *, progress: bool) -> None:
+def extract_missing(situation: Situation, augment: Augment | None, *, progress: bool) -> tuple[str, ...]:
     """Computes what the store lacks of the activations that the frozen part ends in.
 
-    Rows are added to the set that is there; a new set has the type and precision of the chosen key, if any.
+    Rows are added to the set that is there; a new set has the type and precision of the chosen key, if any. The result
+    is what its owner should read about it.
     """
     assert situation.store is not None
     entry = situation.entries[0]
@@ -280,7 +281,7 @@ def extract_missing(situation: Situation, augment: Augment | None, *, progress: 
     sets = [search.set_at(entry, situation.view), *search.sets_at(entry), situation.chosen]
     like = next((each for each in sets if each is not None), None)
     settings = {} if like is None else {"dtype": like.spec.dtype, "precision": like.spec.precision}
-    extract(
+    report = extract(
         situation.model,
         situation.images,
         situation.store,
@@ -292,6 +293,7 @@ def extract_missing(situation: Situation, augment: Augment | None, *, progress: 
         progress=progress,
         **settings,  # type: ignore[arg-type]
     )
+    return report.notes
 
 
 def frozen_trunk(situation: Situation, batch_size: int | None) -> Trunk | None:
