@@ -201,6 +201,9 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def _memory(values: Tensor) -> int:
+    """What tells the memory of a tensor from that of others; one without storage (sparse) stands for itself."""
+    if values.layout != torch.strided:
+        return id(values)
     return int(values.untyped_storage()._cdata)
 
 

@@ -31,6 +31,7 @@ from featstore.models.probe import probe_images
 from featstore.models.staged import StagedModel
 from featstore.models.stages import TracedStage
 from featstore.models.tracing import has_fingerprint, is_library_leaf
+from featstore.models.trunk import check_activations
 
 TOLERANCE = 1e-4
 """Difference that place and number of images may make by rounding, as a share of the output's largest value."""
@@ -139,6 +140,9 @@ class _Check:
         for index, stage in enumerate(self.stages):
             mixing = BatchMixing(len(images))
             after, known_after = _followed(stage, values, known, mixing)
+            is_end = index + 1 == len(self.stages)
+            for value in _tensors(after):
+                check_activations(value, name=self.name, cut=str(stage.name), is_taken=is_end)
             is_apart = _is_opaque(stage) or not mixing.is_decided
             if is_apart and index > start and _are_rows(values, known, len(images)):
                 self.units.append(_Unit(stages=self.stages[start:index], rows=rows, result=values))
@@ -148,7 +152,6 @@ class _Check:
             if where is not None:
                 raise self._mixes(where)
             values, known = after, known_after
-            is_end = index + 1 == len(self.stages)
             if is_end or (is_apart and _has_rows(values, len(images))):
                 self.units.append(_Unit(stages=self.stages[start : index + 1], rows=rows, result=values))
                 start, rows, known = index + 1, values, [Rows(0)]  # the unit's own comparison proves it

@@ -111,6 +111,7 @@ class Trunk:
             values = values.to(_DTYPES[self.precision])
             activations = self._model.activations(values, cuts)
             for cut in cuts:
+                check_activations(activations[cut], name=self._model.name, cut=cut)
                 self._check_rows(cut, activations[cut])
             return [output.pool(activations[output.cut])[:rows] for output in self.outputs]
 
@@ -140,6 +141,40 @@ def check_batch_size(batch_size: int | None) -> None:
     """ValueError for less than one image a pass; None is the default."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch size {batch_size} is too small; it counts the images of one pass, at least 1.")
+
+
+def check_activations(values: Tensor, *, name: str, cut: str, is_taken: bool = True) -> None:
+    """Raises ModelError for values that can't be features: without numbers of their own, not real, or none at all.
+
+    Args:
+        values: of a batch.
+        name: of the model that gives them.
+        cut: where.
+        is_taken: False where they are only on their way: they may then be complex, or empty.
+    """
+    if values.is_nested:
+        what, remedy = "a nested tensor", "Pad it in the forward: values.to_padded_tensor(0.0), or cut before it"
+    elif values.layout != torch.strided:
+        what, remedy = (
+            f"a sparse tensor ({values.layout})",
+            "Make it dense in the forward: values.to_dense(), or cut before it",
+        )
+    elif values.is_quantized:
+        what, remedy = (
+            f"a quantised tensor ({values.dtype})",
+            "Give numbers in the forward: values.dequantize(), or cut before it",
+        )
+    elif values.is_meta:
+        what = "a tensor on the device meta, which has no values"
+        remedy = "Build the module on a real device, load its weights, and make no such tensors in its forward"
+    elif values.is_complex() and is_taken:
+        what = f"complex numbers ({values.dtype}), and features are real"
+        remedy = "Say in the forward what you need of them: values.abs(), or torch.view_as_real(values)"
+    elif 0 in values.shape[1:] and is_taken:
+        what, remedy = f"no values at all: the shape for one image is {tuple(values.shape[1:])}", "Name another cut"
+    else:
+        return
+    raise ModelError(f"At {cut} {name} gives {what}. {remedy}.")
 
 
 def default_batch_size(device: torch.device) -> int:

@@ -9,10 +9,11 @@ from support.splitting import randomise
 from support.torch_settings import settings
 from torch import Tensor, nn
 
-from featstore import Output, StagedModel, Trunk, View
+from featstore import ModelError, Output, StagedModel, Trunk, View
 from featstore.models.modes import random_states
 from featstore.models.names import Precision
 from featstore.models.pool import Pool
+from featstore.models.purity import check_pure
 from featstore.models.trunk import choose_device, default_batch_size
 
 VIEW = View(size=16, resize=18)
@@ -207,3 +208,62 @@ def test_threads_that_run_trunks_of_one_model_leave_each_other_alone() -> None:
     assert all(torch.equal(result, expected) for result in results)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert all(part.training for part in module.modules())
+
+
+class Ends(nn.Module):
+    """Ends in something else than real numbers."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, values: Tensor) -> Tensor:
+        match self.how:
+            case "complex":
+                return torch.fft.fft2(values)
+            case "sparse":
+                return values.to_sparse()
+            case "quantised":
+                return torch.quantize_per_tensor(values, 0.1, 0, torch.qint8)
+            case "meta":
+                return values.to("meta")
+            case "nested":
+                return torch.nested.nested_tensor(list(values))
+        return values[:, :0]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("complex", r"complex numbers \(torch\.complex64\), and features are real\. Say in the forward"),
+        ("sparse", r"a sparse tensor \(torch\.sparse_coo\)\. .* values\.to_dense\(\)"),
+        ("quantised", r"a quantised tensor \(torch\.qint8\)\. .* values\.dequantize\(\)"),
+        ("meta", r"a tensor on the device meta, which has no values\. Build the module on a real device"),
+        ("nested", r"a nested tensor\. .* values\.to_padded_tensor"),
+        ("empty", r"no values at all: the shape for one image is \(0, 14, 14\)\. Name another cut"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # torch's own, about quantised and nested tensors
+def test_what_are_no_real_numbers_is_refused_by_name(how: str, words: str) -> None:
+    model = StagedModel.from_module(nn.Sequential(nn.Conv2d(3, 4, 3), Ends(how)).eval(), view=VIEW, name="net")
+    (cut,) = (each for each in model.cut_points if each != "0")
+    for check in (
+        lambda: check_pure(model, cut),
+        lambda: Trunk(model, [Output(cut, Pool("none", "NCHW"))], view=model.view)(views(2)),
+    ):
+        with pytest.raises(ModelError, match=f"^At {cut} net gives {words}"):
+            check()
+
+
+def test_complex_numbers_on_the_way_to_real_ones_are_no_matter() -> None:
+    class Spectrum(nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return torch.fft.fft2(values).abs()
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), Spectrum()).eval()
+    model = StagedModel.from_module(module, view=VIEW)
+    check_pure(model, model.cut_points[-1])
+    output = Output(model.cut_points[-1], Pool("none", "NCHW"))
+    (values,) = Trunk(model, [output], view=model.view, batch_size=4)(views(4))
+    with torch.no_grad():
+        assert torch.equal(values, module(model.view.normalise(views(4))))
