@@ -220,7 +220,8 @@ class Ends(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         match self.how:
             case "complex":
-                return torch.fft.fft2(values)
+                spectrum: Tensor = torch.fft.fft2(values)
+                return spectrum
             case "sparse":
                 return values.to_sparse()
             case "quantised":
@@ -258,7 +259,8 @@ def test_what_are_no_real_numbers_is_refused_by_name(how: str, words: str) -> No
 def test_complex_numbers_on_the_way_to_real_ones_are_no_matter() -> None:
     class Spectrum(nn.Module):
         def forward(self, values: Tensor) -> Tensor:
-            return torch.fft.fft2(values).abs()
+            strengths: Tensor = torch.fft.fft2(values).abs()
+            return strengths
 
     module = nn.Sequential(nn.Conv2d(3, 4, 3), Spectrum()).eval()
     model = StagedModel.from_module(module, view=VIEW)
