@@ -323,14 +323,14 @@ def predict(
 
 def _labelled(flags: ImageFlags, *, for_new_head: bool) -> GivenImages:
     """The images to train on."""
-    from training.class_tables import check_contrast
-
     given = flags.given()
     if not given.images.is_labelled:
         raise ValueError(
             f"{flags.images} has no labels, and there is nothing to train without. Expected a folder with a folder for "
             "each class, or a table with a column of labels. Give one with --images."
         )
+    from training.class_tables import check_contrast  # torch: the images are there by now
+
     if for_new_head:  # a saved run brings its class table, of which the images may be a part
         check_contrast(given.images)
     return given

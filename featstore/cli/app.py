@@ -39,7 +39,6 @@ from featstore.cli.program import (
 from featstore.digest import Json
 from featstore.errors import Doubtful
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE, STORAGE_TYPES
-from featstore.images.sources import is_absolute, moved_remedy
 from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS
 from featstore.timing import step_seconds
 from featstore.words import size_text
@@ -270,6 +269,8 @@ def _steps_told(output: OutputFlags) -> Iterator[None]:
 
 
 def _refuse_absent(planned: Plan) -> None:
+    from featstore.images.sources import is_absolute, moved_remedy
+
     absent = [planned.images.ids[index] for index in planned.is_absent.nonzero()[0]]
     if absent:
         moved = "say with --root where a table's paths start"

@@ -46,10 +46,12 @@ class StorageType:
 
         wide = self.in_numpy
         if wide == self:
-            return rows.view(f"<f{self.itemsize}").astype(np.float64)
+            with np.errstate(invalid="ignore"):  # of a signalling NaN
+                return rows.view(f"<f{self.itemsize}").astype(np.float64)
         # What numpy lacks has the exponent of a wider one that it has, and fewer bits behind it.
         bits = rows.view(f"<u{self.itemsize}").astype(f"<u{wide.itemsize}") << (wide.mantissa_bits - self.mantissa_bits)
-        return bits.view(f"<f{wide.itemsize}").astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            return bits.view(f"<f{wide.itemsize}").astype(np.float64)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -99,7 +99,7 @@ def test_the_same_extraction_again_computes_nothing(featstore: Program) -> None:
         ("conv2", "concat", "flip", 2, 16, 16, 0, 0),
     ]
     assert [(each["computed"], each["reused"]) for each in again.json["sets"]] == [(0, 20), (0, 16), (0, 16)] * 2
-    assert set(again.json) == {"sets", "failed", "missing", "seconds", "failures"}
+    assert set(again.json) == {"sets", "failed", "missing", "seconds", "failures", "doubts"}
     assert (again.json["failed"], again.json["missing"], again.json["failures"]) == (0, 0, [])
 
 
@@ -555,6 +555,7 @@ def test_help_shows_every_default(featstore: Program) -> None:
 
 def test_help_fits_the_flags_of_the_contract(featstore: Program) -> None:
     image = "images root path-column label-column label-sep split-column group-column task valid split-seed"
+    image += " top-folders one-hot valid-column suffix strip"
     model = "store backbone weights weights-prefix trust-code cut reduce size resize mean std interpolation"
     more = "augment seeds dtype precision device batch-size workers on-error doubtful json debug help"
     expected = {*image.split(), *model.split(), *more.split()}

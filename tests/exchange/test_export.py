@@ -477,6 +477,7 @@ MEMORY = """
 import sys, threading
 from pathlib import Path
 from featstore import FeatureStore
+import torch  # else its own memory would count
 from featstore.exchange.export import export
 
 def held():
