@@ -45,12 +45,10 @@ class StorageType:
         import numpy as np
 
         wide = self.in_numpy
-        if wide == self:
-            with np.errstate(invalid="ignore"):  # of a signalling NaN
-                return rows.view(f"<f{self.itemsize}").astype(np.float64)
-        # What numpy lacks has the exponent of a wider one that it has, and fewer bits behind it.
-        bits = rows.view(f"<u{self.itemsize}").astype(f"<u{wide.itemsize}") << (wide.mantissa_bits - self.mantissa_bits)
-        with np.errstate(invalid="ignore"):
+        bits = rows.view(f"<u{self.itemsize}")
+        if wide != self:  # what numpy lacks has the exponent of a wider one that it has, and fewer bits behind it
+            bits = bits.astype(f"<u{wide.itemsize}") << (wide.mantissa_bits - self.mantissa_bits)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is as good as another
             return bits.view(f"<f{wide.itemsize}").astype(np.float64)
 
     @property

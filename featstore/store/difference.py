@@ -118,7 +118,8 @@ def _compared(a: FeatureSet, b: FeatureSet, digests: NDArray[np.uint8]) -> Value
         rows_a, rows_b = (_rows(each, slice(start, start + num_rows)) for each in stored)
         is_equal = is_equal and np.array_equal(rows_a, rows_b)
         values_a, values_b = type_a.numbers(rows_a), type_b.numbers(rows_b)
-        largest = max(largest, float(np.abs(values_a - values_b).max()))
+        with np.errstate(invalid="ignore"):  # the difference of two infinities
+            largest = max(largest, float(np.abs(values_a - values_b).max()))
         reached = max(reached, float(np.abs(values_a).max()), float(np.abs(values_b).max()))
     return ValueDifference(
         rows=len(digests),
