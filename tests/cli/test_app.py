@@ -523,7 +523,9 @@ def test_help_shows_every_default(featstore: Program) -> None:
 
 def test_help_fits_the_flags_of_the_contract(featstore: Program) -> None:
     image = "images root path-column label-column label-sep split-column group-column task valid split-seed"
+    image += " top-folders one-hot valid-column suffix strip"
     more = "store backbone weights cut reduce size resize mean std interpolation augment seeds dtype precision device"
+    more += " weights-prefix trust-code"
     expected = {*image.split(), *more.split(), "batch-size", "workers", "on-error", "json", "debug", "help"}
     for command in ("extract", "status"):
         text = featstore(command, "--help").out
