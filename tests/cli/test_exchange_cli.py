@@ -141,7 +141,9 @@ def test_import_by_ids_alone_deals_a_table_without_splits_and_says_so(run: Run) 
     flags = ["--store", "new", "--name", "clip", "--ids", "table.tsv", *columns]
     ran = run("featstore", "import", "clip.npy", *flags)
     assert ran.code == 0
-    assert "\nno split column: 2 of 10 images held out" in ran.err
+    assert ran.err.startswith(
+        "only one class was found, 'x', of 10 images; is it the right column?\nno split column: 2 of 10 images held out"
+    )
     images = ImageSet.from_store(FeatureStore("new"))
     assert (images.ids[0], images.classes, len(images.valid)) == ("./0", ("x",), 2)
 
