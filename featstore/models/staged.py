@@ -512,7 +512,7 @@ class StagedModel(nn.Module):
     def _has_positions(self, cut: str) -> bool:
         shape, layout = self.shape(cut), self.layout(cut)
         positions = {"NCHW": shape[1:], "NHWC": shape[:-1], "NLC": shape[:-1]}.get(layout, ())
-        return any(size > 1 for size in positions)
+        return bool(positions) and all(size > 1 for size in positions)  # a vector that was permuted is 1 x 1 x C
 
     def _measured_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
         """Shapes from a pass without data where the model can run so, else on empty images.

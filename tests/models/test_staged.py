@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from support.splitting import randomise
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from featstore import ModelError, StagedModel, View, backbone
 from featstore.models.backbones import outline
@@ -154,6 +155,13 @@ def test_a_network_that_ends_in_maps_is_cut_there_but_before_a_linear_layer_at_e
     layers: list[nn.Module], cut: str
 ) -> None:
     assert staged(nn.Sequential(*layers)).default_cut == cut
+
+
+def test_a_vector_that_was_permuted_for_its_norm_is_no_map() -> None:
+    layers = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
+    model = StagedModel.from_module(ConvNeXt(layers, num_classes=5).eval(), view=View(size=16, resize=16))
+    assert "classifier.0.layer_norm" in model.cut_points  # 1 x 1 x 16
+    assert (model.default_cut, model.shape("features")) == ("features", (16, 2, 2))
 
 
 def test_the_default_cut_of_a_network_without_maps_is_the_vector_there() -> None:
