@@ -36,6 +36,14 @@ def test_a_run_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["head"]
 
 
+def test_a_run_whose_path_is_no_text_comes_back(tmp_path: Path) -> None:
+    try:
+        folder = saved(tmp_path / os.fsdecode(b"caf\xe9"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    assert torch.equal(read_run(folder).tensors["stem.weight"], tensors()["stem.weight"])
+
+
 def test_tensors_that_share_memory_are_saved_under_both_names(tmp_path: Path) -> None:
     both = torch.arange(4.0)
     with new_run(tmp_path / "head") as made:
