@@ -145,6 +145,7 @@ class _Header(NamedTuple):
     width: int = 0  # as the header says it, of JPEG and PNG
     height: int = 0
     scan_start: int = 0  # where a JPEG's first scan begins, its header included; 0 of one that isn't baseline
+    end: int = 0  # where a JPEG's end marker begins: phones and padding put other data, or zeros, behind it
 
 
 def _read_header(data: bytes) -> _Header:
@@ -193,7 +194,7 @@ def _jpeg_header(data: bytes) -> _Header:
         raise DecodeError(f"a JPEG of {components} components with {bits} bits each; 1, 3 or 4 with 8 bits are read")
     is_one_pass = kind in _BASELINE_MARKERS and num_scans == 1
     decoder = PILLOW if components == 4 else TORCHVISION
-    return _Header("JPEG", decoder, exif or b"", width, height, first_scan if is_one_pass else 0)
+    return _Header("JPEG", decoder, exif or b"", width, height, first_scan if is_one_pass else 0, match.start())
 
 
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # all that are neither data nor without length
@@ -381,10 +382,10 @@ def _range_doubt(largest: int) -> str | None:
 
 def _jpeg_doubt(data: bytes, header: _Header, pixels: NDArray[np.uint8]) -> str | None:
     """What is said of a JPEG whose data is damaged in a way that libjpeg passes over."""
-    hole = data.find(bytes(_HOLE_BYTES), header.scan_start) if header.scan_start else -1
+    hole = data.find(bytes(_HOLE_BYTES), header.scan_start, header.end) if header.scan_start else -1
     if hole >= 0 and not _zeros_are_flat(data[: header.scan_start]):
         return f"its data has a hole of zeros at byte {hole:,}: what follows is not what was photographed"
-    if header.scan_start and _ends_flat(pixels) and _ends_early(data, pixels):
+    if header.scan_start and _ends_flat(pixels) and _ends_early(data[: header.end], pixels):
         return "its data ends before its last rows, which are filled with one colour"
     return None
 
@@ -421,10 +422,9 @@ def _ends_flat(pixels: NDArray[np.uint8]) -> bool:
 def _ends_early(data: bytes, pixels: NDArray[np.uint8]) -> bool:
     """Whether a JPEG of one scan lacks data: without its end marker the decoder then waits and leaves rows unwritten.
 
-    What it reads ahead are the bytes put in the marker's place.
+    `data` is without it; what the decoder reads ahead are the bytes put in its place.
     """
-    end = data.rfind(b"\xff\xd9")
-    with JpegImageFile(io.BytesIO(data[:end] + bytes(64))) as image:
+    with JpegImageFile(io.BytesIO(data + bytes(64))) as image:
         with suppress(OSError):  # it is truncated, as we know
             image.load()
         image.tile = []  # what is there is all that there will be

@@ -14,11 +14,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from featstore.digest import Json, digest_json
 from featstore.errors import DamagedFileError, FeatureStoreError
@@ -33,6 +33,8 @@ except ImportError:  # Windows: what a killed process left isn't told from what 
 
 FORMAT_VERSION = 2
 """Version 1, without checksums over facts and reports, is read too."""
+
+T = TypeVar("T")
 
 TENSORS, FACTS = "model.safetensors", "model.json"
 
@@ -58,21 +60,20 @@ def new_run(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OSError: as the disk gave it, with a file's name.
     """
     check_free(folder, overwrite=overwrite)
+    folder = _target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = _beside(folder, _NEW)
-    try:
-        made.mkdir()
-        with _alive(made):
+    with _made_beside(folder) as made:
+        try:
             yield made
             _seal(made)
             _put(made, folder)
-    except OSError as error:
-        # A full disk is met by a write, which names no file; and the hidden folder tells nobody anything.
-        error.filename = str(error.filename or folder).replace(os.fspath(made), os.fspath(folder))
-        raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        _clear(folder)
+        except OSError as error:
+            # A full disk is met by a write, which names no file; and the hidden folder tells nobody anything.
+            error.filename = str(error.filename or folder).replace(os.fspath(made), os.fspath(folder))
+            raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+            _clear(folder)
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
@@ -95,7 +96,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
                 f"{folder} holds a saved run already. Choose another folder, or replace it with --overwrite (in "
                 "Python: overwrite=True)."
             )
-    _try_to_write(folder)
+    _try_to_write(_target(folder))
 
 
 def write_run(folder: Path, facts: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
@@ -125,12 +126,14 @@ def read_run(folder: Path) -> Run:
     """
     from featstore.models.weights import read_tensors
 
-    place = located(folder)
-    facts = _read_facts(place)
-    for name in facts.get("files", {}):
-        if name != TENSORS and (place / name).exists():
-            _checked(place / name, facts["files"][name])
-    return Run(facts, read_tensors(_checked(place / TENSORS, facts["tensors"]))[0])
+    def read(place: Path) -> Run:
+        facts = _read_facts(place)
+        for name in facts.get("files", {}):
+            if name != TENSORS and (place / name).exists():
+                _checked(place / name, facts["files"][name])
+        return Run(facts, read_tensors(_checked(place / TENSORS, facts["tensors"]))[0])
+
+    return _of_one_run(folder, read)
 
 
 def read_file(folder: Path, name: str) -> bytes | None:
@@ -140,22 +143,28 @@ def read_file(folder: Path, name: str) -> bytes | None:
         FeatureStoreError: as `read_run`.
         DamagedFileError: if it isn't what was saved.
     """
-    place = located(folder)
-    facts = _read_facts(place)
-    path, expected = place / name, facts.get("files", {}).get(name)
-    if expected is not None:
-        content = _checked(path, expected).read_bytes()
-        if hashlib.sha256(content).hexdigest() == expected:  # and not changed since it was checked
-            return content
-        raise _not_as_saved(path, expected)
-    return path.read_bytes() if facts["format"] == 1 and path.is_file() else None
+
+    def read(place: Path) -> bytes | None:
+        facts = _read_facts(place)
+        path, expected = place / name, facts.get("files", {}).get(name)
+        if expected is not None:
+            content = _checked(path, expected).read_bytes()
+            if hashlib.sha256(content).hexdigest() == expected:  # and not changed since it was checked
+                return content
+            raise _not_as_saved(path, expected)
+        return path.read_bytes() if facts["format"] == 1 and path.is_file() else None
+
+    return _of_one_run(folder, read)
 
 
 def located(folder: Path) -> Path:
     """Where the run called `folder` lies: there, or, if whoever replaced it was killed in between, aside."""
     if folder.exists():
         return folder
-    whole = [each for each in _leftovers(folder, _OLD) if (each / FACTS).is_file()]
+    target = _target(folder)
+    if target.exists():  # past a folder that isn't there: x/../run
+        return target
+    whole = [each for each in _leftovers(target, _OLD) if (each / FACTS).is_file()]
     return max(whole, key=lambda each: each.stat().st_mtime_ns, default=folder)
 
 
@@ -163,6 +172,11 @@ def located(folder: Path) -> Path:
 
 
 _NEW, _OLD = "new", "old"
+
+
+def _target(folder: Path) -> Path:
+    """The folder itself, where a link or ``.`` leads to it: what a run lies beside, and takes the place of."""
+    return Path(os.path.realpath(folder))
 
 
 def _beside(folder: Path, kind: str, token: str | None = None) -> Path:
@@ -177,17 +191,38 @@ def _leftovers(folder: Path, *kinds: str) -> list[Path]:
 
 
 @contextmanager
-def _alive(folder: Path) -> Iterator[None]:
-    """Holds a lock on `folder` while this process works in it: the system takes it back from one that is killed."""
-    fd = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+def _made_beside(folder: Path) -> Iterator[Path]:
+    """A new folder with a lock on it while this process works in it: the system takes it back from one that is killed.
+
+    Between the folder and its lock another process may take it for what a killed one left.
+    """
+    fd = None
+    while fd is None:
+        made = _beside(folder, _NEW)
+        made.mkdir()
+        if fcntl is None:
+            break
+        with suppress(FileNotFoundError):
+            fd = os.open(made, os.O_RDONLY)
+            if not _locks(fd) or not made.exists():
+                os.close(fd)
+                fd = None
     try:
-        if fd is not None:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield made
     finally:
         if fd is not None:
             os.close(fd)
+
+
+def _locks(fd: int) -> bool:
+    """Locks a folder, where its file system has locks; False if another process has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _clear(folder: Path) -> None:
@@ -238,18 +273,25 @@ def _seal(folder: Path) -> None:
 
 
 def _put(made: Path, folder: Path) -> None:
-    token = made.name.rpartition("-")[2]
-    aside = _beside(folder, _OLD, token)
-    if folder.exists():
-        folder.rename(aside)
-    try:
-        made.rename(folder)
-    except OSError:
-        if aside.exists():
-            aside.rename(folder)
-        raise
+    """Gives `made` its name; of several that do so at one time the last one stays."""
+    aside = None
+    while True:
+        with suppress(FileNotFoundError):  # there was none, or another process is as far
+            aside = folder.rename(_beside(folder, _OLD))
+        try:
+            made.rename(folder)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
+                continue
+            if aside is not None and not folder.exists():
+                aside.rename(folder)
+            raise
+        break
     _sync(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside is not None:
+        with suppress(FileNotFoundError):  # another process clears up
+            # Under this name it isn't found again, should this process end here and somebody delete the run.
+            shutil.rmtree(aside.rename(_beside(folder, _NEW)), ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -267,6 +309,34 @@ def _umask() -> int:
 
 
 # ---- reading
+
+
+def _of_one_run(folder: Path, read: Callable[[Path], T]) -> T:
+    """What `read` gives for the run called `folder`, all of it from one: another may take its place meanwhile."""
+    for _ in range(_MOST_TRIES):
+        place = located(folder)
+        before = _identity(place)
+        try:
+            found = read(place)
+        except (FeatureStoreError, OSError):
+            if _identity(located(folder)) == before:
+                raise
+        else:
+            if _identity(place) == before:
+                return found
+    raise FeatureStoreError(f"{folder} is replaced over and over while it is read. Wait for what saves runs there.")
+
+
+_MOST_TRIES = 100
+
+
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """Of a folder; the number alone may be that of one that was deleted."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _read_facts(folder: Path) -> Json:

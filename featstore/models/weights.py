@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
@@ -58,7 +59,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     _check_size(path)
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device="cpu"), ()
+            return _from_safetensors(path), ()
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
@@ -127,6 +128,14 @@ def fitting(
     if len(surplus) > 4:
         notes.append(f"{len(surplus) - 4} more tensors that {model} doesn't have: not used")
     return Fit(num_stages=num_stages, tensors=kept, notes=tuple(notes))
+
+
+def _from_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:  # safetensors opens no such path
+        return safetensors.torch.load(path.read_bytes())
+    return safetensors.torch.load_file(path, device="cpu")
 
 
 def _holds_objects(path: Path, foreign: str) -> str:

@@ -517,6 +517,14 @@ def test_a_jpeg_with_a_hole_of_zeros_or_without_its_last_rows_is_doubted(options
     assert "ends before its last rows" in str(decode(data[:middle] + b"\xff\xd9").doubt)
 
 
+def test_what_follows_the_end_of_a_jpeg_neither_makes_it_doubtful_nor_hides_that_it_ends_early() -> None:
+    data = encoded(PHOTO, "JPEG", quality=90)
+    for behind in (bytes(4096), data, b"\xff\xd9", bytes(4096) + b"\xff\xd9"):
+        assert decode(data + behind).doubt is None
+        early = data[: len(data) // 2] + b"\xff\xd9" + behind
+        assert "ends before its last rows" in str(decode(early).doubt)
+
+
 @pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}])
 @pytest.mark.parametrize("bottom", [0, 128, 255])
 def test_a_photograph_that_ends_in_one_colour_or_is_of_one_is_not_doubted(options: dict[str, Any], bottom: int) -> None:

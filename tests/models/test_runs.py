@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ def test_a_run_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert run.tensors.keys() == tensors().keys()
     assert all(torch.equal(run.tensors[name], tensor) for name, tensor in tensors().items())
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["head"]
+
+
+def test_a_run_whose_path_is_no_text_comes_back(tmp_path: Path) -> None:
+    try:
+        folder = saved(tmp_path / os.fsdecode(b"caf\xe9"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    assert torch.equal(read_run(folder).tensors["stem.weight"], tensors()["stem.weight"])
 
 
 def test_tensors_that_share_memory_are_saved_under_both_names(tmp_path: Path) -> None:
@@ -231,6 +240,62 @@ def _die_after(count: int, operations: tuple[str, ...]) -> None:
     for name in operations:
         setattr(runs, name, ending(getattr(runs, name)))
     Path.rename = ending(Path.rename)  # type: ignore[method-assign]
+
+
+def test_what_is_read_is_of_one_run_though_another_takes_its_place_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path / "head", 1.0, made="first")
+    read, left = runs.read_tensors, [2.0, 3.0]
+
+    def replaced_before(path: Path) -> Any:
+        if left:
+            saved(folder, left.pop(0), overwrite=True, made="later")
+        return read(path)
+
+    monkeypatch.setattr(runs, "read_tensors", replaced_before)
+    run = read_run(folder)
+    assert run.facts["made"] == "later"
+    assert float(run.tensors["stem.weight"][0, 0]) == 3.0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_several_processes_replace_a_run_at_one_time_and_each_time_it_is_whole(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "head", 0.0, number=0.0)
+    children = []
+    for number in (1.0, 2.0, 3.0):
+        if (child := os.fork()) == 0:  # pragma: no cover - its exit code says how it went
+            with suppress(BaseException):
+                for _ in range(15):
+                    saved(folder, number, overwrite=True, number=number)
+                os._exit(0)
+            os._exit(1)
+        children.append(child)
+    left = set(children)
+    while left:
+        run = read_run(folder)
+        assert run.facts["number"] == float(run.tensors["stem.weight"][0, 0])
+        for child in set(left):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                assert status == 0
+                left.remove(child)
+    saved(folder, 4.0, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+def test_a_run_that_a_link_or_a_dot_names_is_replaced_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "disk" / "head", 1.0)
+    (tmp_path / "head").symlink_to(tmp_path / "disk" / "head")
+    saved(tmp_path / "head", 2.0, overwrite=True)
+    assert float(read_run(tmp_path / "disk" / "head").tensors["stem.weight"][0, 0]) == 2.0
+    monkeypatch.chdir(tmp_path / "head")
+    saved(Path(), 3.0, overwrite=True)
+    assert float(read_run(tmp_path / "disk" / "head").tensors["stem.weight"][0, 0]) == 3.0
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["disk", "head", "head"]
+    assert (tmp_path / "head").is_symlink()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import py_compile
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.programs import BACKBONE, Run, photographs, runner
 
 from featstore import FeatureStoreError, ImageSet, backbone
-from featstore.models import trust
+from featstore.models import own_file, trust
 from training import Learner, train_head
 
 SAYS_THAT_IT_RAN = f"from pathlib import Path; Path(__file__).with_name('ran').touch()\n{BACKBONE}"
@@ -148,3 +152,118 @@ def test_where_nothing_can_be_remembered_the_work_goes_on(tmp_path: Path, monkey
     (tmp_path / "net.py").write_text(BACKBONE)
     assert backbone(str(tmp_path / "net.py:make_model"))(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
     assert not trust.is_known(tmp_path / "net.py", "make_model")
+
+
+NET = """
+from torch import nn
+{}
+def make_model():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+"""
+RUNS = "from pathlib import Path; Path({!r}).touch()\n"
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "mine").mkdir()
+    yield tmp_path / "mine"
+    forget_helpers()
+
+
+def made(folder: Path, imports: str = "") -> dict[str, Any]:
+    """The facts that a run of one's own has, whose model was made by net.py in `folder`."""
+    (folder / "net.py").write_text(NET.format(imports))
+    facts: dict[str, Any] = own_file.load(f"{folder / 'net.py'}:make_model").origin["architecture"]
+    forget_helpers()
+    return facts
+
+
+def forget_helpers() -> None:
+    """As in a new process."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in {"blocks", "parts"}]:
+        del sys.modules[name]
+
+
+def compile_for(file: Path, code: str, *, beside: bool = False) -> None:
+    """Puts bytecode of `code` where Python takes it for that of `file`, whatever `file` says."""
+    other = file.with_name("other")
+    other.write_text(code)
+    place = file.with_suffix(".pyc") if beside else Path(importlib.util.cache_from_source(file))
+    py_compile.compile(
+        str(other), str(place), str(file), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+    )
+
+
+@pytest.mark.parametrize("name", ["net.py", "blocks.py"])
+def test_bytecode_beside_a_file_is_never_run(name: str, mine: Path) -> None:
+    (mine / "blocks.py").write_text("")
+    facts = made(mine, "import blocks")
+    compile_for(mine / name, RUNS.format(str(mine / "ran")))
+    own_file.made_again(facts, mine / "run")
+    forget_helpers()
+    own_file.load(f"{mine / 'net.py'}:make_model")
+    assert not (mine / "ran").exists()
+
+
+def test_no_package_of_bytecode_takes_the_place_of_a_module_that_was_checked(mine: Path) -> None:
+    (mine / "blocks.py").write_text("")
+    facts = made(mine, "import blocks")
+    (mine / "blocks").mkdir()
+    compile_for(mine / "blocks" / "__init__.py", RUNS.format(str(mine / "ran")), beside=True)
+    own_file.made_again(facts, mine / "run")
+    assert not (mine / "ran").exists()
+
+
+def test_what_the_standard_library_imports_is_not_looked_for_beside_the_file(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = made(mine, "import xmlrpc.server")
+    for name in [name for name in sys.modules if name.startswith(("xmlrpc", "http.server", "pydoc"))]:
+        monkeypatch.delitem(sys.modules, name)
+    (mine / "pydoc.py").write_text(RUNS.format(str(mine / "ran")))
+    own_file.made_again(facts, mine / "run")
+    assert not (mine / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["blocks.py", "parts/blocks.py"])
+def test_a_module_imported_by_a_computed_name_runs_only_where_the_code_is_trusted(place: str, mine: Path) -> None:
+    (mine / "parts").mkdir()
+    (mine / place).write_text("")
+    facts = made(mine, f"import importlib\nimportlib.import_module({place.removesuffix('.py').replace('/', '.')!r})")
+    (mine / place).write_text(RUNS.format(str(mine / "ran")))
+    with pytest.raises(FeatureStoreError, match=r"blocks\.py would run, and no import statement.*--trust-code"):
+        own_file.made_again(facts, mine / "run")
+    assert not (mine / "ran").exists()
+    forget_helpers()
+    (mine / place).write_text("")
+    own_file.made_again(facts, mine / "run", trust_code=True)
+
+
+def test_modules_are_looked_for_where_the_file_lies_and_not_where_a_link_to_it_does(mine: Path) -> None:
+    (mine / "blocks.py").write_text("")
+    facts = made(mine, "import blocks")
+    (mine / "elsewhere").mkdir()
+    (mine / "net.py").rename(mine / "elsewhere" / "net.py")
+    (mine / "net.py").symlink_to(mine / "elsewhere" / "net.py")
+    (mine / "elsewhere" / "blocks.py").write_text(RUNS.format(str(mine / "ran")))
+    with pytest.raises(FeatureStoreError, match="has changed since the run was saved"):
+        own_file.made_again(facts, mine / "run")
+    assert not (mine / "ran").exists()
+
+
+def test_code_that_an_encoding_hides_in_a_comment_counts(mine: Path) -> None:
+    facts = made(mine)
+    hidden = NET.format(f"# +AAo-{RUNS.format(str(mine / 'ran'))}")
+    (mine / "net.py").write_text(f"# coding: utf-7{hidden}")
+    with pytest.raises(FeatureStoreError, match="has changed since the run was saved"):
+        own_file.made_again(facts, mine / "run")
+    assert not (mine / "ran").exists()
+
+
+def test_a_folder_of_modules_without_init_is_found_for_a_run_of_ones_own(mine: Path) -> None:
+    (mine / "parts" / "deep").mkdir(parents=True)
+    (mine / "parts" / "blocks.py").write_text("from parts.deep import layer\n")
+    (mine / "parts" / "deep" / "layer.py").write_text("A = 1\n")
+    facts = made(mine, "from parts import blocks")
+    assert len(facts["reachable"]) == 3
+    own_file.made_again(facts, mine / "run")
