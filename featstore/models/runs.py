@@ -30,6 +30,7 @@ try:
     import fcntl
 except ImportError:  # Windows: what a killed process left isn't told from what a living one writes, and stays
     fcntl = None  # type: ignore[assignment]
+_HAS_LOCKS: bool = fcntl is not None
 
 FORMAT_VERSION = 2
 """Version 1, without checksums over facts and reports, is read too."""
@@ -200,7 +201,7 @@ def _made_beside(folder: Path) -> Iterator[Path]:
     while fd is None:
         made = _beside(folder, _NEW)
         made.mkdir()
-        if fcntl is None:
+        if not _HAS_LOCKS:
             break
         with suppress(FileNotFoundError):
             fd = os.open(made, os.O_RDONLY)
@@ -227,7 +228,7 @@ def _locks(fd: int) -> bool:
 
 def _clear(folder: Path) -> None:
     """Deletes what killed processes have left beside `folder`, unless it holds all there is of the run."""
-    if fcntl is None or not folder.exists():
+    if not _HAS_LOCKS or not folder.exists():
         return
     for each in _leftovers(folder, _NEW, _OLD):
         with suppress(OSError):

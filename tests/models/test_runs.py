@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from featstore import DamagedFileError, FeatureStoreError
-from featstore.models import runs
+from featstore.models import runs, weights
 from featstore.models.runs import FACTS, TENSORS, check_free, new_run, read_file, read_run, write_run
 
 
@@ -246,14 +246,14 @@ def test_what_is_read_is_of_one_run_though_another_takes_its_place_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tmp_path / "head", 1.0, made="first")
-    read, left = runs.read_tensors, [2.0, 3.0]
+    read, left = weights.read_tensors, [2.0, 3.0]
 
     def replaced_before(path: Path) -> Any:
         if left:
             saved(folder, left.pop(0), overwrite=True, made="later")
         return read(path)
 
-    monkeypatch.setattr(runs, "read_tensors", replaced_before)
+    monkeypatch.setattr(weights, "read_tensors", replaced_before)
     run = read_run(folder)
     assert run.facts["made"] == "later"
     assert float(run.tensors["stem.weight"][0, 0]) == 3.0
