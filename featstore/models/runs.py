@@ -67,7 +67,8 @@ def new_run(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             yield made
             _seal(made)
-            _put(made, folder)
+            with _in_turn(folder, is_alone=True):
+                _put(made, folder)
         except OSError as error:
             # A full disk is met by a write, which names no file; and the hidden folder tells nobody anything.
             error.filename = str(error.filename or folder).replace(os.fspath(made), os.fspath(folder))
@@ -86,17 +87,17 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
         FeatureStoreError: if it exists and isn't to be replaced, or isn't a run.
         OSError: if nothing can be written there.
     """
-    place = located(folder)
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        if not (place / FACTS).is_file():
-            raise FeatureStoreError(
-                f"{folder} exists and is no saved run, so it isn't replaced. Choose another folder."
-            )
-        if not overwrite:
-            raise FeatureStoreError(
-                f"{folder} holds a saved run already. Choose another folder, or replace it with --overwrite (in "
-                "Python: overwrite=True)."
-            )
+    with _in_turn(folder, is_alone=False):
+        place = located(folder)
+        is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+        is_run = (place / FACTS).is_file()
+    if not is_free and not is_run:
+        raise FeatureStoreError(f"{folder} exists and is no saved run, so it isn't replaced. Choose another folder.")
+    if not is_free and not overwrite:
+        raise FeatureStoreError(
+            f"{folder} holds a saved run already. Choose another folder, or replace it with --overwrite (in Python: "
+            "overwrite=True)."
+        )
     _try_to_write(_target(folder))
 
 
@@ -215,6 +216,24 @@ def _made_beside(folder: Path) -> Iterator[Path]:
             os.close(fd)
 
 
+@contextmanager
+def _in_turn(folder: Path, *, is_alone: bool) -> Iterator[None]:
+    """Waits while another process exchanges a run beside `folder`, or, to do so alone, while others look at one.
+
+    The lock is on the folder above, for as long as the block lasts. Where there are no locks nobody waits.
+    """
+    fd = None
+    if _HAS_LOCKS:
+        with suppress(OSError):  # the folder above isn't there; a file system without locks
+            fd = os.open(_target(folder).parent, os.O_RDONLY)
+            fcntl.flock(fd, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
 def _locks(fd: int) -> bool:
     """Locks a folder, where its file system has locks; False if another process has it."""
     try:
@@ -320,7 +339,9 @@ def _of_one_run(folder: Path, read: Callable[[Path], T]) -> T:
         try:
             found = read(place)
         except (FeatureStoreError, OSError):
-            if _identity(located(folder)) == before:
+            with _in_turn(folder, is_alone=False):  # not in the middle of an exchange, when there may be none
+                is_as_before = _identity(located(folder)) == before
+            if is_as_before:
                 raise
         else:
             if _identity(place) == before:
