@@ -235,7 +235,7 @@ def _id_column(images: KnownImageFlags) -> str | None:
 def _imported_images(foreign: ForeignFlags, flags: KnownImageFlags, given: IdTable | None) -> GivenImages | None:
     """The images that the rows are of; None: those that the file describes."""
     from featstore.exchange.feature_files import ID_COLUMNS
-    from featstore.images.image_set import without_files
+    from featstore.images.fileless import without_files
 
     if flags.images:
         return flags.given(held_out_classes=True)

@@ -416,7 +416,7 @@ def _decoders(rows: _Rows) -> NDArray[np.uint8]:
 
 
 def _default_images(store: FeatureStore, chosen: FeatureSet) -> ImageSet:
-    from featstore.images.image_set import images_by_digest
+    from featstore.images.fileless import images_by_digest
     from featstore.store.folders import short_key
 
     if store.has_images():

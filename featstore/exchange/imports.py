@@ -25,7 +25,8 @@ from featstore.exchange.feature_files import ForeignRows, opened_features, rows_
 from featstore.files.index import first_places
 from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.digests import Digests
-from featstore.images.image_set import ImageSet, images_by_id
+from featstore.images.fileless import images_by_id
+from featstore.images.image_set import ImageSet
 from featstore.images.views import View
 from featstore.models.names import DIMENSIONS, LAYOUTS, layout_of
 from featstore.store.folders import short_key

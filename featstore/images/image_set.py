@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from featstore.digest import Json, digest_bytes
 from featstore.images.csv_tables import OWN_SPLITS, Reading, classes_of, holds_splits, read_table, table_rows
-from featstore.images.digests import Digests, DigestTable, KnownDigest, KnownDigests, Memo
+from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo
 from featstore.images.folders import StrPath, TopFolders, existing_folder, folder_rows
 from featstore.images.labels import (
     Row,
@@ -35,7 +35,7 @@ from featstore.images.labels import (
     split_counts,
     targets_of,
 )
-from featstore.images.sources import AbsentSource, ArraySource, FolderSource, ImageSource, without_start
+from featstore.images.sources import ArraySource, FolderSource, ImageSource, without_start
 from featstore.images.splitting import check_test_groups, fold_of_each, split_of_each
 from featstore.words import counted
 
@@ -563,51 +563,6 @@ class HoldsImageSets(Protocol):
 
     def images(self, name: str | None = None) -> ImageSet:
         """The newest image set of that name."""
-        ...
-
-
-def images_by_id(ids: Sequence[str], *, where: str, name: str) -> ImageSet:
-    """Unlabelled images of which nothing is here but their ids.
-
-    Args:
-        ids: each once.
-        where: they came from, for messages.
-        name: of the set.
-    """
-    return ImageSet(
-        name=name,
-        ids=tuple(ids),
-        targets=None,
-        classes=(),
-        splits=np.full(len(ids), ""),
-        groups=None,
-        task="single",
-        source=AbsentSource(where=where),
-    )
-
-
-def images_by_digest(digests: NDArray[np.uint8], *, where: str, name: str) -> ImageSet:
-    """Unlabelled images of which only the content is known: the hexadecimal digits of the digests are their ids.
-
-    Args:
-        digests: ``(N, 32)``, each once.
-        where: they came from, for messages.
-        name: of the set.
-    """
-    images = images_by_id([row.tobytes().hex() for row in digests], where=where, name=name)
-    return without_files(images, where=where, digests=digests)
-
-
-def without_files(images: ImageSet, *, where: str, digests: NDArray[np.uint8] | None = None) -> ImageSet:
-    """The same images with their labels and splits, known by their ids, and by the digests of their contents if given.
-
-    Args:
-        images: for example of a table whose files aren't here.
-        where: the table, for messages.
-        digests: ``(N, 32)``, SHA-256 of each image's content.
-    """
-    known = KnownDigests([] if digests is None else [DigestTable.without_files(images.ids, digests)])
-    return replace(images, source=AbsentSource(where=where, known=known), origin={})
 
 
 def _checked_indices(which: ArrayLike, count: int) -> NDArray[np.int64]:

@@ -36,7 +36,7 @@ from torch import nn
 
 from featstore import FeatureStore, ImageSet, StagedModel, View
 from featstore.exchange.imports import import_features
-from featstore.images.image_set import images_by_id
+from featstore.images.fileless import images_by_id
 from training import Learner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

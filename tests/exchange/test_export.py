@@ -35,7 +35,7 @@ from featstore.exchange.imports import import_features
 from featstore.exchange.names import EXPORT_SUFFIXES
 from featstore.files.header import is_part
 from featstore.files.part import Part, write_part
-from featstore.images.image_set import images_by_id
+from featstore.images.fileless import images_by_id
 
 DTYPES = ("float16", "float32", "bfloat16")
 

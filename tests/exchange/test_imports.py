@@ -22,7 +22,7 @@ from featstore.exchange.export import export
 from featstore.exchange.feature_files import read_ids
 from featstore.exchange.imports import import_features, import_file
 from featstore.files.part import Part
-from featstore.images.image_set import images_by_id, without_files
+from featstore.images.fileless import images_by_id, without_files
 from training import Learner
 
 N = 8

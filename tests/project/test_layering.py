@@ -36,7 +36,7 @@ ROOMS: dict[str, Rooms] = {
             "images",
             (
                 "decoders", "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set",
-                "contents", "origins", "decode", "geometry", "policies", "augmentation", "views", "render",
+                "fileless", "contents", "origins", "decode", "geometry", "policies", "augmentation", "views", "render",
             ),
         ),
         (
