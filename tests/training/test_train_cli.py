@@ -376,8 +376,10 @@ def test_debug_adds_the_traceback(run: Run, here: Path) -> None:
 def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     image = _words("images root path-column label-column label-sep split-column group-column task valid split-seed")
     view = _words("size resize mean std interpolation")
-    how = _words("device batch-size workers seed on-error debug json help")
-    more = _words("overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights")
+    how = _words("device batch-size workers seed on-error trust-code debug json help")
+    more = _words(
+        "overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights weights-prefix"
+    )
     contract = {
         "head": image | view | how | more | {"head", "features", "extract", "reduce"},
         "finetune": image | view | how | more | {"from"},
