@@ -557,9 +557,14 @@ def exact_device(device: torch.device | str) -> torch.device:
 
 
 def _on_meta(stage: Stage, values: Any) -> Any:
-    state = dict(stage.named_parameters()) | dict(stage.named_buffers())
-    empty = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
-    return torch.func.functional_call(stage, empty, (values,))
+    # Each tensor of each module once. A stage may hold a module twice, in its graphs for evaluation and for training;
+    # put aside under both its names, a tensor would come back under the first and be overwritten under the second.
+    empty = {
+        f"{prefix}.{name}".removeprefix("."): torch.empty_like(value, device="meta")
+        for prefix, module in stage.named_modules()
+        for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
+    return torch.func.functional_call(stage, empty, (values,), tie_weights=False)
 
 
 def _other_channels(stage: Stage, values: Any) -> int | None:

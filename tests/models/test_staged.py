@@ -169,6 +169,33 @@ def test_the_default_cut_of_a_network_without_maps_is_the_vector_there() -> None
     assert staged(module).default_cut == "2"
 
 
+class Residual(nn.Module):
+    """Evaluated by another graph than it is trained by, both with the same layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values + torchvision.ops.stochastic_depth(self.norm(self.conv(values)), 0.2, "row", self.training)
+
+
+def test_asking_for_shapes_leaves_the_tensors_of_stochastic_depth_and_of_tied_layers_as_they_were() -> None:
+    tied = nn.Conv2d(4, 4, 1)
+    tied.weight = nn.Parameter(torch.ones(4, 4, 1, 1))
+    other = nn.Conv2d(4, 4, 1)
+    other.weight = tied.weight
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), Residual(), tied, nn.ReLU(), other, nn.Flatten()).eval()
+    before, result = everything(module), module(images())
+    model = staged(module)
+    assert model.default_cut == "4"
+    assert model.shape("1") == (4, 10, 10)
+    assert torch.equal(module(images()), result)
+    assert torch.equal(model(images()), result)
+    assert [each[0] for each in everything(module)[1]] == [each[0] for each in before[1]]
+    assert [each[2:] for each in everything(module)[0]] == [each[2:] for each in before[0]]
+
+
 def test_a_network_of_one_layer_has_no_default_cut() -> None:
     with pytest.raises(ModelError, match="conv2d has no value before its last layer with parameters"):
         _ = staged(nn.Conv2d(3, 2, 3)).default_cut
