@@ -177,7 +177,9 @@ class Residual(nn.Module):
         self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
 
     def forward(self, values: Tensor) -> Tensor:
-        return values + torchvision.ops.stochastic_depth(self.norm(self.conv(values)), 0.2, "row", self.training)
+        branch: Tensor = self.norm(self.conv(values))
+        kept: Tensor = torchvision.ops.stochastic_depth(branch, 0.2, "row", self.training)
+        return values + kept
 
 
 def test_asking_for_shapes_leaves_the_tensors_of_stochastic_depth_and_of_tied_layers_as_they_were() -> None:
