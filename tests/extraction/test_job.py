@@ -1,4 +1,7 @@
-"""Job: rows gathered and filed in parts, whatever fails or is interrupted; few parts in the end."""
+"""Job: rows gathered and filed in parts, whatever fails or is interrupted; few parts in the end.
+
+Long, since every job here runs on the same tiny network and store.
+"""
 
 from __future__ import annotations
 

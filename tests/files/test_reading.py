@@ -1,4 +1,7 @@
-"""Ways of reading: whichever is chosen gives the same rows, within its memory, from files that move or are damaged."""
+"""Ways of reading: whichever is chosen gives the same rows, within its memory, from files that move or are damaged.
+
+Long, since each claim is made of every way of reading, in one parametrisation.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,8 @@
+"""Graphs: modules split where one value alone crosses, bit for bit.
+
+Long, since each kind of network is here with what is to be said when it can't be traced.
+"""
+
 from __future__ import annotations
 
 import copy

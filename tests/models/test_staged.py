@@ -1,3 +1,8 @@
+"""StagedModel: cuts, digests, shapes, freezing and heads.
+
+Long, since all cuts, freezes and heads are those of the same few tiny networks.
+"""
+
 from __future__ import annotations
 
 import copy

@@ -251,6 +251,13 @@ def test_a_module_uses_only_what_stands_before_it_and_no_library_but_through_its
     assert not faults(module, modules()[module].read_text())
 
 
+def test_a_file_of_more_than_600_lines_says_why() -> None:
+    folders = [ROOT / name for name in (*ROOMS, "tests", "scripts")]
+    long = [file for folder in folders for file in folder.rglob("*.py") if len(file.read_text().splitlines()) > 600]
+    reasons = [ast.get_docstring(ast.parse(file.read_text())) or "" for file in long]
+    assert not [file for file, reason in zip(long, reasons, strict=True) if "\nLong, since " not in reason]
+
+
 def test_each_file_stands_in_the_order() -> None:
     expected = {f"{package}.{name}" for package in ROOMS for name in order(package)}
     assert set(modules()) == expected | set(room_pages())

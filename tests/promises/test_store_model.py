@@ -5,6 +5,8 @@ it, and stops any of that at any operation on the disk. After each step readers 
 were there from the start, must find exactly what the model says. The same sequences run each time; others with::
 
     FEATSTORE_EXAMPLES=1000 pytest tests/promises/test_store_model.py --hypothesis-seed=1
+
+Long, since hypothesis draws from the rules of one machine: a rule in another file would never meet these.
 """
 
 from __future__ import annotations

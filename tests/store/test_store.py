@@ -1,4 +1,7 @@
-"""FeatureStore: sets found by their facts whatever their folders are called, image sets beside them, damage named."""
+"""FeatureStore: sets found by their facts whatever their folders are called, image sets beside them, damage named.
+
+Long, since every way to find a set is tried on the same few sets.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Upkeep of a store: merged, checked, cleared and removed, while others read and write it; no row lost or changed."""
+"""Upkeep of a store: merged, checked, cleared and removed, while others read and write it; no row lost or changed.
+
+Long, since verification, compaction, collection and removal are tried on one made-up store, and against each other.
+"""
 
 from __future__ import annotations
 

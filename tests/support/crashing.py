@@ -2,6 +2,8 @@
 
 The simulated disk is as unkind as POSIX allows. What was written to a file may be lost, in any order and torn into
 sectors, until the file is synced; a name that a folder was given or lost, until the folder is synced, each by itself.
+
+Long, since the simulated disk, the scenarios that run on it and what is checked afterwards belong together.
 """
 
 from __future__ import annotations

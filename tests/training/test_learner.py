@@ -1,4 +1,7 @@
-"""A Learner changes nothing but its own model, and what it saves is what it was."""
+"""A Learner changes nothing but its own model, and what it saves is what it was.
+
+Long, since what a Learner does is told in the order in which a person does it, on the same few learners.
+"""
 
 from __future__ import annotations
 
