@@ -260,6 +260,7 @@ def checked_splits(splits: Sequence[str] | NDArray[np.str_], count: int) -> NDAr
 def split_counts(splits: NDArray[np.str_]) -> str:
     """How many images each split has, for people.
 
+    >>> import numpy as np
     >>> split_counts(np.array(["train", "train", "", "test"]))
     'train 2, test 1, not dealt 1'
     """
