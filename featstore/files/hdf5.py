@@ -74,8 +74,11 @@ def own_dataset(hdf5: Any, name: str) -> Any:
     path = ""
     for part in name.strip("/").split("/"):
         path = f"{path}/{part}"
-        if isinstance(hdf5.get(path, getlink=True), h5py.ExternalLink):
+        link = hdf5.get(path, getlink=True)
+        if isinstance(link, h5py.ExternalLink):
             raise ValueError(f"{path} is a link into another file")
+        if isinstance(link, h5py.SoftLink):  # it may lead to a link into another file
+            raise ValueError(f"{path} is a soft link to {link.path}, which may lead anywhere")
     dataset = hdf5[name]
     if not isinstance(dataset, h5py.Dataset):
         raise ValueError(f"/{name} is not a dataset")

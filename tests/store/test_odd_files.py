@@ -153,6 +153,7 @@ def shards(tmp_path: Path) -> Path:
         file.create_virtual_dataset("features", layout)
         file["id"] = np.array([name.encode() for name in map(str, range(8))])
         file["linked"] = h5py.ExternalLink(str(tmp_path / "shard0.h5"), "features")
+        file["led"] = h5py.SoftLink("/linked")
         file.create_dataset("secret", (64,), np.uint8, external=[(str(tmp_path / "shard0.h5"), 0, 64)])
     return tmp_path / "joined.h5"
 
@@ -163,6 +164,7 @@ def shards(tmp_path: Path) -> Path:
         ("features", "/features is a virtual dataset"),
         ("secret", "/secret has its values in other files"),
         ("linked", "/linked is a link into another file"),
+        ("led", "/led is a soft link to /linked"),
     ],
 )
 def test_values_that_lie_in_other_files_are_not_imported(shards: Path, dataset: str, words: str) -> None:
