@@ -18,6 +18,7 @@ from featstore.cli.flags import (
     OutputFlags,
     RunFlags,
     StoreOption,
+    TrustOption,
     ViewFlags,
     load_model,
     open_store,
@@ -204,6 +205,7 @@ def backbones(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME|FILE.py:FN|RUN_DIR]", help="One backbone, to see its cuts.")
     ] = None,
+    trust_code: TrustOption = False,
 ) -> None:
     """List backbones and their weights; of one, its cuts."""
     from featstore.models.backbones import backbone_names, outline, weight_names
@@ -216,7 +218,7 @@ def backbones(
             show(table([{"name": each["name"], "weights": ", ".join(each["weights"])} for each in known]))
             tell("DEFAULT stands for the first of the weights. The cuts of one: featstore backbones NAME")
         return
-    model = outline(name) if name in backbone_names() else load_model(name, None)
+    model = outline(name) if name in backbone_names() else load_model(name, None, trust_code=trust_code)
     facts = _cut_facts(model)
     if output.json:
         show_json(facts)

@@ -18,7 +18,6 @@ from featstore.cli.flags import (
     OutputFlags,
     StoreOption,
     ViewFlags,
-    load_model,
     open_store,
     spread,
 )
@@ -67,7 +66,7 @@ def adopt_set(
     filed = open_store(store)
     cut = sample.cut or str(filed.set(key).facts["cut"])
     given = images.given(held_out_classes=True)
-    staged = load_model(model.backbone, model.weights, [cut])
+    staged = model.model([cut], trust_code=how.trust_code)
     tell_all(staged.notes)
     report = adopt(
         filed,

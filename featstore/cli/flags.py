@@ -299,9 +299,14 @@ class AugmentFlags:
         return Augment(self.augment, parse_seeds_or_fresh(self.seeds))
 
 
+TrustOption = Annotated[
+    bool, typer.Option("--trust-code", help="Let a saved run of somebody else's run the file its model is made in.")
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComputeFlags:
-    """What the work is done with; no value depends on it."""
+    """What the work is done with, and whose code may run; no value depends on it."""
 
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:1", help="auto: the first GPU, else the CPU.")] = (
         "auto"
@@ -315,6 +320,7 @@ class ComputeFlags:
             show_default="one a processor, up to 8",
         ),
     ] = None
+    trust_code: TrustOption = False
 
     def __post_init__(self) -> None:
         if self.device in ("auto", "cpu"):  # always there: what is wrong with other flags is said without torch
@@ -334,11 +340,6 @@ class RunFlags(ComputeFlags):
             metavar="|".join(ON_ERROR), help="An image that can't be read: stop, or leave it out and report it."
         ),
     ] = "raise"
-
-    trust_code: Annotated[
-        bool,
-        typer.Option("--trust-code", help="Let a saved run of somebody else's run the file its model is made in."),
-    ] = False
 
     def __post_init__(self) -> None:
         one_of("--on-error", self.on_error, ON_ERROR)
@@ -417,7 +418,7 @@ def load_model(
         if source in backbone_names():
             skeleton = outline(source)
         elif names and weights is not None:
-            skeleton = backbone(source)
+            skeleton = backbone(source, trust_code=trust_code)
         else:
             return backbone(source, weights, weights_prefix=weights_prefix, trust_code=trust_code)
         deepest = max(names, key=skeleton.index, default=None)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.programs import BACKBONE, Run, photographs, runner
 
-from featstore import FeatureStoreError, ImageSet, backbone
+from featstore import FeatureStore, FeatureStoreError, ImageSet, backbone
 from featstore.models import own_file, trust
 from training import Learner, train_head
 
@@ -69,6 +69,26 @@ def test_a_run_of_somebody_else_runs_no_code_until_it_is_trusted(
     assert run("featstore-train", "predict", "--model", str(theirs), photo, "--trust-code").code == 0
     assert has_run(theirs)
     assert run("featstore-train", "predict", "--model", str(theirs), photo).code == 0  # it is remembered
+
+
+@pytest.mark.parametrize("command", ["backbones", "adopt", "status"])
+def test_the_flag_that_a_refusal_names_is_one_of_the_same_command(
+    command: str, theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Run = runner(capsys)
+    data = ["--images", str(tmp_path / "photos"), "--store", str(tmp_path / "f"), "--size", "32"]
+    model = ["--backbone", str(theirs), "--weights", str(theirs / "model.safetensors")]
+    made = ["--backbone", str(theirs.parent / "net.py:make_model"), "--cut", "pool"]
+    assert run("featstore", "extract", *data, *made).code == 0
+    (key,) = {each.key for each in FeatureStore(tmp_path / "f").sets()}
+    shutil.rmtree(tmp_path / "state")
+    (theirs.parent / "ran").unlink()
+    flags = {"backbones": [str(theirs)], "adopt": [key, *data, *model], "status": [*data, *model, "--cut", "pool"]}
+    refused = run("featstore", command, *flags[command])
+    assert "--trust-code" in refused.err
+    assert not has_run(theirs)
+    run("featstore", command, *flags[command], "--trust-code")
+    assert has_run(theirs)
 
 
 def test_a_run_of_ones_own_is_loaded_unasked(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
