@@ -1,6 +1,7 @@
 """One thread, unless the caller says otherwise; tests marked `cuda` are skipped where there is no GPU."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -23,6 +24,14 @@ def processes() -> Iterator[Processes]:
     """Runs programs in a process of their own, of which all tests together wait for one interpreter."""
     with Processes() as running:
         yield running
+
+
+@pytest.fixture
+def heeds_hang_up() -> Iterator[None]:
+    """SIGHUP as a terminal gives it; below `nohup` it is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
