@@ -87,7 +87,7 @@ def decode(
     if header.decoder == TORCHVISION:
         with memory.taken(_bytes_needed(header.format, header.width * header.height), header.format):
             pixels, orientation = _by_torchvision(data), _orientation(header.exif)
-        doubt = _jpeg_doubt(data, header, pixels)
+            doubt = _jpeg_doubt(data, header, pixels)
     else:
         pixels, orientation, doubt = _by_pillow(data, header, memory)
     return Decoded(_channels_first(_turned(pixels, orientation) if apply_exif else pixels), header.decoder, doubt)
@@ -371,9 +371,9 @@ def _failure(format_name: str, error: Exception) -> str:
 
 def _range_doubt(largest: int) -> str | None:
     """What is said of 16-bit values that leave the upper bits unused, and so come out nearly black."""
-    if largest >= 1 << 14:
+    if largest == 0 or largest >= 1 << 14:
         return None
-    bits = max(largest.bit_length(), 1)
+    bits = largest.bit_length()
     return (
         f"its 16-bit values reach {largest:,} of 65,535, as if they had {bits} bits, so that it comes out nearly "
         f"black; scale the values up (times {1 << (16 - bits)}) or save them as 8 bits"
@@ -422,13 +422,19 @@ def _ends_flat(pixels: NDArray[np.uint8]) -> bool:
 def _ends_early(data: bytes, pixels: NDArray[np.uint8]) -> bool:
     """Whether a JPEG of one scan lacks data: without its end marker the decoder then waits and leaves rows unwritten.
 
-    `data` is without it; what the decoder reads ahead are the bytes put in its place.
+    `data` is without it; what the decoder reads ahead are the bytes put in its place. Pillow refuses metadata that
+    libjpeg passes over, and then has nothing to say about the rows.
     """
-    with JpegImageFile(io.BytesIO(data + bytes(64))) as image:
-        with suppress(OSError):  # it is truncated, as we know
-            image.load()
-        image.tile = []  # what is there is all that there will be
-        shown = np.asarray(image.convert("RGB"))
+    try:
+        with JpegImageFile(io.BytesIO(data + bytes(64))) as image:
+            with suppress(OSError):  # it is truncated, as we know
+                image.load()
+            image.tile = []  # what is there is all that there will be
+            shown = np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception:  # of any kind: SyntaxError, struct.error, ...
+        return False
     return not shown[-1].any() and bool(pixels[-1].any())
 
 

@@ -369,7 +369,7 @@ class ImageSet:
                     "strip, or leave it out."
                 )
             moved = FolderSource(root=os.path.abspath(root), strip=strip)
-            origin = {**origin, "strip": strip} if origin.get("constructor") == "from_csv" else {}
+            origin = {}  # the flag --strip would change ids too, and with them the split
         # The files are others, so what was hashed tells nothing; a store's digests come with facts to compare.
         memo = Memo(KnownDigests.of(self.source.known))
         return replace(self, source=moved, origin=origin, _memo=memo)

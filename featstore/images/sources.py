@@ -130,7 +130,7 @@ class FolderSource:
 
     def moved(self, root: str) -> FolderSource:
         """The files of the same paths below `root`; those with an absolute path of their own stay."""
-        return FolderSource(root=root)
+        return FolderSource(root=root, strip=self.strip)
 
     def _look(self, image: str) -> bytes:
         try:

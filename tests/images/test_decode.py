@@ -18,6 +18,7 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from sklearn.datasets import load_sample_images
 from support.processes import Processes
 
@@ -525,6 +526,17 @@ def test_what_follows_the_end_of_a_jpeg_neither_makes_it_doubtful_nor_hides_that
         assert "ends before its last rows" in str(decode(early).doubt)
 
 
+def test_metadata_that_pillow_alone_refuses_leaves_a_photograph_without_doubt() -> None:
+    pixels = load_sample_images().images[0].copy()
+    pixels[300:] = 255
+    data = encoded(pixels, "JPEG")
+    profile = b"ICC_PROFILE\0"
+    odd = data[:2] + b"\xff\xe2" + (len(profile) + 2).to_bytes(2, "big") + profile + data[2:]
+    with pytest.raises(SyntaxError):
+        JpegImageFile(io.BytesIO(odd))
+    assert decode(odd).doubt is None
+
+
 @pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}])
 @pytest.mark.parametrize("bottom", [0, 128, 255])
 def test_a_photograph_that_ends_in_one_colour_or_is_of_one_is_not_doubted(options: dict[str, Any], bottom: int) -> None:
@@ -535,13 +547,13 @@ def test_a_photograph_that_ends_in_one_colour_or_is_of_one_is_not_doubted(option
 
 
 @pytest.mark.parametrize(
-    ("largest", "words"), [(4095, "12 bits.*times 16"), (1023, "10 bits.*times 64"), (40000, None)]
+    ("largest", "words"), [(4095, "12 bits.*times 16"), (1023, "10 bits.*times 64"), (40000, None), (0, None)]
 )
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_values_of_16_bits_that_leave_the_upper_ones_unused_are_doubted(
     largest: int, words: str | None, form: str
 ) -> None:
-    values = np.random.default_rng(0).integers(0, largest, (32, 32)).astype(np.uint16)
+    values = np.random.default_rng(0).integers(0, largest, (32, 32), endpoint=True).astype(np.uint16)
     values[0, 0] = largest
     doubt = decode(encoded(values, form)).doubt
     assert doubt is None if words is None else re.search(words, str(doubt))

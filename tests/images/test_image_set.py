@@ -277,8 +277,11 @@ class TestReading:
         assert (moved.ids, moved.absent()) == (images.ids, [])
         assert [moved.read(0), moved.read(1)] == [image_bytes(0), image_bytes(1)]
         assert len(moved.digests()) == 2
+        assert not moved.origin  # flags with --strip would make other ids
         with pytest.raises(ValueError, match=r"no path of t begins with /data/new \(the first is /data/old"):
             images.with_root(tmp_path / "now", strip="/data/new")
+        (tmp_path / "now").rename(tmp_path / "newer")
+        assert moved.with_root(tmp_path / "newer").absent() == []
 
     def test_another_root_finds_moved_images(self, tmp_path: Path) -> None:
         images = ImageSet.from_folder(fill(tmp_path / "old", "a/1.png", "a/2.png"))
