@@ -283,7 +283,7 @@ def _opened_hdf5(path: Path, dataset: str | None, id_dataset: str | None) -> Ite
         return
     with opened_hdf5(path) as file:
         features = _member(file, dataset or FEATURES, path, "--dataset")
-        name = id_dataset or next((name for name in ID_DATASETS if name in file), None)
+        name = id_dataset or next((name for name in ID_DATASETS if name in set(file)), None)
         ids = None if name is None else _texts(_member(file, name, path, "--id-dataset")[()])
         rows = _rows_of_array(features)
         yield FeatureFile(rows=replace(rows, read=partial(_read_dataset, path, rows.read)), ids=ids)
@@ -299,13 +299,13 @@ def _read_dataset(path: Path, read: Callable[[int, int], Tensor], start: int, st
 
 
 def _member(file: Any, name: str, path: Path, flag: str) -> Any:
-    if name not in file or not hasattr(file[name], "dtype"):
+    try:
+        return own_dataset(file, name)
+    except KeyError as error:
         raise ValueError(
             f"{path} has no dataset {name!r}; at its top are {', '.join(sorted(file)) or 'none'}. Expected one. Name "
             f"it with {flag}."
-        )
-    try:
-        return own_dataset(file, name)
+        ) from error
     except ValueError as error:
         raise ValueError(
             f"{path} can't be imported: {error}. Expected values in the file itself. Copy them into one, where all "
@@ -466,27 +466,32 @@ def _texts(values: Any) -> tuple[str, ...]:
 def _id_table(file: Path, text: str, column: str | None) -> IdTable:
     separator = "\t" if file.suffix.lower() == ".tsv" else ","
     try:
-        reader = csv.DictReader(
-            io.StringIO(text, newline=""), delimiter=separator, restval="", strict=True, skipinitialspace=True
-        )
-        columns, rows = tuple(reader.fieldnames or ()), list(reader)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
+        columns, *cells = [tuple(line) for line in lines if line] or [()]
     except csv.Error as error:
         raise ValueError(
             f"{file} can't be understood ({error}). Expected rows of cells separated by {separator!r}. Correct it."
         ) from error
+    for number, row in enumerate(cells, 1):
+        if len(row) != len(columns):
+            raise ValueError(
+                f"{file} has {len(row)} cells in its row {number:,} and {len(columns)} in its header. Expected as many "
+                f"cells. Quote those that hold {separator!r}."
+            )
+    rows = [dict(zip(columns, row, strict=True)) for row in cells]
     chosen = column or next((name for name in ID_COLUMNS if name in columns), None)
     if chosen is None or chosen not in columns:
         raise ValueError(
             f"{file} has no column {chosen or ' or '.join(ID_COLUMNS)}; it has {', '.join(columns) or 'none'}. "
             "Expected one with the id of each row of features. Name it with --path-column."
         )
-    lines = _lines_by_row([row["row"] for row in rows], file) if "row" in columns else range(len(rows))
-    ordered = [rows[line] for line in lines]
+    places = _lines_by_row([row["row"] for row in rows], file) if "row" in columns else range(len(rows))
+    ordered = [rows[place] for place in places]
     return IdTable(
         ids=tuple(row[chosen] for row in ordered),
         digests=_digests([row["digest"] for row in ordered], file) if "digest" in columns else None,
         columns=columns,
-        lines=tuple(lines),
+        lines=tuple(places),
     )
 
 

@@ -68,8 +68,8 @@ def own_dataset(hdf5: Any, name: str) -> Any:
     zeros, or ends the interpreter), and external ones, which may be any file of this machine.
 
     Raises:
-        KeyError: if there is none.
-        ValueError: if it is no dataset, or one of those.
+        KeyError: if there is none, or it is no dataset.
+        ValueError: if it is one of those.
     """
     path = ""
     for part in name.strip("/").split("/"):
@@ -81,7 +81,7 @@ def own_dataset(hdf5: Any, name: str) -> Any:
             raise ValueError(f"{path} is a soft link to {link.path}, which may lead anywhere")
     dataset = hdf5[name]
     if not isinstance(dataset, h5py.Dataset):
-        raise ValueError(f"/{name} is not a dataset")
+        raise KeyError(f"/{name} is not a dataset")
     if dataset.is_virtual:
         raise ValueError(f"/{name} is a virtual dataset, which is put together from other files")
     if dataset.external:

@@ -155,6 +155,8 @@ def test_ids_are_a_column_of_a_table(tmp_path: Path, name: str, text: str, colum
         ("id\n", "holds no ids"),
         ("", "has no column id or path; it has none"),
         ("row,id\n0,a\n2,b\n", r"a column row that isn't 0 to 1 in some order"),
+        ("id,label\nb,c\ncat/1,2.jpg,cat\n", r"3 cells in its row 2 and 2 in its header.*Quote those that hold ','"),
+        ("id,label\na\n", "1 cells in its row 1"),
         ("id,digest\na,xy\n", r"has the digest 'xy'. Expected the SHA-256"),
         ('id\n"a\n', "can't be understood"),
     ],
