@@ -270,7 +270,8 @@ def _along(call: _Call) -> Status:
     dims = _dims(next(call.arguments[name] for name in names if name in call.arguments), call.main.ndim)
     if call.name == "roll" and call.arguments["shifts"] in (0, [0]):
         return rows
-    return _MIXES if rows.dim in dims else rows
+    is_inside = call.name == "renorm"  # each slice along its dimension is measured over all others
+    return rows if (rows.dim in dims) == is_inside else _MIXES
 
 
 def _last(count: int) -> Rule:
