@@ -206,7 +206,9 @@ class ModelFlags:
     ] = None
     weights_prefix: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="What tensors' names begin with in a file of several networks: teacher."),
+        typer.Option(
+            metavar="TEXT", help="What tensors' names begin with in a file of several networks, such as teacher."
+        ),
     ] = None
 
     def model(self, cuts: Sequence[str] = (), *, trust_code: bool = False) -> StagedModel:

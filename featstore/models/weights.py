@@ -219,6 +219,8 @@ def _stripped(
     fits = {prefix: sum(prefix + name in tensors for name in names) for prefix in prefixes}
     most = max(fits.values())
     if chosen is not None:
+        if any(name.startswith(f"{chosen}.") for name in tensors):
+            chosen = f"{chosen}."
         if not any(name.startswith(chosen) for name in tensors):
             raise WeightsError(
                 f"No tensor in {file} has a name that starts with {chosen!r}. Expected one of the prefixes that are "

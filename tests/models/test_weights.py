@@ -301,6 +301,7 @@ def test_of_a_teacher_and_its_student_nobody_chooses_but_the_user(tmp_path: Path
     with pytest.raises(WeightsError, match=r"under 'teacher\.', 'student\.module\.', .* --weights-prefix teacher\."):
         fitted(tensors)
     assert same(fitted(tensors, prefix="teacher.").tensors, full())
+    assert same(fitted(tensors, prefix="teacher").tensors, full())
     assert same(fitted(tensors, prefix="student.module.").tensors, student)
     with pytest.raises(WeightsError, match=r"starts with 'teach\.ers'.*teacher\., student\.module\."):
         fitted(tensors, prefix="teach.ers")
