@@ -144,7 +144,7 @@ def head(
     from training.recipes import train_head  # torch: what was asked for is understood by now
 
     try:
-        staged = model.model([each for each in (cut, freeze_to) if each is not None], trust_code=how.trust_code)
+        staged = model.model(_cuts(cut, freeze_to), trust_code=how.trust_code)
     except ValueError:
         _refuse_imported(model.backbone, feature_store)
         raise
@@ -207,8 +207,10 @@ def finetune_command(
     """Train a model from images, or from features up to where it is frozen."""
     if (start is None) == (backbone is None):
         raise ValueError("Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head.")
-    if start is not None and (weights is not None or cut is not None):
-        raise ValueError("--weights and --cut belong to --backbone; a run brings its own weights and its head.")
+    if start is not None and (weights, weights_prefix, cut) != (None, None, None):
+        raise ValueError(
+            "--weights, --weights-prefix and --cut belong to --backbone; a run brings its own weights and its head."
+        )
     rate = _learning_rate(lr)
     from training.recipes import finetune  # torch: what was asked for is understood by now
 
@@ -219,7 +221,7 @@ def finetune_command(
         source = load_model(
             backbone,
             weights,
-            [each for each in (cut, freeze_to) if each is not None],
+            _cuts(cut, freeze_to),
             weights_prefix=weights_prefix,
             trust_code=how.trust_code,
         )
@@ -346,6 +348,11 @@ def _refuse_imported(name: str, store: FeatureStore) -> None:
             "them isn't here. Expected a backbone. Train on them from Python: "
             f'Learner(store.model("{keys[0]}"), ImageSet.from_store(store, NAME), store, head="linear")'
         )
+
+
+def _cuts(cut: str | None, freeze_to: str | None) -> list[str]:
+    """Up to where weights must fit: without `cut` the head sits at the default one, wherever the freeze point is."""
+    return [] if cut is None else [cut, *([] if freeze_to is None else [freeze_to])]
 
 
 def _for_run(run: str | None, flags: ImageFlags, given: GivenImages) -> GivenImages:

@@ -56,7 +56,7 @@ class History:
         self.records += later.records
         self.losses += later.losses
         mine, others = (
-            record.get("valid_loss", math.inf)
+            math.inf if math.isnan(loss := record.get("valid_loss", math.inf)) else loss
             for record in (self.records[self.best_epoch], self.records[start + later.best_epoch])
         )
         if not start or not mine < others:
@@ -115,8 +115,6 @@ def run_epochs(
         FloatingPointError: when the loss is no longer finite.
         FeatureStoreError: when not one image of an epoch could be read.
     """
-    if keep not in ("last", "best"):
-        raise ValueError(f"keep is {keep!r}; expected last or best.")
     history = History()
     best: dict[str, Tensor] | None = None
     lowest = math.inf

@@ -279,6 +279,11 @@ class Learner:
         """
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}; expected at least 1.")
+        if keep not in ("last", "best"):
+            raise ValueError(f"keep is {keep!r}; expected last or best.")
+        schedules.check(schedule)
+        if lr is not None:  # what is wrong with it is said before anything is computed
+            optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
         situation, inputs = self._ready()
         assert inputs.train is not None
         train = self._training_batches(inputs.train, situation)
@@ -290,11 +295,11 @@ class Learner:
             self._say(f"learning rate {lr:g}, the finder's suggestion (to use it again: --lr {lr:g})")
             if found.note is not None:
                 self._say(found.note)
-        self.read_from, self._trained_on = inputs.train.kind, str(inputs)
-        self._seen = self._split(situation).over(self._seen)  # before the first step: a fit may be interrupted
         optimizer = optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         scheduler = schedules.build(schedule, optimizer, rates, epochs * len(train))
+        self.read_from, self._trained_on = inputs.train.kind, str(inputs)
+        self._seen = self._split(situation).over(self._seen)  # before the first step: a fit may be interrupted
 
         def told(record: Record) -> None:
             self._say(record_line(record))

@@ -27,6 +27,16 @@ class Schedule(Protocol):
         """
 
 
+def check(name: str) -> None:
+    """Checks that there is a schedule `name`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"The schedule {name!r} is unknown; pass one of {', '.join(SCHEDULES)}.")
+
+
 def build(name: str, optimizer: Optimizer, max_lrs: Sequence[float], total_steps: int) -> LRScheduler:
     """The schedule `name` over `total_steps` steps of `optimizer`, whose learning rates it sets for the first step.
 
@@ -39,8 +49,7 @@ def build(name: str, optimizer: Optimizer, max_lrs: Sequence[float], total_steps
     Raises:
         ValueError: for an unknown name, another number of rates than groups, or no steps.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"The schedule {name!r} is unknown; pass one of {', '.join(SCHEDULES)}.")
+    check(name)
     num_groups = len(optimizer.param_groups)
     if len(max_lrs) != num_groups:
         raise ValueError(

@@ -146,12 +146,16 @@ class PastSplit:
 
 
 def present_split(images: ImageSet, digests: Digests, past: PastSplit | None) -> PastSplit:
-    """What `images` as they are dealt now train and hold out; a rule that they don't bring is that of `past`."""
+    """What `images` as they are dealt now train and hold out; a rule that they don't bring is that of `past`.
+
+    Where nothing was dealt all images train, and so will new ones.
+    """
     rule = images.origin.get("split") or {}
+    valid = DEFAULT_VALID if (images.splits != "").any() else 0.0
     return PastSplit.of(
         images,
         digests,
-        valid=rule.get("valid", past.valid if past else DEFAULT_VALID),
+        valid=rule.get("valid", past.valid if past else valid),
         seed=rule.get("seed", past.seed if past else DEFAULT_SPLIT_SEED),
     )
 

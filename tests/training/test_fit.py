@@ -385,3 +385,21 @@ def test_without_validation_the_last_epoch_counts_as_the_best() -> None:
     for _ in range(2):
         history.extend(History(records=[{"epoch": 1.0}, {"epoch": 2.0}], best_epoch=1))
     assert history.best_epoch == 3
+
+
+def test_a_later_fit_without_a_loss_is_not_the_best() -> None:
+    history = History(records=[{"epoch": 1, "valid_loss": 0.5}], best_epoch=0)
+    history.extend(History(records=[{"epoch": 2, "valid_loss": math.nan}], best_epoch=0))
+    assert history.best == {"epoch": 1, "valid_loss": 0.5}
+
+
+def test_a_fit_refused_for_its_arguments_has_trained_on_nothing(stored: tuple[ImageSet, FeatureStore]) -> None:
+    images, store = stored
+    learn = learner(images, store)
+    wrongs: list[dict[str, Any]] = [{"lr": (1e-3,) * 5}, {"schedule": "cycle"}, {"keep": "worst"}]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=r"lr has 5|schedule|keep"):
+            learn.fit(1, **{"lr": 1e-2, **wrong})
+    assert learn.read_from is None
+    learn.images = images.with_splits(np.roll(images.splits, VALID))
+    learn.fit(1, lr=1e-2)

@@ -369,6 +369,18 @@ def test_with_skip_what_can_not_be_read_is_left_out_live_and_stored(tmp_path: Pa
     assert [name for name in images.ids if name not in cached.scored(images)[0]] == ["dog/1.jpg"]
 
 
+def test_with_skip_an_image_that_is_gone_keeps_no_other_from_its_score(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", 10)
+    images = ImageSet.from_folder(folder).split(valid=0.4)
+    gone, *others = images.valid.ids
+    (folder / gone).unlink()
+    store = FeatureStore(tmp_path / "features")
+    learn = Learner(staged(), images, store, head="linear", quiet=True, on_error="skip", on_missing="images")
+    learn.fit(1, lr=1e-2)
+    assert learn.evaluate("valid")["images"] == len(others)
+    assert list(learn.scored(images.valid)[0]) == others
+
+
 def test_a_fit_hashes_the_model_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.extract("layer2")
     learn = world.learner()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.processes import AS_A_MODULE, Processes
 from support.programs import Ran, Run, photographs, runner, workplace
@@ -183,6 +184,22 @@ def test_one_image_a_class_trains_without_validation(run: Run, here: Path) -> No
     assert re.fullmatch(r"train loss [\d.e+-]+, no validation images - runs/other\n", ran.out)
 
 
+def test_images_that_come_to_a_run_that_held_nothing_out_are_trained_on(run: Run, here: Path) -> None:
+    assert head(run, "--valid", "0").code == 0
+    photographs(here / "photos", count=20, first=20)
+    ran = run("featstore-train", *tune_flags("--json"))
+    assert (ran.code, ran.json["valid"]) == (0, None)
+
+
+def test_a_freeze_point_doesnt_say_where_the_head_sits(run: Run, here: Path) -> None:
+    whole = backbone("tiny.py:make_model").tensors()
+    torch.save({name: value for name, value in whole.items() if name.startswith(("conv1", "bn1"))}, "part.pth")
+    for more in ([], ["--freeze-to", "conv1"]):
+        ran = head(run, "--weights", "part.pth", *more)
+        assert ran.code == 1
+        assert "conv2" in ran.last_words
+
+
 def test_without_labels_there_is_nothing_to_train_on(run: Run, here: Path) -> None:
     (here / "flat").mkdir()
     for place, path in enumerate(sorted(here.glob("photos/*/*.jpg"))[:4]):
@@ -306,7 +323,11 @@ def test_a_command_at_the_end_of_a_message_is_pasted_to_the_end_of_the_line(run:
         ([], "Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head."),
         (
             ["--from", "runs/head", "--cut", "conv2"],
-            "--weights and --cut belong to --backbone; a run brings its own weights and its head.",
+            "--weights, --weights-prefix and --cut belong to --backbone; a run brings its own weights and its head.",
+        ),
+        (
+            ["--from", "runs/head", "--weights-prefix", "teacher."],
+            "--weights, --weights-prefix and --cut belong to --backbone; a run brings its own weights and its head.",
         ),
         (
             ["--from", "runs/head", "--size", "48"],

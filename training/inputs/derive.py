@@ -256,7 +256,10 @@ def find_to_score(situation: Situation, images: ImageSet, *, say: Callable[[str]
     Raises:
         FeatureStoreError: if they can't be had.
     """
-    is_readable = not situation.model.is_absent and not images.absent(1)
+    absent = images.absent(None if situation.on_error == "skip" else 1)
+    is_readable = not situation.model.is_absent and (
+        not absent or (situation.on_error == "skip" and len(absent) < len(images))
+    )
     situation = replace(situation, on_missing="images" if is_readable else "error")
     try:
         return situation, find(situation, images, None)
