@@ -139,6 +139,9 @@ SURFACE: dict[str, str] = {
     "words": "printable size_text",
 }
 
+IMPORT_BY_VARIABLE = {"featstore.__init__", "training.__init__", "featstore.exchange.export"}
+"""The fronts import what is asked of them, and an export the library that its format needs."""
+
 SAYS_NOTHING = {"utils", "util", "helpers", "manager", "base", "misc", "common"}
 
 
@@ -206,8 +209,18 @@ def names_used(module: str, source: str) -> Iterator[tuple[int, str]]:
             root, _, rest = ast.unparse(node).partition(".")
             if root in bound:
                 yield node.lineno, f"{bound[root]}.{rest}"
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from ((node.lineno, str(name.value)) for name in node.args[:1] if isinstance(name, ast.Constant))
+        elif isinstance(node, ast.Call) and _imports(ast.unparse(node.func), bound):
+            literals = [each.value for each in node.args if isinstance(each, ast.Constant)]
+            if len(node.args) == len(literals) == 1 and not node.keywords and not str(literals[0]).startswith("."):
+                yield node.lineno, str(literals[0])
+            elif module not in IMPORT_BY_VARIABLE:
+                yield node.lineno, f"{module.partition('.')[0]}.{ast.unparse(node)}"
+
+
+def _imports(called: str, bound: Mapping[str, str]) -> bool:
+    """Whether what is called imports a module by its name."""
+    root, dot, rest = called.partition(".")
+    return f"{bound.get(root, root)}{dot}{rest}" in {"importlib.import_module", "importlib.__import__", "__import__"}
 
 
 def origin(module: str, node: ast.ImportFrom) -> str:
@@ -300,7 +313,20 @@ def test_a_room_says_what_it_is_for_and_hides_no_module(page: str) -> None:
             "featstore.store.store.FeatureStore",
         ),
         ("featstore.images.views", "if TYPE_CHECKING:\n    import featstore.store.store", "featstore.store.store"),
-        ("featstore.images.views", "importlib.import_module('featstore.store.store')", "featstore.store.store"),
+        (
+            "featstore.images.views",
+            "import importlib\nimportlib.import_module('featstore.store.store')",
+            "featstore.store",
+        ),
+        ("featstore.images.views", "__import__('featstore.store.store')", "featstore.store.store"),
+        (
+            "featstore.images.views",
+            "from importlib import import_module as load\nload('featstore.store.store')",
+            "feat",
+        ),
+        ("featstore.images.views", "import importlib\nimportlib.import_module(name='featstore.store')", "featstore."),
+        ("featstore.images.views", "from importlib import import_module as load\nload('.store', 'featstore')", "feat"),
+        ("featstore.images.views", "from importlib import import_module as load\nload(NAME)", "featstore.load(NAME)"),
         ("featstore.extraction.extract", "import featstore\nfeatstore.cli.app.main()", "featstore.cli.app.main"),
         ("training.heads", "from training.learner import Learner", "training.learner.Learner"),
         ("training.heads", "from featstore.models.staged import _listed", "featstore.models.staged._listed"),
