@@ -303,6 +303,7 @@ def _write_parquet(targets: tuple[Path, ...], rows: _Rows) -> _Written:
         if is_single
         else pa.array([label.split("\0") if label else [] for label in labels], pa.list_(pa.string())),
         "digest": pa.array([row.tobytes() for row in rows.digests], pa.binary(32)),
+        **({} if rows.images.groups is None else {"group": pa.array(map(_shown, rows.images.groups), pa.string())}),
     }
     described = {"facts": canonical_json(rows.facts), "shape": json.dumps(rows.features.shape[1:])}
     fields = [(name, column.type) for name, column in columns.items()]

@@ -187,6 +187,8 @@ def test_safetensors_holds_digests_targets_and_everything_else_as_json_texts(
 
 
 def test_several_labels_of_an_image_stand_in_one_cell(tmp_path: Path, store: FeatureStore) -> None:
+    import pyarrow.parquet as pq
+
     images = ImageSet.from_arrays(pixels(3), [["a", "b|c"], [], ["d"]], task="multi", groups=["p", "p", "q"])
     key = filed(images, store)
     report = export(store, key, tmp_path / "out.npy", images=images)
@@ -207,6 +209,8 @@ def test_classes_that_leave_no_separator_are_refused(tmp_path: Path, store: Feat
     with pytest.raises(ValueError, match=r"contain \|, ;, / and tabs.*Export as \.h5"):
         export(store, filed(images, store), tmp_path / "out.npy", images=images)
     assert not list(tmp_path.glob("*out*"))
+    export(store, key, tmp_path / "out.parquet", images=images)
+    assert pq.read_table(tmp_path / "out.parquet")["group"].to_pylist() == ["p", "p", "q"]
 
 
 def test_unlabelled_images_are_exported_without_targets(tmp_path: Path, store: FeatureStore) -> None:
@@ -246,6 +250,7 @@ def test_parquet_holds_ids_labels_and_lists_of_fixed_size(
     assert read["split"].to_pylist() == images.splits.tolist()
     assert read["label"].to_pylist() == [image.partition("/")[0] for image in images.ids]
     assert read["digest"].to_pylist() == [row.tobytes() for row in images.digests().values]
+    assert "group" not in read.column_names
     assert read["features"].type.list_size == 8 * 8 * 8
     values = np.array(read["features"].to_pylist(), np.float32).reshape(8, 8, 8, 8)
     np.testing.assert_array_equal(values, store.features(images, key).numpy().astype(np.float32))
