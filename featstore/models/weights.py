@@ -105,7 +105,7 @@ def fitting(
     needed = {name: tensor for stage in stages[:num_needed] for name, tensor in stage.items()}
     behind = {name for stage in stages[num_needed:] for name in stage}
     known = {*needed, *behind, *unused}
-    given, choices = _stripped(tensors, known, file, prefix)
+    given, choices = _stripped(tensors, known, [name for name in needed if not name.endswith(_COUNTER)], file, prefix)
     wrong = [problem for name, tensor in needed.items() if (problem := _problem(name, tensor, given))]
     surplus = [name for name in given if name not in known and not name.endswith(_COUNTER)]
     wrong += [f"{name} is unknown to {model}" for name in surplus if _belongs(name, needed, behind)]
@@ -209,11 +209,12 @@ def _bare_names(content: Mapping[object, object]) -> set[str]:
 
 
 def _stripped(
-    tensors: Mapping[str, Tensor], names: Collection[str], file: Path, chosen: str | None
+    tensors: Mapping[str, Tensor], names: Collection[str], needed: Collection[str], file: Path, chosen: str | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """`tensors` without the prefix that keeps most of their names from fitting, others as they are; and what to say.
+    """`tensors` without the prefix that keeps most of their `names` from fitting, others as they are; and what to say.
 
-    Where several fit as well as one another nothing is chosen: a teacher and its student are two networks.
+    Where several give all that is needed, or fit as well as one another, nothing is chosen: a teacher and its student
+    are two networks, also if one of them has a head.
     """
     prefixes = dict.fromkeys(["", *(prefix for name in tensors for prefix in _prefixes(name))])
     fits = {prefix: sum(prefix + name in tensors for name in names) for prefix in prefixes}
@@ -228,7 +229,8 @@ def _stripped(
                 "--weights-prefix (in Python: weights_prefix=...)."
             )
         return _without(chosen, tensors), []
-    best = [prefix for prefix in prefixes if fits[prefix] == most]
+    whole = [prefix for prefix in prefixes if needed and all(prefix + name in tensors for name in needed)]
+    best = whole or [prefix for prefix in prefixes if fits[prefix] == most]
     if most > 0 and len(best) > 1:
         example = best[0] or best[1]
         raise WeightsError(
@@ -280,6 +282,10 @@ def _problem(name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> str | No
         return f"{name} is {_shape(value)}, expected {_shape(tensor)}"
     if _kind(value) != _kind(tensor) and not name.endswith(_COUNTER):
         return f"{name} holds {_kind(value)} ({_type(value)}), expected {_kind(tensor)} ({_type(tensor)})"
+    if value.isnan().any():
+        return f"{name} holds NaN, expected numbers"
+    if value.dtype != tensor.dtype and not torch.equal(value.isinf(), value.to(tensor.dtype).isinf()):
+        return f"{name} holds values beyond {_type(tensor)}, expected such that it can hold"
     return None
 
 

@@ -305,6 +305,18 @@ def test_of_a_teacher_and_its_student_nobody_chooses_but_the_user(tmp_path: Path
     assert same(fitted(tensors, prefix="student.module.").tensors, student)
     with pytest.raises(WeightsError, match=r"starts with 'teach\.ers'.*teacher\., student\.module\."):
         fitted(tensors, prefix="teach.ers")
+    *_, last = full()  # of the head: one of them has none
+    del tensors[f"teacher.{last}"]
+    with pytest.raises(WeightsError, match=r"under 'teacher\.', 'student\.module\.'"):
+        fitted(tensors)
+
+
+def test_the_network_that_gives_all_that_is_needed_is_taken_though_another_gives_more() -> None:
+    stages = [{name: full()[name]} for name in ("stem.weight", "layer1.0.weight", "fc.weight", "fc.bias")]
+    tensors = {f"teacher.{name}": tensor for stage in stages[1:] for name, tensor in stage.items()}
+    tensors |= {f"student.{name}": tensor for stage in stages[:2] for name, tensor in stage.items()}
+    found = fitting(tensors, stages, num_needed=2, file=Path("dino.pth"), model="net")
+    assert same(found.tensors, stages[0] | stages[1])
 
 
 def test_the_network_that_fits_best_is_said_where_another_nearly_does() -> None:
@@ -326,6 +338,8 @@ def test_the_network_that_fits_best_is_said_where_another_nearly_does() -> None:
         (lambda tensor: tensor > 0, r"holds truth values \(bool\), expected floating-point"),
         (lambda tensor: tensor.to_sparse(), "is sparse, expected plain numbers"),
         (lambda tensor: tensor.to("meta"), r"is without values \(meta\), expected plain numbers"),
+        (lambda tensor: tensor.masked_fill(tensor == tensor.max(), torch.nan), "holds NaN, expected numbers"),
+        (lambda tensor: tensor.double() * 1e300, "holds values beyond float32, expected such that it can hold"),
     ],
 )
 def test_numbers_of_another_kind_are_refused_by_name(odd: Callable[[Tensor], Tensor], words: str) -> None:
@@ -333,6 +347,12 @@ def test_numbers_of_another_kind_are_refused_by_name(odd: Callable[[Tensor], Ten
     name = next(iter(given))
     with pytest.raises(WeightsError, match=rf"{name} {words}"):
         fitted({**given, name: odd(given[name])})
+
+
+def test_an_infinite_number_is_a_mask_and_fits() -> None:
+    name, *_ = full()
+    given = {**full(), name: torch.full_like(full()[name], -torch.inf).double()}
+    assert torch.equal(fitted(given).tensors[name], given[name])
 
 
 def test_half_precision_weights_fit() -> None:
