@@ -244,7 +244,7 @@ def with_statistics(tensors: Mapping[str, Tensor], model: StagedModel) -> Mappin
 def past_split(backbone: StagedModel) -> PastSplit | None:
     """The split of the run that `backbone` comes from, if it comes from one."""
     run = backbone.origin.get("run")
-    return None if run is None else PastSplit.read(Path(run))
+    return None if run is None else PastSplit.read(Path(run), identity=backbone.origin["run_identity"])
 
 
 def no_images(classes: tuple[str, ...], task: Task) -> ImageSet:

@@ -38,9 +38,9 @@ class PastSplit:
     seed: int
 
     @classmethod
-    def read(cls, run: Path) -> PastSplit | None:
-        """The split of the run in `run`; None if it recorded none."""
-        content = read_file(run, FILE)
+    def read(cls, run: Path, *, identity: str | None = None) -> PastSplit | None:
+        """The split of the run in `run`, of that `identity` if one is given; None if it recorded none."""
+        content = read_file(run, FILE, identity=identity)
         if content is None:
             return None
         try:

@@ -145,7 +145,11 @@ def restored(model: StagedModel, run: Run, *, origin: str | None = None) -> Stag
     facts = run.facts["model"]
     made_by = {"architecture": model.origin["architecture"]} if "architecture" in model.origin else {}
     # The model's own name has other weights. The folder is absolute, since the working directory may change.
-    named = {} if origin is None else {"backbone": origin, "run": str(Path(origin).absolute())}
+    named = (
+        {}
+        if origin is None
+        else {"backbone": origin, "run": str(Path(origin).absolute()), "run_identity": run.identity}
+    )
     trunk = model.up_to(facts["cut"]).with_(
         view=View.from_facts(facts["view"]), origin={**named, **made_by}, default_cut=facts["default_cut"]
     )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from featstore.digest import Json, digest_json
 from featstore.errors import DamagedFileError, FeatureStoreError
+from featstore.words import listed
 
 if TYPE_CHECKING:  # whether a run may be written is checked before a program loads torch
     from torch import Tensor
@@ -48,6 +49,11 @@ class Run:
 
     facts: Json
     tensors: dict[str, Tensor]
+
+    @property
+    def identity(self) -> str:
+        """Digest of the facts, which name every tensor's digest: two runs of one folder have two."""
+        return digest_json(self.facts)
 
 
 @contextmanager
@@ -91,12 +97,18 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
         place = located(folder)
         is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
         is_run = (place / FACTS).is_file()
+        strangers = _strangers(place) if is_run and overwrite else []
     if not is_free and not is_run:
         raise FeatureStoreError(f"{folder} exists and is no saved run, so it isn't replaced. Choose another folder.")
     if not is_free and not overwrite:
         raise FeatureStoreError(
             f"{folder} holds a saved run already. Choose another folder, or replace it with --overwrite (in Python: "
             "overwrite=True)."
+        )
+    if strangers:
+        raise FeatureStoreError(
+            f"{folder} holds {listed(strangers)} besides its run, and replacing the run would delete the whole folder. "
+            "Move out what you want to keep and delete the rest, or choose another folder."
         )
     _try_to_write(_target(folder))
 
@@ -138,16 +150,26 @@ def read_run(folder: Path) -> Run:
     return _of_one_run(folder, read)
 
 
-def read_file(folder: Path, name: str) -> bytes | None:
+def read_file(folder: Path, name: str, *, identity: str | None = None) -> bytes | None:
     """The content of another file of a run; None if the run has none of that name.
 
+    Args:
+        folder: of the run.
+        name: of the file.
+        identity: of the run that is meant, where it was read before; default: whatever lies there now.
+
     Raises:
-        FeatureStoreError: as `read_run`.
+        FeatureStoreError: as `read_run`, and if another run lies there by now.
         DamagedFileError: if it isn't what was saved.
     """
 
     def read(place: Path) -> bytes | None:
         facts = _read_facts(place)
+        if identity not in (None, digest_json(facts)):
+            raise FeatureStoreError(
+                f"{folder} holds another run than when the model was loaded from it, so its {name} is about another "
+                "model. Load the model again, or give it a run that stays."
+            )
         path, expected = place / name, facts.get("files", {}).get(name)
         if expected is not None:
             content = _checked(path, expected).read_bytes()
@@ -257,6 +279,25 @@ def _clear(folder: Path) -> None:
                 shutil.rmtree(each, ignore_errors=True)
             finally:
                 os.close(fd)
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What lies in a run's folder and is none of its files."""
+    own = {TENSORS, FACTS, *_REPORTS}
+    with suppress(DamagedFileError):  # a damaged run may be replaced
+        own |= _files_of(_parsed(folder / FACTS))
+    return sorted(
+        name for name in os.listdir(folder) if name not in own and not name.startswith((".DS_Store", ".nfs", "._"))
+    )
+
+
+def _files_of(facts: Mapping[str, Json]) -> set[str]:
+    files = facts.get("files")
+    return set(files) if isinstance(files, dict) else set()
+
+
+_REPORTS = ("split.npz", "history.csv", "metrics.json", "run.json", "valid_predictions.csv")
+"""What runs may hold besides; those of version 1 have no list of it."""
 
 
 def _try_to_write(folder: Path) -> None:

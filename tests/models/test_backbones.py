@@ -238,7 +238,7 @@ def test_a_saved_run_is_a_backbone(tmp_path: Path) -> None:
     again = backbone(str(folder))
     assert again.digest("0") == model.digest("0")
     assert (again.view, again.default_cut, again.cut_points) == (model.view, "0", ["0.conv", "0"])
-    named = {"backbone": str(folder), "run": str(folder.absolute())}
+    named = {"backbone": str(folder), "run": str(folder.absolute()), "run_identity": read_run(folder).identity}
     assert again.origin == {**named, "architecture": model.origin["architecture"]}
     with pytest.raises(ValueError, match=r"is a saved run, which brings its own weights; leave out --weights x.pth"):
         backbone(str(folder), "x.pth")

@@ -101,6 +101,31 @@ def test_a_saved_run_is_not_replaced_unasked_and_other_folders_never(tmp_path: P
         saved(file, overwrite=True)
 
 
+def test_a_run_with_files_of_the_users_own_is_not_replaced(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "head", 1.0)
+    (folder / ".DS_Store").write_text("of the system")
+    saved(folder, 2.0, overwrite=True)
+    (folder / "notes.txt").write_text("what I found")
+    (folder / "plots").mkdir()
+    other = tmp_path / "web"
+    other.mkdir()
+    (other / FACTS).write_text('{"format": "layers-model"}')  # another program's
+    (other / "weights.bin").write_text("")
+    for path in (folder, other):
+        with pytest.raises(FeatureStoreError, match=r"besides its run, .* Move out what you want to keep"):
+            saved(path, 3.0, overwrite=True)
+    assert read_run(folder).tensors["stem.weight"][0, 0] == 2.0
+    assert sorted(os.listdir(folder)) == [FACTS, TENSORS, "notes.txt", "plots"]
+    assert sorted(os.listdir(other)) == [FACTS, "weights.bin"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"files": 3}'])
+def test_a_damaged_run_may_be_replaced(tmp_path: Path, text: str) -> None:
+    folder = saved(tmp_path / "head", 1.0)
+    (folder / FACTS).write_text(text)
+    assert read_run(saved(folder, 2.0, overwrite=True)).tensors["stem.weight"][0, 0] == 2.0
+
+
 def test_an_empty_folder_becomes_the_run(tmp_path: Path) -> None:
     (tmp_path / "head").mkdir()
     read_run(saved(tmp_path / "head"))

@@ -11,7 +11,7 @@ import torch
 from support.tiny import jpeg, photos, pixels
 
 from featstore import DamagedFileError, FeatureStoreError, ImageSet
-from featstore.models.runs import new_run, write_run
+from featstore.models.runs import new_run, read_run, write_run
 from training.class_tables import with_classes
 from training.splits import FILE, PastSplit
 
@@ -51,6 +51,18 @@ def test_a_split_comes_back_as_it_was_recorded(tmp_path: Path, images: ImageSet)
     with new_run(tmp_path / "other") as made:
         write_run(made, {}, {"weight": torch.zeros(1)})
     assert PastSplit.read(tmp_path / "other") is None
+
+
+def test_a_model_never_gets_the_split_of_a_run_that_has_taken_the_place_of_its_own(
+    tmp_path: Path, images: ImageSet
+) -> None:
+    recorded(tmp_path / "run", images)
+    identity = read_run(tmp_path / "run").identity
+    assert PastSplit.read(tmp_path / "run", identity=identity) is not None
+    with new_run(tmp_path / "run", overwrite=True) as made:
+        write_run(made, {}, {"weight": torch.ones(1)})
+    with pytest.raises(FeatureStoreError, match=r"holds another run than .* so its split\.npz is about another model"):
+        PastSplit.read(tmp_path / "run", identity=identity)
 
 
 def test_a_split_follows_images_that_were_renamed_and_moved(tmp_path: Path, images: ImageSet) -> None:
