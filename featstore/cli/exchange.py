@@ -66,6 +66,7 @@ def adopt_set(
     filed = open_store(store)
     cut = sample.cut or str(filed.set(key).facts["cut"])
     given = images.given(held_out_classes=True)
+    tell_all(given.about)  # who is held out makes no difference here
     staged = model.model([cut], trust_code=how.trust_code)
     tell_all(staged.notes)
     report = adopt(
@@ -196,6 +197,8 @@ def import_set(
 
     given = None if foreign.ids is None else read_ids(foreign.ids, _id_column(images))
     known = _imported_images(foreign, images, given)
+    if given is not None and images.images:  # else the table of ids is that of the images
+        tell_all(given.notes)
     if known is not None:
         tell_all(known.notes)
     report = import_file(

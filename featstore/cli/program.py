@@ -82,7 +82,10 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exception(error)
-        tell(_sentence(error, name))
+        if isinstance(error, ImageError):
+            tell(f"{error}. {_IMAGE_REMEDY}{_SKIPPED if _takes(command, arguments, '--on-error') else ''}.")
+        else:
+            tell(_sentence(error, name))
         if isinstance(error, IncompleteError):
             return INCOMPLETE
         return WRONG_USAGE if _is_wrong_usage(error) else FAILED
@@ -199,8 +202,6 @@ def _ended_as_interrupted() -> Iterator[None]:
 def _sentence(error: Exception, name: str) -> str:
     if isinstance(error, _UsageError):
         return _usage_sentence(error, name)
-    if isinstance(error, ImageError):
-        return f"{error}. Repair, remove or bring back the file, or leave such images out with --on-error skip."
     if isinstance(error, FeatureStoreError) and isinstance(error.remedy, Command):
         return f"{error.lead} {error.remedy}"  # a full stop would be pasted along
     if isinstance(error, FeatureStoreError | FloatingPointError) or _is_wrong_usage(error):
@@ -209,6 +210,17 @@ def _sentence(error: Exception, name: str) -> str:
         return f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error)
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+_IMAGE_REMEDY = "Repair, remove or bring back the file"
+_SKIPPED = ", or leave such images out with --on-error skip"
+
+
+def _takes(app: Any, arguments: Sequence[str], flag: str) -> bool:
+    """Whether the command among the arguments has that flag."""
+    commands = getattr(app, "commands", {})  # a program may be a single one
+    command = next((commands[each] for each in arguments if each in commands), app)
+    return any(flag in option.opts for option in command.params)
 
 
 def _usage_sentence(error: Any, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -29,11 +28,13 @@ from featstore.files.hdf5 import opened_hdf5, own_dataset
 from featstore.files.header import is_part
 from featstore.files.part import Part
 from featstore.files.storage_types import STORAGE_TYPES, storage_type_of
+from featstore.images.csv_tables import read_table
 from featstore.images.digests import DigestTable, KnownDigests
 from featstore.images.image_set import ImageSet
 from featstore.images.labels import Task
 from featstore.images.sources import AbsentSource
 from featstore.store.sets import digest_rows
+from featstore.words import counted
 
 FEATURES = "features"
 """What the features are called in a file that can hold several things, if nobody says."""
@@ -101,12 +102,14 @@ class IdTable:
         digests: ``(N, 32)``, the SHA-256 of each image's content, where the table has them.
         columns: of the table; none of a list.
         lines: the line of each id among those below the header, from 0.
+        notes: how the table was read, where that isn't what its ending says.
     """
 
     ids: tuple[str, ...]
     digests: NDArray[np.uint8] | None
     columns: tuple[str, ...]
     lines: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_ids(path: str | os.PathLike[str], column: str | None = None) -> IdTable:
@@ -115,13 +118,15 @@ def read_ids(path: str | os.PathLike[str], column: str | None = None) -> IdTable
     A column ``row`` says which row of the features (from 0) a line is about, so a table that was sorted still fits.
 
     Args:
-        path: of the file, UTF-8.
+        path: of the file, UTF-8; a table is read as `ImageSet.from_csv` reads one.
         column: name of the ids' column.
 
     Raises:
         ValueError: for a file that can't be read, without ids, or whose column ``row`` isn't 0, 1, 2 ... in some order.
     """
     file = Path(path)
+    if file.suffix.lower() in (".csv", ".tsv"):
+        return _id_table(file, column)
     try:
         # Names may contain any end of a line, so none is translated.
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
@@ -130,15 +135,11 @@ def read_ids(path: str | os.PathLike[str], column: str | None = None) -> IdTable
         raise ValueError(
             f"{file} can't be read ({error.strerror}). Expected the ids of the features' rows. Correct the path."
         ) from error
-    if file.suffix.lower() not in (".csv", ".tsv"):
-        # splitlines would break names with rarer characters
-        ids = tuple(line for line in text.replace("\r\n", "\n").split("\n") if line)
-        table = IdTable(ids=ids, digests=None, columns=(), lines=tuple(range(len(ids))))
-    else:
-        table = _id_table(file, text, column)
-    if not table.ids:
+    # splitlines would break names with rarer characters
+    ids = tuple(line for line in text.replace("\r\n", "\n").split("\n") if line)
+    if not ids:
         raise ValueError(f"{file} holds no ids. Expected one for each row of features. Give the file that lists them.")
-    return table
+    return IdTable(ids=ids, digests=None, columns=(), lines=tuple(range(len(ids))))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -441,7 +442,7 @@ def _rows_of_array(array: Any) -> ForeignRows:
         raise _wrong_type(str(array.dtype))
     return ForeignRows(
         num_rows=array.shape[0] if array.shape else 0,
-        shape=tuple(array.shape[1:]),
+        shape=tuple((array.shape or ())[1:]),  # HDF5's empty datasets have none at all
         dtype=dtype,
         read=lambda start, stop: torch.from_numpy(np.array(array[start:stop], dtype=native)),
     )
@@ -463,22 +464,16 @@ def _texts(values: Any) -> tuple[str, ...]:
     )
 
 
-def _id_table(file: Path, text: str, column: str | None) -> IdTable:
-    separator = "\t" if file.suffix.lower() == ".tsv" else ","
-    try:
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
-        columns, *cells = [tuple(line) for line in lines if line] or [()]
-    except csv.Error as error:
-        raise ValueError(
-            f"{file} can't be understood ({error}). Expected rows of cells separated by {separator!r}. Correct it."
-        ) from error
-    for number, row in enumerate(cells, 1):
+def _id_table(file: Path, column: str | None) -> IdTable:
+    ((_, header), *body), notes = read_table(os.fspath(file), column or ID_COLUMNS[0])
+    columns = tuple(cell.strip() for cell in header)
+    for line, row in body:
         if len(row) != len(columns):
             raise ValueError(
-                f"{file} has {len(row)} cells in its row {number:,} and {len(columns)} in its header. Expected as many "
-                f"cells. Quote those that hold {separator!r}."
+                f"line {line} of {file} has {counted(len(row), 'cell')}. Expected {len(columns)}, as the header has. "
+                "Quote cells that contain the separator."
             )
-    rows = [dict(zip(columns, row, strict=True)) for row in cells]
+    rows = [dict(zip(columns, row, strict=True)) for _, row in body]
     chosen = column or next((name for name in ID_COLUMNS if name in columns), None)
     if chosen is None or chosen not in columns:
         raise ValueError(
@@ -492,6 +487,7 @@ def _id_table(file: Path, text: str, column: str | None) -> IdTable:
         digests=_digests([row["digest"] for row in ordered], file) if "digest" in columns else None,
         columns=columns,
         lines=tuple(places),
+        notes=notes,
     )
 
 

@@ -50,6 +50,13 @@ def test_adopt_files_the_set_for_the_same_model_in_another_spelling(run: Run) ->
     assert again.out.startswith(f"0 rows of set {key[:8]} filed under {report['key_to'][:8]}; 5 computed again")
 
 
+def test_adopt_says_how_images_were_read(run: Run) -> None:
+    Path("photos/cat/notes.txt").write_text("no image", encoding="utf-8")
+    ran = featstore(run, "adopt", key_of(), "--images", "photos", "--backbone", "two.py:make_model", "--size", "32")
+    assert ran.code == 0
+    assert "notes.txt" in ran.err
+
+
 def test_adopt_refuses_another_model_and_other_facts(run: Run) -> None:
     key = key_of()
     other = featstore(run, "adopt", key, "--images", "photos", "--backbone", "other.py:make_model", "--size", "32")

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from featstore import FeatureStoreError
-from featstore.cli.program import new_app, run
+from featstore import FeatureStoreError, ImageError
+from featstore.cli.program import FAILED, new_app, run
 from featstore.remedies import Call, Command, Steps
 
 
@@ -65,6 +65,24 @@ def test_only_a_command_at_the_end_loses_the_full_stop(
     assert run(app, "featstore", ["fail"]) == 1
     assert capsys.readouterr().err == f"{said}\n"
     assert str(error) == said.removesuffix(".") + "."
+
+
+def test_leaving_images_out_is_proposed_where_the_command_can(capsys: pytest.CaptureFixture[str]) -> None:
+    app = new_app()
+
+    @app.command()
+    def tolerant(on_error: str = "raise") -> None:
+        raise ImageError("a.jpg", "it is cut short")
+
+    @app.command()
+    def strict() -> None:
+        raise ImageError("a.jpg", "it is cut short")
+
+    said = "a.jpg: it is cut short. Repair, remove or bring back the file"
+    assert run(app, "program", ["tolerant"]) == FAILED
+    assert capsys.readouterr().err == f"{said}, or leave such images out with --on-error skip.\n"
+    assert run(app, "program", ["strict"]) == FAILED
+    assert capsys.readouterr().err == f"{said}.\n"
 
 
 def test_what_whoever_started_the_program_ignores_does_not_end_it() -> None:

@@ -85,6 +85,13 @@ def test_npy_of_a_long_header_is_read(tmp_path: Path) -> None:
         assert np.array_equal(found.rows.read(0, N).numpy(), values())
 
 
+def test_a_dataset_without_a_shape_is_refused_as_no_rows_are(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "clip.h5", "w") as file:
+        file["features"] = h5py.Empty("f4")
+    with pytest.raises(ValueError, match=r"have the shape \(0,\)"), opened_features(tmp_path / "clip.h5"):
+        pass
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
 @pytest.mark.parametrize("kept", [-1, 40, 300])
 def test_a_truncated_file_is_refused_before_anything_is_imported(
@@ -145,18 +152,26 @@ def test_ids_are_lines_of_a_text_file(tmp_path: Path) -> None:
 )
 def test_ids_are_a_column_of_a_table(tmp_path: Path, name: str, text: str, column: str | None) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    assert read_ids(tmp_path / name, column).ids == ("a.jpg", "b.jpg")
+    table = read_ids(tmp_path / name, column)
+    assert (table.ids, table.notes) == (("a.jpg", "b.jpg"), ())
+
+
+def test_a_table_of_ids_is_read_as_a_table_of_images_is(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("label;id\nx;a.jpg\ny;b.jpg\n", encoding="utf-16")
+    table = read_ids(tmp_path / "t.csv")
+    assert (table.ids, table.columns) == (("a.jpg", "b.jpg"), ("label", "id"))
+    assert table.notes == ("t.csv is read as cells separated by ';' and UTF-16",)
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("name\na\n", "has no column id or path; it has name"),
-        ("id\n", "holds no ids"),
-        ("", "has no column id or path; it has none"),
+        ("id\n", "holds only a header"),
+        ("", "holds nothing"),
         ("row,id\n0,a\n2,b\n", r"a column row that isn't 0 to 1 in some order"),
-        ("id,label\nb,c\ncat/1,2.jpg,cat\n", r"3 cells in its row 2 and 2 in its header.*Quote those that hold ','"),
-        ("id,label\na\n", "1 cells in its row 1"),
+        ("id,label\nb,c\n\ncat/1,2.jpg,cat\n", "line 4 of .* has 3 cells. Expected 2, as the header has. Quote cells"),
+        ("id,label\na\n", "line 2 of .* has 1 cell. Expected 2"),
         ("id,digest\na,xy\n", r"has the digest 'xy'. Expected the SHA-256"),
         ('id\n"a\n', "can't be understood"),
     ],
