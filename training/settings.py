@@ -12,6 +12,7 @@ FIXED = ("classes", "task", "device")
 """What is set once, when a learner is made."""
 
 _CHOICES = {"on_missing": ("error", "images", "extract"), "on_error": ("raise", "skip")}
+_MAY_BE_NONE = ("store", "augment")
 _KINDS: dict[str, tuple[type, str]] = {
     "store": (FeatureStore, 'a store, FeatureStore("features")'),
     "augment": (Augment, 'an augmentation with its seeds, Augment("flip", seeds=range(4))'),
@@ -41,8 +42,9 @@ def checked(name: str, value: Any) -> Any:
     if name in _CHOICES and value not in _CHOICES[name]:
         *others, last = _CHOICES[name]
         raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}.")
-    if name in _KINDS and value is not None and not isinstance(value, _KINDS[name][0]):
-        raise TypeError(f"{name} is {value!r}; expected {_KINDS[name][1]}.")
+    is_none = value is None and name in _MAY_BE_NONE
+    if name in _KINDS and not is_none and not isinstance(value, _KINDS[name][0]):
+        raise TypeError(f"{name} is {value!r}; expected {_KINDS[name][1]}{', or None' * (name in _MAY_BE_NONE)}.")
     if name == "batch_size" and value < 1:
         raise ValueError(f"batch_size is {value}; expected at least 1.")
     return value.evaluation if name == "view" else value

@@ -124,11 +124,20 @@ def holds_splits(header: list[str], named: Iterable[str | None]) -> bool:
 
 
 def classes_of(header: list[str], reading: Reading, one_hot: Sequence[str] | Literal["*"]) -> tuple[str, ...]:
-    """The columns that are a class each: those that were named, or for ``*`` all that nothing else is read from."""
-    if one_hot != "*":
-        return tuple(map(composed, one_hot))
+    """The columns that are a class each: those that were named, or for ``*`` all that nothing else is read from.
+
+    Raises:
+        ValueError: if there are none.
+    """
     taken = {composed(name) for name in (*reading.columns.values(), OWN_SPLITS) if name is not None}
-    return tuple(name for cell in header if (name := composed(cell.strip())) not in taken)
+    free = tuple(name for cell in header if (name := composed(cell.strip())) not in taken)
+    classes = free if one_hot == "*" else tuple(map(composed, one_hot))
+    if not classes:
+        raise ValueError(
+            f"--one-hot (in Python: one_hot) names no column, so there is no class; the table has {', '.join(free)} "
+            "besides. Expected the columns of 0 and 1. Name them, or leave it out."
+        )
+    return classes
 
 
 def table_rows(table: list[Line], file: str, folder: str, reading: Reading) -> tuple[list[Row], tuple[str, ...]]:

@@ -150,7 +150,7 @@ class View:
         """This view at another size; `size` alone takes `resize` along in the present ratio, rounded half up."""
         if size is not None and resize is None:
             resize = (2 * size * self.resize + self.size) // (2 * self.size)
-        return replace(self, size=size or self.size, resize=resize or self.resize)
+        return replace(self, size=self.size if size is None else size, resize=self.resize if resize is None else resize)
 
     def label(self) -> str:
         """The view in a few words, for people.

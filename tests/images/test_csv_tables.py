@@ -195,6 +195,7 @@ class TestTables:
             ("1.png,1,1", "*", "line 2 of .* has 2 classes: a, b. Expected one, .*--task multi"),
             ("1.png,1,-1", "*", "line 2 of .* has '-1' in the column b. Expected 0 or 1"),
             ("1.png,1,0", ["c"], "has no column 'c'; it has 'path', 'a', 'b'. Expected a column of 0 and 1"),
+            ("1.png,1,0", [], r"one_hot\) names no column, so there is no class; the table has a, b besides"),
         ],
     )
     def test_one_hot_columns_of_anything_else_are_refused(

@@ -361,6 +361,12 @@ def test_a_smaller_resize_alone_is_refused() -> None:
         View().resized(resize=200)
 
 
+@pytest.mark.parametrize("change", [{"size": 0}, {"resize": 0}])
+def test_no_pixels_are_refused_and_not_taken_for_no_change(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="ize is 0; expected an integer from 1 on"):
+        View().resized(**change)
+
+
 def test_other_presets_are_refused() -> None:
     with pytest.raises(TypeError, match="no preset for image classification: it has no crop_size"):
         View.from_preset(SemanticSegmentation(resize_size=520))

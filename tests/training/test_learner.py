@@ -210,6 +210,8 @@ def test_an_unknown_attribute_is_an_error_and_precompute_gets_an_answer() -> Non
         ("on_missing", "guess", "on_missing is 'guess'; expected error, images or extract"),
         ("on_error", "ignore", "on_error is 'ignore'; expected raise or skip"),
         ("batch_size", 0, "batch_size is 0; expected at least 1"),
+        ("batch_size", None, "batch_size is None; expected a number of images"),
+        ("view", None, r"view is None; expected a view, model\.view"),
         ("classes", ("1", "0"), "classes is fixed when a Learner is made"),
         ("task", "multi", "task is fixed"),
         ("device", "cpu", "device is fixed"),
@@ -218,7 +220,7 @@ def test_an_unknown_attribute_is_an_error_and_precompute_gets_an_answer() -> Non
 def test_an_attribute_that_is_set_later_is_checked(name: str, value: Any, message: str) -> None:
     learn = learner()
     before = getattr(learn, name)
-    with pytest.raises((AttributeError, ValueError), match=message):
+    with pytest.raises((AttributeError, TypeError, ValueError), match=message):
         setattr(learn, name, value)
     assert getattr(learn, name) == before
 
