@@ -243,7 +243,8 @@ class _Check:
     def _mixes(self, what: str) -> ModelError:
         return ModelError(
             f"{self.name} can't be cached at {self.cut}: what {what} gives for an image depends on the other images of "
-            "the batch. Batch norm needs running statistics (track_running_stats=True) for eval mode; or cut before it."
+            "the batch, or on its place in it. Batch norm needs running statistics (track_running_stats=True) for eval "
+            "mode; code that goes from image to image must compute all of them in one operation; or cut before it."
         )
 
 
