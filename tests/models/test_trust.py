@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import py_compile
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.processes import Processes
 from support.programs import BACKBONE, Run, photographs, runner
 
 from featstore import FeatureStore, FeatureStoreError, ImageSet, backbone
@@ -97,39 +96,31 @@ def test_a_run_of_ones_own_is_loaded_unasked(theirs: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("place", ["net.py", "helper.py"])
-def test_code_that_has_changed_is_refused_before_anything_of_it_runs(place: str, tmp_path: Path) -> None:
+def test_code_that_has_changed_is_refused_before_anything_of_it_runs(
+    place: str, tmp_path: Path, processes: Processes
+) -> None:
     (tmp_path / "net.py").write_text(f"import helper\n{SAYS_THAT_IT_RAN}")
     (tmp_path / "helper.py").write_text("WIDTH = 8\n")
-    made = _in_a_process(tmp_path, "save")
-    assert made.returncode == 0, made.stderr
+    processes.answer(_SAVE, cwd=tmp_path)
     (tmp_path / "ran").unlink()
     (tmp_path / place).write_text((tmp_path / place).read_text() + "\nWIDTH = 9\n")
-    refused = _in_a_process(tmp_path, "load")
+    refused = processes.run(_LOAD, cwd=tmp_path)
     assert "has changed since the run was saved" in refused.stderr
     assert not (tmp_path / "ran").exists()
 
 
-def _in_a_process(folder: Path, what: str) -> subprocess.CompletedProcess[str]:
-    program = f"""
+_SAVE = """
 from featstore import backbone
 from support.tiny import arrays
 from training import Learner
+model = backbone("net.py:make_model")
 images = arrays(8).split(valid=0.25)
-if {what!r} == "save":
-    model = backbone("net.py:make_model")
-    Learner(model, images, view=model.view.resized(size=32), quiet=True).save("run")
-else:
-    Learner.load("run", trust_code=True)
+Learner(model, images, view=model.view.resized(size=32), quiet=True).save("run")
 """
-    path = os.pathsep.join([*map(str, Path(__file__).parents[1:3]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+_LOAD = """
+from training import Learner
+Learner.load("run", trust_code=True)
+"""
 
 
 def test_the_same_code_elsewhere_or_another_function_of_it_is_not_trusted(tmp_path: Path) -> None:
