@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 # The networks are small, and where other work shares the cores torch's threads wait for one another. Measured on 2 busy
-# cores: the tests of equivalence 51 s with one, over 250 s with two. Processes share the work better: all tests took 13.7
-# min in one, 7.8 in two. Before torch, which reads it once; processes inherit it.
+# cores: the tests of equivalence 51 s with one, over 250 s with two. Processes share the work better: all tests took
+# 13.7 min in one, 7.8 in two. Before torch, which reads it once; processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What code this user trusts is remembered there: tests neither read nor write the real one.

@@ -502,7 +502,7 @@ class Learner:
         )
 
     def _tail(self) -> nn.Sequential:
-        return nn.Sequential(*self.model.ordered[self.model.num_frozen :])
+        return self.model.unfrozen
 
     def _criterion(self) -> scores.Loss:
         return self._loss or scores.loss(self.task)

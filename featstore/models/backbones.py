@@ -5,6 +5,7 @@ A library of backbones is a module beside this one with the functions of `Librar
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -100,8 +101,7 @@ def backbone(
     if located(Path(text)).is_dir():
         return _from_run(Path(text), weights, trust_code=trust_code)
     raise ValueError(
-        f"{text!r} is no backbone. Expected one of {', '.join(backbone_names())}; a function in your own file "
-        "(path/to/file.py:make_model); or the folder of a saved run."
+        f"{_no_backbone(text)}; a function in your own file (path/to/file.py:make_model); or the folder of a saved run."
     )
 
 
@@ -174,8 +174,17 @@ def _library_of(name: str) -> Library | None:
 def _known_library(name: str) -> Library:
     library = _library_of(name)
     if library is None:
-        raise ValueError(f"{name!r} is no backbone. Expected one of {', '.join(backbone_names())}.")
+        raise ValueError(f"{_no_backbone(name)}.")
     return library
+
+
+def _no_backbone(name: str) -> str:
+    names = backbone_names()
+    close = difflib.get_close_matches(name, names)
+    return (
+        f"{name!r} is no backbone. Expected {''.join(f'{each}, ' for each in close)}{'or ' if close else ''}one of the "
+        f"{len(names)} names that featstore backbones lists (in Python: backbone_names())"
+    )
 
 
 def _named(library: Library, name: str, weights: str | Path, cut: str | None, prefix: str | None) -> StagedModel:
@@ -222,7 +231,7 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
             "weights": str(weights),
             **({} if prefix is None else {"weights_prefix": prefix}),
         },
-        notes=(*choices, *fit.notes, *_view_note(model)),
+        notes=(*model.notes, *choices, *fit.notes, *_view_note(model)),
         default_cut=default,
     )
     with timed("load"):
@@ -231,11 +240,13 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
 
 
 def _view_note(model: StagedModel) -> tuple[str, ...]:
-    view = model.view
-    if view != View().resized(size=view.size):  # its author chose one
+    """What is assumed of the images where nobody has said it: a library's own weights' view, or the usual one."""
+    view, is_usual = model.view, model.view == View().resized(size=model.view.size)
+    if not is_usual and _library_of(str(model.origin.get("backbone"))) is None:  # its author chose one
         return ()
+    given = f"{view.resize}/{view.size}{'' if view.interpolation == View.interpolation else f', {view.interpolation},'}"
     return (
-        f"a weights file carries no preprocessing: {view.resize}/{view.size} and ImageNet's mean assumed; "
+        f"a weights file carries no preprocessing: {given} and ImageNet's mean assumed; "
         "--resize --size --mean --std --interpolation",
     )
 

@@ -36,15 +36,18 @@ class GraphStage:
     train: fx.GraphModule | None
 
 
-def split_into_stages(module: nn.Module, *, containers: Collection[str] = ()) -> list[GraphStage]:
+def split_into_stages(
+    module: nn.Module, *, containers: Collection[str] = ()
+) -> tuple[list[GraphStage], tuple[str, ...]]:
     """The stages of `module` in order, one per cut point, together computing exactly what `module` computes.
 
     Each parameter and buffer is used in exactly one stage: between two uses of one tensor there is no cut. The module
     is left as it was; the stages hold its leaf modules, not copies. What can't be traced, and any module with a method
-    ``fingerprint``, stays whole.
+    ``fingerprint``, stays whole. What alone makes further outputs in train mode (an auxiliary classifier) belongs to no
+    stage; the second result names its modules.
 
     Args:
-        module: takes one float tensor ``(N, 3, H, W)`` and returns one tensor.
+        module: takes one float tensor ``(N, 3, H, W)`` and returns one tensor, in train mode maybe others with it.
         containers: module paths that are too coarse to name a cut (a backbone's ``features``, ``encoder``).
 
     Raises:
@@ -52,7 +55,8 @@ def split_into_stages(module: nn.Module, *, containers: Collection[str] = ()) ->
     """
     refuse_patched(module)
     evaluated, opaque = traced(module, training=False, opaque=frozenset())
-    trained, opaque_in_training = traced(module, training=True, opaque=opaque)
+    main = evaluated.paths[evaluated.output]
+    trained, opaque_in_training = traced(module, training=True, opaque=opaque, main=main)
     if opaque_in_training != opaque:  # what can't be traced in one mode is opaque in both, so that the stages agree
         evaluated, _ = traced(module, training=False, opaque=opaque_in_training)
     cuts = _cuts(evaluated, trained)
@@ -65,7 +69,7 @@ def split_into_stages(module: nn.Module, *, containers: Collection[str] = ()) ->
         same = _is_same(stage_eval, stage_train)
         stages.append(GraphStage(name=name, aliases=aliases, eval=stage_eval, train=None if same else stage_train))
         before = (in_eval, in_train)
-    return stages
+    return stages, trained.auxiliaries
 
 
 def refuse_patched(module: nn.Module) -> None:
@@ -194,7 +198,8 @@ def _cuts(evaluated: Trace, trained: Trace) -> list[tuple[_Cut, _Cut]]:
 def _crossings(trace: Trace) -> dict[str, _Cut]:
     """Path -> cut, for each value before the output that at some position crosses alone, in order."""
     place = {node: index for index, node in enumerate(trace.nodes)}
-    last_use = {node: max((place.get(user, len(place)) for user in node.users), default=-1) for node in trace.nodes}
+    last_use = {node: max((place[user] for user in node.users if user in place), default=-1) for node in trace.nodes}
+    last_use[trace.output] = len(place)
     cuts: dict[str, _Cut] = {}
     alive: set[fx.Node] = set()
     for index, node in enumerate(trace.nodes):

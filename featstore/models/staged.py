@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,9 +17,10 @@ from featstore.errors import ModelError
 from featstore.images.views import View
 from featstore.models.digests import START
 from featstore.models.graph import split_into_stages
-from featstore.models.modes import check_trainable, eval_mode, random_states_kept
-from featstore.models.names import automatic, layout_of
+from featstore.models.modes import check_trainable, eval_mode
+from featstore.models.names import automatic
 from featstore.models.pool import Pool
+from featstore.models.shapes import Measured, Tail, layout_from, measured
 from featstore.models.stages import AbsentStage, HeadStage, PoolStage, Stage, TracedStage
 from featstore.timing import timed
 
@@ -66,7 +69,7 @@ class StagedModel(nn.Module):
         self._layouts = dict(layouts or {})
         self._num_frozen = 0
         self._num_shared = 0  # the first so many stages belong to another model as well
-        self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+        self._measured: dict[int, dict[str, Measured]] = {}  # by the size of images
 
     @classmethod
     def from_module(
@@ -87,7 +90,8 @@ class StagedModel(nn.Module):
             module: takes float images ``(N, 3, H, W)``, returns one tensor ``(N, ...)``.
             view: how images are prepared; default: 256/224 and ImageNet's mean and standard deviation.
             name: a label; default: the class's name.
-            layouts: layout of the values whose layout isn't NCHW (4 dimensions), NLC (3) or NC (2), by cut name.
+            layouts: of the values whose layout their shape doesn't show, by the name of the cut; ``*`` in it stands for
+                anything.
             class_tokens: 1 for a transformer whose first token stands for the image.
             containers: module paths too coarse to name a cut.
             origin: how a command line names this model.
@@ -98,7 +102,8 @@ class StagedModel(nn.Module):
         """
         state = module.state_dict(keep_vars=True).keys()
         with timed("trace"):
-            stages = [TracedStage(stage, state) for stage in split_into_stages(module, containers=containers)]
+            graphs, auxiliaries = split_into_stages(module, containers=containers)
+            stages = [TracedStage(stage, state) for stage in graphs]
         model = cls(
             stages,
             view=view or View(),
@@ -109,6 +114,11 @@ class StagedModel(nn.Module):
             fixed_size=fixed_size,
         )
         model.unused = frozenset(state - model.tensors().keys())
+        if auxiliaries:
+            model.notes = (
+                f"{', '.join(auxiliaries)}: left out, as it makes a further output in train mode alone (an auxiliary "
+                "classifier); a fit has no loss for it",
+            )
         return model
 
     @classmethod
@@ -142,8 +152,8 @@ class StagedModel(nn.Module):
         """Where a head goes if nobody says: the last map or tokens before the network's own pooling.
 
         A classifier that works at each position (squeezenet's last convolution) and what follows it come after the cut.
-        Values that only dropout made are passed over. A network without maps or tokens is cut at the vector before its
-        last layer with parameters.
+        Values that only dropout or the pooling made are passed over. A network without maps or tokens is cut at the
+        vector before its last layer with parameters.
         """
         if self._default_cut is not None:
             return self._default_cut
@@ -152,11 +162,12 @@ class StagedModel(nn.Module):
             return stages[-1].name
         last = max((index for index, stage in enumerate(stages) if any(True for _ in stage.parameters())), default=0)
         before = [stage.name for stage in stages[:last] if stage.has_effect]
+        poolings = {stage.name for stage in stages if stage.is_pooling}
         # Without its classifier (fc = Identity()) the last layer with parameters belongs to the trunk; one that stands
         # alone may be either.
         is_headless = not stages[last].is_classifier and len(stages) > 1
         candidates = [stage.name for stage in stages if stage.has_effect] if is_headless else before
-        with_positions = [name for name in candidates if self._has_positions(name)]
+        with_positions = [name for name in candidates if name not in poolings and self._has_positions(name)]
         if not with_positions and not before:
             raise ModelError(
                 f"{self.name} has no value before its last layer with parameters ({stages[last].name}), so there is "
@@ -197,8 +208,13 @@ class StagedModel(nn.Module):
         return nn.Sequential(*self.ordered[: self.index(cut) + 1])
 
     def tail(self, cut: str) -> nn.Sequential:
-        """The stages after `cut`: ``tail(cut)(trunk(cut)(x))`` is ``model(x)``."""
-        return nn.Sequential(*self.ordered[self.index(cut) + 1 :])
+        """The stages after `cut`: ``tail(cut)(trunk(cut)(x))`` is ``model(x)``, also with the trunk's output stored."""
+        return self._stages_from(self.index(cut) + 1)
+
+    @property
+    def unfrozen(self) -> nn.Sequential:
+        """The stages that aren't frozen, as `tail`."""
+        return self._stages_from(self._num_frozen)
 
     def digests(self) -> dict[str, str]:
         """Cut -> digest of everything up to it, from the tensors as they are now.
@@ -220,24 +236,24 @@ class StagedModel(nn.Module):
         return digest
 
     def layout(self, cut: str) -> str:
-        """NCHW, NHWC, NLC or NC: the order of the activations at `cut`."""
+        """NCHW, NHWC, NLC, NC or other: the order of the activations at `cut`.
+
+        Images are square, so of three dimensions the two that are equal, and grow with the image, are positions.
+        """
         stage = self.ordered[self.index(cut)]
         if isinstance(stage, AbsentStage):
             return stage.layout
-        if stage.name in self._layouts:
-            return self._layouts[stage.name]
-        return layout_of(self.shape(cut))
+        given = next((layout for name, layout in self._layouts.items() if fnmatchcase(stage.name, name)), None)
+        if given is not None:
+            return given
+        return layout_from(self.shape(cut), lambda: self._larger_shape(cut))
 
     def shape(self, cut: str, size: int | None = None) -> tuple[int, ...]:
         """The shape ``*F`` of one image's activations at `cut`, for images of `size` (default: the view's)."""
         stage = self.ordered[self.index(cut)]
         if isinstance(stage, AbsentStage):
             return stage.shape
-        size = size or self.view.size
-        if size not in self._shapes:
-            with timed("shapes"):
-                self._shapes[size] = self._measured_shapes(size)
-        return self._shapes[size][stage.name]
+        return self._measured_for(size or self.view.size)[stage.name].shape
 
     def check_size(self, view: View) -> None:
         """Raises ValueError if the model takes images of another size than `view` gives."""
@@ -363,7 +379,7 @@ class StagedModel(nn.Module):
         model.view = self.view if view is None else view
         model.origin = dict(self.origin if origin is None else origin)
         model.notes = self.notes if notes is None else tuple(notes)
-        model._shapes = self._shapes  # whichever of the two measures them
+        model._measured = self._measured  # whichever of the two measures them
         return model
 
     def attach(self, model: StagedModel) -> None:
@@ -390,7 +406,7 @@ class StagedModel(nn.Module):
         frozen_behind = self._num_frozen - (absent[-1] + 1)
         self.stages = nn.ModuleList([*trunk, *stages[absent[-1] + 1 :]])
         self.view, self.class_tokens, self.name = model.view, model.class_tokens, model.name
-        self._layouts, self.origin, self._shapes = dict(model._layouts), dict(model.origin), {}
+        self._layouts, self.origin, self._measured = dict(model._layouts), dict(model.origin), {}
         self.fixed_size = model.fixed_size
         self._num_shared = len(trunk)
         self._num_frozen = len(trunk) + max(frozen_behind, 0)
@@ -467,7 +483,7 @@ class StagedModel(nn.Module):
             default_cut=default_cut,
             fixed_size=self.fixed_size,
         )
-        model._shapes = {size: dict(shapes) for size, shapes in self._shapes.items()}
+        model._measured = {size: dict(values) for size, values in self._measured.items()}
         model.unused = self.unused
         model.training = self.training
         return model
@@ -509,70 +525,37 @@ class StagedModel(nn.Module):
             self.stages[index] = copy.deepcopy(self.stages[index])
         self._num_shared = min(self._num_shared, first)
 
+    def _stages_from(self, first: int) -> nn.Sequential:
+        order = None
+        if 0 < first <= len(self.stages) and isinstance(before := self.ordered[first - 1], TracedStage):
+            with suppress(ModelError):  # then it can't run either
+                order = self._measured_for(self.view.size)[before.name].order
+        return Tail(self.ordered[first:], order=order)
+
+    def _measured_for(self, size: int) -> dict[str, Measured]:
+        if size not in self._measured:
+            with timed("shapes"):
+                self._measured[size] = measured(self.ordered, size, self.name)
+        return self._measured[size]
+
+    def _larger_shape(self, cut: str) -> tuple[int, ...] | None:
+        if self.fixed_size is not None:
+            return None
+        try:
+            return self.shape(cut, 2 * self.view.size)
+        except ModelError:
+            return None
+
     def _has_positions(self, cut: str) -> bool:
         shape, layout = self.shape(cut), self.layout(cut)
         positions = {"NCHW": shape[1:], "NHWC": shape[:-1], "NLC": shape[:-1]}.get(layout, ())
         return bool(positions) and all(size > 1 for size in positions)  # a vector that was permuted is 1 x 1 x C
-
-    def _measured_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        """Shapes from a pass without data where the model can run so, else on empty images.
-
-        Two, not one: ``squeeze()`` takes the dimension of a single image away.
-        """
-        try:
-            return self._shapes_of(torch.empty((2, 3, size, size), device="meta"), on_meta=True)
-        except Exception:  # whole modules may make tensors of their own, which don't live on the meta device
-            device = next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
-            return self._shapes_of(torch.zeros((2, 3, size, size), device=device), on_meta=False)
-
-    def _shapes_of(self, images: Tensor, *, on_meta: bool) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        values: Any = images
-        for stage in self.ordered:
-            try:
-                with torch.no_grad(), eval_mode(stage), random_states_kept():
-                    values = _on_meta(stage, values) if on_meta else stage(values)
-            except Exception as error:
-                if (channels := _other_channels(stage, values)) is not None:
-                    raise ModelError(
-                        f"{self.name} takes images of {channels} channel{'s' * (channels != 1)} (its stage "
-                        f"{stage.name}), and images have 3 here, R, G and B, which are equal in a gray image. Hand "
-                        f"over a module that makes {channels} of the 3 and then calls yours, in its forward: "
-                        f"self.net({'images[:, :1]' if channels == 1 else 'self.adapt(images)'})."
-                    ) from error
-                reason = str(error).strip().rstrip(".") or type(error).__name__
-                raise ModelError(
-                    f"{self.name} can't take images of {images.shape[-1]} x {images.shape[-1]} pixels: its stage "
-                    f"{stage.name} fails with {reason}. Give it a view of the size it was made for: "
-                    "StagedModel.from_module(module, view=View(size=..., resize=...))."
-                ) from error
-            shapes[stage.name] = tuple(values.shape[1:]) if isinstance(values, Tensor) else ()
-        return shapes
 
 
 def exact_device(device: torch.device | str) -> torch.device:
     """`device` with its number: plain ``cuda`` is the current GPU, which its tensors call ``cuda:0``."""
     device = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
-def _on_meta(stage: Stage, values: Any) -> Any:
-    # Each tensor of each module once. A stage may hold a module twice, in its graphs for evaluation and for training;
-    # put aside under both its names, a tensor would come back under the first and be overwritten under the second.
-    empty = {
-        f"{prefix}.{name}".removeprefix("."): torch.empty_like(value, device="meta")
-        for prefix, module in stage.named_modules()
-        for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    }
-    return torch.func.functional_call(stage, empty, (values,), tie_weights=False)
-
-
-def _other_channels(stage: Stage, values: Any) -> int | None:
-    """How many channels a stage's first layer takes, if it is another number than that of RGB images `values`."""
-    if not isinstance(values, Tensor) or values.ndim != 4 or values.shape[1] != 3:
-        return None
-    counts = (getattr(part, "in_channels", getattr(part, "num_features", 3)) for part in stage.modules())
-    return next((int(count) for count in counts if count != 3), None)
 
 
 def _shares_memory(values: Any, others: Iterable[Tensor]) -> bool:

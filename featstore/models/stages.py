@@ -22,6 +22,8 @@ class Stage(nn.Module):
         may_write_input: whether its forward may write into its input's memory.
         has_effect: False where it changes nothing in eval mode (dropout).
         is_classifier: whether it may be the layer that makes scores: one linear layer, at each position for itself.
+        is_pooling: whether it brings maps to a size of its own and does nothing else: a network's own pooling, which
+            leaves maps of one size (7 x 7) as they are.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Stage(nn.Module):
     may_write_input: bool = False
     has_effect: bool = True
     is_classifier: bool = False
+    is_pooling: bool = False
 
     def digest(self, before: str) -> str:
         """The chained digest after this stage, given the digest before it."""
@@ -55,6 +58,7 @@ class TracedStage(Stage):
         self.may_write_input = may_write(stage.eval) or (stage.train is not None and may_write(stage.train))
         self.has_effect = not passes_through(stage.eval)
         self.is_classifier = _is_pointwise(stage.eval)
+        self.is_pooling = _is_adaptive_pooling(stage.eval)
         self._state = frozenset(state) & self._all_tensors().keys()
 
     def digest(self, before: str) -> str:
@@ -148,12 +152,30 @@ class AbsentStage(Stage):
         )
 
 
+def _only_operation(stage: fx.GraphModule) -> fx.Node | None:
+    operations = [node for node in stage.graph.nodes if node.op not in {"placeholder", "get_attr", "output"}]
+    return operations[0] if len(operations) == 1 else None
+
+
 def _is_pointwise(stage: fx.GraphModule) -> bool:
     """Whether a stage is one linear layer or one convolution with a kernel of a single pixel, and nothing else."""
-    operations = [node for node in stage.graph.nodes if node.op not in {"placeholder", "get_attr", "output"}]
-    if len(operations) != 1 or operations[0].op != "call_module":
+    only = _only_operation(stage)
+    if only is None or only.op != "call_module":
         return False
-    layer = stage.get_submodule(str(operations[0].target))
+    layer = stage.get_submodule(str(only.target))
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return all(size == 1 for size in layer.kernel_size)
     return isinstance(layer, nn.Linear)
+
+
+_ADAPTIVE_LAYERS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_ADAPTIVE_FUNCTIONS = (nn.functional.adaptive_avg_pool2d, nn.functional.adaptive_max_pool2d)
+
+
+def _is_adaptive_pooling(stage: fx.GraphModule) -> bool:
+    only = _only_operation(stage)
+    if only is None:
+        return False
+    if only.op == "call_module":
+        return isinstance(stage.get_submodule(str(only.target)), _ADAPTIVE_LAYERS)
+    return only.target in _ADAPTIVE_FUNCTIONS

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from featstore.errors import WeightsError
 from featstore.images.views import View
@@ -21,24 +22,78 @@ from featstore.timing import timed
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What torchvision's own names don't say about a family of backbones."""
+    """What torchvision's own names don't say about a family of backbones.
+
+    Attributes:
+        names: of its members.
+        containers: module paths too coarse to name a cut.
+        layouts: see `StagedModel.from_module`.
+        class_tokens: at the start of each row of tokens.
+        arguments: of the constructor that weights may change; the module keeps each under the same name.
+        fixed_size: the only image size its members take; ``image_size`` where each module knows its own.
+        initial: further arguments for a seeded initialisation.
+    """
 
     names: tuple[str, ...]
     containers: tuple[str, ...] = ()
     layouts: tuple[tuple[str, str], ...] = ()
     class_tokens: int = 0
-    has_fixed_size: bool = False
+    arguments: tuple[str, ...] = ()
+    fixed_size: int | Literal["image_size"] | None = None
+    initial: tuple[tuple[str, Any], ...] = ()
 
+
+_FEATURES = ("features", "classifier")
+_AUXILIARY = (("init_weights", True),)  # as their authors did; torchvision warns where nobody says
 
 FAMILIES = (
     Family(names=("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")),
-    Family(names=("squeezenet1_0", "squeezenet1_1"), containers=("features", "classifier")),
+    Family(names=("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")),
+    Family(names=("wide_resnet50_2", "wide_resnet101_2")),
+    Family(names=("alexnet",), containers=_FEATURES),
+    Family(
+        names=("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn"), containers=_FEATURES
+    ),
+    Family(names=("squeezenet1_0", "squeezenet1_1"), containers=_FEATURES),
+    Family(names=("densenet121", "densenet161", "densenet169", "densenet201"), containers=("features",)),
+    Family(names=("googlenet",), arguments=("transform_input",), initial=_AUXILIARY),
+    Family(names=("inception_v3",), arguments=("transform_input",), initial=_AUXILIARY),
+    Family(names=("mobilenet_v2",), containers=_FEATURES),
+    Family(names=("mobilenet_v3_small", "mobilenet_v3_large"), containers=_FEATURES),
+    Family(names=("mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3"), containers=("layers", "classifier")),
+    Family(names=("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0")),
+    Family(names=tuple(f"efficientnet_b{number}" for number in range(8)), containers=_FEATURES),
+    Family(names=("efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l"), containers=_FEATURES),
+    Family(
+        names=(
+            *("regnet_x_400mf", "regnet_x_800mf", "regnet_x_1_6gf", "regnet_x_3_2gf"),
+            *("regnet_x_8gf", "regnet_x_16gf", "regnet_x_32gf"),
+        ),
+        containers=("trunk_output",),
+    ),
+    Family(
+        names=(
+            *("regnet_y_400mf", "regnet_y_800mf", "regnet_y_1_6gf", "regnet_y_3_2gf"),
+            *("regnet_y_8gf", "regnet_y_16gf", "regnet_y_32gf", "regnet_y_128gf"),
+        ),
+        containers=("trunk_output",),
+    ),
+    Family(names=("convnext_tiny", "convnext_small", "convnext_base", "convnext_large"), containers=_FEATURES),
     Family(
         names=("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"),
         containers=("encoder", "encoder.layers", "heads"),
         layouts=(("reshape", "NCL"),),  # patches before they are turned into tokens
         class_tokens=1,
-        has_fixed_size=True,
+        arguments=("image_size",),
+        fixed_size="image_size",
+    ),
+    Family(names=("swin_t", "swin_s", "swin_b"), containers=("features",)),
+    Family(names=("swin_v2_t", "swin_v2_s", "swin_v2_b"), containers=("features",)),
+    Family(
+        names=("maxvit_t",),
+        containers=("blocks", "classifier"),
+        layouts=tuple((f"*_attention.{name}", "other") for name in ("*partition_*", "add*")),  # windows of tokens
+        fixed_size=224,
     ),
 )
 
@@ -57,16 +112,16 @@ def weight_names(name: str) -> list[str]:
 
 def outline(name: str) -> StagedModel:
     """Without any weights, on the meta device."""
-    with torch.device("meta"), random_states_kept():
-        module = _made(name, weights=None)
-    return _staged(module, name, View())
+    with _WithoutValues(), random_states_kept():
+        module = _made(name, weights=None, **dict(_family(name).initial))
+    return _staged(module.to("meta"), name, _usual_view(name))
 
 
 def initial(name: str, **architecture: Any) -> StagedModel:
     """With its seeded initialisation."""
     with seeded():
-        module = _made(name, weights=None, **architecture)
-    return _staged(module, name, View())
+        module = _made(name, weights=None, **dict(_family(name).initial), **architecture)
+    return _staged(module, name, _usual_view(name))
 
 
 def pretrained(name: str, weights: str) -> StagedModel:
@@ -98,11 +153,35 @@ def class_names(name: str, weights: str) -> tuple[str, ...]:
     return tuple(f"{each} ({place})" if names.count(each) > 1 else each for place, each in enumerate(names))
 
 
+def _family(name: str) -> Family:
+    return next(family for family in FAMILIES if name in family.names)
+
+
+def _usual_view(name: str) -> View:
+    """The view that all of torchvision's weights for `name` share; the usual one of ImageNet where they differ."""
+    views = {View.from_preset(weights.transforms()) for weights in _weights(name)}
+    return views.pop() if len(views) == 1 else View()
+
+
 def _weights(name: str) -> Any:
     """Torchvision's enumeration of the weights for `name`."""
     from torchvision.models import get_model_weights
 
     return get_model_weights(name)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Gives tensors that are only made, to be filled later, no memory.
+
+    What constructors compute with (a table of widths, positions in a window) is computed, as `torch.device("meta")`
+    would not.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func in (torch.empty, torch.ones, torch.zeros) and given.get("device") is None:
+            given["device"] = "meta"
+        return func(*args, **given)
 
 
 def _made(name: str, **arguments: Any) -> nn.Module:
@@ -114,10 +193,10 @@ def _made(name: str, **arguments: Any) -> nn.Module:
 
 
 def _staged(module: nn.Module, name: str, view: View, *, weights: str = "none") -> StagedModel:
-    family = next(family for family in FAMILIES if name in family.names)
-    size = int(module.image_size) if family.has_fixed_size else None  # type: ignore[arg-type]
-    # Some weights come for another image size than the name alone gives: vit_b_16's 384, say.
-    built_by = {"name": name} if size is None else {"name": name, "image_size": size}
+    family = _family(name)
+    # Weights may come with other arguments than the name alone gives: an image size of 384, say.
+    arguments = {argument: getattr(module, argument) for argument in family.arguments}
+    size = arguments["image_size"] if family.fixed_size == "image_size" else family.fixed_size
     if size is not None and view.size != size:
         view = view.resized(size=size)
     return StagedModel.from_module(
@@ -127,6 +206,6 @@ def _staged(module: nn.Module, name: str, view: View, *, weights: str = "none") 
         layouts=dict(family.layouts),
         class_tokens=family.class_tokens,
         containers=family.containers,
-        origin={"backbone": name, "weights": weights, "architecture": built_by},
+        origin={"backbone": name, "weights": weights, "architecture": {"name": name, **arguments}},
         fixed_size=size,
     )

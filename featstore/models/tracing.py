@@ -29,6 +29,7 @@ class Trace:
         plain_paths: the same without that number.
         output: the operation that makes the module's output.
         constants: tensors that the forward makes while it is traced, by the names that the nodes know them by.
+        auxiliaries: what alone makes further values that it returns in train mode, and is left out.
     """
 
     root: nn.Module
@@ -37,12 +38,22 @@ class Trace:
     plain_paths: dict[fx.Node, str]
     output: fx.Node
     constants: dict[str, Any]
+    auxiliaries: tuple[str, ...] = ()
 
 
-def traced(module: nn.Module, *, training: bool, opaque: frozenset[str]) -> tuple[Trace, frozenset[str]]:
+def traced(
+    module: nn.Module, *, training: bool, opaque: frozenset[str], main: str | None = None
+) -> tuple[Trace, frozenset[str]]:
     """The trace of one mode, and the modules that had to stay opaque: the innermost one at each failure to trace.
 
     The module is left as it was.
+
+    Args:
+        module: what is traced.
+        training: in train mode, else in eval mode.
+        opaque: modules that stay whole, by path.
+        main: the path of the operation that makes the output in eval mode. Of several values in train mode that one is
+            the output; the others have losses of their own, as an auxiliary classifier's scores do.
 
     Raises:
         ModelError: where the module's own forward can't be traced, or doesn't return one computed tensor.
@@ -84,7 +95,7 @@ def traced(module: nn.Module, *, training: bool, opaque: frozenset[str]) -> tupl
             used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
             # Constant tensors, which the tracer parked on the caller's module.
             constants = {name: vars(module)[name] for name in (set(vars(module)) - attributes) & used}
-        return _as_trace(module, graph, tracer, constants, training=training), opaque
+        return _as_trace(module, graph, tracer, constants, training=training, main=main), opaque
 
 
 def is_library_leaf(module: nn.Module) -> bool:
@@ -299,10 +310,21 @@ def _holds_proxy(value: Any) -> bool:
 
 
 def _as_trace(
-    module: nn.Module, graph: fx.Graph, tracer: _Tracer, constants: dict[str, Any], *, training: bool
+    module: nn.Module,
+    graph: fx.Graph,
+    tracer: _Tracer,
+    constants: dict[str, Any],
+    *,
+    training: bool,
+    main: str | None,
 ) -> Trace:
     *_, end = graph.nodes
-    output = end.args[0]
+    operations = [node for node in graph.nodes if node.op not in {"get_attr", "output"}]
+    output, others = _parted(end.args[0], tracer, main)
+    left_out: set[fx.Node] = set()
+    if others:
+        left_out = {node for node in operations if node not in _ancestors([output])} & _ancestors([end])
+    kept = [node for node in operations if node not in left_out]
     if not isinstance(output, fx.Node) or output.op not in {"call_module", "call_function", "call_method"}:
         raise ModelError(
             f"{type(module).__name__} returns {_described(output)} in {'train' if training else 'eval'} mode; a staged "
@@ -310,12 +332,57 @@ def _as_trace(
         )
     return Trace(
         root=module,
-        nodes=[node for node in graph.nodes if node.op not in {"get_attr", "output"}],
+        nodes=kept,
         paths=tracer.paths,
         plain_paths=tracer.plain_paths,
         output=output,
         constants=constants,
+        auxiliaries=_owners(module, left_out, kept, tracer),
     )
+
+
+def _parted(output: Any, tracer: _Tracer, main: str | None) -> tuple[Any, list[fx.Node]]:
+    """What a forward returns, parted into the output and further values."""
+    values: Any = ()
+    if isinstance(output, tuple | list):
+        values = output
+    elif isinstance(output, dict):
+        values = output.values()
+    elif isinstance(output, fx.Node) and hasattr(output.target, "_fields"):  # a named tuple
+        values = (*output.args, *output.kwargs.values())
+    nodes = [each for each in values if isinstance(each, fx.Node)]
+    found = [node for node in nodes if tracer.paths[node] == main]
+    if len(found) != 1:
+        return output, []
+    return found[0], [node for node in nodes if node is not found[0]]
+
+
+def _ancestors(nodes: list[Any]) -> set[fx.Node]:
+    """`nodes` and all that they are computed from."""
+    found: set[fx.Node] = set()
+    left = list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
+
+
+def _owners(module: nn.Module, left_out: set[fx.Node], kept: list[fx.Node], tracer: _Tracer) -> tuple[str, ...]:
+    """The outermost modules that run operations that are left out, and none that is kept; in their order."""
+    used = {prefix for node in kept for prefix in _prefixes(tracer.plain_paths[node])}
+    owners: dict[str, None] = {}
+    for path, _ in module.named_modules():
+        runs = any(path in _prefixes(tracer.plain_paths[node]) for node in left_out)
+        if runs and path not in used and not any(path.startswith(f"{owner}.") for owner in owners):
+            owners[path] = None
+    return tuple(owners)
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts) + 1)]
 
 
 def _described(output: Any) -> str:

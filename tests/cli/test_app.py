@@ -466,9 +466,9 @@ def test_an_unknown_backbone_is_refused_with_the_names(featstore: Program) -> No
     ):
         assert (ran.code, ran.out) == (2, "")
         assert ran.err.splitlines()[-1] == (
-            "'resnet35' is no backbone. Expected one of resnet18, resnet34, resnet50, resnet101, resnet152, "
-            "squeezenet1_0, squeezenet1_1, vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14; a function in your own "
-            "file (path/to/file.py:make_model); or the folder of a saved run."
+            "'resnet35' is no backbone. Expected resnet50, resnet34, resnet152, or one of the 80 names that featstore "
+            "backbones lists (in Python: backbone_names()); a function in your own file (path/to/file.py:make_model); "
+            "or the folder of a saved run."
         )
 
 

@@ -35,7 +35,7 @@ def images(size: int = 32) -> Tensor:
 
 def test_an_unknown_name_is_refused_with_the_names() -> None:
     for ask in (backbone, outline):
-        with pytest.raises(ValueError, match=r"'resnet19' is no backbone. Expected one of resnet18, resnet34"):
+        with pytest.raises(ValueError, match=r"'resnet19' is no backbone. Expected resnet18, "):
             ask("resnet19")
 
 

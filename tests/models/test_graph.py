@@ -109,7 +109,6 @@ def test_every_cut_of_a_small_network_splits_it_bit_for_bit(make: Callable[[], n
         ("resnet18", 64),
         ("resnet34", 32),
         ("resnet50", 32),
-        ("squeezenet1_0", 64),
         ("squeezenet1_1", 64),
         pytest.param("vit_b_16", 64, marks=pytest.mark.slow),
         pytest.param("vit_b_32", 224, marks=pytest.mark.slow),
@@ -123,6 +122,24 @@ def test_every_cut_of_a_backbone_splits_it_bit_for_bit(name: str, size: int) -> 
     model.view = View(size=size, resize=size)
     check_split(model, images(2, size), module)
     assert len(model.cut_points) > 20
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("alexnet", "vgg11", "densenet121", "googlenet", "inception_v3", "mobilenet_v2", "mobilenet_v3_small"),
+        *("mnasnet0_5", "shufflenet_v2_x0_5", "efficientnet_b0", "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny"),
+        *("swin_t", "swin_v2_t"),
+    ],
+)
+def test_four_cuts_and_more_of_each_family_split_it_bit_for_bit(name: str) -> None:
+    """All of all: scripts/split_everything.py."""
+    size = {"alexnet": 64, "inception_v3": 80}.get(name, 32)
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.random.fork_rng(devices=[]):
+        module = torchvision.models.get_model(name, weights=None, **options)
+    model = StagedModel.from_module(module, view=View(size=size, resize=size))
+    check_split(model, images(2, size), module, every=len(model.cut_points) // 5)
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("squeezenet1_1", 32), ("vit_b_32", 224)])

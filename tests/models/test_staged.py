@@ -139,7 +139,7 @@ def test_without_its_classifier_a_network_is_cut_where_it_is_with_it(
 
 @pytest.mark.parametrize(
     ("name", "cut"),
-    [("resnet18", "layer4"), ("squeezenet1_1", "features"), ("vit_b_32", "encoder"), ("vgg11", "avgpool")],
+    [("resnet18", "layer4"), ("squeezenet1_1", "features"), ("vit_b_32", "encoder"), ("vgg11", "features")],
 )
 def test_a_classifier_of_positions_or_of_a_vector_comes_after_the_default_cut(name: str, cut: str) -> None:
     with torch.device("meta"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,11 @@ import torch
 import torchvision
 from torch import Tensor
 
-from featstore import WeightsError, backbone, backbone_names
+from featstore import StagedModel, WeightsError, backbone
+from featstore.models import torchvision_models
 from featstore.models.backbones import architecture, outline, weight_names
 from featstore.models.modes import random_states
+from featstore.models.torchvision_models import FAMILIES
 
 
 def resnet18() -> dict[str, Tensor]:
@@ -19,14 +23,153 @@ def resnet18() -> dict[str, Tensor]:
         return dict(torchvision.models.resnet18(weights=None).state_dict())
 
 
-def test_every_name_has_an_outline_with_cuts_and_shapes() -> None:
-    for name in backbone_names():
-        model = outline(name)
-        assert model.name == name
-        assert len(model.cut_points) > 20
-        assert all(model.shape(cut) for cut in model.cut_points)
-        expected = "layer4" if name.startswith("resnet") else "features.12" if "squeeze" in name else "encoder.ln"
-        assert model.default_cut == expected
+DEFAULT_CUTS = {
+    "resnet18": ("layer4", "NCHW", (512, 7, 7)),
+    "resnext50_32x4d": ("layer4", "NCHW", (2048, 7, 7)),
+    "wide_resnet50_2": ("layer4", "NCHW", (2048, 7, 7)),
+    "alexnet": ("features.12", "NCHW", (256, 6, 6)),
+    "vgg11": ("features.20", "NCHW", (512, 7, 7)),
+    "vgg11_bn": ("features.28", "NCHW", (512, 7, 7)),
+    "squeezenet1_0": ("features.12", "NCHW", (512, 13, 13)),
+    "densenet121": ("relu", "NCHW", (1024, 7, 7)),
+    "googlenet": ("inception5b", "NCHW", (1024, 7, 7)),
+    "inception_v3": ("Mixed_7c", "NCHW", (2048, 8, 8)),
+    "mobilenet_v2": ("features.18", "NCHW", (1280, 7, 7)),
+    "mobilenet_v3_small": ("features.12", "NCHW", (576, 7, 7)),
+    "mnasnet0_5": ("layers.16", "NCHW", (1280, 7, 7)),
+    "shufflenet_v2_x0_5": ("conv5", "NCHW", (1024, 7, 7)),
+    "efficientnet_b0": ("features.8", "NCHW", (1280, 7, 7)),
+    "efficientnet_v2_s": ("features.7", "NCHW", (1280, 12, 12)),
+    "regnet_x_400mf": ("trunk_output.block4", "NCHW", (400, 7, 7)),
+    "regnet_y_800mf": ("trunk_output.block4", "NCHW", (784, 7, 7)),
+    "convnext_tiny": ("features.7", "NCHW", (768, 7, 7)),
+    "vit_b_32": ("encoder.ln", "NLC", (50, 768)),
+    "swin_t": ("permute", "NCHW", (768, 7, 7)),
+    "swin_v2_t": ("permute", "NCHW", (768, 8, 8)),
+    "maxvit_t": ("blocks.3", "NCHW", (512, 7, 7)),
+}
+"""A member of each family -> its default cut there, the layout and the shape, at its weights' own size."""
+
+
+def test_the_names_are_those_of_torchvisions_classification_models_each_in_one_family() -> None:
+    assert sorted(torchvision_models.names()) == torchvision.models.list_models(module=torchvision.models)
+    families = [next(family for family in FAMILIES if name in family.names) for name in DEFAULT_CUTS]
+    assert {id(family) for family in families} == {id(family) for family in FAMILIES}
+
+
+@cache
+def outlined(name: str) -> StagedModel:
+    return outline(name)
+
+
+@pytest.mark.parametrize("name", DEFAULT_CUTS)
+def test_a_member_of_each_family_is_cut_before_its_own_pooling(name: str) -> None:
+    model = outlined(name)
+    cut = model.default_cut
+    assert (model.name, cut, model.layout(cut), model.shape(cut)) == (name, *DEFAULT_CUTS[name])
+    assert len(model.cut_points) > 20
+    assert all(model.shape(cut) for cut in model.cut_points)
+    assert {tensor.device.type for tensor in model.tensors().values()} == {"meta"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in torchvision_models.names() if name not in DEFAULT_CUTS])
+def test_every_other_member_is_cut_as_its_family_is(name: str) -> None:
+    model = outline(name)
+    family = next(family for family in FAMILIES if name in family.names)
+    (known,) = [DEFAULT_CUTS[other] for other in DEFAULT_CUTS if other in family.names][:1]
+    cut = model.default_cut
+    assert cut.rstrip("0123456789") == known[0].rstrip("0123456789")
+    assert (model.layout(cut), len(model.shape(cut))) == (known[1], len(known[2]))
+    assert all(model.shape(cut) for cut in model.cut_points)
+
+
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [
+        (
+            "swin_t",
+            {"features.0.0": "NCHW", "features.0": "NHWC", "features.2._patch_merging_pad": "NHWC", "norm": "NHWC"},
+        ),
+        ("convnext_tiny", {"features.0.1.layer_norm": "NHWC", "features.0": "NCHW", "classifier.0": "NCHW"}),
+        (
+            "maxvit_t",
+            {
+                "blocks.0.layers.0.layers.grid_attention.partition_op": "other",  # 49 x 64 x 64
+                "blocks.0.layers.0.layers.window_attention.add_1": "other",
+                "blocks.0.layers.0.layers.window_attention": "NCHW",
+            },
+        ),
+    ],
+)
+def test_maps_with_channels_last_and_windows_of_tokens_are_told_from_maps(name: str, layouts: dict[str, str]) -> None:
+    model = outlined(name)
+    assert {cut: model.layout(cut) for cut in layouts} == layouts
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "own"),
+    [
+        ("alexnet", 64, None),
+        ("densenet121", 64, "adaptive_avg_pool2d"),
+        ("googlenet", 64, "avgpool"),
+        ("mobilenet_v3_small", 64, "avgpool"),
+        ("mnasnet0_5", 64, "mean"),
+        ("shufflenet_v2_x0_5", 64, "mean"),
+        ("regnet_x_400mf", 64, "avgpool"),
+        ("convnext_tiny", 64, "avgpool"),
+        ("swin_t", 64, "avgpool"),
+    ],
+)
+def test_the_average_at_the_default_cut_is_what_the_network_pools_itself(name: str, size: int, own: str | None) -> None:
+    model = backbone(name, "none")
+    images = torch.randn((2, 3, size, size), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        taken = model.activations(images, [model.default_cut, *filter(None, [own])])
+        pooled = model.pool(model.default_cut, "avg")(taken[model.default_cut])
+    if own is None:  # a network that pools to 6 x 6
+        assert pooled.shape == (2, 256)
+        return
+    torch.testing.assert_close(pooled, taken[own].flatten(1), rtol=1e-6, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------ auxiliary classifiers
+
+
+@pytest.mark.parametrize(("name", "size", "aux"), [("inception_v3", 80, "AuxLogits"), ("googlenet", 32, "aux1, aux2")])
+def test_an_auxiliary_classifier_is_left_out_said_and_changes_nothing_else(name: str, size: int, aux: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = torchvision.models.get_model(name, weights=None, init_weights=False, aux_logits=True, dropout=0.0)
+    model = StagedModel.from_module(copy.deepcopy(module))
+    assert model.notes == (
+        f"{aux}: left out, as it makes a further output in train mode alone (an auxiliary classifier); a fit has no "
+        "loss for it",
+    )
+    assert {each.split(".")[0] for each in model.unused} == set(aux.split(", "))
+    images = torch.randn((4, 3, size, size), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.eval()(images), module.eval()(images))
+    module.train()
+    size_of_auxiliaries = {"inception_v3": 299, "googlenet": 224}[name]
+    model.train()
+    large = torch.randn((2, 3, size_of_auxiliaries, size_of_auxiliaries), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model(large), module(large).logits)
+    statistics = dict(module.named_buffers())
+    assert all(torch.equal(value, statistics[each]) for each, value in model.tensors().items() if each in statistics)
+
+
+def test_a_weights_file_with_auxiliary_classifiers_fits_and_its_input_is_transformed_as_in_the_weights(
+    tmp_path: Path,
+) -> None:
+    module = torchvision.models.get_model("googlenet", weights=None, init_weights=False, aux_logits=True)
+    torch.save(module.state_dict(), tmp_path / "own.pth")
+    model = backbone("googlenet", tmp_path / "own.pth")
+    assert [note for note in model.notes if "not used" in note] == []
+    assert model.origin["architecture"] == {"name": "googlenet", "transform_input": False}
+    again = architecture({"name": "googlenet", "transform_input": True}, tmp_path)
+    assert again.digest("conv1") != architecture({"name": "googlenet", "transform_input": False}, tmp_path).digest(
+        "conv1"
+    )
 
 
 def test_weight_names_are_torchvisions_with_the_default_first() -> None:

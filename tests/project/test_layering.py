@@ -42,8 +42,9 @@ ROOMS: dict[str, Rooms] = {
         (
             "models",
             (
-                "names", "modes", "tracing", "graph", "pool", "digests", "stages", "staged", "trunk", "weights", "runs",
-                "trust", "torchvision_models", "own_file", "backbones", "probe", "batch_mixing", "purity",
+                "names", "modes", "tracing", "graph", "pool", "digests", "stages", "shapes", "staged", "trunk",
+                "weights", "runs", "trust", "torchvision_models", "own_file", "backbones", "probe", "batch_mixing",
+                "purity",
             ),
         ),
         (

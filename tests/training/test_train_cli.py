@@ -229,7 +229,7 @@ def test_imported_features_given_for_a_backbone_are_trained_on_from_python(run: 
         'head="linear")',
     )
     other = run("featstore-train", "head", *made, "--backbone", "clop", "--out", "runs/clip")
-    assert other.last_words.startswith("'clop' is no backbone. Expected one of")
+    assert other.last_words.startswith("'clop' is no backbone. Expected one of the 80 names")
 
 
 def test_a_damaged_image_stops_training_or_is_left_out(run: Run, here: Path) -> None:

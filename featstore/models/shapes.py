@@ -1,0 +1,152 @@
+"""Shapes: those of a model's values for images of a size, without running on data, and how the values lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featstore.errors import ModelError
+from featstore.models.modes import eval_mode, random_states_kept
+from featstore.models.names import layout_of
+from featstore.models.stages import Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is known of a value without its numbers.
+
+    Attributes:
+        shape: ``*F`` of one image's; empty for what is no tensor.
+        order: the dimensions of a batch of it from the one with the longest steps in memory to the one with the
+            shortest; None where that is their own order.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...] | None
+
+
+def measured(stages: Sequence[Stage], size: int, model: str) -> dict[str, Measured]:
+    """The value at each cut.
+
+    From a pass without data where the model can run so, else on empty images. Two, not one: ``squeeze()`` takes the
+    dimension of a single image away.
+
+    Args:
+        stages: in order.
+        size: side of the images.
+        model: its name, for messages.
+
+    Raises:
+        ModelError: if it can't take images of that size, or of three channels.
+    """
+    try:
+        return _run(stages, torch.empty((2, 3, size, size), device="meta"), model, on_meta=True)
+    except Exception:  # whole modules may make tensors of their own, which don't live on the meta device
+        parameters = (tensor for stage in stages for tensor in stage.parameters())
+        device = next((tensor.device for tensor in parameters), torch.device("cpu"))
+        return _run(stages, torch.zeros((2, 3, size, size), device=device), model, on_meta=False)
+
+
+class Tail(nn.Sequential):
+    """The stages behind a value. What was stored of it lies in memory as the stage that makes it leaves it.
+
+    Convolutions take channels that lie last another way, to other last bits.
+
+    Args:
+        stages: in order.
+        order: of the value's dimensions in memory, see `Measured`.
+    """
+
+    def __init__(self, stages: Iterable[nn.Module], *, order: tuple[int, ...] | None) -> None:
+        super().__init__(*stages)
+        self.order = order
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """What the last stage gives."""
+        if self.order is not None and activations.is_contiguous():
+            activations = _reordered(activations, self.order)
+        for stage in self:
+            activations = stage(activations)
+        return activations
+
+
+def layout_from(shape: tuple[int, ...], larger: Callable[[], tuple[int, ...] | None]) -> str:
+    """The layout of values of one image that have the shape `shape`.
+
+    Images are square: of three dimensions the two that are equal are positions. Where that doesn't tell, positions are
+    what grows with the image.
+
+    Args:
+        shape: ``*F``.
+        larger: gives the shape for a larger image; None where the model takes no other.
+    """
+    if len(shape) != 3 or shape[0] != shape[1] == shape[2]:
+        return layout_of(shape)
+    other = larger()
+    grown = None if other is None else tuple(now < then for now, then in zip(shape, other, strict=True))
+    if grown is not None and any(grown):
+        return "NCHW" if grown == (False, True, True) else "NHWC" if grown == (True, True, False) else "other"
+    return layout_of(shape) if shape[1] == shape[2] else "NHWC" if shape[0] == shape[1] else "other"
+
+
+def _run(stages: Sequence[Stage], images: Tensor, model: str, *, on_meta: bool) -> dict[str, Measured]:
+    found: dict[str, Measured] = {}
+    values: Any = images
+    for stage in stages:
+        try:
+            with torch.no_grad(), eval_mode(stage), random_states_kept():
+                values = _on_meta(stage, values) if on_meta else stage(values)
+        except Exception as error:
+            if (channels := _other_channels(stage, values)) is not None:
+                raise ModelError(
+                    f"{model} takes images of {channels} channel{'s' * (channels != 1)} (its stage "
+                    f"{stage.name}), and images have 3 here, R, G and B, which are equal in a gray image. Hand "
+                    f"over a module that makes {channels} of the 3 and then calls yours, in its forward: "
+                    f"self.net({'images[:, :1]' if channels == 1 else 'self.adapt(images)'})."
+                ) from error
+            reason = str(error).strip().rstrip(".") or type(error).__name__
+            raise ModelError(
+                f"{model} can't take images of {images.shape[-1]} x {images.shape[-1]} pixels: its stage "
+                f"{stage.name} fails with {reason}. Give it a view of the size it was made for: "
+                "StagedModel.from_module(module, view=View(size=..., resize=...))."
+            ) from error
+        is_tensor = isinstance(values, Tensor)
+        found[stage.name] = Measured(
+            shape=tuple(values.shape[1:]) if is_tensor else (), order=_order(values) if is_tensor else None
+        )
+    return found
+
+
+def _reordered(values: Tensor, order: tuple[int, ...]) -> Tensor:
+    back = [order.index(dim) for dim in range(len(order))]
+    return values.permute(order).contiguous().permute(back)
+
+
+def _order(values: Tensor) -> tuple[int, ...] | None:
+    if values.is_contiguous() or 0 in values.stride():
+        return None
+    order = sorted(range(values.ndim), key=lambda dim: values.stride(dim), reverse=True)
+    return tuple(order) if values.permute(order).is_contiguous() else None  # a part of something larger
+
+
+def _on_meta(stage: Stage, values: Any) -> Any:
+    # Each tensor of each module once. A stage may hold a module twice, in its graphs for evaluation and for training;
+    # put aside under both its names, a tensor would come back under the first and be overwritten under the second.
+    empty = {
+        f"{prefix}.{name}".removeprefix("."): torch.empty_like(value, device="meta")
+        for prefix, module in stage.named_modules()
+        for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
+    return torch.func.functional_call(stage, empty, (values,), tie_weights=False)
+
+
+def _other_channels(stage: Stage, values: Any) -> int | None:
+    """How many channels a stage's first layer takes, if it is another number than that of RGB images `values`."""
+    if not isinstance(values, Tensor) or values.ndim != 4 or values.shape[1] != 3:
+        return None
+    counts = (getattr(part, "in_channels", getattr(part, "num_features", 3)) for part in stage.modules())
+    return next((int(count) for count in counts if count != 3), None)
