@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,9 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="featstore-state-")
 
 import torch
 from support.processes import Processes
+from support.programs import Run, runner, workplace
+
+from featstore import FeatureStore
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +28,24 @@ def processes() -> Iterator[Processes]:
     """Runs programs in a process of their own, of which all tests together wait for one interpreter."""
     with Processes() as running:
         yield running
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    """One that nothing has been filed in."""
+    return FeatureStore(tmp_path / "features")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with photographs and a small backbone."""
+    return workplace(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs one of the programs in the directory `here`."""
+    return runner(capsys)
 
 
 @pytest.fixture

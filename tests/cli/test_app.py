@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import urllib.error
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +15,7 @@ import torch
 import torchvision
 from PIL import Image
 from support.processes import AS_A_MODULE, Processes
-from support.programs import Program, Ran, extract_flags, runner, workplace
+from support.programs import Program, Ran, extract_flags
 
 from featstore import FeatureStore, ImageSet, backbone
 
@@ -44,16 +43,6 @@ def make_model():
     layers = [("gate", Gate()), ("conv", nn.Conv2d(3, 8, 3, 2)), ("pool", nn.AdaptiveAvgPool2d(1))]
     return nn.Sequential(OrderedDict([*layers, ("flat", nn.Flatten()), ("fc", nn.Linear(8, 5))]))
 """
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return workplace(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def featstore(here: Path, capsys: pytest.CaptureFixture[str]) -> Program:
-    return partial(runner(capsys), "featstore")
 
 
 # ---- The walk: extract, look, add images, extract the rest

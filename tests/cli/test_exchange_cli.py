@@ -10,26 +10,16 @@ import numpy as np
 import pytest
 import torch
 from support import two_sets
-from support.programs import Run, runner
+from support.programs import Run
 from support.two_sets import NUM, damage, featstore, images_and_store, key_of, store
 
 from featstore import FeatureStore, ImageSet
 from training import Learner
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return two_sets.make(tmp_path_factory.mktemp("made"))
-
-
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return two_sets.copied(made, tmp_path / "here", monkeypatch)
-
-
-@pytest.fixture
-def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(capsys)
 
 
 # ---- adopt

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
-from support.programs import Program, Ran, extract_flags, runner, workplace
+from support.programs import Program, Ran, extract_flags
 
 from featstore import ImageSet
 from featstore.cli.flags import ImageFlags, ViewFlags, load_model, parse_numbers, parse_seeds, parse_seeds_or_fresh
@@ -15,16 +14,6 @@ from featstore.extraction.remedy import image_flags
 from featstore.images.views import View
 
 NUM_EACH = 10
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return workplace(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def featstore(here: Path, capsys: pytest.CaptureFixture[str]) -> Program:
-    return partial(runner(capsys), "featstore")
 
 
 # ---- Splits and tables

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import two_sets
-from support.programs import Run, runner
+from support.programs import Run
 from support.two_sets import NUM, damage, featstore, images_and_store, key_of, store
 
 from featstore import FeatureSet, FeatureStore, ImageSet, backbone
@@ -23,19 +23,9 @@ from featstore.files import disk
 from featstore.files.part import Part
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return two_sets.make(tmp_path_factory.mktemp("made"))
-
-
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return two_sets.copied(made, tmp_path / "here", monkeypatch)
-
-
-@pytest.fixture
-def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(capsys)
 
 
 def test_a_repaired_image_table_leaves_an_older_set_and_that_is_said(run: Run, here: Path) -> None:

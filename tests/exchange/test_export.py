@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,8 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from support.full_disk import largest_file
+from support.parts import flip_bit
 from support.processes import Processes
 from support.tiny import arrays, photos, pixels, staged
 from torch import Tensor
@@ -38,16 +37,6 @@ from featstore.files.part import Part, write_part
 from featstore.images.fileless import images_by_id
 
 DTYPES = ("float16", "float32", "bfloat16")
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> ImageSet:
-    return ImageSet.from_folder(photos(tmp_path / "photos", 8)).split(valid=0.25)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    return FeatureStore(tmp_path / "features")
 
 
 def filed(images: ImageSet, store: FeatureStore, dtype: str = "float16", cut: str = "layer2:avg") -> str:
@@ -392,22 +381,10 @@ def test_a_disk_that_is_full_leaves_no_file(tmp_path: Path, store: FeatureStore,
     assert not list((tmp_path / "out").iterdir())
 
 
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_damaged_part_is_never_exported(tmp_path: Path, images: ImageSet, store: FeatureStore) -> None:
     key = filed(images, store)
     part = store.set(key).parts[0]
-    content = bytearray(part.path.read_bytes())
-    content[part.features_offset + 5] ^= 1
-    part.path.write_bytes(content)
+    flip_bit(part.path, part.features_offset + 5)
     with pytest.raises(DamagedFileError, match=rf"{part.path.name} is damaged.*rows 0 to 7"):
         export(FeatureStore(store.root), key, tmp_path / "out.npy")
     assert not list(tmp_path.glob("*out*"))

@@ -12,30 +12,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
-from support.tiny import photos, staged
+from support.made_elsewhere import NUM, values
+from support.tiny import staged
 
 from featstore import DamagedFileError, FeatureStore, ImageSet, extract
 from featstore.exchange.export import export
 from featstore.exchange.feature_files import opened_features, read_ids
 from featstore.exchange.imports import ImportReport, import_file
-
-N = 8
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> ImageSet:
-    return ImageSet.from_folder(photos(tmp_path / "photos", N)).split(valid=0.25)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    return FeatureStore(tmp_path / "features")
-
-
-def values(num_rows: int = N, shape: tuple[int, ...] = (6,), seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal((num_rows, *shape)).astype(np.float32)
-
 
 # ---- By plain reads
 
@@ -60,7 +43,7 @@ def test_no_file_is_mapped_but_safetensors_by_their_library(
         with opened_features(tmp_path / name) as found:
             rows = torch.cat([block.clone() for _, block in found.rows.blocks(progress=False, verb="read")])
             assert not maps.exists() or name not in maps.read_text()
-        assert rows.shape == (N, 8, 8, 8)
+        assert rows.shape == (NUM, 8, 8, 8)
         assert torch.equal(rows.half(), torch.from_numpy(np.load(tmp_path / "out.npy")).half())
 
 
@@ -82,7 +65,7 @@ def test_npy_of_a_long_header_is_read(tmp_path: Path) -> None:
     with (tmp_path / "clip.npy").open("wb") as file:
         np.lib.format.write_array(file, values(), version=(2, 0))
     with opened_features(tmp_path / "clip.npy") as found:
-        assert np.array_equal(found.rows.read(0, N).numpy(), values())
+        assert np.array_equal(found.rows.read(0, NUM).numpy(), values())
 
 
 def test_a_dataset_without_a_shape_is_refused_as_no_rows_are(tmp_path: Path) -> None:
@@ -116,7 +99,7 @@ def test_a_file_that_becomes_shorter_meanwhile_is_an_error(
     with opened_features(path) as found:
         os.truncate(path, 5000)
         with pytest.raises(DamagedFileError, match=rf"out\{suffix} is .*truncated"):
-            found.rows.read(0, N)
+            found.rows.read(0, NUM)
 
 
 def test_tensors_of_other_types_beside_the_features_do_no_harm(tmp_path: Path) -> None:

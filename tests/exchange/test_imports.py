@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from support.full_disk import largest_file
+from support.made_elsewhere import NUM, values
 from support.tiny import arrays, photos, pixels, staged
 
 from featstore import DamagedFileError, FeatureStore, FeatureStoreError, ImageSet, MissingFeaturesError, extract
@@ -24,23 +23,6 @@ from featstore.exchange.imports import import_features, import_file
 from featstore.files.part import Part
 from featstore.images.fileless import images_by_id, without_files
 from training import Learner
-
-N = 8
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> ImageSet:
-    return ImageSet.from_folder(photos(tmp_path / "photos", N)).split(valid=0.25)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    return FeatureStore(tmp_path / "features")
-
-
-def values(num_rows: int = N, shape: tuple[int, ...] = (6,), seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal((num_rows, *shape)).astype(np.float32)
-
 
 # ---- Arrays
 
@@ -56,10 +38,10 @@ def test_features_made_elsewhere_come_back_bit_for_bit(
     facts = store.set(report.key).facts
     assert (facts["backbone"], facts["cut"], facts["imported"]) == ("clip", "imported", {"source": "an array"})
     assert facts["stages"][0]["layout"] == {1: "NC", 2: "NLC", 3: "NCHW"}[len(shape)]
-    assert (report.rows, report.written, report.images, report.notes) == (N, N, "photos", ())
+    assert (report.rows, report.written, report.images, report.notes) == (NUM, NUM, "photos", ())
 
 
-@pytest.mark.parametrize("row", [0, N - 1])
+@pytest.mark.parametrize("row", [0, NUM - 1])
 def test_features_that_change_during_an_import_are_never_filed_under_the_key_of_others(
     tmp_path: Path, images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch, row: int
 ) -> None:
@@ -82,13 +64,13 @@ def test_rows_are_filed_under_the_content_of_the_images(images: ImageSet, store:
     (tmp_path / "photos" / "cat").rename(tmp_path / "photos" / "lion")
     renamed = ImageSet.from_folder(tmp_path / "photos")
     np.testing.assert_array_equal(
-        store.features(renamed, key).numpy()[: N // 2], features_of(features, images, renamed)
+        store.features(renamed, key).numpy()[: NUM // 2], features_of(features, images, renamed)
     )
 
 
 def features_of(features: NDArray[Any], images: ImageSet, renamed: ImageSet) -> NDArray[Any]:
     place = {bytes(digest): row for row, digest in enumerate(images.digests().values)}
-    return features[[place[bytes(digest)] for digest in renamed.digests().values[: N // 2]]]
+    return features[[place[bytes(digest)] for digest in renamed.digests().values[: NUM // 2]]]
 
 
 def test_float64_becomes_float32_and_is_refused_if_it_overflows(images: ImageSet, store: FeatureStore) -> None:
@@ -122,7 +104,7 @@ def test_the_same_import_writes_nothing_in_whatever_order(images: ImageSet, stor
     assert import_features(store, values(), images, name="clip").written == 0
     order = [5, 2, 7, 0, 1, 3, 6, 4]
     again = import_features(store, values()[order], images.select(order), name="clip")
-    assert (again.key, again.written, again.rows) == (first.key, 0, N)
+    assert (again.key, again.written, again.rows) == (first.key, 0, NUM)
     assert sorted(store.root.glob("*@*/*/*.h5")) == [file for file in files if "images" not in file.parts]
 
 
@@ -130,7 +112,7 @@ def test_the_key_depends_on_values_type_layout_and_images(images: ImageSet, stor
     changed = values()
     changed[7, 5] = np.nextafter(changed[7, 5], 1)
     maps = values(shape=(3, 2, 2))
-    swapped = images.select([1, 0, *range(2, N)])
+    swapped = images.select([1, 0, *range(2, NUM)])
     keys = [
         import_features(store, values(), images, name="clip").key,
         import_features(store, changed, images, name="clip").key,
@@ -160,7 +142,7 @@ def test_an_import_that_was_interrupted_writes_the_rest(
 def test_imported_features_never_fit_a_request(images: ImageSet, store: FeatureStore) -> None:
     import_features(store, values(), images, name="net")
     report = extract(staged(), images, store, cuts=["layer2:avg"])
-    assert (report.computed, report.reused) == (N, 0)
+    assert (report.computed, report.reused) == (NUM, 0)
 
 
 def test_heads_train_on_imported_features(images: ImageSet, store: FeatureStore) -> None:
@@ -263,7 +245,7 @@ def test_the_trunk_is_the_digest_that_the_format_names(store: FeatureStore) -> N
     [
         (values(5), ValueError, "5 rows of features and 8 images in photos"),
         (values().astype(np.int32), TypeError, r"features are int32. Expected float16, float32, float64 or bfloat16"),
-        (torch.zeros(N, 2, dtype=torch.int64), TypeError, "features are int64"),
+        (torch.zeros(NUM, 2, dtype=torch.int64), TypeError, "features are int64"),
         (values()[:, 0], ValueError, r"have the shape \(8,\). Expected \(N, \*F\)"),
         (values()[:0], ValueError, r"have the shape \(0, 6\)"),
         (values(shape=(0,)), ValueError, r"have the shape \(8, 0\)"),
@@ -290,17 +272,7 @@ def test_a_full_disk_is_an_error_and_the_next_import_completes(images: ImageSet,
     with largest_file(50_000), pytest.raises(OSError, match="too large"):
         import_features(store, features, images, name="clip")
     report = import_features(store, features, images, name="clip")
-    assert report.written == N
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert report.written == NUM
 
 
 # ---- Files, joined by id

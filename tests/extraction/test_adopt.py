@@ -57,11 +57,6 @@ def images(tmp_path: Path) -> ImageSet:
     return ImageSet.from_folder(photos(tmp_path / "photos", 8))
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    return FeatureStore(tmp_path / "features")
-
-
 def filed(images: ImageSet, store: FeatureStore, dtype: str = "float16") -> str:
     return extract(opaque("first"), images, store, cuts=["body:avg"], dtype=dtype).keys[0]
 

@@ -39,12 +39,6 @@ from featstore.files.part import Part
 from featstore.models.probe import take_probes
 from featstore.models.trunk import Trunk
 
-
-@pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    return FeatureStore(tmp_path / "features")
-
-
 # ---- values
 
 

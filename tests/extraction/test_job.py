@@ -47,11 +47,6 @@ from featstore.models.trunk import Trunk
 FORMAT_PAGE = Path(__file__).parents[2] / "docs" / "format.md"
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    return FeatureStore(tmp_path / "features")
-
-
 # ---- parts
 
 

@@ -28,12 +28,6 @@ from featstore import (
     plan,
 )
 
-
-@pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    return FeatureStore(tmp_path / "features")
-
-
 # ---- what is missing is computed, and nothing else
 
 

@@ -1,23 +1,17 @@
 import errno
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.full_disk import largest_file
 from support.operations import replace_operation, watch
 from support.parts import bits, extent, random_bits, write
 
 from featstore.files.part import Part
 from featstore.files.table import write_table
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "part-0.h5"
 
 
 @pytest.fixture
@@ -31,16 +25,6 @@ def disk_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     watch(monkeypatch, logged)
     return log
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_the_user_block_is_written_last_and_the_name_given_after_the_sync(path: Path, disk_log: list[str]) -> None:

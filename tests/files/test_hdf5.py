@@ -30,12 +30,6 @@ from featstore.errors import DamagedFileError
 from featstore.files import hdf5 as hdf5_module
 from featstore.files.part import Part, write_part
 
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "part-0.h5"
-
-
 FORMAT_PAGE = Path(__file__).parents[2] / "docs" / "format.md"
 
 

@@ -19,11 +19,6 @@ from featstore.files.part import Part
 from featstore.files.table import Table, write_table
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "part-0.h5"
-
-
 def test_the_user_block_says_what_the_format_page_says(path: Path) -> None:
     features = random_bits(700, (1000,))
     write(path, features)

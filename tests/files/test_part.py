@@ -31,12 +31,6 @@ from featstore.errors import DamagedFileError
 from featstore.files.part import Part, write_part
 from featstore.files.table import Table, write_table
 
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "part-0.h5"
-
-
 # ---- what was written is what is read
 
 

@@ -13,11 +13,6 @@ from featstore.errors import DamagedFileError
 from featstore.files.table import Table, write_table
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "part-0.h5"
-
-
 def test_a_table_comes_back(path: Path) -> None:
     columns: dict[str, NDArray[Any]] = {
         "ids": np.frombuffer("cat/1.jpg cat/é.jpg".encode(), np.uint8),

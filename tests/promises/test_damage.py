@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from support import released
+from support.full_disk import largest_file
 
 from featstore import DamagedFileError, FeatureStore
 from featstore.digest import digest_json
@@ -328,16 +328,6 @@ def test_a_part_that_becomes_a_pipe_is_refused_by_whoever_has_it_open(small: Sto
 
 
 # ---- no room, no permission
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def file_one_more(store: Store, num_rows: int = 2000) -> Path:

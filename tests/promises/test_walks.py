@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from support.programs import BACKBONE, Run, photographs, runner
+from support.programs import Run, photographs
 from torch import Tensor
 
 from featstore import FeatureStore, FeatureStoreError, ImageSet, View, backbone, extract
@@ -19,20 +19,6 @@ from training import Learner, finetune, train_head
 
 SMALL = ["--backbone", "tiny.py:make_model", "--size", "32"]
 RESNET = ["--backbone", "resnet18", "--weights", "none", "--size", "64"]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with twenty photographs in two folders and a small backbone."""
-    photographs(tmp_path / "photos")
-    (tmp_path / "tiny.py").write_text(BACKBONE, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(capsys)
 
 
 def held_out(run_folder: str) -> set[str]:

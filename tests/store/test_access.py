@@ -20,6 +20,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from support.parts import flip_bit
 from support.processes import Processes
 from support.tiny import SPEC, arrays, digests_of
 from torch.utils.data import DataLoader
@@ -284,12 +285,7 @@ def test_a_stream_through_three_times_as_many_rows_takes_no_more_memory(tmp_path
 
 
 def flip(path: Path, row: int) -> None:
-    part = Part.open(path)
-    with path.open("r+b") as file:
-        file.seek(part.features_offset + row * 65536 + 17)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 4]))
+    flip_bit(path, Part.open(path).features_offset + row * 65536 + 17)
 
 
 READS: dict[str, Callable[[Features], Any]] = {

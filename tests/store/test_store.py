@@ -21,6 +21,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from support.parts import flip_bit
 from support.tiny import VIEW, arrays, jpeg, photos, pixels, staged
 
 from featstore import (
@@ -69,12 +70,6 @@ def request(cut: str = "layer2", **options: Any) -> FeatureRequest:
 
 def folder_of(root: Path, key: str) -> Path:
     return FeatureStore(root).set(key).folder
-
-
-def flip_byte(path: Path, place: int = 5000) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
 
 
 # ---- folders and names
@@ -519,7 +514,7 @@ def test_a_damaged_part_stops_requests_for_its_set_and_no_other(root: Path, run:
     keys = run(augment=Augment("flip", seeds=[0]), cuts=["layer1", "layer2"])
     (part,) = folder_of(root, keys[2]).iterdir()
     sound = part.read_bytes()
-    flip_byte(part)
+    flip_bit(part, 5000)
     store = FeatureStore(root)
     for asked in (lambda: store.set(keys[2]), lambda: store.find(request("layer2")), lambda: run()):
         with pytest.raises(
@@ -544,7 +539,7 @@ def test_a_damaged_part_stops_requests_for_its_set_and_no_other(root: Path, run:
 def test_a_damaged_part_in_a_renamed_folder_stops_requests_that_it_might_fit(root: Path, run: Run) -> None:
     (key,) = run()
     folder = folder_of(root, key)
-    flip_byte(next(folder.iterdir()))
+    flip_bit(next(folder.iterdir()), 5000)
     folder.rename(folder.with_name("the good ones"))
     for asked in (request(), request(dtype="float16")):
         with pytest.raises(DamagedFileError, match=r"the good ones/part-\w+\.h5 is damaged"):
@@ -554,7 +549,7 @@ def test_a_damaged_part_in_a_renamed_folder_stops_requests_that_it_might_fit(roo
 def test_a_damaged_part_beside_a_sound_one_stops_requests_for_its_set_only(root: Path, run: Run) -> None:
     keys = run(augment=Augment("flip", seeds=[0]))
     run(arrays(6), augment=Augment("flip", seeds=[0]))
-    flip_byte(max(folder_of(root, keys[1]).iterdir()))
+    flip_bit(max(folder_of(root, keys[1]).iterdir()), 5000)
     store = FeatureStore(root)
     assert [each.key for each in store.find(request())] == [keys[0]]  # of the same trunk
     with pytest.raises(DamagedFileError):
@@ -668,7 +663,7 @@ def test_a_damaged_image_table_stops_its_image_set_and_no_other(root: Path, run:
     (key,) = run()
     other = save(root, labelled("cat", name="plants"))
     assert other is not None
-    flip_byte(other)
+    flip_bit(other, 5000)
     store = FeatureStore(root)
     assert run(arrays(5)) == (key,)
     assert ImageSet.from_store(store, name="arrays").name == "arrays"

@@ -26,6 +26,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from support.operations import replace_operation, watch
+from support.parts import flip_bit
 from support.tiny import VIEW, arrays, staged
 from torch import Tensor
 
@@ -53,11 +54,6 @@ CPU = {"batch_size": 32, "device": "cpu", "torch": "2"}
 GPU = {"batch_size": 256, "device": "cuda", "torch": "2"}
 
 Rows = dict[bytes, Tensor]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    return FeatureStore(tmp_path / "features")
 
 
 def rows_of(names: Sequence[int], profile: dict[str, Any] = CPU, width: int = WIDTH) -> Tensor:
@@ -117,15 +113,9 @@ def files_below(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
 
 
-def flip_byte(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-
-
 def flip_row(path: Path, row: int = 0) -> None:
     part = Part.open(path)
-    flip_byte(path, part.features_offset + row * WIDTH * 4)
+    flip_bit(path, part.features_offset + row * WIDTH * 4)
 
 
 def aged(*paths: Path, seconds: float = 100.0) -> None:
@@ -332,7 +322,7 @@ def test_a_flipped_bit_is_never_given_a_fresh_checksum(store: FeatureStore, is_w
 
 def test_a_set_with_a_damaged_file_is_left_alone_and_reported(store: FeatureStore) -> None:
     damaged, _ = file(store, 0), file(store, 1)
-    flip_byte(damaged, 5000)
+    flip_bit(damaged, 5000)
     (left,) = FeatureStore(store.root).compact(KEY).left
     assert str(damaged) in left.reason
 
@@ -607,7 +597,7 @@ def test_what_was_replaced_stays_while_what_replaced_it_is_damaged(store: Featur
     if place == "row":
         flip_row(merge.part.path)
     else:
-        flip_byte(merge.part.path, 4500)
+        flip_bit(merge.part.path, 4500)
     report = FeatureStore(store.root).gc(older_than=0)
     assert report.paths == ()
     assert all(path.exists() for path in paths)
@@ -747,8 +737,8 @@ def test_a_sound_store_is_counted(store: FeatureStore) -> None:
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "row": lambda path: flip_row(path, 1),
-    "frame": lambda path: flip_byte(path, 4500),
-    "header": lambda path: flip_byte(path, 60),
+    "frame": lambda path: flip_bit(path, 4500),
+    "header": lambda path: flip_bit(path, 60),
     "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
     "empty": lambda path: os.truncate(path, 0),
 }
@@ -765,7 +755,7 @@ def test_damage_is_found_and_named_and_set_aside_so_that_it_is_computed_again(st
     run(6)
     expected = store.features(images, key)[:]
     bad = next(part.path for part in store.set(key).parts if part.num_rows == 4)
-    DAMAGE[kind](bad) if kind != "row" else flip_byte(bad, Part.open(bad).features_offset)
+    DAMAGE[kind](bad) if kind != "row" else flip_bit(bad, Part.open(bad).features_offset)
     (found,) = store.verify().damaged
     assert (found.path, found.set_aside) == (bad, None)
     assert bad.name in found.reason
@@ -802,7 +792,7 @@ def test_a_damaged_image_table_is_set_aside_too(store: FeatureStore) -> None:
     assert old is not None
     assert new is not None
     assert len(store.images()) == 4
-    flip_byte(new, 4500)
+    flip_bit(new, 4500)
     (bad,) = store.verify(repair=True).damaged
     assert (bad.path, bad.set_aside is not None) == (new, True)
     assert len(store.images()) == 3
@@ -950,7 +940,7 @@ def test_files_of_other_programs_are_reported_and_left_alone(store: FeatureStore
     for path, content in zip(mine, (b"\x89HDF\r\n\x1a\n" + bytes(9000), b"some words of mine", b"x"), strict=True):
         path.write_bytes(content)
     altered, empty, zeros = (file(store, name) for name in range(1, 4))
-    flip_byte(altered, 3)
+    flip_bit(altered, 3)
     empty.write_bytes(b"")
     zeros.write_bytes(bytes(8192))
     report = store.verify(repair=True)
@@ -970,7 +960,7 @@ def test_features_that_were_imported_are_not_to_be_extracted_again(store: Featur
     with pytest.raises(FeatureStoreError, match=r"make those of all images there, and featstore import them, or ask"):
         store.features(IMAGES, key)
     (part,) = store.set(key).parts
-    flip_byte(part.path, part.features_offset)
+    flip_bit(part.path, part.features_offset)
     (bad,) = store.verify().damaged
     assert "and run featstore import again, which adds only what is then missing" in bad.reason
     assert "extract" not in bad.reason
@@ -1025,7 +1015,7 @@ def test_a_damaged_part_that_was_replaced_harms_nobody(store: FeatureStore) -> N
     file(store, 1)
     before = rows_in(store)
     store.compact()
-    flip_byte(path, 4500)
+    flip_bit(path, 4500)
     assert same(rows_in(store), before)
     assert [bad.path for bad in store.verify().damaged] == [path]
 
@@ -1079,7 +1069,7 @@ def test_a_folder_with_something_else_in_it_is_not_removed(store: FeatureStore) 
 def test_a_set_with_a_damaged_part_can_be_removed(store: FeatureStore) -> None:
     file(store, 0)
     path = file(store, 1, 2)
-    flip_byte(path, 4500)
+    flip_bit(path, 4500)
     report = FeatureStore(store.root).remove(KEY)
     assert (report.rows, report.parts) == (1, 2)
     assert files_below(store.root) == set()
@@ -1110,7 +1100,7 @@ def test_a_key_that_a_sound_set_and_a_damaged_one_start_with_removes_none(store:
     second = specs_with_equal_starts(KEY[:1])
     path = file(store, 0)
     file(store, 0, spec=second)
-    flip_byte(path, 4500)
+    flip_bit(path, 4500)
     fresh = FeatureStore(store.root)
     with pytest.raises(AmbiguousRequestError, match=f"2 feature sets .* keys that start with {KEY[0]}: .*{KEY[:8]}"):
         fresh.remove(KEY[0])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from featstore import FeatureStore
+from support.parts import flip_bit
 from support.programs import MAINS, Ran, Run, photographs
 
 MODEL = """
@@ -81,7 +82,5 @@ def featstore(run: Run, *arguments: str) -> Ran:
 def damage(dtype: str = "float16") -> Path:
     """Flips a bit in the features of a set's only part."""
     part = store().set(key_of(dtype)).parts[0]
-    content = bytearray(part.path.read_bytes())
-    content[part.features_offset] ^= 1
-    part.path.write_bytes(content)
+    flip_bit(part.path, part.features_offset)
     return part.path

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support.processes import AS_A_MODULE, Processes
-from support.programs import Ran, Run, photographs, runner, workplace
+from support.programs import Ran, Run, photographs
 from typer.models import OptionInfo
 
 import featstore.cli.app
@@ -29,16 +29,6 @@ COMMANDS = [
     for command in app.registered_commands
     if command.callback is not None
 ]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return workplace(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    return runner(capsys)
 
 
 def head_flags(*more: str, images: str = "photos", out: str = "runs/head", lr: str = "1e-2") -> list[str]:
