@@ -1,6 +1,7 @@
 """A linear head with default settings against scikit-learn's logistic regression, and what the finder's rates do first.
 
-    .venv/bin/python scripts/benchmarks/heads.py [--only heads|finder]
+    .venv/bin/python scripts/benchmarks/heads.py [--only heads|finder] [--seeds 5] [--scale 1.0] [--problems 20]
+        [--folder DIR]
 
 scikit-learn (a development dependency) fits standardised features with C by cross-validation. Our head is trained as
 `featstore-train head --head linear` does: 10 epochs, AdamW, one cycle, the finder's rate. The finder's problems are
@@ -42,7 +43,6 @@ from training import Learner
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from digits_backbone import SIZE, make_model
 
-SEEDS = range(5)
 STRENGTHS = np.logspace(-4, 4, 9)
 """Of C, inverse to the regularisation."""
 
@@ -59,7 +59,7 @@ class Problem:
     num_train: int
 
 
-def digits(seed: int) -> Problem:
+def digits(seed: int, num_train: int) -> Problem:
     """scikit-learn's digits behind the three stages of the quickstart's backbone, with weights drawn from seed 0."""
     found = load_digits()
     pixels = torch.from_numpy(found.images).float()[:, None].expand(-1, 3, -1, -1) / 16
@@ -71,17 +71,17 @@ def digits(seed: int) -> Problem:
             maps = stage(maps)
     order = np.random.default_rng(seed).permutation(len(maps))
     features = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1).numpy()
-    return Problem(features=features[order], labels=found.target[order], num_train=1400)
+    return Problem(features=features[order], labels=found.target[order], num_train=num_train)
 
 
-def unscaled(seed: int) -> Problem:
+def unscaled(seed: int, num_train: int) -> Problem:
     """Ten classes whose features have means and spreads from 0.1 to 100."""
-    return made(seed, num_train=2000, width=64, contrast=0.35)
+    return made(seed, num_train=num_train, width=64, contrast=0.35)
 
 
-def few(seed: int) -> Problem:
-    """Five images of each of ten classes, with more features than images."""
-    return made(seed, num_train=50, width=256, contrast=0.3)
+def few(seed: int, num_train: int) -> Problem:
+    """Five images of each of ten classes, where there are 50, with more features than images."""
+    return made(seed, num_train=num_train, width=256, contrast=0.3)
 
 
 def made(seed: int, *, num_train: int, width: int, contrast: float, classes: int = 10, num_test: int = 2000) -> Problem:
@@ -95,17 +95,23 @@ def made(seed: int, *, num_train: int, width: int, contrast: float, classes: int
     return Problem(features=features.astype(np.float32), labels=labels, num_train=num_train)
 
 
-SETS: dict[str, Callable[[int], Problem]] = {"digits": digits, "unscaled features": unscaled, "5 images a class": few}
+SETS: dict[str, tuple[Callable[[int, int], Problem], int]] = {
+    "digits": (digits, 1400),
+    "unscaled features": (unscaled, 2000),
+    "5 images a class": (few, 50),
+}
+"""What makes a set's problem of a seed, and how many rows there are to learn from."""
 
 
-def heads() -> tuple[dict[str, float], dict[str, float]]:
+def heads(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
     """Points of accuracy that our head lacks, in standard errors of scikit-learn's mean, as ratios and targets."""
     ratios, targets = {}, {}
     print(f"{'':<20} {'scikit-learn':>18} {'linear head':>18} {'difference':>10}")
-    for name, make in SETS.items():
-        problems = [make(seed) for seed in SEEDS]
+    for name, (make, most) in SETS.items():
+        num_train = max(min(100, most), int(most * options.scale))  # of each digit some, for cross-validation
+        problems = [make(seed, num_train) for seed in range(options.seeds)]
         theirs = [logistic_regression(each) for each in problems]
-        ours = [linear_head(each, seed) for seed, each in enumerate(problems)]
+        ours = [linear_head(each, seed, options.folder) for seed, each in enumerate(problems)]
         difference = statistics.mean(ours) - statistics.mean(theirs)
         print(f"{name:<20} {_mean(theirs):>18} {_mean(ours):>18} {difference:>+10.4f}")
         ratios[f"{name}: difference in standard errors"] = difference / _error(theirs)
@@ -124,19 +130,19 @@ def logistic_regression(problem: Problem) -> float:
     return float(fitted.score(problem.features[first:], labels[first:]))
 
 
-def linear_head(problem: Problem, seed: int) -> float:
+def linear_head(problem: Problem, seed: int, folder: Path | None) -> float:
     """Accuracy of our head with default settings."""
-    with learner(problem, head="linear", seed=seed) as learn:
+    with learner(problem, folder, head="linear", seed=seed) as learn:
         learn.fit(10)
         return learn.evaluate("valid")["accuracy"]
 
 
 @contextmanager
-def learner(problem: Problem, **options: Any) -> Iterator[Learner]:
+def learner(problem: Problem, folder: Path | None, **options: Any) -> Iterator[Learner]:
     """A learner of stored features."""
     count, first = len(problem.labels), problem.num_train
-    with tempfile.TemporaryDirectory() as folder:
-        store = FeatureStore(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        store = FeatureStore(root)
         ids = [f"image{row:05d}" for row in range(count)]
         key = import_features(store, problem.features, images_by_id(ids, where="made", name="made"), name="made").key
         images = replace(
@@ -148,11 +154,12 @@ def learner(problem: Problem, **options: Any) -> Iterator[Learner]:
         yield Learner(store.model(key), images, store, features=key, device="cpu", quiet=True, **options)
 
 
-def finder() -> tuple[dict[str, float], dict[str, float]]:
+def finder(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
     """Over made problems, the largest ratio of the loss after the first epoch to that before, turned round."""
     worst = 0.0
     print(f"\n{'problem':<52} {'rate':>9} {'start':>9} {'1st of 10':>9} {'1 epoch':>9}")
-    for name, make in finder_problems():
+    problems = list(finder_problems(options))
+    for name, make in problems[:: max(1, len(problems) // options.problems)]:
         with make() as learn:
             start = learn.evaluate("valid")["loss"]
             suggested = learn.lr_find()
@@ -167,21 +174,21 @@ def finder() -> tuple[dict[str, float], dict[str, float]]:
     return {"start / first epoch, worst": 1 / worst}, {"start / first epoch, worst": 1.0}
 
 
-def finder_problems() -> Iterator[tuple[str, Callable[[], AbstractContextManager[Learner]]]]:
+def finder_problems(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Learner]]]]:
     """Twenty: 2 to 1,000 batches, scaled and unscaled, AdamW and SGD, a head, a tail, the whole network."""
     for place, (head, optimizer, is_scaled) in enumerate(
         product(("linear", "concat", "mlp"), ("adamw", "sgd"), (True, False))
     ):
-        num_batches = (2, 4, 12, 100, 1000)[place % 5]
+        num_batches = max(2, int((2, 4, 12, 100, 1000)[place % 5] * options.scale))
         problem = made(place, num_train=8 * num_batches, width=32, contrast=0.5, classes=4, num_test=400)
         if is_scaled:
             problem = replace(problem, features=StandardScaler().fit_transform(problem.features))
         name = f"{head} head, {optimizer}, {num_batches} batches, {'scaled' if is_scaled else 'unscaled'}"
-        yield name, partial(learner, problem, head=head, optimizer=optimizer, batch_size=8)
+        yield name, partial(learner, problem, options.folder, head=head, optimizer=optimizer, batch_size=8)
     for place, (part, optimizer, is_scaled) in enumerate(
         product(("tail", "whole network"), ("adamw", "sgd"), (True, False))
     ):
-        num_batches = (3, 250, 20, 2, 60, 7, 1000, 30)[place]
+        num_batches = max(2, int((3, 250, 20, 2, 60, 7, 1000, 30)[place] * options.scale))
         name = f"{part}, {optimizer}, {num_batches} batches, {'scaled' if is_scaled else 'unscaled'}"
         yield name, partial(tuned, num_batches, part, optimizer, is_scaled=is_scaled)
 
@@ -267,12 +274,18 @@ def _error(values: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=["heads", "finder"])
-    only = parser.parse_args().only
+    parser.add_argument("--seeds", type=int, default=5, help="of each set, at least 2; default: 5")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="of rows to learn from and of batches, at most and by default 1"
+    )
+    parser.add_argument("--problems", type=int, default=20, help="for the finder, spread over all 20; default: 20")
+    parser.add_argument("--folder", type=Path, help="where files are made; default: the system's temporary folder")
+    options = parser.parse_args()
     ratios: dict[str, float] = {}
     targets: dict[str, float] = {}
     for name, measure in {"heads": heads, "finder": finder}.items():
-        if only in (None, name):
-            found = measure()
+        if options.only in (None, name):
+            found = measure(options)
             ratios |= found[0]
             targets |= found[1]
     report("heads", ratios, targets)
