@@ -29,6 +29,7 @@ from support.parts import (
 from featstore.errors import DamagedFileError
 from featstore.files import hdf5 as hdf5_module
 from featstore.files.part import Part, write_part
+from featstore.files.table import Table, write_table
 
 FORMAT_PAGE = Path(__file__).parents[2] / "docs" / "format.md"
 
@@ -146,6 +147,33 @@ def test_another_structure_under_a_right_checksum_is_refused(
     reseal(path, 48, struct.pack("<Q", path.stat().st_size))
     with pytest.raises(DamagedFileError, match=words):
         Part.open(path)
+
+
+def move_values(path: Path, name: str) -> None:
+    """Puts the values of a dataset, with all that is said of it, elsewhere in the file."""
+    before = extent(path, name)
+    with h5py.File(path, "r+") as file:
+        file.copy(name, "moved")
+        del file[name]
+        file.move("moved", name)
+    assert extent(path, name).start != before.start
+    reseal(path, 48, struct.pack("<Q", path.stat().st_size))
+
+
+@pytest.mark.parametrize("name", ["digest", "decoder", "crc", "facts"])
+def test_each_dataset_of_a_part_must_lie_in_its_region(path: Path, name: str) -> None:
+    write(path, random_bits(9))
+    move_values(path, name)
+    with pytest.raises(DamagedFileError, match=f"/{name} lies elsewhere than its region says"):
+        Part.open(path)
+
+
+@pytest.mark.parametrize("name", ["ids", "facts"])
+def test_each_dataset_of_a_table_must_lie_in_its_region(path: Path, name: str) -> None:
+    write_table(path, columns={"ids": np.arange(9)}, facts={})
+    move_values(path, name)
+    with pytest.raises(DamagedFileError, match=f"/{name} lies elsewhere than its region says"):
+        Table.open(path)
 
 
 def test_features_that_begin_beside_a_page_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,19 +194,3 @@ def test_the_reader_of_parts_takes_no_values_of_another_file(shards: Path) -> No
         assert own_dataset(file, "id").shape == (8,)
     with pytest.raises(KeyError), h5py.File(shards) as file:
         own_dataset(file, "nothing")
-
-
-def test_each_dataset_of_a_part_must_lie_in_its_region(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featstore.files import hdf5
-
-    path = store.sets()[0].parts[0].path
-    extent_of = hdf5._extent_of
-
-    def elsewhere(dataset: Any) -> range:
-        extent = extent_of(dataset)
-        return range(extent.start + 1, extent.stop + 1) if dataset.name == "/decoder" else extent
-
-    Part.open(path)
-    monkeypatch.setattr(hdf5, "_extent_of", elsewhere)
-    with pytest.raises(DamagedFileError, match="/decoder lies elsewhere than its region says"):
-        Part.open(path)
