@@ -104,15 +104,6 @@ def test_a_short_write_is_continued(path: Path, monkeypatch: pytest.MonkeyPatch)
     assert Part.open(path).verify() == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_the_systems_error(path: Path) -> None:
-    path.parent.chmod(0o500)
-    with pytest.raises(PermissionError):
-        write(path, random_bits(10))
-    path.parent.chmod(0o700)
-    assert os.listdir(path.parent) == []
-
-
 def test_a_name_that_is_taken_is_refused_and_its_file_left_alone(path: Path) -> None:
     path.write_text("precious")
     with pytest.raises(FileExistsError, match="never replaced, choose another name"):

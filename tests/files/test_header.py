@@ -44,40 +44,6 @@ def test_the_user_block_says_what_the_format_page_says(path: Path) -> None:
     assert content[128 + 64 * num_regions : 4096] == bytes(4096 - 128 - 64 * num_regions)
 
 
-def test_a_truncated_part_is_refused_wherever_it_ends(path: Path) -> None:
-    write(path, random_bits(100, (50,)))
-    content = path.read_bytes()
-    ends = [extent(path, name) for name in ("digest", "decoder", "crc", "facts", "features")]
-    sizes = (
-        {0, 1, 31, 32, 35, 76, 4095, 4096, 4100, len(content) - 1} | {e.start for e in ends} | {e.stop for e in ends}
-    )
-    for size in sizes - {len(content)}:
-        path.write_bytes(content[:size])
-        missing = (4096 if size < 4096 else len(content)) - size
-        with pytest.raises(DamagedFileError, match=rf"part-0\.h5 .* truncated, {missing} bytes are missing"):
-            Part.open(path)
-
-
-def test_a_part_that_has_grown_is_refused(path: Path) -> None:
-    write(path, random_bits(10))
-    path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(DamagedFileError, match="user block contradicts"):
-        Part.open(path)
-
-
-def test_a_flipped_bit_anywhere_outside_the_features_is_found_at_open(path: Path) -> None:
-    write(path, random_bits(100, (50,)))
-    regions = [extent(path, name) for name in ("digest", "decoder", "crc", "facts")]
-    edges = {region.start for region in regions} | {region.stop - 1 for region in regions}
-    user_block = set(range(80)) | {4095}
-    for byte in sorted(edges | user_block | set(range(4096, extent(path, "features").start, 29))):
-        flip_bit(path, byte)
-        with pytest.raises(DamagedFileError, match=r"part-0\.h5"):
-            Part.open(path)
-        flip_bit(path, byte)
-    Part.open(path)
-
-
 @pytest.mark.parametrize("edit", [lambda block: block + b"unknown", lambda block: block], ids=["other", "alike"])
 def test_a_newer_version_is_refused_with_the_remedy_whatever_else_it_holds(
     path: Path, edit: Callable[[bytes], bytes]
