@@ -1,10 +1,13 @@
-"""One thread, unless the caller says otherwise; tests marked `cuda` are skipped where there is no GPU."""
+"""What tests of every room start from. One thread, unless the caller says otherwise; no `cuda` test without a GPU."""
+
+from __future__ import annotations
 
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,9 +21,11 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="featstore-state-")
 
 import torch
 from support.processes import Processes
-from support.programs import Run, runner, workplace
 
-from featstore import FeatureStore
+if TYPE_CHECKING:  # else each run of a single file would wait for all that the programs import
+    from support.programs import Run
+
+    from featstore import FeatureStore
 
 
 @pytest.fixture(scope="session")
@@ -33,18 +38,24 @@ def processes() -> Iterator[Processes]:
 @pytest.fixture
 def store(tmp_path: Path) -> FeatureStore:
     """One that nothing has been filed in."""
+    from featstore import FeatureStore
+
     return FeatureStore(tmp_path / "features")
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with photographs and a small backbone."""
+    from support.programs import workplace
+
     return workplace(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs one of the programs in the directory `here`."""
+    from support.programs import runner
+
     return runner(capsys)
 
 
