@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -38,7 +38,7 @@ from featstore.cli.program import (
     tell_all,
 )
 from featstore.digest import Json
-from featstore.errors import Doubtful
+from featstore.errors import Doubtful, ModelError
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE, STORAGE_TYPES
 from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS
 from featstore.timing import step_seconds
@@ -307,7 +307,9 @@ def _report(report: ExtractReport, output: OutputFlags) -> None:
 def _cut_facts(model: StagedModel) -> dict[str, Json]:
     from featstore.models.stages import Stage
 
-    default = model.default_cut
+    default = None
+    with suppress(ModelError):  # a single layer has none
+        default = model.default_cut
     cuts = []
     for name, stage in zip(model.cut_points, model.stages, strict=False):  # pool and head, behind them, are no cuts
         assert isinstance(stage, Stage)

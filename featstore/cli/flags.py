@@ -434,6 +434,9 @@ def open_store(folder: str) -> FeatureStore:
     return FeatureStore(folder)
 
 
+_MOST_SEEDS = 100_000
+
+
 def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
     """The seeds that a flag lists.
 
@@ -451,6 +454,12 @@ def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
             raise ValueError(
                 f"{flag} is {text!r}, and {piece!r} is neither a seed nor a rising range of seeds. Expected numbers "
                 f"from 0 on, such as {flag} 0-3 or {flag} 0,2,5-7."
+            )
+        count = int(bounds[1]) - int(bounds[0]) + 1
+        if len(seeds) + count > _MOST_SEEDS:
+            raise ValueError(
+                f"{flag} is {text!r}, which names more than {_MOST_SEEDS:,} seeds. Each is a feature set of its own; "
+                f"expected a few, such as {flag} 0-3."
             )
         seeds += range(int(bounds[0]), int(bounds[1]) + 1)
     return tuple(seeds)

@@ -111,7 +111,7 @@ def _flags(
     model: StagedModel, images: ImageSet, view: View | None, augment: Augment | None
 ) -> tuple[list[str], list[str], list[str], list[str]] | None:
     of_images, of_model = image_flags(images), model_flags(model)
-    of_view = view_flags(view or model.view, model.view)
+    of_view = view_flags(view or model.view, model.named_view)
     if of_images is None or of_model is None or of_view is None:
         return None
     of_augment: list[str] = []

@@ -37,6 +37,7 @@ class StagedModel(nn.Module):
     Attributes:
         stages: in order, as the module's list; `ordered` gives them with their type.
         view: how images are prepared for it, its weights' own evaluation view.
+        named_view: the view that a command gets by the names in `origin`, whatever `view` was replaced by.
         name: a label for people and folders.
         origin: how a command line names it (backbone, weights), empty for a model made in Python.
         class_tokens: tokens at the start of each NLC value that stand for the whole image.
@@ -64,7 +65,7 @@ class StagedModel(nn.Module):
         self.unused: frozenset[str] = frozenset()
         self.training = any(stage.training for stage in stages)
         self._default_cut = default_cut
-        self.view, self.name, self.class_tokens = view, name, class_tokens
+        self.view, self.named_view, self.name, self.class_tokens = view, view, name, class_tokens
         self.origin = dict(origin or {})
         self._layouts = dict(layouts or {})
         self._num_frozen = 0
@@ -377,6 +378,7 @@ class StagedModel(nn.Module):
         model._num_shared = len(self.stages)
         model._num_frozen = self._num_frozen
         model.view = self.view if view is None else view
+        model.named_view = self.named_view if origin is None else model.view
         model.origin = dict(self.origin if origin is None else origin)
         model.notes = self.notes if notes is None else tuple(notes)
         model._measured = self._measured  # whichever of the two measures them
@@ -406,6 +408,7 @@ class StagedModel(nn.Module):
         frozen_behind = self._num_frozen - (absent[-1] + 1)
         self.stages = nn.ModuleList([*trunk, *stages[absent[-1] + 1 :]])
         self.view, self.class_tokens, self.name = model.view, model.class_tokens, model.name
+        self.named_view = model.named_view
         self._layouts, self.origin, self._measured = dict(model._layouts), dict(model.origin), {}
         self.fixed_size = model.fixed_size
         self._num_shared = len(trunk)
@@ -484,7 +487,7 @@ class StagedModel(nn.Module):
             fixed_size=self.fixed_size,
         )
         model._measured = {size: dict(values) for size, values in self._measured.items()}
-        model.unused = self.unused
+        model.unused, model.named_view = self.unused, self.named_view
         model.training = self.training
         return model
 

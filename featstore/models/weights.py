@@ -107,6 +107,11 @@ def fitting(
     known = {*needed, *behind, *unused}
     given, choices = _stripped(tensors, known, [name for name in needed if not name.endswith(_COUNTER)], file, prefix)
     wrong = [problem for name, tensor in needed.items() if (problem := _problem(name, tensor, given))]
+    if wrong and prefix is None and (unlisted := _unlisted_prefix(tensors, needed)) is not None:
+        raise WeightsError(
+            f"The names in {file} that {model} needs begin with {unlisted!r} there, which no usual wrapper adds. If "
+            f"they are its weights: --weights-prefix {unlisted} (in Python: weights_prefix={unlisted!r})."
+        )
     surplus = [name for name in given if name not in known and not name.endswith(_COUNTER)]
     wrong += [f"{name} is unknown to {model}" for name in surplus if _belongs(name, needed, behind)]
     if wrong:
@@ -242,6 +247,15 @@ def _stripped(
         f"{file.name} holds several networks: that under {best[0]!r} fits best, not {' or '.join(others)}, and is used"
     )
     return _without(best[0], tensors), [note] if others else []
+
+
+def _unlisted_prefix(tensors: Mapping[str, Tensor], needed: Collection[str]) -> str | None:
+    """What stands before all needed names in the file, if it is the same for all of them."""
+    wanted = [name for name in needed if not name.endswith(_COUNTER)]
+    if not wanted:
+        return None
+    candidates = [name.removesuffix(wanted[0]) for name in tensors if name.endswith(f".{wanted[0]}")]
+    return next((each for each in candidates if all(each + name in tensors for name in wanted)), None)
 
 
 def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

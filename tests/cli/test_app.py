@@ -330,6 +330,14 @@ def test_backbones_of_my_own_function_lists_its_cuts(featstore: Program) -> None
     assert facts["default_cut"] == "conv2"
 
 
+def test_a_backbone_of_one_layer_is_listed_without_a_default_cut(featstore: Program, here: Path) -> None:
+    (here / "one.py").write_text(
+        "from torch import nn\n\ndef make():\n    return nn.Conv2d(3, 4, 3)\n", encoding="utf-8"
+    )
+    facts = featstore("backbones", "one.py:make", "--json").json
+    assert ([each["name"] for each in facts["cuts"]], facts["default_cut"]) == (["conv2d"], None)
+
+
 def test_a_weights_file_must_fit_up_to_the_deepest_cut(featstore: Program, here: Path) -> None:
     tensors = backbone("tiny.py:make_model").tensors()
     torch.save({name: value for name, value in tensors.items() if name.startswith(("conv1", "bn1"))}, "early.pth")

@@ -200,6 +200,8 @@ def test_seeds_and_numbers_are_read() -> None:
     for wrong in ("", "-1", "1-", "a", "1,,2", "²"):
         with pytest.raises(ValueError, match="--seeds is"):
             parse_seeds(wrong)
+    with pytest.raises(ValueError, match="names more than 100,000 seeds"):
+        parse_seeds("3,0-99999999999")
     for wrong in ("", "nan", "1,inf"):
         with pytest.raises(ValueError, match="--lr is"):
             parse_numbers(wrong, "--lr")

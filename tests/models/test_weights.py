@@ -311,6 +311,16 @@ def test_of_a_teacher_and_its_student_nobody_chooses_but_the_user(tmp_path: Path
         fitted(tensors)
 
 
+def test_a_prefix_that_nobody_knows_is_named_where_all_names_have_it() -> None:
+    tensors = {f"feature_extractor.{name}": tensor for name, tensor in full().items()}
+    with pytest.raises(WeightsError, match=r"begin with 'feature_extractor\.'.* --weights-prefix feature_extractor\. "):
+        fitted(tensors)
+    assert same(fitted(tensors, prefix="feature_extractor").tensors, full())
+    del tensors["feature_extractor.stem.weight"]
+    with pytest.raises(WeightsError, match=r"stem\.weight is missing"):
+        fitted(tensors)
+
+
 def test_the_network_that_gives_all_that_is_needed_is_taken_though_another_gives_more() -> None:
     stages = [{name: full()[name]} for name in ("stem.weight", "layer1.0.weight", "fc.weight", "fc.bias")]
     tensors = {f"teacher.{name}": tensor for stage in stages[1:] for name, tensor in stage.items()}

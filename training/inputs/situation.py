@@ -41,7 +41,7 @@ class Origin:
     @classmethod
     def of(cls, model: StagedModel) -> Origin:
         """How `model` is named now, with the weights that it has now."""
-        return cls(dict(model.origin), model.digests(), model.view)
+        return cls(dict(model.origin), model.digests(), model.named_view)
 
 
 @dataclass(frozen=True)
