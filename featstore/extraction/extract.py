@@ -20,6 +20,7 @@ from featstore.extraction.plan import Plan, plan
 from featstore.extraction.progress import Progress
 from featstore.files.index import is_among
 from featstore.images.image_set import ImageSet
+from featstore.images.render import check_workers
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.probe import Probe, check_probe, take_probes
@@ -158,6 +159,7 @@ def run_plan(
     started = time.perf_counter() if started is None else started
     chosen = choose_device(device)
     check_batch_size(batch_size)
+    check_workers(workers)
     _refuse_unreadable(planned, on_error)
     with timed("key"):
         refuse_changed(planned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -178,6 +178,12 @@ def plan(
         raise ValueError(f"{images.name} holds no images. Expected some to extract. Give the set that has been dealt.")
     if isinstance(cuts, str):
         raise TypeError(f"cuts is {cuts!r}. Expected a list of cuts. Write [{cuts!r}].")
+    if cuts is not None and not (isinstance(cuts, Iterable) and all(isinstance(cut, str) for cut in cuts)):
+        raise TypeError(f"cuts is {cuts!r}. Expected a list of names of cuts, such as ['layer4'].")
+    if augment is not None and not isinstance(augment, Augment):
+        raise TypeError(f'augment is {augment!r}; expected what Augment("flip", seeds=range(4)) gives.')
+    if view is not None and not isinstance(view, View):
+        raise TypeError(f"view is {view!r}; expected what model.view.resized(size=64) gives.")
     if augment is not None:
         augment.policy.check_unchanged()
     staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)

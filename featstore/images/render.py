@@ -102,13 +102,22 @@ def render(
         raise ValueError(f'on_error is {on_error!r}; expected "raise" or "skip"')
     if doubtful not in ("note", "refuse"):
         raise ValueError(f'doubtful is {doubtful!r}; expected "note" or "refuse"')
+    check_workers(workers)
     if workers is None:
         workers = min(8, num_processors())
-    if workers < 0:
-        raise ValueError(f"workers is {workers}; expected 0, for the calling thread, or more")
     one = partial(_rendered, images, memory=Budget(), doubtful=doubtful)
     rendered = _in_threads(one, jobs, workers) if workers else (one(job) for job in jobs)
     return _refusing(rendered, images) if on_error == "raise" else rendered
+
+
+def check_workers(workers: int | None) -> None:
+    """TypeError for what is no number of threads, ValueError for less than none; None is the default."""
+    if workers is None:
+        return
+    if not isinstance(workers, int):
+        raise TypeError(f"workers is {workers!r}; expected a number of threads, 0 for the calling thread")
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; expected 0, for the calling thread, or more")
 
 
 def doubts_note(doubts: Mapping[str, str]) -> str | None:

@@ -138,7 +138,9 @@ class Trunk:
 
 
 def check_batch_size(batch_size: int | None) -> None:
-    """ValueError for less than one image a pass; None is the default."""
+    """TypeError for what is no number, ValueError for less than one image a pass; None is the default."""
+    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool)):
+        raise TypeError(f"batch size {batch_size!r} is no number of images; expected an integer from 1 on.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch size {batch_size} is too small; it counts the images of one pass, at least 1.")
 
@@ -192,7 +194,7 @@ def choose_device(name: torch.device | str) -> torch.device:
         return exact_device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"{name!r} is no device. Expected auto, cpu, cuda or cuda:1.") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"There is no GPU {name} here ({torch.cuda.device_count()} found). Use cpu or auto.")

@@ -541,6 +541,11 @@ class FeatureStore:
             return which
         if isinstance(which, str):
             return self.set(which)
+        if not isinstance(which, FeatureRequest):
+            raise TypeError(
+                f"which is {which!r}; expected the start of a set's key, a set or a request: store.features(images, "
+                '"7c41").'
+            )
         found = self.find_one(which)
         if found is None:
             self.check_exists()

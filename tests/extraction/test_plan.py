@@ -284,6 +284,13 @@ def test_a_trunk_that_is_no_function_of_one_image_is_refused_before_anything_is_
     [
         ({"cuts": ["layer9"]}, ValueError, r"net has no cut 'layer9'. Its cuts are layer1\.0"),
         ({"cuts": "layer2"}, TypeError, r"cuts is 'layer2'. Expected a list of cuts. Write \['layer2'\]\."),
+        ({"cuts": [4]}, TypeError, r"cuts is \[4\]. Expected a list of names of cuts"),
+        ({"cuts": 4}, TypeError, "cuts is 4. Expected a list of names of cuts"),
+        ({"augment": "flip"}, TypeError, "augment is 'flip'; expected what Augment"),
+        ({"view": "x"}, TypeError, "view is 'x'; expected what model"),
+        ({"batch_size": 1.5}, TypeError, "batch size 1.5 is no number of images"),
+        ({"device": None}, ValueError, "None is no device"),
+        ({"workers": 1.5}, TypeError, "workers is 1.5; expected a number of threads"),
         ({"cuts": ["layer2:mean"]}, ValueError, "'mean' is no reduction. The reductions are auto, none, avg"),
         ({"cuts": ["flatten:avg"]}, ValueError, "reduction avg needs activations with positions"),
         ({"dtype": "int8"}, ValueError, "'int8' is no storage type"),

@@ -108,10 +108,10 @@ def test_each_flag_that_differs_from_its_default_is_said(folder: str) -> None:
 def test_a_view_that_the_name_does_not_give_is_said(folder: str) -> None:
     images = ImageSet.from_folder(folder).split(valid=0.2, seed=0)
     model = named(weights="DEFAULT")
-    other = model.with_(view=View(size=16, resize=20))
+    other = model.with_(view=View(size=12, resize=20))
     for each in (other, other.up_to("layer2"), other.with_(notes=["read"])):
         said = parsed(str(extract_remedy(each, images, Path("features"), cuts=["layer4"])))
-        assert (said["--size"], said["--resize"]) == (["16"], ["20"])
+        assert (said["--size"], said["--resize"]) == (["12"], ["20"])
     renamed = other.with_(origin=model.origin)  # now its name gives that view
     assert "--size" not in str(extract_remedy(renamed, images, Path("features"), cuts=["layer4"]))
 

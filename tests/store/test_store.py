@@ -247,6 +247,9 @@ def test_missing_rows_are_counted_and_named(root: Path, run: Run, tmp_path: Path
         store.features(images, key)
     with pytest.raises(ValueError, match="on_error is 'ignore'; expected raise or skip"):
         store.features(images, key, on_error="ignore")  # type: ignore[arg-type]
+    for wrong in (images, None):
+        with pytest.raises(TypeError, match=r"which is .*; expected the start of a set's key"):
+            store.features(images, wrong)  # type: ignore[arg-type]
 
 
 def test_ls_lists_what_a_person_wants_to_know(root: Path, run: Run) -> None:
