@@ -24,7 +24,7 @@ from featstore.images.render import check_workers
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.probe import Probe, check_probe, take_probes
-from featstore.models.purity import check_pure
+from featstore.models.purity import check_pure, refuse_modes
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, Trunk, check_batch_size, choose_device, default_batch_size
 from featstore.store.part_facts import stage_facts
@@ -205,7 +205,10 @@ def _computed(
     )
     with timed("purity"):
         last = max((output.cut for output in lacking), key=model.index)
-        check_pure(model, last, batch_size=trunk.batch_size, device=trunk.device)
+        if _was_judged(planned, last, trunk):
+            refuse_modes(model, last)
+        else:
+            check_pure(model, last, batch_size=trunk.batch_size, device=trunk.device)
     with timed("probe"):
         probes = _checked_probes(planned, model, outputs, trunk)
     with timed("key"):
@@ -218,6 +221,17 @@ def _computed(
     job.run(on_error=on_error, doubtful=doubtful, workers=workers, progress=shown)
     job.merge(is_shown=progress)
     return job.outcome
+
+
+def _was_judged(planned: Plan, cut: str, trunk: Trunk) -> bool:
+    """Whether rows of this trunk up to `cut`, computed as it will compute them, are stored: it was judged for those."""
+    profile = trunk.profile()
+    stored = [each.stored.parts for each in planned.sets if each.cut == cut and each.stored is not None]
+    return any(
+        all(part.facts["profile"].get(name) == profile[name] for name in profile if name != "threads")
+        for parts in stored
+        for part in parts
+    )
 
 
 def _report(planned: Plan, outcome: Outcome, seconds: float) -> ExtractReport:

@@ -74,7 +74,7 @@ def check_pure(
             operation that does is named. If it hasn't one row an image. And while a mode of torch's is active, which
             may change what any operation computes.
     """
-    _refuse_modes(model, cut)
+    refuse_modes(model, cut)
     trunk = model.trunk(cut)
     if device is not None and any(each.device != device for each in (*trunk.parameters(), *trunk.buffers())):
         trunk = copy.deepcopy(trunk).to(device)
@@ -93,7 +93,8 @@ def check_pure(
             check.compare_number(2)
 
 
-def _refuse_modes(model: StagedModel, cut: str) -> None:
+def refuse_modes(model: StagedModel, cut: str) -> None:
+    """Raises ModelError while a mode of torch's is active, but for a default device."""
     modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     for mode in [*modes, *_get_current_dispatch_mode_stack()]:
         if type(mode) is not DeviceContext:  # that of `with torch.device(...)` only says where tensors are made

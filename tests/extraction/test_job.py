@@ -382,6 +382,37 @@ def test_the_batch_size_that_runs_is_the_one_that_is_checked(store: FeatureStore
     with pytest.raises(ModelError, match=r"what 1 \(Ghost\), in batches of 8, gives for an image depends on the other"):
         run(arrays(3), store, model=model, cuts=["1"], batch_size=8)
     run(arrays(3), store, model=model, cuts=["1"], batch_size=6)
+    with pytest.raises(ModelError, match="in batches of 8"):  # also where rows of another size are stored
+        run(arrays(4), store, model=model, cuts=["1"], batch_size=8)
+
+
+class Counted(nn.Module):
+    """Vouched for by its author; counts its passes."""
+
+    passes = 0
+
+    def fingerprint(self) -> str:
+        return "counted"
+
+    def forward(self, values: Tensor) -> Tensor:
+        Counted.passes += 1
+        return values.mean((2, 3))
+
+
+def test_a_trunk_is_judged_once_for_rows_computed_alike(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counted, "passes", 0)
+    model = StagedModel.from_stages({"counted": Counted(), "end": nn.Identity()}, view=VIEW)
+
+    def passes(num_images: int, **options: Any) -> int:
+        before = Counted.passes
+        run(arrays(num_images), store, model=model, cuts=["counted"], **options)
+        return Counted.passes - before
+
+    passes(3)
+    probe_and_one_batch = 2
+    assert passes(4) == probe_and_one_batch
+    assert passes(5, batch_size=7) > probe_and_one_batch
+    assert passes(6, batch_size=7) == probe_and_one_batch
 
 
 # ---- values that can't be stored
