@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -207,15 +208,15 @@ def backbones(
     ] = None,
     trust_code: TrustOption = False,
 ) -> None:
-    """List backbones and their weights; of one, its cuts."""
-    from featstore.models.backbones import backbone_names, outline, weight_names
+    """List backbones, their sizes and weights; of one, its cuts."""
+    from featstore.models.backbones import about, backbone_names, outline
 
     if name is None:
-        known = [{"name": each, "weights": weight_names(each)} for each in backbone_names()]
+        known = [about(each) for each in backbone_names()]
         if output.json:
             show_json(known)
         else:
-            show(table([{"name": each["name"], "weights": ", ".join(each["weights"])} for each in known]))
+            show(table([{**each, "weights": ", ".join(each["weights"])} for each in known]))
             tell("DEFAULT stands for the first of the weights. The cuts of one: featstore backbones NAME")
         return
     model = outline(name) if name in backbone_names() else load_model(name, None, trust_code=trust_code)
@@ -223,7 +224,10 @@ def backbones(
     if output.json:
         show_json(facts)
         return
-    tell(f"{facts['name']}: {facts['parameters']:,} parameters; shapes for images of {facts['size']} pixels")
+    tell(
+        f"{facts['name']}: {facts['parameters']:,} parameters; shapes for images of {facts['size']} pixels, stored as "
+        f"{DEFAULT_STORAGE_TYPE} without a reduction"
+    )
     show(table([_cut_row(each) for each in facts["cuts"]]))
 
 
@@ -318,6 +322,7 @@ def _cut_facts(model: StagedModel) -> dict[str, Json]:
                 "name": name,
                 "shape": list(model.shape(name)),
                 "layout": model.layout(name),
+                "bytes": math.prod(model.shape(name)) * STORAGE_TYPES[DEFAULT_STORAGE_TYPE].itemsize,
                 "parameters": sum(parameter.numel() for parameter in stage.parameters()),
                 "aliases": list(stage.aliases),
                 "is_default": name == default,
@@ -337,6 +342,7 @@ def _cut_row(cut: dict[str, Json]) -> dict[str, Json]:
         "cut": cut["name"],
         "shape": cut["shape"],
         "layout": cut["layout"],
+        "an image": size_text(cut["bytes"]),
         "parameters": cut["parameters"],
         "": "(default)" if cut["is_default"] else "",
         "also called": ", ".join(cut["aliases"]),

@@ -36,6 +36,9 @@ class Library(Protocol):
     def weight_names(self, name: str) -> Sequence[str]:
         """Names of the weights for `name`; the one that DEFAULT stands for comes first."""
 
+    def about(self, name: str) -> dict[str, Json]:
+        """What a list says of `name`, without making it: its family, `size` of images and number of `parameters`."""
+
     def outline(self, name: str) -> StagedModel:
         """The model without any weights, on the meta device."""
 
@@ -113,6 +116,14 @@ def outline(name: str) -> StagedModel:
 def weight_names(name: str) -> list[str]:
     """Names of the weights for the backbone `name`; the one that DEFAULT stands for comes first."""
     return list(_known_library(name).weight_names(name))
+
+
+def about(name: str) -> dict[str, Json]:
+    """What a list says of the backbone `name`, without making it.
+
+    Its `name`, `family`, `size` of images and number of `parameters` with its default weights, and all its `weights`.
+    """
+    return {"name": name, **_known_library(name).about(name), "weights": weight_names(name)}
 
 
 def class_names(model: StagedModel) -> tuple[str, ...] | None:

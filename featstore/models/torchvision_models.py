@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from featstore.digest import Json
 from featstore.errors import WeightsError
 from featstore.images.views import View
 from featstore.models.modes import random_states_kept, seeded
@@ -108,6 +109,18 @@ def weight_names(name: str) -> list[str]:
     enum = _weights(name)
     default = enum.DEFAULT.name
     return [default, *(member.name for member in enum if member.name != default)]
+
+
+def about(name: str) -> dict[str, Json]:
+    """Family, size and parameters, as torchvision says of its default weights."""
+    from torchvision.models import get_model_builder
+
+    weights = _weights(name).DEFAULT
+    return {
+        "family": get_model_builder(name).__module__.rpartition(".")[2],
+        "size": View.from_preset(weights.transforms()).size,
+        "parameters": int(weights.meta["num_params"]),
+    }
 
 
 def outline(name: str) -> StagedModel:

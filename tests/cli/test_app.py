@@ -306,10 +306,15 @@ def test_after_ctrl_c_the_end_of_its_time_or_of_its_terminal_what_was_computed_i
 
 
 def test_backbones_lists_names_and_weights(featstore: Program) -> None:
-    listed = {each["name"]: each["weights"] for each in featstore("backbones", "--json").json}
-    assert listed["resnet50"] == ["IMAGENET1K_V2", "IMAGENET1K_V1"]
-    assert set(listed) >= {"resnet34", "squeezenet1_1", "vit_b_32"}
-    assert re.search(r"^resnet50 +IMAGENET1K_V2, IMAGENET1K_V1$", featstore("backbones").out, re.MULTILINE)
+    listed = {each["name"]: each for each in featstore("backbones", "--json").json}
+    assert listed["resnet50"]["weights"] == ["IMAGENET1K_V2", "IMAGENET1K_V1"]
+    for name in ("resnet34", "squeezenet1_1", "vit_b_32"):
+        with torch.device("meta"):
+            reference = torchvision.models.get_model(name, weights=None)
+        assert listed[name]["parameters"] == sum(parameter.numel() for parameter in reference.parameters())
+    assert (listed["vit_h_14"]["family"], listed["vit_h_14"]["size"]) == ("vision_transformer", 518)
+    line = r"^resnet50 +resnet +224 +25,557,032  IMAGENET1K_V2, IMAGENET1K_V1$"
+    assert re.search(line, featstore("backbones").out, re.MULTILINE)
 
 
 def test_backbones_of_a_name_lists_its_cuts(featstore: Program) -> None:
@@ -320,8 +325,11 @@ def test_backbones_of_a_name_lists_its_cuts(featstore: Program) -> None:
     assert (cuts["layer4"]["shape"], cuts["layer4"]["layout"]) == ([512, 7, 7], "NCHW")
     assert [name for name, cut in cuts.items() if cut["is_default"]] == ["layer4"] == [facts["default_cut"]]
     text = featstore("backbones", "resnet18")
-    assert text.err == "resnet18: 11,689,512 parameters; shapes for images of 224 pixels\n"
-    assert re.search(r"^layer4 +512x7x7 +NCHW +[\d,]+ +\(default\)", text.out, re.MULTILINE)
+    assert text.err == (
+        "resnet18: 11,689,512 parameters; shapes for images of 224 pixels, stored as float16 without a reduction\n"
+    )
+    assert cuts["layer4"]["bytes"] == 512 * 7 * 7 * 2
+    assert re.search(r"^layer4 +512x7x7 +NCHW +50,176 bytes +[\d,]+ +\(default\)", text.out, re.MULTILINE)
 
 
 def test_backbones_of_my_own_function_lists_its_cuts(featstore: Program) -> None:

@@ -13,8 +13,9 @@ from support.own_files import write_own
 from torch import Tensor, nn
 
 from featstore import FeatureStoreError, ModelError, StagedModel, View, WeightsError, backbone, backbone_names
+from featstore.digest import Json
 from featstore.models import backbones
-from featstore.models.backbones import architecture, outline, restored, weight_names
+from featstore.models.backbones import about, architecture, outline, restored, weight_names
 from featstore.models.modes import random_states, seeded
 from featstore.models.runs import Run, new_run, read_run, write_run
 
@@ -60,6 +61,9 @@ class TinyLibrary:
     def weight_names(self, name: str) -> list[str]:
         return ["ones"]
 
+    def about(self, name: str) -> dict[str, Json]:
+        return {"family": "tiny", "size": 4, "parameters": 146}
+
     def outline(self, name: str) -> StagedModel:
         with torch.device("meta"):
             return self.staged(name, "none", channels=4)
@@ -90,6 +94,13 @@ def test_another_library_needs_these_functions_and_its_place_in_the_list(
     monkeypatch.setattr(backbones, "LIBRARIES", (*backbones.LIBRARIES, library))
     assert backbone_names()[-2:] == ["tiny/one", "tiny/two"]
     assert weight_names("tiny/one") == ["ones"]
+    assert about("tiny/one") == {
+        "name": "tiny/one",
+        "family": "tiny",
+        "size": 4,
+        "parameters": 146,
+        "weights": ["ones"],
+    }
     assert outline("tiny/one").shape("1") == (4, 2, 2)
     model = backbone("tiny/two", "none")
     assert model.digests() == backbone("tiny/two", "none").digests()
