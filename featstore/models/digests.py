@@ -24,7 +24,7 @@ from featstore.source_code import class_facts, source_digests
 START = digest_json(["featstore operations", 1])
 """The digest before the first operation. The number is raised when the meaning of a digest changes."""
 
-ALLOWED_MODULES = ("torch", "torchvision.ops", "operator", "_operator", "math", "builtins")
+ALLOWED_MODULES = ("torch", "torchvision.ops", "torchvision.models", "operator", "_operator", "math", "builtins")
 """Where the functions of a graph may come from: code that a name and the recorded probe can stand for."""
 
 _LIBRARY_OPERATORS = ("torch._ops.aten", "torch._ops.prims", "torch._ops.torchvision")  # others are a person's own

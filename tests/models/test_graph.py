@@ -140,6 +140,7 @@ def test_four_cuts_and_more_of_each_family_split_it_bit_for_bit(name: str) -> No
         module = torchvision.models.get_model(name, weights=None, **options)
     model = StagedModel.from_module(module, view=View(size=size, resize=size))
     check_split(model, images(2, size), module, every=len(model.cut_points) // 5)
+    assert list(model.digests()) == model.cut_points  # every operation has a key
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("squeezenet1_1", 32), ("vit_b_32", 224)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.splitting import randomise
+from support.splitting import randomise, randomise_for
 from support.tiny import VIEW, pixels, staged_vision_transformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -250,6 +250,31 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[StagedModel, Image
     root = tmp_path_factory.mktemp("resnet")
     store = extracted(root, model, images, ["layer3:none", "layer4"], augment=SEEDS, view=RESNET_VIEW)
     return model, images, store
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts", "size"),
+    [
+        ("mobilenet_v3_small", ["features.8", "features.12"], 32),
+        ("convnext_tiny", ["features.4", "features.7"], 32),  # its maps lie in memory with their channels last
+        ("densenet121", ["features.transition3", "relu"], 32),
+        ("swin_t", ["features.5", "permute"], 32),
+        ("efficientnet_b0", ["features.6", "features.8"], 32),
+        ("inception_v3", ["Mixed_7a", "Mixed_7c"], 80),
+    ],
+)
+def test_a_network_of_each_kind_trains_equally_from_features_and_live(
+    name: str, cuts: list[str], size: int, tmp_path: Path
+) -> None:
+    model, images = backbone(name, weights="none"), labelled(train=6, valid=2, size=size)
+    model = model.with_(view=View(size=size, resize=size))
+    randomise_for(model, model.view.normalise(torch.from_numpy(pixels(2, size=size)).permute(0, 3, 1, 2)))
+    inner, last = cuts
+    store = extracted(tmp_path, model, images, [f"{inner}:none", last])
+    for frozen in cuts:
+        cached = learner(model, ImageSet.from_store(store), store, frozen, cut=last, batch_size=4)
+        live = learner(model, images, None, frozen, cut=last, batch_size=4)
+        assert_equal_training(cached, live, epochs=1, lr=1e-3)
 
 
 @pytest.mark.parametrize("freeze_to", ["encoder.layers.encoder_layer_10", "encoder.ln"])
