@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from featstore.cli.program import one_of
-from featstore.errors import OnError
+from featstore.errors import OnError, WeightsError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.csv_tables import OWN_SPLITS
 from featstore.images.folders import TopFolders
@@ -24,6 +26,8 @@ from featstore.images.geometry import INTERPOLATIONS
 from featstore.images.labels import Task
 from featstore.images.origins import ORIGINS, Origin, named_by
 from featstore.images.policies import BUILT_IN
+from featstore.models.names import WEIGHTS_SUFFIXES, no_weights_file
+from featstore.words import counted
 
 if TYPE_CHECKING:
     from featstore.images.image_set import ImageSet
@@ -141,7 +145,7 @@ class ImageFlags:
         origin, options = named_by(self.images), self._options()
         self._refuse_options_of_others(origin, options)
         images = origin.make(self.images, options, held_out_classes=held_out_classes)
-        notes = (*_skipped_note(images), *images.notes, *self._single_labels_note(images))
+        notes = (*_skipped_note(images), *images.notes, *self._single_labels_note(images), *_label_notes(images))
         if self.split_column or self.valid_column or (images.splits != "").any():
             self._refuse_a_second_split(images, origin)
             found = origin.found_split(images, options)
@@ -210,6 +214,11 @@ class ModelFlags:
             metavar="TEXT", help="What tensors' names begin with in a file of several networks, such as teacher."
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        path = Path(self.weights or "").expanduser()
+        if path.suffix in WEIGHTS_SUFFIXES and not path.is_file():  # said before anything is loaded
+            raise WeightsError(no_weights_file(path))
 
     def model(self, cuts: Sequence[str] = (), *, trust_code: bool = False) -> StagedModel:
         """The model, see `load_model`."""
@@ -509,13 +518,37 @@ def _skipped_note(images: ImageSet) -> list[str]:
     return [f"{count:,} file{'' if count == 1 else 's'} skipped ({', '.join(named)})"]
 
 
+def _label_notes(images: ImageSet) -> list[str]:
+    """What is odd about the labels: images without one, classes that may be one, several labels in a cell."""
+    if images.targets is None or images.task != "single":
+        return []
+    notes = []
+    num_unlabelled = int((images.targets < 0).sum())
+    if num_unlabelled:
+        are = "image is" if num_unlabelled == 1 else "images are"
+        notes.append(f"{num_unlabelled:,} {are} unlabelled, of {len(images):,}: features yes, but no training or score")
+    alike: dict[str, list[str]] = {}
+    for name in images.classes:
+        alike.setdefault(name.casefold(), []).append(name)
+    notes += [f"the classes {' and '.join(names)} differ in case alone" for names in alike.values() if len(names) > 1]
+    for separator in ",;|":
+        pieces = [{piece.strip() for piece in name.split(separator)} for name in images.classes if separator in name]
+        if len(pieces) > 1 and any(one & other for one, other in combinations(pieces, 2)):
+            notes.append(
+                f"class names hold {separator!r} ({next(name for name in images.classes if separator in name)!r}); for "
+                f"several labels an image: --task multi --label-sep {separator!r}"
+            )
+    return notes
+
+
 def _held_out(images: ImageSet, valid: float, seed: int) -> str:
-    count = int((images.splits == "valid").sum())
-    text = f"{count:,} of {len(images):,} images held out (--valid {valid:g}, --split-seed {seed})."
-    if images.is_labelled and images.task == "single" and 0 < count < FEW_IMAGES:
-        text += (
-            f" With {count} validation image{'' if count == 1 else 's'} accuracy moves in steps of {100 / count:.3g} %."
-        )
+    held_out = images.splits == "valid"
+    text = f"{int(held_out.sum()):,} of {len(images):,} images held out (--valid {valid:g}, --split-seed {seed})."
+    if images.targets is not None and images.task == "single":
+        count = int((images.targets[held_out] >= 0).sum())
+        if 0 < count < FEW_IMAGES:
+            words = f"With {counted(count, 'validation image')}" + " that have labels" * (count < int(held_out.sum()))
+            text += f" {words} accuracy moves in steps of {100 / count:.3g} %."
     return text
 
 

@@ -17,6 +17,7 @@ from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError, WeightsError
 from featstore.images.views import View
 from featstore.models import own_file, torchvision_models
+from featstore.models.names import WEIGHTS_SUFFIXES, no_weights_file
 from featstore.models.runs import Run, located, read_run
 from featstore.models.staged import StagedModel
 from featstore.models.weights import fitting, read_tensors
@@ -207,7 +208,7 @@ def _named(library: Library, name: str, weights: str | Path, cut: str | None, pr
     if not _looks_like_a_file(weights):
         raise ValueError(
             f"{str(weights)!r} are no weights of {name}. Expected {', '.join(['DEFAULT', *known])}, none, or a file "
-            "(.safetensors, .pth, .pt, .th, .bin, .ckpt)."
+            f"({', '.join(WEIGHTS_SUFFIXES)})."
         )
     return _with_file(library.initial(name), weights, cut, prefix)
 
@@ -216,10 +217,7 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
     """`model` with the tensors of a weights file, up to the last stage that the file fits."""
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise WeightsError(
-            f"There is no weights file {path}. Give the path of an existing file, or --weights none for a random "
-            'initialisation (in Python: weights=FILE, weights="none").'
-        )
+        raise WeightsError(no_weights_file(path))
     with timed("load"):
         tensors, choices = read_tensors(path)
     last_used = model.index(cut or model.default_cut)

@@ -27,6 +27,18 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEFAULT_PRECISION: Precision = "fp32"
 
 
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt")
+"""What files of weights end with."""
+
+
+def no_weights_file(path: object) -> str:
+    """That there is none, in a sentence."""
+    return (
+        f"There is no weights file {path}. Give the path of an existing file, or --weights none for a random "
+        'initialisation (in Python: weights=FILE, weights="none").'
+    )
+
+
 def layout_of(shape: tuple[int, ...]) -> str:
     """The layout of one image's values ``*F`` where nobody says: NCHW, NLC or NC by their dimensions, else other.
 

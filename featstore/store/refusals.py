@@ -112,11 +112,19 @@ def lacks_rows(
         which = "; ".join(
             f"{int(mask.sum()):,} {word}: {_named(images, digests, mask)}" for word, mask in listed.items()
         )
-    return MissingFeaturesError(
+    lead = (
         f"{root} holds {len(images) - count:,} of the {len(images):,} images asked for "
         f"({chosen.facts['backbone']}@{chosen.facts['cut']} {chosen.spec.reduction}, "
-        f"{chosen.spec.rendered.label()}, set {chosen.key[:8]}); {count:,} are missing ({which}). "
-        f"{_how_to_add(chosen)}, or ask for the images that are there."
+        f"{chosen.spec.rendered.label()}, set {chosen.key[:8]})"
+    )
+    if all(bytes(digests.values[place]).hex() in chosen.failed for place in np.flatnonzero(missing)):
+        reasons = dict.fromkeys(chosen.failed[bytes(digests.values[place]).hex()] for place in np.flatnonzero(missing))
+        return MissingFeaturesError(
+            f"{lead}; {count:,} failed when they were extracted ({which}: {'; '.join([*reasons][:3])}). Mend the files "
+            'and extract again, or leave such images out: --on-error skip (in Python: on_error="skip").'
+        )
+    return MissingFeaturesError(
+        f"{lead}; {count:,} are missing ({which}). {_how_to_add(chosen)}, or ask for the images that are there."
     )
 
 

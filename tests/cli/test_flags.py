@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 from support.programs import Program, Ran, extract_flags
 
-from featstore import ImageSet
-from featstore.cli.flags import ImageFlags, ViewFlags, load_model, parse_numbers, parse_seeds, parse_seeds_or_fresh
+from featstore import ImageSet, WeightsError
+from featstore.cli.flags import (
+    ImageFlags,
+    ModelFlags,
+    ViewFlags,
+    load_model,
+    parse_numbers,
+    parse_seeds,
+    parse_seeds_or_fresh,
+)
 from featstore.extraction.remedy import image_flags
 from featstore.images.views import View
 
@@ -35,6 +43,28 @@ NUM_EACH = 10
 )
 def test_the_program_says_what_it_holds_out(featstore: Program, num_valid: str, sentence: str) -> None:
     assert sentence in featstore("status", *extract_flags("--valid", num_valid)).err
+
+
+def test_odd_labels_are_said_and_only_labelled_images_count_as_scored(here: Path) -> None:
+    names = [f"cat/{number:03}.jpg" for number in range(NUM_EACH)] + [
+        f"dog/{number:03}.jpg" for number in range(NUM_EACH)
+    ]
+    labels = ["red,flat", "Red,round", "", "red,round"] * 5
+    rows = "".join(f'{name},"{label}"\n' for name, label in zip(names, labels, strict=True))
+    Path("odd.csv").write_text(f"path,label\n{rows}", encoding="utf-8")
+    unlabelled, alike, several, dealt = ImageFlags(images="odd.csv", root="photos", valid=0.4).given().notes[-4:]
+    assert unlabelled == "5 images are unlabelled, of 20: features yes, but no training or score"
+    assert alike == "the classes Red,round and red,round differ in case alone"
+    assert several == "class names hold ',' ('Red,round'); for several labels an image: --task multi --label-sep ','"
+    images = ImageFlags(images="odd.csv", root="photos", valid=0.4).given().images
+    scored = int((images.valid.targets >= 0).sum())
+    assert 0 < scored < len(images.valid)
+    assert f"With {scored} validation images that have labels accuracy moves in steps of {100 / scored:.3g} %." in dealt
+
+
+def test_a_weights_file_that_is_not_there_is_said_before_anything_is_loaded() -> None:
+    with pytest.raises(WeightsError, match=r"There is no weights file nowhere\.pth\. Give the path"):
+        ModelFlags(backbone="resnet18", weights="nowhere.pth")
 
 
 def test_nothing_is_held_out_with_valid_0(here: Path) -> None:
