@@ -58,8 +58,11 @@ class View:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("size", self.size, 1)
-        _check_int("resize", self.resize, 1)
+        # Values that are equal in Python, such as 1 and True, make equal views: they need equal facts, hence one form.
+        object.__setattr__(self, "size", _integer("size", self.size, 1))
+        object.__setattr__(self, "resize", _integer("resize", self.resize, 1))
+        object.__setattr__(self, "antialias", _truth("antialias", self.antialias))
+        object.__setattr__(self, "apply_exif", _truth("apply_exif", self.apply_exif))
         if self.resize < self.size:
             raise ValueError(
                 f"resize {self.resize} is less than size {self.size}: the crop would reach beyond the image; give a "
@@ -78,7 +81,7 @@ class View:
         if (self.policy is None) != (self.seed is None):
             raise ValueError(f"policy {self.policy} and seed {self.seed} belong together; give both or neither")
         if self.seed is not None:
-            _check_int("seed", self.seed, 0)
+            object.__setattr__(self, "seed", _integer("seed", self.seed, 0))
             _check_largest_seed(self.seed)
         if self.policy == NONE:
             raise ValueError("the policy none has no seeds: it is the evaluation view; leave policy and seed out")
@@ -286,9 +289,18 @@ def _check_image(image: Tensor) -> None:
         raise ValueError(f"an image {tuple(image.shape)} of {image.dtype}; expected uint8 (3, H, W)")
 
 
-def _check_int(name: str, value: object, lowest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+def _integer(name: str, value: Any, lowest: int) -> int:
+    """`value` as Python's own integer, also of numpy's."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < lowest:
         raise ValueError(f"{name} is {value!r}; expected an integer from {lowest} on")
+    return int(value)
+
+
+def _truth(name: str, value: Any) -> bool:
+    """`value` as Python's own bool, also of numpy's and of 0 and 1."""
+    if not isinstance(value, bool | int | np.bool_ | np.integer) or value not in (0, 1):
+        raise ValueError(f"{name} is {value!r}; expected True or False")
+    return bool(value)
 
 
 def _check_largest_seed(seed: int) -> None:
@@ -298,7 +310,7 @@ def _check_largest_seed(seed: int) -> None:
 
 
 def _channels(name: str, values: Iterable[float]) -> tuple[float, float, float]:
-    red_green_blue = tuple(float(value) for value in values)
+    red_green_blue = tuple(float(value) + 0.0 for value in values)  # -0.0 is equal to 0.0, and in JSON it isn't
     if len(red_green_blue) != 3 or not np.isfinite(red_green_blue).all():
         raise ValueError(f"{name} is {red_green_blue}; expected three finite numbers, for R, G and B")
     return red_green_blue[0], red_green_blue[1], red_green_blue[2]

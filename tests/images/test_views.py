@@ -293,6 +293,22 @@ def test_equal_values_have_equal_facts() -> None:
     assert View(mean=[0.1, 0.2, 0.3]) == View(mean=(0.1, 0.2, 0.3))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"apply_exif": 1}, {"apply_exif": True}),
+        ({"apply_exif": np.False_}, {"apply_exif": False}),
+        ({"antialias": 0}, {"antialias": False}),
+        ({"size": np.int64(192), "resize": np.uint8(200)}, {"size": 192, "resize": 200}),
+        ({"mean": np.array([0.5, -0.0, 0.25], dtype=np.float32)}, {"mean": (0.5, 0.0, 0.25)}),
+        ({"policy": policy("flip"), "seed": np.int32(3)}, {"policy": policy("flip"), "seed": 3}),
+    ],
+)
+def test_values_that_are_equal_in_python_have_equal_facts(given: dict[str, Any], plain: dict[str, Any]) -> None:
+    assert View(**given) == View(**plain)
+    assert canonical_json(View(**given).facts()) == canonical_json(View(**plain).facts())
+
+
 def test_facts_of_another_version_or_another_thing_are_refused() -> None:
     with pytest.raises(ValueError, match="a view of version 2; this featstore has version 1"):
         View.from_facts({**View().facts(), "version": 2})
@@ -339,6 +355,8 @@ def test_half_a_pixel_of_resize_is_rounded_up() -> None:
         ({"size": 256, "resize": 224}, "resize 224 is less than size 256"),
         ({"size": 0}, "size is 0; expected an integer from 1 on"),
         ({"size": 224.0}, r"size is 224.0"),
+        ({"antialias": None}, "antialias is None; expected True or False"),
+        ({"apply_exif": 2}, "apply_exif is 2; expected True or False"),
         ({"interpolation": "lanczos"}, "interpolation 'lanczos' is none of bilinear, bicubic"),
         ({"std": (1, 0, 1)}, "not above 0"),
         ({"mean": (0.5, 0.5)}, "expected three finite numbers"),
