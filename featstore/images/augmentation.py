@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from featstore.errors import ModelError
 from featstore.images.geometry import Geometry, RenderError
 from featstore.images.policies import BUILT_IN, Draws
 from featstore.source_code import function_facts
+from featstore.surroundings import Reading, noticed, readings
 
 if TYPE_CHECKING:
     import torch
@@ -196,43 +197,89 @@ def _check_pure(function: OwnPolicy, name: str) -> None:
 
     It is called by different global random states, which must stay where they are, and may make no generator without a
     seed. Done once, where the policy is made and in the thread that makes it: the states belong to the whole process.
+    What it reads besides (files, environment, clocks) is refused as well, unless its fingerprint vouches for that.
+    """
+    with noticed() as read:
+        for image, num_trials, is_ordinary in _trial_images():
+            for seed in range(num_trials):
+                try:
+                    _check_trial(function, name, image, seed)
+                except RenderError as error:
+                    if is_ordinary:  # it may refuse what hardly is an image
+                        raise ValueError(f"{error} (tried on a made-up image {tuple(image.shape)})") from error
+    if getattr(function, "fingerprint", None) is None:
+        for reading in (*read, *readings(function)):
+            raise _reads_besides(name, reading)
+
+
+def _check_trial(function: OwnPolicy, name: str, image: Tensor, seed: int) -> None:
+    """Raises RenderError where the function fails, ValueError where it isn't one of image and generator alone."""
+    import torch
+
+    results: list[Tensor | RenderError] = []
+    for state in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        with _global_random_state(state), _watched_generators() as unseeded:
+            before = _global_states()
+            try:
+                results.append(_called(function, name, image, generator))
+            except RenderError as error:
+                results.append(error)
+            moved = [whose for whose, now in _global_states().items() if now != before[whose]]
+        if moved or unseeded:
+            what = (
+                f"moved the global random state of {' and of '.join(moved)}"
+                if moved
+                else f"took random numbers from {unseeded[0]}"
+            )
+            raise ValueError(
+                f"the policy {name} {what}, so another run may give other views. Expected a function of image and "
+                "generator alone. Draw every random number from the generator, or seed another one by it: "
+                "torch.rand(1, generator=generator), "
+                "np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))."
+            )
+    first, second = results
+    if isinstance(first, RenderError) and isinstance(second, RenderError):
+        raise first
+    if isinstance(first, RenderError) or isinstance(second, RenderError) or not torch.equal(first, second):
+        raise ValueError(
+            f"the policy {name} gave two results for one image and one generator. Expected a function of the two "
+            "alone. Draw every random number from the generator: torch.rand(1, generator=generator)."
+        )
+
+
+def _trial_images() -> Iterator[tuple[Tensor, int, bool]]:
+    """Images, with the number of generators that a policy is tried with on each and whether it has to take it.
+
+    It may do nothing to most images and for most generators, and go by size, shape, brightness or contrast.
     """
     import torch
 
-    size = (3, 240, 320)
-    image = (torch.arange(math.prod(size)) * 2654435761 % 2**32 // 2**24).to(torch.uint8).reshape(size)
-    for seed in range(_NUM_TRIALS):
-        results = []
-        for state in (1, 2):
-            generator = torch.Generator().manual_seed(seed)
-            with _global_random_state(state), _watched_generators() as unseeded:
-                before = _global_states()
-                try:
-                    results.append(_called(function, name, image, generator))
-                except RenderError as error:
-                    raise ValueError(f"{error} (tried on a made-up image {size})") from error
-                moved = [whose for whose, now in _global_states().items() if now != before[whose]]
-            if moved or unseeded:
-                what = (
-                    f"moved the global random state of {' and of '.join(moved)}"
-                    if moved
-                    else f"took random numbers from {unseeded[0]}"
-                )
-                raise ValueError(
-                    f"the policy {name} {what}, so another run may give other views. Expected a function of image and "
-                    "generator alone. Draw every random number from the generator, or seed another one by it: "
-                    "torch.rand(1, generator=generator), "
-                    "np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))."
-                )
-        if not torch.equal(*results):
-            raise ValueError(
-                f"the policy {name} gave two results for one image and one generator. Expected a function of the two "
-                "alone. Draw every random number from the generator: torch.rand(1, generator=generator)."
-            )
+    def noise(height: int, width: int) -> Tensor:
+        numbers = torch.arange(3 * height * width) * 2654435761 % 2**32 // 2**24
+        return numbers.to(torch.uint8).reshape(3, height, width)
+
+    def flat(level: int) -> Tensor:
+        return torch.full((3, 48, 64), level, dtype=torch.uint8)
+
+    yield noise(240, 320), 16, True
+    small = noise(48, 64)
+    grey, red, ramp = small[:1].repeat(3, 1, 1), flat(0), flat(0)
+    red[0] = 255
+    ramp[:] = torch.arange(64, dtype=torch.uint8) * 4
+    for image in (flat(0), flat(128), flat(255), red, grey, ramp, small // 8, 224 + small // 8):
+        yield image, 4, False
+    for height, width in ((1, 1), (8, 8), (32, 32), (96, 96), (24, 200), (200, 24)):
+        yield noise(height, width), 4, False
+    yield noise(640, 512), 2, False
 
 
-_NUM_TRIALS = 16
-"""Generators that a policy is tried with: it may do nothing to most images."""
+def _reads_besides(name: str, reading: Reading) -> ValueError:
+    return ValueError(
+        f"the policy {name} reads {reading}, which its key doesn't cover, so another run may give other views. "
+        f"Expected a function of image and generator alone. {reading.remedy} Or give the policy an attribute or method "
+        "fingerprint, a text that changes whenever its results do."
+    )
 
 
 def _global_states() -> dict[str, bytes]:
@@ -280,6 +327,7 @@ def _watched_generators() -> Iterator[list[str]]:
         (random.Random, "seed", seed),
         (entropy, "random", noting(entropy.random, "the system's entropy")),
         (entropy, "getrandbits", noting(entropy.getrandbits, "the system's entropy")),
+        (os, "urandom", noting(os.urandom, "the system's entropy")),
         # Where numpy gets what starts a generator that nobody seeds.
         (bit_generator, "randbits", noting(vars(bit_generator)["randbits"], "a generator of numpy without a seed")),
         (torch, "Generator", _watched_torch(found, here)),

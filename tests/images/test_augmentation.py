@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pickle
 import random
 import secrets
 import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats  # type: ignore[import-untyped]
+from support.own_modules import module_of
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
@@ -119,18 +120,6 @@ def test_another_version_or_parameter_is_another_policy() -> None:
 def darker(image: Tensor, generator: torch.Generator) -> Tensor:
     """Halves an image, or not."""
     return image // 2 if torch.rand(1, generator=generator) < 0.5 else image  # drawn once
-
-
-def module_of(folder: Path, source: str, name: str = "own_policy") -> ModuleType:
-    path = folder / f"{name}.py"
-    path.write_text(source)
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 OWN = '''\
@@ -350,16 +339,9 @@ GENERATORS = np.random.default_rng()
 numpys = np.random.default_rng
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda image, generator: image // int(GENERATORS.integers(1, 200)),
-        lambda image, generator: image // (1 + os.urandom(1)[0]),
-    ],
-)
-def test_random_numbers_from_elsewhere_are_refused(function: Callable[..., Tensor]) -> None:
+def test_random_numbers_from_elsewhere_are_refused() -> None:
     with pytest.raises(ValueError, match="two results for one image and one generator"):
-        policy(function)
+        policy(lambda image, generator: image // int(GENERATORS.integers(1, 200)))
 
 
 @pytest.mark.parametrize(
@@ -405,10 +387,47 @@ def test_a_generator_without_a_seed_is_refused(function: Callable[..., Tensor], 
         policy(function)
 
 
-@pytest.mark.parametrize("draw", [lambda: random.SystemRandom().random(), lambda: secrets.randbelow(10**6) / 10**6])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: random.SystemRandom().random(),
+        lambda: secrets.randbelow(10**6) / 10**6,
+        lambda: int.from_bytes(os.urandom(8)) / 2**64,
+        lambda: uuid.uuid4().int / 2**128,
+    ],
+)
 def test_a_policy_that_draws_from_the_systems_entropy_is_refused(draw: Callable[[], float]) -> None:
     with pytest.raises(ValueError, match="took random numbers from the system's entropy"):
         policy(lambda image, generator: image.flip(2) if draw() < 1e-6 else image)
+
+
+@pytest.mark.parametrize(
+    "is_special",
+    [
+        lambda image: image.shape[1] < 100,
+        lambda image: image.shape[1:] == (1, 1),
+        lambda image: image.shape[1] > 2 * image.shape[2],
+        lambda image: image.shape[2] > 2 * image.shape[1],
+        lambda image: image.shape[1] > 500,
+        lambda image: image.float().mean() < 20,
+        lambda image: image.float().mean() > 220,
+        lambda image: image.float().std() < 1,
+        lambda image: torch.equal(image[0], image[1]),
+    ],
+)
+def test_a_policy_that_draws_from_elsewhere_for_some_images_only_is_refused(
+    is_special: Callable[[Tensor], bool],
+) -> None:
+    def sometimes(image: Tensor, generator: torch.Generator) -> Tensor:
+        return image.flip(2) if is_special(image) and torch.rand(1) < 0.5 else image
+
+    with pytest.raises(ValueError, match="sometimes moved the global random state of torch"):
+        policy(sometimes)
+
+
+def test_a_policy_may_refuse_images_that_are_too_small_for_it() -> None:
+    own = policy(lambda image, generator: F.pad(image.float(), (8,) * 4, mode="reflect").to(torch.uint8))
+    assert own.apply(IMAGE, 0, DIGEST).shape == (3, 56, 66)
 
 
 def seeded_again(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ assert views.View.from_facts(facts).label() == "flip, seed 3"
 print(*sorted(name for name in ("torch", "torchvision", "PIL") if name in sys.modules))
 """
 
-GROUND = ("errors", "words", "digest", "machine", "source_code")
+GROUND = ("errors", "words", "digest", "machine", "source_code", "surroundings")
 IMAGES = (
     "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set", "contents", "origins",
     "decoders", "geometry", "policies", "augmentation", "views",
