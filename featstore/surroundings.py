@@ -70,12 +70,16 @@ _READERS: list[tuple[str, str, str]] = [
     ("a file", "sqlite3", "connect"),
     ("a file", "importlib.resources", "files open_text open_binary read_text read_binary"),
     ("a file", "pkgutil", "get_data"),
-    ("a file", "numpy", "load fromfile loadtxt genfromtxt memmap"),
-    ("a file", "torch", "load from_file"),
-    ("a file", "torch.jit", "load"),
-    ("a file", "torchvision.io", "read_image read_file read_video decode_image"),
-    ("a file", "torchvision.io.image", "read_image read_file decode_image"),
-    ("a file", "PIL.Image", "open"),
+    ("a file", "numpy", "fromfile memmap"),
+    ("a file", "torch", "from_file"),
+    ("a file", "torchvision.io", "read_image read_file read_video"),
+    ("a file", "torchvision.io.image", "read_image read_file"),
+    ("what may be a file", "numpy", "load loadtxt genfromtxt"),
+    ("what may be a file", "torch", "load"),
+    ("what may be a file", "torch.jit", "load"),
+    ("what may be a file", "torchvision.io", "decode_image"),
+    ("what may be a file", "torchvision.io.image", "decode_image"),
+    ("what may be a file", "PIL.Image", "open"),
     ("a file", "PIL.ImageFont", "truetype load"),
     ("a file", "cv2", "imread"),
     ("a file", "h5py", "File"),
@@ -102,6 +106,9 @@ _READERS: list[tuple[str, str, str]] = [
     ("the system's entropy", "secrets", "choice randbelow randbits token_bytes token_hex token_urlsafe SystemRandom"),
     ("a global random state", "torch", "manual_seed seed initial_seed get_rng_state set_rng_state default_generator"),
 ]
+
+_IN_MEMORY = {"BytesIO", "StringIO", "encode_jpeg", "encode_png"}
+"""Names that code has where what it opens or decodes is no file: an image compressed and read again."""
 
 _FILE_METHODS = {"read_bytes", "read_text", "iterdir", "rglob"}
 """Methods that paths alone have."""
@@ -149,14 +156,19 @@ class _Walk:
     def found(self, starts: Iterable[Any]) -> Iterator[Reading]:
         for start in starts:
             self.follow(start)
+        self._follow_named()
         while self.pending:
-            while self.pending:
-                yield from self._read_by(self.pending.pop())
-            for home, is_made_here in list(self.homes):
-                for name, value in home.items():
-                    is_special = name.startswith("__") and name.endswith("__") and name != "__dict__"
-                    if name in self.names or (is_special and is_made_here):
-                        self.follow(value)
+            yield from self._read_by(self.pending.pop())
+            if not self.pending:
+                self._follow_named()
+
+    def _follow_named(self) -> None:
+        """Follows the attributes of classes and objects whose names the code has, and what making an object calls."""
+        for home, is_made_here in list(self.homes):
+            for name, value in list(home.items()):
+                is_special = name.startswith("__") and name.endswith("__")
+                if name in self.names or (is_special and is_made_here):
+                    self.follow(value)
 
     def follow(self, value: Any) -> None:
         """Notes what is to be walked through: a function, a class, an object or a container of some."""
@@ -192,6 +204,10 @@ class _Walk:
         for code in _codes(function.__code__):
             for name, value in self._values(code, function.__globals__, known):
                 kind = "a file" if value is _UNKNOWN else self._kind(value)
+                if kind == "what may be a file":
+                    kind = "a file"
+                    if _IN_MEMORY & set(_names(function.__code__)):
+                        continue  # and `noticed` sees whether it is
                 if kind is not None:
                     yield Reading(kind=kind, name=name)
                 else:
@@ -302,6 +318,11 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    for each in _codes(code):
+        yield from (*each.co_names, *each.co_varnames, *each.co_freevars)
 
 
 # --- while it runs ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import sys
@@ -15,8 +16,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.own_modules import module_of
 from torch import Tensor
+from torchvision.io import decode_image, encode_jpeg
 
 from featstore.images.augmentation import policy
 
@@ -126,6 +129,24 @@ def imports_late(image: Tensor, generator: torch.Generator) -> Tensor:
 
     Path(os.devnull).write_text(tomllib.__name__)
     return image
+
+
+def compressed(image: Tensor, generator: torch.Generator) -> Tensor:
+    """As JPEG would leave it."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=30)
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+
+
+def compressed_by_torch(image: Tensor, generator: torch.Generator) -> Tensor:
+    read: Tensor = decode_image(encode_jpeg(image.contiguous(), 30))
+    return read
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+@pytest.mark.parametrize("function", [compressed, compressed_by_torch])
+def test_an_image_compressed_in_memory_is_no_file(function: Callable[..., Tensor]) -> None:
+    assert policy(function).apply(IMAGE, 0, DIGEST).shape == IMAGE.shape
 
 
 def test_imports_and_writing_are_no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
