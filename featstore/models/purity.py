@@ -8,13 +8,9 @@ the first has no rule for, and about Python code that could not be traced.
 from __future__ import annotations
 
 import copy
-import datetime
-import dis
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -32,6 +28,7 @@ from featstore.models.staged import StagedModel
 from featstore.models.stages import TracedStage
 from featstore.models.tracing import has_fingerprint, is_library_leaf
 from featstore.models.trunk import check_activations
+from featstore.surroundings import Reading, noticed, readings
 
 TOLERANCE = 1e-4
 """Difference that place and number of images may make by rounding, as a share of the output's largest value."""
@@ -47,11 +44,6 @@ FAR = 1e4
 
 MANY = 8
 """From this batch size on all kinds of company find room beside all images under test in one batch."""
-
-CLOCKS = {
-    "time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "localtime",
-    "gmtime", "ctime", "strftime", "now", "utcnow", "today",
-}  # fmt: skip
 
 
 def check_pure(
@@ -140,7 +132,8 @@ class _Check:
         start, rows = 0, images
         for index, stage in enumerate(self.stages):
             mixing = BatchMixing(len(images))
-            after, known_after = _followed(stage, values, known, mixing)
+            with noticed() as read:
+                after, known_after = _followed(stage, values, known, mixing)
             is_end = index + 1 == len(self.stages)
             for value in _tensors(after):
                 check_activations(value, name=self.name, cut=str(stage.name), is_taken=is_end)
@@ -149,6 +142,7 @@ class _Check:
                 self.units.append(_Unit(stages=self.stages[start:index], rows=rows, result=values))
                 start, rows = index, values
             self._refuse_changing(stage, values, after)
+            self._refuse_reading(stage, read)
             where = next((each.where for each in known_after if isinstance(each, Mixed)), None)
             if where is not None:
                 raise self._mixes(where)
@@ -173,13 +167,17 @@ class _Check:
                 "counter, a list, a buffer) each time it runs, and may depend on it. Change it in train mode alone, or "
                 "cut before it."
             )
+
+    def _refuse_reading(self, stage: nn.Module, read: Sequence[Reading]) -> None:
+        """Refuses untraced code that reads what no key covers, by its names and by what it `read` in a run."""
         for where, part in _opaque_parts(stage):
-            clock = None if has_fingerprint(part) else _clock(part)
-            if clock is not None:
+            if has_fingerprint(part):
+                continue
+            for reading in (*read, *_readings(part)):
                 raise ModelError(
-                    f"{self.name} can't be cached at {self.cut}: {where} reads the clock ({clock}), and no run can "
-                    "show that its values don't depend on it. Take the clock out of its code, vouch for it with a "
-                    "method fingerprint(), or cut before it."
+                    f"{self.name} can't be cached at {self.cut}: {where} reads {reading}, and no run can show that "
+                    "its values don't depend on it. Take that out of its code (what the model reads and keeps when "
+                    "it is made is in the key), vouch for it with a method fingerprint(), or cut before it."
                 )
 
     # --------------------------------------------------------------------------------------------- batches of a size
@@ -426,48 +424,12 @@ def _facts(stage: nn.Module) -> str | None:
         return None
 
 
-def _clock(module: nn.Module) -> str | None:
-    """The clock that the code of `module` or of a function in it reads, if any."""
-    for part in module.modules():
-        homes = [kind for kind in type(part).__mro__ if not kind.__module__.startswith("torch.")]
-        for value in [each for home in (*homes, part) for each in vars(home).values()]:
-            found = _clock_of(value, set())
-            if found is not None:
-                return found
-    return None
-
-
-def _clock_of(value: Any, seen: set[int]) -> str | None:
-    value = getattr(value, "__func__", value)
-    if not isinstance(value, FunctionType) or id(value) in seen or value.__module__.partition(".")[0] == "torch":
-        return None
-    seen.add(id(value))
-    steps = [step for code in _codes(value.__code__) for step in dis.get_instructions(code)]
-    attributes = {step.argval for step in steps if step.opname in {"LOAD_ATTR", "LOAD_METHOD"}} & CLOCKS
-    names = {step.argval for step in steps if step.opname in {"LOAD_GLOBAL", "LOAD_NAME"}} & value.__globals__.keys()
-    cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    read = [*((name, value.__globals__[name]) for name in sorted(names)), *(("", cell) for cell in cells)]
-    for name, each in read:
-        if each in (time, datetime, datetime.datetime, datetime.date) and attributes:
-            return f"{name}.{min(attributes)}"
-        if getattr(each, "__module__", "") == "time" and getattr(each, "__name__", "") in CLOCKS:
-            return str(name)
-    return next((found for _, each in read if (found := _clock_of(each, seen)) is not None), None)
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
+def _readings(module: nn.Module) -> Iterator[Reading]:
+    """What the code of `module` reads; random numbers are found by running it."""
+    parts = [each for each in module.modules() if not has_fingerprint(each)]
+    hooks = [[*each._forward_pre_hooks.values(), *each._forward_hooks.values()] for each in parts]
+    found = readings(parts, hooks, methods=("forward", "__call__"))
+    return (reading for reading in found if reading.kind != "a global random state")
 
 
 # -------------------------------------------------------------------------------------------------------------- naming

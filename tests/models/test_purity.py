@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
 import random
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -195,3 +199,66 @@ def test_a_default_device_is_no_mode_that_changes_results() -> None:
         check_pure(staged(nn.ReLU()), "1")
     finally:
         torch.set_default_device(None)
+
+
+class Scaling(nn.Module):
+    """A convolution that can't be traced, and a factor that is read from elsewhere."""
+
+    def __init__(self, factor: Callable[[], float]) -> None:
+        super().__init__()
+        self.conv, self.factor = nn.Conv2d(3, 4, 3), factor
+
+    def forward(self, values: Tensor) -> Tensor:
+        if values.isnan().all():
+            return values
+        return self.scaled(self.conv(values))
+
+    def scaled(self, values: Tensor) -> Tensor:
+        return values * self.factor()
+
+    def save(self, path: str) -> None:
+        """What only its author calls."""
+        Path(path).write_bytes(Path(path).read_bytes() + str(time.time()).encode())
+
+
+class Vouched(Scaling):
+    def fingerprint(self) -> str:
+        return "factor 1"
+
+
+def scaling(module: nn.Module) -> StagedModel:
+    return StagedModel.from_module(nn.Sequential(module).eval(), view=VIEW, name="scaling")
+
+
+@pytest.mark.parametrize(
+    ("factor", "what"),
+    [
+        (lambda: float(os.environ.get("FACTOR", "1")), r"the environment \(os.environ\)"),
+        (lambda: 1.0 if hash("text") else 2.0, r"numbers that each process has of its own \(hash\)"),
+        (lambda: globals()["FACTOR"], r"what the interpreter holds \(globals\)"),
+        (lambda: sys.modules[__name__].FACTOR, r"what the interpreter holds \(sys.modules\)"),
+        (lambda: 1.0 if time.time() else 2.0, r"the clock \(time.time\)"),
+    ],
+)
+def test_untraced_code_that_reads_what_no_key_covers_is_refused(factor: Callable[[], float], what: str) -> None:
+    with pytest.raises(ModelError, match=rf"\(Scaling\) reads {what}, and no run.*fingerprint\(\)"):
+        check_pure(scaling(Scaling(factor)), "0")
+
+
+FACTOR = 1.0
+
+
+def test_untraced_code_that_opens_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "factor").write_text("1")
+    path = str(tmp_path / "factor")
+    read: Callable[[], float] = lambda: float(np.loadtxt(path))  # noqa: E731
+
+    with pytest.raises(ModelError, match=r"\(Scaling\) reads a file \(.*/factor\)"):
+        check_pure(scaling(Scaling(read)), "0")
+    with pytest.raises(ModelError, match=r"\(Scaling\) reads a file \(np.loadtxt\)"):  # in a branch that no run reaches
+        check_pure(scaling(Scaling(lambda: 1.0 if path else float(np.loadtxt(path)))), "0")
+    check_pure(scaling(Vouched(read)), "0")
+
+
+def test_what_an_untraced_module_reads_beside_its_forward_doesnt_matter() -> None:
+    check_pure(scaling(Scaling(lambda: 1.0)), "0")
