@@ -57,7 +57,8 @@ def test_odd_labels_are_said_and_only_labelled_images_count_as_scored(here: Path
     assert alike == "the classes Red,round and red,round differ in case alone"
     assert several == "class names hold ',' ('Red,round'); for several labels an image: --task multi --label-sep ','"
     images = ImageFlags(images="odd.csv", root="photos", valid=0.4).given().images
-    scored = int((images.valid.targets >= 0).sum())
+    assert images.targets is not None
+    scored = int((images.targets[images.splits == "valid"] >= 0).sum())
     assert 0 < scored < len(images.valid)
     assert f"With {scored} validation images that have labels accuracy moves in steps of {100 / scored:.3g} %." in dealt
 
