@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from featstore.errors import ModelError
-from featstore.models.tracing import Trace, is_library_leaf, traced
+from featstore.models.tracing import Trace, is_library_class, is_library_leaf, traced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +104,67 @@ def refuse_patched(module: nn.Module) -> None:
             raise ModelError(
                 f"{where} is a TorchScript module, whose code no key can see. Hand over the nn.Module it was made from."
             )
-        if "forward" in vars(part):
+        if patched := _patched_method(part):
             raise ModelError(
-                f"{where} has a forward that was assigned to the instance, which no key can see. Write a subclass "
-                "with that forward."
+                f"{where} has a {patched} that was assigned to the instance, which no key can see. Write a subclass "
+                f"with that {patched}."
+            )
+        if other := _outdated_setting(part):
+            raise ModelError(
+                f"{where} runs with another {other} than it says: the setting was changed after the layer was made, "
+                "and what was derived from it wasn't. Make the layer anew with the setting it should have."
             )
         if nn.utils.parametrize.is_parametrized(part):
             raise ModelError(
                 f"{where} is parametrized. Bake the result in first: "
                 "torch.nn.utils.parametrize.remove_parametrizations(module, name)."
             )
+
+
+def _patched_method(part: nn.Module) -> str | None:
+    """The name of a method that runs a layer, or that torch's own layer has, and that the instance replaces.
+
+    A method of a person's own class is no matter: what it does is traced, or is a setting of a whole module.
+    """
+    for name in vars(part):
+        home = next((kind for kind in type(part).__mro__ if name in vars(kind)), None)
+        if name == "forward" or (home is nn.Module and name in _RUNNING):
+            return str(name)
+        if (
+            home is not None
+            and home is not nn.Module
+            and is_library_class(home)
+            and inspect.isroutine(vars(home)[name])
+        ):
+            return str(name)
+    return None
+
+
+_RUNNING = {
+    "_call_impl", "_wrapped_call_impl", "_slow_forward", "modules", "named_modules", "_named_members", "parameters",
+    "named_parameters", "buffers", "named_buffers", "children", "named_children", "get_submodule",
+}  # fmt: skip
+"""Of what every module has: what runs it or says what it consists of. `train` may be patched, as a frozen part's is."""
+
+
+def _outdated_setting(part: nn.Module) -> str | None:
+    """The setting of one of torch's own layers that what it derived from it doesn't agree with."""
+    if not is_library_class(type(part)):
+        return None  # a person's own is keyed by all that it holds
+    if isinstance(part, nn.modules.conv._ConvNd) and not part.transposed and part.padding_mode != "zeros":
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(part.kernel_size) - 1]
+        size, padding, dilation = (tuple(part.kernel_size), part.padding, tuple(part.dilation))
+        made = kind(1, 1, size, padding=padding, dilation=dilation, padding_mode=part.padding_mode, device="meta")  # type: ignore[arg-type]
+        if list(made._reversed_padding_repeated_twice) != list(part._reversed_padding_repeated_twice):
+            return "padding"
+    if isinstance(part, nn.MultiheadAttention):
+        is_same = part.kdim == part.embed_dim and part.vdim == part.embed_dim
+        return None if part._qkv_same_embed_dim == is_same else "kdim or vdim"
+    if isinstance(part, nn.RNNBase):
+        held = [getattr(part, name, None) for name in part._flat_weights_names]
+        if any(one is not other for one, other in zip(held, part._flat_weights, strict=True)):
+            return "weight"
+    return None
 
 
 def may_write(stage: fx.GraphModule) -> bool:

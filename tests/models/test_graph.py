@@ -10,6 +10,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import StochasticDepth
 
 from featstore import ModelError, StagedModel, View, backbone
-from featstore.models.graph import split_into_stages
+from featstore.models.graph import refuse_patched, split_into_stages
 from featstore.models.modes import random_states
 
 
@@ -559,6 +560,62 @@ def test_what_runs_beside_a_class_is_refused_by_name(patch: Callable[[nn.Module]
         StagedModel.from_module(module)
     with pytest.raises(ModelError, match="ReLU"):
         model.digests()
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (lambda: nn.Conv2d(3, 3, 1), "_conv_forward"),
+        (lambda: nn.ReLU(), "_call_impl"),
+        (lambda: nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(4, 2)), "1._sa_block"),
+        (lambda: nn.Sequential(nn.ReLU()), "named_parameters"),
+    ],
+)
+def test_a_method_of_torchs_own_that_was_assigned_to_a_layer_is_refused(
+    make: Callable[[], nn.Module], method: str
+) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), make())
+    *path, name = f"1.{method}".split(".")
+    layer = module.get_submodule(".".join(path))
+    setattr(layer, name, MethodType(lambda self, values, *_: values * 3, layer))
+    message = rf"{'.'.join(path)} \({type(layer).__name__}\) has a {name} that was assigned to the instance"
+    with pytest.raises(ModelError, match=message):
+        StagedModel.from_module(module)
+
+
+def test_what_a_person_assigns_to_layers_otherwise_is_no_matter() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh())
+    expected = StagedModel.from_module(module).digests()
+    vars(module).update(train=lambda mode=True: module)  # a frozen part stays in its mode
+    vars(module[0]).update(label="stem", scale=F.relu)
+    assert [*StagedModel.from_module(module).digests()] == [*expected]
+
+
+@pytest.mark.parametrize(
+    ("layer", "change", "setting"),
+    [
+        (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), {"padding": (2, 2)}, "padding"),
+        (nn.Conv1d(3, 3, 3, padding="same", padding_mode="circular"), {"dilation": (2,)}, "padding"),
+        (nn.MultiheadAttention(4, 2, kdim=3), {"kdim": 4}, "kdim or vdim"),
+        (nn.LSTM(3, 3), {"_flat_weights": [torch.zeros(12, 3)] * 4}, "weight"),
+    ],
+)
+def test_a_setting_changed_after_its_layer_derived_another_from_it_is_refused(
+    layer: nn.Module, change: dict[str, Any], setting: str
+) -> None:
+    refuse_patched(layer)
+    for name, value in change.items():
+        setattr(layer, name, value)
+    with pytest.raises(ModelError, match=rf"the model \({type(layer).__name__}\) runs with another {setting} than it"):
+        refuse_patched(layer)
+
+
+def test_the_padding_of_a_layer_that_pads_with_zeros_may_be_changed() -> None:
+    layer = nn.Conv2d(3, 3, 3, padding=1)
+    layer.padding = (2, 2)
+    made = nn.Conv2d(3, 3, 3, padding=2)
+    made.load_state_dict(layer.state_dict())
+    assert StagedModel.from_module(layer).digests() == StagedModel.from_module(made).digests()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
