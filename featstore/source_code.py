@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from enum import Enum
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any
@@ -23,6 +24,10 @@ from featstore.errors import ModelError
 
 _sources: WeakKeyDictionary[ModuleType, tuple[object, Path, str]] = WeakKeyDictionary()
 """Spec (a reload makes a new one), file and text of each own module as first seen: what runs, also once it's edited."""
+
+
+class OutdatedCodeError(ValueError):
+    """Code that runs isn't what its file holds, as after an edit."""
 
 
 def normalised_source(source: str) -> str:
@@ -80,7 +85,7 @@ def class_facts(*classes: type) -> Json:
     `function_facts`.
     """
     seen: list[object] = []
-    return [_class_facts(kind, seen, is_made=True) for kind in classes if not _is_from_library(kind)]
+    return [_class_facts(kind, seen, is_made=True) for kind in classes if not is_from_library(kind)]
 
 
 def _function_facts(function: FunctionType, seen: list[object], *, is_method: bool = False) -> Json:
@@ -105,7 +110,9 @@ def _function_facts(function: FunctionType, seen: list[object], *, is_method: bo
         kind: {str(name): _value_facts(str(name), value, attributes, seen) for name, value in values.items()}
         for kind, values in taken.items()
     }
-    return facts if is_method else {"source": _function_source(function), **facts}  # a class has its file's source
+    if is_method and _is_in_its_module(function):  # a class has its file's source
+        return facts
+    return {"source": _function_source(function), **facts}
 
 
 def _closure(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -128,7 +135,7 @@ def _class_facts(kind: type, seen: list[object], *, is_made: bool = False) -> Js
         for name, value in sorted(vars(kind).items())
         if not _is_made_by_python(name, value) and not (is_made and name == "__init__")
     }
-    bases = [_class_facts(base, seen, is_made=is_made) for base in kind.__bases__ if not _is_from_library(base)]
+    bases = [_class_facts(base, seen, is_made=is_made) for base in kind.__bases__ if not is_from_library(base)]
     return {**facts, "attributes": attributes, "bases": bases}
 
 
@@ -157,7 +164,7 @@ def _value_facts(name: str, value: Any, attributes: set[str], seen: list[object]
     """The facts of a value of code that reads `attributes`, of whatever object."""
     if isinstance(value, ModuleType):
         return _module_facts(value, attributes, seen)
-    if isinstance(value, FunctionType | type) and _is_from_library(value):
+    if isinstance(value, FunctionType | type) and is_from_library(value):
         return {"library": [value.__module__, value.__qualname__, value.__name__]}
     if isinstance(value, FunctionType):
         return _function_facts(value, seen)
@@ -180,7 +187,7 @@ def _plain_facts(name: str, value: Any) -> Json:
     import torch
 
     try:
-        if isinstance(value, torch.Tensor):
+        if type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):  # others may compute something else
             return {"tensor": digest_tensor(value)}
         if isinstance(value, torch.dtype | torch.device | torch.memory_format):
             return {"torch": str(value)}
@@ -206,9 +213,37 @@ def _module_facts(module: ModuleType, attributes: set[str], seen: list[object]) 
     return {"module": source_digests(module), "values": facts}
 
 
-def _is_from_library(value: FunctionType | type) -> bool:
+def is_at_its_name(value: Any, name: str | None = None) -> bool:
+    """Whether the module that a function or class says it is from has that very object under its name, or `name`.
+
+    A name can be claimed: by `functools.wraps`, by a TorchScript function, by a method, by a class made by `type`.
+    """
+    found: Any = sys.modules.get(str(getattr(value, "__module__", None)))
+    for part in (name or getattr(value, "__qualname__", value.__name__)).split("."):
+        found = getattr(found, part, None)
+    return found is value
+
+
+def is_from_library(value: FunctionType | type) -> bool:
+    """Whether the name of a function or class stands for it: it is a library's, and not only by what it claims."""
     module = sys.modules.get(value.__module__)
-    return module is not None and _is_library(module)
+    if module is None or not _is_library(module):
+        return False
+    if isinstance(value, type):
+        return not value.__flags__ & _IS_MUTABLE or is_at_its_name(value)
+    is_named = value.__closure__ is None or is_at_its_name(value) or is_at_its_name(value, value.__name__)
+    return is_named and _runs_library_code(value)
+
+
+_IS_MUTABLE = 1 << 9  # of a class: Python's Py_TPFLAGS_HEAPTYPE; C types without it are what they say
+
+
+def _runs_library_code(function: FunctionType) -> bool:
+    home = sys.modules.get(str(function.__globals__.get("__name__")))
+    if home is None or not _is_library(home):
+        return False
+    is_in_file = any(Path(function.__code__.co_filename).is_relative_to(folder) for folder in _library_folders())
+    return vars(home) is function.__globals__ or is_in_file
 
 
 _ATTRIBUTE_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")
@@ -233,7 +268,10 @@ def _function_source(function: FunctionType) -> str:
     text = _function_text(function)
     # What is keyed is what runs: a file that was edited after it was imported holds another function.
     if code not in _all_codes(compile(text, code.co_filename, "exec", dont_inherit=True)):
-        raise ValueError(f"{code.co_filename} is no longer what was imported from it (import it again)")
+        raise OutdatedCodeError(
+            f"{code.co_filename} is no longer what was imported from it (import it again, and make anew what was made "
+            f"with {function.__qualname__})"
+        )
     found = [
         node
         for node in ast.walk(ast.parse(text))
@@ -244,6 +282,48 @@ def _function_source(function: FunctionType) -> str:
     if len(found) != 1:
         raise ValueError(f"line {code.co_firstlineno} of its file has several functions of its name")
     return normalised_source(ast.unparse(found[0]))
+
+
+def _is_in_its_module(function: FunctionType) -> bool:
+    """Whether the text of the module that a method comes from is what it was compiled from, lines aside.
+
+    It isn't for an object that was made before its file was edited and loaded again, nor for code that `exec` ran.
+    """
+    module = sys.modules.get(str(function.__globals__.get("__name__")))
+    if module is None:
+        return False
+    if _is_library(module):
+        return _runs_library_code(function)
+    path, text = _source(module)
+    if not _is_loaded_as_written(module):  # a hook has rewritten it, as pytest does
+        return function.__code__.co_filename == str(path) and _is_in_its_class(function, module)
+    return (function.__code__.co_qualname, _without_lines(function.__code__)) in _codes_of(text)
+
+
+def _is_loaded_as_written(module: ModuleType) -> bool:
+    loader = getattr(module, "__loader__", None)
+    return loader is None or getattr(type(loader), "source_to_code", None) is SourceFileLoader.source_to_code
+
+
+def _is_in_its_class(function: FunctionType, module: ModuleType) -> bool:
+    """Whether the class that `module` has now has that very method."""
+    kind: Any = module
+    for part in function.__qualname__.split(".")[:-1]:
+        kind = getattr(kind, part, None)
+    held = list(vars(kind).values()) if isinstance(kind, type) else []
+    parts = ("__func__", "fget", "fset", "fdel")
+    return any(function is each or function in [getattr(each, part, None) for part in parts] for each in held)
+
+
+@cache
+def _codes_of(text: str) -> frozenset[tuple[str, CodeType]]:
+    codes = _all_codes(compile(text, "", "exec", dont_inherit=True))
+    return frozenset((code.co_qualname, _without_lines(code)) for code in codes)
+
+
+def _without_lines(code: CodeType) -> CodeType:
+    constants = tuple(_without_lines(each) if isinstance(each, CodeType) else each for each in code.co_consts)
+    return code.replace(co_firstlineno=1, co_linetable=b"", co_filename="", co_consts=constants)
 
 
 def _function_text(function: FunctionType) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from featstore.digest import Json, digest_json, digest_tensor
 from featstore.errors import ModelError
 from featstore.models.graph import is_in_place, refuse_patched, split_into_stages
 from featstore.models.tracing import has_fingerprint, is_library_class, is_library_leaf
-from featstore.source_code import class_facts, source_digests
+from featstore.source_code import OutdatedCodeError, class_facts, is_at_its_name, is_from_library, source_digests
 
 START = digest_json(["featstore operations", 1])
 """The digest before the first operation. The number is raised when the meaning of a digest changes."""
@@ -165,6 +166,8 @@ def _opaque(module: nn.Module, where: str) -> Json:
     sources = source_digests(*{base for kind in kinds for base in kind.__mro__})
     try:
         values = class_facts(*kinds)
+    except OutdatedCodeError as error:
+        raise ModelError(f"{where} ({type(module).__name__}) can't be keyed: {error}.") from error
     except (TypeError, ValueError, SyntaxError) as error:
         raise ModelError(
             f"{where} ({type(module).__name__}) can't be keyed: {error}. Hand it to the module as a setting, or give "
@@ -211,6 +214,11 @@ def _tensors(module: nn.Module, where: str) -> Iterator[tuple[str, str]]:
 def _tensor(tensor: Any, where: str) -> str:
     if not isinstance(tensor, Tensor):
         raise ModelError(f"{where} is a {type(tensor).__name__}; only tensors can be used as values in a forward.")
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        raise ModelError(
+            f"{where} is a {type(tensor).__module__}.{type(tensor).__qualname__}, a kind of tensor that may compute "
+            "something else, which no key can see. Make a plain one of it: tensor.as_subclass(torch.Tensor)."
+        )
     try:
         return digest_tensor(tensor)
     except TypeError as error:
@@ -248,6 +256,14 @@ def _constant(value: Any, where: str, nested: Callable[[Any], Json] | None = Non
 
 def _function_name(function: Any, where: str) -> str:
     name, home = getattr(function, "__name__", None), _home(function)
+    if _is_allowed_home(home) and not _is_what_it_says(function):
+        claimed = f"{home}.{name or type(function).__name__}"
+        raise ModelError(
+            f"{where} calls what is named {claimed} and isn't the function of that name (but a TorchScript function, a "
+            "method of a layer, or what functools.wraps or another decorator made), so no key can cover it. Hold the "
+            "layer itself as a submodule, write the operations into a forward, or move them into a module with a "
+            "method fingerprint()."
+        )
     if not _is_allowed(function) or name is None or "<" in name:
         raise ModelError(
             f"{where} calls {home or 'unknown'}.{name or function}, which is neither torch's, torchvision.ops' nor "
@@ -258,7 +274,21 @@ def _function_name(function: Any, where: str) -> str:
 
 
 def _is_allowed(function: Any) -> bool:
-    home = _home(function)
+    return _is_allowed_home(_home(function)) and _is_what_it_says(function)
+
+
+def _is_what_it_says(function: Any) -> bool:
+    """Whether a function with the name of a library's is that very one."""
+    if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return True  # of the one namespace that `_is_allowed_home` lets through; it stands for a schema
+    if getattr(function, "__module__", None) is None:
+        return True  # `_home` found it by itself
+    if isinstance(function, FunctionType) and not is_from_library(function):
+        return False
+    return is_at_its_name(function, getattr(function, "__name__", None) or type(function).__name__)
+
+
+def _is_allowed_home(home: str | None) -> bool:
     if home is None or (home.startswith("torch._ops.") and home not in _LIBRARY_OPERATORS):
         return False
     return any(home == root or home.startswith(f"{root}.") for root in ALLOWED_MODULES)

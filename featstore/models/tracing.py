@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from featstore.errors import ModelError
 from featstore.models.modes import gradients_on, mode_of, one_pass, random_states, random_states_kept
+from featstore.source_code import is_at_its_name
 
 LIBRARY_LEAVES = ("torch.nn", "torch.ao.nn")
 
@@ -104,8 +105,9 @@ def is_library_leaf(module: nn.Module) -> bool:
 
 
 def is_library_class(kind: type) -> bool:
-    """Whether a module's class is one of torch's own."""
-    return any(kind.__module__ == home or kind.__module__.startswith(f"{home}.") for home in LIBRARY_LEAVES)
+    """Whether a module's class is one of torch's own, and not only says so."""
+    is_named = any(kind.__module__ == home or kind.__module__.startswith(f"{home}.") for home in LIBRARY_LEAVES)
+    return is_named and is_at_its_name(kind)
 
 
 def has_fingerprint(module: nn.Module) -> bool:
