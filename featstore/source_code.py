@@ -7,6 +7,7 @@ import dis
 import importlib.util
 import inspect
 import logging
+import os
 import site
 import sys
 import sysconfig
@@ -94,7 +95,7 @@ def _function_facts(function: FunctionType, seen: list[object], *, is_method: bo
     seen.append(function)
     wrapped = vars(function).get("__wrapped__")
     home = sys.modules.get(str(function.__globals__.get("__name__")))
-    if wrapped is not None and home is not None and _is_library(home):  # @torch.no_grad(), @functools.wraps of one
+    if wrapped is not None and home is not None and is_library(home):  # @torch.no_grad(), @functools.wraps of one
         return {"decorator": function.__code__.co_name, "wrapped": _value_facts("__wrapped__", wrapped, set(), seen)}
     code = function.__code__
     names, attributes = _names(code, "LOAD_GLOBAL", "LOAD_NAME"), set(_names(code, *_ATTRIBUTE_READS))
@@ -200,7 +201,7 @@ def _plain_facts(name: str, value: Any) -> Json:
 
 
 def _module_facts(module: ModuleType, attributes: set[str], seen: list[object]) -> Json:
-    if _is_library(module):
+    if is_library(module):
         return {"library": module.__name__}
     facts: dict[str, Json] = {}
     for name in sorted(attributes & vars(module).keys()):
@@ -227,7 +228,7 @@ def is_at_its_name(value: Any, name: str | None = None) -> bool:
 def is_from_library(value: FunctionType | type) -> bool:
     """Whether the name of a function or class stands for it: it is a library's, and not only by what it claims."""
     module = sys.modules.get(value.__module__)
-    if module is None or not _is_library(module):
+    if module is None or not is_library(module):
         return False
     if isinstance(value, type):
         return not value.__flags__ & _IS_MUTABLE or is_at_its_name(value)
@@ -240,7 +241,7 @@ _IS_MUTABLE = 1 << 9  # of a class: Python's Py_TPFLAGS_HEAPTYPE; C types withou
 
 def _runs_library_code(function: FunctionType) -> bool:
     home = sys.modules.get(str(function.__globals__.get("__name__")))
-    if home is None or not _is_library(home):
+    if home is None or not is_library(home):
         return False
     is_in_file = any(Path(function.__code__.co_filename).is_relative_to(folder) for folder in _library_folders())
     return vars(home) is function.__globals__ or is_in_file
@@ -292,7 +293,7 @@ def _is_in_its_module(function: FunctionType) -> bool:
     module = sys.modules.get(str(function.__globals__.get("__name__")))
     if module is None:
         return False
-    if _is_library(module):
+    if is_library(module):
         return _runs_library_code(function)
     path, text = _source(module)
     if not _is_loaded_as_written(module):  # a hook has rewritten it, as pytest does
@@ -344,7 +345,7 @@ def _own_sources(objects: tuple[type | ModuleType, ...]) -> dict[str, tuple[Path
     pending = [inspect.getmodule(item) or sys.modules.get(getattr(item, "__module__", "")) for item in objects]
     while pending:
         module = pending.pop()
-        if module is None or module.__name__ in found or _is_library(module):
+        if module is None or module.__name__ in found or is_library(module):
             continue
         found[module.__name__] = _source(module)
         pending += _reached_from(module, found[module.__name__][1])
@@ -395,11 +396,17 @@ def _home(value: Any) -> str:
     return home if isinstance(home, str) else ""
 
 
-def _is_library(module: ModuleType) -> bool:
+def is_library(module: ModuleType) -> bool:
+    """Whether a module is installed or the standard library's, not a person's own."""
     path = getattr(module, "__file__", None)
     if path is None:
         is_built_in = module.__name__.partition(".")[0] in sys.stdlib_module_names and module.__name__ != "__main__"
         return is_built_in or getattr(module, "__spec__", None) is not None  # a namespace package has no code
+    return _is_in_library(os.path.abspath(path))
+
+
+@cache
+def _is_in_library(path: str) -> bool:
     return any(Path(path).resolve().is_relative_to(folder) for folder in _library_folders())
 
 
