@@ -420,14 +420,9 @@ def _library_folders() -> tuple[Path, ...]:
     return tuple({*ours, *(Path(folder).resolve() for folder in installed)})
 
 
-def is_from_library(kind: type) -> bool:
-    """Whether a class comes from the standard library, an installed package or this one."""
-    return _is_from_library(kind)
-
-
 @cache
 def is_library_file(path: str) -> bool:
     """Whether a file, by its path or by the name that its code has, is a library's; one in a frozen module is."""
     if path.startswith("<"):
         return path.startswith("<frozen ")
-    return any(Path(path).resolve().is_relative_to(folder) for folder in _library_folders())
+    return _is_in_library(path)

@@ -42,7 +42,7 @@ ROOMS: dict[str, Rooms] = {
         (
             "models",
             (
-                "names", "modes", "tracing", "graph", "pool", "digests", "stages", "shapes", "staged", "trunk",
+                "names", "modes", "kept", "tracing", "graph", "pool", "digests", "stages", "shapes", "staged", "trunk",
                 "weights", "runs", "trust", "torchvision_models", "own_file", "backbones", "probe", "batch_mixing",
                 "purity",
             ),
