@@ -17,7 +17,10 @@ from featstore.images.labels import Row, Task, composed, split_named
 from featstore.words import counted
 
 OWN_SPLITS = "split"
-"""The column that a table's splits are read from where none is named, if it has one."""
+"""The column that a table's splits are read from where none is named, if it has one; in any case of letters."""
+
+_SPLIT_NAMES = ("splits", "subset", "partition")
+"""Other columns that splits are read from, if all that they say is splits."""
 
 Line = tuple[int, list[str]]  # where it starts, and its cells
 
@@ -118,9 +121,35 @@ def _separator(stream: TextIO, own: str, path_column: str) -> tuple[str, int]:
     return max(cells, key=lambda each: len(cells[each])), num_before
 
 
-def holds_splits(header: list[str], named: Iterable[str | None]) -> bool:
-    """Whether a table has a column for splits that nothing else was said about."""
-    return OWN_SPLITS in {cell.strip() for cell in header} - {*named}
+def own_splits(table: list[Line], file: str, named: Iterable[str | None]) -> str | None:
+    """The column for splits that nothing else was said about, as the header writes it.
+
+    Raises:
+        ValueError: if several may be it.
+    """
+    names = [composed(cell.strip()) for cell in table[0][1]]
+    taken = {composed(name) for name in named if name is not None}
+    free = [name for name in names if name not in taken]
+    if OWN_SPLITS in free:
+        return OWN_SPLITS
+    found = [name for name in free if name.lower() == OWN_SPLITS]
+    found = found or [name for name in free if name.lower() in _SPLIT_NAMES and _are_splits(_cells(table, name))]
+    if len(found) > 1:
+        raise ValueError(
+            f"{file} has the columns {' and '.join(found)}. Expected one that says the split. Name it with "
+            "--split-column NAME (in Python: split_column=NAME), or use none: --split-column '' (split_column=\"\")."
+        )
+    return found[0] if found else None
+
+
+def _cells(table: list[Line], name: str) -> list[str]:
+    """All cells of a column that were written."""
+    at = [composed(cell.strip()) for cell in table[0][1]].index(name)
+    return [cells[at] for _, cells in table[1:] if at < len(cells)]
+
+
+def _are_splits(cells: list[str]) -> bool:
+    return all(split_named(cell) is not None for cell in cells) and any(cell.strip() for cell in cells)
 
 
 def classes_of(header: list[str], reading: Reading, one_hot: Sequence[str] | Literal["*"]) -> tuple[str, ...]:
@@ -129,8 +158,9 @@ def classes_of(header: list[str], reading: Reading, one_hot: Sequence[str] | Lit
     Raises:
         ValueError: if there are none.
     """
-    taken = {composed(name) for name in (*reading.columns.values(), OWN_SPLITS) if name is not None}
-    free = tuple(name for cell in header if (name := composed(cell.strip())) not in taken)
+    taken = {composed(name) for name in reading.columns.values() if name is not None}
+    names = [composed(cell.strip()) for cell in header]
+    free = tuple(name for name in names if name not in taken and name.lower() != OWN_SPLITS)
     classes = free if one_hot == "*" else tuple(map(composed, one_hot))
     if not classes:
         raise ValueError(
@@ -186,7 +216,7 @@ def table_rows(table: list[Line], file: str, folder: str, reading: Reading) -> t
                 split=(
                     _valid_split(cells[places["valid"]], where)
                     if "valid" in places
-                    else _table_split(cells[places["split"]], where)
+                    else _table_split(cells[places["split"]], where, table, places["split"])
                     if "split" in places
                     else ""
                 ),
@@ -212,6 +242,11 @@ def _places(table: list[Line], reading: Reading, file: str, folder: str) -> dict
     }
     for what, column in wanted.items():
         if column is not None and names.count(column) != 1:
+            if what == "path" and (image := next(filter(_is_image, names), None)) is not None:
+                raise ValueError(
+                    f"{file} has no header: its first line names an image, {image}. Expected the columns' names above "
+                    f"the images. Add a line such as {wanted['path']}{_cells_after(wanted, names)} at the top."
+                )
             count = f"{names.count(column) or 'no'} column{'s' if column in names else ''} {column!r}"
             has = f"{file} has {count}; it has {', '.join(map(repr, names))}"
             if what not in reading.columns:
@@ -256,6 +291,7 @@ def _proposal(table: list[Line], wanted: dict[str, str | None], folder: str) -> 
             free.remove(path)
     if wanted["label"] is not None and wanted["label"] not in names:
         label = next(iter(_known(free, _LABEL_NAMES)), None)
+        found |= {"one_hot": "*"} if label is None and _are_classes(free, table) else {}
         found |= {} if label is None else {"label_column": label}
     if not found:
         return ""
@@ -263,12 +299,27 @@ def _proposal(table: list[Line], wanted: dict[str, str | None], folder: str) -> 
     return f", maybe {flags} (in Python: {', '.join(f'{name}={value!r}' for name, value in found.items())})"
 
 
+def _are_classes(names: list[str], table: list[Line]) -> bool:
+    """Whether these columns may be a class each: several, of nothing but 0 and 1."""
+    columns = [_cells(table, name) for name in names if name.lower() != OWN_SPLITS]
+    return len(columns) > 1 and all(cell.strip() in ("0", "1", "0.0", "1.0") for cells in columns for cell in cells)
+
+
+def _cells_after(wanted: dict[str, str | None], names: list[str]) -> str:
+    """The rest of a header for a table that lacks one, as far as its first line shows what it holds."""
+    return f",{wanted['label'] or 'label'}" if len(names) == 2 else ",..." if len(names) > 2 else ""
+
+
 def _known(names: list[str], known: tuple[str, ...]) -> list[str]:
     return sorted((name for name in names if name.lower() in known), key=lambda name: known.index(name.lower()))
 
 
 def _share_of_images(cells: list[str]) -> float:
-    return sum(cell.lower().endswith(IMAGE_SUFFIXES) for cell in cells) / max(1, len(cells))
+    return sum(map(_is_image, cells)) / max(1, len(cells))
+
+
+def _is_image(cell: str) -> bool:
+    return cell.strip().lower().endswith(IMAGE_SUFFIXES)
 
 
 def _lacking_suffix(cells: list[str], folder: str) -> str | None:
@@ -368,13 +419,17 @@ def _valid_split(cell: str, where: str) -> str:
     return "valid" if _is_yes(cell, where, "of what is held out") else "train"
 
 
-def _table_split(cell: str, where: str) -> str:
+def _table_split(cell: str, where: str, table: list[Line], place: int) -> str:
     split = split_named(cell)
     if split is None:
+        column = table[0][1][place].strip()
+        held_out = ""
+        if all(cells[place].strip().lower() in (*_YES, *_NO) for _, cells in table[1:] if place < len(cells)):
+            held_out = f"; if 1 says what is held out: --valid-column {shlex.quote(column)} (valid_column={column!r})"
         raise ValueError(
             f"{where} has the split {cell!r}. Expected train, valid (or val), test, or nothing. Correct the cell, name "
             "another column of splits with --split-column NAME (in Python: split_column=NAME), or use none, to split "
-            "anew: --split-column '' (split_column=\"\")."
+            f"anew: --split-column '' (split_column=\"\"){held_out}."
         )
     return split
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featstore.digest import Json, digest_bytes
-from featstore.images.csv_tables import OWN_SPLITS, Reading, classes_of, holds_splits, read_table, table_rows
+from featstore.images.csv_tables import Reading, classes_of, own_splits, read_table, table_rows
 from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo
 from featstore.images.folders import StrPath, TopFolders, existing_folder, folder_rows
 from featstore.images.labels import (
@@ -21,7 +20,9 @@ from featstore.images.labels import (
     Task,
     are_numbers,
     check_length,
+    check_unique,
     checked_groups,
+    checked_indices,
     checked_splits,
     checked_targets,
     class_table,
@@ -86,8 +87,8 @@ class ImageSet:
     def __post_init__(self) -> None:
         if self.task not in ("single", "multi"):
             raise ValueError(f"task is {self.task!r}. Expected 'single' (one class an image) or 'multi' (any number).")
-        _check_unique(self.ids, "image id", "Give every image its own path.")
-        _check_unique(self.classes, "class", "Name every class once.")
+        check_unique(self.ids, "image id", "Give every image its own path.")
+        check_unique(self.classes, "class", "Name every class once.")
         self._set("name", _safe_name(self.name))
         self._set("ids", tuple(self.ids))
         self._set("classes", composed_classes(self.classes))
@@ -166,9 +167,10 @@ class ImageSet:
         ("*": all that are used for nothing else); a column of who is held out, and else trained on, by `valid_column`.
 
         Paths are below `root` (default: the table's folder) or absolute. Splits are `train`, `valid` (or `val`),
-        `test`, or empty; without `split_column` those of the column `split`, if there is one, and with
-        `split_column=""` none. An empty label means unlabelled if `task` is "single", and none of the classes if
-        "multi". With `label_column=None` nothing is labelled. Classes are those of the rows in `train` or in no split.
+        `test`, or empty; without `split_column` those of the column `split` in any case (or `splits`, `subset` or
+        `partition`, if it says nothing else), if there is one, and with `split_column=""` none. An empty label means
+        unlabelled if `task` is "single", and none of the classes if "multi". With `label_column=None` nothing is
+        labelled. Classes are those of the rows in `train` or in no split.
 
         Raises:
             ValueError: with the line, if the table can't be understood: a missing column, a row of another length, a
@@ -189,8 +191,8 @@ class ImageSet:
         lines, dialect = read_table(file, path_column)
         if valid_column is not None:
             split_column = None
-        elif split_column is None and holds_splits(lines[0][1], (path_column, label_column, group_column)):
-            split_column = OWN_SPLITS
+        elif split_column is None:
+            split_column = own_splits(lines, file, (path_column, label_column, group_column, *(one_hot or ())))
         reading = Reading(
             columns={
                 "path": path_column,
@@ -255,10 +257,10 @@ class ImageSet:
     ) -> ImageSet:
         """The images of one uint8 array, `(N, H, W)` gray or `(N, H, W, 3)` RGB; ids are "0" to "N-1".
 
-        A label is a class name, or an integer: a place in `classes`, or without `classes` a name of its own. None, ""
-        and -1 mean unlabelled. If `task` is "multi", `labels` is an array `(N, K)` of 0 and 1, or a list of labels for
-        each image. `classes` keeps the order it is given in; without it, the classes are those of the images in
-        `train` or in no split, sorted (by value, if all are integers).
+        A label is a class name (without spaces around it), or an integer: a place in `classes`, or without `classes`
+        a name of its own. None, "" and -1 mean unlabelled. If `task` is "multi", `labels` is an array `(N, K)` of 0
+        and 1, or a list of labels for each image. `classes` keeps the order it is given in; without it, the classes
+        are those of the images in `train` or in no split, sorted (by value, if all are integers).
 
         A writable array is copied; a read-only one (`np.load(..., mmap_mode="r")`) is kept as it is, and hashed anew
         by each call of `digests`, as its file may have been written to.
@@ -269,19 +271,19 @@ class ImageSet:
         """
         source = ArraySource.of(images)
         count = len(source.images)
-        given = None if classes is None else tuple(composed(str(each)) for each in classes)
+        given = None if classes is None else tuple(composed(str(each).strip()) for each in classes)
         cells: Sequence[Any] = [None] * count if labels is None else list(labels)
         if task == "multi" and isinstance(labels, np.ndarray) and labels.dtype != object:
             cells, given = label_lists(labels, given)
         check_length(cells, count, "labels")
-        check_length(groups, count, "groups")
+        units = None if groups is None else checked_groups(groups, count)
         dealt = checked_splits([""] * count if splits is None else splits, count).tolist()
         found = [
             Row(
                 image=str(index),
                 labels=label_names(cells[index], given, task, f"labels[{index}]"),
                 split=dealt[index],
-                group=None if groups is None else str(groups[index]),
+                group=None if units is None else units[index],
                 where=f"labels[{index}]",
             )
             for index in range(count)
@@ -341,7 +343,7 @@ class ImageSet:
             ValueError: for an index out of range or given twice, or a mask of another length.
             TypeError: for anything but integers and booleans.
         """
-        return self._subset(_checked_indices(which, len(self)), "select")
+        return self._subset(checked_indices(which, len(self)), "select")
 
     def with_root(self, root: StrPath, *, strip: str | None = None) -> ImageSet:
         """The same images, read from another folder (on another machine, say); ids stay.
@@ -565,30 +567,8 @@ class HoldsImageSets(Protocol):
         """The newest image set of that name."""
 
 
-def _checked_indices(which: ArrayLike, count: int) -> NDArray[np.int64]:
-    array = np.asarray(which)
-    if array.dtype == bool:
-        check_length(array, count, "the mask")
-        return np.flatnonzero(array)
-    if array.size and array.dtype.kind not in "iu":
-        raise TypeError(f"select got {array.dtype} values. Expected indices or a mask of booleans. Convert them.")
-    indices = array.astype(np.int64).reshape(-1)
-    wrong = indices[(indices < 0) | (indices >= count)]
-    if wrong.size:
-        raise ValueError(f"select got index {wrong[0]}. Expected 0 to {count - 1}. Leave it out.")
-    _check_unique(indices.tolist(), "index", "Select every image once.")
-    return indices
-
-
 def _picked(names: tuple[str, ...], indices: NDArray[np.int64]) -> tuple[str, ...]:
     return tuple(map(names.__getitem__, indices.tolist()))  # numpy's own integers would be three times as slow
-
-
-def _check_unique(values: Sequence[object], noun: str, remedy: str) -> None:
-    hashes = np.sort(np.fromiter(map(hash, values), np.int64, len(values)))  # a set would take ten times the memory
-    if (hashes[1:] == hashes[:-1]).any() and len(set(values)) < len(values):
-        value, number = Counter(values).most_common(1)[0]
-        raise ValueError(f"{noun} {value!r} appears {number} times. Expected each once. {remedy}")
 
 
 def _safe_name(name: str) -> str:

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from featstore.words import counted, listed
@@ -219,7 +219,7 @@ def label_names(cell: Any, given: tuple[str, ...] | None, task: Task, where: str
 
 def _label_name(label: object, given: tuple[str, ...] | None, where: str) -> str | None:
     if label is None or isinstance(label, str):
-        return None if label is None else str(label)
+        return None if label is None else str(label).strip()  # as a table's cells are read
     if isinstance(label, bool) or not isinstance(label, Integral):
         raise TypeError(
             f"{where} is {label!r}, a {type(label).__name__}. "
@@ -242,8 +242,12 @@ def checked_splits(splits: Sequence[str] | NDArray[np.str_], count: int) -> NDAr
     """
     import numpy as np
 
-    check_length(splits, count, "splits")
     given = np.asarray(splits, dtype=str)
+    if given.ndim != 1:
+        raise ValueError(
+            f"splits has the shape {given.shape}. Expected ({count:,},), a word for each image. Choose a column of it."
+        )
+    check_length(given, count, "splits")
     checked = given.astype("<U5")
     if not np.isin(given, ("", *SPLITS)).all():
         words = given.tolist()
@@ -298,8 +302,14 @@ def checked_targets(
 
 
 def checked_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:
-    """The groups as texts; `ValueError` for another number than `count`."""
+    """The groups as texts; `ValueError` for another number than `count`, and for None and nan, which name no group."""
     check_length(groups, count, "groups")
+    for index, group in enumerate(groups):
+        if group is None or (isinstance(group, Real) and group != group):
+            raise ValueError(
+                f"groups[{index}] is {group}. Expected a group for every image, as groups stay together in one split. "
+                "Give it one (an image alone is a group of its own)."
+            )
     return tuple(str(group) for group in groups)
 
 
@@ -307,3 +317,39 @@ def check_length(values: Sequence[Any] | NDArray[Any] | None, count: int, what: 
     """`ValueError` unless there is one of `values`, called `what`, for each of `count` images; None passes."""
     if values is not None and len(values) != count:
         raise ValueError(f"{what} has {len(values):,} entries. Expected {count:,}, one for each image. Give them all.")
+
+
+def checked_indices(which: ArrayLike, count: int) -> NDArray[np.int64]:
+    """The indices that `ImageSet.select` got, or those where its mask is True; errors as of it."""
+    import numpy as np
+
+    array = np.asarray(which)
+    is_mask = array.dtype == bool
+    if array.ndim > 1 or (is_mask and array.ndim != 1):
+        raise ValueError(
+            f"select got {'a mask' if is_mask else 'indices'} of the shape {array.shape}. Expected "
+            f"{f'({count:,},), a truth for each image' if is_mask else 'one dimension'}. Choose a column of it, or "
+            "say how it is meant: mask.any(axis=1)."
+        )
+    if is_mask:
+        check_length(array, count, "the mask")
+        return np.flatnonzero(array)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"select got {array.dtype} values. Expected indices or a mask of booleans. Convert them.")
+    given = array.reshape(-1)
+    wrong = given[(given < 0) | (given >= count)]
+    if wrong.size:
+        raise ValueError(f"select got index {wrong[0]}. Expected 0 to {count - 1}. Leave it out.")
+    indices = given.astype(np.int64)
+    check_unique(indices.tolist(), "index", "Select every image once.")
+    return indices
+
+
+def check_unique(values: Sequence[object], noun: str, remedy: str) -> None:
+    """`ValueError` that names a value which appears several times."""
+    import numpy as np
+
+    hashes = np.sort(np.fromiter(map(hash, values), np.int64, len(values)))  # a set would take ten times the memory
+    if (hashes[1:] == hashes[:-1]).any() and len(set(values)) < len(values):
+        value, number = Counter(values).most_common(1)[0]
+        raise ValueError(f"{noun} {value!r} appears {number} times. Expected each once. {remedy}")

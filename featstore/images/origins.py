@@ -172,9 +172,10 @@ class TableOrigin:
 
     def no_split(self, images: ImageSet, options: Mapping[str, Any]) -> str:
         """What the table lacks, or was told to leave aside."""
-        if images.origin["split_column"] is None:
+        column = images.origin["split_column"]
+        if column is None:
             return "no split column"
-        return f"the column {OWN_SPLITS} is empty" if options["split_column"] is None else "no split column is used"
+        return f"the column {column} is empty" if options["split_column"] is None else "no split column is used"
 
     def found_split(self, images: ImageSet, options: Mapping[str, Any]) -> str | None:
         """Which column was found."""

@@ -61,6 +61,34 @@ class TestTables:
         assert ImageSet.from_csv(file, split_column="part").splits.tolist() == ["train", "valid"]
         assert ImageSet.from_csv(file, split_column="").splits.tolist() == ["", ""]
 
+    @pytest.mark.parametrize("column", ["Split", "SPLIT", "subset", "Partition"])
+    def test_a_column_of_splits_is_used_however_it_is_called(self, tmp_path: Path, column: str) -> None:
+        file = table(
+            tmp_path / "t.csv", f"path,label,{column}", "1.png,a,train", "2.png,a,Test", "3.png,b,val", "4.png,b,train"
+        )
+        images = ImageSet.from_csv(file)
+        assert images.splits.tolist() == ["train", "test", "valid", "train"]
+        assert images.origin["split_column"] == column
+        assert ImageSet.from_csv(file, split_column="").splits.tolist() == [""] * 4
+        assert ImageSet.from_csv(file, label_column=column, held_out_classes=True).splits.tolist() == [""] * 4
+
+    def test_a_column_that_only_sounds_like_splits_is_left(self, tmp_path: Path) -> None:
+        file = table(tmp_path / "t.csv", "path,label,subset,fold", "1.png,a,north,train", "2.png,a,train,test")
+        assert ImageSet.from_csv(file).splits.tolist() == ["", ""]
+
+    def test_two_columns_that_may_be_the_splits_are_refused(self, tmp_path: Path) -> None:
+        file = table(tmp_path / "t.csv", "path,label,Split,SPLIT", "1.png,a,train,test", "2.png,a,test,train")
+        with pytest.raises(ValueError, match=r"has the columns Split and SPLIT\. .* --split-column NAME"):
+            ImageSet.from_csv(file)
+        assert ImageSet.from_csv(file, split_column="SPLIT").splits.tolist() == ["test", "train"]
+
+    @pytest.mark.parametrize("column", ["split", "Split"])
+    def test_a_split_of_0_and_1_is_answered_with_the_flag_for_it(self, tmp_path: Path, column: str) -> None:
+        file = table(tmp_path / "t.csv", f"path,label,{column}", "1.png,a,0", "2.png,a,1")
+        with pytest.raises(ValueError, match=rf"if 1 says what is held out: --valid-column {column} \(valid_column="):
+            ImageSet.from_csv(file)
+        assert ImageSet.from_csv(file, valid_column=column).splits.tolist() == ["train", "valid"]
+
     def test_tabs_and_a_root_of_its_own(self, tmp_path: Path) -> None:
         fill(tmp_path / "photos", "1.png")
         file = table(tmp_path / "t.tsv", "file\tkind", "1.png\tcat")
@@ -231,6 +259,18 @@ class TestTables:
         other = table(tmp_path / "u.csv", "num,photo,kind of", "1,x.png,a")
         with pytest.raises(ValueError, match="path, maybe --path-column photo \\(in"):
             ImageSet.from_csv(other)
+
+    def test_columns_of_0_and_1_without_labels_are_answered_with_one_hot(self, tmp_path: Path) -> None:
+        file = table(tmp_path / "t.csv", "path,cat,dog,Split", "1.png,1,0,train", "2.png,0,1,test")
+        with pytest.raises(ValueError, match=r"maybe --one-hot '\*' \(in Python: one_hot='\*'\)"):
+            ImageSet.from_csv(file)
+        images = ImageSet.from_csv(file, one_hot="*")
+        assert (images.classes, images.splits.tolist()) == (("cat", "dog"), ["train", "test"])
+
+    def test_a_table_without_a_header_is_told_to_get_one(self, tmp_path: Path) -> None:
+        file = table(tmp_path / "t.csv", "cat/0.png,cat", "dog/1.png,dog")
+        with pytest.raises(ValueError, match=r"has no header: .* an image, cat/0\.png\. .* such as path,label at the"):
+            ImageSet.from_csv(file)
 
     def test_the_start_of_paths_of_another_machine_is_cut_off(self, tmp_path: Path) -> None:
         fill(tmp_path, "cats/1.png", "cats/2.png")

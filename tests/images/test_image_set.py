@@ -11,9 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 from sklearn.datasets import load_digits
 from support.image_files import counted, fill, image_bytes, members, table
 
@@ -180,6 +182,39 @@ class TestSubsets:
     def test_select_refuses_what_it_would_have_to_guess(self, which: Sequence[float], error: type[Exception]) -> None:
         with pytest.raises(error, match=r"select|mask|index"):
             counted(3).select(which)
+
+    @pytest.mark.parametrize(
+        ("which", "message"),
+        [
+            (np.eye(10, 2, dtype=bool), r"a mask of the shape \(10, 2\)"),
+            (np.ones((10, 1), dtype=bool), r"a mask of the shape \(10, 1\)"),
+            (True, r"a mask of the shape \(\)"),
+            (np.array([[0, 1], [2, 3]]), r"indices of the shape \(2, 2\)"),
+            (np.array([2**63 + 1], dtype=np.uint64), rf"index {2**63 + 1}\. Expected 0 to 9"),
+        ],
+    )
+    def test_select_refuses_another_shape_in_words(self, which: ArrayLike, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            ImageSet.from_arrays(np.zeros((10, 2, 2), np.uint8)).select(which)
+
+    @pytest.mark.parametrize("splits", [[["train"]] * 10, [["train", "valid"]] * 10, "train", None])
+    def test_splits_of_another_shape_are_refused_in_words(self, splits: Any) -> None:
+        with pytest.raises(ValueError, match=r"splits has the shape \(.*Expected \(10,\)"):
+            ImageSet.from_arrays(np.zeros((10, 2, 2), np.uint8)).with_splits(splits)
+
+    @pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan")])
+    def test_a_group_that_is_missing_is_none(self, missing: object) -> None:
+        pixels, groups = np.zeros((3, 2, 2), np.uint8), ["a", missing, missing]
+        with pytest.raises(ValueError, match=r"groups\[1\] is (None|nan)\. Expected a group for every image"):
+            ImageSet.from_arrays(pixels, groups=groups)
+        with pytest.raises(ValueError, match=r"groups\[1\]"):
+            ImageSet.from_arrays(pixels).split(groups=groups)
+
+    def test_spaces_around_a_label_are_none_of_it_as_in_a_table(self) -> None:
+        images = ImageSet.from_arrays(np.zeros((4, 2, 2), np.uint8), [" a", "a", "b ", " "])
+        assert images.classes == ("a", "b")
+        assert images.targets is not None
+        assert images.targets.tolist() == [0, 0, 1, -1]
 
     def test_subsets_of_a_split_set_are_named_and_may_be_empty(self) -> None:
         images = counted(10).split(0.2)
