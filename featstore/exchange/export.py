@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from featstore.digest import Json, canonical_json
 from featstore.errors import AmbiguousRequestError, FeatureStoreError, OnError
+from featstore.exchange.checksums import CHECKSUMS, metadata_checksum, tensor_checksum
 from featstore.words import size_text
 
 if TYPE_CHECKING:  # a program's help lists the formats, and waits for nothing that an export needs
@@ -89,7 +90,8 @@ def export(
 
     * ``.h5``, ``.hdf5``: plain HDF5 with the datasets features, id, split, target, class, group, digest and facts.
     * ``.npy``: the features; a ``.csv`` of that name beside it has row, id, split, label, group and digest.
-    * ``.safetensors``: the tensors features, digests and targets; the rest is in the metadata, as JSON texts.
+    * ``.safetensors``: the tensors features, digests and targets; the rest is in the metadata, as JSON texts, with
+      checksums that an import compares.
     * ``.parquet``: a table with the features as lists of fixed size; needs pyarrow.
 
     bfloat16 stays what it is in HDF5 and safetensors; NumPy lacks it, so ``.npy`` has float32. ``.parquet`` always has
@@ -267,6 +269,8 @@ def _write_safetensors(targets: tuple[Path, ...], rows: _Rows) -> _Written:
         tensors["targets"] = (kind, images.targets.shape, images.targets.nbytes)
     tensors["features"] = (features.storage_type.safetensors, features.shape, features.num_bytes)
     tensors["digests"] = ("U8", rows.digests.shape, rows.digests.nbytes)
+    # They are known when all is written; until then there is something of their length.
+    metadata[CHECKSUMS] = _checksums_text(metadata, dict.fromkeys(tensors, "0" * 64))
     header = _safetensors_header(tensors, metadata)
     if len(header) > _MAX_SAFETENSORS_HEADER:
         raise FeatureStoreError(
@@ -274,14 +278,27 @@ def _write_safetensors(targets: tuple[Path, ...], rows: _Rows) -> _Written:
             f"safetensors reads {_MAX_SAFETENSORS_HEADER:,}. Expected fewer images. Export them as .h5, which has no "
             "such limit."
         )
+    sums = {name: tensor_checksum(kind, shape) for name, (kind, shape, _) in tensors.items()}
     with _new_files(targets) as (file,):
         file.write(struct.pack("<Q", len(header)) + header)
+
+        def write(name: str, data: memoryview) -> None:
+            sums[name].update(data)
+            file.write(data)
+
         if images.targets is not None:
-            file.write(np.ascontiguousarray(images.targets).data)
+            write("targets", np.ascontiguousarray(images.targets).data)
         for block in rows.blocks():
-            file.write(_bytes(block))
-        file.write(np.ascontiguousarray(rows.digests).data)
+            write("features", _bytes(block))
+        write("digests", np.ascontiguousarray(rows.digests).data)
+        metadata[CHECKSUMS] = _checksums_text(metadata, {name: each.hexdigest() for name, each in sums.items()})
+        file.seek(8)
+        file.write(_safetensors_header(tensors, metadata))  # as long as before
     return features.dtype, ()
+
+
+def _checksums_text(metadata: dict[str, str], of_tensors: dict[str, str]) -> str:
+    return canonical_json({"metadata": metadata_checksum(metadata), "tensors": of_tensors})
 
 
 def _write_parquet(targets: tuple[Path, ...], rows: _Rows) -> _Written:

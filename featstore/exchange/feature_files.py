@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from featstore.digest import Json
 from featstore.errors import DamagedFileError
+from featstore.exchange.checksums import CHECKSUMS, metadata_checksum, tensor_checksum
 from featstore.files.hdf5 import opened_hdf5, own_dataset
 from featstore.files.header import is_part
 from featstore.files.part import Part
@@ -55,11 +56,13 @@ class FeatureFile:
     Attributes:
         rows: the features.
         ids: one a row, where the file has them.
+        no_ids: why there are none, where the file has something that is called so.
         images: what an exported file says about the images of its rows, in their order.
     """
 
     rows: ForeignRows
     ids: tuple[str, ...] | None = None
+    no_ids: str | None = None
     images: ImageSet | None = None
 
 
@@ -71,7 +74,8 @@ def opened_features(path: Path, *, dataset: str | None = None, id_dataset: str |
     whoever touches what is gone.
 
     Args:
-        path: of the file. Exported ones, and parts of a store, are checked against their checksums.
+        path: of the file. Exported ones (``.safetensors`` since they have any, HDF5) and parts of a store are checked
+            against their checksums; ``.npy`` has none.
         dataset: name of the features in it; default ``features``.
         id_dataset: name of the ids in an HDF5 file; default: the first of ``id``, ``ids`` and ``sample_id``.
 
@@ -338,9 +342,9 @@ def _found_in_part(path: Path) -> FeatureFile:
             ids,
             where=str(path),
             digests=part.digests,
-            splits=_texts(own_dataset(file, "split")[()]),
+            splits=list(_texts(own_dataset(file, "split")[()])),
             targets=own_dataset(file, "target")[()] if "target" in file else None,
-            groups=_texts(own_dataset(file, "group")[()]) if "group" in file else None,
+            groups=list(_texts(own_dataset(file, "group")[()])) if "group" in file else None,
         )
     return FeatureFile(rows=rows, ids=ids, images=images)
 
@@ -374,19 +378,67 @@ def _opened_safetensors(path: Path, dataset: str | None, id_dataset: str | None)
             read=lambda start, stop: slices[start:stop],
         )
         metadata = file.metadata() or {}
-        ids = tuple(json.loads(metadata["ids"])) if "ids" in metadata else None
+        if CHECKSUMS in metadata:
+            _compare_checksums(path, file, metadata)
+        ids = _id_texts(metadata.get("ids"))
+        no_ids = f"its metadata ids is {metadata['ids'][:40]!r}, no JSON list of texts" if "ids" in metadata else None
         images = None
-        if ids is not None and {"facts", "splits"} <= metadata.keys() and "digests" in names:
+        facts, splits = (_json(metadata.get(name)) for name in ("facts", "splits"))
+        if ids is not None and isinstance(facts, dict) and "images" in facts and "digests" in names:
             images = _described(
-                json.loads(metadata["facts"]),
+                facts,
                 ids,
                 where=str(path),
                 digests=file.get_tensor("digests").numpy(),
-                splits=json.loads(metadata["splits"]),
+                splits=splits,
                 targets=file.get_tensor("targets").numpy() if "targets" in names else None,
-                groups=json.loads(metadata["groups"]) if "groups" in metadata else None,
+                groups=_json(metadata.get("groups")),
             )
-        yield FeatureFile(rows=rows, ids=ids, images=images)
+        yield FeatureFile(rows=rows, ids=ids, no_ids=no_ids if ids is None else None, images=images)
+
+
+def _json(text: str | None) -> Json:
+    """What a text of the metadata says; None where it is no JSON, as what others wrote under that name needn't be."""
+    with suppress(ValueError, RecursionError):
+        return None if text is None else json.loads(text)
+    return None
+
+
+def _id_texts(text: str | None) -> tuple[str, ...] | None:
+    """The ids in a list of texts or numbers; None for anything else."""
+    ids = _json(text)
+    if not isinstance(ids, list) or not all(isinstance(each, str | int) for each in ids):
+        return None
+    return tuple(map(str, ids))
+
+
+def _compare_checksums(path: Path, file: Any, metadata: dict[str, str]) -> None:
+    """Raises DamagedFileError unless tensors and metadata are those that an export wrote."""
+    expected = _json(metadata[CHECKSUMS])
+    of_tensors = expected.get("tensors") if isinstance(expected, dict) else None
+    if not isinstance(of_tensors, dict) or expected.get("metadata") != metadata_checksum(metadata):
+        raise _altered(path, "its metadata isn't what was written")
+    for name, checksum in of_tensors.items():
+        if name not in set(file.keys()) or _checksum_in(file, name) != checksum:
+            raise _altered(path, f"its tensor {name} isn't what was written")
+
+
+def _checksum_in(file: Any, name: str) -> str:
+    slices = file.get_slice(name)
+    shape = slices.get_shape()
+    found = tensor_checksum(slices.get_dtype(), shape)
+    step = max(1, _BLOCK_BYTES // max(1, 8 * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        block = slices[start : start + step].contiguous().reshape(-1)
+        found.update(block.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _altered(path: Path, what: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"{path} is damaged, or was altered since it was exported: {what}. Nothing was imported. Export it again; if "
+        f"it was altered on purpose, leave {CHECKSUMS} out of its metadata."
+    )
 
 
 class _Reader(Protocol):
@@ -412,23 +464,29 @@ def _described(
     *,
     where: str,
     digests: NDArray[np.uint8],
-    splits: Sequence[str],
+    splits: Json,
     targets: NDArray[Any] | None,
-    groups: Sequence[str] | None,
+    groups: Json,
 ) -> ImageSet:
     """The image set that an exported file describes."""
-    described = facts["images"]
-    task: Task = described["task"]
-    return ImageSet(
-        name=described["name"],
-        ids=ids,
-        targets=targets,
-        classes=tuple(described["classes"]),
-        splits=np.array(splits),
-        groups=None if groups is None else tuple(groups),
-        task=task,
-        source=AbsentSource(where=where, known=KnownDigests([DigestTable.without_files(ids, digests)])),
-    )
+    try:
+        described = facts["images"]
+        task: Task = described["task"]
+        return ImageSet(
+            name=described["name"],
+            ids=ids,
+            targets=targets,
+            classes=tuple(described["classes"]),
+            splits=np.array(splits),
+            groups=None if groups is None else tuple(groups),
+            task=task,
+            source=AbsentSource(where=where, known=KnownDigests([DigestTable.without_files(ids, digests)])),
+        )
+    except (ValueError, TypeError, LookupError) as error:
+        raise DamagedFileError(
+            f"{where} doesn't describe its images as an exported file does ({type(error).__name__}: {error}). Expected "
+            "their facts, splits and digests. Export it again, or leave the facts out and give the ids alone."
+        ) from error
 
 
 # ---- Rows

@@ -43,6 +43,8 @@ CUT = "imported"
 
 _VERSION = 1  # of the rules for the digests below, see docs/format.md
 _NAME_LENGTH = 80  # of an image set's name before the key's digits: more than 100 in all would be cut off
+_SMALLEST = 2.0**-149  # above zero, in float32
+_FEWEST_STEPS, _LOST_SHARE = 256, 0.01  # as in an extraction, see narrowing.py
 _SAME_IMAGE = 1e-2
 """Largest difference, as a share of the largest value, between rows of byte-identical images: their last bits may have
 been computed in different batches, or in half precision."""
@@ -163,7 +165,7 @@ def import_file(
     with opened_features(file, dataset=dataset, id_dataset=id_dataset) as found:
         given = found.ids if ids is None else tuple(ids)
         if given is None:
-            raise ValueError(_no_ids(file))
+            raise ValueError(_no_ids(file, found.no_ids))
         _check_ids(given, found.rows.num_rows, file)
         described = found.images if ids is None else None
         target = images or described or images_by_id(given, where=str(file), name=file.stem)
@@ -177,12 +179,12 @@ def import_file(
 # ---- Joining by id
 
 
-def _no_ids(file: Path) -> str:
+def _no_ids(file: Path, reason: str | None) -> str:
     beside = file.with_suffix(".csv")
     given = f"--ids {beside}, which is there" if beside.is_file() else "a list of them: --ids ids.txt"
     return (
-        f"{file} holds no ids, so nothing says which image a row is of. Expected one id a row; rows are never joined "
-        f"by position. Give {given}."
+        f"{file} holds no ids{f' ({reason})' if reason else ''}, so nothing says which image a row is of. Expected one "
+        f"id a row; rows are never joined by position. Give {given}."
     )
 
 
@@ -270,7 +272,7 @@ def _file(
         written=int(is_new.sum()),
         shape=rows.shape,
         dtype=content.dtype,
-        notes=("float64 became float32",) if rows.dtype == torch.float64 else (),
+        notes=content.notes,
     )
 
 
@@ -291,6 +293,7 @@ class _Content:
         self.rows, self.images, self.image_of, self.digests, self.layout = rows, images, image_of, digests, layout
         self.places = np.flatnonzero(image_of >= 0)
         self._hashes: list[bytes] = []  # of the rows at `places`, once they have been read
+        self._largest, self._num_values, self._num_lost = 0.0, 0, 0  # of float64, what float32 makes of it
 
     @property
     def dtype(self) -> str:
@@ -321,8 +324,27 @@ class _Content:
         for start, block in self.rows.blocks(progress=progress, verb="checked"):
             self._check_storable(block, start)
             chosen = self._chosen(start, len(block))
+            self._count_lost(block)
             self._hashes += self._hashed(chosen, _narrowed(block[self.places[chosen] - start], self.dtype))
+        if 0 < self._largest < _FEWEST_STEPS * _SMALLEST:
+            raise ValueError(
+                f"The features reach {self._largest:.2g} only. float64 is stored as float32, whose smallest number is "
+                f"{_SMALLEST:.2g}, so most would become zeros. Multiply them by a constant first."
+            )
         return self._hashes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What became of the values, once they have been read."""
+        if self.rows.dtype != torch.float64:
+            return ()
+        if self._num_lost < _LOST_SHARE * self._num_values or not self._num_lost:
+            return ("float64 became float32",)
+        share = 100 * self._num_lost / self._num_values
+        return (
+            f"float64 became float32; {share:.3g} % of the values that aren't zero became zeros, being smaller than "
+            f"its smallest, {_SMALLEST:.2g}",
+        )
 
     def blocks(self, *, progress: bool) -> Iterator[tuple[range, Tensor]]:
         """The rows at `places` as they are stored, in order, some at a time, with their numbers among `places`.
@@ -372,6 +394,13 @@ class _Content:
                 f"{difference:.3g}, with {largest:.3g} the largest value. Expected one row for both, as rows belong to "
                 "contents. Check the ids, or import by ids alone: --ids without --images."
             )
+
+    def _count_lost(self, block: Tensor) -> None:
+        if block.dtype == torch.float64:
+            num_values = int(block.count_nonzero())
+            self._num_values += num_values
+            self._num_lost += num_values - int(block.float().count_nonzero())
+            self._largest = max(self._largest, float(block.abs().max()))
 
     def _check_storable(self, block: Tensor, start: int) -> None:
         flat = block.reshape(len(block), -1)

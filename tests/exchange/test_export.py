@@ -196,7 +196,7 @@ def test_several_labels_of_an_image_stand_in_one_cell(tmp_path: Path, store: Fea
 
 
 def test_classes_that_leave_no_separator_are_refused(tmp_path: Path, store: FeatureStore) -> None:
-    images = ImageSet.from_arrays(pixels(1), [["a|", "b;", "c/", "d\t"]], task="multi")
+    images = ImageSet.from_arrays(pixels(1), [["a|", "b;", "c/", "d\te"]], task="multi")
     with pytest.raises(ValueError, match=r"contain \|, ;, / and tabs.*Export as \.h5"):
         export(store, filed(images, store), tmp_path / "out.npy", images=images)
     assert not list(tmp_path.glob("*out*"))

@@ -466,6 +466,73 @@ def test_a_damaged_export_is_never_imported(images: ImageSet, store: FeatureStor
     assert not (tmp_path / "other").exists()
 
 
+def test_every_bit_of_an_exported_safetensors_file_counts(
+    images: ImageSet, store: FeatureStore, tmp_path: Path
+) -> None:
+    key = extract(staged(), images, store, cuts=["layer2:avg"]).keys[0]
+    export(store, key, tmp_path / "out.safetensors")
+    whole = (tmp_path / "out.safetensors").read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    named = whole.index(b"cat/")  # in the ids
+    split = whole.index(b"train")
+    for place in (header, header + 9, (header + len(whole)) // 2, len(whole) - 1, named, split):
+        content = bytearray(whole)
+        content[place] ^= 1
+        (tmp_path / "out.safetensors").write_bytes(content)
+        with pytest.raises(DamagedFileError, match=r"out\.safetensors is damaged, .* Nothing was imported"):
+            import_file(FeatureStore(tmp_path / "other"), tmp_path / "out.safetensors", name="net")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_exported_safetensors_file_without_checksums_is_read_as_before(
+    images: ImageSet, store: FeatureStore, tmp_path: Path
+) -> None:
+    key = extract(staged(), images, store, cuts=["layer2:avg"]).keys[0]
+    export(store, key, tmp_path / "out.safetensors")
+    with safetensors.safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    del metadata["checksums"]
+    safetensors.torch.save_file(tensors, tmp_path / "older.safetensors", metadata)
+    other = FeatureStore(tmp_path / "other")
+    report = import_file(other, tmp_path / "older.safetensors", name="net")
+    assert ImageSet.from_store(other).classes == images.classes
+    assert torch.equal(other.features(images, report.key)[:], store.features(images, key)[:])
+
+
+@pytest.mark.parametrize("ids", ["a,b,c,d", '"abcd"', "5", '[["a"],["b"],["c"],["d"]]', "[" * 100_000])
+def test_ids_in_metadata_that_are_no_list_of_texts_are_none(store: FeatureStore, tmp_path: Path, ids: str) -> None:
+    safetensors.torch.save_file({"features": torch.ones(4, 5)}, tmp_path / "clip.safetensors", {"ids": ids})
+    with pytest.raises(ValueError, match=r"clip\.safetensors holds no ids \(its metadata ids is .* no JSON list"):
+        import_file(store, tmp_path / "clip.safetensors", name="clip")
+    assert import_file(store, tmp_path / "clip.safetensors", name="clip", ids="abcd").rows == 4
+
+
+def test_metadata_of_others_describes_no_images(store: FeatureStore, tmp_path: Path) -> None:
+    tensors = {"features": torch.ones(2, 5), "digests": torch.zeros(2, 32, dtype=torch.uint8)}
+    for facts in ("{}", "no JSON", "[]"):
+        metadata = {"ids": "[1, 2]", "facts": facts, "splits": "[]"}
+        safetensors.torch.save_file(tensors, tmp_path / "clip.safetensors", metadata)
+        report = import_file(store, tmp_path / "clip.safetensors", name="clip")
+        assert ImageSet.from_store(store, report.images).ids == ("1", "2")
+    metadata["facts"] = '{"images": {"name": "x", "classes": []}}'
+    safetensors.torch.save_file(tensors, tmp_path / "clip.safetensors", metadata)
+    with pytest.raises(DamagedFileError, match=r"clip\.safetensors doesn't describe its images .*KeyError: 'task'"):
+        import_file(store, tmp_path / "clip.safetensors", name="clip")
+
+
+def test_float64_that_float32_turns_into_zeros_is_refused_or_named(store: FeatureStore) -> None:
+    images = images_by_id(["a", "b"], where="here", name="x")
+    small = np.array([[1e-60, 2e-60], [3e-60, 0]])
+    with pytest.raises(ValueError, match=r"reach 3e-60 only.*float32.*1\.4e-45.*Multiply them"):
+        import_features(store, small, images, name="clip")
+    assert import_features(store, np.zeros((2, 2)), images, name="clip").notes == ("float64 became float32",)
+    (note,) = import_features(store, small + np.array([[0, 1.0], [0, 0]]), images, name="clip").notes
+    assert "66.7 % of the values that aren't zero became zeros" in note
+    (note,) = import_features(store, small + 1, images, name="clip").notes
+    assert note == "float64 became float32"
+
+
 def test_another_ending_and_an_absent_file_are_refused(store: FeatureStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ends with \.txt.*\.npy, \.h5, \.hdf5 or \.safetensors"):
         import_file(store, tmp_path / "clip.txt", name="clip")

@@ -55,7 +55,7 @@ ROOMS: dict[str, Rooms] = {
             ),
         ),
         ("extraction", ("defaults", "remedy", "plan", "progress", "narrowing", "job", "extract", "adopt")),
-        ("exchange", ("names", "feature_files", "export", "imports")),
+        ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
         ("", ("__init__",)),
         ("cli", ("program", "flags", "store", "exchange", "app")),
         ("", ("__main__",)),
