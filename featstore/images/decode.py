@@ -138,13 +138,26 @@ def _bytes_needed(form: str, num_pixels: int) -> int:
 # --- what the bytes say before anything is decoded ---
 
 
+class _Scan(NamedTuple):
+    """One pass of a JPEG over some of its components: its data, and which bits of which coefficients they are."""
+
+    start: int
+    stop: int
+    components: frozenset[int]
+    coefficients: range
+    bits_before: int  # the lowest bit that was known; 0 of a first pass
+    bits_after: int
+    restart_interval: int  # 0: none
+
+
 class _Header(NamedTuple):
     format: str
     decoder: int
     exif: bytes = b""
     width: int = 0  # as the header says it, of JPEG and PNG
     height: int = 0
-    scan_start: int = 0  # where a JPEG's first scan begins, its header included; 0 of one that isn't baseline
+    scan_start: int = 0  # where the only scan of a baseline JPEG begins, its header included; 0 of other ones
+    scans: tuple[_Scan, ...] = ()  # of a JPEG
     end: int = 0  # where a JPEG's end marker begins: phones and padding put other data, or zeros, behind it
 
 
@@ -161,10 +174,13 @@ def _read_header(data: bytes) -> _Header:
 def _jpeg_header(data: bytes) -> _Header:
     """Walks all segments and scans up to the end marker: libjpeg fills the rest of a truncated file with gray."""
     frame = exif = None
-    num_scans = first_scan = kind = 0
+    first_scan = kind = interval = 0
+    scans: list[_Scan] = []
     position = 2
     while match := _JPEG_MARKER.search(data, position):
         marker, position = match[1][0], match.end()
+        if scans and not scans[-1].stop:
+            scans[-1] = scans[-1]._replace(stop=match.start())
         if marker == _END_OF_IMAGE:
             break
         length = int.from_bytes(data[position : position + 2], "big")
@@ -175,11 +191,15 @@ def _jpeg_header(data: bytes) -> _Header:
             frame, kind = segment, marker
         elif marker == _APP1 and exif is None and segment.startswith(b"Exif\0\0"):
             exif = segment[6:]
-        if marker == _START_OF_SCAN:
-            num_scans, first_scan = num_scans + 1, first_scan or match.start()
+        elif marker == _RESTART_INTERVAL:
+            interval = int.from_bytes(segment, "big")
         position += length
+        if marker == _START_OF_SCAN:
+            first_scan = first_scan or match.start()
+            scans.append(_scan(segment, position, interval))
     else:
         raise DecodeError("a truncated JPEG: its end marker is missing")
+    num_scans = len(scans)
     if frame is None or len(frame) < 6 or not num_scans:
         raise DecodeError("a JPEG without image data")
     width, height = int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big")
@@ -194,11 +214,20 @@ def _jpeg_header(data: bytes) -> _Header:
         raise DecodeError(f"a JPEG of {components} components with {bits} bits each; 1, 3 or 4 with 8 bits are read")
     is_one_pass = kind in _BASELINE_MARKERS and num_scans == 1
     decoder = PILLOW if components == 4 else TORCHVISION
-    return _Header("JPEG", decoder, exif or b"", width, height, first_scan if is_one_pass else 0, match.start())
+    start = first_scan if is_one_pass else 0
+    return _Header("JPEG", decoder, exif or b"", width, height, start, tuple(scans), match.start())
+
+
+def _scan(header: bytes, start: int, interval: int) -> _Scan:
+    """A scan by its header; where it stops isn't known yet. libjpeg refuses headers that make no sense."""
+    count = header[0] if header else 0
+    first, last, bits = (*header[1 + 2 * count :], 0, 0, 0)[:3]
+    components = frozenset(header[1 : 1 + 2 * count : 2])
+    return _Scan(start, 0, components, range(first, last + 1), bits >> 4, bits & 15, interval)
 
 
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # all that are neither data nor without length
-_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
+_START_OF_SCAN, _END_OF_IMAGE, _RESTART_INTERVAL, _APP1 = 0xDA, 0xD9, 0xDD, 0xE1
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BASELINE_MARKERS = frozenset({0xC0, 0xC1})
 
@@ -381,12 +410,60 @@ def _range_doubt(largest: int) -> str | None:
 
 
 def _jpeg_doubt(data: bytes, header: _Header, pixels: NDArray[np.uint8]) -> str | None:
-    """What is said of a JPEG whose data is damaged in a way that libjpeg passes over."""
-    hole = data.find(bytes(_HOLE_BYTES), header.scan_start, header.end) if header.scan_start else -1
+    """What is said of a JPEG whose data is damaged in a way that libjpeg passes over.
+
+    libjpeg counts such places, but no library that is here tells. A sound file is never doubted: what only looks
+    odd is decoded once more, to see whether its data is as long as its image.
+    """
+    for scan in header.scans:
+        if (place := _odd_marker(data, scan)) is not None:
+            return f"its data is damaged at byte {place:,}, where a marker stands that belongs elsewhere"
+    if not header.scan_start:
+        return _progressive_doubt(data, header.scans)
+    hole = data.find(bytes(_HOLE_BYTES), header.scan_start, header.end)
     if hole >= 0 and not _zeros_are_flat(data[: header.scan_start]):
         return f"its data has a hole of zeros at byte {hole:,}: what follows is not what was photographed"
-    if header.scan_start and _ends_flat(pixels) and _ends_early(data[: header.end], pixels):
+    is_odd = _has_run(data[header.scan_start : header.end])
+    if (is_odd or _ends_flat(pixels)) and _ends_early(data[: header.end], pixels):
         return "its data ends before its last rows, which are filled with one colour"
+    if is_odd and _ends_late(data[: header.end]):
+        return "its data has a run of equal bytes and is longer than its image: what follows it is out of place"
+    return None
+
+
+def _odd_marker(data: bytes, scan: _Scan) -> int | None:
+    """Where the data of a scan has a marker without length that isn't the next restart."""
+    for number, match in enumerate(_LENGTHLESS_MARKER.finditer(data, scan.start, scan.stop)):
+        if not scan.restart_interval or match[1][0] != 0xD0 + number % 8:
+            return match.start()
+    return None
+
+
+_LENGTHLESS_MARKER = re.compile(rb"\xff([\x01\xd0-\xd8])", re.DOTALL)
+
+
+def _progressive_doubt(data: bytes, scans: tuple[_Scan, ...]) -> str | None:
+    """What is said of a JPEG of several scans: that some are missing, or that one of details has a hole of zeros.
+
+    Zeros in other scans may be sound, as they are blocks without change or bits of value 0.
+    """
+    for scan in scans:
+        if scan.coefficients.start > 0 and not scan.bits_before:
+            hole = data.find(bytes(_HOLE_BYTES), scan.start, scan.stop)
+            if hole >= 0:
+                return f"its data has a hole of zeros at byte {hole:,}: details are not what was photographed"
+    first = scans[0]
+    if first.coefficients == range(1) and first.bits_after:  # else its scans aren't those of usual encoders
+        components = frozenset.union(*(scan.components for scan in scans))
+        last = {
+            (component, coefficient)
+            for scan in scans
+            if not scan.bits_after
+            for component in scan.components
+            for coefficient in scan.coefficients
+        }
+        if len(last) < 64 * len(components):
+            return "its last scans are missing, so that details are"
     return None
 
 
@@ -412,6 +489,14 @@ def _zeros_are_flat(tables: bytes) -> bool:
 _HUFFMAN_TABLES = 0xC4
 
 
+def _has_run(data: bytes) -> bool:
+    """Whether there are 24 equal bytes (or 16, at some places), which are a hole, or blocks of one colour."""
+    words = np.frombuffer(data, np.uint64, len(data) // 8)
+    is_run = words[1:] == words[:-1]
+    runs = words[1:][is_run]
+    return bool((runs == (runs << np.uint64(8) | runs >> np.uint64(56))).any())
+
+
 def _ends_flat(pixels: NDArray[np.uint8]) -> bool:
     """Whether the last row is made of stretches of one colour, as what libjpeg fills in is."""
     last = pixels[-1].astype(np.int16)
@@ -426,7 +511,7 @@ def _ends_early(data: bytes, pixels: NDArray[np.uint8]) -> bool:
     libjpeg passes over, and then has nothing to say about the rows.
     """
     try:
-        with JpegImageFile(io.BytesIO(data + bytes(64))) as image:
+        with JpegImageFile(io.BytesIO(data.rstrip(b"\xff") + _READ_AHEAD)) as image:
             with suppress(OSError):  # it is truncated, as we know
                 image.load()
             image.tile = []  # what is there is all that there will be
@@ -436,6 +521,27 @@ def _ends_early(data: bytes, pixels: NDArray[np.uint8]) -> bool:
     except Exception:  # of any kind: SyntaxError, struct.error, ...
         return False
     return not shown[-1].any() and bool(pixels[-1].any())
+
+
+_READ_AHEAD = b"\xfe" * 10
+"""As many bytes as libjpeg wants beyond those that it needs; codes of ones are long, so that these make few blocks."""
+
+
+def _ends_late(data: bytes) -> bool:
+    """Whether a JPEG of one scan, without its end marker, is decoded whole though its last bytes are cut off."""
+    padding = data[-1:]
+    try:
+        with JpegImageFile(io.BytesIO(data.rstrip(padding)[:-_FEW_BYTES])) as image:
+            image.draft("L", (1, 1))  # the data is read as for the whole image, and an eighth of its size is made
+            image.load()
+    except MemoryError:
+        raise
+    except Exception:  # truncated, as a sound one is then; or metadata that Pillow refuses
+        return False
+    return True
+
+
+_FEW_BYTES = 4  # of two, some bits at least belong to the last block
 
 
 # --- pixels ---
