@@ -438,6 +438,8 @@ def load_model(
 
 def open_store(folder: str) -> FeatureStore:
     """The store in a folder, which need not be there yet."""
+    if not folder:
+        raise ValueError("--store is ''. Expected the folder of a store, or the name of a new one; . is this folder.")
     from featstore.store.store import FeatureStore
 
     return FeatureStore(folder)

@@ -81,9 +81,10 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         if "--debug" in arguments:
-            traceback.print_exception(error)
+            tell("".join(traceback.format_exception(error)).rstrip())
         if isinstance(error, ImageError):
-            tell(f"{error}. {_IMAGE_REMEDY}{_SKIPPED if _takes(command, arguments, '--on-error') else ''}.")
+            skipped = _SKIPPED if _takes(command, arguments, "--on-error") else ""
+            tell(f"{printable(str(error), is_one_line=True)}. {_IMAGE_REMEDY}{skipped}.")
         else:
             tell(_sentence(error, name))
         if isinstance(error, IncompleteError):
@@ -107,9 +108,9 @@ def tell(text: str) -> None:
 
 
 def tell_all(lines: Sequence[str], *, indent: str = "") -> None:
-    """Says `lines`, at most `MOST_LISTED` of them."""
+    """Says `lines`, at most `MOST_LISTED` of them, each on one line whatever names it holds."""
     for line in lines[:MOST_LISTED]:
-        tell(indent + line)
+        tell(indent + printable(line, is_one_line=True))
     if len(lines) > MOST_LISTED:
         tell(f"{indent}... and {len(lines) - MOST_LISTED:,} more")
 
@@ -209,7 +210,8 @@ def _sentence(error: Exception, name: str) -> str:
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error)
     first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first} (--debug shows where)"
+    notes = "".join(f", {printable(note, is_one_line=True)}" for note in getattr(error, "__notes__", ()))
+    return f"{type(error).__name__}: {first}{notes} (--debug shows where)"
 
 
 _IMAGE_REMEDY = "Repair, remove or bring back the file"

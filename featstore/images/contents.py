@@ -62,7 +62,7 @@ def repeats_note(images: ImageSet, digests: Digests) -> str | None:
 
 
 def lone_formats_note(images: ImageSet) -> str | None:
-    """A sentence that names images which alone have their format in a folder of many of another; None without any."""
+    """A sentence that names images which alone have their format in a folder of several of another; None without."""
     formats: dict[str, Counter[str]] = {}
     for image in images.ids:
         folder, _, name = image.rpartition("/")
@@ -70,7 +70,7 @@ def lone_formats_note(images: ImageSet) -> str | None:
     lone_in = {
         folder: {each for each, count in counts.items() if count == 1}
         for folder, counts in formats.items()
-        if len(counts) == 2 and max(counts.values()) >= _MANY and min(counts.values()) == 1
+        if max(counts.values()) >= _SEVERAL and min(counts.values()) == 1
     }
     if not lone_in:
         return None
@@ -84,7 +84,7 @@ def lone_formats_note(images: ImageSet) -> str | None:
     )
 
 
-_MANY = 10
+_SEVERAL = 3
 """Images of one format, beside which a single one of another is worth a look."""
 
 

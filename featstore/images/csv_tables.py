@@ -84,8 +84,25 @@ def read_table(file: str, path_column: str) -> tuple[list[Line], tuple[str, ...]
             f"{file} holds {'only a header' if lines else 'nothing'}. Expected a header and a row for each image. "
             "Add the rows, or name another file."
         )
+    notes = _encoding_notes(lines, file)
     found = [f"cells separated by {separator!r}"] * (separator != own) + ["UTF-16"] * (encoding != "utf-8-sig")
-    return lines, ((f"{os.path.basename(file)} is read as {' and '.join(found)}",) if found else ())
+    return lines, (*([f"{os.path.basename(file)} is read as {' and '.join(found)}"] if found else []), *notes)
+
+
+def _encoding_notes(lines: list[Line], file: str) -> list[str]:
+    """A note about lines that aren't UTF-8: names of files needn't be, but a label would be a class of its own."""
+    odd = [start for start, cells in lines if any(not cell.isascii() and _BYTES.search(cell) for cell in cells)]
+    if not odd:
+        return []
+    name = os.path.basename(file)
+    return [
+        f"{counted(len(odd), 'line')} of {name} (the first is {odd[0]}) {'is' if len(odd) == 1 else 'are'} not UTF-8, "
+        "and match no name that is; if the table is in Latin-1, convert it: "
+        f"iconv -f latin1 -t utf-8 {shlex.quote(name)} > utf8.csv"
+    ]
+
+
+_BYTES = re.compile("[\udc80-\udcff]")  # as which surrogateescape keeps what it can't decode
 
 
 def _encoding(file: str) -> str:

@@ -73,7 +73,7 @@ def _list(folder: str) -> _Listing:
                     reason = _reason_to_skip(entry, above)
                     if reason:
                         listing.skipped.append((path, reason))
-                    elif entry.is_dir():
+                    elif _is_folder(entry):
                         listing.folders.append(path)
                         pending.append((path, (*above, _identity(entry.stat()))))
                     else:
@@ -129,12 +129,22 @@ def _arrange(listing: _Listing, folder: str, split_of: dict[str, str]) -> tuple[
 def _reason_to_skip(entry: os.DirEntry[str], above: tuple[_Identity, ...]) -> str | None:
     if entry.name.startswith(".") or entry.name.lower() in _LITTER:
         return "hidden"
-    if entry.is_dir():
+    if _is_folder(entry):
         return "links back to a folder above it" if _identity(entry.stat()) in above else None
     if not entry.name.lower().endswith(IMAGE_SUFFIXES):
         return "not an image by its suffix"
     # A link to nothing counts as an image: its absence must be reported by whoever reads it, not swallowed here.
-    return None if entry.is_file() or entry.is_symlink() else "not a file"
+    return None if entry.is_symlink() or entry.is_file() else "not a file"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, or leads to one; a link that leads round in a circle, or nowhere, is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        if entry.is_symlink():
+            return False
+        raise
 
 
 def _identity(facts: os.stat_result) -> _Identity:

@@ -61,7 +61,7 @@ class Rendered:
         decoder: which decoder read the image, see `featstore.images.decoders.DECODERS`; 0 after a failure.
         failure: why there are no views, without the image's name; None where there are.
         is_lasting: whether every image of this content fails so; False where the content wasn't had: the file has
-            vanished, can't be read, or was changed.
+            vanished, can't be read, or was changed, or there was too little memory.
         doubt: why the image may not look as its owner expects, though it was decoded (see `decode`).
     """
 
@@ -171,6 +171,8 @@ def _rendered(images: Readable, job: Job, *, memory: Budget, doubtful: Doubtful)
         return Rendered(job.index, None, 0, error.reason)
     except (DecodeError, RenderError) as error:
         return Rendered(job.index, None, 0, str(error), is_lasting=True)
+    except MemoryError as error:  # no fault of the image, which the next run may have the memory for
+        return Rendered(job.index, None, 0, str(error) or "decoding it takes more memory than is free")
     except Exception as error:
         error.add_note(f"while rendering {images.ids[job.index]}")  # a fault of ours, or of the caller's images
         raise

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from featstore import FeatureStoreError, ImageError
-from featstore.cli.program import FAILED, new_app, run
+from featstore.cli.program import FAILED, new_app, run, tell_all
 from featstore.remedies import Call, Command, Steps
 
 
@@ -83,6 +83,31 @@ def test_leaving_images_out_is_proposed_where_the_command_can(capsys: pytest.Cap
     assert capsys.readouterr().err == f"{said}, or leave such images out with --on-error skip.\n"
     assert run(app, "program", ["strict"]) == FAILED
     assert capsys.readouterr().err == f"{said}.\n"
+
+
+def test_names_write_no_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_all(["a\n12,345 rows computed: it is cut short"])
+    assert capsys.readouterr().err == "a\\n12,345 rows computed: it is cut short\n"
+    app = new_app()
+
+    @app.command()
+    def fail(debug: bool = False) -> None:
+        raise ImageError("a\n12,345 rows\x1b[2J.jpg", "it is cut short")
+
+    @app.command()
+    def odd() -> None:
+        error = RuntimeError("it broke")
+        error.add_note("while rendering a\n.jpg")
+        raise error
+
+    assert run(app, "program", ["fail"]) == FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("a\\n12,345 rows\\x1b[2J.jpg: it is cut short.")
+    assert said.count("\n") == 1
+    assert run(app, "program", ["fail", "--debug"]) == FAILED
+    assert "\x1b" not in capsys.readouterr().err
+    assert run(app, "program", ["odd"]) == FAILED
+    assert capsys.readouterr().err == "RuntimeError: it broke, while rendering a\\n.jpg (--debug shows where)\n"
 
 
 def test_what_whoever_started_the_program_ignores_does_not_end_it() -> None:

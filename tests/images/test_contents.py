@@ -50,14 +50,16 @@ class TestDuplicates:
             tmp_path,
             "few/1.jpg",
             "few/2.gif",
-            *[f"mixed/{number}.jpg" for number in range(10)],
+            *[f"mixed/{number}.jpg" for number in range(3)],
             "mixed/1.png",
             "mixed/1.bmp",
+            *[f"both/{number}.{suffix}" for number in range(2) for suffix in ("jpg", "png")],
         )
         assert lone_formats_note(ImageSet.from_folder(tmp_path)) == (
-            "1 image has another format than all others in the folder (cat/none.gif): a placeholder?"
+            "3 images have another format than all others in the folder (cat/none.gif, mixed/1.bmp, mixed/1.png): a "
+            "placeholder?"
         )
-        assert lone_formats_note(ImageSet.from_folder(tmp_path / "mixed")) is None
+        assert lone_formats_note(ImageSet.from_folder(tmp_path / "both")) is None
 
     def test_failed_and_undealt_images_overlap_with_nothing(self) -> None:
         values = np.zeros((4, 32), np.uint8)

@@ -189,6 +189,14 @@ class TestTables:
         with pytest.raises(ValueError, match=r"line 4 of .* has 1 cell"):
             ImageSet.from_csv(file)
 
+    def test_lines_that_are_not_utf8_are_said(self, tmp_path: Path) -> None:
+        (tmp_path / "t.csv").write_bytes(b"path,label\n1.png,caf\xc3\xa9\n2.png,caf\xe9\n")
+        (note, *_) = ImageSet.from_csv(tmp_path / "t.csv").notes
+        assert note.startswith("1 line of t.csv (the first is 3) is not UTF-8")
+        assert note.endswith("iconv -f latin1 -t utf-8 t.csv > utf8.csv")
+        (tmp_path / "t.csv").write_bytes(b"path,label\n1.png,caf\xc3\xa9\n2.png,bar\n")
+        assert ImageSet.from_csv(tmp_path / "t.csv").notes == ()
+
     def test_backslashes_are_slashes(self, tmp_path: Path) -> None:
         fill(tmp_path, "a/b/1.png", "a/2.png")
         images = ImageSet.from_csv(table(tmp_path / "t.csv", "path,label", "a\\b\\1.png,x", "a/2.png,y"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -257,9 +258,27 @@ class TestFolders:
 
     def test_a_folder_that_cant_be_listed_is_an_error_that_names_it(self, tmp_path: Path) -> None:
         fill(tmp_path, "a/0.png")
+        deep = os.open(tmp_path / "a", os.O_RDONLY)
+        for _ in range(20):  # longer than a path may be
+            os.mkdir("x" * 250, dir_fd=deep)
+            above, deep = deep, os.open("x" * 250, os.O_RDONLY, dir_fd=deep)
+            os.close(above)
+        os.close(deep)
+        try:
+            with pytest.raises(FeatureStoreError, match=r"xxx can't be listed \(File name too long"):
+                ImageSet.from_folder(tmp_path)
+        finally:
+            shutil.rmtree(tmp_path / "a")
+
+    def test_a_link_that_leads_nowhere_blocks_no_set(self, tmp_path: Path) -> None:
+        fill(tmp_path, "a/0.png", "b/1.png")
         (tmp_path / "a" / "knot").symlink_to("knot")
-        with pytest.raises(FeatureStoreError, match=r"a can't be listed \(Too many .*knot"):
-            ImageSet.from_folder(tmp_path)
+        (tmp_path / "a" / "loop.png").symlink_to("loop.png")
+        (tmp_path / "b" / "far").symlink_to("x" * 300)
+        images = ImageSet.from_folder(tmp_path)
+        assert images.ids == ("a/0.png", "a/loop.png", "b/1.png")
+        assert [name for name, _ in images.skipped] == ["a/knot", "b/far"]
+        assert list(images.digests().failed) == images.absent() == [1]
 
     def test_a_link_to_nothing_is_an_image_that_fails(self, tmp_path: Path) -> None:
         fill(tmp_path, "a/0.png")

@@ -297,6 +297,22 @@ def test_a_fault_of_the_images_themselves_is_not_skipped_and_names_the_image(wor
     assert no_render_threads()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_memory_lacks_for_is_named_or_left_out_this_time(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featstore.images.decode.available_bytes", lambda: 100 << 20)
+    Image.new("L", (3000, 3000)).save(tmp_path / "large.png")
+    Image.new("L", (30, 30)).save(tmp_path / "small.png")
+    images = ImageSet.from_folder(tmp_path)
+    digests = images.digests().values
+    jobs = [Job(index, digests[index].tobytes(), (View(size=16, resize=16),)) for index in range(2)]
+    with pytest.raises(ImageError, match=r"^large\.png: decoding this PNG takes about 0.126 GB, and 0.105 GB of"):
+        list(render(images, jobs, workers=workers))
+    large, small = render(images, jobs, workers=workers, on_error="skip")
+    assert (large.views, large.is_lasting, small.failure) == (None, False, None)
+
+
 def test_nothing_to_do_is_done() -> None:
     for workers in WORKERS:
         assert list(render(Counting(0), [], workers=workers)) == []
