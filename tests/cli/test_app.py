@@ -1,3 +1,8 @@
+"""The `featstore` program: what it prints, where, and with which exit codes.
+
+Long, since each command is here with the mistakes that people make with it.
+"""
+
 from __future__ import annotations
 
 import os
