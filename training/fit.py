@@ -107,7 +107,7 @@ def run_epochs(
         metrics: by name, over all rows at once.
         epochs: how many.
         seed: of order, views and dropout.
-        first_epoch: number of epochs trained before; another epoch has another order.
+        first_epoch: number of epochs on record, after which these are counted.
         keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
         on_epoch_end: gets each record.
 
@@ -121,8 +121,8 @@ def run_epochs(
     for number in range(epochs):
         started = time.perf_counter()
         losses = []
-        with seeded(seed, first_epoch + number, train.device), training_mode(tail):
-            for inputs, targets in train.epoch(seed, first_epoch + number):
+        with seeded(seed, train.pass_before(number), train.device), training_mode(tail):
+            for inputs, targets in train.epoch(seed, number):
                 if history.losses:
                     scheduler.step()  # between steps, so that the rate on record is the one that was used
                 history.losses.append(step(tail, inputs, targets, loss, optimizer))
@@ -242,16 +242,16 @@ def training_mode(tail: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
-    """Dropout's random state for one epoch; the caller's comes back afterwards.
+def seeded(seed: int, number: int, device: torch.device) -> Iterator[None]:
+    """Dropout's random state from the pass `number` on; the caller's comes back afterwards.
 
     Only the generators that are put back are seeded: `torch.manual_seed` would change those of other devices for good.
     """
-    number = (seed * 1_000_003 + epoch) % 2**63
+    state = (seed * 1_000_003 + number) % 2**63
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(number)
+        torch.default_generator.manual_seed(state)
         if device.type == "cuda":
-            torch.cuda.default_generators[device.index].manual_seed(number)
+            torch.cuda.default_generators[device.index].manual_seed(state)
         yield
 
 

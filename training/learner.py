@@ -99,8 +99,8 @@ class Learner:
     """
 
     __slots__ = (
-        "_cut", "_features", "_images", "_loss", "_metrics", "_origins", "_past", "_probed", "_seen", "_trained_on",
-        "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history", "model", "on_error",
+        "_cut", "_features", "_images", "_loss", "_metrics", "_origins", "_passes", "_past", "_probed", "_seen",
+        "_trained_on", "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history", "model", "on_error",
         "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
     )  # fmt: skip
 
@@ -161,6 +161,7 @@ class Learner:
         self.read_from: Literal["features", "images"] | None = None
         self._loss, self._metrics = loss, scores.by_name(metrics or ())
         self._trained_on: str | None = None
+        self._passes = 0  # over training images, of all fits, those of the run that was loaded among them
         self._probed: set[tuple[str, str]] = set()
         self._origins = [Origin.of(backbone)]
         self.head_name = head if isinstance(head, str) else "module"
@@ -299,7 +300,8 @@ class Learner:
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         scheduler = schedules.build(schedule, optimizer, rates, epochs * len(train))
         self.read_from, self._trained_on = inputs.train.kind, str(inputs)
-        self._seen = self._split(situation).over(self._seen)  # before the first step: a fit may be interrupted
+        # Before the first step: a fit may be interrupted.
+        self._seen, self._passes = self._split(situation).over(self._seen), train.pass_before(epochs)
 
         def told(record: Record) -> None:
             self._say(record_line(record))
@@ -410,6 +412,7 @@ class Learner:
                 classes=self.classes,
                 task=self.task,
                 seed=self.seed,
+                passes=self._passes,
             )
             write_run(made, facts, self.model.tensors())
             self._write_reports(made)
@@ -469,7 +472,7 @@ class Learner:
             learn._origins.clear()  # the caller's module has other weights than the run
         learn.model.load_tensors(saved.with_statistics(stored.tensors, learn.model))
         saved.check_head(learn.model, facts["head"], folder)
-        learn._past = past
+        learn._past, learn._passes = past, saved.passes_of(facts, folder)
         if facts["model"]["frozen"] is None:
             learn.model.unfreeze()
         else:
@@ -515,7 +518,14 @@ class Learner:
 
     def _training_batches(self, source: Source, situation: Situation) -> Batches:
         passes = passes_an_epoch(self._tail(), num_batches(len(source.images), self.batch_size))
-        return Batches(source, situation, batch_size=self.batch_size, workers=self.workers, passes=passes)
+        return Batches(
+            source,
+            situation,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            passes=passes,
+            first_pass=self._passes,
+        )
 
     def _ready(self) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""

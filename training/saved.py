@@ -38,7 +38,7 @@ HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.j
 
 
 def run_facts(
-    model: StagedModel, *, cut: str, view: View, head: str, classes: Sequence[str], task: Task, seed: int
+    model: StagedModel, *, cut: str, view: View, head: str, classes: Sequence[str], task: Task, seed: int, passes: int
 ) -> dict[str, Json]:
     """What `read_run` and `Learner.load` need beside the tensors.
 
@@ -50,6 +50,7 @@ def run_facts(
         classes: one a logit.
         task: single or multi.
         seed: that the head was made with.
+        passes: over training images that were made, from which a later fit counts on.
     """
     origin, digests = model.origin, model.digests()
     frozen = [stage.name for stage in model.ordered[: model.num_frozen] if not isinstance(stage, PoolStage)]
@@ -76,6 +77,7 @@ def run_facts(
         "classes": list(classes),
         "task": task,
         "seed": seed,
+        "passes": passes,
     }
 
 
@@ -123,6 +125,17 @@ def store_of(run: Path) -> FeatureStore | None:
     content = read_file(run, RUN)
     folder = None if content is None else _parsed(content, run / RUN, "store")
     return FeatureStore(folder) if folder is not None and Path(folder).is_dir() else None
+
+
+def passes_of(facts: Mapping[str, Json], run: Path) -> int:
+    """How many passes over training images a saved run has made.
+
+    Earlier runs don't tell, and made one or more an epoch: the epochs of run.json, or 0 without it.
+    """
+    if "passes" in facts:
+        return int(facts["passes"])
+    content = read_file(run, RUN)
+    return 0 if content is None else int(_parsed(content, run / RUN, "epochs"))
 
 
 def _parsed(content: bytes, path: Path, name: str) -> Json:

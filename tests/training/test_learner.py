@@ -392,6 +392,49 @@ def test_a_resume_does_not_refreeze_what_was_unfrozen(tmp_path: Path) -> None:
         }
 
 
+def test_no_pass_over_the_images_is_made_twice_by_later_fits_or_after_a_load(tmp_path: Path) -> None:
+    images = ImageSet.from_arrays(pixels(6), list(range(6)))  # a target is a row
+    passes: list[list[int]] = []
+
+    def noted(logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.requires_grad:
+            passes.append(targets.tolist())
+        return nn.functional.cross_entropy(logits, targets)
+
+    learn = learner(images=images, loss=noted, batch_size=6)
+    learn.fit(2, lr=1e-3)  # a linear head makes four passes an epoch
+    learn.unfreeze()
+    learn.fit(3, lr=1e-3)
+    learn.save(tmp_path / "run")
+    loaded = Learner.load(tmp_path / "run", images, module=staged(), loss=noted, batch_size=6, quiet=True)
+    loaded.fit(1, lr=1e-3)
+    orders = [np.random.default_rng([0, number, 0]).permutation(6).tolist() for number in range(12)]
+    assert passes == orders
+
+
+@pytest.mark.parametrize("head", ["linear", "concat", "mlp"])
+@pytest.mark.parametrize("seeds", ["fresh", (0, 1, 2)])
+def test_a_saved_run_goes_on_as_the_learner_would_have(tmp_path: Path, head: str, seeds: Any) -> None:
+    options: dict[str, Any] = {"augment": Augment("random_resized_crop", seeds=seeds), "batch_size": 4, "workers": 0}
+    learn = learner(head=head, **options)
+    learn.fit(2, lr=1e-2)
+    learn.save(tmp_path / "run")
+    loaded = Learner.load(tmp_path / "run", learn.images, module=staged(), quiet=True, **options)
+    for each in (learn, loaded):
+        each.freeze_to("layer1")
+        each.fit(2, lr=1e-3)
+    assert loaded.history.losses == learn.history.losses[-len(loaded.history.losses) :]
+    assert all(torch.equal(value, loaded.model.tensors()[name]) for name, value in learn.model.tensors().items())
+
+
+def test_a_run_that_does_not_tell_its_passes_goes_on_after_its_epochs(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "data" / "run-0.1.0"
+    learn = Learner.load(folder, module=staged(), quiet=True)
+    learn.save(tmp_path / "run")
+    assert json.loads((folder / "run.json").read_text())["epochs"] == 3
+    assert json.loads((tmp_path / "run" / "model.json").read_text())["passes"] == 3
+
+
 def test_what_was_saved_is_what_evaluate_says(tmp_path: Path, features: FeatureStore) -> None:
     learn = learner(store=features)
     learn.fit(2, lr=1e-2)

@@ -38,15 +38,23 @@ class Batches:
             with a batch size of 1, which asks for single rows, it does not.
         workers: threads that read and decode images.
         passes: over the images, that make an epoch.
+        first_pass: how many passes were made before, by earlier fits: those of the first epoch count on from there.
     """
 
     def __init__(
-        self, source: Source, situation: Situation, *, batch_size: int, workers: int | None, passes: int = 1
+        self,
+        source: Source,
+        situation: Situation,
+        *,
+        batch_size: int,
+        workers: int | None,
+        passes: int = 1,
+        first_pass: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
         self.source, self.situation = source, situation
-        self.batch_size, self.workers, self.passes = batch_size, workers, passes
+        self.batch_size, self.workers, self.passes, self.first_pass = batch_size, workers, passes, first_pass
         self.device = situation.device
         self.on_error: OnError = situation.on_error
         targets = source.images.targets
@@ -67,15 +75,19 @@ class Batches:
         """Images an epoch."""
         return len(self.source.images)
 
+    def pass_before(self, epoch: int) -> int:
+        """How many passes were made before an epoch, counted from 0, of these batches."""
+        return self.first_pass + epoch * self.passes
+
     def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch of (inputs ``(n, *F)`` float32, targets ``(n,)`` or ``(n, K)``), on the device, each pass shuffled.
 
-        Order and views depend on seed and epoch alone. With several fixed views each image goes through all of them,
+        Order and views depend on seed and pass alone. With several fixed views each image goes through all of them,
         in a random order, before it sees one again.
         """
         if self.targets is None:
             raise ValueError("These images have no labels, so there is nothing to train on.")
-        for number in range(epoch * self.passes, (epoch + 1) * self.passes):
+        for number in range(self.pass_before(epoch), self.pass_before(epoch + 1)):
             order = np.random.default_rng([seed, number, 0]).permutation(self.num_images)
             for inputs, rows in self._batched(self._chunks(order, self._views(seed, number)), merge_single=True):
                 yield inputs, self.targets[rows].to(self.device)
@@ -85,15 +97,15 @@ class Batches:
         order = np.arange(self.num_images)
         return self._batched(self._chunks(order, np.zeros(len(order), np.int64)), merge_single=False)
 
-    def _views(self, seed: int, epoch: int) -> NDArray[np.int64] | int:
+    def _views(self, seed: int, number: int) -> NDArray[np.int64] | int:
         """For each image the place of its view; with fresh views, the seed that all of them use."""
         if isinstance(self.source, FeatureSource):
             num_views = len(self.source.features)
         elif isinstance(self.source.views, tuple):
             num_views = len(self.source.views)
         else:
-            return fresh_seed(seed, epoch)
-        round_, place = divmod(epoch, num_views)
+            return fresh_seed(seed, number)
+        round_, place = divmod(number, num_views)
         shuffled = np.random.default_rng([seed, round_, 1]).random((self.num_images, num_views)).argsort(axis=1)
         chosen: NDArray[np.int64] = shuffled[:, place]
         return chosen
@@ -225,9 +237,9 @@ def num_batches(num_images: int, batch_size: int) -> int:
     return full + (rest > 1 or (rest == 1 and full == 0))
 
 
-def fresh_seed(seed: int, epoch: int) -> int:
-    """The seed of the views of one epoch, different for each pair."""
-    return int.from_bytes(hashlib.sha256(f"fresh {seed} {epoch}".encode()).digest()[:6], "big")
+def fresh_seed(seed: int, number: int) -> int:
+    """The seed of the views of the pass `number`, different for each pair."""
+    return int.from_bytes(hashlib.sha256(f"fresh {seed} {number}".encode()).digest()[:6], "big")
 
 
 def _frozen_rest(source: Source, situation: Situation) -> _FrozenRest | None:
