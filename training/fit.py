@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from featstore.errors import FeatureStoreError
 from featstore.models.modes import mode_of
 from training.inputs.batches import Batches
-from training.metrics import Loss, Metric
+from training.metrics import Loss, Metric, loss_value, metric_values
 
 Record = dict[str, float]
 """What is known of one epoch: epoch (from 1), train_loss, valid_loss, the metrics, lr (of the last group), seconds."""
@@ -135,8 +135,8 @@ def run_epochs(
         }
         if valid is not None:
             logits, targets, _ = outputs(tail, valid)
-            record["valid_loss"] = float(loss(logits, targets))
-            record |= {name: metric(logits, targets) for name, metric in metrics.items()}
+            record["valid_loss"] = float(loss_value(loss, logits, targets))
+            record |= metric_values(metrics, logits, targets)
         record["seconds"] = time.perf_counter() - started
         history.records.append(record)
         if valid is None or history.best_epoch < 0 or record["valid_loss"] < lowest:
@@ -157,7 +157,7 @@ def step(tail: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, optimizer
     Raises:
         FloatingPointError: before anything moves, if the loss isn't finite.
     """
-    value = loss(tail(inputs), targets)
+    value = loss_value(loss, tail(inputs), targets)
     number = float(value.detach())
     if not math.isfinite(number):
         raise FloatingPointError(

@@ -51,7 +51,7 @@ from training.inputs.situation import (
 )
 from training.lr_find import LearningRates, find_lr
 from training.placement import Placement, reduction_of, with_head
-from training.predict import Prediction, as_images, predictions, probabilities, write_csv
+from training.predict import Prediction, as_images, predictions, probabilities
 from training.splits import PastSplit, present_split
 
 
@@ -100,8 +100,8 @@ class Learner:
 
     __slots__ = (
         "_cut", "_features", "_images", "_loss", "_metrics", "_origins", "_passes", "_past", "_probed", "_seen",
-        "_trained_on", "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history", "model", "on_error",
-        "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
+        "_trained_on", "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history", "model",
+        "on_error", "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
     )  # fmt: skip
 
     def __init__(
@@ -159,7 +159,8 @@ class Learner:
         self.classes, self.task = self._images.classes, images.task
         self.history = History()
         self.read_from: Literal["features", "images"] | None = None
-        self._loss, self._metrics = loss, scores.by_name(metrics or ())
+        self._loss = settings.checked("loss", loss)
+        self._metrics = scores.by_name(metrics or (), scores.default_metrics(self.task, len(self.classes)))
         self._trained_on: str | None = None
         self._passes = 0  # over training images, of all fits, those of the run that was loaded among them
         self._probed: set[tuple[str, str]] = set()
@@ -266,11 +267,11 @@ class Learner:
         """Trains what isn't frozen.
 
         Args:
-            epochs: passes over the training images.
+            epochs: of one pass over the training images each; of several where a linear head trains alone on few.
             lr: one rate, one a layer group, or (low, high); with one_cycle the highest. Default: what `lr_find`
                 suggests, printed as a number.
             schedule: a key of `schedules.SCHEDULES`: one_cycle (torch's defaults) or constant.
-            weight_decay: of every parameter.
+            weight_decay: of every parameter; of a linear head's weights on inputs of standard deviation 1.
             on_epoch_end: gets each epoch's record.
             keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
 
@@ -278,10 +279,9 @@ class Learner:
             FeatureStoreError: if the inputs can't be had; nothing is trained then.
             ValueError: if nothing is left to train.
         """
-        if epochs < 1:
-            raise ValueError(f"epochs is {epochs}; expected at least 1.")
-        if keep not in ("last", "best"):
-            raise ValueError(f"keep is {keep!r}; expected last or best.")
+        epochs, keep = settings.checked("epochs", epochs), settings.checked("keep", keep)
+        weight_decay = settings.checked("weight_decay", weight_decay)
+        on_epoch_end = settings.checked("on_epoch_end", on_epoch_end)
         schedules.check(schedule)
         if lr is not None:  # what is wrong with it is said before anything is computed
             optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
@@ -329,6 +329,7 @@ class Learner:
 
     def lr_find(self, *, weight_decay: float = 0.01) -> LearningRates:
         """Tries rising learning rates on what would train now; weights, statistics and random state come back."""
+        weight_decay = settings.checked("weight_decay", weight_decay)
         situation, inputs = self._ready()
         assert inputs.train is not None
         train, tail = self._training_batches(inputs.train, situation), self._tail()
@@ -513,19 +514,12 @@ class Learner:
     def _scores(self) -> dict[str, scores.Metric]:
         return {**scores.default_metrics(self.task, len(self.classes)), **self._metrics}
 
-    def _batches(self, source: Source, situation: Situation) -> Batches:
-        return Batches(source, situation, batch_size=self.batch_size, workers=self.workers)
+    def _batches(self, source: Source, situation: Situation, **passes: int) -> Batches:
+        return Batches(source, situation, batch_size=self.batch_size, workers=self.workers, **passes)
 
     def _training_batches(self, source: Source, situation: Situation) -> Batches:
         passes = passes_an_epoch(self._tail(), num_batches(len(source.images), self.batch_size))
-        return Batches(
-            source,
-            situation,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            passes=passes,
-            first_pass=self._passes,
-        )
+        return self._batches(source, situation, passes=passes, first_pass=self._passes)
 
     def _ready(self) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""
@@ -562,8 +556,8 @@ class Learner:
         return source, tuple(source.images.ids[row] for row in rows.tolist()), logits, targets
 
     def _scored(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-        values = {name: metric(logits, targets) for name, metric in self._scores().items()}
-        return {"loss": float(self._criterion()(logits, targets)), **values, "images": len(logits)}
+        loss = float(scores.loss_value(self._criterion(), logits, targets))
+        return {"loss": loss, **scores.metric_values(self._scores(), logits, targets), "images": len(logits)}
 
     def _say(self, text: str | None) -> None:
         if text is not None and not self.quiet:
@@ -580,26 +574,23 @@ class Learner:
             split = self._seen.over(split)  # what was fitted, though the images may be others by now
         split.over(self._past).write(folder)
         saved.write_history(folder, self.history)
-        about = {
-            "device": str(self.device),
-            "batch_size": self.batch_size,
-            "epochs": len(self.history.records),
-            "inputs": self._trained_on,
-            "store": None if self.store is None else str(self.store.folder),
-        }
-        saved.write_about(folder, about)
-        if len(labelled(self.images.valid)):
-            self._write_valid(folder)
-
-    def _split(self, situation: Situation) -> PastSplit:
-        return present_split(self.images, self.images.digests(situation.known), self._past)
-
-    def _write_valid(self, folder: Path) -> None:
+        saved.write_about(
+            folder,
+            device=str(self.device),
+            batch_size=self.batch_size,
+            epochs=len(self.history.records),
+            inputs=self._trained_on,
+            store=None if self.store is None else str(self.store.folder),
+        )
+        if not len(labelled(self.images.valid)):
+            return
         try:
             _, ids, logits, targets = self._split_outputs("valid")
         except FeatureStoreError as error:  # the images went away since; the model can be saved all the same
             self._say(f"saved without validation scores: {error}")
             return
-        saved.write_scores(folder, self._scored(logits, targets))
         values = probabilities(logits.cpu(), self.task)
-        write_csv(folder / saved.VALID_PREDICTIONS, ids, values, self.classes, self.task)
+        saved.write_valid(folder, self._scored(logits, targets), ids, values, self.classes, self.task)
+
+    def _split(self, situation: Situation) -> PastSplit:
+        return present_split(self.images, self.images.digests(situation.known), self._past)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from featstore.models.modes import mode_of
 from training.fit import check_any, copied_tensors, put_back, seeded, step, training_mode
 from training.inputs.batches import Batches
-from training.metrics import Loss
+from training.metrics import Loss, loss_value
 from training.optim import sensible_rates
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def find_lr(
                 for group, share in zip(optimizer.param_groups, shares, strict=True):
                     group["lr"] = lr * share
                 optimizer.zero_grad(set_to_none=True)
-                value = loss(tail(inputs), targets)
+                value = loss_value(loss, tail(inputs), targets)
                 number = float(value.detach())
                 mean = _MOMENTUM * mean + (1 - _MOMENTUM) * number
                 debiased = mean / (1 - _MOMENTUM ** (len(losses) + 1))
@@ -225,7 +225,7 @@ def _trial(
 def _mean_loss(tail: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], loss: Loss) -> float:
     with torch.no_grad(), mode_of(tail, training=False):
         # Copies, as a stage may write into its input.
-        values = [float(loss(tail(inputs.clone()), targets)) * len(targets) for inputs, targets in batches]
+        values = [float(loss_value(loss, tail(inputs.clone()), targets)) * len(targets) for inputs, targets in batches]
     return sum(values) / sum(len(targets) for _, targets in batches)
 
 

@@ -8,7 +8,7 @@ refused, so leave them out first. Logits that hold NaN give NaN: a diverged mode
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from featstore.words import printable
 
 # scikit-learn is imported where it is used: it takes 0.6 s, and a program that only prints its help need not wait.
 
@@ -56,21 +58,83 @@ def default_metrics(task: str, num_classes: int) -> dict[str, Metric]:
     return {"accuracy": accuracy, "f1": f1}
 
 
-def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:
+RECORDED = ("epoch", "train_loss", "valid_loss", "lr", "seconds", "loss", "images")
+"""What records and scores hold beside the metrics."""
+
+
+def by_name(metrics: Iterable[Metric] | str, own: Mapping[str, Metric]) -> dict[str, Metric]:
     """A person's metrics under their names, that of the function or of the object's class.
 
+    Args:
+        metrics: of a person; one of `own` changes nothing.
+        own: the task's, by name.
+
     Raises:
-        ValueError: if two have the same.
+        TypeError: for what isn't a list of functions.
+        ValueError: if two have the same name, or one has that of another number on record.
     """
+    if isinstance(metrics, str) or not isinstance(metrics, Iterable):
+        raise TypeError(f"metrics is {metrics!r}; expected functions of (logits, targets) in a list, as [my_metric].")
     found: dict[str, Metric] = {}
     for metric in metrics:
+        if not callable(metric):
+            raise TypeError(f"metrics has {metric!r}; expected functions of (logits, targets) that give one number.")
         name = str(getattr(metric, "__name__", type(metric).__name__))
+        taken = [*RECORDED, *own]
+        if name in taken and own.get(name) is not metric:
+            raise ValueError(
+                f"A metric is called {name}, as another number on record is, which it would replace. Expected a name "
+                f"other than {', '.join(taken)}. Name the function differently."
+            )
         if name in found:
             raise ValueError(
                 f"Two metrics are called {name}, and records hold one number a name. Name them differently."
             )
         found[name] = metric
     return found
+
+
+def loss_value(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+    """What `loss` gives for all rows: a tensor of one number, which hangs on the logits where these have gradients.
+
+    Raises:
+        TypeError: if it gives anything else.
+    """
+    value = loss(logits, targets)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else _shown(value)
+        raise TypeError(
+            f"The loss gave {shape}; expected a tensor of one number, for {len(logits):,} rows together. Return their "
+            "mean: values.mean()."
+        )
+    if logits.requires_grad and not value.requires_grad:
+        raise TypeError(
+            "The loss gave a number without a gradient, so nothing can be learnt by it. Expected one computed from the "
+            "logits by torch's operations alone, without detach(), item() or numpy."
+        )
+    return value
+
+
+def metric_values(metrics: Mapping[str, Metric], logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """What `metrics` give for all rows, by name.
+
+    Raises:
+        TypeError: if one gives anything but a number.
+    """
+    return {name: _number(name, metric(logits, targets)) for name, metric in metrics.items()}
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last is torch's, of several numbers
+        pass
+    raise TypeError(f"The metric {name} gave {_shown(value)}; expected one number. Return a float.")
+
+
+def _shown(value: object) -> str:
+    return printable(f"{value!r:.60}", is_one_line=True)
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:

@@ -17,6 +17,7 @@ from featstore.digest import Json
 from featstore.images.folders import IMAGE_SUFFIXES
 from featstore.images.image_set import ImageSet
 from featstore.images.sources import FolderSource
+from featstore.words import printable
 
 NUM_TOP = 5
 THRESHOLD = 0.5
@@ -82,11 +83,20 @@ def as_images(items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathL
     Hidden files and folders inside a folder are left out. What is named twice comes once, at its first place.
 
     Raises:
+        TypeError: for what is neither a path nor an image set.
         ValueError: if there is no image, or a path doesn't exist.
     """
     if isinstance(items, ImageSet):
         return items
-    paths = [items] if isinstance(items, str | os.PathLike) else list(items)
+    is_several = isinstance(items, Iterable) and not isinstance(items, str | os.PathLike)
+    paths: list[str | os.PathLike[str]] = list(items) if is_several else [items]  # type: ignore[arg-type, list-item]
+    wrong = [item for item in paths if not isinstance(item, str | os.PathLike)]
+    if wrong:
+        shown = printable(f"{wrong[0]!r:.60}", is_one_line=True)
+        raise TypeError(
+            f"Images to predict are {type(items).__name__}{' of' * is_several} {shown}; expected files and folders by "
+            "their paths, or an image set. Pixels in an array are one by ImageSet.from_arrays(array)."
+        )
     found: list[str] = []
     for item in paths:
         path = Path(item)

@@ -66,7 +66,7 @@ def finetune(
         images: as in `Learner`; without a split they get the run's.
         store: read where it has what the freeze point needs; otherwise images are read.
         freeze_to: the last frozen stage.
-        epochs: passes over the training images.
+        epochs: as in `Learner.fit`.
         lr: one rate, one a layer group, or (low, high).
         augment: of the training images.
         out: run folder to save.

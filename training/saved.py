@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featstore import __version__
@@ -32,6 +33,7 @@ from training.class_tables import with_classes
 from training.fit import History
 from training.heads import LinearHead, unstandardised
 from training.placement import reduction_of
+from training.predict import write_csv
 from training.splits import PastSplit
 
 HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.json", "valid_predictions.csv"
@@ -92,17 +94,25 @@ def write_history(folder: Path, history: History) -> None:
         writer.writerows(zip(*columns.values(), strict=True))
 
 
-def write_about(folder: Path, facts: Mapping[str, Json]) -> None:
+def write_about(folder: Path, **facts: Json) -> None:
     """Writes run.json: `facts` between the versions that made the run and the time."""
     when = datetime.now(UTC).isoformat(timespec="seconds")
     about = {"featstore": __version__, "torch": torch.__version__, **facts, "when": when}
     (folder / RUN).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def write_scores(folder: Path, scored: Mapping[str, float]) -> None:
-    """Writes metrics.json: the validation scores, null where one isn't finite."""
+def write_valid(
+    folder: Path,
+    scored: Mapping[str, float],
+    ids: Sequence[str],
+    values: NDArray[np.float64],
+    classes: Sequence[str],
+    task: Task,
+) -> None:
+    """Writes metrics.json, the validation scores, null where one isn't finite; and a table of the predictions."""
     text = json.dumps({"valid": finite(scored)}, indent=1) + "\n"
     (folder / METRICS).write_text(text, encoding="utf-8")
+    write_csv(folder / VALID_PREDICTIONS, ids, values, classes, task)
 
 
 def read_scores(run: Path) -> dict[str, Json] | None:

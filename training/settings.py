@@ -1,8 +1,10 @@
-"""Settings: what may be set on a learner, and how a wrong name or value is refused."""
+"""Settings: what may be set on a learner or given to a fit, and how a wrong name or value is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from typing import Any
 
 from featstore.images.views import Augment, View
@@ -11,14 +13,27 @@ from featstore.store.store import FeatureStore
 FIXED = ("classes", "task", "device")
 """What is set once, when a learner is made."""
 
-_CHOICES = {"on_missing": ("error", "images", "extract"), "on_error": ("raise", "skip")}
-_MAY_BE_NONE = ("store", "augment")
-_KINDS: dict[str, tuple[type, str]] = {
+_CHOICES = {
+    "on_missing": ("error", "images", "extract"),
+    "on_error": ("raise", "skip"),
+    "keep": ("last", "best"),
+}
+_MAY_BE_NONE = ("store", "augment", "workers", "loss", "on_epoch_end")
+_KINDS: dict[str, tuple[Any, str]] = {
     "store": (FeatureStore, 'a store, FeatureStore("features")'),
     "augment": (Augment, 'an augmentation with its seeds, Augment("flip", seeds=range(4))'),
     "view": (View, "a view, model.view.resized(size=64) for example"),
-    "batch_size": (int, "a number of images"),
+    "loss": (Callable, "a function of (logits, targets), torch.nn.functional.cross_entropy for example"),
+    "optimizer": ((str, Callable), "adamw, adam, sgd, or a function that takes parameter groups"),
+    "on_epoch_end": (Callable, "a function that takes an epoch's record"),
+    "batch_size": (Integral, "a number of images"),
+    "epochs": (Integral, "a number of epochs"),
+    "seed": (Integral, "a whole number"),
+    "workers": (Integral, "a number of threads"),
+    "weight_decay": (Real, "a number, 0.01 for example"),
 }
+_LOWEST = {"batch_size": 1, "epochs": 1, "seed": 0, "workers": 0, "weight_decay": 0}
+_HIGHEST = {"seed": 2**63 - 1}  # that torch's generators take
 
 
 def unknown(name: str, known: Iterable[str]) -> AttributeError:
@@ -33,7 +48,7 @@ def unknown(name: str, known: Iterable[str]) -> AttributeError:
 
 
 def checked(name: str, value: Any) -> Any:
-    """`value` as the setting `name` keeps it; names without a rule take anything.
+    """`value` as the setting or argument `name` keeps it; names without a rule take anything.
 
     Raises:
         TypeError: if it is of another kind.
@@ -42,9 +57,15 @@ def checked(name: str, value: Any) -> Any:
     if name in _CHOICES and value not in _CHOICES[name]:
         *others, last = _CHOICES[name]
         raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}.")
-    is_none = value is None and name in _MAY_BE_NONE
-    if name in _KINDS and not is_none and not isinstance(value, _KINDS[name][0]):
-        raise TypeError(f"{name} is {value!r}; expected {_KINDS[name][1]}{', or None' * (name in _MAY_BE_NONE)}.")
-    if name == "batch_size" and value < 1:
-        raise ValueError(f"batch_size is {value}; expected at least 1.")
+    if name not in _KINDS or (value is None and name in _MAY_BE_NONE):
+        return value
+    kind, words = _KINDS[name]
+    if not isinstance(value, kind) or isinstance(value, bool):  # True would pass for 1
+        raise TypeError(f"{name} is {value!r}; expected {words}{', or None' * (name in _MAY_BE_NONE)}.")
+    if name in _LOWEST and not _LOWEST[name] <= value < math.inf:
+        raise ValueError(f"{name} is {value}; expected at least {_LOWEST[name]}{', and finite' * (kind is Real)}.")
+    if name in _HIGHEST and value > _HIGHEST[name]:
+        raise ValueError(f"{name} is {value}; expected at most {_HIGHEST[name]}.")
+    if kind is Integral:
+        return int(value)  # numpy's go into no JSON
     return value.evaluation if name == "view" else value

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, backbone, extract
 from featstore.errors import DamagedFileError, FeatureStoreError
 from training import Learner, build_head, finetune, train_head
+from training.metrics import accuracy
 
 State = dict[str, tuple[Tensor, bool, bool]]
 
@@ -211,6 +212,14 @@ def test_an_unknown_attribute_is_an_error_and_precompute_gets_an_answer() -> Non
         ("on_error", "ignore", "on_error is 'ignore'; expected raise or skip"),
         ("batch_size", 0, "batch_size is 0; expected at least 1"),
         ("batch_size", None, "batch_size is None; expected a number of images"),
+        ("batch_size", True, "batch_size is True; expected a number of images"),
+        ("seed", -1, "seed is -1; expected at least 0"),
+        ("seed", 1.5, r"seed is 1\.5; expected a whole number"),
+        ("seed", "a", "seed is 'a'; expected a whole number"),
+        ("seed", 2**63, "seed is 9223372036854775808; expected at most 9223372036854775807"),
+        ("workers", -1, "workers is -1; expected at least 0"),
+        ("workers", "2", "workers is '2'; expected a number of threads, or None"),
+        ("optimizer", 3, "optimizer is 3; expected adamw, adam, sgd, or a function"),
         ("view", None, r"view is None; expected a view, model\.view"),
         ("classes", ("1", "0"), "classes is fixed when a Learner is made"),
         ("task", "multi", "task is fixed"),
@@ -242,11 +251,93 @@ def test_a_view_that_is_set_later_is_the_evaluation_view() -> None:
         ({"optimizer": "lion"}, "adamw, adam, sgd"),
         ({"device": "tpu"}, "tpu"),
         ({"metrics": [min, min]}, "Two metrics are called min"),
+        ({"metrics": "accuracy"}, "metrics is 'accuracy'; expected functions"),
+        ({"metrics": ["accuracy"]}, "metrics has 'accuracy'; expected functions"),
+        ({"metrics": min}, "metrics is <built-in function min>; expected functions"),
+        ({"loss": "ce"}, "loss is 'ce'; expected a function of"),
+        ({"seed": -1}, "seed is -1; expected at least 0"),
+        ({"workers": -1}, "workers is -1; expected at least 0"),
     ],
 )
 def test_a_wrong_value_gets_a_sentence(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         learner(**options).fit(1, lr=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epochs": 2.5}, r"epochs is 2\.5; expected a number of epochs"),
+        ({"epochs": "3"}, "epochs is '3'; expected a number of epochs"),
+        ({"epochs": True}, "epochs is True; expected a number of epochs"),
+        ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"weight_decay": "x"}, "weight_decay is 'x'; expected a number"),
+        ({"weight_decay": -1}, "weight_decay is -1; expected at least 0"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; expected at least 0, and finite"),
+        ({"on_epoch_end": 3}, "on_epoch_end is 3; expected a function"),
+    ],
+)
+@pytest.mark.parametrize("lr", [1e-3, None])
+def test_what_a_fit_cannot_use_is_said_before_anything_is_computed(
+    arguments: dict[str, Any], message: str, lr: float | None
+) -> None:
+    learn = learner()
+    before = copies(learn.model)
+    with pytest.raises((TypeError, ValueError), match=message):
+        learn.fit(**{"epochs": 1, "lr": lr, **arguments})
+    assert not moved(before, learn.model)
+    assert learn.read_from is None
+    if "weight_decay" in arguments:
+        with pytest.raises((TypeError, ValueError), match=message):
+            learn.lr_find(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    weight_decay: Any = np.float32(0.01)
+    epochs: Any = np.int64(1)
+    learn = learner(seed=np.int64(1), batch_size=np.int32(4), workers=np.int64(0))
+    learn.fit(epochs, lr=1e-3, weight_decay=weight_decay)
+    learn.save(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["valid_loss", "loss", "images", "epoch", "lr", "seconds", "train_loss", "accuracy"])
+def test_a_metric_replaces_no_other_number_on_record(name: str) -> None:
+    def mine(logits: Tensor, targets: Tensor) -> float:
+        return 0.0
+
+    mine.__name__ = name
+    with pytest.raises(ValueError, match=f"A metric is called {name}, as another number on record is"):
+        learner(metrics=[mine])
+
+
+def test_the_tasks_own_metric_may_be_asked_for() -> None:
+    assert learner(metrics=[accuracy]).evaluate("train").keys() == learner().evaluate("train").keys()
+
+
+@pytest.mark.parametrize("value", ["0.5", None, torch.zeros(2)])
+def test_a_metric_that_gives_no_number_is_named(value: Any) -> None:
+    def mine(logits: Tensor, targets: Tensor) -> Any:
+        return value
+
+    learn = learner(metrics=[mine])
+    for score in (learn.evaluate, lambda: learn.fit(1, lr=1e-3)):
+        with pytest.raises(TypeError, match=r"The metric mine gave .*; expected one number"):
+            score()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda logits, targets: logits.sum(1), r"The loss gave a tensor of shape \(4,\); expected a tensor of one"),
+        (lambda logits, targets: 0.5, r"The loss gave 0\.5; expected a tensor of one number, for 4 rows"),
+        (lambda logits, targets: logits.sum().detach(), "The loss gave a number without a gradient"),
+    ],
+)
+@pytest.mark.parametrize("lr", [1e-3, None])
+def test_a_loss_that_cannot_be_learnt_by_is_said(loss: Any, message: str, lr: float | None) -> None:
+    learn = learner(loss=loss, images=arrays(12).split(valid=1 / 3))
+    with pytest.raises(TypeError, match=message):
+        learn.fit(1, lr=lr)
 
 
 def test_images_of_other_classes_are_refused_and_of_the_same_ones_taken() -> None:

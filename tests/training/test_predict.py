@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,3 +161,9 @@ def test_doubtful_images_are_said_by_fits_and_predictions(tmp_path: Path, capsys
     assert f"1 image was decoded with doubts ({folder}/cat/dim.png: its 16-bit values" in capsys.readouterr().err
     learn.predict(folder / "dog")
     assert "doubts" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("items", [3, None, np.zeros((2, 2)), [1, 2], b"x.jpg", ["x.jpg", None]])
+def test_what_is_no_path_cannot_be_predicted(items: Any) -> None:
+    with pytest.raises(TypeError, match=r"Images to predict are .*; expected files and folders by their paths"):
+        as_images(items)
