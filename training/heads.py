@@ -179,6 +179,12 @@ def linear_head(in_features: int, num_classes: int, *, seed: int = 0) -> LinearH
     return LinearHead(in_features, num_classes)
 
 
+def linear_head_of(stage: nn.Module) -> LinearHead | None:
+    """The linear head that a stage is, or holds; None if there is none."""
+    head = stage.module if isinstance(stage, HeadStage) else stage
+    return head if isinstance(head, LinearHead) else None
+
+
 def unstandardised(in_features: int) -> dict[str, Tensor]:
     """The statistics of a linear head that has none: its inputs are taken as they are."""
     return {
@@ -196,8 +202,8 @@ def standardise(tail: nn.Module, batches: Iterable[Tensor]) -> None:
         batches: what the tail is given in training, in one pass over the training images.
     """
     *before, last = tail.children()
-    head = last.module if isinstance(last, HeadStage) else last
-    if not isinstance(head, LinearHead) or head.num_rows:
+    head = linear_head_of(last)
+    if head is None or head.num_rows:
         return
     rest = nn.Sequential(*before)
     with torch.no_grad(), mode_of(rest, training=False):
@@ -258,7 +264,7 @@ def _moments(batches: Iterable[Tensor], width: int) -> tuple[int, Tensor, Tensor
 def passes_an_epoch(tail: nn.Module, num_batches: int) -> int:
     """How often an epoch goes over the images: several times for a linear head that trains alone on a small set."""
     children = list(tail.children())
-    is_alone = len(children) == 1 and isinstance(children[0], HeadStage) and isinstance(children[0].module, LinearHead)
+    is_alone = len(children) == 1 and linear_head_of(children[0]) is not None
     return min(_PASSES, math.ceil(_STEPS / max(num_batches, 1))) if is_alone else 1
 
 

@@ -70,7 +70,7 @@ class LearningRates:
 
 
 def find_lr(
-    tail: nn.Module,
+    tail: nn.Sequential,
     train: Batches,
     make_optimizer: Callable[[], Optimizer],
     *,
@@ -93,8 +93,8 @@ def find_lr(
         make_optimizer: makes the optimizer; the proportions between its groups' rates are kept.
         loss: of logits and targets.
         seed: of order, views and dropout.
-        start: the first rate of the last group.
-        end: the last one.
+        start: the first rate of the last group; with SGD and a linear head a hundredth of it, as of all rates.
+        end: the last one, likewise.
         steps: at most so many batches.
 
     Raises:
@@ -106,6 +106,8 @@ def find_lr(
         raise ValueError(f"The finder needs 0 < start < end and 2 or more steps, not {start}, {end} and {steps}.")
     before = copied_tensors(tail)
     optimizer = make_optimizer()
+    rates = sensible_rates(optimizer, tail)
+    start, end = rates.scale * start, rates.scale * end
     shares = [group["lr"] / optimizer.param_groups[-1]["lr"] for group in optimizer.param_groups]
     planned = [start * (end / start) ** (number / (steps - 1)) for number in range(steps)]
     lrs: list[float] = []
@@ -136,7 +138,6 @@ def find_lr(
         raise FloatingPointError(
             f"The loss isn't finite at the rate {start:g} already. Check the images' normalisation and the labels."
         )
-    rates = sensible_rates(optimizer)
     curve = lrs[smoothed.index(min(smoothed))] / 10
     a_pass = len(train) // train.passes
     if a_pass < _FEW:
@@ -145,12 +146,14 @@ def find_lr(
         first, why = rates.default, "the loss was lowest at the start, which says nothing of a rate"
     else:
         first, why = min(max(curve, rates.floor), rates.ceiling), f"the curve's own {curve:.2g} isn't safe"
-    chosen = _first_that_helps(
+    chosen, helps = _first_that_helps(
         first,
         rates.floor,
         lambda lr: _trial(tail, train, make_optimizer, _MARGIN * lr, loss=loss, seed=seed, steps=steps),
     )
-    if chosen != first:
+    if not helps:
+        origin = "what made the loss worse by least, as every rate that was tried did,"
+    elif chosen != first:
         origin = "what a trial found safe"
     else:
         origin = "a safe default" if first == rates.default else "as far as is safe"
@@ -159,12 +162,14 @@ def find_lr(
         losses=tuple(losses),
         smoothed=tuple(smoothed),
         suggestion=chosen,
-        note=None if chosen == curve else f"{why}: {chosen:.2g} is {origin} with {type(optimizer).__name__}",
+        note=None if chosen == curve and helps else f"{why}: {chosen:.2g} is {origin} with {type(optimizer).__name__}",
     )
 
 
-def _first_that_helps(first: float, floor: float, trial: Callable[[float], tuple[float, float]]) -> float:
-    """The highest rate, from `first` down, that never makes the loss worse than the start; the best one if all do.
+def _first_that_helps(first: float, floor: float, trial: Callable[[float], tuple[float, float]]) -> tuple[float, bool]:
+    """The highest rate, from `first` down, that never makes the loss worse than the start, and True.
+
+    If all do, the one that does so by least, and False.
 
     With batch norm the loss may rise at any rate, as the statistics move: the lowest rate is no remedy then.
     """
@@ -173,10 +178,10 @@ def _first_that_helps(first: float, floor: float, trial: Callable[[float], tuple
     while True:
         start, after = trial(lr)
         if after <= start:
-            return lr
+            return lr, True
         tried[lr] = after
         if lr <= floor:
-            return min(tried, key=lambda each: (tried[each], each))
+            return min(tried, key=lambda each: (tried[each], each)), False
         lr = max(lr / _LOWER, floor)
 
 

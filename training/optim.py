@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from featstore.errors import FeatureStoreError
 from featstore.models.modes import check_trainable
 from featstore.models.staged import StagedModel
-from featstore.models.stages import AbsentStage, HeadStage, Stage
-from training.heads import DAMPING, SPREAD, LinearHead
+from featstore.models.stages import AbsentStage, Stage
+from training.heads import DAMPING, SPREAD, linear_head_of
 
 LearningRate = float | Sequence[float]
 """One rate for all groups; one for each group; or two, (low, high), spread geometrically over all groups."""
@@ -35,6 +35,7 @@ class Rates:
     """Which learning rates of the last layer group are sensible with an optimizer.
 
     Attributes:
+        scale: all of them are so many times those of a layer on inputs of standard deviation 1.
         floor: below it nothing is learnt.
         default: safe where nothing is known.
         ceiling: above it small problems may look good and then fall apart.
@@ -43,6 +44,11 @@ class Rates:
     floor: float
     default: float
     ceiling: float
+    scale: float = 1.0
+
+    def scaled(self, by: float) -> Rates:
+        """The same for a layer whose inputs make a rate act `1 / by` times as much."""
+        return Rates(floor=by * self.floor, default=by * self.default, ceiling=by * self.ceiling, scale=by * self.scale)
 
 
 _ADAM = Rates(floor=1e-6, default=3e-3, ceiling=3e-2)
@@ -50,11 +56,14 @@ _SGD = Rates(floor=1e-5, default=1e-2, ceiling=0.1)
 _OTHER = Rates(floor=1e-6, default=1e-3, ceiling=3e-2)
 
 
-def sensible_rates(optimizer: Optimizer) -> Rates:
-    """The rates to choose from with `optimizer`."""
+def sensible_rates(optimizer: Optimizer, tail: nn.Sequential) -> Rates:
+    """The rates to choose from with `optimizer` for the stages `tail`."""
     if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
         return _ADAM
-    return _SGD if isinstance(optimizer, torch.optim.SGD) else _OTHER
+    if not isinstance(optimizer, torch.optim.SGD):
+        return _OTHER
+    # The spread of a linear head's inputs is in its gradients, and in what a step of its weights does to the logits.
+    return _SGD.scaled(1 / SPREAD**2) if len(tail) and linear_head_of(tail[-1]) is not None else _SGD
 
 
 _BOUNDARY, _AROUND = "layer2", {"layer1", "layer2", "layer3"}
@@ -170,7 +179,7 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
             parameter_groups.append(
                 {"params": parameters, "lr": rate, "weight_decay": weight_decay, "name": group.name}
             )
-            if isinstance(optimizer, str) and _is_linear_head(model.stages[group.stages[-1]]):
+            if isinstance(optimizer, str) and linear_head_of(model.stages[group.stages[-1]]) is not None:
                 # Its inputs have that spread, so its weights are smaller, and so is what decay does to them.
                 parameter_groups[-1]["weight_decay"] *= SPREAD
                 if optimizer in ("adam", "adamw"):
@@ -180,10 +189,6 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
             "Everything is frozen, so there is nothing to train. Freeze less: freeze_to(...) or unfreeze()."
         )
     return (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)(parameter_groups)
-
-
-def _is_linear_head(stage: nn.Module) -> bool:
-    return isinstance(stage, HeadStage) and isinstance(stage.module, LinearHead)
 
 
 def _has_parameters(stage: Stage) -> bool:

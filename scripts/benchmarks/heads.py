@@ -3,9 +3,9 @@
     .venv/bin/python scripts/benchmarks/heads.py [--only heads|finder] [--seeds 5] [--scale 1.0] [--problems 20]
         [--folder DIR]
 
-scikit-learn (a development dependency) fits standardised features with C by cross-validation. Our head is trained as
-`featstore-train head --head linear` does: 10 epochs, AdamW, one cycle, the finder's rate. The finder's problems are
-made: the validation loss after the first epoch, of 10 and of 1, is compared with the loss before training.
+scikit-learn fits standardised features with C by cross-validation. Our head is trained as `featstore-train head --head
+linear` does: 10 epochs, AdamW, one cycle, the finder's rate. The finder's problems are made: the validation loss after
+the first epoch, of 10 and of 1, is compared with the loss before training.
 """
 
 from __future__ import annotations

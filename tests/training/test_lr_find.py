@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim import SGD, Optimizer
 
 from featstore import FeatureStore, ImageSet, StagedModel, extract
 from training import Learner, optim
+from training.heads import SPREAD
 from training.inputs.batches import Batches
 from training.inputs.derive import find
 from training.inputs.situation import Situation
@@ -210,7 +211,7 @@ def test_rates_that_do_not_rise_are_refused(stored: tuple[ImageSet, FeatureStore
     model = staged().with_head(Head(), cut="layer2", reduction="concat")
     train = batches(model, stored[0])
     with pytest.raises(ValueError, match="The finder needs 0 < start < end and 2 or more steps"):
-        find_lr(nn.Identity(), train, lambda: SGD(model.parameters(), lr=1.0), loss=bounded, seed=0, **wrong)
+        find_lr(nn.Sequential(), train, lambda: SGD(model.parameters(), lr=1.0), loss=bounded, seed=0, **wrong)
 
 
 def test_a_head_trained_at_the_suggestion_learns(tmp_path: Path) -> None:
@@ -253,6 +254,30 @@ def test_a_rate_that_makes_a_trial_worse_is_lowered(stored: tuple[ImageSet, Feat
     found = learner(stored, loss=scripted([*losses, *trial]), batch_size=2).lr_find()
     assert found.suggestion == pytest.approx(1e-2)
     assert found.note is not None
+
+
+def test_where_every_trial_fails_the_note_says_so(stored: tuple[ImageSet, FeatureStore]) -> None:
+    losses = [2 - step / 100 for step in range(100)]
+    ever_worse = (1 + step / 100 for step in count())
+    found = learner(stored, loss=scripted(chain(losses, ever_worse)), batch_size=2).lr_find()
+    assert found.note is not None
+    assert "is what made the loss worse by least, as every rate that was tried did, with AdamW" in found.note
+    assert "safe with" not in found.note
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sgd_learns_noise_by_heart_no_faster_with_a_linear_head_whose_inputs_are_spread(
+    seed: int, batch_size: int
+) -> None:
+    images = ImageSet.from_arrays(pixels(20, seed), [row % 2 for row in range(20)]).split(valid=0.25)
+    learn = Learner(
+        staged(), images, cut="layer2", head="linear", optimizer="sgd", batch_size=batch_size, device="cpu", workers=0,
+        quiet=True,
+    )  # fmt: skip
+    start = learn.evaluate("valid")["loss"]
+    assert learn.lr_find().suggestion <= 1e-2 / SPREAD**2
+    assert learn.fit(1).last["valid_loss"] < 1.5 * start  # at the rates of a layer on inputs of spread 1: 2 to 5 times
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
