@@ -260,7 +260,7 @@ def find_to_score(situation: Situation, images: ImageSet, *, say: Callable[[str]
     is_readable = not situation.model.is_absent and (
         not absent or (situation.on_error == "skip" and len(absent) < len(images))
     )
-    situation = replace(situation, on_missing="images" if is_readable else "error")
+    situation = replace(situation, on_missing="images" if is_readable else "error", is_scoring=True)
     try:
         return situation, find(situation, images, None)
     except (AmbiguousRequestError, DamagedFileError, FactsDifferError) as error:

@@ -53,7 +53,7 @@ def images_absent(
     instead = ""
     if augment is not None and augment.is_fresh:
         reason, instead = "fresh seeds make fit read images", "leave the augmentation out (learn.augment = None)"
-    if not situation.model.num_frozen:
+    if not situation.model.num_frozen and not situation.is_scoring:
         reason = "unfreeze() makes fit read images"
         deepest = max(situation.servable(), key=situation.model.index, default=None)
         instead = f'train what features can serve: freeze_to("{deepest}")' if deepest else ""
@@ -87,17 +87,18 @@ def _rows_missing(search: Search, entry: Entry, sets: Sequence[FeatureSet], aske
     places = np.flatnonzero(changed if changed.any() else lacking)  # what has changed surprises its owner most
     names = [asked.ids[place] for place in places[:3]]
     total = int(lacking.sum())
-    remedy = (
-        f"Compute the {total:,}: {_remedy(search, entry, sets[0])} - or pass --extract (in Python: "
-        'on_missing="extract").'
-    )
+    remedy = f"Compute the {total:,}: {_remedy(search, entry, sets[0])}"
+    if not situation.is_scoring:  # which extracts nothing
+        remedy += ' - or pass --extract (in Python: on_missing="extract").'
     if (lacking == failed).all():
         mend = "Bring back the files that are absent" if absent.any() else "Repair or remove what can't be read"
-        remedy = f'{mend}, or leave it out: --on-error skip (in Python: learn.on_error = "skip").'
+        leave = f"leave {'it' if total == 1 else 'them'} out"
+        remedy = f'{mend}, or {leave}: --on-error skip (in Python: learn.on_error = "skip").'
+    undone = "scored" if situation.is_scoring else "trained"
     return MissingFeaturesError(
         f"{store.root} holds {len(asked) - total:,} of the {len(asked):,} images asked for "
         f"({situation.model.name}@{entry.cut} {entry.pool.reduction}, {views_words(search.augment)}): {counts} "
-        f"({', '.join(names)}{', ...' if len(places) > 3 else ''}). Nothing was trained. {remedy}"
+        f"({', '.join(names)}{', ...' if len(places) > 3 else ''}). Nothing was {undone}. {remedy}"
     )
 
 

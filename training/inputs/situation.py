@@ -74,6 +74,7 @@ class Situation:
         on_error: what happens to images that can't be read or decoded.
         device: where the model lies.
         probed: (set, trunk) that have been compared by their probes; filled here.
+        is_scoring: whether it is scores or predictions that are wanted, and nothing trains; for words.
     """
 
     model: StagedModel
@@ -86,6 +87,7 @@ class Situation:
     on_error: OnError
     device: torch.device
     probed: set[tuple[str, str]] = field(default_factory=set)
+    is_scoring: bool = False
 
     @classmethod
     def of(

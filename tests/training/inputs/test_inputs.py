@@ -297,6 +297,23 @@ def test_with_seeds_only_the_training_images_need_them(world: World) -> None:
 # -------------------------------------------------------------------------------------------- never old features
 
 
+def test_an_image_that_is_gone_is_said_of_a_score_as_of_a_fit(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", 10)
+    images, store = ImageSet.from_folder(root).split(valid=0.3), FeatureStore(tmp_path / "features")
+    extract(staged(), images, store, cuts=["layer2"])
+    learn = Learner(staged(), images, store, head="linear", quiet=True)
+    (root / images.valid.ids[0]).unlink()
+    with pytest.raises(FeatureStoreError, match=r"1 is absent .*\. Nothing was scored\. Bring back the files"):
+        learn.evaluate("valid")
+    with pytest.raises(FeatureStoreError, match=r"1 is absent .*\. Nothing was trained\. Bring back the files"):
+        learn.fit(1, lr=1e-2)
+    learn.unfreeze()
+    with pytest.raises(FeatureStoreError, match="the images have to be read here"):
+        learn.evaluate("valid")
+    with pytest.raises(FeatureStoreError, match=r"unfreeze\(\) makes fit read images"):
+        learn.fit(1, lr=1e-2)
+
+
 def test_an_image_that_was_replaced_is_never_served_old_features(tmp_path: Path) -> None:
     folder = photos(tmp_path / "photos", 8)
     images, store = ImageSet.from_folder(folder).split(valid=0.25), FeatureStore(tmp_path / "features")
