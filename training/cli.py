@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 DEFAULTS = """\b
 Defaults that depend on what is asked for:
   --cut         the only cut that the store has features of, else the last
-                value with positions before the last layer with parameters
+                maps or tokens before the network's own pooling
   --freeze-to   head: the cut; finetune: nothing is frozen
   --reduce      auto: concat for maps, token for a ViT, none for vectors
   --lr          head: what the learning-rate finder suggests, printed
@@ -48,8 +48,11 @@ Defaults that depend on what is asked for:
   --valid       0.2 of images without a split of their own, by --split-seed 0;
                 with a saved run (--from, --model, --backbone RUN_DIR): the
                 run's split, and new images dealt by its rule
-  AdamW with weight decay 0.01, one cycle; the epoch with the lowest
-  validation loss is saved and reported; without validation, the last.
+  AdamW with weight decay 0.01, one cycle; a linear head's inputs are scaled
+  to a deviation of 10, and its weight decay is 0.1, AdamW's epsilon 1.
+  The epoch with the lowest validation loss is saved and reported; without
+  validation, the last. An epoch is one pass over the training images; of
+  a linear head that trains alone on few of them, up to four.
 
 \b
 Exit codes: 0 done; 1 failed; 2 wrong usage.
@@ -103,7 +106,7 @@ class PassFlags(RunFlags):
 FreezeToOption = Annotated[
     str | None, typer.Option("--freeze-to", metavar="CUT", help="The last frozen stage.", show_default="see below")
 ]
-EpochsOption = Annotated[int, typer.Option("--epochs", min=1, metavar="N", help="Passes over the training images.")]
+EpochsOption = Annotated[int, typer.Option("--epochs", min=1, metavar="N", help="Epochs; see below for their passes.")]
 
 
 @app.command(epilog=DEFAULTS)
@@ -210,6 +213,13 @@ def finetune_command(
     if start is not None and (weights, weights_prefix, cut) != (None, None, None):
         raise ValueError(
             "--weights, --weights-prefix and --cut belong to --backbone; a run brings its own weights and its head."
+        )
+    name, _, reduction = (cut or "").partition(":")
+    if reduction in REDUCTIONS:
+        raise ValueError(
+            f"--cut is {cut!r}, with a reduction as extract takes it. finetune takes a cut alone, and reduces as "
+            f"auto does: --cut {name}. For another reduction train a head first (featstore-train head "
+            f"--cut {name} --reduce {reduction}) and go on with its run: --from RUN_DIR."
         )
     rate = _learning_rate(lr)
     from training.recipes import finetune  # torch: what was asked for is understood by now

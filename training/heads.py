@@ -322,25 +322,13 @@ def _result_of_zeros(head: nn.Module, shape: tuple[int, ...], seed: int) -> obje
     parameter = next(head.parameters(), None)
     zeros = torch.zeros(2, *shape, device=None if parameter is None else parameter.device)
     try:
-        with _eval_mode(head), torch.no_grad(), _seeded_cpu_generator(seed):
+        with mode_of(head, training=False), torch.no_grad(), _seeded_cpu_generator(seed):
             return head(zeros)
     except Exception as error:  # a person's own code may raise anything
         raise ValueError(
             f"The head {type(head).__name__} fails on float32 activations {tuple(zeros.shape)}: {error}. "
             f"Make it take activations of shape {shape} for each image."
         ) from error
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, then each submodule's own flag again: a person may have frozen some of them."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, was_training in modes:
-            part.training = was_training
 
 
 @contextmanager

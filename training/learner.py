@@ -267,11 +267,11 @@ class Learner:
         """Trains what isn't frozen.
 
         Args:
-            epochs: of one pass over the training images each; of several where a linear head trains alone on few.
+            epochs: of one pass over the training images each; of up to four where a linear head trains alone on few.
             lr: one rate, one a layer group, or (low, high); with one_cycle the highest. Default: what `lr_find`
                 suggests, printed as a number.
             schedule: a key of `schedules.SCHEDULES`: one_cycle (torch's defaults) or constant.
-            weight_decay: of every parameter; of a linear head's weights on inputs of standard deviation 1.
+            weight_decay: of every parameter; `optim.build` says what it is of a linear head.
             on_epoch_end: gets each epoch's record.
             keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
 

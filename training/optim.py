@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from featstore.errors import FeatureStoreError
 from featstore.models.modes import check_trainable
 from featstore.models.staged import StagedModel
-from featstore.models.stages import AbsentStage, Stage
 from training.heads import DAMPING, SPREAD, linear_head_of
+from training.inputs.situation import has_weights
 
 LearningRate = float | Sequence[float]
 """One rate for all groups; one for each group; or two, (low, high), spread geometrically over all groups."""
@@ -93,7 +93,7 @@ def layer_groups(model: StagedModel) -> list[LayerGroup]:
     Raises:
         ValueError: for a model without parameters.
     """
-    with_parameters = [place for place, stage in enumerate(model.ordered) if _has_parameters(stage)]
+    with_parameters = [place for place, stage in enumerate(model.ordered) if has_weights(stage)]
     if not with_parameters:
         raise ValueError(f"{model.name} has no parameters, so there is nothing to train.")
     head = len(model.stages) - 1 if model.head is not None else with_parameters[-1]
@@ -149,7 +149,8 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
         lr: as in `spread`.
         optimizer: a key of `OPTIMIZERS`, or a callable that takes parameter groups, each with its rate, weight decay
             and name.
-        weight_decay: of every parameter; of a linear head that of the weights on standardised inputs.
+        weight_decay: of every parameter. With an optimizer by name a linear head's is ten times that, since its inputs
+            are ten times as spread; and Adam's epsilon is `heads.DAMPING` there.
 
     Raises:
         ValueError: if nothing trains, for an unknown optimizer, or for rates that don't fit.
@@ -189,10 +190,6 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
             "Everything is frozen, so there is nothing to train. Freeze less: freeze_to(...) or unfreeze()."
         )
     return (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)(parameter_groups)
-
-
-def _has_parameters(stage: Stage) -> bool:
-    return isinstance(stage, AbsentStage) or next(stage.parameters(), None) is not None
 
 
 def _numbers(lr: LearningRate) -> list[float]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from featstore.errors import AmbiguousRequestError
 from featstore.images.views import View
+from featstore.models.names import REDUCTIONS
 from featstore.models.staged import StagedModel
 from featstore.models.stages import PoolStage
 from featstore.store.store import FeatureStore
@@ -35,7 +36,17 @@ class Placement:
     def of(
         cls, backbone: StagedModel, store: FeatureStore | None, *, cut: str | None, reduce: str, key: str | None
     ) -> Placement:
-        """As it was asked for; where nothing was, a model that came from a store by a key sits on that set."""
+        """As it was asked for; where nothing was, a model that came from a store by a key sits on that set.
+
+        Raises:
+            ValueError: for a cut with its reduction, as an extraction takes and prints it.
+        """
+        name, _, reduction = cut.partition(":") if isinstance(cut, str) else ("", "", "")
+        if reduction in REDUCTIONS:
+            raise ValueError(
+                f"The cut is {cut!r}, with a reduction as extract takes it; expected the two apart, as a head takes "
+                f'them: --cut {name} --reduce {reduction} (in Python: cut="{name}", reduce="{reduction}").'
+            )
         if key is None and cut is None and reduce == "auto":
             key = _made_from(backbone, store)
         return cls(cut=cut, reduce=reduce, key=key, store=store)

@@ -53,9 +53,9 @@ if TYPE_CHECKING:
 DOUBTFUL: tuple[Doubtful, ...] = get_args(Doubtful)
 DEFAULTS = """\b
 Defaults that depend on what is asked for:
-  --cut         the last value with positions before the last layer with
-                parameters: resnet layer4, squeezenet features.12,
-                vit encoder.ln; without positions, the vector there
+  --cut         the last maps or tokens before the network's own pooling:
+                resnet layer4, squeezenet features.12, vit encoder.ln;
+                without any, the vector before its last layer
   --reduce      auto: concat for maps, token for a ViT, none for vectors
   --size ...    the weights' own preprocessing; a weights file or a model of
                 your own has none: 256/224 and ImageNet's mean and deviation

@@ -272,6 +272,12 @@ def test_a_class_that_the_run_lacks_is_named(run: Run, here: Path) -> None:
         (["--head", "deep"], 2, "--head is 'deep'. Expected concat, linear or mlp."),
         (["--reduce", "mean"], 2, "--reduce is 'mean'. Expected auto, none, avg, max, concat, token or tokens."),
         (["--cut", "layer9"], 2, "tiny has no cut 'layer9'. Its cuts are conv1, bn1, relu1, conv2, pool, flat, fc."),
+        (
+            ["--cut", "conv2:avg"],
+            2,
+            "The cut is 'conv2:avg', with a reduction as extract takes it; expected the two apart, as a head takes "
+            'them: --cut conv2 --reduce avg (in Python: cut="conv2", reduce="avg").',
+        ),
         (["--features", "7c41"], 1, "feats holds no feature set 7c41. List what it holds: featstore ls --store feats"),
         (
             ["--augment", "flip"],
@@ -322,6 +328,12 @@ def test_a_command_at_the_end_of_a_message_is_pasted_to_the_end_of_the_line(run:
         (
             ["--from", "runs/head", "--size", "48"],
             "--size, --resize, --mean, --std and --interpolation come with the run of --from.",
+        ),
+        (
+            ["--backbone", "tiny.py:make_model", "--cut", "conv2:avg"],
+            "--cut is 'conv2:avg', with a reduction as extract takes it. finetune takes a cut alone, and reduces as "
+            "auto does: --cut conv2. For another reduction train a head first (featstore-train "
+            "head --cut conv2 --reduce avg) and go on with its run: --from RUN_DIR.",
         ),
     ],
 )
