@@ -454,6 +454,7 @@ class Learner:
         folder = Path(run)
         stored = read_run(folder)
         facts = stored.facts
+        saved.check_facts(facts, folder)
         past = PastSplit.read(folder, identity=stored.identity)
         images = saved.run_images(facts, folder, images, past, store)
         base = saved.saved_backbone(stored, folder, module, trust_code=trust_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,14 +24,17 @@ from featstore.images.sources import AbsentSource
 from featstore.images.views import View
 from featstore.models.backbones import architecture, restored
 from featstore.models.digests import module_digest
+from featstore.models.runs import FACTS as RUN_FACTS
 from featstore.models.runs import Run, read_file
 from featstore.models.staged import StagedModel
 from featstore.models.stages import HeadStage, PoolStage
-from featstore.store.part_facts import stage_facts
+from featstore.store.part_facts import are_stages, stage_facts
 from featstore.store.store import FeatureStore
+from featstore.words import printable
 from training.class_tables import with_classes
 from training.fit import History
 from training.heads import LinearHead, unstandardised
+from training.metrics import TASKS
 from training.placement import reduction_of
 from training.predict import write_csv
 from training.splits import PastSplit
@@ -81,6 +84,77 @@ def run_facts(
         "seed": seed,
         "passes": passes,
     }
+
+
+def check_facts(facts: Mapping[str, Json], folder: Path) -> None:
+    """Checks that the facts of the run in `folder`, as far as a learner is made of them, are of the right kinds.
+
+    Their checksum says that they are as somebody wrote them, not that a learner did.
+
+    Raises:
+        DamagedFileError: names the first one that isn't.
+    """
+    for name, is_so in _FACTS.items():
+        value: Json = facts
+        for part in name.split("."):
+            value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
+        if not is_so(value):
+            what = "lacks" if value is _MISSING else f"has {printable(f'{value!r:.60}', is_one_line=True)} as"
+            raise DamagedFileError(
+                f"{folder / RUN_FACTS} {what} the fact {name}, of which a model can't be made. Restore the file, or "
+                "train the model again."
+            )
+
+
+_MISSING = object()
+
+
+def _is_text(value: Json) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_none(value: Json) -> bool:
+    return value is None or _is_text(value)
+
+
+def _are_texts(values: Json) -> bool:
+    return isinstance(values, list) and all(map(_is_text, values))
+
+
+def _is_view(value: Json) -> bool:
+    try:
+        View.from_facts(value)
+    except (ValueError, TypeError, KeyError, AttributeError):  # whatever stands in the place of a view's facts
+        return False
+    return True
+
+
+def _is_architecture(value: Json) -> bool:
+    """A name of a library's, or a function in a file; None for a model made in Python."""
+    if not isinstance(value, dict):
+        return value is None
+    names = ("name",) if "name" in value else ("file", "function")
+    return all(_is_text(value.get(name)) for name in names) and ("name" in value or "source" in value)
+
+
+_FACTS: dict[str, Callable[[Json], bool]] = {
+    "model.name": _is_text,
+    "model.architecture": _is_architecture,
+    "model.cut": _is_text,
+    "model.default_cut": _is_text,
+    "model.reduction": _is_text_or_none,
+    "model.stages": are_stages,
+    "model.digests": lambda value: isinstance(value, dict) and _are_texts([*value.values()]),
+    "model.class_tokens": lambda value: isinstance(value, int),
+    "model.view": _is_view,
+    "model.frozen": _is_text_or_none,
+    "model.is_absent": lambda value: isinstance(value, bool),
+    "head.name": _is_text,
+    "head.digest": _is_text_or_none,
+    "classes": _are_texts,
+    "task": lambda value: value in TASKS,
+}
+"""What `Learner.load` relies on; every version of a run has had it."""
 
 
 def write_history(folder: Path, history: History) -> None:
@@ -142,8 +216,9 @@ def passes_of(facts: Mapping[str, Json], run: Path) -> int:
 
     Earlier runs don't tell, and made one or more an epoch: the epochs of run.json, or 0 without it.
     """
-    if "passes" in facts:
-        return int(facts["passes"])
+    passes = facts.get("passes")
+    if isinstance(passes, int) and passes >= 0:
+        return passes
     content = read_file(run, RUN)
     return 0 if content is None else int(_parsed(content, run / RUN, "epochs"))
 

@@ -91,7 +91,7 @@ def check_facts(facts: Mapping[str, Json]) -> None:
         **{name: isinstance(facts[name], dict) for name in mappings},
         "class_tokens": isinstance(facts["class_tokens"], int),
         "supersedes": _are_texts(facts["supersedes"]),
-        "stages": _are_stages(facts["stages"]),
+        "stages": are_stages(facts["stages"]),
     }
     if is_as_expected["failed"]:
         failed = facts["failed"]
@@ -108,7 +108,8 @@ def _are_texts(values: Json) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def _are_stages(stages: Json) -> bool:
+def are_stages(stages: Json) -> bool:
+    """Whether `stages`, as a file gave them, are of the form of `stage_facts`."""
     if not isinstance(stages, list) or not stages:
         return False
     return all(

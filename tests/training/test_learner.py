@@ -18,6 +18,7 @@ from support.tiny import VIEW, Net, arrays, net, photos, pixels, staged
 from torch import Tensor, nn
 
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, backbone, extract
+from featstore.digest import digest_json
 from featstore.errors import DamagedFileError, FeatureStoreError
 from training import Learner, build_head, finetune, train_head
 from training.metrics import accuracy
@@ -623,6 +624,42 @@ def test_a_damaged_or_missing_run_is_refused(tmp_path: Path) -> None:
         Learner.load(run, module=staged())
     with pytest.raises(FeatureStoreError, match="is no saved run"):
         Learner.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("classes", None),
+        ("classes", 3),
+        ("task", "both"),
+        ("head", None),
+        ("head.name", None),
+        ("model", None),
+        ("model.view", None),
+        ("model.view", {}),
+        ("model.cut", 2),
+        ("model.architecture", {"function": "make_model", "source": {}}),
+        ("model.digests", []),
+        ("model.stages", [{}]),
+        ("model.frozen", 1),
+        ("model.is_absent", None),
+    ],
+)
+def test_a_run_without_a_fact_is_damaged_by_name_though_its_checksum_is_right(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    learner().save(tmp_path / "run")
+    path = tmp_path / "run" / "model.json"
+    facts = json.loads(path.read_text())
+    *above, last = name.split(".")
+    place = facts[above[0]] if above else facts
+    place.pop(last)
+    if value is not None:
+        place[last] = value
+    facts.pop("checksum")
+    path.write_text(json.dumps({**facts, "checksum": digest_json(facts)}))
+    with pytest.raises(DamagedFileError, match=rf"model\.json (lacks|has .* as) the fact {name}.*Restore the file"):
+        Learner.load(tmp_path / "run", module=staged(), quiet=True)
 
 
 def test_a_run_whose_source_file_has_changed_is_refused(tmp_path: Path, own_file: Path) -> None:
