@@ -291,11 +291,9 @@ class Learner:
         valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
         standardise(self._tail(), (rows for rows, _ in train.in_order()))
         if lr is None:
-            found = self._found(train, weight_decay)
-            lr = float(f"{found.suggestion:.2g}")
-            self._say(f"learning rate {lr:g}, the finder's suggestion (to use it again: --lr {lr:g})")
-            if found.note is not None:
-                self._say(found.note)
+            found = self._found(train, weight_decay, needs_curve=False)
+            lr = found.rate
+            self._say(found.in_words())
         optimizer = optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         scheduler = schedules.build(schedule, optimizer, rates, epochs * len(train))
@@ -336,20 +334,21 @@ class Learner:
         before = copied_tensors(tail)
         try:
             standardise(tail, (rows for rows, _ in train.in_order()))
-            found = self._found(train, weight_decay)
+            found = self._found(train, weight_decay, needs_curve=True)
         finally:
             put_back(tail, before)
         if found.note is not None:
             self._say(found.note)
         return found
 
-    def _found(self, train: Batches, weight_decay: float) -> LearningRates:
+    def _found(self, train: Batches, weight_decay: float, *, needs_curve: bool) -> LearningRates:
         return find_lr(
             self._tail(),
             train,
             lambda: optim.build(self.model, 1.0, optimizer=self.optimizer, weight_decay=weight_decay),
             loss=self._criterion(),
             seed=self.seed,
+            needs_curve=needs_curve,
         )
 
     # --------------------------------------------------------------------------------------------------- inference

@@ -58,8 +58,20 @@ class LearningRates:
     suggestion: float
     note: str | None = None
 
+    @property
+    def rate(self) -> float:
+        """The suggestion, rounded to what is shown."""
+        return float(f"{self.suggestion:.2g}")
+
+    def in_words(self) -> str:
+        """The rate, where it comes from, and how to use it again."""
+        again = f"(to use it again: --lr {self.rate:g})"
+        if self.note is None:
+            return f"learning rate {self.rate:g}, the finder's suggestion {again}"
+        return f"learning rate {self.rate:g} {again}: {self.note}"
+
     def __repr__(self) -> str:
-        span = f"{self.lrs[0]:.2g} to {self.lrs[-1]:.2g}"
+        span = f"{self.lrs[0]:.2g} to {self.lrs[-1]:.2g}" if self.lrs else "no curve"
         return f"LearningRates({len(self.lrs)} steps, {span}; suggestion {self.suggestion:.2g})"
 
     def plot(self) -> Plot:
@@ -79,6 +91,7 @@ def find_lr(
     start: float = START,
     end: float = END,
     steps: int = STEPS,
+    needs_curve: bool = True,
 ) -> LearningRates:
     """Trains for `steps` batches while the rate rises geometrically, then puts weights, statistics and modes back.
 
@@ -96,6 +109,8 @@ def find_lr(
         start: the first rate of the last group; with SGD and a linear head a hundredth of it, as of all rates.
         end: the last one, likewise.
         steps: at most so many batches.
+        needs_curve: False where the rate alone is asked for: few batches, which the curve decides nothing about, are
+            not run for it then.
 
     Raises:
         ValueError: for rates or steps that make no rising sequence.
@@ -104,10 +119,55 @@ def find_lr(
     """
     if not 0 < start < end or steps < 2:
         raise ValueError(f"The finder needs 0 < start < end and 2 or more steps, not {start}, {end} and {steps}.")
-    before = copied_tensors(tail)
     optimizer = make_optimizer()
     rates = sensible_rates(optimizer, tail)
-    start, end = rates.scale * start, rates.scale * end
+    a_pass = len(train) // train.passes
+    lrs: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+    if needs_curve or a_pass >= _FEW:
+        scaled = (rates.scale * start, rates.scale * end)
+        lrs, losses, smoothed = _curve(tail, train, optimizer, scaled, loss=loss, seed=seed, steps=steps)
+    curve = lrs[smoothed.index(min(smoothed))] / 10 if lrs else None
+    if a_pass < _FEW or curve is None:
+        first, why = rates.default, f"{a_pass} batch{'es are' if a_pass != 1 else ' is'} too few to find a rate by"
+    elif curve < rates.default / _TOO_LOW:
+        first, why = rates.default, "the loss was lowest at the start, which says nothing of a rate"
+    else:
+        first, why = min(max(curve, rates.floor), rates.ceiling), f"the curve's own {curve:.2g} isn't safe"
+    chosen, helps = _first_that_helps(
+        first,
+        rates.floor,
+        lambda lr: _trial(tail, train, make_optimizer, _MARGIN * lr, loss=loss, seed=seed, steps=steps),
+    )
+    if not helps:
+        origin = "what made the loss worse by least, as every rate that was tried did,"
+    elif chosen != first:
+        origin = "what a trial found safe"
+    else:
+        origin = "a safe default" if first == rates.default else "as far as is safe"
+    return LearningRates(
+        lrs=tuple(lrs),
+        losses=tuple(losses),
+        smoothed=tuple(smoothed),
+        suggestion=chosen,
+        note=None if chosen == curve and helps else f"{why}: {chosen:.2g} is {origin} with {type(optimizer).__name__}",
+    )
+
+
+def _curve(
+    tail: nn.Sequential,
+    train: Batches,
+    optimizer: Optimizer,
+    span: tuple[float, float],
+    *,
+    loss: Loss,
+    seed: int,
+    steps: int,
+) -> tuple[list[float], list[float], list[float]]:
+    """Rate, loss and smoothed loss of each step while the rate rises from one end of `span` to the other."""
+    before = copied_tensors(tail)
+    start, end = span
     shares = [group["lr"] / optimizer.param_groups[-1]["lr"] for group in optimizer.param_groups]
     planned = [start * (end / start) ** (number / (steps - 1)) for number in range(steps)]
     lrs: list[float] = []
@@ -138,32 +198,7 @@ def find_lr(
         raise FloatingPointError(
             f"The loss isn't finite at the rate {start:g} already. Check the images' normalisation and the labels."
         )
-    curve = lrs[smoothed.index(min(smoothed))] / 10
-    a_pass = len(train) // train.passes
-    if a_pass < _FEW:
-        first, why = rates.default, f"{a_pass} batch{'es are' if a_pass != 1 else ' is'} too few to find a rate by"
-    elif curve < rates.default / _TOO_LOW:
-        first, why = rates.default, "the loss was lowest at the start, which says nothing of a rate"
-    else:
-        first, why = min(max(curve, rates.floor), rates.ceiling), f"the curve's own {curve:.2g} isn't safe"
-    chosen, helps = _first_that_helps(
-        first,
-        rates.floor,
-        lambda lr: _trial(tail, train, make_optimizer, _MARGIN * lr, loss=loss, seed=seed, steps=steps),
-    )
-    if not helps:
-        origin = "what made the loss worse by least, as every rate that was tried did,"
-    elif chosen != first:
-        origin = "what a trial found safe"
-    else:
-        origin = "a safe default" if first == rates.default else "as far as is safe"
-    return LearningRates(
-        lrs=tuple(lrs),
-        losses=tuple(losses),
-        smoothed=tuple(smoothed),
-        suggestion=chosen,
-        note=None if chosen == curve and helps else f"{why}: {chosen:.2g} is {origin} with {type(optimizer).__name__}",
-    )
+    return lrs, losses, smoothed
 
 
 def _first_that_helps(first: float, floor: float, trial: Callable[[float], tuple[float, float]]) -> tuple[float, bool]:

@@ -235,7 +235,26 @@ def test_a_few_batches_get_the_optimizers_default_and_the_result_says_so(
         assert found.note.startswith(f"3 batches are too few to find a rate by: {default:.2g} is a safe default with ")
         assert found.note in capsys.readouterr().err
         learn.fit(1)
-        assert f"learning rate {default:g}, the finder's suggestion" in capsys.readouterr().err
+        said = f"learning rate {default:g} (to use it again: --lr {default:g}): {found.note}\n"
+        assert said in capsys.readouterr().err
+
+
+def test_a_fit_of_a_few_batches_does_not_run_them_for_a_curve(stored: tuple[ImageSet, FeatureStore]) -> None:
+    counted: list[int] = []
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        counted.append(len(targets))
+        return nn.functional.cross_entropy(logits, targets)
+
+    learn = learner(stored, loss=loss)
+    learn.fit(1, lr=1e-3)
+    of_a_fit = len(counted)
+    learn.fit(1)
+    found = len(counted) - 2 * of_a_fit
+    assert 0 < found < 5 * of_a_fit  # the trial of its rate
+    before = len(counted)
+    assert len(learn.lr_find().lrs) > 5 * of_a_fit  # who asks for the curve gets it
+    assert len(counted) - before > found
 
 
 @pytest.mark.parametrize(("lowest", "expected"), [(99, 3e-2), (1, 3e-3)])
