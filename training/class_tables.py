@@ -33,6 +33,45 @@ def check_contrast(images: ImageSet) -> None:
     )
 
 
+def check_learnable(images: ImageSet, training: ImageSet) -> str | None:
+    """Checks that a new head can learn from `training`, of `images`, what it is scored on (task single).
+
+    Returns:
+        How many images of the split valid are of classes that aren't learned, in words, where some are; a fold may
+        leave a rare class out of training.
+
+    Raises:
+        ValueError: if all training images are of one class, or no image of the split valid is of a class of theirs.
+    """
+    if images.task == "multi":
+        return None
+    assert training.targets is not None
+    learned = {images.classes[target] for target in training.targets.tolist()}
+    if len(learned) == 1:
+        raise ValueError(
+            f"All {len(training):,} images to train on are of one class, {learned.pop()}, so there is nothing to tell "
+            f"apart. Expected some of two classes or more of {_some(images.classes)}. Deal them anew (--split-seed), "
+            "or give images of the others to train on."
+        )
+    valid = images.valid
+    names = (
+        [] if valid.targets is None else [images.classes[target] for target in valid.targets.tolist() if target >= 0]
+    )
+    unknown = [name for name in names if name not in learned]
+    if not unknown:
+        return None
+    told = (
+        f"{len(unknown):,} of the {len(names):,} images of the split valid are of classes that no image to train on "
+        f"has ({_some(sorted(set(unknown)))})"
+    )
+    if len(unknown) < len(names):
+        return f"{told}: the model can't be right about them"
+    raise ValueError(
+        f"{told}, so a score would mean nothing. Expected the classes of the split valid in train. Deal the images "
+        "anew (--split-column '', --split-seed; in Python: images.split(valid=0.2))."
+    )
+
+
 def kept_table(
     model: StagedModel, images: ImageSet, size: int, classes: Sequence[str] | None = None
 ) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from featstore.store.store import FeatureStore
 from featstore.words import printable
 from training import metrics as scores
 from training import optim, saved, schedules, settings
-from training.class_tables import check_contrast, kept_table, with_table
+from training.class_tables import check_contrast, check_learnable, kept_table, with_table
 from training.fit import (
     History,
     Record,
@@ -162,7 +162,7 @@ class Learner:
         self._loss = settings.checked("loss", loss)
         self._metrics = scores.by_name(metrics or (), scores.default_metrics(self.task, len(self.classes)))
         self._trained_on: str | None = None
-        self._passes = 0  # over training images, of all fits, those of the run that was loaded among them
+        self._passes = 0 if head == "keep" else None  # of all fits, a loaded run's included; None: the head is new
         self._probed: set[tuple[str, str]] = set()
         self._origins = [Origin.of(backbone)]
         self.head_name = head if isinstance(head, str) else "module"
@@ -412,7 +412,7 @@ class Learner:
                 classes=self.classes,
                 task=self.task,
                 seed=self.seed,
-                passes=self._passes,
+                passes=self._passes or 0,
             )
             write_run(made, facts, self.model.tensors())
             self._write_reports(made)
@@ -519,12 +519,14 @@ class Learner:
 
     def _training_batches(self, source: Source, situation: Situation) -> Batches:
         passes = passes_an_epoch(self._tail(), num_batches(len(source.images), self.batch_size))
-        return self._batches(source, situation, passes=passes, first_pass=self._passes)
+        return self._batches(source, situation, passes=passes, first_pass=self._passes or 0)
 
     def _ready(self) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""
         check_contrast(self.images)
         training = to_train(self.images)
+        if self._passes is None:
+            self._say(check_learnable(self.images, training))
         optim.build(self.model, 1.0, optimizer="sgd", weight_decay=0.0)  # raises if nothing would train
         situation = self._situation()
         for past in (self._seen, self._past):

@@ -164,6 +164,38 @@ def test_a_classifier_of_one_class_is_refused_with_the_folders_that_were_read(
     assert report.sets  # features need no classes
 
 
+@pytest.mark.parametrize("from_store", [False, True])
+def test_a_new_head_is_not_trained_where_its_score_would_mean_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], from_store: bool
+) -> None:
+    root = tmp_path / "images"
+    for place, folder in enumerate(["train/cat", "train/dog", "valid/cat", "valid/emu"] * 2):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / f"{place}.jpg").write_bytes(jpeg(place))
+    images, store = ImageSet.from_folder(root, held_out_classes=True), FeatureStore(tmp_path / "features")
+    if from_store:
+        extract(staged(), images, store, cuts=["layer2"], progress=False)
+        images = ImageSet.from_store(store)
+
+    def learner(chosen: ImageSet) -> Learner:
+        return Learner(staged(), chosen, store if from_store else None, head="linear", device="cpu")
+
+    def without(text: str) -> ImageSet:
+        return images.select([text not in name for name in images.ids])
+
+    with pytest.raises(ValueError, match=r"2 of the 2 images of the split valid are of classes that no .*\(emu\)"):
+        learner(without("valid/cat")).fit(1, lr=1e-3)
+    with pytest.raises(ValueError, match="All 2 images to train on are of one class, cat"):
+        learner(without("train/dog")).fit(1, lr=1e-3)
+    capsys.readouterr()
+    learner(images).fit(1, lr=1e-3)
+    assert "2 of the 4 images of the split valid are of classes that no image to train on" in capsys.readouterr().err
+    learn = learner(without("emu"))
+    learn.fit(1, lr=1e-3)
+    learn.images = without("train/dog")  # the head knows dogs by now
+    learn.fit(1, lr=1e-3)
+
+
 def test_one_label_that_images_have_or_lack_can_be_learned() -> None:
     images = ImageSet.from_arrays(pixels(8), [["cat"], []] * 4, task="multi")
     learn = Learner(staged(), images, head="linear", device="cpu", quiet=True)
