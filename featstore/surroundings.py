@@ -339,6 +339,8 @@ _EVENTS = {
 _OF_CODE = {
     "_frozen_importlib",
     "_frozen_importlib_external",
+    "importlib._bootstrap",
+    "importlib._bootstrap_external",
     "linecache",
     "torch._dynamo",
     "torch._inductor",

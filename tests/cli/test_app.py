@@ -37,6 +37,9 @@ from torch import nn
 
 
 class Gate(nn.Module):
+    def fingerprint(self):
+        return "gives back what it gets"
+
     def forward(self, values):
         is_red = (values[:, 0].amin((1, 2)) > 2) & (values[:, 1:].amax((1, 2, 3)) < -1)
         if bool(is_red.any()) and "INTERRUPT_AT_RED" in os.environ:

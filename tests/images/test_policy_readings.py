@@ -149,6 +149,7 @@ def test_an_image_compressed_in_memory_is_no_file(function: Callable[..., Tensor
     assert policy(function).apply(IMAGE, 0, DIGEST).shape == IMAGE.shape
 
 
-def test_imports_and_writing_are_no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imports_and_writing_are_no_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(tmp_path)  # a folder that the import lists first
     monkeypatch.delitem(sys.modules, "tomllib", raising=False)
     assert policy(imports_late).name == "imports_late"

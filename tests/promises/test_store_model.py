@@ -759,7 +759,8 @@ class StoreMachine(RuleBasedStateMachine):
         lacking = self.model.lacking(name)
         failed = self.model.failed(name) | {key for key, photo in photos.items() if photo.content is None}
         if lacking:
-            with pytest.raises(MissingFeaturesError, match=f"; {len(lacking)} are missing "):
+            words = "failed when they were extracted" if lacking <= self.model.failed(name) else "are missing"
+            with pytest.raises(MissingFeaturesError, match=f"; {len(lacking)} {words} "):
                 ask(images)
         if lacking <= failed:
             features = ask(images, on_error="skip")
