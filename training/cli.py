@@ -221,6 +221,8 @@ def finetune_command(
             f"auto does: --cut {name}. For another reduction train a head first (featstore-train head "
             f"--cut {name} --reduce {reduction}) and go on with its run: --from RUN_DIR."
         )
+    if start is not None and view != ViewFlags():
+        raise ValueError("--size, --resize, --mean, --std and --interpolation come with the run of --from.")
     rate = _learning_rate(lr)
     from training.recipes import finetune  # torch: what was asked for is understood by now
 
@@ -240,8 +242,6 @@ def finetune_command(
         options = {"cut": cut, "view": view.view(source.view)}
     else:
         assert start is not None
-        if view != ViewFlags():
-            raise ValueError("--size, --resize, --mean, --std and --interpolation come with the run of --from.")
         given = _for_run(start, images, _labelled(images, for_new_head=False))
         source, notes = start, [*given.notes]
     tell_all(notes)
@@ -314,8 +314,8 @@ def predict(
     from training.learner import Learner
     from training.predict import as_images, predictions, write_csv
 
+    images = as_images(items)  # a path that isn't there is said before the model is loaded
     learn = Learner.load(model, trust_code=how.trust_code, **how.options())
-    images = as_images(items)
     ids, values = learn.scored(images)
     are_scored = set(ids)
     left_out = [name for name in images.ids if name not in are_scored]

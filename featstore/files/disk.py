@@ -25,12 +25,16 @@ def whole_or_nothing(path: Path, length: int) -> Iterator[int]:
 
     Raises:
         FileExistsError: if `path` is taken.
-        OSError: as the system gave it; that the disk is full it says of `path`.
+        OSError: as the system gave it; that the disk is full, or may not be written, it says of `path`.
     """
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "a written file is never replaced, choose another name", os.fspath(path))
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}")
-    fd = create(temporary)
+    try:
+        fd = create(temporary)
+    except OSError as error:  # a disk that may only be read; the hidden name tells nobody anything
+        error.filename = os.fspath(path)
+        raise
     try:
         try:
             allocate(fd, length)

@@ -19,7 +19,7 @@ from featstore.store.catalogue import Catalogue, dangling, listed, misplaced, pa
 from featstore.store.folders import key_in, short_key
 from featstore.store.image_tables import ImageTable, ImageTables
 from featstore.store.sets import SetPart, made_by
-from featstore.words import size_text
+from featstore.words import counted, size_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,8 @@ class VerifyReport:
         aside = sum(each.set_aside is not None for each in self.damaged)
         found = f"{len(self.damaged):,} can't be used" if self.damaged else "all sound"
         moved = f", {aside:,} set aside" if aside else ""
-        return f"{self.parts:,} parts and {self.tables:,} image tables, {size_text(self.bytes)}: {found}{moved}"
+        checked = f"{counted(self.parts, 'part')} and {counted(self.tables, 'image table')}"
+        return f"{checked}, {size_text(self.bytes)}: {found}{moved}"
 
 
 def verify(catalogue: Catalogue, tables: ImageTables, *, repair: bool, progress: bool) -> VerifyReport:

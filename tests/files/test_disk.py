@@ -10,6 +10,7 @@ from support.full_disk import largest_file
 from support.operations import replace_operation, watch
 from support.parts import bits, extent, random_bits, write
 
+from featstore.files import disk
 from featstore.files.part import Part
 from featstore.files.table import write_table
 
@@ -121,3 +122,9 @@ def test_others_may_read_a_part_as_the_umask_says(path: Path) -> None:
     finally:
         os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_cannot_be_made_is_named_as_it_would_be_called(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error, disk.whole_or_nothing(tmp_path / "gone" / "a.h5", 8):
+        pass
+    assert error.value.filename == str(tmp_path / "gone" / "a.h5")

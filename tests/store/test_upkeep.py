@@ -732,7 +732,7 @@ def test_a_sound_store_is_counted(store: FeatureStore) -> None:
     report = store.verify()
     assert (report.parts, report.tables, report.damaged) == (3, 1, ())
     assert report.bytes == sum(path.stat().st_size for path in store.root.rglob("*.h5"))
-    assert str(report) == f"3 parts and 1 image tables, {report.bytes / 1e6:.3f} MB: all sound"
+    assert str(report) == f"3 parts and 1 image table, {report.bytes / 1e6:.3f} MB: all sound"
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
