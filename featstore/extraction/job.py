@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from featstore.extraction.narrowing import lost_note, narrowed
 from featstore.extraction.plan import Plan, PlannedSet
 from featstore.extraction.progress import Progress
 from featstore.files.index import first_places
+from featstore.images.contents import looks_note
 from featstore.images.render import Job as ImageJob
 from featstore.images.render import Rendered, doubts_note, render
 from featstore.models.probe import Probe
@@ -87,6 +89,7 @@ class Job:
         self.drawn: deque[ImageJob] = deque()  # jobs whose views are on their way; they come back in order
         self.gathered = [self._nothing(each) for each in planned.sets]
         self.outcome = Outcome.none(planned)
+        self.looks = np.zeros(len(planned.images), np.uint64)  # of evaluation views: equal pixels, equal numbers
         self.written: list[list[Path]] = [[] for _ in planned.sets]
         self.last_commit = time.monotonic()
 
@@ -174,6 +177,8 @@ class Job:
             return []
         if rendered.doubt is not None:
             self.outcome.doubts[self.planned.images.ids[job.index]] = rendered.doubt
+        if job.views[0].is_evaluation:
+            self.looks[job.index] = _look(rendered.views[0])
         return [
             _Item(job.index, job.digest, int(place), image, rendered.decoder)
             for place, image in zip(np.flatnonzero(self.is_needed[:, job.index]), rendered.views, strict=True)
@@ -237,7 +242,8 @@ class Job:
                 self.planned.sets, self.outcome.num_values, self.outcome.num_lost, strict=True
             )
         ]
-        return list(dict.fromkeys(note for note in (doubts_note(self.outcome.doubts), *lost) if note is not None))
+        notes = (doubts_note(self.outcome.doubts), looks_note(self.planned.images, self.looks), *lost)
+        return list(dict.fromkeys(note for note in notes if note is not None))
 
     def _commit_if_due(self) -> None:
         size = sum(gathered.num_bytes for gathered in self.gathered)
@@ -284,6 +290,11 @@ def refuse_changed(planned: Plan) -> None:
                 f"{digest[:8]}, expected {planned.stage_digests[stage][:8]}. None of what it computes now was filed. "
                 "Plan and extract anew; what is trained while that runs must be a copy: copy.deepcopy(model)."
             )
+
+
+def _look(view: Tensor) -> int:
+    """A number that differs for views that differ, but for one pair in 2 ** 64; not 0."""
+    return int.from_bytes(hashlib.sha256(view.numpy().data).digest()[:8]) or 1
 
 
 def _small(paths: Sequence[Path]) -> Iterator[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,25 @@ def overlap_note(images: ImageSet, digests: Digests) -> str | None:
 
 def repeats_note(images: ImageSet, digests: Digests) -> str | None:
     """A sentence that counts and names byte-identical images, which may be placeholders; None if there are none."""
-    groups = digests.duplicates()
+    return _repeats_note(images, digests.duplicates(), "byte for byte")
+
+
+def looks_note(images: ImageSet, looks: NDArray[np.uint64]) -> str | None:
+    """The same of files that differ and whose pixels don't: a tile saved as PNG and as GIF.
+
+    Args:
+        images: whose they are.
+        looks: ``(N,)``, a hash of what was rendered of each image; 0 where nothing was.
+    """
+    groups: dict[int, list[int]] = {}
+    _, first, counts = np.unique(looks, return_index=True, return_counts=True)
+    repeated = set(looks[first[counts > 1]].tolist()) - {0}
+    for index in np.flatnonzero(np.isin(looks, np.array(sorted(repeated), np.uint64))).tolist():
+        groups.setdefault(int(looks[index]), []).append(index)
+    return _repeats_note(images, [tuple(group) for group in groups.values()], "pixel for pixel")
+
+
+def _repeats_note(images: ImageSet, groups: Sequence[tuple[int, ...]], how: str) -> str | None:
     if not groups:
         return None
     num_repeats = sum(len(group) for group in groups) - len(groups)
@@ -56,7 +74,7 @@ def repeats_note(images: ImageSet, digests: Digests) -> str | None:
     words = ", ".join(f"{images.ids[group[0]]} {len(group):,} times" for group in named) + ", ..." * (len(groups) > 3)
     in_classes = f", {len(across):,} of them under several classes ({images.ids[across[0][0]]})" if across else ""
     return (
-        f"{counted(num_repeats, 'image')} {'repeats' if num_repeats == 1 else 'repeat'} another byte for byte: "
+        f"{counted(num_repeats, 'image')} {'repeats' if num_repeats == 1 else 'repeat'} another {how}: "
         f"{counted(len(groups), 'content')} ({words}){in_classes}; copies, or placeholders for missing images?"
     )
 

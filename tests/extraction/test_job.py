@@ -415,6 +415,20 @@ def test_a_trunk_is_judged_once_for_rows_computed_alike(store: FeatureStore, mon
     assert passes(6, batch_size=7) == probe_and_one_batch
 
 
+def test_images_of_equal_pixels_are_named_whatever_their_format(store: FeatureStore, tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos")
+    tile = Image.new("RGB", (40, 30), (200, 200, 200))
+    for name in ("cat/none.png", "cat/none.bmp", "dog/none.gif"):
+        tile.save(folder / name)
+    images = ImageSet.from_folder(folder)
+    (note,) = [note for note in run(images, store).notes if "pixel for pixel" in note]
+    assert note == (
+        "2 images repeat another pixel for pixel: 1 content (cat/none.bmp 3 times), 1 of them under several classes "
+        "(cat/none.bmp); copies, or placeholders for missing images?"
+    )
+    assert not [note for note in run(images, store).notes if "pixel for pixel" in note]  # nothing was looked at
+
+
 # ---- values that can't be stored
 
 
