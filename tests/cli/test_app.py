@@ -291,7 +291,7 @@ def test_doubtful_images_are_said_and_listed_and_may_be_refused(featstore: Progr
     assert (wrong.code, wrong.err) == (2, "--doubtful is 'maybe'. Expected note or refuse.\n")
 
 
-@pytest.mark.usefixtures("heeds_hang_up")
+@pytest.mark.usefixtures("heeds_signals")
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_after_ctrl_c_the_end_of_its_time_or_of_its_terminal_what_was_computed_is_filed(
     featstore: Program, here: Path, monkeypatch: pytest.MonkeyPatch, by: signal.Signals

@@ -128,7 +128,7 @@ def test_what_whoever_started_the_program_ignores_does_not_end_it() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.usefixtures("heeds_hang_up")
+@pytest.mark.usefixtures("heeds_signals")
 def test_a_program_whose_terminal_has_closed_ends_as_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     app = new_app()
     ours, its = os.openpty()
