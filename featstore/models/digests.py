@@ -266,7 +266,7 @@ def _function_name(function: Any, where: str) -> str:
         )
     if not _is_allowed(function) or name is None or "<" in name:
         raise ModelError(
-            f"{where} calls {home or 'unknown'}.{name or function}, which is neither torch's, torchvision.ops' nor "
+            f"{where} calls {home or 'unknown'}.{name or function}, which is neither torch's, torchvision's nor "
             "plain Python's, so no key can cover it. Write it with torch's functions, or move it into a module with "
             "a method fingerprint()."
         )
