@@ -102,7 +102,7 @@ def _function_facts(function: FunctionType, seen: list[object], *, is_method: bo
     taken: dict[str, dict[Any, Any]] = {
         "defaults": dict(enumerate(function.__defaults__ or ())),
         "keyword defaults": function.__kwdefaults__ or {},
-        "closure": dict(_closure(function)),
+        "closure": dict(closure_of(function)),
         "globals": {name: function.__globals__[name] for name in names if name in function.__globals__},
         "imports": {name: sys.modules[name] for name in _names(code, "IMPORT_NAME") if name in sys.modules},
         "attributes": vars(function),
@@ -116,7 +116,8 @@ def _function_facts(function: FunctionType, seen: list[object], *, is_method: bo
     return {"source": _function_source(function), **facts}
 
 
-def _closure(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def closure_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """The names that a function takes from around it, with what they hold; without those that hold nothing yet."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
@@ -252,15 +253,16 @@ _ATTRIBUTE_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"
 
 def _names(code: CodeType, *operations: str) -> list[str]:
     """The names that `code` and what is nested in it looks up by one of `operations`."""
-    found = {each.argval for part in _all_codes(code) for each in dis.Bytecode(part) if each.opname in operations}
+    found = {each.argval for part in all_codes(code) for each in dis.Bytecode(part) if each.opname in operations}
     return sorted(found)
 
 
-def _all_codes(code: CodeType) -> Iterator[CodeType]:
+def all_codes(code: CodeType) -> Iterator[CodeType]:
+    """`code` and all that is nested in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _all_codes(constant)
+            yield from all_codes(constant)
 
 
 def _function_source(function: FunctionType) -> str:
@@ -268,7 +270,7 @@ def _function_source(function: FunctionType) -> str:
     code = function.__code__
     text = _function_text(function)
     # What is keyed is what runs: a file that was edited after it was imported holds another function.
-    if code not in _all_codes(compile(text, code.co_filename, "exec", dont_inherit=True)):
+    if code not in all_codes(compile(text, code.co_filename, "exec", dont_inherit=True)):
         raise OutdatedCodeError(
             f"{code.co_filename} is no longer what was imported from it (import it again, and make anew what was made "
             f"with {function.__qualname__})"
@@ -318,7 +320,7 @@ def _is_in_its_class(function: FunctionType, module: ModuleType) -> bool:
 
 @cache
 def _codes_of(text: str) -> frozenset[tuple[str, CodeType]]:
-    codes = _all_codes(compile(text, "", "exec", dont_inherit=True))
+    codes = all_codes(compile(text, "", "exec", dont_inherit=True))
     return frozenset((code.co_qualname, _without_lines(code)) for code in codes)
 
 

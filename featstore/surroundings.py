@@ -15,7 +15,7 @@ from functools import cache
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from featstore.source_code import is_from_library, is_library_file
+from featstore.source_code import all_codes, closure_of, is_from_library, is_library_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +199,9 @@ class _Walk:
         return bool(own)
 
     def _read_by(self, function: FunctionType) -> Iterator[Reading]:
-        known = dict(_filled_cells(function))
+        known = dict(closure_of(function))
         self.follow([*known.values(), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()])
-        for code in _codes(function.__code__):
+        for code in all_codes(function.__code__):
             for name, value in self._values(code, function.__globals__, known):
                 kind = "a file" if value is _UNKNOWN else self._kind(value)
                 if kind == "what may be a file":
@@ -305,23 +305,8 @@ def _is_library_module(module: ModuleType) -> bool:
     return path is None or is_library_file(path)
 
 
-def _filled_cells(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # nothing has been assigned to it
-            continue
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
 def _names(code: CodeType) -> Iterator[str]:
-    for each in _codes(code):
+    for each in all_codes(code):
         yield from (*each.co_names, *each.co_varnames, *each.co_freevars)
 
 
