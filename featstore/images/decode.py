@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import ImageFile
@@ -27,7 +28,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from featstore.errors import FeatureStoreError
-from featstore.images.decoders import ARRAY, MAX_PIXELS, PILLOW, POLICY, TORCHVISION
+from featstore.images.decoders import ARRAY, MAX_PIXELS, PILLOW, POLICY, SIMPLEJPEG, TORCHVISION
 from featstore.machine import available_bytes
 from featstore.words import size_text
 
@@ -62,9 +63,9 @@ def decode(
     follows (1600 x 1200: 2.3 ms for the copy, then 3.3 ms to resize against 1.1 ms from rows). The memory is the
     caller's own.
 
-    JPEG of 8 bits, gray or colour, is read by torchvision.io; CMYK JPEG, PNG, GIF (its first frame), WebP, TIFF (its
-    first page) and BMP by Pillow. Alpha is dropped, 16 bits lose their low eight, colour profiles are not applied. The
-    suffix of the file's name plays no part.
+    JPEG of 8 bits, gray or colour, is read by simplejpeg or, where its data is damaged, by torchvision.io, to equal
+    pixels; CMYK JPEG, PNG, GIF (its first frame), WebP, TIFF (its first page) and BMP by Pillow. Alpha is dropped, 16
+    bits lose their low eight, colour profiles are not applied. The suffix of the file's name plays no part.
 
     Args:
         data: the encoded file, or an array `(H, W)` or `(H, W, 3)`.
@@ -84,13 +85,13 @@ def decode(
     if isinstance(data, np.ndarray):
         return Decoded(_channels_first(_from_array(data)), ARRAY)
     header, memory = _read_header(data), Budget() if memory is None else memory
-    if header.decoder == TORCHVISION:
-        with memory.taken(_bytes_needed(header.format, header.width * header.height), header.format):
-            pixels, orientation = _by_torchvision(data), _orientation(header.exif)
-            doubt = _jpeg_doubt(data, header, pixels)
+    if header.is_for_pillow:
+        decoder, (pixels, orientation, doubt) = PILLOW, _by_pillow(data, header, memory)
     else:
-        pixels, orientation, doubt = _by_pillow(data, header, memory)
-    return Decoded(_channels_first(_turned(pixels, orientation) if apply_exif else pixels), header.decoder, doubt)
+        with memory.taken(_bytes_needed(header.format, header.width * header.height), header.format):
+            pixels, decoder, doubt = _by_libjpeg(data)
+        orientation, doubt = _orientation(header.exif), doubt or _jpeg_doubt(data, header)
+    return Decoded(_channels_first(_turned(pixels, orientation) if apply_exif else pixels), decoder, doubt)
 
 
 class Budget:
@@ -147,18 +148,16 @@ class _Scan(NamedTuple):
     coefficients: range
     bits_before: int  # the lowest bit that was known; 0 of a first pass
     bits_after: int
-    restart_interval: int  # 0: none
 
 
 class _Header(NamedTuple):
     format: str
-    decoder: int
+    is_for_pillow: bool = True
     exif: bytes = b""
     width: int = 0  # as the header says it, of JPEG and PNG
     height: int = 0
-    scan_start: int = 0  # where the only scan of a baseline JPEG begins, its header included; 0 of other ones
     scans: tuple[_Scan, ...] = ()  # of a JPEG
-    end: int = 0  # where a JPEG's end marker begins: phones and padding put other data, or zeros, behind it
+    is_progressive: bool = False
 
 
 def _read_header(data: bytes) -> _Header:
@@ -174,7 +173,7 @@ def _read_header(data: bytes) -> _Header:
 def _jpeg_header(data: bytes) -> _Header:
     """Walks all segments and scans up to the end marker: libjpeg fills the rest of a truncated file with gray."""
     frame = exif = None
-    first_scan = kind = interval = 0
+    kind = 0
     scans: list[_Scan] = []
     position = 2
     while match := _JPEG_MARKER.search(data, position):
@@ -191,12 +190,9 @@ def _jpeg_header(data: bytes) -> _Header:
             frame, kind = segment, marker
         elif marker == _APP1 and exif is None and segment.startswith(b"Exif\0\0"):
             exif = segment[6:]
-        elif marker == _RESTART_INTERVAL:
-            interval = int.from_bytes(segment, "big")
         position += length
         if marker == _START_OF_SCAN:
-            first_scan = first_scan or match.start()
-            scans.append(_scan(segment, position, interval))
+            scans.append(_scan(segment, position))
     else:
         raise DecodeError("a truncated JPEG: its end marker is missing")
     num_scans = len(scans)
@@ -212,22 +208,20 @@ def _jpeg_header(data: bytes) -> _Header:
     bits, components = frame[0], frame[5]
     if bits != 8 or components not in (1, 3, 4):
         raise DecodeError(f"a JPEG of {components} components with {bits} bits each; 1, 3 or 4 with 8 bits are read")
-    is_one_pass = kind in _BASELINE_MARKERS and num_scans == 1
-    decoder = PILLOW if components == 4 else TORCHVISION
-    start = first_scan if is_one_pass else 0
-    return _Header("JPEG", decoder, exif or b"", width, height, start, tuple(scans), match.start())
+    is_progressive = kind not in _BASELINE_MARKERS or num_scans > 1
+    return _Header("JPEG", components == 4, exif or b"", width, height, tuple(scans), is_progressive)
 
 
-def _scan(header: bytes, start: int, interval: int) -> _Scan:
+def _scan(header: bytes, start: int) -> _Scan:
     """A scan by its header; where it stops isn't known yet. libjpeg refuses headers that make no sense."""
     count = header[0] if header else 0
     first, last, bits = (*header[1 + 2 * count :], 0, 0, 0)[:3]
     components = frozenset(header[1 : 1 + 2 * count : 2])
-    return _Scan(start, 0, components, range(first, last + 1), bits >> 4, bits & 15, interval)
+    return _Scan(start, 0, components, range(first, last + 1), bits >> 4, bits & 15)
 
 
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # all that are neither data nor without length
-_START_OF_SCAN, _END_OF_IMAGE, _RESTART_INTERVAL, _APP1 = 0xDA, 0xD9, 0xDD, 0xE1
+_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BASELINE_MARKERS = frozenset({0xC0, 0xC1})
 
@@ -256,11 +250,11 @@ def _png_header(data: bytes) -> _Header:
     _check_size(width, height)
     # Never torchvision: a damaged PNG (a wrong checksum, too few rows) doesn't raise there but kills the process, in
     # 0.29.2 each time. Whole ones have equal values in both.
-    return _Header("PNG", PILLOW, exif or b"", width, height)
+    return _Header("PNG", exif=exif or b"", width=width, height=height)
 
 
 def _pillow_header(name: str) -> Callable[[bytes], _Header]:
-    return lambda data: _Header(name, PILLOW)
+    return lambda data: _Header(name)
 
 
 _SIGNATURES: tuple[tuple[re.Pattern[bytes], Callable[[bytes], _Header]], ...] = (
@@ -291,6 +285,18 @@ def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or not is_image or array.size == 0:
         raise DecodeError(f"an array {array.shape} of {array.dtype}; expected uint8 (H, W) or (H, W, 3)")
     return _gray_to_rgb(array) if array.ndim == 2 else array.copy(order="C")
+
+
+def _by_libjpeg(data: bytes) -> tuple[NDArray[np.uint8], int, str | None]:
+    """Pixels, decoder and doubt of a JPEG. Where libjpeg passes over damage, simplejpeg stops and says what it found.
+
+    What is damaged has the pixels that torchvision.io gives it, or none.
+    """
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB"), SIMPLEJPEG, None
+    except ValueError as error:
+        warning = str(error).strip()
+    return _by_torchvision(data), TORCHVISION, f"libjpeg warns ({warning}): it may not show what was photographed"
 
 
 def _by_torchvision(data: bytes) -> NDArray[np.uint8]:
@@ -409,61 +415,17 @@ def _range_doubt(largest: int) -> str | None:
     )
 
 
-def _jpeg_doubt(data: bytes, header: _Header, pixels: NDArray[np.uint8]) -> str | None:
-    """What is said of a JPEG whose data is damaged in a way that libjpeg passes over.
+def _jpeg_doubt(data: bytes, header: _Header) -> str | None:
+    """What is said of a JPEG of which no decoder warns: that it has a hole of zeros, or that scans are missing.
 
-    libjpeg counts such places, but no library that is here tells. A sound file is never doubted: what only looks
-    odd is decoded once more, to see whether its data is as long as its image.
+    Where the data fits again behind a hole, by chance, it is as long as its image.
     """
-    for scan in header.scans:
-        if (place := _odd_marker(data, scan)) is not None:
-            return f"its data is damaged at byte {place:,}, where a marker stands that belongs elsewhere"
-    if not header.scan_start:
+    if header.is_progressive:
         return _progressive_doubt(data, header.scans)
-    hole = data.find(bytes(_HOLE_BYTES), header.scan_start, header.end)
-    if hole >= 0 and not _zeros_are_flat(data[: header.scan_start]):
+    scan = header.scans[0]
+    hole = data.find(bytes(_HOLE_BYTES), scan.start, scan.stop)
+    if hole >= 0 and not _zeros_are_flat(data[: scan.start]):
         return f"its data has a hole of zeros at byte {hole:,}: what follows is not what was photographed"
-    is_odd = _has_run(data[header.scan_start : header.end])
-    if (is_odd or _ends_flat(pixels)) and _ends_early(data[: header.end], pixels):
-        return "its data ends before its last rows, which are filled with one colour"
-    if is_odd and _ends_late(data[: header.end]):
-        return "its data has a run of equal bytes and is longer than its image: what follows it is out of place"
-    return None
-
-
-def _odd_marker(data: bytes, scan: _Scan) -> int | None:
-    """Where the data of a scan has a marker without length that isn't the next restart."""
-    for number, match in enumerate(_LENGTHLESS_MARKER.finditer(data, scan.start, scan.stop)):
-        if not scan.restart_interval or match[1][0] != 0xD0 + number % 8:
-            return match.start()
-    return None
-
-
-_LENGTHLESS_MARKER = re.compile(rb"\xff([\x01\xd0-\xd8])", re.DOTALL)
-
-
-def _progressive_doubt(data: bytes, scans: tuple[_Scan, ...]) -> str | None:
-    """What is said of a JPEG of several scans: that some are missing, or that one of details has a hole of zeros.
-
-    Zeros in other scans may be sound, as they are blocks without change or bits of value 0.
-    """
-    for scan in scans:
-        if scan.coefficients.start > 0 and not scan.bits_before:
-            hole = data.find(bytes(_HOLE_BYTES), scan.start, scan.stop)
-            if hole >= 0:
-                return f"its data has a hole of zeros at byte {hole:,}: details are not what was photographed"
-    first = scans[0]
-    if first.coefficients == range(1) and first.bits_after:  # else its scans aren't those of usual encoders
-        components = frozenset.union(*(scan.components for scan in scans))
-        last = {
-            (component, coefficient)
-            for scan in scans
-            if not scan.bits_after
-            for component in scan.components
-            for coefficient in scan.coefficients
-        }
-        if len(last) < 64 * len(components):
-            return "its last scans are missing, so that details are"
     return None
 
 
@@ -489,59 +451,29 @@ def _zeros_are_flat(tables: bytes) -> bool:
 _HUFFMAN_TABLES = 0xC4
 
 
-def _has_run(data: bytes) -> bool:
-    """Whether there are 24 equal bytes (or 16, at some places), which are a hole, or blocks of one colour."""
-    words = np.frombuffer(data, np.uint64, len(data) // 8)
-    is_run = words[1:] == words[:-1]
-    runs = words[1:][is_run]
-    return bool((runs == (runs << np.uint64(8) | runs >> np.uint64(56))).any())
+def _progressive_doubt(data: bytes, scans: tuple[_Scan, ...]) -> str | None:
+    """What is said of a JPEG of several scans: that some are missing, or that one of details has a hole of zeros.
 
-
-def _ends_flat(pixels: NDArray[np.uint8]) -> bool:
-    """Whether the last row is made of stretches of one colour, as what libjpeg fills in is."""
-    last = pixels[-1].astype(np.int16)
-    steps = np.abs(np.diff(last, axis=0)).max(axis=1) > 0
-    return not steps.any() or bool(np.all(np.flatnonzero(steps) % 8 == 7))
-
-
-def _ends_early(data: bytes, pixels: NDArray[np.uint8]) -> bool:
-    """Whether a JPEG of one scan lacks data: without its end marker the decoder then waits and leaves rows unwritten.
-
-    `data` is without it; what the decoder reads ahead are the bytes put in its place. Pillow refuses metadata that
-    libjpeg passes over, and then has nothing to say about the rows.
+    Zeros in other scans may be sound, as they are blocks without change or bits of value 0.
     """
-    try:
-        with JpegImageFile(io.BytesIO(data.rstrip(b"\xff") + _READ_AHEAD)) as image:
-            with suppress(OSError):  # it is truncated, as we know
-                image.load()
-            image.tile = []  # what is there is all that there will be
-            shown = np.asarray(image.convert("RGB"))
-    except MemoryError:
-        raise
-    except Exception:  # of any kind: SyntaxError, struct.error, ...
-        return False
-    return not shown[-1].any() and bool(pixels[-1].any())
-
-
-_READ_AHEAD = b"\xfe" * 10
-"""As many bytes as libjpeg wants beyond those that it needs; codes of ones are long, so that these make few blocks."""
-
-
-def _ends_late(data: bytes) -> bool:
-    """Whether a JPEG of one scan, without its end marker, is decoded whole though its last bytes are cut off."""
-    padding = data[-1:]
-    try:
-        with JpegImageFile(io.BytesIO(data.rstrip(padding)[:-_FEW_BYTES])) as image:
-            image.draft("L", (1, 1))  # the data is read as for the whole image, and an eighth of its size is made
-            image.load()
-    except MemoryError:
-        raise
-    except Exception:  # truncated, as a sound one is then; or metadata that Pillow refuses
-        return False
-    return True
-
-
-_FEW_BYTES = 4  # of two, some bits at least belong to the last block
+    for scan in scans:
+        if scan.coefficients.start > 0 and not scan.bits_before:
+            hole = data.find(bytes(_HOLE_BYTES), scan.start, scan.stop)
+            if hole >= 0:
+                return f"its data has a hole of zeros at byte {hole:,}: details are not what was photographed"
+    first = scans[0]
+    if first.coefficients == range(1) and first.bits_after:  # else its scans aren't those of usual encoders
+        components = frozenset.union(*(scan.components for scan in scans))
+        last = {
+            (component, coefficient)
+            for scan in scans
+            if not scan.bits_after
+            for component in scan.components
+            for coefficient in scan.coefficients
+        }
+        if len(last) < 64 * len(components):
+            return "its last scans are missing, so that details are"
+    return None
 
 
 # --- pixels ---

@@ -3,8 +3,13 @@
 POLICY = "featstore-decode-1"
 """The name and version of the rules in `decode`. Other values for the same bytes need another name."""
 
-ARRAY, TORCHVISION, PILLOW = 0, 1, 2
-DECODERS: dict[int, str] = {ARRAY: "array", TORCHVISION: "torchvision.io", PILLOW: "pillow"}
+ARRAY, TORCHVISION, PILLOW, SIMPLEJPEG = 0, 1, 2, 3
+DECODERS: dict[int, str] = {
+    ARRAY: "array",
+    TORCHVISION: "torchvision.io",
+    PILLOW: "pillow",
+    SIMPLEJPEG: "simplejpeg",
+}
 """What the decoder code of a row means."""
 
 MAX_PIXELS = 178_956_970

@@ -80,6 +80,7 @@ CLOSED = {("images", "files"), ("models", "files"), ("exchange", "extraction")}
 DOORS = {
     "h5py": {"featstore.files.hdf5"},
     "PIL": {"featstore.images.decode"},
+    "simplejpeg": {"featstore.images.decode"},
     "torchvision.io": {"featstore.images.decode"},
     "torchvision.models": {"featstore.models.torchvision_models"},
     "safetensors": {"featstore.models.weights", "featstore.models.runs", "featstore.exchange.feature_files"},
@@ -359,6 +360,7 @@ def test_a_room_says_what_it_is_for_and_hides_no_module(page: str) -> None:
         ("featstore.store.store", "import h5py", "h5py"),
         ("training.learner", "import h5py as h", "h5py"),
         ("featstore.images.render", "from PIL import Image", "PIL.Image"),
+        ("featstore.images.render", "import simplejpeg", "simplejpeg"),
         ("featstore.images.render", "from torchvision.io import decode_image", "torchvision.io.decode_image"),
         ("featstore.images.render", "from torchvision import io", "torchvision.io"),
         (
