@@ -7,6 +7,7 @@ expected and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from featstore.remedies import Remedy
@@ -17,6 +18,18 @@ OnError = Literal["raise", "skip"]
 Doubtful = Literal["note", "refuse"]
 """What an image does that was decoded, but looks damaged or too dark: it is named, or counts as one that can't be
 decoded."""
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """ValueError that names the argument and lists its choices, unless `value` is one of them.
+
+    >>> check_choice("on_error", "ignore", get_args(OnError))
+    Traceback (most recent call last):
+    ValueError: on_error is 'ignore'; expected raise or skip.
+    """
+    if value not in choices:
+        *others, last = choices
+        raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}.")
 
 
 class FeatureStoreError(Exception):

@@ -86,11 +86,10 @@ class TrainingFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassFlags(RunFlags):
-    """How the work of a training program is done."""
+class ScoringFlags(RunFlags):
+    """How images are scored."""
 
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images a training step.")] = 64
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of head weights, order, views and dropout.")] = 0
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images scored at a time.")] = 64
 
     def options(self) -> dict[str, Any]:
         """As arguments of `Learner`."""
@@ -99,8 +98,19 @@ class PassFlags(RunFlags):
             "workers": self.workers,
             "on_error": self.on_image_error,
             "batch_size": self.batch_size,
-            "seed": self.seed,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitFlags(ScoringFlags):
+    """How the work of training is done."""
+
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images a training step.")] = 64
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of head weights, order, views and dropout.")] = 0
+
+    def options(self) -> dict[str, Any]:
+        """As arguments of `Learner`."""
+        return {**super().options(), "seed": self.seed}
 
 
 FreezeToOption = Annotated[
@@ -118,7 +128,7 @@ def head(
     view: ViewFlags,
     augment: AugmentFlags,
     training: TrainingFlags,
-    how: PassFlags,
+    how: FitFlags,
     output: OutputFlags,
     cut: Annotated[
         str | None, typer.Option("--cut", metavar="CUT", help="Where the head sits.", show_default="see below")
@@ -182,7 +192,7 @@ def finetune_command(
     view: ViewFlags,
     augment: AugmentFlags,
     training: TrainingFlags,
-    how: PassFlags,
+    how: FitFlags,
     output: OutputFlags,
     lr: Annotated[str, typer.Option(metavar="LR|LO,HI|A,B,C", help="One rate; low and high; or one a layer group.")],
     epochs: EpochsOption,
@@ -271,7 +281,7 @@ ModelOption = Annotated[str, typer.Option("--model", metavar="RUN_DIR", help="Fo
 def evaluate(
     model: ModelOption,
     images: ImageFlags,
-    how: PassFlags,
+    how: ScoringFlags,
     output: OutputFlags,
     split: Annotated[str, typer.Option(metavar="|".join(SPLITS), help="Which images to score.")] = "valid",
 ) -> None:
@@ -302,7 +312,7 @@ def evaluate(
 @spread
 def predict(
     model: ModelOption,
-    how: PassFlags,
+    how: ScoringFlags,
     output: OutputFlags,
     items: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", show_default=False)],
     csv: Annotated[

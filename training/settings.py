@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
+from featstore.errors import OnError, check_choice
 from featstore.images.views import Augment, View
 from featstore.store.store import FeatureStore
 
@@ -15,7 +16,7 @@ FIXED = ("classes", "task", "device")
 
 _CHOICES = {
     "on_missing": ("error", "images", "extract"),
-    "on_error": ("raise", "skip"),
+    "on_error": get_args(OnError),
     "keep": ("last", "best"),
 }
 _MAY_BE_NONE = ("store", "augment", "workers", "loss", "on_epoch_end")
@@ -54,9 +55,8 @@ def checked(name: str, value: Any) -> Any:
         TypeError: if it is of another kind.
         ValueError: if it is none of the choices, or too small.
     """
-    if name in _CHOICES and value not in _CHOICES[name]:
-        *others, last = _CHOICES[name]
-        raise ValueError(f"{name} is {value!r}; expected {', '.join(others)} or {last}.")
+    if name in _CHOICES:
+        check_choice(name, value, _CHOICES[name])
     if name not in _KINDS or (value is None and name in _MAY_BE_NONE):
         return value
     kind, words = _KINDS[name]

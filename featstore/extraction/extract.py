@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import nn
 
 from featstore.digest import Json
-from featstore.errors import Doubtful, FeatureStoreError, ImageError, OnError
+from featstore.errors import Doubtful, FeatureStoreError, ImageError, OnError, check_choice
 from featstore.extraction.job import Job, Outcome, refuse_changed
 from featstore.extraction.narrowing import refuse_too_small
 from featstore.extraction.plan import Plan, plan
@@ -291,8 +292,7 @@ def _reason(planned: Plan, outcome: Outcome, index: int) -> str:
 
 
 def _refuse_unreadable(planned: Plan, on_error: str) -> None:
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
+    check_choice("on_error", on_error, get_args(OnError))
     if planned.digests.failed and on_error == "raise":
         index, reason = next(iter(planned.digests.failed.items()))
         raise ImageError(planned.images.ids[index], reason)

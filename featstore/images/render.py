@@ -9,13 +9,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featstore.errors import Doubtful, ImageError, OnError
+from featstore.errors import Doubtful, ImageError, OnError, check_choice
 from featstore.images.decode import Budget, Decoded, DecodeError, decode
 from featstore.images.digests import content_digest
 from featstore.images.views import RenderError, View
@@ -98,10 +98,8 @@ def render(
         ImageError: with "raise", naming the image: when it can't be read or decoded, is refused as doubtful, is no
             longer the one whose digest the job holds, or a policy fails on it, which is then named too.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error is {on_error!r}; expected "raise" or "skip"')
-    if doubtful not in ("note", "refuse"):
-        raise ValueError(f'doubtful is {doubtful!r}; expected "note" or "refuse"')
+    check_choice("on_error", on_error, get_args(OnError))
+    check_choice("doubtful", doubtful, get_args(Doubtful))
     check_workers(workers)
     if workers is None:
         workers = min(8, num_processors())

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from featstore.digest import Json
 from featstore.errors import (
     DamagedFileError,
     OnError,
+    check_choice,
 )
 from featstore.files.disk import make_folder
 from featstore.files.index import RowIndex, is_among
@@ -203,8 +204,7 @@ class FeatureStore:
         """
         from featstore.store.features import Features  # only who reads rows waits for torch
 
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error is {on_error!r}; expected raise or skip.")
+        check_choice("on_error", on_error, get_args(OnError))
         way = self.access if access is None else access
         check_access(way)
         chosen = self._chosen(which)

@@ -171,7 +171,7 @@ def test_a_doubtful_image_is_rendered_or_refused_as_one_that_cannot_be_decoded(f
     skipped = list(render(images, jobs_of(images), workers=workers, on_error="skip", doubtful="refuse"))
     assert [each.index for each in skipped if each.views is None] == [3]
     assert (skipped[3].failure, skipped[3].is_lasting) == (f"doubtful: {noted[3].doubt}", True)
-    with pytest.raises(ValueError, match='doubtful is \'maybe\'; expected "note" or "refuse"'):
+    with pytest.raises(ValueError, match="doubtful is 'maybe'; expected note or refuse"):
         next(render(images, [], doubtful="maybe"))  # type: ignore[arg-type]
 
 

@@ -107,7 +107,7 @@ SURFACE: dict[str, str] = {
     "digest": "Json",
     "errors": (
         "AmbiguousRequestError DamagedFileError FactsDifferError FeatureStoreError ImageError MissingFeaturesError "
-        "ModelError OnError"
+        "ModelError OnError check_choice"
     ),
     "extraction.defaults": "DEFAULT_SPLIT_SEED DEFAULT_VALID",
     "extraction.extract": "extract",

@@ -400,9 +400,9 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     image = _words("images root path-column label-column label-sep split-column group-column task valid split-seed")
     image |= _words("top-folders one-hot valid-column suffix strip")
     view = _words("size resize mean std interpolation")
-    how = _words("device batch-size workers seed on-error trust-code debug json help")
+    how = _words("device batch-size workers on-error trust-code debug json help")
     more = _words(
-        "overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights weights-prefix"
+        "seed overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights weights-prefix"
     )
     contract = {
         "head": image | view | how | more | {"head", "features", "extract", "reduce"},
