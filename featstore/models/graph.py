@@ -11,9 +11,10 @@ import inspect
 import operator
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,10 +65,11 @@ def split_into_stages(
     stages, before = [], (_START, _START)
     for in_eval, in_train in cuts:
         name, aliases = names[in_eval.path]
-        stage_eval = _subgraph(evaluated, before[0], in_eval)
-        stage_train = _subgraph(trained, before[1], in_train)
-        same = _is_same(stage_eval, stage_train)
-        stages.append(GraphStage(name=name, aliases=aliases, eval=stage_eval, train=None if same else stage_train))
+        graph, graph_in_training = _subgraph(evaluated, before[0], in_eval), _subgraph(trained, before[1], in_train)
+        stage = _as_module(evaluated, graph)
+        same = _is_same(_form(graph, evaluated), _form(graph_in_training, trained))
+        in_training = None if same else _as_module(trained, graph_in_training)
+        stages.append(GraphStage(name=name, aliases=aliases, eval=stage, train=in_training))
         before = (in_eval, in_train)
     return stages, trained.auxiliaries
 
@@ -127,6 +129,8 @@ def _patched_method(part: nn.Module) -> str | None:
     A method of a person's own class is no matter: what it does is traced, or is a setting of a whole module.
     """
     for name in vars(part):
+        if name in _MODULE_ATTRIBUTES:
+            continue
         home = next((kind for kind in type(part).__mro__ if name in vars(kind)), None)
         if name == "forward" or (home is nn.Module and name in _RUNNING):
             return str(name)
@@ -140,6 +144,7 @@ def _patched_method(part: nn.Module) -> str | None:
     return None
 
 
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _RUNNING = {
     "_call_impl", "_wrapped_call_impl", "_slow_forward", "modules", "named_modules", "_named_members", "parameters",
     "named_parameters", "buffers", "named_buffers", "children", "named_children", "get_submodule",
@@ -202,6 +207,7 @@ _IN_PLACE_OPERATORS = {
 }  # fmt: skip
 
 
+@lru_cache(maxsize=1024)  # reading a signature takes longer than all else that is asked of an operation
 def _inplace_position(function: Callable[..., Any]) -> int | None:
     try:
         names = list(inspect.signature(function).parameters)
@@ -273,16 +279,17 @@ def _are_open(evaluated: Trace, trained: Trace, cuts: list[tuple[_Cut, _Cut]]) -
     stages_of: dict[int, set[int]] = {}
     for mode, trace in enumerate((evaluated, trained)):
         ends = [cut[mode].end for cut in cuts]
+        modules = dict(trace.root.named_modules(remove_duplicate=False))
         for position, node in enumerate(trace.nodes):
-            for tensor in _tensors_used(trace, node):
+            for tensor in _tensors_used(trace, node, modules):
                 stages_of.setdefault(id(tensor), set()).add(bisect_left(ends, position))
     spans = [(min(stages), max(stages)) for stages in stages_of.values()]
     return [not any(first <= index < last for first, last in spans) for index in range(len(cuts))]
 
 
-def _tensors_used(trace: Trace, node: fx.Node) -> Iterator[Tensor]:
+def _tensors_used(trace: Trace, node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[Tensor]:
     if node.op == "call_module":
-        leaf = trace.root.get_submodule(str(node.target))
+        leaf = modules[str(node.target)]
         yield from leaf.parameters()
         yield from leaf.buffers()
     for operand in node.all_input_nodes:
@@ -323,8 +330,8 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-def _subgraph(trace: Trace, before: _Cut, cut: _Cut) -> fx.GraphModule:
-    """The operations after one cut up to another, as a module of one input."""
+def _subgraph(trace: Trace, before: _Cut, cut: _Cut) -> fx.Graph:
+    """The operations after one cut up to another, with one input."""
     graph = fx.Graph()
     copies = {before.value or trace.nodes[0]: graph.placeholder("input")}
 
@@ -337,6 +344,10 @@ def _subgraph(trace: Trace, before: _Cut, cut: _Cut) -> fx.GraphModule:
         copies[node] = graph.node_copy(node, copied)
     assert cut.value is not None
     graph.output(copies[cut.value])
+    return graph
+
+
+def _as_module(trace: Trace, graph: fx.Graph) -> fx.GraphModule:
     with _constants_on(trace):
         stage = fx.GraphModule(trace.root, graph, class_name="StageGraph")
     stage.graph.lint()
@@ -354,24 +365,28 @@ def _constants_on(trace: Trace) -> Iterator[None]:
             delattr(trace.root, name)
 
 
-def _is_same(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+_Form = tuple[list[Any], list[Tensor]]
+
+
+def _is_same(one: _Form, other: _Form) -> bool:
     """Whether two graphs of one module run the same operations with the same constants."""
-    forms, tensors = zip(_form(one), _form(other), strict=True)
+    forms, tensors = zip(one, other, strict=True)
     return forms[0] == forms[1] and all(
         mine is yours or (mine.dtype == yours.dtype and not mine.is_meta and torch.equal(mine, yours))
         for mine, yours in zip(*tensors, strict=True)
     )
 
 
-def _form(stage: fx.GraphModule) -> tuple[list[Any], list[Tensor]]:
-    """The operations of `stage` with places for names, and the tensors it takes from its attributes."""
+def _form(graph: fx.Graph, trace: Trace) -> _Form:
+    """The operations of `graph` with places for names, and the tensors it takes from attributes."""
     places: dict[fx.Node, str] = {}
     form, tensors = [], []
-    for node in stage.graph.nodes:
+    for node in graph.nodes:
         places[node] = f"%{len(places)}"
         target = node.target
         if node.op == "get_attr":
-            tensors.append(operator.attrgetter(str(target))(stage))
+            name = str(target)
+            tensors.append(trace.constants[name] if name in trace.constants else operator.attrgetter(name)(trace.root))
             target = "tensor"
         form.append((node.op, target, fx.node.map_arg((node.args, node.kwargs), places.__getitem__)))
     return form, tensors

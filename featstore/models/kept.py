@@ -35,12 +35,12 @@ class Kept:
         self._owners: dict[tuple[str, ...], tuple[Any, Any]] = {}
         self._contents: list[tuple[Any, Any]] = []  # containers below the attributes, with what they held
         self._seen: set[int] = set()
-        leaves: list[str] = []
+        leaf = None
         for path, part in module.named_modules():
-            if any(path.startswith(f"{leaf}.") for leaf in leaves):
+            if leaf is not None and path.startswith(f"{leaf}."):  # what lies in a module comes right after it
                 continue
             if path and is_leaf(part, path):
-                leaves.append(path)
+                leaf = path
                 continue
             self._path = path
             for name, value in vars(part).items():

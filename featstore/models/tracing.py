@@ -132,9 +132,14 @@ class _Tracer(fx.Tracer):
         self.owners: dict[fx.Node, str] = {}  # the module whose forward runs it
         self.inside: list[str] = []
         self._uses: Counter[str] = Counter()
+        self._leaves: dict[tuple[nn.Module, str], bool] = {}  # as looked up before: each is asked for again and again
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_library_leaf(m) or has_fingerprint(m) or module_qualified_name in self.opaque
+        known = self._leaves.get((m, module_qualified_name))
+        if known is None:
+            known = is_library_leaf(m) or has_fingerprint(m) or module_qualified_name in self.opaque
+            self._leaves[m, module_qualified_name] = known
+        return known
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -145,10 +150,13 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        self.inside.append(self.path_of_module(m))
-        before = random_states()
+        path = self.path_of_module(m)
+        self.inside.append(path)
+        runs_itself = not self.is_leaf_module(m, path) and type(m) is not nn.Sequential  # which only calls others
+        before = random_states() if runs_itself else None
         result = super().call_module(m, forward, args, kwargs)
-        _refuse_draws(before)
+        if before is not None:
+            _refuse_draws(before)
         self.inside.pop()  # not in a finally: after an error the path says where it was raised
         return result
 
@@ -304,9 +312,8 @@ def _attributes_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 def _holds_proxy(value: Any) -> bool:
-    values = list(value.values()) if isinstance(value, dict) else value
-    if isinstance(values, list | tuple):
-        return any(_holds_proxy(each) for each in values)
+    if isinstance(value, dict | list | tuple):
+        return any(map(_holds_proxy, list(value.values()) if isinstance(value, dict) else value))
     return isinstance(value, fx.Proxy)
 
 
