@@ -152,8 +152,8 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         path = self.path_of_module(m)
         self.inside.append(path)
-        runs_itself = not self.is_leaf_module(m, path) and type(m) is not nn.Sequential  # which only calls others
-        before = random_states() if runs_itself else None
+        is_run = not self.is_leaf_module(m, path) and type(m).forward is not nn.Sequential.forward  # which only calls
+        before = random_states() if is_run else None
         result = super().call_module(m, forward, args, kwargs)
         if before is not None:
             _refuse_draws(before)

@@ -13,16 +13,18 @@ FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("store", ["--scale", "0.001", "--rounds", "1"]),
-        ("scale", ["--rows", "200"]),
-        ("start", ["--sets", "3", "--rounds", "1"]),
-        ("heads", ["--seeds", "2", "--scale", "0.01", "--problems", "4"]),
+        ("store", ["--scale", "0.001", "--rounds", "1", "--folder"]),
+        ("scale", ["--rows", "200", "--folder"]),
+        ("start", ["--sets", "3", "--rounds", "1", "--folder"]),
+        ("heads", ["--seeds", "2", "--scale", "0.01", "--problems", "4", "--folder"]),
+        ("models", ["squeezenet1_1", "--rounds", "1", "--batch", "1"]),
     ],
 )
 def test_a_benchmark_ends_in_its_ratios_and_targets(
     processes: Processes, tmp_path: Path, name: str, flags: list[str]
 ) -> None:
-    printed = processes.answer(AS_A_SCRIPT, str(FOLDER / f"{name}.py"), *flags, "--folder", str(tmp_path))
+    folder = [str(tmp_path)] if flags[-1] == "--folder" else []
+    printed = processes.answer(AS_A_SCRIPT, str(FOLDER / f"{name}.py"), *flags, *folder)
     *_, last = printed.splitlines()
     found = json.loads(last)
     assert found.keys() == {"benchmark", "ratios", "targets"}
