@@ -6,8 +6,10 @@ A library of backbones is a module beside this one with the functions of `Librar
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from inspect import isroutine
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError, WeightsError
 from featstore.images.views import View
 from featstore.models import own_file, torchvision_models
+from featstore.models.modes import seeded
 from featstore.models.names import WEIGHTS_SUFFIXES, no_weights_file
 from featstore.models.runs import Run, located, read_run
 from featstore.models.staged import StagedModel
@@ -66,7 +69,7 @@ def backbone_names() -> list[str]:
 
 
 def backbone(
-    source: str | Path | nn.Module,
+    source: str | Path | nn.Module | Callable[[], nn.Module],
     weights: str | Path | None = None,
     *,
     cut: str | None = None,
@@ -77,7 +80,8 @@ def backbone(
 
     Args:
         source: a name of `backbone_names()`; ``path/to/file.py:function``, called without arguments under a fixed seed
-            and returning an `nn.Module` or a `StagedModel`; the folder of a saved run; or a module itself.
+            and returning an `nn.Module` or a `StagedModel`; the folder of a saved run; a module itself; or a class or
+            function that makes one, called as one in a file.
         weights: ``DEFAULT`` or another name of its library's weights; a local file (``.safetensors``, or what
             ``torch.load(weights_only=True)`` reads); ``none`` for a seeded initialisation. Default: ``DEFAULT`` for a
             name; what it returns for a function or module; its own for a run.
@@ -92,8 +96,8 @@ def backbone(
             alone, so surplus tensors inside the trunk are refused too.
         ModelError: for a model that can't be traced or keyed.
     """
-    if isinstance(source, nn.Module):
-        model = source if isinstance(source, StagedModel) else StagedModel.from_module(source)
+    if not isinstance(source, str | Path):
+        model = _made(source)
         return model if weights is None or str(weights) == "none" else _with_file(model, weights, cut, weights_prefix)
     text = str(source)
     library = _library_of(text)
@@ -188,6 +192,25 @@ def _known_library(name: str) -> Library:
     if library is None:
         raise ValueError(f"{_no_backbone(name)}.")
     return library
+
+
+def _made(source: nn.Module | Callable[[], nn.Module]) -> StagedModel:
+    """The model of a module, or of the module that a class or function makes."""
+    made: Any = source
+    if isinstance(source, type | partial) or isroutine(source):
+        call = f"{getattr(source, '__name__', 'partial')}()"
+        try:
+            with seeded():
+                made = source()
+        except Exception as error:
+            raise ModelError(
+                f"{call} failed with {type(error).__name__}: {error}. Make the module yourself and hand it over."
+            ) from error
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"{call} made a {type(made).__name__}; expected an nn.Module or a StagedModel.")
+        if not isinstance(made, StagedModel):
+            made.eval()
+    return made if isinstance(made, StagedModel) else StagedModel.from_module(made)
 
 
 def _no_backbone(name: str) -> str:

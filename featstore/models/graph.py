@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from featstore.errors import ModelError
+from featstore.models.adapters import check_one_input
 from featstore.models.tracing import Trace, is_library_class, is_library_leaf, traced
 
 
@@ -55,6 +56,7 @@ def split_into_stages(
         ModelError: what can't be traced (named), or what doesn't return one tensor.
     """
     refuse_patched(module)
+    check_one_input(module)
     evaluated, opaque = traced(module, training=False, opaque=frozenset())
     main = evaluated.paths[evaluated.output]
     trained, opaque_in_training = traced(module, training=True, opaque=opaque, main=main)
@@ -87,10 +89,7 @@ def refuse_patched(module: nn.Module) -> None:
     for path, part in module.named_modules():
         where = f"{path or 'the model'} ({type(part).__name__})"
         if part._forward_hooks or part._forward_pre_hooks:
-            raise ModelError(
-                f"{where} has a forward hook, whose effect no key can see. Remove the hook, or write what it does into "
-                "the forward of a module."
-            )
+            raise ModelError(_on_a_hook(part, path, where))
         if isinstance(getattr(part, "_orig_mod", None), nn.Module):
             raise ModelError(
                 f"{where} is compiled by torch.compile, and what that runs no key can see. Hand over the module that "
@@ -118,9 +117,41 @@ def refuse_patched(module: nn.Module) -> None:
             )
         if nn.utils.parametrize.is_parametrized(part):
             raise ModelError(
-                f"{where} is parametrized. Bake the result in first: "
-                "torch.nn.utils.parametrize.remove_parametrizations(module, name)."
+                f"{where} is parametrized: it makes a tensor anew each time it runs. Bake in what is made, in eval "
+                "mode:\n"
+                "    net.eval()\n"
+                "    for part in list(net.modules()):\n"
+                "        for name in list(getattr(part, 'parametrizations', ())):\n"
+                "            torch.nn.utils.parametrize.remove_parametrizations(part, name)"
             )
+
+
+def _on_a_hook(part: nn.Module, path: str, where: str) -> str:
+    """Why a hook is refused, with the call that bakes in what one of torch's own makes."""
+    hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+    for hook in hooks:
+        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+        for kind, remove in _BAKED_BY.items():
+            if any(f"{each.__module__}.{each.__name__}" == kind for each in type(hook).__mro__):
+                net = f"net.get_submodule({path!r})" if path else "net"
+                return (
+                    f"{where} makes its {name} anew each time it runs, by a hook ({type(hook).__name__}). Bake in what "
+                    f"is made, in eval mode:\n    net.eval(); torch.nn.utils.{remove}({net}, {name!r})"
+                )
+    if any(str(getattr(hook, "__module__", "")).startswith("torch.export") for hook in hooks):
+        return f"{where} is of an exported program. Hand over the nn.Module it was exported from."
+    return (
+        f"{where} has a forward hook, whose effect no key can see. Remove the hook, or write what it does into the "
+        "forward of a module."
+    )
+
+
+_BAKED_BY = {
+    "torch.nn.utils.weight_norm.WeightNorm": "remove_weight_norm",
+    "torch.nn.utils.spectral_norm.SpectralNorm": "remove_spectral_norm",
+    "torch.nn.utils.prune.BasePruningMethod": "prune.remove",
+}
+"""Hooks of torch's own that make a tensor -> what bakes it in."""
 
 
 def _patched_method(part: nn.Module) -> str | None:
@@ -318,11 +349,23 @@ def _names(trace: Trace, cuts: Sequence[str], containers: Collection[str]) -> di
     for prefix, path in last.items():
         if path in by_path and prefix not in by_path:
             by_path[path].append(prefix)
+    also = _other_paths(trace.root)
+    uses = Counter(trace.plain_paths[node] for node in trace.nodes)
     names = {}
     for path, known in by_path.items():
         known.sort(key=lambda name: (name in containers, name.count("."), len(name)))
+        if uses[path] == 1:  # of a module that runs twice, each of its names may mean either value
+            known += [other for name in known for other in also.get(name, ()) if other not in by_path]
         names[path] = (known[0], tuple(known[1:]))
     return names
+
+
+def _other_paths(root: nn.Module) -> dict[str, list[str]]:
+    """Path of a module -> its further paths, where it is registered under several."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, part in root.named_modules(remove_duplicate=False):
+        paths.setdefault(part, []).append(path)
+    return {first: others for first, *others in paths.values() if others}
 
 
 def _prefixes(path: str) -> list[str]:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from featstore.digest import Json
 from featstore.errors import ModelError
 from featstore.images.views import View
+from featstore.models.adapters import picking
 from featstore.models.digests import START
-from featstore.models.graph import split_into_stages
+from featstore.models.graph import refuse_patched, split_into_stages
 from featstore.models.modes import check_trainable, eval_mode
 from featstore.models.names import automatic
 from featstore.models.pool import Pool
 from featstore.models.shapes import Measured, Tail, layout_from, measured
 from featstore.models.stages import AbsentStage, HeadStage, PoolStage, Stage, TracedStage
+from featstore.models.wrappers import unwrapped
 from featstore.timing import timed
 
 POOL, HEAD = "pool", "head"
@@ -101,10 +103,17 @@ class StagedModel(nn.Module):
         Raises:
             ModelError: what can't be traced or keyed, named.
         """
-        state = module.state_dict(keep_vars=True).keys()
-        with timed("trace"):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"A {type(module).__name__} is no torch.nn.Module, which is expected. In place of what was made from "
+                "one (an exported program, its tensors) hand over the module itself."
+            )
+        with timed("trace"), unwrapped(module) as (module, notes):
+            state = module.state_dict(keep_vars=True).keys()
             graphs, auxiliaries = split_into_stages(module, containers=containers)
             stages = [TracedStage(stage, state) for stage in graphs]
+        for stage in graphs:
+            refuse_patched(stage.eval)  # a layer that is back in its wrapper
         model = cls(
             stages,
             view=view or View(),
@@ -116,10 +125,11 @@ class StagedModel(nn.Module):
         )
         model.unused = frozenset(state - model.tensors().keys())
         if auxiliaries:
-            model.notes = (
+            notes += (
                 f"{', '.join(auxiliaries)}: left out, as it makes a further output in train mode alone (an auxiliary "
                 "classifier); a fit has no loss for it",
             )
+        model.notes = notes
         return model
 
     @classmethod
@@ -506,9 +516,10 @@ class StagedModel(nn.Module):
 
     def _checked_tensor(self, index: int, values: Any) -> Tensor:
         if not isinstance(values, Tensor):
+            advice = picking(values) if index + 1 == len(self.stages) else None
             raise ModelError(
                 f"The value of {self.name} at {self.ordered[index].name} is a {type(values).__name__}; only tensors "
-                "can be activations. Cut before or after it."
+                f"can be activations. {advice or 'Cut before or after it.'}"
             )
         return values
 

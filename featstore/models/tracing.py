@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from featstore.errors import ModelError
+from featstore.models.adapters import is_record, parts, picking
 from featstore.models.kept import Kept
 from featstore.models.modes import gradients_on, mode_of, one_pass, random_states, random_states_kept
 from featstore.source_code import is_at_its_name
@@ -333,10 +334,13 @@ def _as_trace(
     if others:
         left_out = {node for node in operations if node not in _ancestors([output])} & _ancestors([end])
     kept = [node for node in operations if node not in left_out]
-    if not isinstance(output, fx.Node) or output.op not in {"call_module", "call_function", "call_method"}:
+    is_computed = isinstance(output, fx.Node) and output.op in {"call_module", "call_function", "call_method"}
+    if not is_computed or is_record(output):
+        advice = None if training else picking(output)
         raise ModelError(
             f"{type(module).__name__} returns {_described(output)} in {'train' if training else 'eval'} mode; a staged "
-            "model returns one tensor computed from its input. Write a wrapper whose forward returns just that tensor."
+            "model returns one tensor computed from its input. "
+            f"{advice or 'Write a wrapper whose forward returns just that tensor.'}"
         )
     return Trace(
         root=module,
@@ -351,14 +355,7 @@ def _as_trace(
 
 def _parted(output: Any, tracer: _Tracer, main: str | None) -> tuple[Any, list[fx.Node]]:
     """What a forward returns, parted into the output and further values."""
-    values: Any = ()
-    if isinstance(output, tuple | list):
-        values = output
-    elif isinstance(output, dict):
-        values = output.values()
-    elif isinstance(output, fx.Node) and hasattr(output.target, "_fields"):  # a named tuple
-        values = (*output.args, *output.kwargs.values())
-    nodes = [each for each in values if isinstance(each, fx.Node)]
+    nodes = [each for each in parts(output).values() if isinstance(each, fx.Node)]
     found = [node for node in nodes if tracer.paths[node] == main]
     if len(found) != 1:
         return output, []
@@ -394,6 +391,8 @@ def _prefixes(path: str) -> list[str]:
 
 
 def _described(output: Any) -> str:
+    if is_record(output):
+        return f"a value of type {output.target.__name__}"
     if isinstance(output, fx.Node):
         return "its input or a parameter unchanged"
     return f"a value of type {type(output).__name__.removeprefix('immutable_')}"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 import torchvision
 from support.own_files import write_own
+from support.tiny import Net
 from torch import Tensor, nn
 
 from featstore import FeatureStoreError, ModelError, StagedModel, View, WeightsError, backbone, backbone_names
@@ -43,6 +45,20 @@ def test_an_unknown_name_is_refused_with_the_names() -> None:
 def test_unknown_weights_are_refused_with_the_names() -> None:
     with pytest.raises(ValueError, match=r"'V9' are no weights of resnet50. Expected DEFAULT, IMAGENET1K_V2, .*, none"):
         backbone("resnet50", "V9")
+
+
+def test_a_class_or_function_makes_the_module_as_one_in_a_file_does() -> None:
+    before = torch.get_rng_state()
+    models = [backbone(make) for make in (Net, partial(Net, stride=2), lambda: Net())]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len({tuple(model.digests().values()) for model in models}) == 1
+    assert not models[0].training
+    with pytest.raises(ModelError, match=r"Linear\(\) failed with TypeError: .*hand it over"):
+        backbone(nn.Linear)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dict\(\) made a dict; expected an nn.Module or a StagedModel"):
+        backbone(dict)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"A OrderedDict is no torch.nn.Module, which is expected"):
+        backbone(Net().state_dict())  # type: ignore[arg-type]
 
 
 def test_making_a_backbone_leaves_the_random_states_alone() -> None:

@@ -5,9 +5,7 @@ Long, since each kind of network is here with what is to be said when it can't b
 
 from __future__ import annotations
 
-import copy
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import MethodType
@@ -165,6 +163,32 @@ def test_a_value_has_the_name_of_each_module_that_ends_in_it() -> None:
     model = StagedModel.from_module(torchvision.models.resnet18(weights=None))
     assert [model.canonical(name) for name in ("layer4", "layer4.1", "layer4.1.relu_1")] == ["layer4"] * 3
     assert model.canonical("layer4.0") == "layer4.0"
+
+
+class Registered(nn.Module):
+    """Modules under two names each, one of which runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.first = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh())
+        self.relu = nn.ReLU()
+        self.c1, self.body, self.act = self.stem, self.first, self.relu
+
+    def forward(self, values: Tensor) -> Tensor:
+        scaled: Tensor = self.act(self.body(self.relu(self.c1(values)))) * 2
+        return scaled
+
+
+def test_a_module_that_is_registered_twice_is_one_value_with_one_key_under_either_name() -> None:
+    model = StagedModel.from_module(Registered())
+    assert model.cut_points == ["stem", "relu", "first.0", "first", "relu_1", "mul"]
+    names = {"c1": "stem", "body": "first", "body.1": "first", "first.1": "first", "body.0": "first.0"}
+    for name, canonical in names.items():
+        assert model.canonical(name) == canonical
+        assert model.digest(name) == model.digest(canonical) == model.digests()[canonical]
+    with pytest.raises(ValueError, match="no cut 'act'"):  # it may be either of two values
+        model.index("act")
 
 
 def test_a_module_without_any_inner_cut_is_one_stage() -> None:
@@ -618,46 +642,12 @@ def test_the_padding_of_a_layer_that_pads_with_zeros_may_be_changed() -> None:
     assert StagedModel.from_module(layer).digests() == StagedModel.from_module(made).digests()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_a_compiled_module_is_refused_and_the_advice_works() -> None:
-    net: Any = torch.compile(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()))
-    with pytest.raises(ModelError, match=r"the model \(OptimizedModule\) is compiled .* was compiled: net._orig_mod\."):
-        StagedModel.from_module(net)
-    assert StagedModel.from_module(net._orig_mod).cut_points == ["0", "1"]
-    outer = nn.Sequential(nn.Conv2d(3, 3, 1), net)
-    with pytest.raises(ModelError, match=r"1 \(OptimizedModule\) is compiled .* put the _orig_mod of 1 in its place\."):
-        StagedModel.from_module(outer)
-    outer[1] = net._orig_mod
-    assert StagedModel.from_module(outer).cut_points == ["0", "1.0", "1"]
-
-
-@pytest.mark.parametrize("path", ["", "0"])
-def test_a_module_that_was_compiled_in_place_is_refused_and_the_advice_works(path: str) -> None:
-    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()), nn.Tanh())
-    model = StagedModel.from_module(net)
-    net.get_submodule(path).compile()
-    with pytest.raises(
-        ModelError, match=r"\(Sequential\) was compiled in place \(net\.(0\.)?compile\(\)\), .*deepcopy"
-    ):
-        StagedModel.from_module(net)
-    assert StagedModel.from_module(copy.deepcopy(net)).digest("1") == model.digest("1")
-    assert net.get_submodule(path)._compiled_call_impl is not None  # the caller's stays as it was
-
-
 def test_a_leaf_that_is_compiled_in_place_after_the_staging_is_refused_by_its_stage() -> None:
     net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
     model = StagedModel.from_module(net)
     net[1].compile()
     with pytest.raises(ModelError, match=r"1 \(ReLU\) was compiled in place"):
         model.digests()
-
-
-def test_a_torchscript_module_is_refused_with_what_to_hand_over() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates it
-        net = torch.jit.script(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()))
-    with pytest.raises(ModelError, match=r"TorchScript module, .* Hand over the nn.Module it was made from"):
-        StagedModel.from_module(net)
 
 
 class Asking(nn.Module):
@@ -681,14 +671,6 @@ def test_gradients_that_the_caller_has_switched_off_change_no_stage(off: Callabl
     assert model.digests() == expected.digests()
     model.train()(images()).sum().backward()  # with constants that can be trained through
     assert module.conv.weight.grad is not None
-
-
-def test_a_parametrization_is_refused_and_the_advice_works() -> None:
-    module = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.ReLU())
-    with pytest.raises(ModelError, match=r"0 \(ParametrizedConv2d\) is parametrized. .*remove_parametrizations"):
-        StagedModel.from_module(module)
-    nn.utils.parametrize.remove_parametrizations(module[0], "weight")
-    StagedModel.from_module(module)
 
 
 def test_a_hook_on_all_modules_is_refused() -> None:

@@ -42,9 +42,9 @@ ROOMS: dict[str, Rooms] = {
         (
             "models",
             (
-                "names", "modes", "kept", "tracing", "graph", "pool", "digests", "stages", "shapes", "staged", "trunk",
-                "weights", "runs", "trust", "torchvision_models", "own_file", "backbones", "probe", "batch_mixing",
-                "purity",
+                "names", "modes", "kept", "wrappers", "adapters", "tracing", "graph", "pool", "digests", "stages",
+                "shapes", "staged", "trunk", "weights", "runs", "trust", "torchvision_models", "own_file", "backbones",
+                "probe", "batch_mixing", "purity",
             ),
         ),
         (
