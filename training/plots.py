@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from featstore.images.image_set import ImageSet
 from featstore.images.render import Job, render
-from featstore.images.views import OwnPolicy, Policy, View
+from featstore.images.views import Augment, GivenPolicy, View
 
 
 class Plot(Figure):
@@ -31,28 +31,39 @@ class Plot(Figure):
 def views(
     images: ImageSet,
     view: View,
-    policy: str | OwnPolicy | Policy,
-    seeds: Sequence[int | None] = (None, 0, 1, 2),
+    augment: GivenPolicy | Augment,
+    seeds: Sequence[int | None] | None = None,
     *,
     num_images: int = 4,
 ) -> Plot:
     """What a backbone sees: a row for each of the first `num_images` images, a column for each of `seeds`.
 
-    A seed of None is the evaluation view. The pixels are those that extraction and live training get, before
-    normalisation.
+    The title is the policy with its parameters. The pixels are those that extraction and live training get, before
+    normalisation. Of a learner: ``views(learn.images.train, learn.view, learn.augment)``.
+
+    Args:
+        images: the first of these are shown.
+        view: size, geometry and the like.
+        augment: a policy, or an augmentation with its seeds.
+        seeds: None among them is the evaluation view. Default: that and three seeds, the first that `augment` has.
+        num_images: at most so many rows.
 
     Raises:
         ImageError: naming the first image that can't be read or rendered.
     """
+    given = augment if isinstance(augment, Augment) else Augment(augment, "fresh")
+    if seeds is None:
+        seeds = (None, *range(3)) if given.seeds == "fresh" else (None, *given.seeds[:3])
     shown = images.select(range(min(num_images, len(images))))
     if len(shown) == 0 or len(seeds) == 0:
         raise ValueError(f"There is nothing to show of {len(shown)} images and {len(seeds)} seeds; pass one at least.")
-    columns = tuple(view.evaluation if seed is None else view.with_seed(policy, seed) for seed in seeds)
+    columns = tuple(view.evaluation if seed is None else view.with_seed(given.policy, seed) for seed in seeds)
     jobs = [Job(index, digest.tobytes(), columns) for index, digest in enumerate(shown.digests().values)]
-    figure = Plot(figsize=(2.2 * len(columns), 2.2 * len(shown) + 0.4), layout="constrained")
+    figure = Plot(figsize=(2.2 * len(columns), 2.2 * len(shown) + 0.8), layout="constrained")
+    figure.suptitle(given.policy.label, fontsize="medium", parse_math=False)
     grid = figure.subplots(len(shown), len(columns), squeeze=False)
-    for axes, column in zip(grid[0], columns, strict=True):
-        axes.set_title(column.label(), fontsize="small")
+    for axes, seed in zip(grid[0], seeds, strict=True):
+        axes.set_title("evaluation view" if seed is None else f"seed {seed}", fontsize="small")
     for row, image_id, rendered in zip(grid, shown.ids, render(shown, jobs, workers=0), strict=True):
         assert rendered.views is not None  # render raises for an image that fails
         row[0].set_ylabel(_short(image_id), fontsize="small", parse_math=False)  # a "$" in a file name is a "$"

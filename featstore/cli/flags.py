@@ -26,6 +26,7 @@ from featstore.images.geometry import INTERPOLATIONS
 from featstore.images.labels import Task
 from featstore.images.origins import ORIGINS, Origin, named_by
 from featstore.images.policies import BUILT_IN
+from featstore.images.spelling import completed, read
 from featstore.models.names import WEIGHTS_SUFFIXES, no_weights_file
 from featstore.words import counted
 
@@ -39,6 +40,7 @@ FEW_IMAGES = 100
 """Below so many validation images, the steps in which accuracy moves are worth a sentence."""
 
 ON_ERROR: tuple[OnError, ...] = get_args(OnError)
+_POLICIES = ", ".join(BUILT_IN)
 _TASKS: tuple[Task, ...] = get_args(Task)
 _TOP_FOLDERS: tuple[TopFolders, ...] = get_args(TopFolders)
 
@@ -280,7 +282,12 @@ class AugmentFlags:
     """An augmentation policy and its seeds, which belong together."""
 
     augment: Annotated[
-        str | None, typer.Option(metavar="|".join(BUILT_IN), help="Augmentation policy; needs --seeds.")
+        str | None,
+        typer.Option(
+            metavar="POLICY[:PARAMETER=VALUE,...][+POLICY...]",
+            help=f"Augmentation; needs --seeds. One of these, or several (side_on:max_zoom=1.1+cutout): {_POLICIES}.",
+            autocompletion=completed,
+        ),
     ] = None
     seeds: Annotated[
         str | None,
@@ -289,7 +296,10 @@ class AugmentFlags:
 
     def __post_init__(self) -> None:
         if self.augment is not None:
-            one_of("--augment", self.augment, tuple(BUILT_IN))
+            try:
+                read(self.augment)
+            except ValueError as error:
+                raise ValueError(f"--augment {self.augment}: {error}.") from error
         if self.augment in (None, "none") and self.seeds is not None:
             raise ValueError(
                 f"--seeds {self.seeds} is given without an augmentation, and the evaluation view has no seeds. Add "

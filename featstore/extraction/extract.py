@@ -252,7 +252,7 @@ def _report(planned: Plan, outcome: Outcome, seconds: float) -> ExtractReport:
                 "key": each.spec.key,
                 "cut": each.cut,
                 "reduce": each.spec.reduction,
-                "view": "evaluation" if each.view.policy is None else each.view.policy.name,
+                "view": "evaluation" if each.view.policy is None else each.view.policy.label,
                 "seed": each.view.seed,
                 "rows": reused + int((each.is_missing & ~is_failed & ~is_unread).sum()),
                 "computed": computed,

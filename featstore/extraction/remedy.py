@@ -32,7 +32,7 @@ def extract_remedy(
     """How to extract `cuts` (each ``CUT`` or ``CUT:REDUCTION``): a command, else the Python call.
 
     A command needs images from a folder or table, a backbone that a name, a file's function or a run gives, and a
-    policy with a name. It holds every flag that differs from its default.
+    policy that is built in. It holds every flag that differs from its default.
     """
     flags = _flags(model, images, view, augment)
     if flags is None:
@@ -116,9 +116,9 @@ def _flags(
         return None
     of_augment: list[str] = []
     if augment is not None:
-        if augment.policy.function is not None or augment.seeds == "fresh":
+        if augment.policy.spelled is None or augment.seeds == "fresh":
             return None
-        of_augment = ["--augment", augment.policy.name, "--seeds", seed_ranges(augment.seeds)]
+        of_augment = ["--augment", augment.policy.spelled, "--seeds", seed_ranges(augment.seeds)]
     return of_images, of_model, of_view, of_augment
 
 
@@ -137,8 +137,8 @@ def _python_call(
     if view is not None and view.evaluation != model.view.evaluation:
         arguments["view"] = "view"
     if augment is not None and augment.seeds != "fresh":
-        name = augment.policy.name
-        policy = repr(name) if augment.policy.function is None else name if name.isidentifier() else "policy"
+        name, word = augment.policy.name, augment.policy.spelled
+        policy = repr(word) if word is not None else name if name.isidentifier() else "policy"
         arguments["augment"] = f"Augment({policy}, seeds={list(augment.seeds)})"
     if dtype not in (None, DEFAULT_STORAGE_TYPE):
         arguments["dtype"] = repr(dtype)

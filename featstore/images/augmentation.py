@@ -6,19 +6,25 @@ import json
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.random import bit_generator
+from numpy.typing import NDArray
 
 from featstore.digest import Json, canonical_json, digest_json
 from featstore.errors import ModelError
+from featstore.images.canvas import Canvas
+from featstore.images.draws import Draws
 from featstore.images.geometry import Geometry, RenderError
-from featstore.images.policies import BUILT_IN, Draws
+from featstore.images.policies import BUILT_IN
+from featstore.images.spelling import THEN, changed, read, spelled
 from featstore.source_code import function_facts
 from featstore.surroundings import Reading, noticed, readings
 
@@ -30,52 +36,86 @@ OwnPolicy: TypeAlias = "Callable[[Tensor, torch.Generator], Tensor]"
 """A person's policy: uint8 `(3, H, W)` and a CPU generator to uint8 `(3, H', W')`, before the evaluation geometry."""
 
 
-@dataclass(frozen=True, kw_only=True)
+GivenPolicy: TypeAlias = "str | OwnPolicy | Policy | tuple[str, Mapping[str, Any]] | Sequence[GivenPolicy]"
+"""A built-in policy's name, alone or with its parameters; a person's function; several that follow one another."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Policy:
     """One augmentation policy. Policies of equal facts are equal. Made by `policy`.
 
     Attributes:
-        name: for people; of a person's own policy, its function's name.
+        name: for people; of a person's own policy, its function's name; of several, theirs, joined by ``+``.
         identity: the canonical JSON of what decides its values: version and parameters of a built-in one; the digest
-            of its source, or its own fingerprint, of a person's.
+            of its source, or its own fingerprint, of a person's; the facts of all where there are several.
         function: a person's own policy; None for the built-in ones and for one that is known by its facts alone.
+        parts: the policies that follow one another, where there are several; else empty.
     """
 
     name: str
     identity: str
-    function: OwnPolicy | None = field(default=None, compare=False, repr=False)
+    function: OwnPolicy | None = field(default=None, compare=False)
+    parts: tuple[Policy, ...] = field(default=(), compare=False)
 
     @property
     def facts(self) -> dict[str, Json]:
         """Name and identity, as JSON values."""
         return {"name": self.name, **json.loads(self.identity)}
 
-    def check_unchanged(self) -> None:
-        """Checks that a person's own function still is what this policy was keyed by.
+    @property
+    def spelled(self) -> str | None:
+        """What names it in one word, as ``--augment`` has it; None unless all of it is built-in, in this version."""
+        words = []
+        for part in self._steps:
+            params = _built_in(part)
+            if params is None:
+                return None
+            words.append(spelled(part.name, params))
+        return THEN.join(words)
 
-        Raises:
-            ValueError: if its code or a value that it reads has changed since.
-        """
-        if self.function is not None and canonical_json(_identity(self.function, self.name)) != self.identity:
-            raise ValueError(
-                f"the policy {self.name} has changed since this Augment was made: its code, or a value that it reads. "
-                "What it computes now has another key; make it again: Augment(policy, seeds)."
-            )
+    @property
+    def label(self) -> str:
+        """A few words for people: the name, with the parameters that aren't a built-in one's defaults."""
+        return self.spelled or self.name
 
     def describe(self) -> str:
-        """The name, and for all but the built-in ones of this version what tells two of one name apart."""
-        if self._is_built_in:
-            return self.name
+        """The label, and for all but the built-in ones of this version what tells two of one name apart."""
+        if len(self.parts) > 1:
+            return THEN.join(part.describe() for part in self.parts)
+        if self.spelled is not None:
+            return self.spelled
         identity = json.loads(self.identity)
         if "source" in identity:
             identity["source"] = identity["source"][:12]
         return f"{self.name} ({', '.join(f'{kind} {value}' for kind, value in identity.items())})"
 
+    def __repr__(self) -> str:
+        if self.parts:
+            return f"policy([{', '.join(map(repr, self.parts))}])"
+        if (params := _built_in(self)) is not None:
+            given = changed(self.name, params)
+            return f"policy({self.name!r}{''.join(f', {name}={value!r}' for name, value in given.items())})"
+        return f"Policy.from_facts({self.facts!r})" if self.function is None else f"policy({self.name})"
+
+    def check_unchanged(self) -> None:
+        """Checks that a person's own functions still are what this policy was keyed by.
+
+        Raises:
+            ValueError: if the code of one, or a value that it reads, has changed since.
+        """
+        for each in self._steps:
+            if each.function is not None and canonical_json(_identity(each.function, each.name)) != each.identity:
+                raise ValueError(
+                    f"the policy {each.name} has changed since this Augment was made: its code, or a value that it "
+                    "reads. What it computes now has another key; make it again: Augment(policy, seeds)."
+                )
+
     @classmethod
     def from_facts(cls, facts: dict[str, Json]) -> Policy:
         """The policy of `facts`. Unless that is a built-in one of this version, it can be compared but not used."""
         identity = {name: value for name, value in facts.items() if name != "name"}
-        return cls(name=facts["name"], identity=canonical_json(identity))
+        parts = tuple(cls.from_facts(each) for each in facts.get("policies", ()))
+        return cls(name=facts["name"], identity=canonical_json(identity), parts=parts)
 
     def draws(self, seed: int, digest: bytes) -> Draws:
         """The random numbers for the image of content `digest`: of nothing else, whatever the order or the worker."""
@@ -84,20 +124,26 @@ class Policy:
     def render(self, image: Tensor, geometry: Geometry, seed: int, digest: bytes) -> Tensor:
         """The augmented view of `image`, which stays as it is: uint8 `(3, size, size)`, maybe in its memory.
 
-        A person's own policy comes before the evaluation geometry; a built-in one has the geometry at hand.
+        A person's own policy comes before the evaluation geometry, unless a built-in one comes before it; then it gets
+        the square and gives one back.
 
         Raises:
             RenderError: as `apply`, and as `Geometry.evaluation`.
             ValueError: for a policy that is neither built-in, in this version, nor has a function.
         """
-        if self._is_built_in:
-            method, _, params = BUILT_IN[self.name]
-            return method(image, geometry, self.draws(seed, digest), **params)
-        return geometry.evaluation(self.apply(image, seed, digest))
-
-    @property
-    def _is_built_in(self) -> bool:
-        return NAMED.get(self.name) == self
+        draws, steps = self.draws(seed, digest), deque(self._steps)
+        while steps and _built_in(steps[0]) is None:
+            image = steps.popleft()._seeded(draws)(image)
+        if not steps:
+            return geometry.evaluation(image)
+        canvas = Canvas(image, geometry)
+        for step in steps:
+            params = _built_in(step)
+            if params is not None:
+                BUILT_IN[step.name].method(canvas, draws, **params)
+            else:
+                canvas.change(partial(_square_by, step._seeded(draws), step.name))
+        return canvas.finished()
 
     def apply(self, image: Tensor, seed: int, digest: bytes) -> Tensor:
         """What a person's own policy makes of `image`, which it can't change: uint8 `(3, H', W')`.
@@ -106,6 +152,13 @@ class Policy:
             RenderError: when the function fails or returns anything else.
             ValueError: for a policy without a function.
         """
+        return self._seeded(self.draws(seed, digest))(image)
+
+    @property
+    def _steps(self) -> tuple[Policy, ...]:
+        return self.parts or (self,)
+
+    def _seeded(self, draws: Draws) -> Callable[[Tensor], Tensor]:
         if self.function is None:
             raise ValueError(
                 f"the policy {self.name} is known by its facts only ({self.identity}), so no image can go through it; "
@@ -114,12 +167,17 @@ class Policy:
         import torch
 
         # torch's CPU generator starts from 32 bits of its seed: two images may share a start, which does no harm.
-        generator = torch.Generator().manual_seed(self.draws(seed, digest).integer(2**63))
-        return _called(self.function, self.name, image, generator)
+        generator = torch.Generator().manual_seed(draws.integer(2**63))
+        return partial(_called, self.function, self.name, generator=generator)
 
 
-def policy(given: str | OwnPolicy | Policy) -> Policy:
-    """The policy of that name, or a person's own function as one.
+def policy(given: GivenPolicy, **parameters: Any) -> Policy:
+    """The policy of that name with these parameters, a person's own function as one, or several one after the other.
+
+    >>> policy("side_on", max_zoom=1.1)
+    policy('side_on', max_zoom=1.1)
+    >>> policy([("side_on", {"max_zoom": 1.1}), "cutout"]) == policy("side_on:max_zoom=1.1+cutout")
+    True
 
     A function is keyed by its attribute or method ``fingerprint`` (a text) if it has one, else by its source without
     comments and layout, with the values it reads: closure, defaults, globals, what it takes from own modules and
@@ -128,30 +186,74 @@ def policy(given: str | OwnPolicy | Policy) -> Policy:
     from elsewhere than its generator is refused here.
 
     Raises:
-        ValueError: for an unknown name, a function that can't be keyed, and one that isn't a function of image and
-            generator alone.
+        ValueError: for an unknown name, parameters that the policy hasn't or that can't have this value, a function
+            that can't be keyed, and one that isn't a function of image and generator alone.
     """
-    if isinstance(given, Policy):
-        return given
-    if isinstance(given, str):
-        if given not in NAMED:
-            raise ValueError(f"there is no augmentation policy {given!r}; choose {', '.join(NAMED)}")
-        return NAMED[given]
-    if not callable(given):
-        raise TypeError(f"an augmentation policy is a name or a function, not a {type(given).__name__}")
-    name = getattr(given, "__name__", type(given).__name__)
-    _check_pure(given, name)
-    return Policy(name=name, identity=canonical_json(_identity(given, name)), function=given)
+    what: Any = given
+    match what:
+        case str():
+            named = read(what)
+            if len(named) == 1:
+                return _named(named[0][0], {**named[0][1], **parameters})
+            made = _joined([_named(name, params) for name, params in named])
+        case [str() as name, Mapping() as of_name]:
+            return policy(name, **{**of_name, **parameters})
+        case Policy():
+            made = what
+        case Sequence():
+            made = _joined([policy(each) for each in what])
+        case _ if callable(what):
+            name = getattr(what, "__name__", type(what).__name__)
+            if not parameters:
+                _check_pure(what, name)
+            made = Policy(name=name, identity=canonical_json(_identity(what, name)), function=what)
+        case _:
+            kind = type(what).__name__
+            raise TypeError(f"an augmentation policy is a name, a function or a list of these, not a {kind}")
+    if parameters:
+        raise TypeError(
+            f"the parameters {', '.join(parameters)} are given for {made.name}; only one built-in policy, given by its "
+            'name, takes parameters: ("side_on", {"max_zoom": 1.1}) in a list'
+        )
+    return made
 
 
-NAMED = {
-    name: Policy(name=name, identity=canonical_json({"version": each.version, "params": dict(each.params)}))
-    for name, each in BUILT_IN.items()
-}
-"""The policies of `policies.BUILT_IN`."""
+def _named(name: str, params: Mapping[str, Any]) -> Policy:
+    entry = BUILT_IN[name]
+    return Policy(name=name, identity=canonical_json({"version": entry.version, "params": entry.checked(name, params)}))
 
-NONE = NAMED["none"]
+
+def _joined(policies: Sequence[Policy]) -> Policy:
+    parts = tuple(part for each in policies for part in each._steps)
+    if not parts:
+        raise ValueError("a list of no policies came; give one policy at least")
+    if len(parts) == 1:
+        return parts[0]
+    if NONE in parts:
+        raise ValueError("the policy none is the evaluation view and does nothing to others; leave it out")
+    identity = canonical_json({"policies": [part.facts for part in parts]})
+    return Policy(name=THEN.join(part.name for part in parts), identity=identity, parts=parts)
+
+
+NONE = _named("none", {})
 """No augmentation, for programs that need a word for it; no view has it."""
+
+
+def _built_in(policy: Policy) -> Mapping[str, Json] | None:
+    """The parameters of a built-in policy of this version; None for any other."""
+    return None if policy.parts else _params(policy.name, policy.identity)
+
+
+@cache
+def _params(name: str, identity: str) -> Mapping[str, Json] | None:
+    facts = json.loads(identity)
+    if name not in BUILT_IN or facts.keys() != {"version", "params"}:
+        return None
+    try:
+        known = _named(name, facts["params"])
+    except ValueError:
+        return None
+    return facts["params"] if known.identity == identity else None
 
 
 # --- a person's own policy: what it is keyed by ---
@@ -176,6 +278,19 @@ def _identity(function: OwnPolicy, name: str) -> dict[str, Json]:
 
 
 # --- a person's own policy: calling it, and trying it out ---
+
+
+def _square_by(function: Callable[[Tensor], Tensor], name: str, square: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What a person's own policy makes of a square, which has to be as large."""
+    import torch
+
+    result = function(torch.from_numpy(np.ascontiguousarray(square)))
+    if result.shape != square.shape:
+        raise RenderError(
+            f"the policy {name} returned {tuple(result.shape)} of a square {square.shape}, which has to stay as large "
+            "after a built-in policy; put it before that one"
+        )
+    return result.numpy()
 
 
 def _called(function: OwnPolicy, name: str, image: Tensor, generator: torch.Generator) -> Tensor:

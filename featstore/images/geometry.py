@@ -36,16 +36,29 @@ class Geometry:
         Raises:
             RenderError: for an image that would be too large when resized.
         """
+        image = self.scaled(image)
+        top, left = (self.margin(side) for side in image.shape[1:])
+        return image[:, top : top + self.size, left : left + self.size]
+
+    def scaled(self, image: Tensor, shorter: int | None = None) -> Tensor:
+        """The whole image, its shorter side `shorter` pixels long; default: `resize`.
+
+        Raises:
+            RenderError: as `evaluation`.
+        """
         height, width = image.shape[1:]
-        long = int(self.resize * max(height, width) / min(height, width))
-        if long * self.resize > MAX_PIXELS:
+        shorter = self.resize if shorter is None else shorter
+        long = int(shorter * max(height, width) / min(height, width))
+        if long * shorter > MAX_PIXELS:
             raise RenderError(
-                f"{width} x {height} pixels would be {long:,} x {self.resize} with the shorter side resized; at most "
+                f"{width} x {height} pixels would be {long:,} x {shorter} with the shorter side resized; at most "
                 f"{MAX_PIXELS:,} pixels are made; crop the image"
             )
-        image = self._interpolated(image, *((long, self.resize) if width <= height else (self.resize, long)))
-        top, left = (round((side - self.size) / 2) for side in image.shape[1:])
-        return image[:, top : top + self.size, left : left + self.size]
+        return self._interpolated(image, *((long, shorter) if width <= height else (shorter, long)))
+
+    def margin(self, side: int) -> int:
+        """The pixels before the central `size` of a side."""
+        return round((side - self.size) / 2)
 
     def fitted(self, image: Tensor) -> Tensor:
         """`(3, size, size)`, the whole image whatever its shape."""

@@ -1,159 +1,356 @@
-"""Built-in policies: what each draws for an image, and what it does to it around the evaluation geometry.
+"""Built-in policies: what each draws for an image, what it does with it, and what it can be told.
 
-Another one is a function such as those here, in this file or one of its own, and its line in `BUILT_IN`.
+Another one is a function such as those here, in this file or one of its own, and its line in `BUILT_IN`. It draws what
+it needs from `draws`, which is of the image's content and the seed, and tells the canvas: geometry is done first and in
+one step, changes of pixels then to the square, each in the order in which it came. So several policies compose.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from featstore.digest import Json, canonical_json
-from featstore.images.geometry import Geometry
+from featstore.digest import Json
+from featstore.images import filters, levels
+from featstore.images.draws import AREA, ASPECT, ATTEMPTS, Box, Draws, random_box
+from featstore.images.parameters import Number, Parameter, Span, Whole, Word
+from featstore.images.warps import Affine, stretched, turned, warped
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from featstore.images.canvas import Canvas, Change
 
-
-Method: TypeAlias = "Callable[..., Tensor]"
-"""``(image, geometry, draws, **params)``: what becomes of an image, uint8 `(3, H, W)`, which it may not change.
-
-It draws what it needs from `draws`, which is of this image's content and the seed, and changes the image before it
-hands it to the view's `geometry`, or what that makes of it, or both: uint8 `(3, size, size)`.
-"""
+Method: TypeAlias = "Callable[..., None]"
+"""``(canvas, draws, **params)``: what a policy does with an image."""
 
 
 class BuiltIn(NamedTuple):
     """One entry of `BUILT_IN`.
 
     Attributes:
-        method: what it does.
+        method: what it does; the first line of its docstring tells people.
         version: of the method: another one for other pixels.
-        params: what `method` is called with, JSON values. With name and version they are in every key.
+        params: what it can be told. With name and version the values are in every key.
+        elsewhere: what it is called in fastai 0.7 or torchvision.
     """
 
     method: Method
     version: int
-    params: Mapping[str, Json]
+    params: Mapping[str, Parameter]
+    elsewhere: str
+
+    def checked(self, name: str, given: Mapping[str, Any]) -> dict[str, Json]:
+        """The value of every parameter, the default where none is given.
+
+        Raises:
+            ValueError: for a parameter that `name`, this policy, hasn't, and for a value that it can't have.
+        """
+        for unknown in given.keys() - self.params.keys():
+            can = f"its parameters are {', '.join(self.params)}" if self.params else "it has no parameters"
+            raise ValueError(f"the policy {name} has no parameter {unknown!r}; {can}")
+        values = {}
+        for word, parameter in self.params.items():
+            value = given.get(word, parameter.default)
+            try:
+                values[word] = parameter.checked(value)
+            except (ValueError, OverflowError):
+                raise ValueError(f"{word} of the policy {name} is {value!r}; expected {parameter.expected}") from None
+        return values
 
 
-FLIP_PROBABILITY = 0.5
-AREA = (0.08, 1.0)
-ASPECT = (3 / 4, 4 / 3)
-ATTEMPTS = 10
+# --- nothing, and the classics of torchvision ---
 
 
-def unchanged(image: Tensor, geometry: Geometry, draws: Draws) -> Tensor:
+def unchanged(canvas: Canvas, draws: Draws) -> None:
     """The evaluation view."""
-    return geometry.evaluation(image)
 
 
-def flip(image: Tensor, geometry: Geometry, draws: Draws, *, probability: float) -> Tensor:
-    """The evaluation view, mirrored or not."""
-    return _perhaps_mirrored(geometry.evaluation(image), draws, probability)
+def flip(canvas: Canvas, draws: Draws, *, probability: float) -> None:
+    """Mirrors left and right, or not."""
+    if draws.chance(probability):
+        canvas.change(filters.mirrored)
 
 
 def random_resized_crop(
-    image: Tensor,
-    geometry: Geometry,
+    canvas: Canvas,
     draws: Draws,
     *,
     area: tuple[float, float],
     aspect: tuple[float, float],
     attempts: int,
     flip_probability: float,
-) -> Tensor:
-    """A random box of the image, resized to the square and mirrored or not."""
-    box = random_box(image.shape[1], image.shape[2], draws, area=area, aspect=aspect, attempts=attempts)
-    part = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
-    return _perhaps_mirrored(geometry.fitted(part), draws, flip_probability)
+) -> None:
+    """Resizes a box of random area, shape and place to the square, and mirrors it or not."""
+    canvas.fit(random_box(canvas.height, canvas.width, draws, area=area, aspect=aspect, attempts=attempts))
+    flip(canvas, draws, probability=flip_probability)
 
+
+def color_jitter(
+    canvas: Canvas, draws: Draws, *, brightness: float, contrast: float, saturation: float, hue: float
+) -> None:
+    """Changes brightness, contrast, saturation and hue by random factors (a hue: turns it), in random order."""
+    methods: list[tuple[Callable[..., Any], float]] = [
+        (levels.brightened, draws.uniform(max(0, 1 - brightness), 1 + brightness)),
+        (levels.contrasted, draws.uniform(max(0, 1 - contrast), 1 + contrast)),
+        (filters.saturated, draws.uniform(max(0, 1 - saturation), 1 + saturation)),
+        (filters.hue_turned, draws.uniform(-hue, hue)),
+    ]
+    for place in draws.order(4):
+        method, amount = methods[place]
+        canvas.change(_by(method, amount))
+
+
+# --- fastai's ---
+
+
+def random_crop(canvas: Canvas, draws: Draws, *, max_zoom: float, zoom_probability: float, pad: int) -> None:
+    """Zooms in or not, then cuts the square out at a random place."""
+    _scale(canvas, draws, max_zoom, zoom_probability, pad)
+    _cut(canvas, draws, "random")
+
+
+def rotate(canvas: Canvas, draws: Draws, *, degrees: float, probability: float) -> None:
+    """Turns about the middle by up to so many degrees, or not; what comes in at the edges is the mirror image."""
+    if draws.chance(probability):
+        canvas.warp(turned(draws.uniform(-degrees, degrees)))
+
+
+def zoom(canvas: Canvas, draws: Draws, *, amount: tuple[float, float]) -> None:
+    """Zooms into the middle, by 1 + a random amount."""
+    factor = 1 + draws.uniform(*amount)
+    canvas.warp(stretched(factor, factor))
+
+
+def stretch(canvas: Canvas, draws: Draws, *, max_stretch: float) -> None:
+    """Stretches in width or in height about the middle, by 1 + up to so much."""
+    factor = 1 + draws.uniform(0, max_stretch)
+    canvas.warp(stretched(factor, 1) if draws.chance(0.5) else stretched(1, factor))
+
+
+def rotate_zoom(canvas: Canvas, draws: Draws, *, degrees: float, max_zoom: float, max_stretch: float) -> None:
+    """One of rotate, zoom, stretch and nothing, all equally likely."""
+    match draws.integer(4):
+        case 0:
+            rotate(canvas, draws, degrees=degrees, probability=1)
+        case 1:
+            zoom(canvas, draws, amount=(0, max_zoom - 1))
+        case 2:
+            stretch(canvas, draws, max_stretch=max_stretch)
+
+
+def lighting(canvas: Canvas, draws: Draws, *, brightness: float, contrast: float) -> None:
+    """Adds up to so much brightness (1 is black to white) and changes contrast by up to so much, around the mean."""
+    added, more = draws.uniform(-brightness, brightness), draws.uniform(-contrast, contrast)
+    canvas.change(lambda square: levels.lit(square, added, 1 + more if more >= 0 else 1 / (1 - more)))
+
+
+def dihedral(canvas: Canvas, draws: Draws, *, flip_probability: float) -> None:
+    """One of the four quarter turns, then mirrored or not."""
+    times = draws.integer(4)
+    canvas.change(lambda square: filters.quarter_turned(square, times))
+    flip(canvas, draws, probability=flip_probability)
+
+
+def cutout(canvas: Canvas, draws: Draws, *, holes: int, length: float, probability: float) -> None:
+    """Blackens square holes whose middles are anywhere, or does nothing."""
+    if not draws.chance(probability):
+        return
+    side = max(1, round(length * canvas.side))
+    boxes = []
+    for _ in range(holes):
+        (top, height), (left, width) = (_part(draws.integer(canvas.side), side, canvas.side) for _ in range(2))
+        boxes.append(Box(top, left, height, width))
+    canvas.change(lambda square: filters.holed(square, boxes))
+
+
+def blur(canvas: Canvas, draws: Draws, *, strength: tuple[int, int], probability: float) -> None:
+    """Blurs by a Gaussian kernel of 2 * strength - 1 pixels, or not."""
+    if draws.chance(probability):
+        drawn = strength[0] + draws.integer(strength[1] - strength[0] + 1)
+        canvas.change(lambda square: filters.blurred(square, drawn))
+
+
+def basic(
+    canvas: Canvas,
+    draws: Draws,
+    *,
+    max_zoom: float,
+    zoom_probability: float,
+    pad: int,
+    rotation: float,
+    rotation_probability: float,
+    brightness: float,
+    contrast: float,
+    crop: str,
+) -> None:
+    """Zooms in or not, turns or not, changes the lighting, and makes the square as `crop` says."""
+    if crop == "googlenet":  # before the rest, of the image itself: a large one would be turned for hours
+        canvas.fit(random_box(canvas.height, canvas.width, draws))
+    else:
+        _scale(canvas, draws, max_zoom, zoom_probability, pad)
+    rotate(canvas, draws, degrees=rotation, probability=rotation_probability)
+    lighting(canvas, draws, brightness=brightness, contrast=contrast)
+    if crop != "googlenet":
+        _cut(canvas, draws, crop)
+
+
+def side_on(canvas: Canvas, draws: Draws, *, flip_probability: float, **params: Any) -> None:
+    """As basic, and mirrored or not: photographs from the side."""
+    basic(canvas, draws, **params)
+    flip(canvas, draws, probability=flip_probability)
+
+
+def top_down(canvas: Canvas, draws: Draws, *, flip_probability: float, **params: Any) -> None:
+    """As basic, in one of eight positions: pictures from above, in which no side is up."""
+    basic(canvas, draws, **params)
+    dihedral(canvas, draws, flip_probability=flip_probability)
+
+
+# --- automatic ones ---
+
+
+def trivial_augment(canvas: Canvas, draws: Draws) -> None:
+    """One of 14 operations on the square, each as strong as chance has it."""
+    _operate(canvas, draws, draws.integer(31) / 30, _WIDE)
+
+
+def rand_augment(canvas: Canvas, draws: Draws, *, operations: int, magnitude: int) -> None:
+    """So many of 14 operations on the square, one after the other, each of this strength."""
+    for _ in range(operations):
+        _operate(canvas, draws, magnitude / 30, _USUAL)
+
+
+class _Limits(NamedTuple):
+    """How far the operations of an automatic policy go at most."""
+
+    shear: float
+    shift: float  # in sides of the square
+    degrees: float
+    factor: float
+    bits: int  # that posterising takes away
+
+
+_WIDE = _Limits(shear=0.99, shift=32 / 224, degrees=135, factor=0.99, bits=6)
+_USUAL = _Limits(shear=0.3, shift=150 / 331, degrees=30, factor=0.9, bits=4)
+
+
+def _operate(canvas: Canvas, draws: Draws, strength: float, limits: _Limits) -> None:
+    """One of torchvision's 14 operations, which are Pillow's."""
+    name = draws.integer(14)
+    signed = -strength if draws.chance(0.5) else strength
+    shift = float(int(signed * limits.shift * canvas.side))
+    factor = 1 + signed * limits.factor
+    operations: list[Change | None] = [
+        None,
+        _mapped(Affine(b=signed * limits.shear)),
+        _mapped(Affine(d=signed * limits.shear)),
+        _mapped(Affine(c=shift)),
+        _mapped(Affine(f=shift)),
+        _mapped(turned(signed * limits.degrees).about((canvas.side - 1) / 2, (canvas.side - 1) / 2)),
+        _by(levels.brightened, factor),
+        _by(levels.contrasted, factor),
+        _by(filters.saturated, factor),
+        _by(filters.sharpened, factor),
+        _by(levels.posterised, 8 - round(strength * limits.bits)),
+        _by(levels.solarised, 255 * (1 - strength)),
+        levels.stretched_to_full,
+        levels.equalised,
+    ]
+    if (chosen := operations[name]) is not None:
+        canvas.change(chosen)
+
+
+# --- what several of them do ---
+
+
+def _scale(canvas: Canvas, draws: Draws, max_zoom: float, probability: float, pad: int) -> None:
+    canvas.scale(draws.uniform(1, max_zoom) if draws.chance(probability) else 1)
+    if pad:
+        canvas.pad(pad)
+
+
+def _cut(canvas: Canvas, draws: Draws, crop: str) -> None:
+    if crop == "no":
+        canvas.fit()
+    elif crop == "random":
+        top = draws.integer(canvas.height - canvas.side + 1)
+        canvas.crop(top, draws.integer(canvas.width - canvas.side + 1))
+
+
+def _part(middle: int, length: int, side: int) -> tuple[int, int]:
+    """Start and length of what lies within 0 ... side."""
+    start, stop = max(0, middle - length // 2), min(side, middle - length // 2 + length)
+    return start, stop - start
+
+
+def _by(method: Callable[..., Any], amount: float) -> Change:
+    return lambda square: method(square, amount)
+
+
+def _mapped(where: Affine) -> Change:
+    return lambda square: warped(square, where, square.shape[1], square.shape[2], "black")
+
+
+# --- their names ---
+
+_MAX_ZOOM = Number(1.0, 1.0, 10.0)
+_HALF = Number(0.5)
+_THREE_QUARTERS = Number(0.75)
+_DEGREES = Number(10.0, 0.0, 180.0)
+_LIGHTING: dict[str, Parameter] = {"brightness": Number(0.05), "contrast": Number(0.05)}
+_SCALING: dict[str, Parameter] = {"max_zoom": _MAX_ZOOM, "zoom_probability": _THREE_QUARTERS, "pad": Whole(0, 0, 1000)}
+_BASIC: dict[str, Parameter] = {
+    **_SCALING,
+    "rotation": _DEGREES,
+    "rotation_probability": _THREE_QUARTERS,
+    **_LIGHTING,
+    "crop": Word("random", ("random", "centre", "no", "googlenet")),
+}
 
 BUILT_IN: dict[str, BuiltIn] = {
-    "none": BuiltIn(unchanged, 1, {}),
-    "flip": BuiltIn(flip, 1, {"probability": FLIP_PROBABILITY}),
+    "none": BuiltIn(unchanged, 1, {}, "CropType.CENTER"),
+    "flip": BuiltIn(flip, 1, {"probability": _HALF}, "RandomFlip"),
     "random_resized_crop": BuiltIn(
         random_resized_crop,
         1,
-        {"area": AREA, "aspect": ASPECT, "attempts": ATTEMPTS, "flip_probability": FLIP_PROBABILITY},
+        {
+            "area": Span(AREA, Number(0, 0.001, 1.0)),
+            "aspect": Span(ASPECT, Number(0, 0.01, 100.0)),
+            "attempts": Whole(ATTEMPTS, 1, 1000),
+            "flip_probability": _HALF,
+        },
+        "RandomResizedCrop of torchvision; CropType.GOOGLENET and RandomFlip",
+    ),
+    "basic": BuiltIn(basic, 1, _BASIC, "transforms_basic"),
+    "side_on": BuiltIn(side_on, 1, {**_BASIC, "flip_probability": _HALF}, "transforms_side_on"),
+    "top_down": BuiltIn(top_down, 1, {**_BASIC, "flip_probability": _HALF}, "transforms_top_down"),
+    "random_crop": BuiltIn(random_crop, 1, _SCALING, "RandomScale, AddPadding and RandomCrop"),
+    "rotate": BuiltIn(rotate, 1, {"degrees": _DEGREES, "probability": _THREE_QUARTERS}, "RandomRotate"),
+    "zoom": BuiltIn(zoom, 1, {"amount": Span((0.0, 0.1), Number(0, 0.0, 9.0))}, "RandomZoom"),
+    "stretch": BuiltIn(stretch, 1, {"max_stretch": Number(0.1, 0.0, 9.0)}, "RandomStretch"),
+    "rotate_zoom": BuiltIn(
+        rotate_zoom,
+        1,
+        {"degrees": _DEGREES, "max_zoom": Number(1.1, 1.0, 10.0), "max_stretch": Number(0.1, 0.0, 9.0)},
+        "RandomRotateZoom",
+    ),
+    "lighting": BuiltIn(lighting, 1, _LIGHTING, "RandomLighting"),
+    "dihedral": BuiltIn(dihedral, 1, {"flip_probability": _HALF}, "RandomDihedral"),
+    "cutout": BuiltIn(cutout, 1, {"holes": Whole(1, 1, 100), "length": Number(0.25), "probability": _HALF}, "Cutout"),
+    "blur": BuiltIn(blur, 1, {"strength": Span((5, 5), Whole(1, 1, 50)), "probability": _HALF}, "RandomBlur"),
+    "color_jitter": BuiltIn(
+        color_jitter,
+        1,
+        {
+            "brightness": Number(0.4, 0.0, 10.0),
+            "contrast": Number(0.4, 0.0, 10.0),
+            "saturation": Number(0.4, 0.0, 10.0),
+            "hue": Number(0.1, 0.0, 0.5),
+        },
+        "ColorJitter of torchvision",
+    ),
+    "trivial_augment": BuiltIn(trivial_augment, 1, {}, "TrivialAugmentWide of torchvision"),
+    "rand_augment": BuiltIn(
+        rand_augment, 1, {"operations": Whole(2, 1, 14), "magnitude": Whole(9, 0, 30)}, "RandAugment of torchvision"
     ),
 }
 """All policies that have a name."""
-
-
-# --- what methods draw, and with what ---
-
-
-class Draws:
-    """Random numbers that follow from `key` alone, on every machine: SHA-256 of the key's SHA-256 and a counter."""
-
-    def __init__(self, key: Json) -> None:
-        self._start = hashlib.sha256(canonical_json(key).encode("ascii")).digest()
-        self._count = 0
-
-    def uniform(self, low: float, high: float) -> float:
-        """A number in [low, high), one of 2**53."""
-        return low + (high - low) * ((self._bits() >> 11) / 2**53)
-
-    def integer(self, stop: int) -> int:
-        """A number in 0 ... stop - 1, all equally likely; `stop` is at most 2**63."""
-        limit = 2**64 - 2**64 % stop  # the rest would favour small numbers
-        while (bits := self._bits()) >= limit:
-            pass
-        return bits % stop
-
-    def _bits(self) -> int:
-        block = hashlib.sha256(self._start + self._count.to_bytes(8, "big")).digest()
-        self._count += 1
-        return int.from_bytes(block[:8], "big")
-
-
-class Box(NamedTuple):
-    """A rectangle of pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def random_box(
-    height: int,
-    width: int,
-    draws: Draws,
-    *,
-    area: tuple[float, float] = AREA,
-    aspect: tuple[float, float] = ASPECT,
-    attempts: int = ATTEMPTS,
-) -> Box:
-    """A box of random area and aspect in an image; after `attempts` that don't fit, the largest central one that may.
-
-    Distributed as torchvision's ``RandomResizedCrop``.
-    """
-    for _ in range(attempts):
-        num_pixels = height * width * draws.uniform(*area)
-        ratio = math.exp(draws.uniform(math.log(aspect[0]), math.log(aspect[1])))
-        box_width, box_height = round(math.sqrt(num_pixels * ratio)), round(math.sqrt(num_pixels / ratio))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            top = draws.integer(height - box_height + 1)
-            return Box(top, draws.integer(width - box_width + 1), box_height, box_width)
-    box_height, box_width = height, width
-    if width / height < aspect[0]:
-        box_height = round(width / aspect[0])
-    elif width / height > aspect[1]:
-        box_width = round(height * aspect[1])
-    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
-
-
-def _perhaps_mirrored(image: Tensor, draws: Draws, probability: float) -> Tensor:
-    return mirrored(image) if draws.uniform(0, 1) < probability else image
-
-
-def mirrored(image: Tensor) -> Tensor:
-    """A copy with left and right exchanged. numpy's: torch's copies fork a team of OpenMP threads in each thread."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.array(image.numpy()[:, :, ::-1], order="C"))

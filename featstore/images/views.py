@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from featstore.digest import Json
-from featstore.images.augmentation import NONE, OwnPolicy, Policy, policy
+from featstore.images.augmentation import NONE, GivenPolicy, OwnPolicy, Policy, policy
 from featstore.images.decoders import POLICY as DECODE_POLICY
 from featstore.images.geometry import INTERPOLATIONS, SMOOTH, Geometry, RenderError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["INTERPOLATIONS", "Augment", "OwnPolicy", "Policy", "RenderError", "View", "policy"]
+__all__ = ["INTERPOLATIONS", "Augment", "GivenPolicy", "OwnPolicy", "Policy", "RenderError", "View", "policy"]
 
 MAX_SEED = 2**63 - 1
 """The largest seed, as folders are named by theirs: what a signed integer of 64 bits holds."""
@@ -145,8 +145,8 @@ class View:
         """This view without augmentation."""
         return replace(self, policy=None, seed=None)
 
-    def with_seed(self, policy: str | OwnPolicy | Policy, seed: int) -> View:
-        """This view with an augmentation: a policy's name, a person's own function, or a `Policy`."""
+    def with_seed(self, policy: GivenPolicy, seed: int) -> View:
+        """This view with an augmentation: a policy's name, a person's own function, a `Policy`, or a list of these."""
         return replace(self, policy=_policy(policy), seed=seed)
 
     def resized(self, *, size: int | None = None, resize: int | None = None) -> View:
@@ -163,7 +163,7 @@ class View:
         >>> View().with_seed("random_resized_crop", 3).label()
         'random_resized_crop, seed 3'
         """
-        return "evaluation view" if self.policy is None else f"{self.policy.name}, seed {self.seed}"
+        return "evaluation view" if self.policy is None else f"{self.policy.label}, seed {self.seed}"
 
     def differences(self, other: View) -> list[tuple[str, str, str]]:
         """The fields in which two views differ: what it is, its value here, its value in `other`, in words.
@@ -230,7 +230,7 @@ class Augment:
     """A policy and its seeds: some fixed views of each image, or `seeds="fresh"`, new ones in each epoch.
 
     Attributes:
-        policy: a policy's name, a person's own function, or a `Policy`; afterwards always a `Policy`.
+        policy: a policy's name, a person's own function, a `Policy`, or a list of these; afterwards always a `Policy`.
         seeds: distinct integers, 0 or more, afterwards sorted; or "fresh". There is no default: fixed views can be
             stored and fresh ones can't.
     """
@@ -238,8 +238,13 @@ class Augment:
     policy: Policy
     seeds: tuple[int, ...] | Literal["fresh"]
 
-    def __init__(self, policy: str | OwnPolicy | Policy, seeds: Iterable[int] | Literal["fresh"]) -> None:
-        object.__setattr__(self, "policy", _policy(policy))
+    def __init__(self, policy: GivenPolicy, seeds: Iterable[int] | Literal["fresh"], **parameters: Any) -> None:
+        """`parameters` are those of a built-in policy.
+
+        >>> Augment("side_on", max_zoom=1.1, seeds=range(2))
+        Augment(policy=policy('side_on', max_zoom=1.1), seeds=(0, 1))
+        """
+        object.__setattr__(self, "policy", _policy(policy, **parameters))
         object.__setattr__(self, "seeds", _checked_seeds(seeds))
         if self.policy == NONE:
             raise ValueError("the policy none has no seeds: it is the evaluation view; leave the augmentation out")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
 from featstore.images.augmentation import Policy, policy
-from featstore.images.policies import ASPECT, Draws, random_box
+from featstore.images.draws import ASPECT, Draws, random_box
 
 DIGEST = bytes(range(32))
 IMAGE = torch.arange(3 * 40 * 50).reshape(3, 40, 50).to(torch.uint8)
@@ -98,8 +98,10 @@ def test_a_box_that_never_fits_is_torchvisions_central_one(height: int, width: i
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"no augmentation policy 'side_on'; choose none, flip, random_resized_crop"):
-        policy("side_on")
+    with pytest.raises(
+        ValueError, match=r"no augmentation policy 'sideon'; choose none, flip, random_resized_crop, basic"
+    ):
+        policy("sideon")
 
 
 def test_facts_give_the_policy_back() -> None:

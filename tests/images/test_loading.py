@@ -28,7 +28,8 @@ print(*sorted(name for name in ("torch", "torchvision", "PIL") if name in sys.mo
 GROUND = ("errors", "words", "digest", "machine", "source_code", "surroundings")
 IMAGES = (
     "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set", "contents", "origins",
-    "decoders", "geometry", "policies", "augmentation", "views",
+    "decoders", "geometry", "draws", "parameters", "warps", "levels", "filters", "canvas", "policies", "spelling",
+    "augmentation", "views",
 )  # fmt: skip
 WITHOUT_TORCH = [*GROUND, *(f"images.{name}" for name in IMAGES)]
 

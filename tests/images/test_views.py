@@ -26,7 +26,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification, SemanticSegmentation
 
 from featstore.digest import canonical_json
-from featstore.images.policies import random_box
+from featstore.images.draws import random_box
 from featstore.images.views import INTERPOLATIONS, MAX_SEED, Augment, RenderError, View, policy
 
 DIGEST = bytes(range(32))
@@ -433,7 +433,7 @@ def test_fresh_seeds_have_no_fixed_views() -> None:
         ("flip", [0.5], TypeError, "integer"),
         ("flip", [0, 2**63], ValueError, r"seed 9223372036854775808 is too large; expected at most 2\*\*63 - 1"),
         ("flip", [10**300], ValueError, "seed a number of 997 bits is too large"),
-        ("side_on", range(4), ValueError, "choose none, flip, random_resized_crop"),
+        ("sideon", range(4), ValueError, "choose none, flip, random_resized_crop"),
         ("none", range(4), ValueError, "the policy none has no seeds"),
     ],
 )

@@ -36,7 +36,8 @@ ROOMS: dict[str, Rooms] = {
             "images",
             (
                 "decoders", "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set",
-                "fileless", "contents", "origins", "decode", "geometry", "policies", "augmentation", "views", "render",
+                "fileless", "contents", "origins", "decode", "geometry", "draws", "parameters", "warps", "levels",
+                "filters", "canvas", "policies", "spelling", "augmentation", "views", "render",
             ),
         ),
         (
@@ -120,7 +121,7 @@ SURFACE: dict[str, str] = {
     "images.labels": "SPLITS Task composed_classes",
     "images.render": "Job doubts_note render",
     "images.sources": "AbsentSource FolderSource",
-    "images.views": "Augment OwnPolicy Policy View",
+    "images.views": "Augment GivenPolicy View",
     "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
     "models.modes": "check_trainable eval_mode mode_of numerics",

@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from support.processes import Processes
 
 from featstore.errors import ImageError
 from featstore.images.image_set import ImageSet
-from featstore.images.views import View
+from featstore.images.views import Augment, View
 from training import plots
 
 PNG = b"\x89PNG\r\n"
@@ -51,10 +52,22 @@ def test_views_titles_columns_by_view_and_rows_by_image() -> None:
     images = photographs()
     panels = plots.views(images, VIEW, "flip").get_axes()
     assert len(panels) == 4 * 4
-    expected = [VIEW.evaluation.label(), *(VIEW.with_seed("flip", seed).label() for seed in (0, 1, 2))]
-    assert [axes.get_title() for axes in panels[:4]] == expected
+    assert [axes.get_title() for axes in panels[:4]] == ["evaluation view", "seed 0", "seed 1", "seed 2"]
     assert [axes.get_ylabel() for axes in panels[::4]] == list(images.ids[:4])
     assert not any(axes.get_title() for axes in panels[4:])
+
+
+@pytest.mark.parametrize("seeds", [[7, 3, 9, 8], "fresh"])
+def test_views_of_an_augmentation_has_its_policy_as_title_and_its_first_seeds(seeds: Any) -> None:
+    augment = Augment([("side_on", {"max_zoom": 1.1}), "cutout"], seeds=seeds)
+    figure = plots.views(photographs(), VIEW, augment, num_images=1)
+    assert figure.get_suptitle() == "side_on:max_zoom=1.1+cutout"
+    expected = [0, 1, 2] if seeds == "fresh" else [3, 7, 8]
+    assert [axes.get_title() for axes in figure.get_axes()] == ["evaluation view", *(f"seed {n}" for n in expected)]
+    shown = [drawn_pixels(axes) for axes in figure.get_axes()]
+    of_policy = plots.views(photographs(), VIEW, augment.policy, [None, *expected], num_images=1)
+    for pixels, axes in zip(shown, of_policy.get_axes(), strict=True):
+        np.testing.assert_array_equal(pixels, drawn_pixels(axes))
 
 
 def test_views_shows_any_file_name_as_it_is(tmp_path: Path) -> None:

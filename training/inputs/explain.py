@@ -122,7 +122,7 @@ def _views_missing(
     else:
         fewer, fresh = f"use seeds={list(stored)}" if stored else fewer, 'seeds="fresh"'
     return MissingFeaturesError(
-        f"You asked for augmentation {policy.name}, seeds {seed_ranges(augment.seeds)}; {search.store.root} holds "
+        f"You asked for augmentation {policy.label}, seeds {seed_ranges(augment.seeds)}; {search.store.root} holds "
         f"{holds}. Augmentation can't be applied to stored features afterwards. Either add the views: {remedy}; or "
         f"{fewer}; or train from images with {fresh} (the trunk then runs every epoch)."
     )

@@ -238,8 +238,8 @@ def views_words(augment: Augment | None) -> str:
     if augment is None:
         return "evaluation view"
     if augment.seeds == "fresh":
-        return f"{augment.policy.name}, fresh seeds"
-    return f"{augment.policy.name}, seeds {seed_ranges(augment.seeds)}"
+        return f"{augment.policy.label}, fresh seeds"
+    return f"{augment.policy.label}, seeds {seed_ranges(augment.seeds)}"
 
 
 def group_of(name: str) -> str:
