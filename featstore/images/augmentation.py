@@ -23,7 +23,7 @@ from featstore.errors import ModelError
 from featstore.images.canvas import Canvas
 from featstore.images.draws import Draws
 from featstore.images.geometry import Geometry, RenderError
-from featstore.images.policies import BUILT_IN
+from featstore.images.policies import named, package_of
 from featstore.images.spelling import THEN, changed, read, spelled
 from featstore.source_code import function_facts
 from featstore.surroundings import Reading, noticed, readings
@@ -140,7 +140,7 @@ class Policy:
         for step in steps:
             params = _built_in(step)
             if params is not None:
-                BUILT_IN[step.name].method(canvas, draws, **params)
+                named(step.name).method(canvas, draws, **params)
             else:
                 canvas.change(partial(_square_by, step._seeded(draws), step.name))
         return canvas.finished()
@@ -192,10 +192,10 @@ def policy(given: GivenPolicy, **parameters: Any) -> Policy:
     what: Any = given
     match what:
         case str():
-            named = read(what)
-            if len(named) == 1:
-                return _named(named[0][0], {**named[0][1], **parameters})
-            made = _joined([_named(name, params) for name, params in named])
+            words = read(what)
+            if len(words) == 1:
+                return _named(words[0][0], {**words[0][1], **parameters})
+            made = _joined([_named(name, params) for name, params in words])
         case [str() as name, Mapping() as of_name]:
             return policy(name, **{**of_name, **parameters})
         case Policy():
@@ -219,8 +219,10 @@ def policy(given: GivenPolicy, **parameters: Any) -> Policy:
 
 
 def _named(name: str, params: Mapping[str, Any]) -> Policy:
-    entry = BUILT_IN[name]
-    return Policy(name=name, identity=canonical_json({"version": entry.version, "params": entry.checked(name, params)}))
+    entry, package = named(name), package_of(name)
+    facts: dict[str, Json] = {"version": entry.version, "params": entry.checked(name, params)}
+    # Of another package its version is a fact as well: who changes pixels may forget the policy's.
+    return Policy(name=name, identity=canonical_json(facts if package is None else {**facts, "package": package}))
 
 
 def _joined(policies: Sequence[Policy]) -> Policy:
@@ -240,14 +242,14 @@ NONE = _named("none", {})
 
 
 def _built_in(policy: Policy) -> Mapping[str, Json] | None:
-    """The parameters of a built-in policy of this version; None for any other."""
+    """The parameters of a policy that has a name, in this version; None for any other."""
     return None if policy.parts else _params(policy.name, policy.identity)
 
 
 @cache
 def _params(name: str, identity: str) -> Mapping[str, Json] | None:
     facts = json.loads(identity)
-    if name not in BUILT_IN or facts.keys() != {"version", "params"}:
+    if not {"version", "params"} <= facts.keys():
         return None
     try:
         known = _named(name, facts["params"])

@@ -1,8 +1,9 @@
 """Built-in policies: what each draws for an image, what it does with it, and what it can be told.
 
-Another one is a function such as those here, in this file or one of its own, and its line in `BUILT_IN`. It draws what
-it needs from `draws`, which is of the image's content and the seed, and tells the canvas: geometry is done first and in
-one step, changes of pixels then to the square, each in the order in which it came. So several policies compose.
+Another one is a function such as those here, in this file or one of its own, and its line in `BUILT_IN`; or it is in
+another package, which names its `BuiltIn` as an entry point (see `plugins`). It draws what it needs from `draws`, which
+is of the image's content and the seed, and tells the canvas: geometry is done first and in one step, changes of pixels
+then to the square, each in the order in which it came. So several policies compose.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from featstore.images import filters, levels
 from featstore.images.draws import AREA, ASPECT, ATTEMPTS, Box, Draws, random_box
 from featstore.images.parameters import Number, Parameter, Span, Whole, Word
 from featstore.images.warps import Affine, stretched, turned, warped
+from featstore.plugins import POLICIES, plugged_in
 
 if TYPE_CHECKING:
     from featstore.images.canvas import Canvas, Change
@@ -353,4 +355,24 @@ BUILT_IN: dict[str, BuiltIn] = {
         rand_augment, 1, {"operations": Whole(2, 1, 14), "magnitude": Whole(9, 0, 30)}, "RandAugment of torchvision"
     ),
 }
-"""All policies that have a name."""
+"""All policies that have a name of featstore's own."""
+
+
+def named(name: str) -> BuiltIn:
+    """The policy of that name, of featstore's own or of an installed package's.
+
+    Raises:
+        ValueError: for a name that there is not.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    plugins = plugged_in(POLICIES)
+    if name in plugins:
+        policy: BuiltIn = plugins[name].value
+        return policy
+    raise ValueError(f"there is no augmentation policy {name!r}; choose {', '.join([*BUILT_IN, *plugins])}")
+
+
+def package_of(name: str) -> str | None:
+    """The package, with its version, that brings the policy of that name; None for featstore's own."""
+    return None if name in BUILT_IN else plugged_in(POLICIES)[name].package

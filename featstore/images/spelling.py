@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featstore.digest import Json
-from featstore.images.policies import BUILT_IN
+from featstore.images.policies import BUILT_IN, named
 
 THEN = "+"
 """Between policies that follow one another."""
@@ -30,13 +30,13 @@ def read(word: str) -> list[tuple[str, dict[str, Any]]]:
 def spelled(name: str, params: Mapping[str, Json]) -> str:
     """A policy with those of its checked parameters that aren't the defaults."""
     given = changed(name, params)
-    values = ",".join(f"{each}={BUILT_IN[name].params[each].text(value)}" for each, value in given.items())
+    values = ",".join(f"{each}={named(name).params[each].text(value)}" for each, value in given.items())
     return f"{name}:{values}" if values else name
 
 
 def changed(name: str, params: Mapping[str, Json]) -> dict[str, Json]:
     """Those of a policy's checked parameters that aren't the defaults."""
-    defaults = BUILT_IN[name].checked(name, {})
+    defaults = named(name).checked(name, {})
     return {each: params[each] for each in defaults if params[each] != defaults[each]}
 
 
@@ -57,17 +57,16 @@ def _params(name: str) -> list[str]:
 
 def _one(part: str) -> tuple[str, dict[str, Any]]:
     name, colon, rest = part.partition(":")
-    if name not in BUILT_IN:
-        raise ValueError(f"there is no augmentation policy {name!r}; choose {', '.join(BUILT_IN)}")
+    policy = named(name)
     params: dict[str, Any] = {}
     for text in rest.split(",") if colon else ():
         each, _, value = text.partition("=")
-        parameter = BUILT_IN[name].params.get(each)
+        parameter = policy.params.get(each)
         if each in params:
             raise ValueError(f"{each} is given twice in {part!r}; give it once")
         try:
             params[each] = value if parameter is None else parameter.parsed(value)
         except ValueError:
             params[each] = value  # which the check refuses in words
-    BUILT_IN[name].checked(name, params)
+    policy.checked(name, params)
     return name, params

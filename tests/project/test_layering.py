@@ -24,7 +24,7 @@ Rooms = tuple[tuple[str, tuple[str, ...]], ...]
 
 ROOMS: dict[str, Rooms] = {
     "featstore": (
-        ("", ("remedies", "errors", "words", "timing", "digest", "machine", "source_code", "surroundings")),
+        ("", ("remedies", "errors", "words", "timing", "digest", "machine", "source_code", "surroundings",  "plugins")),
         (
             "files",
             (
