@@ -152,7 +152,7 @@ class Learner:
         placement = Placement.of(backbone, store, cut=cut, reduce=reduce, key=features)
         self._features = placement.key
         self.view = (view or placement.view or backbone.view).evaluation
-        backbone.check_size(self.view)
+        backbone.check_view(self.view)
         if head == "keep":
             classes = kept_table(backbone, images, self.view.size, classes)
         self._images = images if classes is None else with_table(images, tuple(classes))

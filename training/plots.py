@@ -68,7 +68,7 @@ def views(
         assert rendered.views is not None  # render raises for an image that fails
         row[0].set_ylabel(_short(image_id), fontsize="small", parse_math=False)  # a "$" in a file name is a "$"
         for axes, pixels in zip(row, rendered.views, strict=True):
-            axes.imshow(pixels.permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+            axes.imshow(pixels.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)  # (C, H, W) -> (H, W, C)
             axes.set(xticks=[], yticks=[])
     return figure
 

@@ -248,11 +248,11 @@ class ViewFlags:
     ] = None
     mean: Annotated[
         str | None,
-        typer.Option(metavar="R,G,B", help="Subtracted, in 0 ... 1.", show_default="the weights', else ImageNet's"),
+        typer.Option(metavar="R,G,B|L", help="Subtracted, in 0 ... 1.", show_default="the weights', else ImageNet's"),
     ] = None
     std: Annotated[
         str | None,
-        typer.Option(metavar="R,G,B", help="Divided by, in 0 ... 1.", show_default="the weights', else ImageNet's"),
+        typer.Option(metavar="R,G,B|L", help="Divided by, in 0 ... 1.", show_default="the weights', else ImageNet's"),
     ] = None
     interpolation: Annotated[
         str | None,
@@ -271,9 +271,9 @@ class ViewFlags:
         """
         view = own.resized(size=self.size, resize=self.resize)
         if self.mean is not None:
-            view = replace(view, mean=_three("--mean", self.mean))
+            view = replace(view, mean=_by_channel("--mean", self.mean, own.channels))
         if self.std is not None:
-            view = replace(view, std=_three("--std", self.std))
+            view = replace(view, std=_by_channel("--std", self.std, own.channels))
         return view if self.interpolation is None else replace(view, interpolation=self.interpolation)
 
 
@@ -564,8 +564,9 @@ def _held_out(images: ImageSet, valid: float, seed: int) -> str:
     return text
 
 
-def _three(flag: str, text: str) -> tuple[float, float, float]:
+def _by_channel(flag: str, text: str, channels: int) -> tuple[float, ...]:
     numbers = parse_numbers(text, flag)
-    if len(numbers) != 3:
-        raise ValueError(f"{flag} is {text!r}, {len(numbers)} numbers. Expected three, for red, green and blue.")
-    return numbers[0], numbers[1], numbers[2]
+    if len(numbers) != channels:
+        expected = "three, for red, green and blue" if channels == 3 else "one, for gray"
+        raise ValueError(f"{flag} is {text!r}, {len(numbers)} numbers. Expected {expected}.")
+    return tuple(numbers)

@@ -171,7 +171,7 @@ class _Candidate:
         wanted = view or staged.view
         if wanted.is_evaluation and augmented.policy is not None and augmented.seed is not None:
             wanted = wanted.with_seed(augmented.policy, augmented.seed)
-        staged.check_size(wanted)
+        staged.check_view(wanted)
         viewed = staged.with_(view=wanted.evaluation)
         output = output_at(viewed, cut or str(old.facts["cut"]), old.spec.reduction)
         digests = viewed.digests()

@@ -188,7 +188,7 @@ def plan(
         augment.policy.check_unchanged()
     staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)
     geometry = (view or staged.view).evaluation
-    staged.check_size(geometry)
+    staged.check_view(geometry)
     viewed = staged.with_(view=geometry)
     views = [geometry, *(augment.views(geometry) if augment else ())]
     with timed("key"):

@@ -57,7 +57,7 @@ class Rendered:
 
     Attributes:
         index: the image's place.
-        views: one uint8 `(3, size, size)` for each view asked for; None after a failure.
+        views: one uint8 `(channels, size, size)` for each view asked for; None after a failure.
         decoder: which decoder read the image, see `featstore.images.decoders.DECODERS`; 0 after a failure.
         failure: why there are no views, without the image's name; None where there are.
         is_lasting: whether every image of this content fails so; False where the content wasn't had: the file has

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["INTERPOLATIONS", "Augment", "GivenPolicy", "OwnPolicy", "Policy", "RenderError", "View", "policy"]
 
+GRAY_MEAN, GRAY_STD = (0.5,), (0.5,)
+"""Of gray views where nobody says: -1 ... 1."""
+
 MAX_SEED = 2**63 - 1
 """The largest seed, as folders are named by theirs: what a signed integer of 64 bits holds."""
 
@@ -28,15 +31,16 @@ class View:
     """How an image becomes a model's input: shorter side to `resize`, the central square of `size`, standardised.
 
     Equal views give equal values; a rendering depends on the image's content and the view, and on nothing else.
-    Without preset: ImageNet's usual 256, 224, mean and standard deviation.
+    Without preset: ImageNet's usual 256, 224, mean and standard deviation, for gray views 0.5 and 0.5.
 
     Attributes:
         size: side of the result, in pixels.
         resize: shorter side before the crop, in pixels; at least `size`.
         interpolation: one of `INTERPOLATIONS`.
         antialias: whether shrinking averages; always False with the nearest pixel, where it has no meaning.
-        mean: of R, G, B in 0 ... 1, subtracted by `normalise`.
-        std: of R, G, B, which `normalise` then divides by.
+        channels: 3 for R, G and B; 1 for gray, which the finished square is made at the end as Pillow's "L" does.
+        mean: of each channel in 0 ... 1, subtracted by `normalise`.
+        std: of each channel, which `normalise` then divides by.
         decode: the decode policy, see `featstore.images.decode`.
         apply_exif: whether the EXIF orientation is obeyed.
         policy: augmentation; None in the evaluation view.
@@ -50,8 +54,9 @@ class View:
     resize: int = 256
     interpolation: str = "bilinear"
     antialias: bool = True
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    channels: int = 3
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     decode: str = DECODE_POLICY
     apply_exif: bool = True
     policy: Policy | None = None
@@ -74,8 +79,14 @@ class View:
             raise ValueError(f"decode policy {self.decode!r} is unknown here; this featstore has {DECODE_POLICY!r}")
         if self.interpolation not in SMOOTH:
             object.__setattr__(self, "antialias", False)  # equal values, hence equal facts
-        object.__setattr__(self, "mean", _channels("mean", self.mean))
-        object.__setattr__(self, "std", _channels("std", self.std))
+        object.__setattr__(self, "channels", _integer("channels", self.channels, 1))
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels is {self.channels}; expected 3, for R, G and B, or 1, for gray")
+        if self.channels == 1 and (self.mean, self.std) == (View.mean, View.std):  # nobody has said
+            object.__setattr__(self, "mean", GRAY_MEAN)
+            object.__setattr__(self, "std", GRAY_STD)
+        object.__setattr__(self, "mean", _by_channel("mean", self.mean, self.channels))
+        object.__setattr__(self, "std", _by_channel("std", self.std, self.channels))
         if min(self.std) <= 0:
             raise ValueError(f"std {self.std} has a value that is not above 0")
         if (self.policy is None) != (self.seed is None):
@@ -119,7 +130,7 @@ class View:
         if given.pop("version", None) != cls.version:
             raise ValueError(f"a view of version {facts.get('version')}; this featstore has version {cls.version}")
         known = {each.name for each in fields(cls)}
-        required = known - {"policy", "seed"}
+        required = known - {"policy", "seed", "channels"}
         if not required <= given.keys() <= known:
             raise ValueError(f"the facts of a view are {sorted(known)}, not {sorted(given)}")
         if "policy" in given:
@@ -127,10 +138,12 @@ class View:
         return cls(**given)
 
     def facts(self) -> dict[str, Json]:
-        """All that decides values, as JSON values. An evaluation view's hold no policy and no seed."""
+        """All that decides values, as JSON values. An evaluation view's hold no policy and no seed, RGB no channels."""
         facts: dict[str, Json] = {each.name: getattr(self, each.name) for each in fields(self)}
         facts |= {"version": self.version, "mean": list(self.mean), "std": list(self.std)}
         del facts["policy"], facts["seed"]
+        if self.channels == 3:  # as keys were before there were gray views
+            del facts["channels"]
         if self.policy is not None:
             facts |= {"policy": self.policy.facts, "seed": self.seed}
         return facts
@@ -180,6 +193,7 @@ class View:
             "resize": str(self.resize),
             "interpolation": self.interpolation,
             "antialiasing": "on" if self.antialias else "off",
+            "channels": str(self.channels),
             "mean": ", ".join(map(str, self.mean)),
             "std": ", ".join(map(str, self.std)),
             "decode policy": self.decode,
@@ -189,7 +203,7 @@ class View:
         }
 
     def render(self, image: Tensor, digest: bytes) -> Tensor:
-        """The view of an image: uint8 `(3, size, size)`, contiguous, sharing no memory with `image`.
+        """The view of an image: uint8 `(channels, size, size)`, contiguous, sharing no memory with `image`.
 
         Args:
             image: uint8 `(3, H, W)` on the CPU, in any strides.
@@ -203,25 +217,29 @@ class View:
             size=self.size, resize=self.resize, interpolation=self.interpolation, antialias=self.antialias
         )
         if self.policy is None or self.seed is None:
-            return _planes(geometry.evaluation(image))
-        return _planes(self.policy.render(image, geometry, self.seed, digest))
+            square = geometry.evaluation(image)
+        else:
+            square = self.policy.render(image, geometry, self.seed, digest)
+        return _planes(square) if self.channels == 3 else _gray(square)
 
     def normalise(self, batch: Tensor) -> Tensor:
-        """The model's input: float32 `(N, 3, size, size)` on the batch's device, from uint8 `(N, 3, size, size)`.
+        """The model's input: float32 `(N, channels, size, size)` on the batch's device, from uint8 of that shape.
 
         On the CPU equal to torchvision's presets bit for bit.
         """
         import torch
 
-        if batch.dtype != torch.uint8 or batch.shape[1:] != (3, self.size, self.size):
+        shape = (self.channels, self.size, self.size)
+        if batch.dtype != torch.uint8 or batch.shape[1:] != shape:
             raise ValueError(
-                f"a batch {tuple(batch.shape)} of {batch.dtype}; expected uint8 (N, 3, {self.size}, {self.size}), the "
+                f"a batch {tuple(batch.shape)} of {batch.dtype}; expected uint8 (N, {', '.join(map(str, shape))}), the "
                 "views that this view rendered"
             )
         # Divisors are tensors: by a plain number a GPU multiplies with the rounded reciprocal, in other last bits.
-        constants = torch.tensor([[255.0] * 3, self.mean, self.std], dtype=torch.float32, device=batch.device)[
-            :, :, None, None
-        ]
+        constants = torch.tensor(
+            [[255.0] * self.channels, self.mean, self.std], dtype=torch.float32, device=batch.device
+        )
+        constants = constants[:, :, None, None]
         return batch.to(torch.float32).div_(constants[0]).sub_(constants[1]).div_(constants[2])
 
 
@@ -287,6 +305,15 @@ def _planes(image: Tensor) -> Tensor:
     return torch.from_numpy(np.array(image.numpy(), order="C"))
 
 
+def _gray(image: Tensor) -> Tensor:
+    """`(1, H, W)` of `(3, H, W)`: Pillow's ``convert("L")`` in its own whole numbers. Gray stays as it was."""
+    import torch
+
+    red, green, blue = image.numpy().astype(np.int32)
+    luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return torch.from_numpy(luma.astype(np.uint8)[None])
+
+
 def _check_image(image: Tensor) -> None:
     import torch
 
@@ -314,11 +341,12 @@ def _check_largest_seed(seed: int) -> None:
         raise ValueError(f"seed {worded} is too large; expected at most 2**63 - 1; give a smaller one, such as 0")
 
 
-def _channels(name: str, values: Iterable[float]) -> tuple[float, float, float]:
-    red_green_blue = tuple(float(value) + 0.0 for value in values)  # -0.0 is equal to 0.0, and in JSON it isn't
-    if len(red_green_blue) != 3 or not np.isfinite(red_green_blue).all():
-        raise ValueError(f"{name} is {red_green_blue}; expected three finite numbers, for R, G and B")
-    return red_green_blue[0], red_green_blue[1], red_green_blue[2]
+def _by_channel(name: str, values: Iterable[float], channels: int) -> tuple[float, ...]:
+    numbers = tuple(float(value) + 0.0 for value in values)  # -0.0 is equal to 0.0, and in JSON it isn't
+    if len(numbers) != channels or not np.isfinite(numbers).all():
+        expected = "three finite numbers, for R, G and B" if channels == 3 else "one finite number, for gray"
+        raise ValueError(f"{name} is {numbers}; expected {expected}")
+    return numbers
 
 
 def _one_side(name: str, value: int | list[int]) -> int:

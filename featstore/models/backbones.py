@@ -273,12 +273,14 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
 
 def _view_note(model: StagedModel) -> tuple[str, ...]:
     """What is assumed of the images where nobody has said it: a library's own weights' view, or the usual one."""
-    view, is_usual = model.view, model.view == View().resized(size=model.view.size)
+    view = model.view
+    is_usual = view == View(channels=view.channels).resized(size=view.size)
     if not is_usual and _library_of(str(model.origin.get("backbone"))) is None:  # its author chose one
         return ()
     given = f"{view.resize}/{view.size}{'' if view.interpolation == View.interpolation else f', {view.interpolation},'}"
+    mean = "ImageNet's mean" if view.channels == 3 else f"mean {view.mean[0]:g}"
     return (
-        f"a weights file carries no preprocessing: {given} and ImageNet's mean assumed; "
+        f"a weights file carries no preprocessing: {given} and {mean} assumed; "
         "--resize --size --mean --std --interpolation",
     )
 

@@ -49,7 +49,7 @@ def split_into_stages(
     stage; the second result names its modules.
 
     Args:
-        module: takes one float tensor ``(N, 3, H, W)`` and returns one tensor, in train mode maybe others with it.
+        module: takes one float tensor ``(N, C, H, W)`` and returns one tensor, in train mode maybe others with it.
         containers: module paths that are too coarse to name a cut (a backbone's ``features``, ``encoder``).
 
     Raises:

@@ -53,9 +53,9 @@ class Probe:
         return float((mine - others).abs().max()) / max(self.largest, 1e-30)
 
 
-def probe_images(size: int) -> Tensor:
-    """The two images, uint8 ``(2, 3, size, size)``: integer arithmetic only, so the same on every machine."""
-    image, channel = torch.arange(2).reshape(2, 1, 1, 1), torch.arange(3).reshape(1, 3, 1, 1)
+def probe_images(size: int, channels: int = 3) -> Tensor:
+    """The two images, uint8 ``(2, channels, size, size)``: integer arithmetic only, so the same on every machine."""
+    image, channel = torch.arange(2).reshape(2, 1, 1, 1), torch.arange(channels).reshape(1, channels, 1, 1)
     row, column = torch.arange(size).reshape(1, 1, size, 1), torch.arange(size).reshape(1, 1, 1, size)
     wave = (3 + 2 * image) * row + (5 + 4 * image) * column + (row * column) // (4 + image)
     return ((wave + 85 * channel + 17 * image) % 256).to(torch.uint8)
@@ -66,7 +66,7 @@ def take_probes(
 ) -> list[Probe]:
     """The probe of each output: one pass over two images."""
     trunk = Trunk(model, outputs, view=view, batch_size=2, precision=precision, device=device)
-    return [_probe(values) for values in trunk(probe_images(view.size))]
+    return [_probe(values) for values in trunk(probe_images(view.size, view.channels))]
 
 
 def check_probe(stored: Json, live: Probe, *, precision: Precision, what: str, profile: Json, now: Json) -> None:

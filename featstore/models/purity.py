@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
 from featstore.errors import ModelError
+from featstore.images.views import View
 from featstore.models.batch_mixing import BatchMixing, Mixed, Rows, Status
 from featstore.models.modes import eval_mode, numerics, random_states, random_states_kept
 from featstore.models.probe import probe_images
@@ -71,7 +72,7 @@ def check_pure(
     if device is not None and any(each.device != device for each in (*trunk.parameters(), *trunk.buffers())):
         trunk = copy.deepcopy(trunk).to(device)
     parameter = next(trunk.parameters(), torch.empty(0, device=device))
-    images = model.view.normalise(_images(model.view.size)).to(parameter)
+    images = model.view.normalise(_images(model.view)).to(parameter)
     with eval_mode(trunk), torch.no_grad(), numerics("fp32", parameter.device), random_states_kept():
         check = _Check(model.name, cut, list(trunk))
         few = check.walked(images)
@@ -96,9 +97,9 @@ def refuse_modes(model: StagedModel, cut: str) -> None:
             )
 
 
-def _images(size: int) -> Tensor:
+def _images(view: View) -> Tensor:
     """An ordinary image and one of full contrast, a dark one, a saturated one and a flat one: uint8."""
-    first, second = probe_images(size)
+    first, second = probe_images(view.size, view.channels)
     flat = [torch.full_like(first, level) for level in (0, 255, 128)]
     return torch.stack([64 + first // 2, second, *flat])
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featstore.errors import ModelError
+from featstore.images.views import View
 from featstore.models.modes import eval_mode, random_states_kept
 from featstore.models.names import layout_of
-from featstore.models.stages import Stage
+from featstore.models.stages import Stage, TracedStage
+from featstore.models.tracing import is_library_leaf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class Measured:
     order: tuple[int, ...] | None
 
 
-def measured(stages: Sequence[Stage], size: int, model: str) -> dict[str, Measured]:
+def measured(stages: Sequence[Stage], channels: int, size: int, model: str) -> dict[str, Measured]:
     """The value at each cut.
 
     From a pass without data where the model can run so, else on empty images. Two, not one: ``squeeze()`` takes the
@@ -37,18 +39,19 @@ def measured(stages: Sequence[Stage], size: int, model: str) -> dict[str, Measur
 
     Args:
         stages: in order.
+        channels: of the images.
         size: side of the images.
         model: its name, for messages.
 
     Raises:
-        ModelError: if it can't take images of that size, or of three channels.
+        ModelError: if it can't take images of that size, or of so many channels.
     """
     try:
-        return _run(stages, torch.empty((2, 3, size, size), device="meta"), model, on_meta=True)
+        return _run(stages, torch.empty((2, channels, size, size), device="meta"), model, on_meta=True)
     except Exception:  # whole modules may make tensors of their own, which don't live on the meta device
         parameters = (tensor for stage in stages for tensor in stage.parameters())
         device = next((tensor.device for tensor in parameters), torch.device("cpu"))
-        return _run(stages, torch.zeros((2, 3, size, size), device=device), model, on_meta=False)
+        return _run(stages, torch.zeros((2, channels, size, size), device=device), model, on_meta=False)
 
 
 class Tail(nn.Sequential):
@@ -93,6 +96,27 @@ def layout_from(shape: tuple[int, ...], larger: Callable[[], tuple[int, ...] | N
     return layout_of(shape) if shape[1] == shape[2] else "NHWC" if shape[0] == shape[1] else "other"
 
 
+def view_for(stage: Stage, view: View) -> View:
+    """`view`, or the gray one like it where a layer that images meet first says that it takes one channel."""
+    if view.channels == 1 or not isinstance(stage, TracedStage):
+        return view
+    first, graph = next(iter(stage.in_eval.graph.nodes)), stage.in_eval
+    layers = [graph.get_submodule(str(node.target)) for node in first.users if node.op == "call_module"]
+    is_gray = any(is_library_leaf(layer) and _channels_of(layer) == 1 for layer in layers)
+    return replace(view, channels=1) if is_gray else view
+
+
+def wrong_channels(model: str, channels: int, given: int) -> str:
+    """Why images of `given` channels are refused by a model that takes another number, and what to do."""
+    what = f"{model} takes images of {channels} channel{'s' * (channels != 1)}, and its view gives {given}"
+    if channels in (1, 3):
+        return f"{what}. Give it another view: View(..., channels={channels})."
+    return (
+        f"{what}: images are R, G and B, or gray. Hand over a module that makes {channels} of the 3 and then calls "
+        "yours, in its forward: self.net(self.adapt(images))."
+    )
+
+
 def _run(stages: Sequence[Stage], images: Tensor, model: str, *, on_meta: bool) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     values: Any = images
@@ -102,17 +126,13 @@ def _run(stages: Sequence[Stage], images: Tensor, model: str, *, on_meta: bool) 
                 values = _on_meta(stage, values) if on_meta else stage(values)
         except Exception as error:
             if (channels := _other_channels(stage, values)) is not None:
-                raise ModelError(
-                    f"{model} takes images of {channels} channel{'s' * (channels != 1)} (its stage "
-                    f"{stage.name}), and images have 3 here, R, G and B, which are equal in a gray image. Hand "
-                    f"over a module that makes {channels} of the 3 and then calls yours, in its forward: "
-                    f"self.net({'images[:, :1]' if channels == 1 else 'self.adapt(images)'})."
-                ) from error
+                where = f"{model} (its stage {stage.name})"
+                raise ModelError(wrong_channels(where, channels, images.shape[1])) from error
             reason = str(error).strip().rstrip(".") or type(error).__name__
             raise ModelError(
                 f"{model} can't take images of {images.shape[-1]} x {images.shape[-1]} pixels: its stage "
                 f"{stage.name} fails with {reason}. Give it a view of the size it was made for: "
-                "StagedModel.from_module(module, view=View(size=..., resize=...))."
+                "StagedModel.from_module(module, view=View(size=..., resize=...)), with channels=1 for gray images."
             ) from error
         is_tensor = isinstance(values, Tensor)
         found[stage.name] = Measured(
@@ -145,8 +165,12 @@ def _on_meta(stage: Stage, values: Any) -> Any:
 
 
 def _other_channels(stage: Stage, values: Any) -> int | None:
-    """How many channels a stage's first layer takes, if it is another number than that of RGB images `values`."""
-    if not isinstance(values, Tensor) or values.ndim != 4 or values.shape[1] != 3:
+    """How many channels a stage's first layer takes, if it is another number than that of the images `values`."""
+    if not isinstance(values, Tensor) or values.ndim != 4 or values.shape[1] not in (1, 3):
         return None
-    counts = (getattr(part, "in_channels", getattr(part, "num_features", 3)) for part in stage.modules())
-    return next((int(count) for count in counts if count != 3), None)
+    counts = (_channels_of(part) for part in stage.modules())
+    return next((count for count in counts if count and count != values.shape[1]), None)
+
+
+def _channels_of(layer: nn.Module | None) -> int | None:
+    return getattr(layer, "in_channels", getattr(layer, "num_features", None))

@@ -21,7 +21,7 @@ from featstore.models.graph import refuse_patched, split_into_stages
 from featstore.models.modes import check_trainable, eval_mode
 from featstore.models.names import automatic
 from featstore.models.pool import Pool
-from featstore.models.shapes import Measured, Tail, layout_from, measured
+from featstore.models.shapes import Measured, Tail, layout_from, measured, view_for, wrong_channels
 from featstore.models.stages import AbsentStage, HeadStage, PoolStage, Stage, TracedStage
 from featstore.models.wrappers import unwrapped
 from featstore.timing import timed
@@ -72,7 +72,7 @@ class StagedModel(nn.Module):
         self._layouts = dict(layouts or {})
         self._num_frozen = 0
         self._num_shared = 0  # the first so many stages belong to another model as well
-        self._measured: dict[int, dict[str, Measured]] = {}  # by the size of images
+        self._measured: dict[tuple[int, int], dict[str, Measured]] = {}  # by channels and size of images
 
     @classmethod
     def from_module(
@@ -90,8 +90,9 @@ class StagedModel(nn.Module):
         """A staged model of `module`, cut wherever one value alone crosses; it shares the module's parameters.
 
         Args:
-            module: takes float images ``(N, 3, H, W)``, returns one tensor ``(N, ...)``.
-            view: how images are prepared; default: 256/224 and ImageNet's mean and standard deviation.
+            module: takes float images ``(N, 3, H, W)``, or gray ones ``(N, 1, H, W)``; returns one tensor ``(N, ...)``.
+            view: how images are prepared; default: 256/224 and ImageNet's mean and standard deviation. Made a gray one
+                where the first layer takes one channel.
             name: a label; default: the class's name.
             layouts: of the values whose layout their shape doesn't show, by the name of the cut; ``*`` in it stands for
                 anything.
@@ -103,20 +104,16 @@ class StagedModel(nn.Module):
         Raises:
             ModelError: what can't be traced or keyed, named.
         """
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"A {type(module).__name__} is no torch.nn.Module, which is expected. In place of what was made from "
-                "one (an exported program, its tensors) hand over the module itself."
-            )
         with timed("trace"), unwrapped(module) as (module, notes):
             state = module.state_dict(keep_vars=True).keys()
             graphs, auxiliaries = split_into_stages(module, containers=containers)
             stages = [TracedStage(stage, state) for stage in graphs]
         for stage in graphs:
             refuse_patched(stage.eval)  # a layer that is back in its wrapper
+        fitted = view_for(stages[0], view or View())
         model = cls(
             stages,
-            view=view or View(),
+            view=fitted,
             name=name or type(module).__name__.lower(),
             layouts=layouts,
             class_tokens=class_tokens,
@@ -124,6 +121,11 @@ class StagedModel(nn.Module):
             fixed_size=fixed_size,
         )
         model.unused = frozenset(state - model.tensors().keys())
+        if fitted != (view or View()):
+            notes += (
+                f"its first layer takes 1 channel: images are made gray, mean {fitted.mean[0]:g} and std "
+                f"{fitted.std[0]:g} assumed; --mean --std",
+            )
         if auxiliaries:
             notes += (
                 f"{', '.join(auxiliaries)}: left out, as it makes a further output in train mode alone (an auxiliary "
@@ -266,8 +268,10 @@ class StagedModel(nn.Module):
             return stage.shape
         return self._measured_for(size or self.view.size)[stage.name].shape
 
-    def check_size(self, view: View) -> None:
-        """Raises ValueError if the model takes images of another size than `view` gives."""
+    def check_view(self, view: View) -> None:
+        """Raises ValueError if the model takes images of another size or number of channels than `view` gives."""
+        if view.channels != self.view.channels:
+            raise ValueError(wrong_channels(self.name, self.view.channels, view.channels))
         if self.fixed_size is not None and view.size != self.fixed_size:
             raise ValueError(
                 f"{self.name} takes images of {self.fixed_size} pixels only, not {view.size}: its position embeddings "
@@ -288,7 +292,7 @@ class StagedModel(nn.Module):
         return f"StagedModel({self.name}: {len(cuts)} cuts {cuts[0]} ... {cuts[-1]}{head}, {self.view.size} px)"
 
     def forward(self, images: Tensor) -> Tensor:
-        """The output for normalised images ``(N, 3, H, W)``; frozen stages run in eval mode without gradient."""
+        """The output for normalised images ``(N, C, H, W)``; frozen stages run in eval mode without gradient."""
         values = images
         for index in range(len(self.stages)):
             values = self._after(index, values)
@@ -496,7 +500,7 @@ class StagedModel(nn.Module):
             default_cut=default_cut,
             fixed_size=self.fixed_size,
         )
-        model._measured = {size: dict(values) for size, values in self._measured.items()}
+        model._measured = {images: dict(values) for images, values in self._measured.items()}
         model.unused, model.named_view = self.unused, self.named_view
         model.training = self.training
         return model
@@ -547,10 +551,11 @@ class StagedModel(nn.Module):
         return Tail(self.ordered[first:], order=order)
 
     def _measured_for(self, size: int) -> dict[str, Measured]:
-        if size not in self._measured:
+        images = self.view.channels, size
+        if images not in self._measured:
             with timed("shapes"):
-                self._measured[size] = measured(self.ordered, size, self.name)
-        return self._measured[size]
+                self._measured[images] = measured(self.ordered, *images, self.name)
+        return self._measured[images]
 
     def _larger_shape(self, cut: str) -> tuple[int, ...] | None:
         if self.fixed_size is not None:

@@ -79,7 +79,7 @@ class Trunk:
         self._model, self.is_live = self._prepared(model)
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Activations ``(N, *F)`` of uint8 views ``(N, 3, S, S)``, one tensor per output: float32, contiguous."""
+        """Activations ``(N, *F)`` of uint8 views ``(N, C, S, S)``, one tensor per output: float32, contiguous."""
         parts = [
             self._pass(images[start : start + self.batch_size]) for start in range(0, len(images), self.batch_size)
         ]

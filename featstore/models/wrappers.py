@@ -19,8 +19,14 @@ def unwrapped(module: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
     by whoever runs it.
 
     Raises:
+        TypeError: for what is no module.
         ModelError: for a module of which this process holds a share alone.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"A {type(module).__name__} is no torch.nn.Module, which is expected. In place of what was made from one "
+            "(an exported program, its tensors) hand over the module itself."
+        )
     found: list[str] = []
     compiled = [part for part in module.modules() if getattr(part, "_compiled_call_impl", None) is not None]
     found += [f"{_where(module, part)} (compiled in place)" for part in compiled]

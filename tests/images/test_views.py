@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as v2
+from PIL import Image
 from sklearn.datasets import load_sample_images
 from support.processes import Processes
 from torch import Tensor
@@ -360,6 +362,10 @@ def test_half_a_pixel_of_resize_is_rounded_up() -> None:
         ({"interpolation": "lanczos"}, "interpolation 'lanczos' is none of bilinear, bicubic"),
         ({"std": (1, 0, 1)}, "not above 0"),
         ({"mean": (0.5, 0.5)}, "expected three finite numbers"),
+        ({"mean": (0.5,), "std": (0.5,)}, "expected three finite numbers"),
+        ({"channels": 1, "mean": (0.1, 0.2, 0.3)}, "expected one finite number, for gray"),
+        ({"channels": 2}, "channels is 2; expected 3, for R, G and B, or 1, for gray"),
+        ({"channels": True}, "channels is True; expected an integer"),
         ({"decode": "other"}, "decode policy 'other' is unknown"),
         ({"seed": 3}, "belong together"),
         ({"policy": policy("flip")}, "belong together"),
@@ -465,3 +471,51 @@ def test_the_callers_default_type_does_not_change_a_models_input() -> None:
         torch.set_default_dtype(before)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+# --- gray views ---
+
+
+def test_a_gray_view_is_what_pillow_makes_of_the_square_bit_for_bit() -> None:
+    levels = torch.arange(0, 256, 5, dtype=torch.uint8)
+    colours = torch.cartesian_prod(levels, levels, levels).T.reshape(3, 52 * 26, 104)  # all corners of the cube
+    view = View(size=104, resize=104, channels=1)
+    for top in range(0, 52 * 26, 104):
+        square = colours[:, top : top + 104]
+        expected = np.array(Image.fromarray(square.permute(1, 2, 0).numpy()).convert("L"))
+        assert np.array_equal(view.render(square, DIGEST).numpy(), expected[None])
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_a_gray_view_is_the_coloured_one_made_gray_at_the_end(seed: int | None) -> None:
+    view = View(size=48, resize=56)
+    gray = replace(view, channels=1)
+    if seed is not None:
+        view, gray = (each.with_seed("random_resized_crop", seed) for each in (view, gray))
+    coloured = view.render(PHOTOS[0], DIGEST).permute(1, 2, 0).numpy()
+    rendered = gray.render(PHOTOS[0], DIGEST)
+    assert np.array_equal(rendered.numpy(), np.array(Image.fromarray(coloured).convert("L"))[None])
+    assert rendered.is_contiguous()
+    batch = rendered[None]
+    assert torch.equal(gray.normalise(batch), (batch.float() / 255 - 0.5) / 0.5)
+    with pytest.raises(ValueError, match=r"expected uint8 \(N, 1, 48, 48\)"):
+        gray.normalise(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))
+
+
+def test_gray_pictures_stay_as_they_are_in_gray_views() -> None:
+    picture = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    assert torch.equal(View(size=16, resize=16, channels=1).render(picture.repeat(3, 1, 1), DIGEST), picture)
+
+
+def test_channels_are_a_fact_of_gray_views_alone() -> None:
+    gray = View(channels=1, mean=(0.1,), std=(0.3,))
+    assert gray.facts() == {**View().facts(), "channels": 1, "mean": [0.1], "std": [0.3]}
+    assert "channels" not in View().facts()
+    for view in (gray, View(channels=1), View()):
+        assert View.from_facts(view.facts()) == view
+        assert view.evaluation == view.resized() == view
+    assert View().differences(View(channels=1)) == [
+        ("channels", "3", "1"),
+        ("mean", "0.485, 0.456, 0.406", "0.5"),
+        ("std", "0.229, 0.224, 0.225", "0.5"),
+    ]

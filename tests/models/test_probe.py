@@ -50,6 +50,7 @@ def test_the_probe_images_are_those_of_the_format_page(size: int) -> None:
         ]
         for i in range(2)
     ]  # fmt: skip
+    assert torch.equal(probe_images(size, 1), images[:, :1])
 
 
 def test_the_probe_images_differ_from_each_other_everywhere_that_matters() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -232,28 +233,64 @@ def test_a_size_that_a_network_cannot_take_is_refused_with_the_stage() -> None:
         model.shape("1")
 
 
-def test_a_network_of_one_channel_is_refused_and_the_advice_works() -> None:
-    class Gray(nn.Module):
+def gray_net() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2)).eval()
+    net(torch.zeros(1, 1, 12, 12))
+    return net
+
+
+class Shown(nn.Module):
+    """A first layer that doesn't meet the images themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = gray_net()
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.net(images * 2)
+        return scores
+
+
+def test_a_network_of_one_channel_has_a_gray_view_and_says_so() -> None:
+    model = staged(gray_net())
+    assert model.view == model.named_view == replace(VIEW, channels=1)
+    assert model.notes == (
+        "its first layer takes 1 channel: images are made gray, mean 0.5 and std 0.5 assumed; --mean --std",
+    )
+    assert (model.shape("1"), model.default_cut) == ((4, 10, 10), "1")
+    own = View(size=12, resize=12, channels=1, mean=(0.1,), std=(0.3,))
+    given = StagedModel.from_module(gray_net(), view=own)
+    assert (given.view, given.notes) == (own, ())
+    assert staged().view == VIEW
+    with pytest.raises(ValueError, match=r"sequential takes images of 1 channel, and its view gives 3. .*channels=1\)"):
+        model.check_view(VIEW)
+
+
+def test_another_number_of_channels_is_refused_with_the_stage_and_the_advice_works() -> None:
+    with pytest.raises(
+        ModelError, match=r"shown \(its stage net\.0\) takes images of 1 channel, and its view gives 3. .*channels=1\)"
+    ):
+        staged(Shown()).shape("net.1")
+    gray = StagedModel.from_module(Shown(), view=replace(VIEW, channels=1))
+    assert gray.shape("net.1") == (4, 10, 10)
+    with pytest.raises(ModelError, match=r"takes images of 3 channels, and its view gives 1. .*channels=3\)"):
+        StagedModel.from_module(net(), view=replace(VIEW, channels=1)).shape("layer1")
+
+    class Adapted(nn.Module):
         def __init__(self, net: nn.Module) -> None:
             super().__init__()
-            self.net = net
+            self.adapt, self.net = nn.Conv2d(3, 6, 1), net
 
         def forward(self, images: Tensor) -> Tensor:
-            result: Tensor = self.net(images[:, :1])
+            result: Tensor = self.net(self.adapt(images))
             return result
 
-    gray = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
-    gray(torch.zeros(1, 1, 12, 12))
-    advice = r"sequential takes images of 1 channel \(its stage 0\), and images have 3 .*: self.net\(images\[:, :1\]\)"
-    with pytest.raises(ModelError, match=advice):
-        staged(gray).shape("1")
-    with pytest.raises(ModelError, match=advice):
-        _ = staged(gray).default_cut
-    assert staged(Gray(gray)).shape("net.1") == (4, 10, 10)
+    six = nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3))
     with pytest.raises(
-        ModelError, match=r"takes images of 6 channels \(its stage 0\), .*: self.net\(self.adapt\(images"
+        ModelError, match=r"\(its stage 0\) takes images of 6 channels, and its view gives 3: .*self.net\(self.adapt\("
     ):
-        staged(nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3))).shape("1")
+        staged(six).shape("1")
+    assert staged(Adapted(six)).shape("net.1") == (4, 10, 10)
 
 
 def test_layouts_follow_the_dimensions_where_nobody_says() -> None:
@@ -316,10 +353,10 @@ def test_a_model_under_another_view_and_origin_has_the_same_stages_and_leaves_th
 
 def test_a_model_of_a_fixed_size_refuses_views_of_another_one() -> None:
     model = StagedModel.from_module(net(), view=VIEW, fixed_size=VIEW.size)
-    model.check_size(VIEW)
+    model.check_view(VIEW)
     with pytest.raises(ValueError, match=f"net takes images of {VIEW.size} pixels only, not 32"):
-        model.check_size(VIEW.resized(size=32))
-    staged().check_size(VIEW.resized(size=32))
+        model.check_view(VIEW.resized(size=32))
+    staged().check_view(VIEW.resized(size=32))
 
 
 # ------------------------------------------------------------------------------------------------- freezing and thawing

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ def test_views_shows_the_very_pixels_that_are_rendered() -> None:
             expected = view.render(pixels, digests[row].tobytes()).permute(1, 2, 0).numpy()
             np.testing.assert_array_equal(drawn_pixels(next(panels)), expected)
     assert next(panels, None) is None
+
+
+def test_gray_views_are_shown_in_gray_from_black_to_white() -> None:
+    images = photographs(1)
+    gray = replace(VIEW, channels=1)
+    (axes,) = plots.views(images, gray, "flip", [None]).get_axes()
+    pixels = torch.from_numpy(np.array(images.read(0))).permute(2, 0, 1)
+    np.testing.assert_array_equal(drawn_pixels(axes), gray.render(pixels, b"")[0].numpy())
+    [image] = axes.get_images()
+    assert (image.get_cmap().name, image.get_clim()) == ("gray", (0, 255))
 
 
 def test_views_titles_columns_by_view_and_rows_by_image() -> None:
