@@ -1,6 +1,7 @@
 """Python code as a fact: its source without comments and layout, and the values that it reads from outside itself."""
 
 from __future__ import annotations
+import __future__
 
 import ast
 import dis
@@ -13,8 +14,9 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from enum import Enum
-from functools import cache
+from functools import cache, reduce
 from importlib.machinery import SourceFileLoader
+from operator import or_
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any
@@ -46,7 +48,8 @@ def source_digests(*objects: type | ModuleType) -> list[str]:
     """Digests of the normalised source of every module outside libraries that `objects` come from, sorted.
 
     Follows what those modules import from one another; the standard library and installed packages are left out, and
-    so are file names. A module's text is read once a process: the code that runs doesn't change with its file.
+    so are file names. A module's text is read once a process: the code that runs doesn't change with its file. Nor is
+    anything here of a class from a notebook, whose functions are keyed one by one, from their cells.
 
     Raises:
         ModelError: for an object whose source file can't be found (typed into a prompt, compiled).
@@ -270,7 +273,8 @@ def _function_source(function: FunctionType) -> str:
     code = function.__code__
     text = _function_text(function)
     # What is keyed is what runs: a file that was edited after it was imported holds another function.
-    if code not in all_codes(compile(text, code.co_filename, "exec", dont_inherit=True)):
+    features = code.co_flags & _FUTURE_FEATURES  # an earlier cell of a notebook may have imported them
+    if code not in all_codes(compile(text, code.co_filename, "exec", features, dont_inherit=True)):
         raise OutdatedCodeError(
             f"{code.co_filename} is no longer what was imported from it (import it again, and make anew what was made "
             f"with {function.__qualname__})"
@@ -287,6 +291,9 @@ def _function_source(function: FunctionType) -> str:
     return normalised_source(ast.unparse(found[0]))
 
 
+_FUTURE_FEATURES = reduce(or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
+
+
 def _is_in_its_module(function: FunctionType) -> bool:
     """Whether the text of the module that a method comes from is what it was compiled from, lines aside.
 
@@ -297,6 +304,8 @@ def _is_in_its_module(function: FunctionType) -> bool:
         return False
     if is_library(module):
         return _runs_library_code(function)
+    if _is_typed(module):
+        return False
     path, text = _source(module)
     if not _is_loaded_as_written(module):  # a hook has rewritten it, as pytest does
         return function.__code__.co_filename == str(path) and _is_in_its_class(function, module)
@@ -344,7 +353,13 @@ def _function_text(function: FunctionType) -> str:
 def _own_sources(objects: tuple[type | ModuleType, ...]) -> dict[str, tuple[Path, str]]:
     """Name -> (file, text) of all own modules that can be reached."""
     found: dict[str, tuple[Path, str]] = {}
-    pending = [inspect.getmodule(item) or sys.modules.get(getattr(item, "__module__", "")) for item in objects]
+    pending: list[ModuleType | None] = []
+    for item in objects:
+        home = inspect.getmodule(item) or sys.modules.get(getattr(item, "__module__", ""))
+        if isinstance(item, type) and home is not None and _is_typed(home):
+            _check_typed(item)
+        else:
+            pending.append(home)
     while pending:
         module = pending.pop()
         if module is None or module.__name__ in found or is_library(module):
@@ -352,6 +367,22 @@ def _own_sources(objects: tuple[type | ModuleType, ...]) -> dict[str, tuple[Path
         found[module.__name__] = _source(module)
         pending += _reached_from(module, found[module.__name__][1])
     return found
+
+
+def _is_typed(module: ModuleType) -> bool:
+    """Whether a module is no file: a notebook, a prompt."""
+    return getattr(module, "__file__", None) is None and not is_library(module)
+
+
+def _check_typed(kind: type) -> None:
+    """Raises ModelError where the text of a function of a class can't be found."""
+    for value in vars(kind).values():
+        for part in (value, *(getattr(value, name, None) for name in ("__func__", "fget", "fset", "fdel"))):
+            if isinstance(part, FunctionType) and part.__module__ == kind.__module__:
+                try:
+                    _function_text(part)
+                except ValueError as error:
+                    raise ModelError(_without_source(kind.__module__)) from error
 
 
 def _source(module: ModuleType) -> tuple[Path, str]:
@@ -369,11 +400,15 @@ def _spec(module: ModuleType) -> object:
 def _read_source(module: ModuleType) -> tuple[Path, str]:
     path = getattr(module, "__file__", None)
     if path is None or Path(path).suffix != ".py" or not Path(path).is_file():
-        raise ModelError(
-            f"The source of {module.__name__} can't be found, so no key can cover it. Put the code into a Python file, "
-            "or give the class a method fingerprint() that returns a text which changes whenever its results do."
-        )
+        raise ModelError(_without_source(module.__name__))
     return Path(path).resolve(), _read(Path(path))
+
+
+def _without_source(name: str) -> str:
+    return (
+        f"The source of {name} can't be found, so no key can cover it. Put the code into a Python file, or give the "
+        "class a method fingerprint() that returns a text which changes whenever its results do."
+    )
 
 
 def _read(path: Path) -> str:
