@@ -68,7 +68,7 @@ def contenders(name: str, batch: int) -> dict[str, Callable[[], float]]:
         FORWARD: lambda: speed(forward),
         TRACED: lambda: speed(traced),
         MADE: lambda: speed(lambda: traced().digests()),
-        SHAPES: lambda: speed(lambda: measured(model.ordered, size, name)),
+        SHAPES: lambda: speed(lambda: measured(model.ordered, model.view.channels, size, name)),
     }
 
 
