@@ -73,6 +73,7 @@ class StagedModel(nn.Module):
         self._num_frozen = 0
         self._num_shared = 0  # the first so many stages belong to another model as well
         self._measured: dict[tuple[int, int], dict[str, Measured]] = {}  # by channels and size of images
+        self._refused: set[int] = set()  # sizes that it was found not to take
 
     @classmethod
     def from_module(
@@ -558,11 +559,13 @@ class StagedModel(nn.Module):
         return self._measured[images]
 
     def _larger_shape(self, cut: str) -> tuple[int, ...] | None:
-        if self.fixed_size is not None:
+        larger = 2 * self.view.size
+        if self.fixed_size is not None or larger in self._refused:
             return None
         try:
-            return self.shape(cut, 2 * self.view.size)
+            return self.shape(cut, larger)
         except ModelError:
+            self._refused.add(larger)
             return None
 
     def _has_positions(self, cut: str) -> bool:

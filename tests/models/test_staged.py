@@ -656,6 +656,26 @@ def test_looking_at_a_model_moves_no_statistics_and_no_random_state() -> None:
     assert random_states() == states
 
 
+TRIED: list[int] = []
+
+
+class OneSize(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        TRIED.append(int(values.shape[-1]))
+        if values.shape[-1] != 8:
+            raise ValueError("8 pixels only")
+        return values
+
+
+def test_a_size_that_a_model_was_found_not_to_take_is_not_tried_for_each_cut_anew() -> None:
+    layers = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)]  # 8 channels of 8 x 8: which dimension is which?
+    module = nn.Sequential(OneSize(), nn.Conv2d(3, 8, 1), *layers)
+    model = StagedModel.from_module(module, view=View(size=8, resize=8))
+    TRIED.clear()
+    assert {model.layout(cut) for cut in model.cut_points} == {"NCHW"}
+    assert TRIED.count(16) <= 2  # without data, and with
+
+
 def test_an_unknown_option_or_attribute_is_an_error() -> None:
     with pytest.raises(TypeError, match="freeze"):
         StagedModel.from_module(net(), freeze=True)  # type: ignore[call-arg]
