@@ -109,7 +109,7 @@ class StagedModel(nn.Module):
             state = module.state_dict(keep_vars=True).keys()
             graphs, auxiliaries = split_into_stages(module, containers=containers)
             stages = [TracedStage(stage, state) for stage in graphs]
-        for stage in graphs:
+        for stage in graphs if notes else ():
             refuse_patched(stage.eval)  # a layer that is back in its wrapper
         fitted = view_for(stages[0], view or View())
         model = cls(

@@ -51,6 +51,39 @@ def test_a_function_may_return_a_staged_model_with_its_own_view(tmp_path: Path) 
     assert backbone(f"{path}:staged", tmp_path / "weights.pth").notes == ()
 
 
+UNTRACEABLE = """
+from torch import nn
+from featstore import StagedModel
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+
+    def forward(self, x):
+        return self.body(self.stem(x)) if x.sum() > 0 else self.body(self.stem(x))
+
+def whole():
+    return Branching()
+
+def stages():
+    net = whole()
+    return StagedModel.from_stages({"stem": net.stem, "body": net.body}, name="branching")
+"""
+
+
+def test_a_network_that_cannot_be_traced_is_given_as_its_stages(tmp_path: Path) -> None:
+    path = tmp_path / "branching.py"
+    path.write_text(UNTRACEABLE)
+    with pytest.raises(
+        ModelError, match=r"Branching can't be traced .* StagedModel\.from_stages\(\{\"stem\": \.\.\.\}\)"
+    ):
+        backbone(f"{path}:whole")
+    model = backbone(f"{path}:stages")
+    assert (model.name, model.cut_points, model.default_cut) == ("branching", ["stem", "body.0", "body"], "body")
+    assert backbone(f"{path}:stages").digests() == model.digests()
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
