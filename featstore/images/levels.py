@@ -20,7 +20,7 @@ def lit(square: Square, brightness: float, contrast: float) -> Square:
     import numpy as np
 
     mean = int(square.sum(dtype=np.int64)) / square.size
-    levels: NDArray[Any] = (np.arange(256) - mean) * contrast + mean + 255 * brightness
+    levels: NDArray[Any] = np.arange(256) * contrast + (mean - mean * contrast + 255 * brightness)
     return _looked_up(square, np.floor(levels + 0.5).clip(0, 255))
 
 

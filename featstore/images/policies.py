@@ -212,13 +212,13 @@ def top_down(canvas: Canvas, draws: Draws, *, flip_probability: float, **params:
 
 def trivial_augment(canvas: Canvas, draws: Draws) -> None:
     """One of 14 operations on the square, each as strong as chance has it."""
-    _operate(canvas, draws, draws.integer(31) / 30, _WIDE)
+    _operate(canvas, draws, draws.integer(_MOST + 1), _WIDE)
 
 
 def rand_augment(canvas: Canvas, draws: Draws, *, operations: int, magnitude: int) -> None:
     """So many of 14 operations on the square, one after the other, each of this strength."""
     for _ in range(operations):
-        _operate(canvas, draws, magnitude / 30, _USUAL)
+        _operate(canvas, draws, magnitude, _USUAL)
 
 
 class _Limits(NamedTuple):
@@ -231,33 +231,37 @@ class _Limits(NamedTuple):
     bits: int  # that posterising takes away
 
 
+_MOST = 30
+"""The magnitude at which operations go as far as they do."""
+
 _WIDE = _Limits(shear=0.99, shift=32 / 224, degrees=135, factor=0.99, bits=6)
 _USUAL = _Limits(shear=0.3, shift=150 / 331, degrees=30, factor=0.9, bits=4)
 
 
-def _operate(canvas: Canvas, draws: Draws, strength: float, limits: _Limits) -> None:
+def _operate(canvas: Canvas, draws: Draws, magnitude: int, limits: _Limits) -> None:
     """One of torchvision's 14 operations, which are Pillow's."""
-    name = draws.integer(14)
-    signed = -strength if draws.chance(0.5) else strength
-    shift = float(int(signed * limits.shift * canvas.side))
+    place = draws.integer(14)
+    signed = (-magnitude if draws.chance(0.5) else magnitude) / _MOST
+    shift = int(signed * limits.shift * canvas.side)
+    middle = (canvas.side - 1) / 2
     factor = 1 + signed * limits.factor
     operations: list[Change | None] = [
         None,
-        _mapped(Affine(b=signed * limits.shear)),
-        _mapped(Affine(d=signed * limits.shear)),
-        _mapped(Affine(c=shift)),
-        _mapped(Affine(f=shift)),
-        _mapped(turned(signed * limits.degrees).about((canvas.side - 1) / 2, (canvas.side - 1) / 2)),
+        _mapped(Affine(b=signed * limits.shear).about(-0.5, -0.5)),
+        _mapped(Affine(d=signed * limits.shear).about(-0.5, -0.5)),
+        _mapped(Affine(c=-shift)),
+        _mapped(Affine(f=-shift)),
+        _mapped(turned(signed * limits.degrees).about(middle, middle)),
         _by(levels.brightened, factor),
-        _by(levels.contrasted, factor),
         _by(filters.saturated, factor),
+        _by(levels.contrasted, factor),
         _by(filters.sharpened, factor),
-        _by(levels.posterised, 8 - round(strength * limits.bits)),
-        _by(levels.solarised, 255 * (1 - strength)),
+        _by(levels.posterised, 8 - round(magnitude * limits.bits / _MOST)),
+        _by(levels.solarised, 255 * (_MOST - magnitude) / _MOST),
         levels.stretched_to_full,
         levels.equalised,
     ]
-    if (chosen := operations[name]) is not None:
+    if (chosen := operations[place]) is not None:
         canvas.change(chosen)
 
 
@@ -352,7 +356,7 @@ BUILT_IN: dict[str, BuiltIn] = {
     ),
     "trivial_augment": BuiltIn(trivial_augment, 1, {}, "TrivialAugmentWide of torchvision"),
     "rand_augment": BuiltIn(
-        rand_augment, 1, {"operations": Whole(2, 1, 14), "magnitude": Whole(9, 0, 30)}, "RandAugment of torchvision"
+        rand_augment, 1, {"operations": Whole(2, 1, 14), "magnitude": Whole(9, 0, _MOST)}, "RandAugment of torchvision"
     ),
 }
 """All policies that have a name of featstore's own."""
