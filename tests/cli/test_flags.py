@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from support.programs import Program, Ran, extract_flags
 
 from featstore import ImageSet, WeightsError
 from featstore.cli.flags import (
+    AugmentFlags,
     ImageFlags,
     ModelFlags,
     ViewFlags,
@@ -19,7 +21,7 @@ from featstore.cli.flags import (
     parse_seeds_or_fresh,
 )
 from featstore.extraction.remedy import image_flags
-from featstore.images.views import View
+from featstore.images.views import Augment, View
 
 NUM_EACH = 10
 
@@ -236,6 +238,42 @@ def test_seeds_and_numbers_are_read() -> None:
     for wrong in ("", "nan", "1,inf"):
         with pytest.raises(ValueError, match="--lr is"):
             parse_numbers(wrong, "--lr")
+
+
+def test_an_augmentation_may_have_parameters_and_several_policies() -> None:
+    word = "side_on:max_zoom=1.1,crop=no+cutout:holes=2"
+    expected = Augment([("side_on", {"max_zoom": 1.1, "crop": "no"}), ("cutout", {"holes": 2})], seeds=[0, 1])
+    assert AugmentFlags(augment=word, seeds="0-1").augmentation() == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        (
+            "sideon",
+            "--augment sideon: there is no augmentation policy 'sideon'; choose none, flip, random_resized_crop, ",
+        ),
+        (
+            "flip:odds=1",
+            "--augment flip:odds=1: the policy flip has no parameter 'odds'; its parameters are probability.",
+        ),
+        (
+            "rotate:degrees=200",
+            "--augment rotate:degrees=200: degrees of the policy rotate is 200.0; expected a number from 0 to 180.",
+        ),
+    ],
+)
+def test_what_is_no_augmentation_is_refused_by_its_flag(word: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        AugmentFlags(augment=word, seeds="0")
+
+
+def test_a_set_is_listed_with_the_parameters_that_were_asked_for(featstore: Program, here: Path) -> None:
+    word = "rotate:degrees=20+flip"
+    assert featstore("extract", *extract_flags("--augment", word, "--seeds", "0")).code == 0
+    assert {each["view"] for each in featstore("ls", "--store", "feats", "--json").json} == {"evaluation", word}
+    ran = featstore("extract", *extract_flags("--augment", word, "--seeds", "0"))
+    assert " 0 computed" in ran.last_words
 
 
 def test_size_alone_takes_resize_along() -> None:

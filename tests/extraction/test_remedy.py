@@ -15,7 +15,7 @@ from support.tiny import arrays, net, photos
 from torch import Tensor
 
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, View, extract, plan
-from featstore.cli.flags import ImageFlags
+from featstore.cli.flags import AugmentFlags, ImageFlags
 from featstore.extraction.remedy import extract_remedy, image_flags, model_flags, seed_ranges, view_flags
 from featstore.remedies import Call, Command
 
@@ -103,6 +103,14 @@ def test_each_flag_that_differs_from_its_default_is_said(folder: str) -> None:
         "--precision": ["tf32"],
         "--on-error": ["skip"],
     }
+
+
+def test_a_policys_parameters_are_said_in_the_words_that_give_it_back(folder: str) -> None:
+    augment = Augment([("zoom", {"amount": (0.1, 1 / 3)}), "cutout", ("side_on", {"crop": "no"})], seeds=[0])
+    images = ImageSet.from_folder(folder).split(valid=0.2, seed=0)
+    flags = parsed(str(extract_remedy(named(), images, Path("f"), cuts=["layer4"], augment=augment)))
+    assert flags["--augment"] == ["zoom:amount=0.1..0.3333333333333333+cutout+side_on:crop=no"]
+    assert AugmentFlags(augment=flags["--augment"][0], seeds=flags["--seeds"][0]).augmentation() == augment
 
 
 def test_a_view_that_the_name_does_not_give_is_said(folder: str) -> None:
@@ -301,6 +309,10 @@ def own(image: Tensor, generator: torch.Generator) -> Tensor:
         (
             {"augment": Augment("flip", seeds=[0, 2])},
             "extract(model, images, store, cuts=['layer2'], augment=Augment('flip', seeds=[0, 2]))",
+        ),
+        (
+            {"augment": Augment([("zoom", {"amount": (0.1, 0.3)}), "flip"], seeds=[0])},
+            "extract(model, images, store, cuts=['layer2'], augment=Augment('zoom:amount=0.1..0.3+flip', seeds=[0]))",
         ),
         (
             {"augment": Augment(own, seeds=[1])},

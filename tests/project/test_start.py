@@ -99,6 +99,7 @@ def test_what_is_wrong_with_flags_is_said_without_torch(
         ("featstore", "featstore ex", "extract\nexport"),
         ("featstore", "featstore show --st", "--store"),
         ("featstore-train", "featstore-train pre", "predict"),
+        ("featstore", "featstore extract --augment flip+cut", "flip+cutout"),
         ("featstore-train", "featstore-train head --weights-", "--weights-prefix"),
     ],
 )
