@@ -288,11 +288,10 @@ def _attributes_kept(module: nn.Module) -> Iterator[Callable[[], None]]:
 
     The block gets a function that undoes the proxies alone.
     """
-    owned = [
+    owned = [  # attributes, and the dictionaries among them: parameters, buffers, modules, tables that a forward fills
         content
         for part in module.modules()
-        for content in (vars(part), *(vars(part).get(name) for name in ("_parameters", "_buffers", "_modules")))
-        if isinstance(content, dict)
+        for content in (vars(part), *(value for value in vars(part).values() if isinstance(value, dict)))
     ]
     before = [dict(content) for content in owned]
 
