@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,9 @@ class Measured:
     order: tuple[int, ...] | None
 
 
-def measured(stages: Sequence[Stage], channels: int, size: int, model: str) -> dict[str, Measured]:
+def measured(
+    stages: Sequence[Stage], channels: int, size: int, model: str, *, really: bool = False
+) -> dict[str, Measured]:
     """The value at each cut.
 
     From a pass without data where the model can run so, else on empty images. Two, not one: ``squeeze()`` takes the
@@ -42,16 +45,19 @@ def measured(stages: Sequence[Stage], channels: int, size: int, model: str) -> d
         channels: of the images.
         size: side of the images.
         model: its name, for messages.
+        really: on empty images, for `order`: without data some layers leave their values in another one than they do
+            with it.
 
     Raises:
         ModelError: if it can't take images of that size, or of so many channels.
     """
-    try:
-        return _run(stages, torch.empty((2, channels, size, size), device="meta"), model, on_meta=True)
-    except Exception:  # whole modules may make tensors of their own, which don't live on the meta device
-        parameters = (tensor for stage in stages for tensor in stage.parameters())
-        device = next((tensor.device for tensor in parameters), torch.device("cpu"))
-        return _run(stages, torch.zeros((2, channels, size, size), device=device), model, on_meta=False)
+    if not really:
+        # Whole modules may make tensors of their own, which don't live on the meta device.
+        with suppress(Exception):
+            return _run(stages, torch.empty((2, channels, size, size), device="meta"), model, on_meta=True)
+    parameters = (tensor for stage in stages for tensor in stage.parameters())
+    device = next((tensor.device for tensor in parameters), torch.device("cpu"))
+    return _run(stages, torch.zeros((2, channels, size, size), device=device), model, on_meta=False)
 
 
 class Tail(nn.Sequential):

@@ -72,8 +72,9 @@ class StagedModel(nn.Module):
         self._layouts = dict(layouts or {})
         self._num_frozen = 0
         self._num_shared = 0  # the first so many stages belong to another model as well
-        self._measured: dict[tuple[int, int], dict[str, Measured]] = {}  # by channels and size of images
         self._refused: set[int] = set()  # sizes that it was found not to take
+        # By channels and size of images, and whether with data.
+        self._measured: dict[tuple[int, int, bool], dict[str, Measured]] = {}
 
     @classmethod
     def from_module(
@@ -501,7 +502,7 @@ class StagedModel(nn.Module):
             default_cut=default_cut,
             fixed_size=self.fixed_size,
         )
-        model._measured = {images: dict(values) for images, values in self._measured.items()}
+        model._measured = {how: dict(values) for how, values in self._measured.items()}
         model.unused, model.named_view = self.unused, self.named_view
         model.training = self.training
         return model
@@ -548,15 +549,15 @@ class StagedModel(nn.Module):
         order = None
         if 0 < first <= len(self.stages) and isinstance(before := self.ordered[first - 1], TracedStage):
             with suppress(ModelError):  # then it can't run either
-                order = self._measured_for(self.view.size)[before.name].order
+                order = self._measured_for(self.view.size, really=True)[before.name].order
         return Tail(self.ordered[first:], order=order)
 
-    def _measured_for(self, size: int) -> dict[str, Measured]:
-        images = self.view.channels, size
-        if images not in self._measured:
+    def _measured_for(self, size: int, *, really: bool = False) -> dict[str, Measured]:
+        how = self.view.channels, size, really
+        if how not in self._measured:
             with timed("shapes"):
-                self._measured[images] = measured(self.ordered, *images, self.name)
-        return self._measured[images]
+                self._measured[how] = measured(self.ordered, *how[:2], self.name, really=really)
+        return self._measured[how]
 
     def _larger_shape(self, cut: str) -> tuple[int, ...] | None:
         larger = 2 * self.view.size
