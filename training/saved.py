@@ -70,6 +70,7 @@ def run_facts(
             "stages": stage_facts(model, digests, size=view.size),
             "digests": {name: digests[name] for name in model.cut_points},
             "class_tokens": model.class_tokens,
+            **({} if model.prefix_tokens == model.class_tokens else {"prefix_tokens": model.prefix_tokens}),
             "view": view.facts(),
             "frozen": frozen[-1] if frozen else None,
             "is_absent": model.is_absent,
@@ -273,12 +274,14 @@ def saved_backbone(saved: Run, folder: Path, module: nn.Module | None, *, trust_
     """
     facts = saved.facts["model"]
     if facts["is_absent"]:
-        return StagedModel.absent(
+        absent = StagedModel.absent(
             facts["stages"],
             view=View.from_facts(facts["view"]),
             name=facts["name"],
             class_tokens=facts["class_tokens"],
         )
+        absent.prefix_tokens = facts.get("prefix_tokens", absent.class_tokens)
+        return absent
     if module is not None:
         given = module if isinstance(module, StagedModel) else StagedModel.from_module(module)
         return restored(given, saved)

@@ -251,6 +251,7 @@ def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
         "superseded": superseded,
         "who": facts["who"],
         "class_tokens": facts["class_tokens"],
+        **{name: facts[name] for name in ("prefix_tokens",) if name in facts},
         "spec": found.spec.facts(),
         "profile": facts["profile"],
         **{name: facts[name] for name in ("imported", "adopted") if name in facts},

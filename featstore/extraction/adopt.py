@@ -186,10 +186,12 @@ class _Candidate:
 
     def facts(self, trunk: Trunk, probe: Probe) -> dict[str, Json]:
         """Those of a part."""
+        class_tokens, prefix_tokens = self.model.tokens(self.output.cut)
         return part_facts(
             backbone=self.model.name,
             stages=stage_facts(self.model, self.digests)[: self.model.index(self.output.cut) + 1],
-            class_tokens=self.model.class_tokens,
+            class_tokens=class_tokens,
+            prefix_tokens=prefix_tokens,
             profile=trunk.profile(),
             probe=probe.facts(),
         )

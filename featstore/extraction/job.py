@@ -271,10 +271,12 @@ class Job:
         return Gathered(each.spec, each.output.pool.shape(tuple(self.stages[each.cut][-1]["shape"])))
 
     def _facts(self, each: PlannedSet) -> dict[str, Json]:
+        class_tokens, prefix_tokens = self.planned.model.tokens(each.cut)
         return part_facts(
             backbone=self.planned.model.name,
             stages=self.stages[each.cut],
-            class_tokens=self.planned.model.class_tokens,
+            class_tokens=class_tokens,
+            prefix_tokens=prefix_tokens,
             profile=self.trunk.profile(),
             probe=self.probes[each.output].facts(),
         )

@@ -16,20 +16,23 @@ class Pool(nn.Module):
     * ``avg``, ``max``: over all positions, ``(N, C)``.
     * ``concat``: maximum, then average, ``(N, 2 C)``, as fastai's AdaptiveConcatPool2d.
     * ``token``: the class token of a transformer, ``(N, C)``.
-    * ``tokens``: all tokens but the class token, ``(N, L - 1, C)``.
+    * ``tokens``: all tokens but those at the start that are no patches, ``(N, L - 1, C)`` with a class token alone.
 
-    Over tokens, ``avg``, ``max`` and ``concat`` leave the class token out.
+    Over tokens, ``avg``, ``max`` and ``concat`` are over the patches.
 
     Args:
         reduction: one of `REDUCTIONS`.
         layout: of the activations that come in.
         class_tokens: how many tokens at the start stand for the whole image; 0 or 1.
+        prefix_tokens: how many at the start are no patches, with registers; default: the class tokens.
 
     Raises:
         ValueError: for a reduction that this layout doesn't have.
     """
 
-    def __init__(self, reduction: Reduction, layout: str, class_tokens: int = 0) -> None:
+    def __init__(
+        self, reduction: Reduction, layout: str, class_tokens: int = 0, prefix_tokens: int | None = None
+    ) -> None:
         super().__init__()
         if reduction not in REDUCTIONS:
             raise ValueError(f"{reduction!r} is no reduction. The reductions are {', '.join(REDUCTIONS)}.")
@@ -38,14 +41,17 @@ class Pool(nn.Module):
                 f"reduction {reduction} needs activations with positions (NCHW, NHWC or NLC); here the layout is "
                 f"{layout}. Use the reduction none, or cut where there are maps or tokens."
             )
-        if reduction in {"token", "tokens"} and not (layout == "NLC" and class_tokens):
+        prefix_tokens = class_tokens if prefix_tokens is None else prefix_tokens
+        needed = {"token": class_tokens, "tokens": prefix_tokens}
+        if reduction in needed and not (layout == "NLC" and needed[reduction]):
+            registers = f" and {prefix_tokens - class_tokens} registers" if prefix_tokens > class_tokens else ""
             raise ValueError(
                 f"reduction {reduction} needs the tokens of a transformer with a class token; here the layout is "
-                f"{layout} with {class_tokens} class tokens. Use avg, max, concat or none."
+                f"{layout} with {class_tokens} class tokens{registers}. Use avg, max, concat or none."
             )
         self.reduction: Reduction = reduction
         self.layout = layout
-        self.class_tokens = class_tokens
+        self.class_tokens, self.prefix_tokens = class_tokens, prefix_tokens
 
     def facts(self) -> Json:
         """What decides the pooled values: the same for two pools that compute the same."""
@@ -54,6 +60,8 @@ class Pool(nn.Module):
         facts: dict[str, Json] = {"reduction": self.reduction, "layout": self.layout}
         if self.layout == "NLC":
             facts["class_tokens"] = self.class_tokens
+            if self.prefix_tokens != self.class_tokens:
+                facts["prefix_tokens"] = self.prefix_tokens
         return facts
 
     def forward(self, activations: Tensor) -> Tensor:
@@ -66,9 +74,9 @@ class Pool(nn.Module):
             case "token":
                 return values[:, 0].contiguous()
             case "tokens":
-                return values[:, self.class_tokens :].contiguous()
+                return values[:, self.prefix_tokens :].contiguous()
         if self.layout == "NLC":
-            values = values[:, self.class_tokens :]
+            values = values[:, self.prefix_tokens :]
         positions = POSITIONS[self.layout]
         match self.reduction:
             case "avg":

@@ -1,4 +1,7 @@
-"""StagedModel: a network as an ordered sequence of named stages that can be cut, frozen, thawed and given a head."""
+"""StagedModel: a network as an ordered sequence of named stages that can be cut, frozen, thawed and given a head.
+
+Long, since what can be asked of the stages and what is done to them share the list that `with_head` and thawing replace.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,8 @@ class StagedModel(nn.Module):
         name: a label for people and folders.
         origin: how a command line names it (backbone, weights), empty for a model made in Python.
         class_tokens: tokens at the start of each NLC value that stand for the whole image.
+        prefix_tokens: tokens there that are no patches: class tokens and registers.
+        patch_cuts: names of the NLC values that hold patches alone.
         fixed_size: the only image size it takes (a ViT), or None.
         notes: sentences about how it was made that its user should read once.
         unused: names of tensors of the module it was made from that its output doesn't depend on.
@@ -68,6 +73,7 @@ class StagedModel(nn.Module):
         self.training = any(stage.training for stage in stages)
         self._default_cut = default_cut
         self.view, self.named_view, self.name, self.class_tokens = view, view, name, class_tokens
+        self.prefix_tokens, self.patch_cuts = class_tokens, frozenset[str]()
         self.origin = dict(origin or {})
         self._layouts = dict(layouts or {})
         self._num_frozen = 0
@@ -282,9 +288,13 @@ class StagedModel(nn.Module):
 
     def pool(self, cut: str, reduction: str = "auto") -> Pool:
         """The reduction `reduction` for activations at `cut`; `auto`: concat for maps, token, or none for vectors."""
-        layout = self.layout(cut)
-        chosen = automatic(layout, self.class_tokens) if reduction == "auto" else reduction
-        return Pool(chosen, layout, self.class_tokens)  # type: ignore[arg-type]
+        layout, (class_tokens, prefix_tokens) = self.layout(cut), self.tokens(cut)
+        chosen = automatic(layout, class_tokens) if reduction == "auto" else reduction
+        return Pool(chosen, layout, class_tokens, prefix_tokens)  # type: ignore[arg-type]
+
+    def tokens(self, cut: str) -> tuple[int, int]:
+        """How many tokens at the start of an NLC value at `cut` stand for the image, and how many are no patches."""
+        return (0, 0) if self.canonical(cut) in self.patch_cuts else (self.class_tokens, self.prefix_tokens)
 
     # ------------------------------------------------------------------------------------------------------- running
 
@@ -423,8 +433,8 @@ class StagedModel(nn.Module):
         trunk = model.ordered[: model.index(cut) + 1]
         frozen_behind = self._num_frozen - (absent[-1] + 1)
         self.stages = nn.ModuleList([*trunk, *stages[absent[-1] + 1 :]])
-        self.view, self.class_tokens, self.name = model.view, model.class_tokens, model.name
-        self.named_view = model.named_view
+        self.view, self.named_view, self.name = model.view, model.named_view, model.name
+        self._take_tokens(model)
         self._layouts, self.origin, self._measured = dict(model._layouts), dict(model.origin), {}
         self.fixed_size = model.fixed_size
         self._num_shared = len(trunk)
@@ -504,8 +514,13 @@ class StagedModel(nn.Module):
         )
         model._measured = {how: dict(values) for how, values in self._measured.items()}
         model.unused, model.named_view = self.unused, self.named_view
+        model._take_tokens(self)
         model.training = self.training
         return model
+
+    def _take_tokens(self, model: StagedModel) -> None:
+        self.class_tokens, self.prefix_tokens = model.class_tokens, model.prefix_tokens
+        self.patch_cuts = model.patch_cuts
 
     def _after(self, index: int, values: Tensor) -> Tensor:
         """The values after the stage `index`, from those before it."""

@@ -144,7 +144,7 @@ _NAME = re.compile(r"part-([0-9a-f]{16})\.h5")
 _STEP = 1 << 40
 """How far below another a name is drawn, at most: 2^64 names leave room for millions of merges of merged parts."""
 
-_OF_THE_NEWEST = frozenset({"backbone", "cut", "stages", "class_tokens", "probe", "who", "when"})
+_OF_THE_NEWEST = frozenset({"backbone", "cut", "stages", "class_tokens", "prefix_tokens", "probe", "who", "when"})
 _COMBINED = frozenset({"failed", "supersedes", "merged"})
 
 

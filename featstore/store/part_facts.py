@@ -19,6 +19,7 @@ def part_facts(
     backbone: str,
     stages: Sequence[Json],
     class_tokens: int,
+    prefix_tokens: int | None = None,
     profile: Json,
     probe: Json,
     failed: Mapping[str, str] | None = None,
@@ -28,7 +29,8 @@ def part_facts(
     Args:
         backbone: what people call the model.
         stages: up to the cut, which is the last one: see `stage_facts`.
-        class_tokens: of the model.
+        class_tokens: at the cut, see `StagedModel.tokens`.
+        prefix_tokens: the same; default: the class tokens.
         profile: on what the rows were computed, `Trunk.profile()`.
         probe: `Probe.facts()`.
         failed: digest (hexadecimal) -> reason, of images that have no row because they failed; default: none.
@@ -38,6 +40,7 @@ def part_facts(
         "cut": stages[-1]["name"],
         "stages": list(stages),
         "class_tokens": class_tokens,
+        **({} if prefix_tokens in (None, class_tokens) else {"prefix_tokens": prefix_tokens}),
         "profile": profile,
         "probe": probe,
         "failed": dict(failed or {}),
@@ -90,6 +93,7 @@ def check_facts(facts: Mapping[str, Json]) -> None:
         **{name: isinstance(facts[name], str) for name in texts},
         **{name: isinstance(facts[name], dict) for name in mappings},
         "class_tokens": isinstance(facts["class_tokens"], int),
+        **{name: isinstance(facts[name], int) for name in ("prefix_tokens",) if name in facts},
         "supersedes": _are_texts(facts["supersedes"]),
         "stages": are_stages(facts["stages"]),
     }

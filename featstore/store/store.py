@@ -281,6 +281,7 @@ class FeatureStore:
             name=chosen.facts["backbone"],
             class_tokens=chosen.facts["class_tokens"],
         )
+        model.prefix_tokens = chosen.facts.get("prefix_tokens", model.class_tokens)
         model.origin = {"features": chosen.key}
         return model
 

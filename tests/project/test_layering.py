@@ -44,8 +44,8 @@ ROOMS: dict[str, Rooms] = {
             "models",
             (
                 "names", "modes", "kept", "wrappers", "adapters", "tracing", "graph", "pool", "digests", "stages",
-                "shapes", "staged", "trunk", "weights", "runs", "trust", "torchvision_models", "own_file", "backbones",
-                "probe", "batch_mixing", "purity",
+                "shapes", "staged", "trunk", "weights", "runs", "trust", "torchvision_models", "timm_models",
+                "own_file", "backbones", "probe", "batch_mixing", "purity",
             ),
         ),
         (
@@ -84,6 +84,7 @@ DOORS = {
     "simplejpeg": {"featstore.images.decode"},
     "torchvision.io": {"featstore.images.decode"},
     "torchvision.models": {"featstore.models.torchvision_models"},
+    "timm": {"featstore.models.timm_models"},
     "safetensors": {"featstore.models.weights", "featstore.models.runs", "featstore.exchange.feature_files"},
     "pyarrow": {"featstore.exchange.export"},
     "typer": {
@@ -125,7 +126,7 @@ SURFACE: dict[str, str] = {
     "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
     "models.modes": "check_trainable eval_mode mode_of numerics",
-    "models.names": "DEFAULT_PRECISION Precision REDUCTIONS automatic",
+    "models.names": "DEFAULT_PRECISION Precision REDUCTIONS",
     "models.pool": "Pool",
     "models.probe": "check_probe take_probes",
     "models.runs": "FACTS Run check_free new_run read_file read_run write_run",

@@ -13,7 +13,6 @@ from featstore.files.storage_types import DEFAULT_STORAGE_TYPE, STORAGE_TYPES
 from featstore.images.contents import is_changed
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment
-from featstore.models.names import automatic
 from featstore.remedies import Call, Command, Remedy, Steps
 from featstore.store.sets import FeatureSet
 from featstore.words import size_text
@@ -256,7 +255,7 @@ def _remedy(search: Search, entry: Entry, like: FeatureSet | None, augment: Augm
     """
     situation = search.situation
     augment = search.augment if augment is None else augment
-    default = automatic(situation.model.layout(entry.cut), situation.model.class_tokens)
+    default = situation.model.pool(entry.cut).reduction
     named = situation.named_model(entry.cut)
     remedy = extract_remedy(
         situation.model.with_(origin={}) if named is None else named,
