@@ -12,6 +12,7 @@ import os
 import site
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Iterator
 from enum import Enum
 from functools import cache, reduce
@@ -90,6 +91,52 @@ def class_facts(*classes: type) -> Json:
     """
     seen: list[object] = []
     return [_class_facts(kind, seen, is_made=True) for kind in classes if not is_from_library(kind)]
+
+
+def library_code(*classes: type) -> list[str]:
+    """Digests of the normalised code that classes of installed packages run, sorted: methods, and what these call.
+
+    Functions are followed within their package. Left out are ``__init__``, whose work is in the objects, annotations,
+    and Python's, torch's and torchvision's own classes, whose names stand for them.
+    """
+    functions = [
+        each
+        for kind in dict.fromkeys(base for kind in classes for base in kind.__mro__)
+        if is_from_library(kind) and _package(kind) not in _NAMED
+        for name, each in vars(kind).items()
+        if isinstance(each, FunctionType) and name != "__init__"
+    ]
+    found: dict[FunctionType, str] = {}
+    while functions:
+        function = functions.pop()
+        if function not in found:
+            found[function] = _library_digest(function)
+            called = [function.__globals__.get(name) for code in all_codes(function.__code__) for name in code.co_names]
+            functions += [
+                each for each in called if isinstance(each, FunctionType) and _package(each) == _package(function)
+            ]
+    return sorted(set(found.values()))
+
+
+_NAMED = {*sys.stdlib_module_names, "torch", "torchvision"}
+
+
+def _package(value: FunctionType | type) -> str:
+    return value.__module__.partition(".")[0]
+
+
+@cache
+def _library_digest(function: FunctionType) -> str:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):  # compiled by a decorator, or a package without its source
+        return digest_bytes(f"{function.__module__}.{function.__qualname__}".encode())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef):
+            node.returns = None
+    return digest_bytes(normalised_source(ast.unparse(tree)).encode("utf-8"))
 
 
 def _function_facts(function: FunctionType, seen: list[object], *, is_method: bool = False) -> Json:

@@ -20,7 +20,14 @@ from featstore.digest import Json, digest_json, digest_tensor
 from featstore.errors import ModelError
 from featstore.models.graph import is_in_place, refuse_patched, split_into_stages
 from featstore.models.tracing import has_fingerprint, is_library_class, is_library_leaf
-from featstore.source_code import OutdatedCodeError, class_facts, is_at_its_name, is_from_library, source_digests
+from featstore.source_code import (
+    OutdatedCodeError,
+    class_facts,
+    is_at_its_name,
+    is_from_library,
+    library_code,
+    source_digests,
+)
 
 START = digest_json(["featstore operations", 1])
 """The digest before the first operation. The number is raised when the meaning of a digest changes."""
@@ -173,7 +180,8 @@ def _opaque(module: nn.Module, where: str) -> Json:
             f"{where} ({type(module).__name__}) can't be keyed: {error}. Hand it to the module as a setting, or give "
             "the module a method fingerprint() that returns a text which changes whenever its results do."
         ) from error
-    return ["source", parts, sources, values, dict(_tensors(module, where))]
+    library = library_code(*kinds)
+    return ["source", parts, sources, values, dict(_tensors(module, where)), *([library] if library else [])]
 
 
 def _configuration(module: nn.Module, where: str) -> Json:
