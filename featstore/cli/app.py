@@ -204,22 +204,33 @@ for _name, _command in (store.COMMANDS | exchange.COMMANDS).items():
 def backbones(
     output: OutputFlags,
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME|FILE.py:FN|RUN_DIR]", help="One backbone, to see its cuts.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME|'PATTERN'|FILE.py:FN|RUN_DIR]", help="One backbone, to see its cuts; or which to list."
+        ),
     ] = None,
     trust_code: TrustOption = False,
 ) -> None:
-    """List backbones, their sizes and weights; of one, its cuts."""
-    from featstore.models.backbones import about, backbone_names, outline
+    """List backbones, their sizes and weights; of one, its cuts.
 
-    if name is None:
-        known = [about(each) for each in backbone_names()]
+    'timm:*resnet*' lists those of timm, 'resnet*' those of torchvision.
+    """
+    from featstore.models.backbones import about, backbone_names, is_named, outline, unlisted
+
+    if name is None or {"*", "?", "["} & {*name}:
+        known = [about(each) for each in backbone_names(name)]
+        if name is not None and not known:
+            raise ValueError(
+                f"No backbone's name is like {name!r}. Expected a pattern such as 'resnet*', 'timm:*vit*'."
+            )
         if output.json:
             show_json(known)
         else:
             show(table([{**each, "weights": ", ".join(each["weights"])} for each in known]))
             tell("DEFAULT stands for the first of the weights. The cuts of one: featstore backbones NAME")
+            tell_all([] if name else unlisted())
         return
-    model = outline(name) if name in backbone_names() else load_model(name, None, trust_code=trust_code)
+    model = outline(name) if is_named(name) else load_model(name, None, trust_code=trust_code)
     facts = _cut_facts(model)
     if output.json:
         show_json(facts)

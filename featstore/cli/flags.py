@@ -432,11 +432,11 @@ def load_model(
     Raises:
         ValueError: for an unknown backbone or cut; of a named backbone before any weights are read.
     """
-    from featstore.models.backbones import backbone, backbone_names, outline
+    from featstore.models.backbones import backbone, is_named, outline
 
     names = [cut.partition(":")[0] for cut in cuts]
     with redirect_stdout(sys.stderr):  # torch.hub announces its downloads there, and a person's file may print
-        if source in backbone_names():
+        if is_named(source):
             skeleton = outline(source)
         elif names and weights is not None:
             skeleton = backbone(source, trust_code=trust_code)

@@ -13,12 +13,12 @@ from inspect import isroutine
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError, WeightsError
 from featstore.images.views import View
-from featstore.models import own_file, torchvision_models
+from featstore.models import own_file, timm_models, torchvision_models
 from featstore.models.modes import seeded
 from featstore.models.names import WEIGHTS_SUFFIXES, no_weights_file
 from featstore.models.runs import Run, located, read_run
@@ -34,8 +34,14 @@ class Library(Protocol):
     which `initial` makes it again. The library itself is imported inside the functions that need it.
     """
 
-    def names(self) -> Sequence[str]:
-        """All names; none that another library has."""
+    def knows(self, name: str) -> bool:
+        """Whether `name` is one of its names, none of which another library has.
+
+        Or has their form (a prefix of its own): a name that it doesn't have is then refused by the other functions.
+        """
+
+    def names(self, pattern: str | None = None) -> Sequence[str]:
+        """The names that match a shell's pattern; without one those that a list shows unasked."""
 
     def weight_names(self, name: str) -> Sequence[str]:
         """Names of the weights for `name`; the one that DEFAULT stands for comes first."""
@@ -56,16 +62,33 @@ class Library(Protocol):
             WeightsError: for weights that aren't here and can't be had.
         """
 
-    def class_names(self, name: str, weights: str) -> tuple[str, ...]:
-        """The class of each logit of a model with those weights; no name stands twice."""
+    def class_names(self, name: str, weights: str) -> tuple[str, ...] | None:
+        """The class of each logit of a model with those weights, where it is known; no name stands twice."""
 
 
-LIBRARIES: tuple[Library, ...] = (torchvision_models,)
+LIBRARIES: tuple[Library, ...] = (torchvision_models, timm_models)
 
 
-def backbone_names() -> list[str]:
-    """All names that `backbone` knows, library by library, in the order of their families."""
-    return [name for library in LIBRARIES for name in library.names()]
+def backbone_names(pattern: str | None = None) -> list[str]:
+    """Names that `backbone` knows, library by library, in the order of their families.
+
+    Args:
+        pattern: of a shell, such as ``resnet*``; ``timm:*resnet*`` for those of timm, which has too many for a list
+            of all and is asked for no other pattern.
+    """
+    return [name for library in LIBRARIES for name in library.names(pattern)]
+
+
+def unlisted() -> list[str]:
+    """A sentence for each library whose names a list leaves out unasked."""
+    if (count := timm_models.count()) is None:
+        return []
+    return [f"timm is installed, with {count:,} more: featstore backbones 'timm:*resnet*' lists those that match"]
+
+
+def is_named(source: str) -> bool:
+    """Whether a library gives the backbone `source` by its name."""
+    return _library_of(source) is not None
 
 
 def backbone(
@@ -79,8 +102,9 @@ def backbone(
     """The staged model that `source` names, with its weights and the view that belongs to them.
 
     Args:
-        source: a name of `backbone_names()`; ``path/to/file.py:function``, called without arguments under a fixed seed
-            and returning an `nn.Module` or a `StagedModel`; the folder of a saved run; a module itself; or a class or
+        source: a name of `backbone_names()`; ``timm:NAME``, with a tag of weights (``timm:NAME.TAG``) or as
+            ``timm:hf-hub:org/repo``; ``path/to/file.py:function``, called without arguments under a fixed seed and
+            returning an `nn.Module` or a `StagedModel`; the folder of a saved run; a module itself; or a class or
             function that makes one, called as one in a file.
         weights: ``DEFAULT`` or another name of its library's weights; a local file (``.safetensors``, or what
             ``torch.load(weights_only=True)`` reads); ``none`` for a seeded initialisation. Default: ``DEFAULT`` for a
@@ -184,7 +208,7 @@ def restored(model: StagedModel, run: Run, *, origin: str | None = None) -> Stag
 
 
 def _library_of(name: str) -> Library | None:
-    return next((library for library in LIBRARIES if name in library.names()), None)
+    return next((library for library in LIBRARIES if library.knows(name)), None)
 
 
 def _known_library(name: str) -> Library:
@@ -215,7 +239,7 @@ def _made(source: nn.Module | Callable[[], nn.Module]) -> StagedModel:
 
 def _no_backbone(name: str) -> str:
     names = backbone_names()
-    close = difflib.get_close_matches(name, names)
+    close = [*timm_models.also_called(name), *difflib.get_close_matches(name, names)]
     return (
         f"{name!r} is no backbone. Expected {''.join(f'{each}, ' for each in close)}{'or ' if close else ''}one of the "
         f"{len(names)} names that featstore backbones lists (in Python: backbone_names())"
@@ -245,15 +269,20 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
         tensors, choices = read_tensors(path)
     last_used = model.index(cut or model.default_cut)
     stages = {name: stage.tensors() for name, stage in zip(model.cut_points, model.ordered, strict=True)}
-    fit = fitting(
-        tensors,
-        list(stages.values()),
-        num_needed=last_used + 1,
-        file=path,
-        model=model.name,
-        unused=model.unused,
-        prefix=prefix,
-    )
+    try:
+        fit = fitting(
+            tensors,
+            list(stages.values()),
+            num_needed=last_used + 1,
+            file=path,
+            model=model.name,
+            unused=model.unused,
+            prefix=prefix,
+        )
+    except WeightsError as error:
+        if (naming := _other_naming(model, tensors, path)) is not None:
+            raise WeightsError(naming) from error
+        raise
     default = None
     with suppress(ModelError):  # no default cut at the view's size: with `cut` given, another size may follow
         default = model.cut_points[min(model.index(model.default_cut), fit.num_stages - 1)]
@@ -271,6 +300,36 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
     return trimmed
 
 
+def _other_naming(model: StagedModel, tensors: Mapping[str, Tensor], path: Path) -> str | None:
+    """What to say of a file whose tensors would fit `model` under other names; None where they wouldn't."""
+    name = str(model.origin.get("backbone"))
+    for twin in timm_models.twins(name):
+        with suppress(FeatureStoreError, ValueError):  # timm isn't installed, or has no such model any more
+            other = outline(twin)
+            needed = other.index(other.default_cut) + 1
+            stages = [stage.tensors() for stage in other.ordered]
+            fitting(tensors, stages, num_needed=needed, file=path, model=twin, unused=other.unused)
+            mine, theirs = ("timm", "torchvision")[:: 1 if timm_models.knows(name) else -1]
+            return (
+                f"The tensors in {path} have {theirs}'s names ({next(iter(tensors))}), not {mine}'s: they fit {twin}. "
+                f"Give --backbone {twin}, or weights of {mine}'s for {name}."
+            )
+    if _shapes(tensors) != _shapes(model.tensors()):
+        return None
+    made = timm_models.made_by(name) if timm_models.knows(name) else "the module that they are for"
+    return (
+        f"The {len(tensors)} tensors in {path} have the shapes of {model.name}'s, under other names "
+        f"({next(iter(tensors))}, expected {next(iter(model.tensors()))}): which is which would be a guess. If they "
+        "are that network's in the same order, save them under its names: torch.save(dict(zip(module.state_dict(), "
+        f"tensors.values(), strict=True)), 'renamed.pth'), where module is {made} and tensors is "
+        f"torch.load({str(path)!r}, weights_only=True)."
+    )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+    return sorted(tuple(each.shape) for each in tensors.values() if each.ndim)  # without counters
+
+
 def _view_note(model: StagedModel) -> tuple[str, ...]:
     """What is assumed of the images where nobody has said it: a library's own weights' view, or the usual one."""
     view = model.view
@@ -278,7 +337,9 @@ def _view_note(model: StagedModel) -> tuple[str, ...]:
     if not is_usual and _library_of(str(model.origin.get("backbone"))) is None:  # its author chose one
         return ()
     given = f"{view.resize}/{view.size}{'' if view.interpolation == View.interpolation else f', {view.interpolation},'}"
-    mean = "ImageNet's mean" if view.channels == 3 else f"mean {view.mean[0]:g}"
+    mean = "ImageNet's mean"
+    if view.mean != View.mean:
+        mean = f"mean {' '.join(f'{each:g}' for each in dict.fromkeys(view.mean))}"
     return (
         f"a weights file carries no preprocessing: {given} and {mean} assumed; "
         "--resize --size --mean --std --interpolation",

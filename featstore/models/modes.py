@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from featstore.errors import ModelError
 from featstore.models.names import Precision
@@ -105,6 +106,20 @@ def seeded() -> Iterator[None]:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.manual_seed_all(INITIAL_SEED)
         yield
+
+
+class WithoutValues(TorchFunctionMode):
+    """Gives tensors that are only made, to be filled later, no memory.
+
+    What constructors compute with (a table of widths, positions in a window) is computed, as `torch.device("meta")`
+    would not.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func in (torch.empty, torch.ones, torch.zeros) and given.get("device") is None:
+            given["device"] = "meta"
+        return func(*args, **given)
 
 
 @contextmanager

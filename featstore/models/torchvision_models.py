@@ -6,17 +6,17 @@ torchvision is imported when one of its models or the names of their weights are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from featstore.digest import Json
 from featstore.errors import WeightsError
 from featstore.images.views import View
-from featstore.models.modes import random_states_kept, seeded
+from featstore.models.modes import WithoutValues, random_states_kept, seeded
 from featstore.models.staged import StagedModel
 from featstore.timing import timed
 
@@ -99,9 +99,15 @@ FAMILIES = (
 )
 
 
-def names() -> list[str]:
-    """In the order of their families."""
-    return [name for family in FAMILIES for name in family.names]
+def knows(name: str) -> bool:
+    """Whether `name` is a model of torchvision's."""
+    return any(name in family.names for family in FAMILIES)
+
+
+def names(pattern: str | None = None) -> list[str]:
+    """In the order of their families; those that match `pattern`, if there is one."""
+    every = (name for family in FAMILIES for name in family.names)
+    return [name for name in every if pattern is None or fnmatchcase(name, pattern)]
 
 
 def weight_names(name: str) -> list[str]:
@@ -125,7 +131,7 @@ def about(name: str) -> dict[str, Json]:
 
 def outline(name: str) -> StagedModel:
     """Without any weights, on the meta device."""
-    with _WithoutValues(), random_states_kept():
+    with WithoutValues(), random_states_kept():
         module = _made(name, weights=None, **dict(_family(name).initial))
     return _staged(module.to("meta"), name, _usual_view(name))
 
@@ -181,20 +187,6 @@ def _weights(name: str) -> Any:
     from torchvision.models import get_model_weights
 
     return get_model_weights(name)
-
-
-class _WithoutValues(TorchFunctionMode):
-    """Gives tensors that are only made, to be filled later, no memory.
-
-    What constructors compute with (a table of widths, positions in a window) is computed, as `torch.device("meta")`
-    would not.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(kwargs or {})
-        if func in (torch.empty, torch.ones, torch.zeros) and given.get("device") is None:
-            given["device"] = "meta"
-        return func(*args, **given)
 
 
 def _made(name: str, **arguments: Any) -> nn.Module:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ def test_making_a_backbone_leaves_the_random_states_alone() -> None:
 class TinyLibrary:
     """All that another library of backbones needs."""
 
-    def names(self) -> list[str]:
-        return ["tiny/one", "tiny/two"]
+    def knows(self, name: str) -> bool:
+        return name in self.names()
+
+    def names(self, pattern: str | None = None) -> list[str]:
+        return [name for name in ("tiny/one", "tiny/two") if fnmatchcase(name, pattern or "*")]
 
     def weight_names(self, name: str) -> list[str]:
         return ["ones"]

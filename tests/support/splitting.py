@@ -88,7 +88,8 @@ def randomise(module: nn.Module, seed: int, gain: float = GAIN) -> None:
 
 
 def _draw(tensor: Tensor, name: str, owner: nn.Module, generator: torch.Generator, gain: float) -> None:
-    is_norm = isinstance(owner, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase)
+    # A norm of another library that was traced is there as its operations; a weight of one dimension is a norm's.
+    is_norm = isinstance(owner, nn.LayerNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase) or tensor.ndim == 1
     if name == "running_var":
         tensor.uniform_(0.5, 1.5, generator=generator)
     elif is_norm and name == "weight":
@@ -96,7 +97,10 @@ def _draw(tensor: Tensor, name: str, owner: nn.Module, generator: torch.Generato
     elif name == "running_mean" or (isinstance(tensor, nn.Parameter) and tensor.ndim < 2):
         tensor.normal_(0, 0.1, generator=generator)
     elif isinstance(tensor, nn.Parameter):
-        is_layer = type(owner).__module__.startswith("torch.nn.")  # else a token, an embedding of positions
+        # Else a token, an embedding of positions.
+        is_layer = type(owner).__module__.startswith("torch.nn.") or isinstance(
+            owner, nn.Linear | nn.modules.conv._ConvNd
+        )
         fan_in = tensor[0].numel() if is_layer else 1
         tensor.normal_(0, math.sqrt(gain / fan_in), generator=generator)
 
