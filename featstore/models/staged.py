@@ -1,6 +1,6 @@
 """StagedModel: a network as an ordered sequence of named stages that can be cut, frozen, thawed and given a head.
 
-Long, since what can be asked of the stages and what is done to them share the list that `with_head` and thawing replace.
+Long, since what is asked of the stages and what is done to them share the list that `with_head` and thawing replace.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torchvision
 from torch import Tensor, nn
 
 from featstore import StagedModel, View
-from featstore.models.torchvision_models import FAMILIES, _WithoutValues
+from featstore.models.modes import WithoutValues
+from featstore.models.torchvision_models import FAMILIES
 
 GOLDEN = {
     "resnet18": {"layer1": "f0a632b34dd67afd", "layer4": "acc1502a315c120f"},
@@ -61,7 +62,7 @@ def test_the_keys_of_a_network_are_what_they_have_always_been(name: str) -> None
 def numbered(name: str) -> nn.Module:
     """The network `name` with numbers in its parameters and statistics that no generator has a part in."""
     initial = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    with _WithoutValues():  # what it computes while it is made (positions in a window) has its values
+    with WithoutValues():  # what it computes while it is made (positions in a window) has its values
         module: nn.Module = torchvision.models.get_model(name, weights=None, **initial)
     for seed, (path, tensor) in enumerate(module.state_dict().items()):
         if tensor.is_meta:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -35,7 +36,7 @@ def model(name: str) -> StagedModel:
     if not library:
         return outline(name)
     with torch.device("meta"):
-        module = timm.create_model(within, pretrained=False).eval()
+        module: Any = timm.create_model(within, pretrained=False).eval()
     size = module.pretrained_cfg["input_size"][-1]
     return StagedModel.from_module(module, view=View(size=size, resize=size))
 
