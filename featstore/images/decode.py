@@ -7,7 +7,6 @@ import io
 import math
 import re
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -18,7 +17,7 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import ImageFile
+from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -28,12 +27,18 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from featstore.errors import FeatureStoreError
-from featstore.images.decoders import ARRAY, MAX_PIXELS, PILLOW, POLICY, SIMPLEJPEG, TORCHVISION
+from featstore.images.decoders import ARRAY, PILLOW, PILLOW_HEIF, POLICY, SIMPLEJPEG, TORCHVISION
+from featstore.images.headers import (
+    JPEG_MARKER,
+    DecodeError,
+    Header,
+    MissingDecoderError,
+    Scan,
+    check_size,
+    read_header,
+)
 from featstore.machine import available_bytes
 from featstore.words import size_text
-
-MAX_SCANS = 100
-"""The most scans of a JPEG that are decoded. Encoders write up to a dozen; each goes over all of the image."""
 
 
 class Decoded(NamedTuple):
@@ -50,10 +55,6 @@ class Decoded(NamedTuple):
     doubt: str | None = None
 
 
-class DecodeError(ValueError):
-    """Bytes that are no readable image; the message is the reason, without the file's name."""
-
-
 def decode(
     data: bytes | NDArray[np.uint8], *, policy: str = POLICY, apply_exif: bool = True, memory: Budget | None = None
 ) -> Decoded:
@@ -64,17 +65,19 @@ def decode(
     caller's own.
 
     JPEG of 8 bits, gray or colour, is read by simplejpeg or, where its data is damaged, by torchvision.io, to equal
-    pixels; CMYK JPEG, PNG, GIF (its first frame), WebP, TIFF (its first page) and BMP by Pillow. Alpha is dropped, 16
-    bits lose their low eight, colour profiles are not applied. The suffix of the file's name plays no part.
+    pixels; CMYK JPEG, PNG, GIF (its first frame), WebP, TIFF (its first page), BMP and AVIF by Pillow, HEIC (its
+    primary image) by pillow-heif. Of a JPEG of several pictures (MPO) the first is read. Alpha is dropped, 16 bits lose
+    their low eight, colour profiles are not applied. The suffix of the file's name plays no part.
 
     Args:
         data: the encoded file, or an array `(H, W)` or `(H, W, 3)`.
         policy: must be `decoders.POLICY`, the only one so far.
-        apply_exif: whether the EXIF orientation turns and mirrors the image.
+        apply_exif: whether the EXIF orientation turns and mirrors the image; HEIC is always as its container turns it.
         memory: what all decodings at one time may take, where there are several.
 
     Raises:
-        DecodeError: when the bytes are empty, truncated, too large, or not an image that is read.
+        DecodeError: when the bytes are empty, truncated, too large, or not an image that is read; a
+            `MissingDecoderError` where only the library is missing.
         MemoryError: when decoding would take more memory than is free.
 
     Pillow reports odd metadata of a TIFF, and a TIFF or GIF larger than its own ``Image.MAX_IMAGE_PIXELS``, as Python
@@ -84,9 +87,10 @@ def decode(
         raise ValueError(f"decode policy {policy!r} is unknown to this version of featstore, which has {POLICY!r}")
     if isinstance(data, np.ndarray):
         return Decoded(_channels_first(_from_array(data)), ARRAY)
-    header, memory = _read_header(data), Budget() if memory is None else memory
+    header, memory = read_header(data), Budget() if memory is None else memory
     if header.is_for_pillow:
-        decoder, (pixels, orientation, doubt) = PILLOW, _by_pillow(data, header, memory)
+        decoder = PILLOW_HEIF if header.format == "HEIC" else PILLOW
+        pixels, orientation, doubt = _by_pillow(data, header, memory)
     else:
         with memory.taken(_bytes_needed(header.format, header.width * header.height), header.format):
             pixels, decoder, doubt = _by_libjpeg(data)
@@ -134,147 +138,6 @@ _SMALL_BYTES = 64 << 20  # asking for the free memory takes longer than decoding
 def _bytes_needed(form: str, num_pixels: int) -> int:
     """What decoding takes at most, from measurements: 2.4 GB for a PNG of 179 million pixels, 4.2 for a WebP."""
     return num_pixels * {"JPEG": 12, "PNG": 14, "WebP": 24}.get(form, 14)
-
-
-# --- what the bytes say before anything is decoded ---
-
-
-class _Scan(NamedTuple):
-    """One pass of a JPEG over some of its components: its data, and which bits of which coefficients they are."""
-
-    start: int
-    stop: int
-    components: frozenset[int]
-    coefficients: range
-    bits_before: int  # the lowest bit that was known; 0 of a first pass
-    bits_after: int
-
-
-class _Header(NamedTuple):
-    format: str
-    is_for_pillow: bool = True
-    exif: bytes = b""
-    width: int = 0  # as the header says it, of JPEG and PNG
-    height: int = 0
-    scans: tuple[_Scan, ...] = ()  # of a JPEG
-    is_progressive: bool = False
-
-
-def _read_header(data: bytes) -> _Header:
-    if not data:
-        raise DecodeError("the file is empty")
-    for pattern, read in _SIGNATURES:
-        if pattern.match(data):
-            return read(data)
-    kind = "may be AVIF, HEIC or a video" if data[4:8] == b"ftyp" else f"starts with {data[:16]!r}"
-    raise DecodeError(f"{kind}: not an image that can be read (JPEG, PNG, GIF, WebP, TIFF, BMP); convert or remove it")
-
-
-def _jpeg_header(data: bytes) -> _Header:
-    """Walks all segments and scans up to the end marker: libjpeg fills the rest of a truncated file with gray."""
-    frame = exif = None
-    kind = 0
-    scans: list[_Scan] = []
-    position = 2
-    while match := _JPEG_MARKER.search(data, position):
-        marker, position = match[1][0], match.end()
-        if scans and not scans[-1].stop:
-            scans[-1] = scans[-1]._replace(stop=match.start())
-        if marker == _END_OF_IMAGE:
-            break
-        length = int.from_bytes(data[position : position + 2], "big")
-        if length < 2 or position + length > len(data):
-            raise DecodeError("a JPEG that is damaged or truncated: one of its segments reaches beyond the file")
-        segment = data[position + 2 : position + length]
-        if marker in _FRAME_MARKERS and frame is None:
-            frame, kind = segment, marker
-        elif marker == _APP1 and exif is None and segment.startswith(b"Exif\0\0"):
-            exif = segment[6:]
-        position += length
-        if marker == _START_OF_SCAN:
-            scans.append(_scan(segment, position))
-    else:
-        raise DecodeError("a truncated JPEG: its end marker is missing")
-    num_scans = len(scans)
-    if frame is None or len(frame) < 6 or not num_scans:
-        raise DecodeError("a JPEG without image data")
-    width, height = int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big")
-    _check_size(width, height)
-    if num_scans > MAX_SCANS:
-        raise DecodeError(
-            f"a JPEG of {num_scans:,} scans; at most {MAX_SCANS} are decoded, as each goes over all pixels (a "
-            "decompression bomb?); save it anew or remove it"
-        )
-    bits, components = frame[0], frame[5]
-    if bits != 8 or components not in (1, 3, 4):
-        raise DecodeError(f"a JPEG of {components} components with {bits} bits each; 1, 3 or 4 with 8 bits are read")
-    is_progressive = kind not in _BASELINE_MARKERS or num_scans > 1
-    return _Header("JPEG", components == 4, exif or b"", width, height, tuple(scans), is_progressive)
-
-
-def _scan(header: bytes, start: int) -> _Scan:
-    """A scan by its header; where it stops isn't known yet. libjpeg refuses headers that make no sense."""
-    count = header[0] if header else 0
-    first, last, bits = (*header[1 + 2 * count :], 0, 0, 0)[:3]
-    components = frozenset(header[1 : 1 + 2 * count : 2])
-    return _Scan(start, 0, components, range(first, last + 1), bits >> 4, bits & 15)
-
-
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # all that are neither data nor without length
-_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
-_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_BASELINE_MARKERS = frozenset({0xC0, 0xC1})
-
-
-def _png_header(data: bytes) -> _Header:
-    """Walks all chunks up to the last, which a truncated file lacks."""
-    start = exif = None
-    has_data = False
-    position, kind = 8, b""
-    while kind != b"IEND":
-        length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
-        body = data[position + 8 : position + 8 + length]
-        position += 12 + length
-        if position > len(data):
-            raise DecodeError("a truncated PNG: its end chunk is missing")
-        if zlib.crc32(body, zlib.crc32(kind)) != int.from_bytes(data[position - 4 : position], "big"):
-            raise DecodeError(f"a damaged PNG: wrong checksum of its chunk {kind!r}")  # Pillow doesn't look at pixels'
-        if kind == b"IHDR" and start is None:
-            start = body
-        elif kind == b"eXIf":
-            exif = body
-        has_data = has_data or kind == b"IDAT"
-    if start is None or len(start) < 13 or not has_data:
-        raise DecodeError("a PNG without image data")
-    width, height = int.from_bytes(start[:4], "big"), int.from_bytes(start[4:8], "big")
-    _check_size(width, height)
-    # Never torchvision: a damaged PNG (a wrong checksum, too few rows) doesn't raise there but kills the process, in
-    # 0.29.2 each time. Whole ones have equal values in both.
-    return _Header("PNG", exif=exif or b"", width=width, height=height)
-
-
-def _pillow_header(name: str) -> Callable[[bytes], _Header]:
-    return lambda data: _Header(name)
-
-
-_SIGNATURES: tuple[tuple[re.Pattern[bytes], Callable[[bytes], _Header]], ...] = (
-    (re.compile(rb"\xff\xd8\xff"), _jpeg_header),
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), _png_header),
-    (re.compile(rb"GIF8[79]a"), _pillow_header("GIF")),
-    (re.compile(rb"RIFF....WEBP", re.DOTALL), _pillow_header("WebP")),
-    (re.compile(rb"II[*+]\0|MM\0[*+]"), _pillow_header("TIFF")),
-    (re.compile(rb"BM"), _pillow_header("BMP")),
-)
-
-
-def _check_size(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise DecodeError(f"its header says {width} x {height} pixels")
-    if width * height > MAX_PIXELS:
-        raise DecodeError(
-            f"its header says {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded (a decompression bomb?); "
-            "shrink or remove it"
-        )
 
 
 # --- the decoders: each gives (H, W, 3) ---
@@ -331,7 +194,7 @@ def _torchvision_jpeg() -> Callable[[Tensor, int, bool], Tensor]:
     return operator
 
 
-def _by_pillow(data: bytes, header: _Header, memory: Budget) -> tuple[NDArray[np.uint8], int, str | None]:
+def _by_pillow(data: bytes, header: Header, memory: Budget) -> tuple[NDArray[np.uint8], int, str | None]:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise FeatureStoreError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this process, so that a truncated file would pass for a "
@@ -341,7 +204,7 @@ def _by_pillow(data: bytes, header: _Header, memory: Budget) -> tuple[NDArray[np
         # The plug-in's class, not Image.open: the bytes choose the decoder, not the plug-ins that happen to be
         # registered, and Image.open warns about large images, which are this file's business.
         with _PLUGINS[header.format](io.BytesIO(data)) as image:
-            _check_size(*image.size)
+            check_size(*image.size)
             with memory.taken(_bytes_needed(header.format, image.width * image.height), header.format):
                 return _decoded(image, header)
     except (DecodeError, MemoryError):
@@ -357,6 +220,34 @@ def _refuse_lack_of_memory(form: str, data: bytes, error: Exception) -> None:
         raise MemoryError(f"a {form} of {len(data):,} bytes can't be decoded: {error}") from error
 
 
+def _heic_file(data: io.BytesIO) -> ImageFile.ImageFile:
+    """HEIC, turned as its container says, not its EXIF: pillow-heif turns it, and sets EXIF's orientation to 1."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        raise MissingDecoderError(
+            "it is HEIC, as phones make it, and pillow-heif, which decodes that, isn't installed; install it with "
+            "pip install 'featstore[heic]', or convert the image"
+        ) from error
+    file: ImageFile.ImageFile = HeifImageFile(data)  # type: ignore[no-untyped-call]
+    return file
+
+
+def _avif_file(data: io.BytesIO) -> ImageFile.ImageFile:
+    """AVIF, as it lies: Pillow puts the container's orientation into EXIF."""
+    try:
+        from PIL import AvifImagePlugin
+    except ImportError:
+        is_supported = False
+    else:
+        is_supported = AvifImagePlugin.SUPPORTED
+    if not is_supported:
+        raise MissingDecoderError(
+            "it is AVIF, which this Pillow can't decode; install Pillow 11.3 or newer, or convert the image"
+        )
+    return AvifImagePlugin.AvifImageFile(data)
+
+
 _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
@@ -364,10 +255,12 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "WebP": WebPImageFile,
     "TIFF": TiffImageFile,
     "BMP": BmpImageFile,
+    "HEIC": _heic_file,
+    "AVIF": _avif_file,
 }
 
 
-def _decoded(image: ImageFile.ImageFile, header: _Header) -> tuple[NDArray[np.uint8], int, str | None]:
+def _decoded(image: ImageFile.ImageFile, header: Header) -> tuple[NDArray[np.uint8], int, str | None]:
     orientation = _orientation(header.exif or image.info.get("exif", b""))
     bits, is_inverted = 16, False
     if isinstance(image, TiffImageFile):
@@ -376,19 +269,38 @@ def _decoded(image: ImageFile.ImageFile, header: _Header) -> tuple[NDArray[np.ui
         image.getexif()[_ORIENTATION_TAG] = 1  # else Pillow turns a TIFF while loading it, asked or not
         bits, is_inverted = tags.get(_BITS_TAG, (16,))[0], tags.get(_PHOTOMETRIC_TAG) == 0
     image.load()
+    if image.mode.startswith("I;16") and (bits != 16 or is_inverted):
+        # Pillow leaves both as they are in the file, too dark or negative.
+        raise DecodeError(f"a {header.format} with {bits} bits a pixel{', 0 for white' * is_inverted}; convert it")
+    pixels, doubt = _rgb_of(image, header.format)
+    return pixels, orientation, doubt
+
+
+def array_of(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels of Pillow's image as it lies: `(H, W)` of a gray one, else `(H, W, 3)`, as a file of it is decoded.
+
+    Raises:
+        DecodeError: for a mode without a fixed range.
+    """
+    if image.mode == "L":
+        return np.array(image)
+    image = image.copy()  # what is dropped of it is the caller's
+    return _rgb_of(image, "Pillow image")[0]
+
+
+def _rgb_of(image: Image.Image, form: str) -> tuple[NDArray[np.uint8], str | None]:
+    """The pixels, and what is doubtful about them."""
     if image.mode.startswith("I;16"):
-        if bits != 16 or is_inverted:  # Pillow leaves both as they are in the file, too dark or negative
-            raise DecodeError(f"a {header.format} with {bits} bits a pixel{', 0 for white' * is_inverted}; convert it")
         values = np.asarray(image)
-        return _gray_to_rgb((values >> 8).astype(np.uint8)), orientation, _range_doubt(int(values.max()))
+        return _gray_to_rgb((values >> 8).astype(np.uint8)), _range_doubt(int(values.max()))
     if image.mode not in _RGB_MODES:
         raise DecodeError(
-            f"a {header.format} with pixels of Pillow's mode {image.mode!r}, which has no fixed range of gray or "
+            f"a {form} with pixels of Pillow's mode {image.mode!r}, which has no fixed range of gray or "
             "colour; convert it to 8 or 16 bits"
         )
     # A palette's transparency is dropped like all alpha. Left in, it makes convert() warn.
     image.info.pop("transparency", None)
-    return np.array(image.convert("RGB")), orientation, None
+    return np.array(image.convert("RGB")), None
 
 
 _RGB_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
@@ -415,7 +327,7 @@ def _range_doubt(largest: int) -> str | None:
     )
 
 
-def _jpeg_doubt(data: bytes, header: _Header) -> str | None:
+def _jpeg_doubt(data: bytes, header: Header) -> str | None:
     """What is said of a JPEG of which no decoder warns: that it has a hole of zeros, or that scans are missing.
 
     Where the data fits again behind a hole, by chance, it is as long as its image.
@@ -439,7 +351,7 @@ def _zeros_are_flat(tables: bytes) -> bool:
     """
     firsts: dict[int, set[int]] = {0: set(), 1: set()}
     position = 2
-    while match := _JPEG_MARKER.search(tables, position):
+    while match := JPEG_MARKER.search(tables, position):
         length = int.from_bytes(tables[match.end() : match.end() + 2], "big")
         segment, position = tables[match.end() + 2 : match.end() + length], match.end() + length
         while match[1][0] == _HUFFMAN_TABLES and len(segment) > 17:
@@ -451,7 +363,7 @@ def _zeros_are_flat(tables: bytes) -> bool:
 _HUFFMAN_TABLES = 0xC4
 
 
-def _progressive_doubt(data: bytes, scans: tuple[_Scan, ...]) -> str | None:
+def _progressive_doubt(data: bytes, scans: tuple[Scan, ...]) -> str | None:
     """What is said of a JPEG of several scans: that some are missing, or that one of details has a hole of zeros.
 
     Zeros in other scans may be sound, as they are blocks without change or bits of value 0.

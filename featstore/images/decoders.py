@@ -3,12 +3,13 @@
 POLICY = "featstore-decode-1"
 """The name and version of the rules in `decode`. Other values for the same bytes need another name."""
 
-ARRAY, TORCHVISION, PILLOW, SIMPLEJPEG = 0, 1, 2, 3
+ARRAY, TORCHVISION, PILLOW, SIMPLEJPEG, PILLOW_HEIF = range(5)
 DECODERS: dict[int, str] = {
     ARRAY: "array",
     TORCHVISION: "torchvision.io",
     PILLOW: "pillow",
     SIMPLEJPEG: "simplejpeg",
+    PILLOW_HEIF: "pillow-heif",
 }
 """What the decoder code of a row means."""
 

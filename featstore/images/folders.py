@@ -13,7 +13,10 @@ from featstore.errors import FeatureStoreError
 from featstore.images.labels import SPLITS, Row, split_hinted, split_named
 from featstore.words import counted, listed
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff",
+    ".webp",
+)  # fmt: skip
 """What a file's name must end with, in any case, to count as an image of a folder. A table names its files itself."""
 
 StrPath = str | os.PathLike[str]

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.errors import Doubtful, ImageError, OnError, check_choice
-from featstore.images.decode import Budget, Decoded, DecodeError, decode
+from featstore.images.decode import Budget, Decoded, decode
 from featstore.images.digests import content_digest
+from featstore.images.headers import DecodeError, MissingDecoderError
 from featstore.images.views import RenderError, View
 from featstore.machine import num_processors
 
@@ -168,7 +169,7 @@ def _rendered(images: Readable, job: Job, *, memory: Budget, doubtful: Doubtful)
     except ImageError as error:
         return Rendered(job.index, None, 0, error.reason)
     except (DecodeError, RenderError) as error:
-        return Rendered(job.index, None, 0, str(error), is_lasting=True)
+        return Rendered(job.index, None, 0, str(error), is_lasting=not isinstance(error, MissingDecoderError))
     except MemoryError as error:  # no fault of the image, which the next run may have the memory for
         return Rendered(job.index, None, 0, str(error) or "decoding it takes more memory than is free")
     except Exception as error:

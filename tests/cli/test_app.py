@@ -511,8 +511,9 @@ def test_an_empty_folder_is_refused_with_what_was_found(featstore: Program, here
     assert featstore("extract", *extract_flags(images="empty")) == Ran(
         2,
         "",
-        f"{here}/empty holds no images: found 0 folders and 0 other files. Expected files that end with .bmp, .gif, "
-        ".jfif, .jpe, .jpeg, .jpg, .png, .tif, .tiff, .webp. Put images there, or name another folder.\n",
+        f"{here}/empty holds no images: found 0 folders and 0 other files. Expected files that end with .avif, .bmp, "
+        ".gif, .heic, .heif, .jfif, .jpe, .jpeg, .jpg, .mpo, .png, .tif, .tiff, .webp. Put images there, or "
+        "name another folder.\n",
     )
 
 

@@ -269,7 +269,7 @@ def test_a_set_of_failed_images_only_has_a_part_without_rows(store: FeatureStore
 def test_a_later_success_clears_a_failure(store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = ImageSet.from_folder(photos(tmp_path / "photos"))
     with monkeypatch.context() as smaller:
-        smaller.setattr("featstore.images.decode.MAX_PIXELS", 100)  # as on a machine that refuses such large images
+        smaller.setattr("featstore.images.headers.MAX_PIXELS", 100)  # as on a machine that refuses such large images
         report = run(images, store, on_error="skip")
         assert counts(report) == (0, 0, 6)
     assert len(store.sets()[0].failed) == 6

@@ -23,8 +23,9 @@ from support.processes import Processes
 
 from featstore import FeatureStoreError
 from featstore.images import decode as decode_module
-from featstore.images.decode import Budget, DecodeError, decode
+from featstore.images.decode import Budget, decode
 from featstore.images.decoders import ARRAY, DECODERS, MAX_PIXELS, PILLOW, POLICY, SIMPLEJPEG
+from featstore.images.headers import DecodeError
 
 Pixels = NDArray[np.uint8]
 PHOTO: Pixels = np.ascontiguousarray(load_sample_images().images[0][60:180:2, 200:360:2])  # (60, 80, 3)
@@ -313,7 +314,7 @@ def test_what_follows_a_whole_image_is_ignored() -> None:
         (b"", "the file is empty"),
         (b"this is no image", "starts with b'this is no image': not an image that can be read"),
         (b"<html><body>404</body></html>", "not an image that can be read"),
-        (b"\0\0\0\x20ftypavif", "may be AVIF, HEIC or a video"),
+        (b"\0\0\0\x14ftypisom\0\0\2\0mp41", "may be a video"),
         (b"\xff\xd8\xff\xd9", "a JPEG without image data"),
         (png(4, 4, 8, 2, b"")[:8] + png(4, 4, 8, 2, b"")[-12:], "a PNG without image data"),
         (png(0, 4, 8, 2, b""), "its header says 0 x 4 pixels"),

@@ -9,7 +9,7 @@ import pytest
 
 from featstore import errors
 from featstore.errors import FeatureStoreError, ImageError
-from featstore.images.decode import DecodeError
+from featstore.images.headers import DecodeError
 from featstore.images.views import RenderError
 from featstore.remedies import Command
 

@@ -35,8 +35,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "images",
             (
-                "decoders", "digests", "sources", "labels", "folders", "csv_tables", "splitting", "image_set",
-                "fileless", "contents", "origins", "decode", "geometry", "draws", "parameters", "warps", "levels",
+                "decoders", "headers", "decode", "digests", "sources", "labels", "folders", "csv_tables", "splitting",
+                "image_set", "fileless", "contents", "origins", "geometry", "draws", "parameters", "warps", "levels",
                 "filters", "canvas", "policies", "spelling", "augmentation", "views", "render",
             ),
         ),
@@ -81,6 +81,7 @@ CLOSED = {("images", "files"), ("models", "files"), ("exchange", "extraction")}
 DOORS = {
     "h5py": {"featstore.files.hdf5"},
     "PIL": {"featstore.images.decode"},
+    "pillow_heif": {"featstore.images.decode"},
     "simplejpeg": {"featstore.images.decode"},
     "torchvision.io": {"featstore.images.decode"},
     "torchvision.models": {"featstore.models.torchvision_models"},
