@@ -38,6 +38,15 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join([*map(repr, names[:5]), *more])
 
 
+def some(names: Sequence[str]) -> str:
+    """The first few names as they are, and how many there are.
+
+    >>> some("abcdefgh")
+    'a, b, c, d, e, f, ... (8 in all)'
+    """
+    return ", ".join(names[:6]) + (f", ... ({len(names):,} in all)" if len(names) > 6 else "")
+
+
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 

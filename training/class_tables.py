@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from featstore.errors import FeatureStoreError
 from featstore.images.image_set import ImageSet
+from featstore.images.origins import TWO_VALUES, made_by
 from featstore.models.backbones import class_names
 from featstore.models.staged import StagedModel
+from featstore.words import some
 
 _WORDNET = re.compile(r"n\d{8}")
 """A folder of ImageNet, by its number in WordNet; sorted, the 1,000 of them are in the order of ImageNet's logits."""
@@ -24,12 +26,13 @@ def check_contrast(images: ImageSet) -> None:
     Raises:
         ValueError: if there is one class; the folders that were read as classes are shown.
     """
-    if images.task == "multi" or len(images.classes) != 1:
+    if images.task != "single" or len(images.classes) != 1:
         return
     (name,) = images.classes
+    origin = made_by(images)
     raise ValueError(
         f"All {len(images):,} images are of one class, {name}, so there is nothing to tell apart. Expected two classes "
-        f"or more. {_how_read(images, name)}"
+        f"or more. {TWO_VALUES if origin is None else origin.one_class(images, name)}"
     )
 
 
@@ -43,14 +46,14 @@ def check_learnable(images: ImageSet, training: ImageSet) -> str | None:
     Raises:
         ValueError: if all training images are of one class, or no image of the split valid is of a class of theirs.
     """
-    if images.task == "multi":
+    if images.task != "single":
         return None
     assert training.targets is not None
     learned = {images.classes[target] for target in training.targets.tolist()}
     if len(learned) == 1:
         raise ValueError(
             f"All {len(training):,} images to train on are of one class, {learned.pop()}, so there is nothing to tell "
-            f"apart. Expected some of two classes or more of {_some(images.classes)}. Deal them anew (--split-seed), "
+            f"apart. Expected some of two classes or more of {some(images.classes)}. Deal them anew (--split-seed), "
             "or give images of the others to train on."
         )
     valid = images.valid
@@ -62,7 +65,7 @@ def check_learnable(images: ImageSet, training: ImageSet) -> str | None:
         return None
     told = (
         f"{len(unknown):,} of the {len(names):,} images of the split valid are of classes that no image to train on "
-        f"has ({_some(sorted(set(unknown)))})"
+        f"has ({some(sorted(set(unknown)))})"
     )
     if len(unknown) < len(names):
         return f"{told}: the model can't be right about them"
@@ -93,6 +96,14 @@ def kept_table(
     """
     shape = model.shape(model.cut_points[-1], size)
     known = class_names(model) or ()
+    if images.task == "regression":
+        table = images.classes if classes is None else tuple(classes)
+        if shape != (len(table),):
+            raise ValueError(
+                f"{model.name} ends in {'x'.join(map(str, shape))} values an image, and the images have {len(table):,} "
+                f'({some(table)}); head="keep" needs one for each. Give another head.'
+            )
+        return table
     if classes is None and shape == (len(known),) and {*images.classes} <= {*known}:
         return known
     table = images.classes if classes is None else tuple(classes)
@@ -111,9 +122,9 @@ def kept_table(
     unknown = [name for name in table if name not in known]
     told = f"{model.name} doesn't say which class each of its {len(table):,} logits is of"
     if known:
-        told = f"{model.name} tells {_some(known)} apart, and not {_some(unknown)}"
+        told = f"{model.name} tells {some(known)} apart, and not {some(unknown)}"
     raise ValueError(
-        f"{told}; the images' classes are {_some(table)}. Expected the names of the logits in their order, so that "
+        f"{told}; the images' classes are {some(table)}. Expected the names of the logits in their order, so that "
         'none is scored as another: classes=(...) with head="keep"; or a new head.'
     )
 
@@ -124,14 +135,19 @@ def with_table(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
     Raises:
         ValueError: if a name stands twice in the table, or they have a class that isn't in it.
     """
+    if images.task == "regression" and images.is_labelled and {*images.classes} != {*classes}:
+        raise ValueError(
+            f"The images have the values {some(images.classes)}, and classes names {some(classes)}. Expected the same "
+            "names. Correct them."
+        )
     twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
     if twice:
-        raise ValueError(f"classes names {_some(twice)} twice. Expected a name of its own for each logit.")
+        raise ValueError(f"classes names {some(twice)} twice. Expected a name of its own for each logit.")
     unknown = [name for name in images.classes if name not in classes]
     if unknown:
         raise ValueError(
-            f"The images have {'the class' if len(unknown) == 1 else 'the classes'} {_some(unknown)}, which classes "
-            f"({_some(classes)}) lacks. Name all of them, or leave their images out."
+            f"The images have {'the class' if len(unknown) == 1 else 'the classes'} {some(unknown)}, which classes "
+            f"({some(classes)}) lacks. Name all of them, or leave their images out."
         )
     return _counted_in(images, classes)
 
@@ -140,8 +156,15 @@ def with_classes(images: ImageSet, classes: tuple[str, ...], run: Path) -> Image
     """`images` with targets that count in the class table of a run.
 
     Raises:
-        FeatureStoreError: if they have a class that the run lacks; it is named, and nothing is shifted.
+        FeatureStoreError: if they have a class that the run lacks; it is named, and nothing is shifted. In regression,
+            if they have other values than the run.
     """
+    if images.task == "regression" and images.is_labelled and {*images.classes} != {*classes}:
+        raise FeatureStoreError(
+            f"The images have the values {', '.join(images.classes)}, and the model of {run} gives "
+            f"{', '.join(classes)}. Expected the same ones. Name their columns: --label-column {','.join(classes)} "
+            f"(in Python: label_column={[*classes]})."
+        )
     unknown = [name for name in images.classes if name not in classes]
     if unknown:
         raise FeatureStoreError(
@@ -156,34 +179,11 @@ def _counted_in(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
     if images.classes == classes or images.targets is None:
         return replace(images, classes=classes)
     places = np.array([classes.index(name) for name in images.classes], np.int64)
+    if images.task == "regression":
+        return replace(images, classes=classes, targets=images.targets[:, np.argsort(places)])
     if images.task == "single":
         targets = np.where(images.targets >= 0, places[np.maximum(images.targets, 0).astype(np.int64)], -1)
         return replace(images, classes=classes, targets=targets)
     wide = np.zeros((len(images), len(classes)), np.float32)
     wide[:, places] = images.targets
     return replace(images, classes=classes, targets=wide)
-
-
-def _how_read(images: ImageSet, name: str) -> str:
-    """Where the one class was read from, and what to give instead."""
-    if images.origin.get("constructor") != "from_folder":
-        return "Give labels with two different values."
-    folders = [PurePosixPath(image).parent.parts for image in images.ids]
-    places = {parts[: parts.index(name) + 1] for parts in folders if name in parts}
-    read = [f"{'/'.join(place)}/" for place in sorted(places)]
-    inside = sorted(
-        {parts[len(place)] for parts in folders for place in places if parts[: len(place)] == place != parts}
-    )
-    root = Path(images.origin["root"])
-    is_below = read != [f"{name}/"]  # in folders of splits
-    told = f"Read as a class below {root}: {_some(read)}"
-    if len(inside) < 2:
-        return f"{told}. Give a folder with a folder for each class{'' if is_below else '; the one above it, perhaps'}."
-    holds = f"{told}, which holds {_some([f'{folder}/' for folder in inside])}"
-    if is_below:
-        return f"{holds}. If these are the classes, move them up, into the place of {name}/."
-    return f"{holds}. If these are the classes, give their folder: {root / name}."
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f", ... ({len(names):,} in all)" if len(names) > 6 else "")

@@ -88,7 +88,12 @@ class ImageFlags:
     ] = None
     path_column: Annotated[str, typer.Option(metavar="NAME", help="A table's column of paths.")] = "path"
     label_column: Annotated[
-        str, typer.Option(metavar="NAME", help="A table's column of labels; '' if nothing is labelled.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="A table's column of labels, or a sample's member or field of its .json; '' if nothing is labelled; "
+            "for regression of numbers, several as A,B.",
+        ),
     ] = "label"
     label_sep: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What stands between several labels of one image.")
@@ -100,7 +105,7 @@ class ImageFlags:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="A table's column of train, valid or test; '' to leave it aside.",
+            help="A table's or sample's column of train, valid or test; '' to leave it aside.",
             show_default=f"{OWN_SPLITS}, if there is one",
         ),
     ] = None
@@ -108,9 +113,12 @@ class ImageFlags:
         str | None, typer.Option(metavar="NAME", help="A table's column of 0 and 1: 1 is held out, 0 is train.")
     ] = None
     group_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A table's column of what stays in one split, a patient say.")
+        str | None,
+        typer.Option(metavar="NAME", help="A table's or sample's column of what stays in one split, a patient say."),
     ] = None
-    task: Annotated[str, typer.Option(metavar="single|multi", help="One label an image, or any number.")] = "single"
+    task: Annotated[
+        str, typer.Option(metavar="|".join(_TASKS), help="One label an image, any number of them, or numbers.")
+    ] = "single"
     suffix: Annotated[
         str | None, typer.Option(metavar=".jpg", help="What a table's names lack to be names of files.")
     ] = None
@@ -163,7 +171,7 @@ class ImageFlags:
 
     def _single_labels_note(self, images: ImageSet) -> list[str]:
         """A word of doubt where a table for several labels an image never has more than one."""
-        if images.task == "single" or images.targets is None or (images.targets.sum(axis=1) > 1).any():
+        if images.task != "multi" or images.targets is None or (images.targets.sum(axis=1) > 1).any():
             return []
         classes = ", ".join(images.classes[:4]) + ", ..." * (len(images.classes) > 4)
         separator = "is --label-sep missing?" if self.label_sep is None else f"is --label-sep {self.label_sep!r} right?"
@@ -532,14 +540,17 @@ def _skipped_note(images: ImageSet) -> list[str]:
 
 def _label_notes(images: ImageSet) -> list[str]:
     """What is odd about the labels: images without one, classes that may be one, several labels in a cell."""
-    if images.targets is None or images.task != "single":
+    if images.targets is None or images.task == "multi":
         return []
     notes = []
-    num_unlabelled = int((images.targets < 0).sum())
+    is_unlabelled = images.targets < 0 if images.task == "single" else (images.targets != images.targets).any(axis=1)
+    num_unlabelled = int(is_unlabelled.sum())
     if num_unlabelled:
         are = "image is" if num_unlabelled == 1 else "images are"
         notes.append(f"{num_unlabelled:,} {are} unlabelled, of {len(images):,}: features yes, but no training or score")
     alike: dict[str, list[str]] = {}
+    if images.task == "regression":
+        return notes
     for name in images.classes:
         alike.setdefault(name.casefold(), []).append(name)
     notes += [f"the classes {' and '.join(names)} differ in case alone" for names in alike.values() if len(names) > 1]

@@ -112,7 +112,7 @@ def _format(name: str) -> str:
 
 
 def _num_classes(images: ImageSet, group: tuple[int, ...]) -> int:
-    if images.targets is None:
+    if images.targets is None or images.task == "regression":
         return 0
     targets = images.targets[list(group)]
     return len(np.unique(targets[targets >= 0] if images.task == "single" else targets, axis=0))

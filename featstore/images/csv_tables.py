@@ -1,9 +1,10 @@
-"""Tables of images: a ``.csv`` or ``.tsv`` file with a header, read into a row for each image."""
+"""Tables of images: a ``.csv``, ``.tsv`` or ``.parquet`` file with a header, read into a row for each image."""
 
 from __future__ import annotations
 
 import ast
 import csv
+import math
 import os
 import re
 import shlex
@@ -13,7 +14,14 @@ from dataclasses import dataclass
 from typing import Literal, TextIO
 
 from featstore.images.folders import IMAGE_SUFFIXES
-from featstore.images.labels import Row, Task, composed, split_named
+from featstore.images.labels import (
+    Row,
+    Task,
+    checked_values,
+    composed,
+    split_named,
+)
+from featstore.images.parquet_tables import PARQUET, SEVERAL, read_parquet
 from featstore.words import counted
 
 OWN_SPLITS = "split"
@@ -27,13 +35,14 @@ Line = tuple[int, list[str]]  # where it starts, and its cells
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How the cells of a table are read, see `ImageSet.from_csv`.
+    """How the cells of a table are read, see `ImageSet.from_table`.
 
     Attributes:
         columns: the names of the columns "path", "label", "split", "valid" and "group"; None for what isn't read.
         label_sep: between the labels of a cell; None where a cell is one label.
         one_hot: columns that are a class each.
-        task: one class an image, or any number.
+        values: columns of numbers, which are what is learnt.
+        task: one class an image, any number, or numbers.
         suffix: of the files, where the table leaves it out.
         strip: what paths begin with and no longer lie in.
     """
@@ -41,6 +50,7 @@ class Reading:
     columns: dict[str, str | None]
     label_sep: str | None = None
     one_hot: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
     task: Task = "single"
     suffix: str | None = None
     strip: str | None = None
@@ -52,9 +62,11 @@ def read_table(file: str, path_column: str) -> tuple[list[Line], tuple[str, ...]
     Cells lie between commas in a ``.csv`` and tabs in a ``.tsv``, unless the header is made of something else.
     """
     own = {".csv": ",", ".tsv": "\t"}.get(os.path.splitext(file)[1].lower())
+    if file.lower().endswith(PARQUET):
+        return _with_rows(read_parquet(file, path_column), file), ()
     if own is None:
         raise ValueError(
-            f"{file} is no table by its suffix. Expected .csv (commas) or .tsv (tabs). Rename or convert it."
+            f"{file} is no table by its suffix. Expected .csv (commas), .tsv (tabs) or .parquet. Rename or convert it."
         )
     lines: list[Line] = []
     start, separator, encoding = 1, own, "utf-8-sig"
@@ -79,14 +91,19 @@ def read_table(file: str, path_column: str) -> tuple[list[Line], tuple[str, ...]
             f"{file} can't be understood at line {start} ({error}). Expected rows of cells separated by "
             f"{separator!r}. Correct the line."
         ) from error
+    _with_rows(lines, file)
+    notes = _encoding_notes(lines, file)
+    found = [f"cells separated by {separator!r}"] * (separator != own) + ["UTF-16"] * (encoding != "utf-8-sig")
+    return lines, (*([f"{os.path.basename(file)} is read as {' and '.join(found)}"] if found else []), *notes)
+
+
+def _with_rows(lines: list[Line], file: str) -> list[Line]:
     if len(lines) < 2:
         raise ValueError(
             f"{file} holds {'only a header' if lines else 'nothing'}. Expected a header and a row for each image. "
             "Add the rows, or name another file."
         )
-    notes = _encoding_notes(lines, file)
-    found = [f"cells separated by {separator!r}"] * (separator != own) + ["UTF-16"] * (encoding != "utf-8-sig")
-    return lines, (*([f"{os.path.basename(file)} is read as {' and '.join(found)}"] if found else []), *notes)
+    return lines
 
 
 def _encoding_notes(lines: list[Line], file: str) -> list[str]:
@@ -188,7 +205,7 @@ def classes_of(header: list[str], reading: Reading, one_hot: Sequence[str] | Lit
 
 
 def table_rows(table: list[Line], file: str, folder: str, reading: Reading) -> tuple[list[Row], tuple[str, ...]]:
-    """A row for each line of a table, see `ImageSet.from_csv`, and notes.
+    """A row for each line of a table, see `ImageSet.from_table`, and notes.
 
     Args:
         table: its lines, the header first.
@@ -199,11 +216,13 @@ def table_rows(table: list[Line], file: str, folder: str, reading: Reading) -> t
     (_, header), *body = table
     places = _places(table, reading, file, folder)
     of_class = {name: places[f"class {name}"] for name in reading.one_hot}
+    of_value = {name: places[f"value {name}"] for name in reading.values}
+    word = _word(file)
     rows: list[Row] = []
     lines: dict[str, int] = {}
     num_slashed = num_stripped = 0
     for line, cells in body:
-        where = f"line {line} of {file}"
+        where = f"{word} {line} of {file}"
         if len(cells) != len(header):
             raise ValueError(
                 f"{where} has {counted(len(cells), 'cell')}. Expected {len(header)}, as the header has. "
@@ -216,8 +235,8 @@ def table_rows(table: list[Line], file: str, folder: str, reading: Reading) -> t
         place = composed(full)  # two spellings of a name are one file on macOS, and in most people's minds
         if place in lines:
             raise ValueError(
-                f"{file} names {image} twice, in line {lines[place]} and in line {line}. "
-                "Expected every image once. Delete one of the lines."
+                f"{file} names {image} twice, in {word} {lines[place]} and in {word} {line}. "
+                f"Expected every image once. Delete one of the {word}s."
             )
         lines[place] = line
         rows.append(
@@ -226,7 +245,7 @@ def table_rows(table: list[Line], file: str, folder: str, reading: Reading) -> t
                 labels=(
                     _one_hot_labels(cells, of_class, reading.task, where)
                     if of_class
-                    else _table_labels(cells[places["label"]], reading.label_sep, where)
+                    else _table_labels(cells[places["label"]], reading, where)
                     if "label" in places
                     else ()
                 ),
@@ -239,6 +258,7 @@ def table_rows(table: list[Line], file: str, folder: str, reading: Reading) -> t
                 ),
                 group=_table_group(cells[places["group"]], where) if "group" in places else None,
                 where=where,
+                values=_values(cells, of_value, where),
             )
         )
     if reading.strip is not None and not num_stripped:
@@ -256,6 +276,7 @@ def _places(table: list[Line], reading: Reading, file: str, folder: str) -> dict
     wanted = {
         **{what: column and composed(column) for what, column in reading.columns.items()},
         **{f"class {name}": name for name in reading.one_hot},
+        **{f"value {name}": name for name in reading.values},
     }
     for what, column in wanted.items():
         if column is not None and names.count(column) != 1:
@@ -266,6 +287,11 @@ def _places(table: list[Line], reading: Reading, file: str, folder: str) -> dict
                 )
             count = f"{names.count(column) or 'no'} column{'s' if column in names else ''} {column!r}"
             has = f"{file} has {count}; it has {', '.join(map(repr, names))}"
+            if column in reading.values:
+                raise ValueError(
+                    f"{has}. Expected a column of numbers. Name one, or several with commas between them, with "
+                    "--label-column (in Python: label_column)."
+                )
             if what not in reading.columns:
                 raise ValueError(
                     f"{has}. Expected a column of 0 and 1 for each class. Correct --one-hot (in Python: one_hot)."
@@ -389,9 +415,16 @@ def _table_path(cell: str, folder: str, where: str) -> tuple[str, str]:
     return full, image.replace(os.sep, "/")
 
 
-def _table_labels(cell: str, label_sep: str | None, where: str) -> tuple[str, ...]:
-    pieces = [cell] if label_sep is None else cell.split(label_sep)
-    _refuse_list(cell.strip(), label_sep, where)
+def _table_labels(cell: str, reading: Reading, where: str) -> tuple[str, ...]:
+    pieces = [cell] if reading.label_sep is None else cell.split(reading.label_sep)
+    if SEVERAL in cell:
+        pieces = cell.split(SEVERAL)
+        if reading.task != "multi":
+            raise ValueError(
+                f"{where} has the labels {', '.join(pieces)}. Expected one class, as the task is {reading.task}. "
+                "Say --task multi (in Python: task='multi'), or name another column."
+            )
+    _refuse_list(cell.strip(), reading.label_sep, where)
     return tuple(piece.strip() for piece in pieces if piece.strip())
 
 
@@ -430,6 +463,24 @@ def _one_hot_labels(cells: list[str], of_class: dict[str, int], task: Task, wher
             "Correct the line, or say --task multi (in Python: task='multi')."
         )
     return names
+
+
+def _values(cells: list[str], of_value: dict[str, int], where: str) -> tuple[float, ...]:
+    found = []
+    for name, place in of_value.items():
+        try:
+            found.append(float(cells[place].strip() or math.nan))
+        except ValueError as error:
+            raise ValueError(
+                f"{where} has {cells[place]!r} in the column {name}. Expected a number, or nothing, as the task is "
+                "regression. Correct the cell, or name another column with --label-column (in Python: label_column)."
+            ) from error
+    return checked_values(tuple(found), tuple(of_value), where)
+
+
+def _word(file: str) -> str:
+    """What a person calls a line of a table."""
+    return "row" if file.lower().endswith(PARQUET) else "line"
 
 
 def _valid_split(cell: str, where: str) -> str:

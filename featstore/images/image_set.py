@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from featstore.digest import Json, digest_bytes
-from featstore.images.csv_tables import Reading, classes_of, own_splits, read_table, table_rows
+from featstore.digest import Json
+from featstore.images.datasets import dataset_images, iterable_images, labelled_rows
 from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo
 from featstore.images.folders import StrPath, TopFolders, existing_folder, folder_rows
+from featstore.images.found import FoundImages, safe_name
 from featstore.images.labels import (
-    Row,
+    HELD_OUT,
     Task,
-    are_numbers,
-    check_length,
     check_unique,
     checked_groups,
     checked_indices,
     checked_splits,
     checked_targets,
     class_table,
-    composed,
     composed_classes,
     held_out_notes,
-    label_lists,
-    label_names,
-    one_label_notes,
+    labels_text,
     one_spelling,
     split_counts,
     targets_of,
 )
 from featstore.images.sources import ArraySource, FolderSource, ImageSource, without_start
 from featstore.images.splitting import check_test_groups, fold_of_each, split_of_each
+from featstore.images.tables import table_images
+from featstore.images.tar_shards import tar_images
 from featstore.words import counted
 
 
@@ -45,8 +42,8 @@ from featstore.words import counted
 class ImageSet:
     """Which images, in which order, with which targets, classes, split and groups, and how to read each one's bytes.
 
-    Made by `from_folder`, `from_csv`, `from_arrays` or `from_store`; every other method returns a new set. Sets pickle
-    (the images themselves only if they are arrays) and hold no open file. No file is read before `read` or `digests`.
+    Made by the constructors `from_...`; every other method returns a new set. Sets pickle (the images themselves only
+    if they are arrays) and hold no open file. No file is read before `read` or `digests`.
 
     >>> digits = np.zeros((10, 8, 8), dtype=np.uint8)
     >>> images = ImageSet.from_arrays(digits, ["one", "two"] * 5).split(valid=0.2)
@@ -58,12 +55,12 @@ class ImageSet:
     Attributes:
         name: for people and for file names; what is not in `A-Za-z0-9._-` has become `_`.
         ids: the path below the root, with `/`; of arrays the index. No id appears twice.
-        targets: single: int64 `(N,)`, -1 where unlabelled; multi: float32 `(N, K)` of 0 and 1; None if nothing is
-            labelled. Read-only, as is `splits`.
-        classes: the one class table of all splits; a target is a place in it.
+        targets: single: int64 `(N,)`, -1 where unlabelled; multi: float32 `(N, K)` of 0 and 1; regression: float32
+            `(N, K)`, NaN where unlabelled; None if nothing is labelled. Read-only, as is `splits`.
+        classes: the one class table of all splits; a target is a place in it. In regression the names of the K values.
         splits: `(N,)` "train", "valid", "test", or "" for images not dealt yet.
         groups: what must stay together in one split (a patient), one for each image.
-        task: one class an image, or any number of labels.
+        task: one class an image, any number of labels, or numbers.
         source: how bytes are had.
         skipped: `(path below the root, reason)` of files that were found and left out.
         notes: sentences about how a folder or table was understood, where that isn't plain.
@@ -85,11 +82,13 @@ class ImageSet:
     _memo: Memo = field(default_factory=Memo)  # shared by all sets derived from one another; never pickled
 
     def __post_init__(self) -> None:
-        if self.task not in ("single", "multi"):
-            raise ValueError(f"task is {self.task!r}. Expected 'single' (one class an image) or 'multi' (any number).")
+        if self.task not in get_args(Task):
+            raise ValueError(
+                f"task is {self.task!r}. Expected 'single' (one class an image), 'multi' (any number) or 'regression'."
+            )
         check_unique(self.ids, "image id", "Give every image its own path.")
         check_unique(self.classes, "class", "Name every class once.")
-        self._set("name", _safe_name(self.name))
+        self._set("name", safe_name(self.name))
         self._set("ids", tuple(self.ids))
         self._set("classes", composed_classes(self.classes))
         self._set("origin", dict(self.origin))
@@ -125,27 +124,32 @@ class ImageSet:
             raise ValueError(f"top_folders is {top_folders!r}. Expected 'auto', 'classes' or 'splits'. Choose one.")
         folder = existing_folder(root)
         rows, skipped, notes = folder_rows(folder, top_folders)
-        rows, spellings = one_spelling(rows)
-        return cls._from_rows(
-            rows,
-            name=name or os.path.basename(folder),
-            task="single",
-            classes=class_table(rows, held_out_classes=held_out_classes, instead=_HELD_OUT),
-            is_labelled=True,
-            source=FolderSource(root=folder),
-            skipped=skipped,
-            notes=(*notes, *spellings, *held_out_notes(rows)),
-            origin={"constructor": "from_folder", "root": os.fspath(root), "top_folders": top_folders, "name": name},
+        return cls.of(
+            FoundImages(
+                rows=rows,
+                source=FolderSource(root=folder),
+                name=name or os.path.basename(folder),
+                held_out_classes=held_out_classes,
+                instead=HELD_OUT,
+                skipped=skipped,
+                notes=notes,
+                origin={
+                    "constructor": "from_folder",
+                    "root": os.fspath(root),
+                    "top_folders": top_folders,
+                    "name": name,
+                },
+            )
         )
 
     @classmethod
-    def from_csv(
+    def from_table(
         cls,
         path: StrPath,
         *,
         root: StrPath | None = None,
         path_column: str = "path",
-        label_column: str | None = "label",
+        label_column: str | Sequence[str] | None = "label",
         label_sep: str | None = None,
         one_hot: Sequence[str] | Literal["*"] | None = None,
         split_column: str | None = None,
@@ -157,7 +161,7 @@ class ImageSet:
         held_out_classes: bool = False,
         name: str | None = None,
     ) -> ImageSet:
-        """The images that a table with a header names, in its order; UTF-8, commas in a `.csv`, tabs in a `.tsv`.
+        """The images that a table with a header names, in its order: a `.csv`, a `.tsv` (both UTF-8) or a `.parquet`.
 
         Held-out images of other classes than those of `train` need `held_out_classes`, as in `from_folder`.
 
@@ -170,77 +174,72 @@ class ImageSet:
         `test`, or empty; without `split_column` those of the column `split` in any case (or `splits`, `subset` or
         `partition`, if it says nothing else), if there is one, and with `split_column=""` none. An empty label means
         unlabelled if `task` is "single", and none of the classes if "multi". With `label_column=None` nothing is
-        labelled. Classes are those of the rows in `train` or in no split.
+        labelled. Classes are those of the rows in `train` or in no split. If `task` is "regression", `label_column`
+        names one or several columns of numbers.
 
         Raises:
             ValueError: with the line, if the table can't be understood: a missing column, a row of another length, a
                 path twice, an unknown split, a class in `valid` or `test` that `train` lacks, no rows.
         """
-        file = os.path.abspath(path)
-        if label_sep is not None and task != "multi":
-            raise ValueError(
-                f"label_sep is {label_sep!r} but task is {task!r}, where a cell is one class. "
-                "Expected label_sep only with several labels an image. Pass task='multi', or leave label_sep out."
-            )
-        if valid_column is not None and split_column:
-            raise ValueError(
-                f"split_column is {split_column!r} and valid_column {valid_column!r}. Expected one column that says "
-                "the split. Leave one out."
-            )
-        folder = os.path.dirname(file) if root is None else existing_folder(root)
-        lines, dialect = read_table(file, path_column)
-        if valid_column is not None:
-            split_column = None
-        elif split_column is None:
-            split_column = own_splits(lines, file, (path_column, label_column, group_column, *(one_hot or ())))
-        reading = Reading(
-            columns={
-                "path": path_column,
-                "label": label_column if one_hot is None else None,
-                "split": split_column or None,
-                "valid": valid_column,
-                "group": group_column,
-            },
-            label_sep=label_sep,
-            task=task,
-            suffix=suffix,
-            strip=strip,
-        )
-        one_hot_classes = None
-        if one_hot is not None:
-            one_hot_classes = classes_of(lines[0][1], reading, one_hot)
-            reading = replace(reading, one_hot=one_hot_classes)
-        found, notes = table_rows(lines, file, folder, reading)
-        rows, spellings = one_spelling(found)
-        return cls._from_rows(
-            rows,
-            name=name or os.path.splitext(os.path.basename(file))[0],
-            task=task,
-            classes=class_table(
-                rows,
-                given=one_hot_classes,
+        return cls.of(
+            table_images(
+                path,
+                root=root,
+                path_column=path_column,
+                label_column=label_column,
+                label_sep=label_sep,
+                one_hot=one_hot,
+                split_column=split_column,
+                valid_column=valid_column,
+                group_column=group_column,
+                task=task,
+                suffix=suffix,
+                strip=strip,
                 held_out_classes=held_out_classes,
-                instead=f"leave the labels out: --label-column '' (in Python: label_column=None), or {_HELD_OUT}",
-            ),
-            is_labelled=label_column is not None or one_hot is not None,
-            source=FolderSource(root=folder),
-            notes=(*dialect, *notes, *spellings, *held_out_notes(rows), *one_label_notes(rows)),
-            origin={
-                "constructor": "from_csv",
-                "path": os.fspath(path),
-                "root": None if root is None else os.fspath(root),
-                "path_column": path_column,
-                "label_column": label_column,
-                "label_sep": label_sep,
-                "one_hot": one_hot if one_hot is None or one_hot == "*" else list(one_hot),
-                "split_column": split_column,
-                "valid_column": valid_column,
-                "group_column": group_column,
-                "task": task,
-                "suffix": suffix,
-                "strip": strip,
-                "name": name,
-            },
+                name=name,
+            )
+        )
+
+    from_csv = from_table  # the same, by the name that it had when every table was one
+
+    @classmethod
+    def from_tar(
+        cls,
+        shards: StrPath | Sequence[StrPath],
+        *,
+        label_column: str | Sequence[str] | None = "label",
+        label_sep: str | None = None,
+        split_column: str | None = None,
+        group_column: str | None = None,
+        task: Task = "single",
+        held_out_classes: bool = False,
+        name: str | None = None,
+    ) -> ImageSet:
+        """The images in tar files, as WebDataset writes them; each is read where it lies, and nothing is unpacked.
+
+        `shards` are paths, or one that stands for several (`train-{000..003}.tar`, `*.tar`, a folder). A sample is all
+        members whose path is the same up to the first dot of the name; that path is the image's id. One member is an
+        image by its suffix; a column is a member of that suffix, as text, or a field of the member `.json`. The column
+        `label` is the member `.cls` as well.
+
+        Without `split_column` the names of the shards say the splits (`train-000`, `val-000`) where they name several;
+        with `split_column=""` there are none. `label_sep`, `task` and `held_out_classes` are those of `from_table`.
+
+        Raises:
+            ValueError: if a shard isn't there, is compressed, damaged or cut off, or samples can't be understood: a key
+                in two shards, two images in one, an unknown split, a class in `valid` or `test` that `train` lacks.
+        """
+        return cls.of(
+            tar_images(
+                shards,
+                label_column=label_column,
+                label_sep=label_sep,
+                split_column=split_column,
+                group_column=group_column,
+                task=task,
+                held_out_classes=held_out_classes,
+                name=name,
+            )
         )
 
     @classmethod
@@ -259,8 +258,10 @@ class ImageSet:
 
         A label is a class name (without spaces around it), or an integer: a place in `classes`, or without `classes`
         a name of its own. None, "" and -1 mean unlabelled. If `task` is "multi", `labels` is an array `(N, K)` of 0
-        and 1, or a list of labels for each image. `classes` keeps the order it is given in; without it, the classes
-        are those of the images in `train` or in no split, sorted (by value, if all are integers).
+        and 1, or a list of labels for each image; if it is "regression", an array of numbers `(N,)` or `(N, K)`, NaN
+        where there are none, and `classes` has the names of the values. `classes` keeps the order it is given in;
+        without it, the classes are those of the images in `train` or in no split, sorted (by value, if all are
+        integers).
 
         A writable array is copied; a read-only one (`np.load(..., mmap_mode="r")`) is kept as it is, and hashed anew
         by each call of `digests`, as its file may have been written to.
@@ -270,34 +271,98 @@ class ImageSet:
             ValueError: for another shape, lengths that differ, and labels out of range or not in `classes`.
         """
         source = ArraySource.of(images)
-        count = len(source.images)
-        given = None if classes is None else tuple(composed(str(each).strip()) for each in classes)
-        cells: Sequence[Any] = [None] * count if labels is None else list(labels)
-        if task == "multi" and isinstance(labels, np.ndarray) and labels.dtype != object:
-            cells, given = label_lists(labels, given)
-        check_length(cells, count, "labels")
-        units = None if groups is None else checked_groups(groups, count)
-        dealt = checked_splits([""] * count if splits is None else splits, count).tolist()
-        found = [
-            Row(
-                image=str(index),
-                labels=label_names(cells[index], given, task, f"labels[{index}]"),
-                split=dealt[index],
-                group=None if units is None else units[index],
-                where=f"labels[{index}]",
+        ids = tuple(map(str, range(len(source.images))))
+        rows, given = labelled_rows(ids, labels, classes=classes, splits=splits, groups=groups, task=task)
+        return cls.of(
+            FoundImages(rows=rows, source=source, name=name, task=task, is_labelled=labels is not None, classes=given)
+        )
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = "label",
+        id_column: str | None = None,
+        classes: Sequence[str] | None = None,
+        splits: Sequence[str] | NDArray[np.str_] | None = None,
+        groups: Sequence[Any] | None = None,
+        task: Task = "single",
+        name: str | None = None,
+    ) -> ImageSet:
+        """The images of a map-style data set: torch's, torchvision's, Hugging Face's; or a mapping from splits to such.
+
+        Items are an image, (image, label) or a mapping with columns; an image is a PIL image, as it lies whatever its
+        EXIF says, uint8 (an array `(H, W[, 3])`, a tensor `(3, H, W)`), or encoded bytes. They must be the same each
+        time, so without transforms. torchvision's `ImageFolder` is read as the files that it is of, and Hugging Face's
+        images as they are encoded: equal to a folder's of the same files.
+
+        Ids are places ("0"; "train/0" in a mapping), paths of an `ImageFolder`, or the cells of `id_column`. Classes
+        are the data set's own names (`.classes`, `ClassLabel`), or `classes`; labels are as in `from_arrays`. With
+        `label_column=None` nothing is labelled. Where no attribute `targets` has the labels, each item is read once
+        for its label. One process reads one item at a time, and all of them to know what they are.
+
+        Raises:
+            TypeError: for what has no places, and items that are no images.
+            ValueError: for items that are others when they are read again, columns that aren't there, and labels as in
+                `from_arrays`.
+        """
+        return cls.of(
+            dataset_images(
+                dataset,
+                image_column=image_column,
+                label_column=label_column,
+                id_column=id_column,
+                classes=classes,
+                splits=splits,
+                groups=groups,
+                task=task,
+                name=name,
             )
-            for index in range(count)
-        ]
-        rows, spellings = one_spelling(found)
-        return cls._from_rows(
-            rows,
-            name=name,
-            task=task,
-            classes=class_table(rows, given=given),
-            is_labelled=labels is not None,
-            source=source,
-            notes=spellings,
-            origin={},
+        )
+
+    @classmethod
+    def from_iterable(
+        cls, items: Iterable[Any], *, classes: Sequence[str] | None = None, task: Task = "single", name: str = "images"
+    ) -> ImageSet:
+        """The images that an iterable yields as (id, image) or (id, image, label); it is gone through once.
+
+        Images are as in `from_dataset`, labels as in `from_arrays`. All of them stay in memory: encoded bytes as they
+        are, pixels as an array each. What is no image is a failed row when it is read.
+
+        Raises:
+            TypeError: for an item of another form.
+            ValueError: for an id that comes twice, and labels as in `from_arrays`.
+        """
+        return cls.of(iterable_images(items, classes=classes, task=task, name=name))
+
+    @classmethod
+    def of(cls, found: FoundImages) -> ImageSet:
+        """The set of what a source found, where the other constructors end, and that of a source of your own.
+
+        Raises:
+            ValueError: for a label of held-out images that no other has, and one that isn't among the classes given.
+        """
+        rows, spellings = one_spelling(found.rows)
+        classes = found.classes or ()
+        if found.task != "regression":
+            classes = class_table(
+                rows, given=found.classes, held_out_classes=found.held_out_classes, instead=found.instead
+            )
+        groups = tuple(row.group for row in rows if row.group is not None)
+        return cls(
+            name=found.name,
+            ids=tuple(row.image for row in rows),
+            targets=targets_of(rows, classes, found.task) if found.is_labelled else None,
+            classes=classes,
+            splits=np.array([row.split for row in rows], dtype="<U5"),
+            groups=groups or None,
+            task=found.task,
+            source=found.source,
+            skipped=found.skipped,
+            notes=(*found.notes, *spellings, *held_out_notes(rows)),
+            origin=found.origin,
         )
 
     @classmethod
@@ -358,11 +423,11 @@ class ImageSet:
         moved = self.source.moved(os.path.abspath(root))
         if moved is None:
             raise ValueError(
-                f"the images of {self.name} are arrays in memory. Expected an image set of files for with_root. "
-                "Use the set as it is, or make one of the files with ImageSet.from_folder or ImageSet.from_csv."
+                f"the images of {self.name} are arrays in memory or a data set's. Expected an image set of files for "
+                "with_root. Use the set as it is, or make one of the files with ImageSet.from_folder or from_table."
             )
         existing_folder(root)
-        origin = {**self.origin, "root": os.fspath(root)} if self.origin else {}
+        origin = {**self.origin, "root": os.fspath(root)} if "root" in self.origin else {}
         if strip is not None:
             if all(without_start(image, strip) == image for image in self.ids):
                 first = f" (the first is {self.ids[0]})" if self.ids else ""
@@ -400,8 +465,8 @@ class ImageSet:
 
         Within each class, images are ranked by SHA-256 of seed and id: the first `valid` of them (rounded, half up) are
         valid, the next `test` of them test. Hence adding images hardly moves old ones, and neither order nor machine
-        matters. Unlabelled images are dealt like one more class; multi-label sets, and all with `stratify=False`, as
-        one. If all that leaves `valid` empty, the image of lowest rank is taken.
+        matters. Unlabelled images are dealt like one more class; sets of several labels or numbers, and all with
+        `stratify=False`, as one. If all that leaves `valid` empty, the image of lowest rank is taken.
 
         Groups (default: the set's own) are dealt whole: ranked by SHA-256 of seed and group within their commonest
         class, each taken if that brings the number of images nearer to what was asked for.
@@ -473,7 +538,7 @@ class ImageSet:
 
     def describe(self) -> str:
         """One line for people: how many images, classes, images in each split, files skipped."""
-        parts = [", ".join([counted(len(self), "image"), self._describe_labels()])]
+        parts = [", ".join([counted(len(self), "image"), labels_text(self.targets, self.classes, self.task)])]
         if (self.splits != "").any():
             parts.append(split_counts(self.splits))
         if self.skipped:
@@ -489,35 +554,6 @@ class ImageSet:
             if array is not None:
                 array.flags.writeable = False  # pickle forgets it
 
-    @classmethod
-    def _from_rows(
-        cls,
-        rows: list[Row],
-        *,
-        name: str,
-        task: Task,
-        classes: tuple[str, ...],
-        is_labelled: bool,
-        source: ImageSource,
-        origin: dict[str, Json],
-        skipped: tuple[tuple[str, str], ...] = (),
-        notes: tuple[str, ...] = (),
-    ) -> ImageSet:
-        groups = tuple(row.group for row in rows if row.group is not None)
-        return cls(
-            name=name,
-            ids=tuple(row.image for row in rows),
-            targets=targets_of(rows, classes, task) if is_labelled else None,
-            classes=classes,
-            splits=np.array([row.split for row in rows], dtype="<U5"),
-            groups=groups or None,
-            task=task,
-            source=source,
-            skipped=skipped,
-            notes=notes,
-            origin=origin,
-        )
-
     def _subset(self, indices: NDArray[np.int64], suffix: str) -> ImageSet:
         return replace(
             self,
@@ -532,32 +568,12 @@ class ImageSet:
 
     def _strata(self, stratify: bool) -> NDArray[np.int64]:
         """`(N,)` which images are dealt together: 0 the unlabelled, then the classes."""
-        if self.targets is None or self.task == "multi" or not stratify:
+        if self.targets is None or self.task != "single" or not stratify:
             return np.zeros(len(self), dtype=np.int64)
         return self.targets.astype(np.int64) + 1
 
-    def _describe_labels(self) -> str:
-        if self.targets is None:
-            return "unlabelled"
-        if self.task == "multi":
-            counts = self.targets.sum(axis=0).astype(np.int64)
-        else:
-            counts = np.bincount(self.targets.astype(np.int64) + 1, minlength=self.num_classes + 1)
-            counts, num_unlabelled = counts[1:], counts[0]
-        shown = [f"{name} {count:,}" for name, count in zip(self.classes[:6], counts[:6], strict=True)]
-        more = [f"{self.num_classes - 6:,} more"] if self.num_classes > 6 else []
-        is_by_value = are_numbers(self.classes) and list(self.classes) == sorted(self.classes, key=int)
-        order = " in the order of their numbers" if is_by_value and list(self.classes) != sorted(self.classes) else ""
-        text = f"{counted(self.num_classes, 'class')}{order} ({', '.join(shown + more)})"
-        if self.task == "multi":
-            return f"{text}, several an image"
-        return f"{text}, {num_unlabelled:,} unlabelled" if num_unlabelled else text
-
     def _set(self, attribute: str, value: Any) -> None:
         object.__setattr__(self, attribute, value)
-
-
-_HELD_OUT = "run featstore extract (in Python: held_out_classes=True)"
 
 
 class HoldsImageSets(Protocol):
@@ -569,12 +585,3 @@ class HoldsImageSets(Protocol):
 
 def _picked(names: tuple[str, ...], indices: NDArray[np.int64]) -> tuple[str, ...]:
     return tuple(map(names.__getitem__, indices.tolist()))  # numpy's own integers would be three times as slow
-
-
-def _safe_name(name: str) -> str:
-    """`name` with what a file name should not have as `_`; at most 100 characters, as file names have 255.
-
-    The end of a longer one becomes a digest, so that two such names stay two.
-    """
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "images"
-    return safe if len(safe) <= 100 else f"{safe[:91]}-{digest_bytes(safe.encode('ascii'))[:8]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -15,7 +16,7 @@ if TYPE_CHECKING:  # a program's help has words of these, and waits for no array
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-Task = Literal["single", "multi"]
+Task = Literal["single", "multi", "regression"]
 
 SPLITS = ("train", "valid", "test")
 """The splits, in the order in which people use them; an image of none has "" instead."""
@@ -27,6 +28,10 @@ SPLIT_WORDS = {
     "": "",
 }
 """Each word, in small letters, that folders and tables may use -> the split that it stands for."""
+
+
+SHARD = "shard"
+"""The column of splits of tar shards where their names say them."""
 
 
 def split_named(name: str) -> str | None:
@@ -50,13 +55,14 @@ def split_hinted(name: str) -> str | None:
 
 
 class Row(NamedTuple):
-    """One image as a constructor found it; `where` says so to a person."""
+    """One image as a constructor found it; `where` says so to a person, and `values` are its numbers in regression."""
 
     image: str
     labels: tuple[str, ...]
     split: str
     group: str | None
     where: str
+    values: tuple[float, ...] = ()
 
 
 def composed(name: str) -> str:
@@ -155,6 +161,10 @@ def class_table(
     return given if given is not None else tuple(sorted(known, key=int if are_numbers(known) else str))
 
 
+HELD_OUT = "run featstore extract (in Python: held_out_classes=True)"
+"""What a person may do about classes that only held-out images have, as the end of a sentence."""
+
+
 def held_out_notes(rows: list[Row]) -> list[str]:
     """A note about classes that no image in train or in no split has, where others have some."""
     learned = {label for row in rows if row.split in ("train", "") for label in row.labels}
@@ -181,6 +191,9 @@ def targets_of(rows: list[Row], classes: tuple[str, ...], task: Task) -> NDArray
     """The target of each row, see `ImageSet.targets`; every label must be one of `classes`."""
     import numpy as np
 
+    if task == "regression":
+        unknown = (math.nan,) * len(classes)
+        return np.array([row.values or unknown for row in rows], np.float32).reshape(len(rows), len(classes))
     place = {name: number for number, name in enumerate(classes)}
     if task == "single":
         return np.array([place[row.labels[0]] if row.labels else -1 for row in rows], dtype=np.int64)
@@ -188,6 +201,62 @@ def targets_of(rows: list[Row], classes: tuple[str, ...], task: Task) -> NDArray
     for index, row in enumerate(rows):
         targets[index, [place[label] for label in row.labels]] = 1
     return targets
+
+
+def label_values(
+    labels: ArrayLike, count: int, given: tuple[str, ...] | None, what: str = "labels"
+) -> tuple[list[tuple[float, ...]], tuple[str, ...]]:
+    """The numbers of each image, none where they are all NaN or None, and their names.
+
+    Args:
+        labels: `(N,)` or `(N, K)`.
+        count: N.
+        given: the names, or None.
+        what: they are called in messages.
+
+    Raises:
+        TypeError: for what is no number.
+        ValueError: for another shape, infinite numbers, and an image of which some numbers are there and some aren't.
+    """
+    import numpy as np
+
+    try:
+        numbers = np.asarray(labels, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{what} aren't numbers ({error}). Expected one for each image, or K in each row, as task is 'regression'. "
+            "Convert them, or say task='single' for classes."
+        ) from error
+    wide = numbers.reshape(-1, 1) if numbers.ndim == 1 else numbers
+    if wide.ndim != 2 or len(wide) != count or (given is not None and wide.shape[1] != len(given)):
+        expected = "K" if given is None else len(given)
+        raise ValueError(
+            f"{what} has the shape {numbers.shape}. Expected ({count}, {expected}) numbers, a row for each image. "
+            "Reshape them, or correct their names."
+        )
+    names = given or (("value",) if wide.shape[1] == 1 else tuple(map(str, range(wide.shape[1]))))
+    return [checked_values(tuple(row), names, f"{what}[{index}]") for index, row in enumerate(wide.tolist())], names
+
+
+def checked_values(values: tuple[float, ...], names: Sequence[str], where: str) -> tuple[float, ...]:
+    """The numbers of one image; none if all of them are NaN.
+
+    Raises:
+        ValueError: for an infinite number, and where some are there and some aren't.
+    """
+    is_missing = [math.isnan(value) for value in values]
+    if all(is_missing):
+        return ()
+    for name, value in zip(names, values, strict=True):
+        if not abs(value) <= _LARGEST:
+            raise ValueError(
+                f"{where} has {'no number' if math.isnan(value) else f'{value:g}'} for {name!r}. Expected a number of "
+                "float32 for each value, or none for all of them. Correct it, or leave the image out."
+            )
+    return values
+
+
+_LARGEST = 3.4e38  # of float32, as which they are kept
 
 
 def label_lists(labels: NDArray[Any], given: tuple[str, ...] | None) -> tuple[list[list[int]], tuple[str, ...]]:
@@ -281,6 +350,11 @@ def checked_targets(
 
     if targets is None:
         return None
+    if task == "regression":
+        values, _ = label_values(targets, count, tuple(map(str, range(num_classes))), "targets")
+        found = np.array([each or (math.nan,) * num_classes for each in values], np.float32).reshape(count, num_classes)
+        found.flags.writeable = False
+        return found if any(values) else None
     found = np.asarray(targets)
     shape = (count,) if task == "single" else (count, num_classes)
     if found.shape != shape or found.dtype.kind not in ("iu" if task == "single" else "biuf"):
@@ -299,6 +373,41 @@ def checked_targets(
     checked = found.astype(np.int64) if task == "single" else found.astype(np.float32)
     checked.flags.writeable = False
     return checked
+
+
+def labels_text(targets: NDArray[np.int64] | NDArray[np.float32] | None, classes: tuple[str, ...], task: Task) -> str:
+    """Which labels images have, and how many of each, for people."""
+    import numpy as np
+
+    if targets is None:
+        return "unlabelled"
+    if task == "regression":
+        return _values_text(targets, classes)
+    if task == "multi":
+        counts = targets.sum(axis=0).astype(np.int64)
+    else:
+        counts = np.bincount(targets.astype(np.int64) + 1, minlength=len(classes) + 1)
+        counts, num_unlabelled = counts[1:], counts[0]
+    shown = [f"{name} {count:,}" for name, count in zip(classes[:6], counts[:6], strict=True)]
+    more = [f"{len(classes) - 6:,} more"] if len(classes) > 6 else []
+    is_by_value = are_numbers(classes) and list(classes) == sorted(classes, key=int)
+    order = " in the order of their numbers" if is_by_value and list(classes) != sorted(classes) else ""
+    text = f"{counted(len(classes), 'class')}{order} ({', '.join(shown + more)})"
+    if task == "multi":
+        return f"{text}, several an image"
+    return f"{text}, {num_unlabelled:,} unlabelled" if num_unlabelled else text
+
+
+def _values_text(targets: NDArray[Any], names: tuple[str, ...]) -> str:
+    import numpy as np
+
+    is_known = ~np.isnan(targets[:, 0])
+    known = targets[is_known]
+    ends = zip(names, known.min(0), known.max(0), strict=True)
+    spans = [f"{name} {low:.4g} to {high:.4g}" for name, low, high in ends]
+    more = [f"{len(names) - 6:,} more"] if len(names) > 6 else []
+    text = f"{counted(len(names), 'value')} an image ({', '.join(spans[:6] + more)})"
+    return text if is_known.all() else f"{text}, {int((~is_known).sum()):,} unlabelled"
 
 
 def checked_groups(groups: Sequence[Any], count: int) -> tuple[str, ...]:

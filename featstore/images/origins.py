@@ -10,10 +10,13 @@ import csv
 import io
 import os
 from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from featstore.images.csv_tables import OWN_SPLITS
-from featstore.images.labels import split_counts, split_hinted, split_named
+from featstore.images.folders import IMAGE_SUFFIXES
+from featstore.images.labels import SHARD, split_counts, split_hinted, split_named
+from featstore.words import some
 
 if TYPE_CHECKING:
     from featstore.images.image_set import ImageSet
@@ -68,6 +71,12 @@ class Origin(Protocol):
     def found_split(self, images: ImageSet, options: Mapping[str, Any]) -> str | None:
         """A sentence about the split that the images brought, if nobody named it."""
 
+    def one_class(self, images: ImageSet, name: str) -> str:
+        """Where the only class `name` of the images was read from, and what to give instead, in sentences."""
+
+    def without_valid(self, images: ImageSet) -> str:
+        """What to give instead where the held-out images can't be scored, as the end of a sentence."""
+
 
 class FolderOrigin:
     """`ImageSet.from_folder`."""
@@ -111,6 +120,30 @@ class FolderOrigin:
     def found_split(self, images: ImageSet, options: Mapping[str, Any]) -> None:
         """None: whoever has folders of these names means them."""
 
+    def one_class(self, images: ImageSet, name: str) -> str:
+        """Which folders were read as the class, and which to name instead."""
+        folders = [PurePosixPath(image).parent.parts for image in images.ids]
+        places = {parts[: parts.index(name) + 1] for parts in folders if name in parts}
+        read = [f"{'/'.join(place)}/" for place in sorted(places)]
+        inside = sorted(
+            {parts[len(place)] for parts in folders for place in places if parts[: len(place)] == place != parts}
+        )
+        root = Path(images.origin["root"])
+        is_below = read != [f"{name}/"]  # in folders of splits
+        told = f"Read as a class below {root}: {some(read)}"
+        if len(inside) < 2:
+            above = "" if is_below else "; the one above it, perhaps"
+            return f"{told}. Give a folder with a folder for each class{above}."
+        holds = f"{told}, which holds {some([f'{folder}/' for folder in inside])}"
+        if is_below:
+            return f"{holds}. If these are the classes, move them up, into the place of {name}/."
+        return f"{holds}. If these are the classes, give their folder: {root / name}."
+
+    def without_valid(self, images: ImageSet) -> str:
+        """The folder of the training images alone."""
+        folder = f"{images.origin['root']}/{images.train.ids[0].partition('/')[0]}"
+        return f"give the training images alone, of which some are then held out: --images {folder}"
+
 
 _TABLE_DEFAULTS = {
     "root": None,
@@ -128,42 +161,36 @@ _TABLE_DEFAULTS = {
 
 
 class TableOrigin:
-    """`ImageSet.from_csv`."""
+    """`ImageSet.from_table`."""
 
-    constructor = "from_csv"
-    metavar = "FILE.csv|FILE.tsv"
+    constructor = "from_table"
+    metavar = "FILE.csv|FILE.tsv|FILE.parquet"
     help = "table"
     kind = "a table of images"
-    instance = "a .csv or .tsv file"
+    instance = "a .csv, .tsv or .parquet file"
     options = tuple(_TABLE_DEFAULTS)
     without_split = "leave the table's column aside with --split-column ''"
 
     def is_named_by(self, path: str) -> bool:
         """If it is a file, or would be a table by its suffix."""
-        return not os.path.isdir(path) and (path.lower().endswith((".csv", ".tsv")) or os.path.isfile(path))
+        is_table = path.lower().endswith((".csv", ".tsv", ".parquet"))
+        return not os.path.isdir(path) and (is_table or os.path.isfile(path))
 
     def make(self, path: str, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
-        """The set; errors as of `ImageSet.from_csv`."""
+        """The set; errors as of `ImageSet.from_table`."""
         from featstore.images.image_set import ImageSet
 
         given = {name: options[name] for name in self.options}
+        if given["task"] == "regression":
+            given["label_column"] = _from_cells(given["label_column"])
         if given["one_hot"] not in (None, "*"):
-            given["one_hot"] = next(csv.reader([given["one_hot"]], skipinitialspace=True), [])
+            given["one_hot"] = _from_cells(given["one_hot"])
         given |= {"label_column": given["label_column"] or None, "held_out_classes": held_out_classes}
-        return ImageSet.from_csv(path, **given)
+        return ImageSet.from_table(path, **given)
 
     def flags(self, images: ImageSet) -> list[str]:
         """The table, and what it is read by."""
-        flags = ["--images", str(images.origin["path"])]
-        for name, default in _TABLE_DEFAULTS.items():
-            value = images.origin.get(name)
-            if isinstance(value, list):
-                value = _as_cells(value)
-            if name == "label_column" and value is None:
-                value = ""  # nothing is labelled
-            if value is not None and value != default:
-                flags += [f"--{name.replace('_', '-')}", str(value)]
-        return flags
+        return _flags(images, _TABLE_DEFAULTS)
 
     def own_splits(self, images: ImageSet) -> list[str] | None:
         """Those of the table's column."""
@@ -184,6 +211,98 @@ class TableOrigin:
             return None
         return f"split by the table's column {column}: {split_counts(images.splits)} (to deal anew: --split-column '')"
 
+    def one_class(self, images: ImageSet, name: str) -> str:
+        """That the labels must differ."""
+        return TWO_VALUES
+
+    def without_valid(self, images: ImageSet) -> str:
+        """That the column of splits may be left aside."""
+        return "deal the labelled images anew: --split-column ''"
+
+
+_SHARD_DEFAULTS = {
+    "label_column": "label",
+    "label_sep": None,
+    "split_column": SHARD,
+    "group_column": None,
+    "task": "single",
+}
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+class TarOrigin:
+    """`ImageSet.from_tar`."""
+
+    constructor = "from_tar"
+    metavar = "SHARDS.tar"
+    help = "tar file of samples as WebDataset writes them, several by {000..003}, * or their folder"
+    kind = "a set of tar files"
+    instance = "a .tar file"
+    options = tuple(_SHARD_DEFAULTS)
+    without_split = "leave what the samples say aside with --split-column ''"
+
+    def is_named_by(self, path: str) -> bool:
+        """If it ends with .tar, or is a folder of such files and nothing else that may be images."""
+        if os.path.isdir(path):
+            with os.scandir(path) as entries:
+                shown = [entry for entry in entries if not entry.name.startswith(".")]
+            return any(entry.name.endswith(".tar") for entry in shown) and not any(
+                entry.is_dir() or entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in shown
+            )
+        return path.lower().endswith((".tar", *_COMPRESSED))  # compressed ones are refused in words
+
+    def make(self, path: str, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
+        """The set; errors as of `ImageSet.from_tar`."""
+        from featstore.images.image_set import ImageSet
+
+        given = {name: options[name] for name in self.options}
+        if given["task"] == "regression":
+            given["label_column"] = _from_cells(given["label_column"])
+        given |= {"label_column": given["label_column"] or None, "held_out_classes": held_out_classes}
+        return ImageSet.from_tar(path, **given)
+
+    def flags(self, images: ImageSet) -> list[str]:
+        """The shards, and what of the samples is read."""
+        return _flags(images, _SHARD_DEFAULTS)
+
+    def own_splits(self, images: ImageSet) -> list[str] | None:
+        """Those of the shards' names, or of the samples."""
+        return images.splits.tolist() if images.origin["split_column"] else None
+
+    def no_split(self, images: ImageSet, options: Mapping[str, Any]) -> str:
+        """That neither shards nor samples say one."""
+        return "no split in the shards' names"
+
+    def found_split(self, images: ImageSet, options: Mapping[str, Any]) -> str | None:
+        """That the shards' names were read."""
+        if images.origin["split_column"] != SHARD or options["split_column"] is not None:
+            return None
+        return f"split by the shards' names: {split_counts(images.splits)} (to deal anew: --split-column '')"
+
+    def one_class(self, images: ImageSet, name: str) -> str:
+        """That the labels must differ."""
+        return TWO_VALUES
+
+    def without_valid(self, images: ImageSet) -> str:
+        """That the split may be left aside."""
+        return "deal the labelled images anew: --split-column ''"
+
+
+def _flags(images: ImageSet, defaults: Mapping[str, Any]) -> list[str]:
+    """``--images`` and the arguments of a constructor that aren't at their defaults."""
+    flags = ["--images", str(images.origin["path"])]
+    for name, default in defaults.items():
+        value = images.origin.get(name)
+        if name == "label_column" and value is not None and images.task == "regression":
+            value = list(images.classes)
+        if isinstance(value, list):
+            value = _as_cells(value)
+        if name == "label_column" and value is None:
+            value = ""  # nothing is labelled
+        if value is not None and value != default:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return flags
+
 
 def _as_cells(names: list[str]) -> str:
     """Names between commas, quoted where they hold one."""
@@ -192,14 +311,21 @@ def _as_cells(names: list[str]) -> str:
     return stream.getvalue()
 
 
+def _from_cells(text: str) -> list[str]:
+    return next(csv.reader([text], skipinitialspace=True), [])
+
+
+TWO_VALUES = "Give labels with two different values."
+"""What to do about images of one class, where nothing more is known of them."""
+
 FOLDER = FolderOrigin()
-ORIGINS: tuple[Origin, ...] = (FOLDER, TableOrigin())
-"""All kinds of images that the programs know."""
+ORIGINS: tuple[Origin, ...] = (FOLDER, TableOrigin(), TarOrigin())
+"""All kinds of images that the programs know; of two that a path may mean, the later one counts."""
 
 
 def named_by(path: str) -> Origin:
     """The origin that a path means; of one that means none, a folder, which says what is wrong with it."""
-    return next((origin for origin in ORIGINS if origin.is_named_by(path)), FOLDER)
+    return next((origin for origin in reversed(ORIGINS) if origin.is_named_by(path)), FOLDER)
 
 
 def made_by(images: ImageSet) -> Origin | None:

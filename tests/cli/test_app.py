@@ -411,7 +411,7 @@ def test_without_network_the_sentence_says_which_file_belongs_where(
         (["--reduce", "mean"], "--reduce is 'mean'. Expected auto, none, avg, max, concat, token or tokens."),
         (["--dtype", "float8"], "--dtype is 'float8'. Expected float16, float32 or bfloat16."),
         (["--precision", "fp8"], "--precision is 'fp8'. Expected fp32, tf32, bf16 or fp16."),
-        (["--task", "regression"], "--task is 'regression'. Expected single or multi."),
+        (["--task", "ranking"], "--task is 'ranking'. Expected single, multi or regression."),
         (["--on-error", "warn"], "--on-error is 'warn'. Expected raise or skip."),
         (["--device", "abacus"], "'abacus' is no device. Expected auto, cpu, cuda or cuda:1."),
         (
@@ -449,8 +449,8 @@ def test_without_network_the_sentence_says_which_file_belongs_where(
         (["--std", "1,2"], "--std is '1,2', 2 numbers. Expected three, for red, green and blue."),
         (
             ["--split-column", "split"],
-            "--split-column split is for a table of images, and photos is none. Leave it out, or give a .csv or .tsv "
-            "file with --images.",
+            "--split-column split is for a table of images, and photos is none. Leave it out, or give a .csv, "
+            ".tsv or .parquet file with --images.",
         ),
         (["--cut", "layer9"], "tiny has no cut 'layer9'. Its cuts are conv1, bn1, relu1, conv2, pool, flat, fc."),
         (

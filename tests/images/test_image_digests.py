@@ -27,7 +27,8 @@ from featstore.images.digests import (
     no_stats,
     stat_rows,
 )
-from featstore.images.sources import AbsentSource, _in_threads
+from featstore.images.hashing import in_threads
+from featstore.images.sources import AbsentSource
 
 FACTS = (StatFacts(1, 2, 3, 2**64 - 5, 4), None, StatFacts(0, -7, 2**62, 12, 9))
 
@@ -227,7 +228,7 @@ class TestThreads:
                 raise ImageError(image, "the fourth")
             return int(image).to_bytes(2, "big")
 
-        rows, failed = _in_threads(work, self.ids, otherwise=b"--")
+        rows, failed = in_threads(work, self.ids, otherwise=b"--")
         assert len(threads) > 1
         assert list(failed.items()) == [(3, "the fourth"), (399, "the last")]
         expected = [b"--" if i in failed else i.to_bytes(2, "big") for i in range(400)]
@@ -242,7 +243,7 @@ class TestThreads:
             return b"-"
 
         with pytest.raises(MemoryError, match="no more"):
-            _in_threads(work, self.ids, otherwise=b"?")
+            in_threads(work, self.ids, otherwise=b"?")
 
 
 class TestStores:

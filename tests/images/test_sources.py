@@ -16,6 +16,8 @@ from support.tiny import photos, staged
 from featstore import FeatureStore, ImageSet, extract
 from featstore.errors import ImageError
 from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo, content_digest, no_stats
+from featstore.images.found import FoundImages
+from featstore.images.labels import Row
 from featstore.images.sources import ImageSource
 
 
@@ -111,3 +113,18 @@ def test_a_source_of_ones_own_pickles_and_moves_with_its_set(zipped: ImageSet, t
 
     assert moved.absent() == []
     assert moved.source == ZipSource(str(tmp_path / "elsewhere" / "photos.zip"))
+
+
+def test_a_source_of_ones_own_brings_labels_and_splits_as_texts(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", 4)
+    ids = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")))
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for image in ids:
+            archive.write(folder / image, image)
+    rows = [
+        Row(image=image, labels=(image.partition("/")[0],), split=split, group=None, where=image)
+        for image, split in zip(ids, ("train", "train", "train", "valid"), strict=True)
+    ]
+    images = ImageSet.of(FoundImages(rows=rows, source=ZipSource(str(tmp_path / "photos.zip")), name="zipped"))
+    assert images.describe() == "4 images, 2 classes (cat 2, dog 2); train 3, valid 1"
+    assert images.read(0) == (folder / ids[0]).read_bytes()

@@ -35,8 +35,9 @@ ROOMS: dict[str, Rooms] = {
         (
             "images",
             (
-                "decoders", "headers", "decode", "digests", "sources", "labels", "folders", "csv_tables", "splitting",
-                "image_set", "fileless", "contents", "origins", "geometry", "draws", "parameters", "warps", "levels",
+                "decoders", "headers", "decode", "digests", "hashing", "sources", "labels", "found", "folders",
+                "parquet_tables", "csv_tables", "tables", "tar_shards", "datasets", "splitting", "image_set",
+                "fileless", "contents", "origins", "geometry", "draws", "parameters", "warps", "levels",
                 "filters", "canvas", "policies", "spelling", "augmentation", "views", "render",
             ),
         ),
@@ -81,13 +82,14 @@ CLOSED = {("images", "files"), ("models", "files"), ("exchange", "extraction")}
 DOORS = {
     "h5py": {"featstore.files.hdf5"},
     "PIL": {"featstore.images.decode"},
-    "pillow_heif": {"featstore.images.decode"},
     "simplejpeg": {"featstore.images.decode"},
+    "datasets": {"featstore.images.datasets"},
+    "pillow_heif": {"featstore.images.decode"},
     "torchvision.io": {"featstore.images.decode"},
     "torchvision.models": {"featstore.models.torchvision_models"},
     "timm": {"featstore.models.timm_models"},
     "safetensors": {"featstore.models.weights", "featstore.models.runs", "featstore.exchange.feature_files"},
-    "pyarrow": {"featstore.exchange.export"},
+    "pyarrow": {"featstore.exchange.export", "featstore.images.parquet_tables"},
     "typer": {
         "featstore.cli.program",
         "featstore.cli.flags",
@@ -121,6 +123,7 @@ SURFACE: dict[str, str] = {
     "images.folders": "IMAGE_SUFFIXES",
     "images.image_set": "ImageSet",
     "images.labels": "SPLITS Task composed_classes",
+    "images.origins": "TWO_VALUES made_by",
     "images.render": "Job doubts_note render",
     "images.sources": "AbsentSource FolderSource",
     "images.views": "Augment GivenPolicy View",
@@ -139,7 +142,7 @@ SURFACE: dict[str, str] = {
     "store.part_facts": "are_stages stage_facts",
     "store.sets": "FeatureRequest FeatureSet",
     "store.store": "FeatureStore",
-    "words": "printable size_text",
+    "words": "printable size_text some",
 }
 
 IMPORT_BY_VARIABLE = {"featstore.__init__", "training.__init__", "featstore.exchange.export"}

@@ -19,6 +19,7 @@ from featstore.errors import (
 )
 from featstore.extraction.extract import extract
 from featstore.images.image_set import ImageSet
+from featstore.images.origins import made_by
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.probe import check_probe, take_probes
@@ -166,6 +167,8 @@ def labelled(images: ImageSet) -> ImageSet:
         return images.select([])
     if images.task == "multi":
         return images
+    if images.task == "regression":
+        return images.select(~np.isnan(images.targets).any(axis=1))
     return images if (images.targets >= 0).all() else images.select(images.targets >= 0)
 
 
@@ -189,12 +192,10 @@ def to_train(images: ImageSet) -> ImageSet:
 
 def _without_split(images: ImageSet) -> str:
     """What to give instead where the held-out images of a set can't be scored."""
-    if images.origin.get("constructor") == "from_folder":
-        folder = f"{images.origin['root']}/{images.train.ids[0].partition('/')[0]}"
-        return f"give the training images alone, of which some are then held out: --images {folder}"
-    if "split_column" in images.origin:
-        return "deal the labelled images anew: --split-column ''"
-    return "give the training images alone (learn.images = learn.images.train), and no epoch is scored"
+    origin = made_by(images)
+    if origin is None:
+        return "give the training images alone (learn.images = learn.images.train), and no epoch is scored"
+    return origin.without_valid(images)
 
 
 def to_score(images: ImageSet, split: str) -> ImageSet:

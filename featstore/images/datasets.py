@@ -1,0 +1,587 @@
+"""Data sets of other libraries: torch's map-style ones, Hugging Face's, and whatever can be gone through once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import ImageError
+from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo, content_digest, no_stats
+from featstore.images.found import FoundImages
+from featstore.images.hashing import completed, in_threads
+from featstore.images.labels import (
+    Row,
+    Task,
+    check_length,
+    check_unique,
+    checked_groups,
+    checked_splits,
+    composed,
+    label_lists,
+    label_names,
+    label_values,
+    split_named,
+)
+from featstore.images.sources import FolderSource, ImageSource
+from featstore.words import printable
+
+Content = bytes | NDArray[np.uint8]
+
+_LABEL = "label"
+_NUM_TRIED = 16
+"""Items that are read twice; of a flip by a coin, all of them come out alike once in 65,000 times."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DatasetSource:
+    """Images that data sets give by their places; these may be no good in threads, so one item is read at a time.
+
+    Attributes:
+        parts: the data sets, one after the other.
+        ids: of all their items.
+        column: of the image where items are mappings.
+    """
+
+    parts: tuple[Any, ...]
+    ids: tuple[str, ...]
+    column: str | None = None
+    _lock: Any = field(default_factory=Lock, repr=False)
+
+    @property
+    def absence(self) -> str | None:
+        """None: data sets are here."""
+        return None
+
+    @property
+    def known(self) -> Mapping[str, KnownDigest]:
+        """None."""
+        return KnownDigests()
+
+    def read(self, image: str) -> Content:
+        """The encoded bytes, or the array; `ImageError` where the data set raises, or gives something else."""
+        place, number = self._row_of[image], 0
+        while place >= len(self.parts[number]):
+            place, number = place - len(self.parts[number]), number + 1
+        try:
+            with self._lock:
+                item = self.parts[number][place]
+            return content_of(_image_of(item, self.column))
+        except MemoryError:
+            raise
+        except Exception as error:  # of a person's own code
+            raise ImageError(image, f"the data set gives no image ({_told(error)})") from error
+
+    def digests(self, ids: tuple[str, ...], memo: Memo, known: KnownDigests) -> Digests:
+        """The items' digests, taken once by each process: nothing says that a table's image 7 was this one."""
+        return _taken_once(self.read, ids, memo)
+
+    def has(self, image: str) -> bool:
+        """True: data sets are here."""
+        return True
+
+    def moved(self, root: str) -> None:
+        """None: whether there are files is the data set's affair."""
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return dict(zip(self.ids, range(len(self.ids)), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_row_of")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeldSource:
+    """Images in memory, by id.
+
+    Attributes:
+        contents: bytes or arrays that nobody writes to; of what is neither, the reason why it is no image.
+    """
+
+    contents: Mapping[str, Content | ImageError]
+
+    @property
+    def absence(self) -> str | None:
+        """None: they are here."""
+        return None
+
+    @property
+    def known(self) -> Mapping[str, KnownDigest]:
+        """None."""
+        return KnownDigests()
+
+    def read(self, image: str) -> Content:
+        """The bytes or the array; `ImageError` for what is no image."""
+        content = self.contents[image]
+        if isinstance(content, ImageError):
+            raise ImageError(image, content.reason)
+        return content
+
+    def digests(self, ids: tuple[str, ...], memo: Memo, known: KnownDigests) -> Digests:
+        """Their digests, taken once by each process."""
+        return _taken_once(self.read, ids, memo)
+
+    def has(self, image: str) -> bool:
+        """True: they are here."""
+        return True
+
+    def moved(self, root: str) -> None:
+        """None: no file holds them."""
+
+
+def _taken_once(read: Callable[[str], Content], ids: tuple[str, ...], memo: Memo) -> Digests:
+    def take(others: tuple[str, ...]) -> Digests:
+        values, failed = in_threads(lambda image: content_digest(read(image)), others, otherwise=bytes(32))
+        return Digests(values=values, failed=failed, stats=no_stats(len(others)))
+
+    return completed(ids, memo.taken.find(ids), take, memo)
+
+
+def content_of(value: Any) -> Content:
+    """Encoded bytes as they are, and anything that holds pixels as an array `(H, W)` or `(H, W, 3)`.
+
+    Args:
+        value: bytes; a PIL image; an array uint8, colours last; a torch tensor uint8, colours first; or Hugging Face's
+            ``{"bytes": ..., "path": ...}``.
+
+    Raises:
+        TypeError: for anything else.
+        OSError: if a path can't be read.
+    """
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, Mapping) and "bytes" in value:
+        if value["bytes"] is not None:
+            return bytes(value["bytes"])
+        with open(value["path"], "rb") as file:
+            return file.read()
+    if hasattr(value, "getbands"):
+        from featstore.images.decode import array_of
+
+        return array_of(value)
+    array = value
+    if hasattr(value, "detach"):  # a torch tensor
+        array = value.detach().cpu().numpy()
+        array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+    if isinstance(array, np.ndarray) and array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    is_image = isinstance(array, np.ndarray) and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3))
+    if not is_image or array.dtype != np.uint8 or 0 in array.shape:
+        raise TypeError(f"it is {_described(value)}; expected bytes, a PIL image, or uint8 of one or three channels")
+    copy: NDArray[np.uint8] = np.array(array, order="C")
+    copy.flags.writeable = False
+    return copy
+
+
+def _described(value: Any) -> str:
+    kind = type(value).__name__
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"a {kind} {tuple(value.shape)} of {value.dtype}"
+    return f"a {kind}"
+
+
+def _told(error: Exception) -> str:
+    return printable(f"{type(error).__name__}: {error}"[:200], is_one_line=True)
+
+
+# ---- What the constructors find
+
+
+def iterable_images(items: Iterable[Any], *, classes: Sequence[str] | None, task: Task, name: str) -> FoundImages:
+    """The images of an iterable; arguments and errors are those of `ImageSet.from_iterable`."""
+    contents: dict[str, Content | ImageError] = {}
+    labels: list[Any] = []
+    for number, item in enumerate(items):
+        if not isinstance(item, tuple | list) or len(item) not in (2, 3):
+            raise TypeError(
+                f"Item {number} is {_described(item)}. Expected (id, image) or (id, image, label). Yield such tuples."
+            )
+        image = str(item[0])
+        if image in contents:
+            raise ValueError(f"image id {image!r} appears twice. Expected each once. Give every image its own id.")
+        try:
+            contents[image] = content_of(item[1])
+        except (TypeError, ValueError, OSError) as error:
+            contents[image] = ImageError(image, str(error))
+        labels.append(item[2] if len(item) == 3 else None)
+    is_labelled = any(label is not None for label in labels)
+    rows, given = labelled_rows(tuple(contents), labels if is_labelled else None, classes=classes, task=task)
+    return FoundImages(
+        rows=rows,
+        source=HeldSource(contents=contents),
+        name=name,
+        task=task,
+        is_labelled=is_labelled,
+        classes=given,
+    )
+
+
+def dataset_images(
+    dataset: Any,
+    *,
+    image_column: str | None,
+    label_column: str | None,
+    id_column: str | None,
+    classes: Sequence[str] | None,
+    splits: Sequence[str] | NDArray[np.str_] | None,
+    groups: Sequence[Any] | None,
+    task: Task,
+    name: str | None,
+) -> FoundImages:
+    """The images of a data set, or of several by split; arguments and errors are those of `ImageSet.from_dataset`."""
+    parts = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
+    if isinstance(dataset, Mapping):
+        unknown = [key for key in parts if not split_named(str(key))]
+        if unknown or splits is not None:
+            what = f"has the part {unknown[0]!r}" if unknown else "has parts, and splits are given"
+            raise ValueError(
+                f"The data set {what}. Expected one data set, or a mapping from train, valid and test to one each. "
+                "Give those that are meant: {'train': dataset['train'], ...}."
+            )
+    views = [_view(part, image_column, label_column, id_column, task) for part in parts.values()]
+    named = next((view.classes for view in views if view.classes is not None), None)
+    ids: list[str] = []
+    labels: list[Any] = []
+    dealt: list[str] = []
+    for key, view in zip(parts, views, strict=True):
+        own = map(str, view.ids or range(view.count))
+        ids += own if key == "" else (f"{key}/{each}" for each in own)
+        labels += view.labels or [None] * view.count
+        dealt += [str(key)] * view.count
+    check_unique(ids, "image id", "Give every image its own, or leave id_column out.")
+    is_labelled = any(view.labels is not None for view in views)
+    rows, given = labelled_rows(
+        ids,
+        labels if is_labelled else None,
+        classes=named if classes is None else classes,
+        splits=dealt if isinstance(dataset, Mapping) else splits,
+        groups=groups,
+        task=task,
+    )
+    of_files = views[0].files if len(views) == 1 else None
+    source: ImageSource
+    if of_files is None:
+        source = DatasetSource(parts=tuple(view.items for view in views), ids=tuple(ids), column=views[0].column)
+    else:
+        source = of_files
+    return FoundImages(
+        rows=rows,
+        source=source,
+        name=name or _name_of(dataset),
+        task=task,
+        is_labelled=is_labelled,
+        classes=given,
+    )
+
+
+def labelled_rows(
+    ids: Sequence[str],
+    labels: Sequence[Any] | NDArray[Any] | None,
+    *,
+    classes: Sequence[str] | None = None,
+    splits: Sequence[str] | NDArray[np.str_] | None = None,
+    groups: Sequence[Any] | None = None,
+    task: Task = "single",
+) -> tuple[list[Row], tuple[str, ...] | None]:
+    """A row for each image with labels as Python has them, and the class table; see `ImageSet.from_arrays`."""
+    count = len(ids)
+    given = None if classes is None else tuple(composed(str(each).strip()) for each in classes)
+    cells: Sequence[Any] = [None] * count if labels is None else list(labels)
+    if task == "multi" and isinstance(labels, np.ndarray) and labels.dtype != object:
+        cells, given = label_lists(labels, given)
+    check_length(cells, count, "labels")
+    values: list[tuple[float, ...]] = [()] * count
+    if task == "regression":
+        if labels is not None:
+            values, given = label_values(_numbers(labels), count, given)
+        cells = [None] * count
+    units = None if groups is None else checked_groups(groups, count)
+    dealt = checked_splits([""] * count if splits is None else splits, count).tolist()
+    rows = [
+        Row(
+            image=image,
+            labels=label_names(cells[index], given, task, f"labels[{index}]"),
+            split=dealt[index],
+            group=None if units is None else units[index],
+            where=f"labels[{index}]",
+            values=values[index],
+        )
+        for index, image in enumerate(ids)
+    ]
+    return rows, given
+
+
+def _numbers(labels: Sequence[Any] | NDArray[Any]) -> Sequence[Any] | NDArray[Any]:
+    """With as many NaN as the others have numbers for each None."""
+    if isinstance(labels, np.ndarray) or all(label is not None for label in labels):
+        return labels
+    known = next((label for label in labels if label is not None), float("nan"))
+    return [np.full(np.shape(known), np.nan) if label is None else label for label in labels]
+
+
+# ---- One data set
+
+
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """What is used of a data set.
+
+    Attributes:
+        items: by place.
+        count: of them.
+        column: of the image; None where items are no mappings.
+        labels: as the data set has them; None where it has none.
+        classes: their names, where it has these.
+        ids: of the images, where a column has them.
+        files: the same images as files, where it is plain that they are.
+    """
+
+    items: Any
+    count: int
+    column: str | None = None
+    labels: list[Any] | None = None
+    classes: Sequence[str] | None = None
+    ids: list[Any] | None = None
+    files: FolderSource | None = None
+
+
+def _view(dataset: Any, image_column: str | None, label_column: str | None, id_column: str | None, task: Task) -> _View:
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, str | bytes):
+        raise TypeError(
+            f"The data set is {_described(dataset)}, whose items have no places. Expected one with len(dataset) and "
+            "dataset[place]. What can only be gone through is one by ImageSet.from_iterable, tar shards by from_tar."
+        )
+    if hasattr(dataset, "features") and hasattr(dataset, "cast_column"):
+        view = _of_hugging_face(dataset, image_column, label_column, id_column)
+    else:
+        view = _of_torch(dataset, image_column, label_column, id_column, task)
+    if view.files is None:
+        _check_items(view)
+    return view
+
+
+def _of_hugging_face(dataset: Any, image_column: str | None, label_column: str | None, id_column: str | None) -> _View:
+    """A `datasets.Dataset`, whose images are had as they are encoded."""
+    import datasets
+
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "The data set has a transform (set_transform), which would stand between its images and their digests. "
+            "Expected it as it is; views are what featstore makes of images. Give dataset.with_format(None)."
+        )
+    features = dataset.features
+    columns = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    column = image_column or (columns[0] if len(columns) == 1 else None)
+    if column not in columns:
+        raise ValueError(
+            f"The data set has {'the columns of images ' + ', '.join(columns) if columns else 'no column of images'} "
+            f"among {', '.join(features)}. Expected one. Name it: image_column=NAME (cast it first: "
+            "dataset.cast_column(NAME, datasets.Image()))."
+        )
+    plain = dataset.with_format(None)
+    label = _label_of(features, label_column, lambda kind: isinstance(kind, datasets.ClassLabel))
+    for name in filter(None, (label, id_column)):
+        if name not in features:
+            raise ValueError(f"The data set has no column {name!r}; it has {', '.join(features)}. Name another.")
+    kind = None if label is None else getattr(features[label], "feature", features[label])
+    return _View(
+        items=plain.select_columns([column]).cast_column(column, datasets.Image(decode=False)),
+        count=len(plain),
+        column=column,
+        labels=None if label is None else list(plain[label]),
+        classes=getattr(kind, "names", None),
+        ids=None if id_column is None else list(plain[id_column]),
+    )
+
+
+def _label_of(features: Mapping[str, Any], asked: str | None, is_class: Callable[[Any], bool]) -> str | None:
+    """The column of labels; where none is named, the only one of classes, or the one that is called so."""
+    if asked != _LABEL or asked in features:
+        return asked
+    found = [name for name, kind in features.items() if is_class(kind)]
+    return found[0] if len(found) == 1 else None
+
+
+def _of_torch(
+    dataset: Any, image_column: str | None, label_column: str | None, id_column: str | None, task: Task
+) -> _View:
+    """A map-style data set of torch, torchvision or of one's own; items are images, (image, label), or mappings."""
+    count = len(dataset)
+    first: Any = dataset[0] if count else None
+    is_mapping = isinstance(first, Mapping) and "bytes" not in first
+    column = image_column or "image" if is_mapping else None
+    if is_mapping and column not in first:
+        raise ValueError(
+            f"The data set's items have no {column!r}; they have {', '.join(map(str, first))}. Expected the image. "
+            "Name it: image_column=NAME."
+        )
+    files = _files_of(dataset)
+    ids = None
+    if files is not None:
+        ids = [os.path.relpath(path, files.root).replace(os.sep, "/") for path in files.paths]
+    if id_column is not None:
+        if not is_mapping:
+            raise ValueError("id_column is for items that are mappings. Leave it out; ids are then places.")
+        ids = [dataset[place][id_column] for place in range(count)]
+    return _View(
+        items=dataset if files is None else files,
+        count=count,
+        column=column,
+        labels=None if label_column is None else _labels_of(dataset, count, first, label_column, task),
+        classes=None if task == "regression" else getattr(_whole(dataset), "classes", None),
+        ids=ids,
+        files=None if files is None else FolderSource(root=files.root),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    """Files as items that are read as they are."""
+
+    root: str
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: int) -> Mapping[str, str | None]:
+        return {"bytes": None, "path": self.paths[place]}
+
+
+def _files_of(dataset: Any) -> _Files | None:
+    """The files of torchvision's `ImageFolder` without transforms, or of some of its items."""
+    if _is_subset(dataset):
+        whole = _files_of(dataset.dataset)
+        if whole is None:
+            return None
+        return _Files(root=whole.root, paths=tuple(whole.paths[place] for place in dataset.indices))
+    loader, samples = getattr(dataset, "loader", None), getattr(dataset, "samples", None)
+    is_plain = getattr(loader, "__module__", "") == "torchvision.datasets.folder" and not any(
+        getattr(dataset, each, None) for each in ("transform", "target_transform", "transforms")
+    )
+    if not is_plain or not samples:
+        return None
+    return _Files(root=os.path.abspath(dataset.root), paths=tuple(os.path.abspath(path) for path, _ in samples))
+
+
+def _whole(dataset: Any) -> Any:
+    """The data set that torch's `Subset` chooses from."""
+    return _whole(dataset.dataset) if _is_subset(dataset) else dataset
+
+
+def _is_subset(dataset: Any) -> bool:
+    return hasattr(dataset, "dataset") and hasattr(dataset, "indices")
+
+
+def _labels_of(dataset: Any, count: int, first: Any, column: str, task: Task) -> list[Any] | None:
+    """The labels: from `targets` where items have the same ones, else from each item; None where there are none."""
+
+    def label(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return item.get(column)
+        return item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
+
+    if not count or (isinstance(first, Mapping) and column not in first) or label(first) is None:
+        return None
+    targets = _targets_of(dataset)
+    if targets is not None and len(targets) == count:
+        found = [_plain(each, task) for each in targets]
+        if all(_is_same(_plain(label(dataset[place]), task), found[place]) for place in _spread(count, 4)):
+            return found
+    labels = []
+    for place in range(count):
+        try:
+            labels.append(_plain(label(dataset[place]), task))
+        except MemoryError:
+            raise
+        except Exception:  # of a person's own code; whoever reads the image says what it was
+            labels.append(None)
+    return labels
+
+
+def _targets_of(dataset: Any) -> Sequence[Any] | None:
+    if _is_subset(dataset):
+        whole = _targets_of(dataset.dataset)
+        return None if whole is None else [whole[place] for place in dataset.indices]
+    return getattr(dataset, "targets", None)
+
+
+def _plain(label: Any, task: Task) -> Any:
+    """A label without torch: a number, a text, a list."""
+    if hasattr(label, "tolist"):
+        label = label.tolist()
+        if task == "multi" and set(label) <= {0, 1}:  # n-hot
+            return [place for place, value in enumerate(label) if value]
+    return label
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return bool(np.array_equal(np.asarray(one, object), np.asarray(other, object)))
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Up to `most` places, as far apart as can be."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most)).tolist()})
+
+
+def _check_items(view: _View) -> None:
+    """Refuses what a transform has made of images: floats, and another image each time.
+
+    Raises:
+        TypeError: if no item is an image, or one is of floats.
+        ValueError: if one is another image when it is read again.
+    """
+    wrong: Exception | None = None
+    num_images = 0
+    for place in _spread(view.count, _NUM_TRIED):
+        try:
+            value = _image_of(view.items[place], view.column)
+            is_float = "float" in str(getattr(value, "dtype", ""))
+            once = None if is_float else content_of(value)
+            again = None if is_float else content_of(_image_of(view.items[place], view.column))
+        except MemoryError:
+            raise
+        except Exception as error:  # of a person's own code; a few such images are left to whoever reads them
+            wrong = error
+            continue
+        if once is None or again is None:
+            raise TypeError(
+                f"Item {place} of the data set is {_described(value)}: a transform has made numbers of the image. "
+                f"Expected {_AS_IT_IS}"
+            )
+        if content_digest(once) != content_digest(again):
+            raise ValueError(
+                f"Item {place} of the data set is another image when it is read again: a transform draws at random. "
+                f"Expected {_AS_IT_IS}"
+            )
+        num_images += 1
+    if wrong is not None and not num_images:
+        raise TypeError(f"No item of the data set is an image ({_told(wrong)}). Expected {_AS_IT_IS}") from wrong
+
+
+_AS_IT_IS = (
+    "the same PIL image, uint8 array or tensor, or encoded bytes each time. Make the data set without its transform; "
+    "a model's view resizes and normalises, and augmentation is asked for by Augment(...)."
+)
+
+
+def _image_of(item: Any, column: str | None) -> Any:
+    if column is not None:
+        return item[column]
+    return item[0] if isinstance(item, tuple | list) else item
+
+
+def _name_of(dataset: Any) -> str:
+    one = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
+    named = getattr(getattr(one, "info", None), "dataset_name", None)
+    return str(named or type(_whole(one)).__name__)
