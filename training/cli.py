@@ -58,7 +58,7 @@ Defaults that depend on what is asked for:
 Exit codes: 0 done; 1 failed; 2 wrong usage.
 """
 
-_SCORES = {"map": "mAP", "f1": "F1", "loss": "loss"}
+_SCORES = {"map": "mAP", "f1": "F1", "mae": "mean absolute error", "rmse": "RMSE", "r2": "R2", "loss": "loss"}
 """Metric -> how a result line names it, where there is no accuracy."""
 
 app = new_app(help=__doc__)
@@ -317,10 +317,13 @@ def predict(
     items: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", show_default=False)],
     csv: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Also write a table: image, label, probability, a column a class."),
+        typer.Option(
+            metavar="FILE",
+            help="Also write a table: image, label, probability, a column a class (or image, a column a number).",
+        ),
     ] = None,
 ) -> None:
-    """Name the class of images, with probabilities."""
+    """Name the class of images, with probabilities; or their numbers."""
     from training.learner import Learner
     from training.predict import as_images, predictions, write_csv
 
@@ -337,6 +340,8 @@ def predict(
     records = predictions(ids, values, learn.classes, learn.task)
     if output.json:
         show_json([each.facts() for each in records])
+    elif csv is None and learn.task == "regression":
+        show(table([{"image": each.image, **dict(each.values)} for each in records]))
     elif csv is None:
         show(table([{"image": each.image, "label": each.label, "probability": each.probability} for each in records]))
     else:
@@ -448,5 +453,6 @@ def _scores_line(split: str, scored: Mapping[str, Json]) -> str:
     if accuracy is not None:
         low, high = wilson_interval(round(accuracy * count), int(count))
         return f"{split} accuracy {accuracy:.3f} (95 % interval {low:.3f}-{high:.3f}, {count:,} images)"
-    words = [f"{words} {scored[name]:.3f}" for name, words in _SCORES.items() if scored.get(name) is not None]
+    digits = ".4g" if "mae" in scored else ".3f"
+    words = [f"{words} {scored[name]:{digits}}" for name, words in _SCORES.items() if scored.get(name) is not None]
     return f"{split} {', '.join(words)} ({count:,} images)"

@@ -173,6 +173,43 @@ class LinearHead(nn.Linear):
         return plain
 
 
+class ValueHead(nn.Module):
+    """A head for regression: what `head` gives, in units of the training targets' spread from their mean on.
+
+    Attributes:
+        head: from vectors to K numbers of spread 1 around 0.
+        mean: of the training targets, ``(K,)``; 0 before `standardise`.
+        scale: their standard deviation, ``(K,)``; 1 before, and of a value that doesn't vary.
+        num_rows: how many rows these are of; 0 before.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    num_rows: Tensor
+
+    def __init__(self, head: nn.Module, num_values: int) -> None:
+        super().__init__()
+        self.head = head
+        for name, value in unstandardised(num_values).items():
+            self.register_buffer(name, value)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Numbers ``(N, K)`` in the targets' units."""
+        values: Tensor = self.head(vectors)
+        return values * self.scale + self.mean
+
+    def standardise(self, targets: Tensor) -> None:
+        """Takes mean and spread of the training targets ``(N, K)``."""
+        wide = targets.double()
+        std = wide.std(0, correction=0)
+        mean = wide.mean(0)
+        std[std <= torch.finfo(torch.float32).eps * mean.abs()] = 1.0
+        with torch.no_grad():
+            self.mean.copy_(mean)
+            self.scale.copy_(std.clamp(min=torch.finfo(torch.float32).tiny))
+            self.num_rows.fill_(len(targets))
+
+
 def linear_head(in_features: int, num_classes: int, *, seed: int = 0) -> LinearHead:
     """One linear layer on standardised inputs. It starts at zero; nothing is drawn from `seed`."""
     _checked_widths(in_features, num_classes)
@@ -182,6 +219,7 @@ def linear_head(in_features: int, num_classes: int, *, seed: int = 0) -> LinearH
 def linear_head_of(stage: nn.Module) -> LinearHead | None:
     """The linear head that a stage is, or holds; None if there is none."""
     head = stage.module if isinstance(stage, HeadStage) else stage
+    head = head.head if isinstance(head, ValueHead) else head
     return head if isinstance(head, LinearHead) else None
 
 
@@ -194,14 +232,20 @@ def unstandardised(in_features: int) -> dict[str, Tensor]:
     }
 
 
-def standardise(tail: nn.Module, batches: Iterable[Tensor]) -> None:
+def standardise(tail: nn.Module, batches: Iterable[Tensor], targets: Tensor | None = None) -> None:
     """Gives a linear head at the end of `tail` the statistics of its training rows, if it has none yet.
+
+    Likewise a head for regression those of its targets.
 
     Args:
         tail: the stages that train, in order. Those before the head run in eval mode.
         batches: what the tail is given in training, in one pass over the training images.
+        targets: of all training images.
     """
     *before, last = tail.children()
+    values = last.module if isinstance(last, HeadStage) else last
+    if isinstance(values, ValueHead) and targets is not None and not values.num_rows:
+        values.standardise(targets)
     head = linear_head_of(last)
     if head is None or head.num_rows:
         return

@@ -37,7 +37,7 @@ from training.fit import (
     record_line,
     run_epochs,
 )
-from training.heads import passes_an_epoch, standardise
+from training.heads import ValueHead, passes_an_epoch, standardise
 from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, find_to_score, labelled, to_score, to_train
 from training.inputs.situation import (
@@ -51,7 +51,7 @@ from training.inputs.situation import (
 )
 from training.lr_find import LearningRates, find_lr
 from training.placement import Placement, reduction_of, with_head
-from training.predict import Prediction, as_images, predictions, probabilities
+from training.predict import Prediction, as_images, outputs_words, predictions, probabilities
 from training.splits import PastSplit, present_split
 
 
@@ -80,7 +80,7 @@ class Learner:
             them and run the trunk) or ``extract``. Default: ``error`` with a store.
         on_error: an image that can't be read: ``raise``, or ``skip`` it, and say how many.
         view: geometry and normalisation; default: the model's.
-        loss: of (logits, targets); default: cross-entropy, or binary cross-entropy for several labels.
+        loss: of (logits, targets); default: the task's own, see `metrics.loss`.
         metrics: functions of (logits, targets), added to the task's own under their names.
         optimizer: adamw, adam, sgd, or a callable that takes parameter groups.
         batch_size: of training and scoring.
@@ -173,6 +173,7 @@ class Learner:
             digests=self._origins[0].digests,
             view=self.view,
             classes=self.classes,
+            task=self.task,
             seed=seed,
         )
         self.model.to_device(self.device)
@@ -187,13 +188,13 @@ class Learner:
 
     def __repr__(self) -> str:
         reduction = reduction_of(self.model)
-        pool = f" ({reduction})" if reduction else ""
+        pool, told = f" ({reduction})" if reduction else "", outputs_words(self.classes, self.task)
         inputs = ["inputs: none, as no images were given; files can be predicted all the same"]
         if len(self.images):
             inputs = ["inputs:", *(f"  {line}" for line in str(self.inputs).splitlines())]
         return "\n".join(
             [
-                f"Learner: {self.model.name}, {self.head_name} head at {self.cut}{pool}, {len(self.classes)} classes; "
+                f"Learner: {self.model.name}, {self.head_name} head at {self.cut}{pool}, {told}; "
                 f"{images_words(self.images)}",
                 freezing_words(self.model),
                 f"augmentation: {'none' if self.augment is None else views_words(self.augment)}",
@@ -289,7 +290,7 @@ class Learner:
         assert inputs.train is not None
         train = self._training_batches(inputs.train, situation)
         valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
-        standardise(self._tail(), (rows for rows, _ in train.in_order()))
+        standardise(self._tail(), (rows for rows, _ in train.in_order()), train.targets)
         if lr is None:
             found = self._found(train, weight_decay, needs_curve=False)
             lr = found.rate
@@ -333,7 +334,7 @@ class Learner:
         train, tail = self._training_batches(inputs.train, situation), self._tail()
         before = copied_tensors(tail)
         try:
-            standardise(tail, (rows for rows, _ in train.in_order()))
+            standardise(tail, (rows for rows, _ in train.in_order()), train.targets)
             found = self._found(train, weight_decay, needs_curve=True)
         finally:
             put_back(tail, before)
@@ -367,7 +368,7 @@ class Learner:
         return self._scored(logits, targets)
 
     def predict(self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Prediction]:
-        """One record an image (label, probability, top), in order.
+        """One record an image (label, probability, top; of regression values), in order.
 
         Args:
             items: an image set, or files and folders.
@@ -378,7 +379,7 @@ class Learner:
     def predict_proba(
         self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     ) -> NDArray[np.float64]:
-        """Probabilities ``(N, K)``, columns in the order of `classes`."""
+        """Probabilities ``(N, K)``, columns in the order of `classes`; of regression the numbers."""
         return self.scored(items)[1]
 
     def scored(
@@ -509,7 +510,8 @@ class Learner:
         return self.model.unfrozen
 
     def _criterion(self) -> scores.Loss:
-        return self._loss or scores.loss(self.task)
+        head = self.model.head
+        return self._loss or scores.loss(self.task, head.scale if isinstance(head, ValueHead) else None)
 
     def _scores(self) -> dict[str, scores.Metric]:
         return {**scores.default_metrics(self.task, len(self.classes)), **self._metrics}

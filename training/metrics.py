@@ -1,14 +1,16 @@
 """Metrics: one number about logits and targets, taken over all rows at once, never averaged over batches.
 
 Every metric maps logits `(N, K)` and targets to a Python float, on whatever device they lie. Targets are class numbers
-`(N,)` for the task "single" and n-hot `(N, K)` for "multi". Rows without a target (-1) have no place here: they are
-refused, so leave them out first. Logits that hold NaN give NaN: a diverged model has no score.
+`(N,)` for the task "single", n-hot `(N, K)` for "multi" and numbers `(N, K)` for "regression", where logits are the
+numbers that a model gives. Rows without a target (-1, NaN) have no place here: they are refused, so leave them out
+first. Logits that hold NaN give NaN: a diverged model has no score.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -31,17 +33,29 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Average = Literal["macro", "micro", "weighted"]
 """How the F1 scores of the classes become one: their mean, one score over all decisions, the mean by frequency."""
 
-TASKS = ("single", "multi")
+TASKS = ("single", "multi", "regression")
 
 
-def loss(task: str) -> Loss:
-    """The mean loss of `task`: cross-entropy for "single", binary cross-entropy with logits for "multi".
+def loss(task: str, scale: Tensor | None = None) -> Loss:
+    """The mean loss of `task`: cross-entropy ("single"), binary cross-entropy with logits, or squared error.
 
     Cross-entropy takes int64 class numbers `(N,)`, binary cross-entropy n-hot targets `(N, K)` in the dtype of the
-    logits.
+    logits, the squared error numbers `(N, K)`.
+
+    Args:
+        task: one of `TASKS`.
+        scale: `(K,)`, of regression: the squared error is taken in these units, the spread of the training targets,
+            so that a loss of 1 is that of a guess at their mean and the same rates serve whatever the units are.
     """
     _check_task(task)
+    if task == "regression":
+        return partial(_squared_error, scale=scale)
     return F.cross_entropy if task == "single" else F.binary_cross_entropy_with_logits
+
+
+def _squared_error(values: Tensor, targets: Tensor, *, scale: Tensor | None) -> Tensor:
+    errors = values - targets
+    return (errors if scale is None else errors / scale).square().mean()
 
 
 def default_metrics(task: str, num_classes: int) -> dict[str, Metric]:
@@ -49,8 +63,12 @@ def default_metrics(task: str, num_classes: int) -> dict[str, Metric]:
 
     >>> list(default_metrics("single", num_classes=37)), list(default_metrics("multi", num_classes=37))
     (['accuracy', 'top5', 'f1'], ['map', 'f1'])
+    >>> list(default_metrics("regression", num_classes=1))
+    ['mae', 'rmse', 'r2']
     """
     _check_task(task)
+    if task == "regression":
+        return {"mae": mean_absolute_error, "rmse": root_mean_squared_error, "r2": r2}
     if task == "multi":
         return {"map": mean_average_precision, "f1": f1_multi}
     if num_classes > 5:
@@ -211,6 +229,33 @@ def mean_average_precision(logits: Tensor, targets: Tensor) -> float:
     return float(np.mean([average_precision_score(positives[:, label], scores[:, label]) for label in occurring]))
 
 
+def mean_absolute_error(values: Tensor, targets: Tensor) -> float:
+    """The mean of how far numbers lie from their targets, in the targets' units; over several numbers their mean."""
+    return _number_score("mean_absolute_error", values, targets)
+
+
+def root_mean_squared_error(values: Tensor, targets: Tensor) -> float:
+    """The root of the mean squared error of each number, in the targets' units; over several numbers their mean."""
+    return _number_score("root_mean_squared_error", values, targets)
+
+
+def r2(values: Tensor, targets: Tensor) -> float:
+    """The share of the targets' variance that is explained, scikit-learn's `r2_score`; NaN for fewer than two rows.
+
+    1 is right everywhere, 0 no better than the targets' mean.
+    """
+    return math.nan if len(targets) < 2 else _number_score("r2_score", values, targets)
+
+
+def _number_score(name: str, values: Tensor, targets: Tensor) -> float:
+    from sklearn import metrics
+
+    _check_numbers(values, targets)
+    if _has_nan(values):
+        return math.nan
+    return float(getattr(metrics, name)(_array(_on_cpu(targets).double()), _array(_on_cpu(values).double())))
+
+
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion: where the true accuracy lies if `correct` of `total` images are right.
 
@@ -294,6 +339,15 @@ def _check_multi(logits: Tensor, targets: Tensor) -> None:
         raise ValueError(
             f"Targets reach from {targets.min().item():g} to {targets.max().item():g}; n-hot targets are 0 and 1. "
             "Leave unlabelled rows out, and turn soft labels into decisions first."
+        )
+
+
+def _check_numbers(values: Tensor, targets: Tensor) -> None:
+    _check_logits(values)
+    if targets.shape != values.shape or not bool(targets.isfinite().all()):
+        raise ValueError(
+            f"Targets are of shape {tuple(targets.shape)}; numbers of shape {tuple(values.shape)} need finite targets "
+            "of the same shape. Leave unlabelled rows (NaN) out."
         )
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from featstore.errors import AmbiguousRequestError
+from featstore.images.labels import Task
 from featstore.images.views import View
 from featstore.models.names import REDUCTIONS
 from featstore.models.staged import StagedModel
 from featstore.models.stages import PoolStage
 from featstore.store.store import FeatureStore
-from training.heads import build_head
+from training.heads import ValueHead, build_head
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,6 +118,7 @@ def with_head(
     digests: Mapping[str, str],
     view: View,
     classes: Sequence[str],
+    task: Task,
     seed: int,
 ) -> tuple[StagedModel, str]:
     """The model of `backbone` with its head, frozen up to the head, and the cut where that sits.
@@ -128,6 +130,7 @@ def with_head(
         digests: the cuts' digests of the backbone.
         view: of the images, whose size decides how wide the activations are.
         classes: one logit each.
+        task: of a head by name for regression, its numbers are in the targets' units.
         seed: of a new head's weights.
 
     Raises:
@@ -142,6 +145,8 @@ def with_head(
     cut, reduce = placement.settled(backbone, digests)
     pool = backbone.pool(cut, reduce)
     module = build_head(head, pool.shape(backbone.shape(cut, view.size)), max(len(classes), 1), seed)
+    if task == "regression" and isinstance(head, str):
+        module = ValueHead(module, max(len(classes), 1))
     return backbone.with_head(module, cut=cut, reduction=pool.reduction), cut
 
 

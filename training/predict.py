@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,25 +31,36 @@ class Prediction:
 
     Attributes:
         image: id or path.
-        label: the most probable class; of a multi-label model all classes from probability 0.5 on, joined by ``;``.
-        probability: of the most probable class.
+        label: the most probable class; of a multi-label model all classes from probability 0.5 on, joined by ``;``; of
+            regression the numbers as text.
+        probability: of the most probable class; NaN of regression.
         top: (class, probability), the five most probable first.
+        values: (name, number), of regression.
     """
 
     image: str
     label: str
     probability: float
     top: tuple[tuple[str, float], ...]
+    values: tuple[tuple[str, float], ...] = ()
 
     def facts(self) -> Json:
         """As JSON."""
+        if self.values:
+            return {"image": self.image, "values": dict(self.values)}
         top = [{"label": name, "probability": value} for name, value in self.top]
         return {"image": self.image, "label": self.label, "probability": self.probability, "top": top}
 
 
 def probabilities(logits: Tensor, task: str) -> NDArray[np.float64]:
-    """Probabilities ``(N, K)`` of logits: softmax for one class an image, sigmoid for any number of labels."""
+    """Probabilities ``(N, K)`` of logits: softmax for one class an image, sigmoid for any number of labels.
+
+    In regression they are numbers and stay what they are.
+    """
     wide = logits.cpu().double()
+    if task == "regression":
+        numbers: NDArray[np.float64] = wide.numpy()
+        return numbers
     values = torch.softmax(wide, dim=1) if task == "single" else torch.sigmoid(wide)
     array: NDArray[np.float64] = values.numpy()
     return array
@@ -59,14 +71,25 @@ def predictions(ids: Sequence[str], values: NDArray[np.float64], classes: Sequen
     return [_prediction(name, row, classes, task) for name, row in zip(ids, values, strict=True)]
 
 
+def outputs_words(classes: Sequence[str], task: str) -> str:
+    """How many things a model tells of an image."""
+    return f"{len(classes)} {'values' if task == 'regression' else 'classes'}"
+
+
 def write_csv(path: Path, ids: Sequence[str], values: NDArray[np.float64], classes: Sequence[str], task: str) -> None:
-    """A table: image, label, probability, then a column a class.
+    """A table: image, label, probability, then a column a class; in regression image, then a column a number.
 
     People open it with a spreadsheet, which takes a text that begins like a formula for one: such a name gets an
     apostrophe in front, as a spreadsheet marks text.
     """
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
+        if task == "regression":
+            writer.writerow(["image", *map(_as_text, classes)])
+            writer.writerows(
+                [_as_text(name), *map(_digits, row)] for name, row in zip(ids, values.tolist(), strict=True)
+            )
+            return
         writer.writerow(["image", "label", "probability", *map(_as_text, classes)])
         for each, row in zip(predictions(ids, values, classes, task), values, strict=True):
             numbers = [f"{value:.6f}" for value in (each.probability, *row)]
@@ -130,7 +153,16 @@ def _is_shown(file: Path, below: Path) -> bool:
     return file.is_file() and not any(part.startswith(".") for part in file.relative_to(below).parts)
 
 
+def _digits(number: float) -> str:
+    """As many as float32 has."""
+    return f"{number:.8g}"
+
+
 def _prediction(name: str, row: NDArray[np.float64], classes: Sequence[str], task: str) -> Prediction:
+    if task == "regression":
+        numbers = row.tolist()
+        text = ";".join(map(_digits, numbers))
+        return Prediction(name, text, math.nan, (), tuple(zip(classes, numbers, strict=True)))
     order = np.argsort(-row, kind="stable")
     best = int(order[0])
     label = classes[best]

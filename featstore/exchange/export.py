@@ -175,6 +175,8 @@ class _Rows:
             return [""] * len(self)
         if self.images.task == "single":
             return [classes[place] if place >= 0 else "" for place in targets.tolist()]
+        if self.images.task == "regression":
+            return ["" if np.isnan(row).any() else separator.join(map(str, row)) for row in targets]
         return [separator.join(classes[place] for place in np.flatnonzero(row)) for row in targets]
 
     @property
@@ -239,7 +241,7 @@ def _write_npy(targets: tuple[Path, ...], rows: _Rows) -> _Written:
     if stored.in_numpy != stored:
         notes.append(f"{stored.name} became {stored.in_numpy.name}, which .npy can hold; no value changed")
     separator = _label_separator(rows.images)
-    if rows.images.task == "multi":
+    if rows.images.task != "single" and rows.images.num_classes > 1:
         notes.append(f"several labels of an image stand in one cell, with {separator} between them")
     with _new_files(targets) as (npy, table):
         descr = np.lib.format.dtype_to_descr(np.dtype(_name(dtype)).newbyteorder("<"))
@@ -400,7 +402,7 @@ def _write_table(file: BinaryIO, rows: _Rows, separator: str) -> None:
 
 def _label_separator(images: ImageSet) -> str:
     for separator in ("|", ";", "/", "\t"):
-        if images.task == "single" or not any(separator in name for name in images.classes):
+        if images.task != "multi" or not any(separator in name for name in images.classes):
             return separator
     raise ValueError(
         f"The classes of {images.name} contain |, ;, / and tabs, so no cell of a table can hold several. Expected one "

@@ -143,8 +143,8 @@ def test_default_metrics_by_task() -> None:
     assert list(metrics.default_metrics("single", 5)) == ["accuracy", "f1"]
     assert list(metrics.default_metrics("single", 6)) == ["accuracy", "top5", "f1"]
     assert list(metrics.default_metrics("multi", 80)) == ["map", "f1"]
-    with pytest.raises(ValueError, match="'regression' is unknown; pass one of single, multi"):
-        metrics.default_metrics("regression", 5)
+    with pytest.raises(ValueError, match="'ranking' is unknown; pass one of single, multi, regression"):
+        metrics.default_metrics("ranking", 5)
 
 
 def test_loss_is_torchs_criterion_of_the_task() -> None:
