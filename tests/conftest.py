@@ -30,7 +30,16 @@ if TYPE_CHECKING:  # else each run of a single file would wait for all that the 
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Processes]:
-    """Runs programs in a process of their own, of which all tests together wait for one interpreter."""
+    """Runs programs in a process of their own, of which all tests together wait once for what they import."""
+    with Processes(
+        "featstore.cli.app", "training.cli", "training.learner", "torchvision", "sklearn.datasets"
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def new_processes() -> Iterator[Processes]:
+    """Likewise for programs that show what is imported by them: nothing is before."""
     with Processes() as running:
         yield running
 

@@ -406,10 +406,10 @@ def test_what_is_allowed_passes(module: str, source: str) -> None:
 
 
 def test_importing_featstore_loads_neither_torch_nor_arrays_nor_plots_nor_the_command_line(
-    processes: Processes,
+    new_processes: Processes,
 ) -> None:
     program = "import featstore, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    loaded = set(processes.answer(program).split())
+    loaded = set(new_processes.answer(program).split())
     assert "featstore" in loaded
     assert not loaded & {"matplotlib", "numpy", "sklearn", "torch", "typer", "training"}
 

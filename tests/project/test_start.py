@@ -44,9 +44,9 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return folder, keys
 
 
-def loaded(processes: Processes, *command: str, **options: object) -> tuple[int, set[str], str]:
+def loaded(new_processes: Processes, *command: str, **options: object) -> tuple[int, set[str], str]:
     """Exit code of a command, the libraries that it loads, and what it prints."""
-    printed = processes.answer(MAIN, *command, **options)
+    printed = new_processes.answer(MAIN, *command, **options)
     shown, _, last = printed.rpartition("\n")
     code, modules = json.loads(last)
     assert "typer" in modules
@@ -68,9 +68,9 @@ def loaded(processes: Processes, *command: str, **options: object) -> tuple[int,
     ],
 )
 def test_help_and_usage_errors_load_neither_arrays_nor_torch(
-    processes: Processes, tmp_path: Path, command: str, code: int
+    new_processes: Processes, tmp_path: Path, command: str, code: int
 ) -> None:
-    ended, modules, _ = loaded(processes, *command.split(), cwd=tmp_path)
+    ended, modules, _ = loaded(new_processes, *command.split(), cwd=tmp_path)
     assert (ended, modules & HELP) == (code, set())
 
 
@@ -87,9 +87,9 @@ def test_help_and_usage_errors_load_neither_arrays_nor_torch(
     ],
 )
 def test_what_is_wrong_with_flags_is_said_without_torch(
-    processes: Processes, tmp_path: Path, command: list[str]
+    new_processes: Processes, tmp_path: Path, command: list[str]
 ) -> None:
-    ended, modules, _ = loaded(processes, *command, cwd=tmp_path)
+    ended, modules, _ = loaded(new_processes, *command, cwd=tmp_path)
     assert (ended, modules & TORCH) == (2, set())
 
 
@@ -104,16 +104,16 @@ def test_what_is_wrong_with_flags_is_said_without_torch(
     ],
 )
 def test_a_shell_is_told_what_may_come_next_without_arrays_or_torch(
-    processes: Processes, program: str, words: str, answer: str
+    new_processes: Processes, program: str, words: str, answer: str
 ) -> None:
     variable = f"_{program}_COMPLETE".replace("-", "_").upper()
     asked = {variable: "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    ended, modules, shown = loaded(processes, program, environment=asked)
+    ended, modules, shown = loaded(new_processes, program, environment=asked)
     assert (ended, shown.strip(), modules & (TORCH | ARRAYS)) == (0, answer, set())
 
 
 def test_a_store_is_seen_checked_compared_and_cleared_up_without_torch(
-    processes: Processes, stored: tuple[Path, list[str]], tmp_path: Path
+    new_processes: Processes, stored: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder, (first, second, third) = stored
     shutil.copytree(folder / "feats", tmp_path / "feats")
@@ -128,15 +128,15 @@ def test_a_store_is_seen_checked_compared_and_cleared_up_without_torch(
         "gc --older-than 0s",
         f"remove {third} --yes",
     ):
-        ended, modules, shown = loaded(processes, "featstore", *command.split(), "--store", "feats", cwd=tmp_path)
+        ended, modules, shown = loaded(new_processes, "featstore", *command.split(), "--store", "feats", cwd=tmp_path)
         assert (command, ended, modules & TORCH) == (command, 0, set())
         assert shown.strip()
     assert {each.key for each in FeatureStore(tmp_path / "feats").sets()} == {first, second}
 
 
-def test_extracting_with_a_model_of_ones_own_loads_no_torchvision(processes: Processes, tmp_path: Path) -> None:
+def test_extracting_with_a_model_of_ones_own_loads_no_torchvision(new_processes: Processes, tmp_path: Path) -> None:
     photographs(tmp_path / "photos", 2)
     (tmp_path / "tiny.py").write_text(BACKBONE, encoding="utf-8")
-    ended, modules, shown = loaded(processes, "featstore", "extract", *extract_flags(), cwd=tmp_path)
+    ended, modules, shown = loaded(new_processes, "featstore", "extract", *extract_flags(), cwd=tmp_path)
     assert (ended, modules & {"torchvision", "sklearn", "matplotlib"}) == (0, set())
     assert "conv2" in shown

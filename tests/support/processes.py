@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from itertools import count
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -48,18 +49,21 @@ class Started(NamedTuple):
 
 
 class Processes:
-    """An interpreter that has imported featstore and nothing else, and runs each program in a fork of itself.
+    """An interpreter that has imported `modules` and nothing else, and runs each program in a fork of itself.
 
-    So a program finds what a new interpreter has after ``import featstore``: nothing is cached or drawn, no thread has
+    So a program finds what a new interpreter has after these imports: nothing is cached or drawn, no thread has
     started, and hashes of texts have another seed than here. It imports from where this process does.
     """
+
+    def __init__(self, *modules: str) -> None:
+        self._modules = modules
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory()
         self._numbers = count()
         seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *self._modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -161,6 +165,6 @@ def _run(*, program: str, arguments: list[str], cwd: str, environment: dict[str,
 
 
 if __name__ == "__main__":
-    import featstore  # noqa: F401
-
+    for module in sys.argv[1:]:
+        import_module(module)
     main()

@@ -208,5 +208,5 @@ def test_wilson_interval_refuses_what_is_no_proportion() -> None:
         metrics.wilson_interval(1, 2, confidence=95)
 
 
-def test_importing_metrics_does_not_wait_for_scikit_learn(processes: Processes) -> None:
-    assert processes.answer("import sys, training.metrics; print('sklearn' in sys.modules)") == "False"
+def test_importing_metrics_does_not_wait_for_scikit_learn(new_processes: Processes) -> None:
+    assert new_processes.answer("import sys, training.metrics; print('sklearn' in sys.modules)") == "False"

@@ -189,9 +189,9 @@ def test_plots_save_themselves(tmp_path: Path) -> None:
         assert (tmp_path / f"views.{suffix}").stat().st_size > 1000
 
 
-def test_drawing_does_not_import_pyplot(processes: Processes) -> None:
+def test_drawing_does_not_import_pyplot(new_processes: Processes) -> None:
     program = (
         "import sys; from training import plots; plots.learning_rates([1e-3], [2.0], [2.0])._repr_png_();"
         "print('matplotlib.pyplot' in sys.modules)"
     )
-    assert processes.answer(program) == "False"
+    assert new_processes.answer(program) == "False"
