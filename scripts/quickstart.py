@@ -20,27 +20,34 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+import skimage.data
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
+from torchvision.models import ResNet18_Weights
 
 import featstore.cli.app
 import training.cli
-from featstore import Augment, FeatureStore, ImageSet, StagedModel, backbone
+from featstore import Augment, FeatureStore, ImageSet, StagedModel
 from featstore.cli.flags import load_model
 from featstore.cli.program import DONE, FAILED, INCOMPLETE, table
 from featstore.digest import Json
+from featstore.models.runs import read_run
 from training import Learner, plots
 from training.fit import Record
+from training.predict import as_images
 
-DIGITS_BACKBONE = Path(__file__).with_name("digits_backbone.py")
-DIGIT_SIDE = 32  # pixels; scikit-learn's are 8 wide and high, and would lose their edges in a stride or two
+BACKBONE = Path(__file__).with_name("efficientnet_lite0.py")
+CATS = {"tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat"}
+PHOTOGRAPHS = {"chelsea": CATS, "coffee": {"espresso", "cup", "coffee mug"}, "rocket": {"missile", "space shuttle"}}
+"""Photograph of scikit-image -> what of ImageNet's classes it may be called."""
+NUM_DIGITS = 800
+DIGIT_SIDE = 64  # pixels; scikit-learn's are 8 wide and high, and the network halves them five times
 MADE_HERE = ".made-by-quickstart"  # marks a folder that may be replaced
 SEEDS = "0-3"
-TUNING_RATES = (1e-4, 1e-3)
-"""Learning rates of the earliest and the last layer group once more than a head trains."""
+BATCH_SIZE = 16  # a few hundred images in batches of 64 are too few steps
 
 PROGRAMS = {"featstore": featstore.cli.app.main, "featstore-train": training.cli.main}
 
@@ -53,9 +60,12 @@ class Job:
         images: folder with a folder for each class.
         backbone: as in ``--backbone``.
         weights: as in ``--weights``, or None.
+        model: the backbone, which sees images as `view_flags` say.
+        size: side of the images that the backbone sees; None: its own.
         cut: where the head sits.
         early_cut: the last frozen stage of the second step.
         policy: augmentation.
+        rates: learning rates of the earliest and the last layer group once more than a head trains.
         head_epochs: of the first step.
         epochs: of the second and third step.
         device: as in ``--device``.
@@ -65,9 +75,12 @@ class Job:
     images: Path
     backbone: str
     weights: str | None
+    model: StagedModel
+    size: int | None
     cut: str
     early_cut: str
     policy: str
+    rates: tuple[float, float]
     head_epochs: int
     epochs: int
     device: str
@@ -94,9 +107,24 @@ class Job:
         return ["--store", str(self.store), "--backbone", self.backbone, *weights]
 
     @property
+    def view_flags(self) -> list[str]:
+        """Size of the images; whole ones, as a digit fills its image."""
+        return [] if self.size is None else ["--size", str(self.size), "--resize", str(self.size)]
+
+    @property
     def augment_flags(self) -> list[str]:
         """Augmentation by stored views."""
         return ["--augment", self.policy, "--seeds", SEEDS]
+
+    @property
+    def rate_flags(self) -> list[str]:
+        """Learning rates of more than a head."""
+        return ["--lr", ",".join(f"{rate:g}" for rate in self.rates)]
+
+    @property
+    def training_flags(self) -> list[str]:
+        """How it is trained, and where."""
+        return ["--batch-size", str(BATCH_SIZE), *self.device_flags]
 
     @property
     def device_flags(self) -> list[str]:
@@ -107,10 +135,6 @@ class Job:
         """The images, dealt as the programs deal them."""
         images = ImageSet.from_folder(self.images)
         return images if (images.splits != "").any() else images.split(valid=0.2, seed=0)
-
-    def model(self) -> StagedModel:
-        """The backbone."""
-        return load_model(self.backbone, self.weights, [self.cut])
 
     def augment(self) -> Augment:
         """What `augment_flags` ask for."""
@@ -155,9 +179,9 @@ def main() -> int:
     arguments = _arguments()
     try:
         _make_folder(arguments.out, keep=arguments.images)
-        job = _digits_job(arguments) if arguments.images is None else _own_job(arguments)
-        steps, has_recomputed = _train(job)
-        return _verdict(job, steps, has_recomputed)
+        job = _job(arguments)
+        steps, num_recomputed = _train(job)
+        return _verdict(job, steps, num_recomputed)
     except _FailedError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return FAILED
@@ -167,7 +191,7 @@ def _train(job: Job) -> tuple[list[Step], int]:
     """The job itself: three steps of training, and the number of rows that a second extraction computed."""
     _say(f"Features of {job.images} at two cuts: pooled for a head, and whole maps for training more than a head")
     wanted = [*job.image_flags, *job.model_flags, "--cut", f"{job.early_cut}:none", "--cut", job.cut]
-    wanted += [*job.augment_flags, "--dtype", "float32"]
+    wanted += [*job.view_flags, *job.augment_flags, "--dtype", "float32"]
     _check_disk(wanted, job.out)
     _run("featstore", "extract", *wanted, *job.device_flags)
     _say("Again: nothing is left to do")
@@ -175,30 +199,30 @@ def _train(job: Job) -> tuple[list[Step], int]:
     _run("featstore", "ls", "--store", str(job.store))
 
     _say("A head, from cached features; first a look at views and learning rates")
-    images, model, store = job.image_set(), job.model(), FeatureStore(job.store)
+    images, model, store = job.image_set(), job.model, FeatureStore(job.store)
     plots.views(_few(images.train), model.view, job.policy).savefig(job.out / "views.png", dpi=150)
     learn = _learner(job, images, model, store)
     rates = learn.lr_find()
     rates.plot().savefig(job.out / "learning-rates.png", dpi=150)
     lr = f"{rates.suggestion:.2g}"
-    own = ["--cut", job.cut, *job.augment_flags, "--epochs", str(job.head_epochs), "--lr", lr]
+    own = ["--cut", job.cut, *job.view_flags, *job.augment_flags, "--epochs", str(job.head_epochs), "--lr", lr]
     out = ["--out", str(job.run("head"))]
-    _run("featstore-train", "head", *job.image_flags, *job.model_flags, *own, *job.device_flags, *out)
+    _run("featstore-train", "head", *job.image_flags, *job.model_flags, *own, *job.training_flags, *out)
     live = _learner(job, images, model, None)
     live.fit(job.head_epochs, float(lr))
     steps = [Step(name=f"head at {job.cut}", run=job.run("head"), live=live)]
 
     _say(f"The stages behind {job.early_cut} too, from cached maps")
-    own = ["--freeze-to", job.early_cut, *job.augment_flags, "--store", str(job.store)]
-    _finetune(job, "head", "tail", [*own, "--lr", ",".join(f"{rate:g}" for rate in TUNING_RATES)])
-    live = Learner.load(job.run("head"), images, augment=job.augment(), device=job.device, quiet=True)
+    own = ["--freeze-to", job.early_cut, *job.augment_flags, "--store", str(job.store), *job.rate_flags]
+    _finetune(job, "head", "tail", own)
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "device": job.device, "quiet": True}
+    live = Learner.load(job.run("head"), images, augment=job.augment(), **options)
     live.freeze_to(job.early_cut)
-    live.fit(job.epochs, TUNING_RATES)
+    live.fit(job.epochs, job.rates)
     steps.append(Step(name=f"tail from {job.early_cut}", run=job.run("tail"), live=live))
 
     _say("All stages, from images, with new views in each epoch")
-    own = ["--augment", job.policy, "--seeds", "fresh", "--lr", ",".join(f"{rate:g}" for rate in TUNING_RATES)]
-    _finetune(job, "tail", "tuned", own)
+    _finetune(job, "tail", "tuned", ["--augment", job.policy, "--seeds", "fresh", *job.rate_flags])
     steps.append(Step(name="all stages", run=job.run("tuned"), live=None))
 
     _say("What the model is worth, and what it says")
@@ -216,10 +240,8 @@ def _verdict(job: Job, steps: Sequence[Step], num_recomputed: int) -> int:
     _plot_history(steps, job.out / "history.png")
     _say("What came of it")
     print(table([each.row() for each in steps]))
-    moved = any(
-        bool((before != after).any())
-        for before, after in zip(_first_stage(job.run("tail")), _first_stage(job.run("tuned")), strict=True)
-    )
+    before, after = (read_run(job.run(name)).tensors for name in ("tail", "tuned"))
+    moved = any(not before[name].equal(after[name]) for name in _first_parameters(job.model))
     promises = {
         "a second extraction computed no row": num_recomputed == 0,
         "cached and live losses are equal, bit for bit": all(each.is_as_live() for each in steps),
@@ -232,53 +254,55 @@ def _verdict(job: Job, steps: Sequence[Step], num_recomputed: int) -> int:
     return DONE if all(promises.values()) else FAILED
 
 
-# ------------------------------------------------------------------------------------------------------ the two jobs
+# --------------------------------------------------------------------------------------------------- what it works on
 
 
-def _digits_job(arguments: argparse.Namespace) -> Job:
-    """Digits 5-9, with a backbone that is trained on digits 0-4 first."""
+def _job(arguments: argparse.Namespace) -> Job:
+    """The photographs and the backbone that were given; else digits, and the network with ImageNet's weights."""
     out: Path = arguments.out
-    _say("scikit-learn's digits as PNG files, in a folder for each class")
-    _write_digits(range(5), out / "digits" / "0-4")
-    _write_digits(range(5, 10), out / "digits" / "5-9")
-    source = f"{os.path.relpath(DIGITS_BACKBONE)}:make_model"
-    run = out / "runs" / "backbone"
-    _say("A small backbone, trained on the digits 0-4 (yours would come with its weights)")
-    epochs = str(arguments.epochs or 8)
-    training_flags = ["--epochs", epochs, "--lr", "1e-2", "--device", arguments.device, "--out", str(run)]
-    _run("featstore-train", "finetune", "--images", str(out / "digits" / "0-4"), "--backbone", source, *training_flags)
-    weights = out / "digits_backbone.pth"
-    torch.save(backbone(run).tensors(), weights)  # without the head of that run
+    is_of_digits = arguments.images is None
+    images = out / "digits" if is_of_digits else arguments.images
+    source = arguments.backbone or f"{os.path.relpath(BACKBONE)}:make"
+    model = load_model(source, arguments.weights, [] if arguments.cut is None else [arguments.cut])
+    if arguments.backbone is None:
+        _name_photographs(model, arguments.device, out)
+    if is_of_digits:
+        _say("scikit-learn's digits as PNG files, in a folder for each class")
+        _write_digits(images)
+    size = DIGIT_SIDE if is_of_digits else None
+    cut = model.canonical(arguments.cut or model.default_cut)
     return Job(
-        images=out / "digits" / "5-9",
+        images=images,
         backbone=source,
-        weights=str(weights),
-        cut="layer3",
-        early_cut="layer2",
-        policy="flip",  # random crops of a digit are other digits
-        head_epochs=arguments.epochs or 10,
-        epochs=arguments.epochs or 5,
+        weights=arguments.weights,
+        model=model.with_(view=model.view.resized(size=size, resize=size)),
+        size=size,
+        cut=cut,
+        # Digits are no photographs: more of the network has more to learn than their classes.
+        early_cut="stage3" if is_of_digits else _early_cut(model, cut),
+        policy="flip",
+        rates=(1e-3, 3e-3) if is_of_digits else (1e-4, 1e-3),
+        head_epochs=arguments.epochs or 5,
+        epochs=arguments.epochs or 4,
         device=arguments.device,
         out=out,
     )
 
 
-def _own_job(arguments: argparse.Namespace) -> Job:
-    """A person's photographs and backbone."""
-    model = load_model(arguments.backbone, arguments.weights, [] if arguments.cut is None else [arguments.cut])
-    cut = model.canonical(arguments.cut or model.default_cut)
-    return Job(
-        images=arguments.images,
-        backbone=arguments.backbone,
-        weights=arguments.weights,
-        cut=cut,
-        early_cut=_early_cut(model, cut),
-        policy="flip",
-        head_epochs=arguments.epochs or 5,
-        epochs=arguments.epochs or 2,
-        device=arguments.device,
-        out=arguments.out,
-    )
+def _name_photographs(model: StagedModel, device: str, out: Path) -> None:
+    """Names photographs by ImageNet's classes: preprocessing that is wrong shows here, and hardly in a head's score."""
+    _say("ImageNet's classes for photographs of scikit-image, to see that weights and preprocessing belong together")
+    files = [out / "photographs" / f"{name}.png" for name in PHOTOGRAPHS]
+    files[0].parent.mkdir()
+    for file in files:
+        Image.fromarray(getattr(skimage.data, file.stem)()).save(file)
+    classes = ResNet18_Weights.DEFAULT.meta["categories"]  # all networks have ImageNet's in one order
+    learn = Learner(model, as_images(files), head="keep", classes=classes, device=device, quiet=True)
+    run = learn.save(out / "runs" / "imagenet")
+    _run("featstore-train", "predict", "--model", str(run), *map(str, files), "--device", device)
+    for said in learn.predict(files):
+        if said.label not in (expected := PHOTOGRAPHS[Path(said.image).stem]):
+            raise _FailedError(f"{said.image} is called {said.label}; expected {', '.join(sorted(expected))}.")
 
 
 def _early_cut(model: StagedModel, cut: str) -> str:
@@ -300,25 +324,25 @@ def _num_parameters(stage: nn.Module) -> int:
     return sum(parameter.numel() for parameter in stage.parameters())
 
 
-def _write_digits(labels: range, folder: Path) -> None:
+def _write_digits(folder: Path) -> None:
     digits = load_digits()
-    for place, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        if label in labels:
-            of_class = folder / str(label)
-            of_class.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray((pixels * 255 / 16).astype("uint8"))  # scikit-learn's values are 0 ... 16
-            image.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC).save(of_class / f"{place:04}.png")
+    for place, (pixels, label) in enumerate(zip(digits.images[:NUM_DIGITS], digits.target, strict=False)):
+        of_class = folder / str(label)
+        of_class.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((pixels * 255 / 16).astype("uint8"))  # scikit-learn's values are 0 ... 16
+        image.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC).save(of_class / f"{place:04}.png")
 
 
 # ---------------------------------------------------------------------------------------------------- steps and looks
 
 
 def _learner(job: Job, images: ImageSet, model: StagedModel, store: FeatureStore | None) -> Learner:
-    return Learner(model, images, store, cut=job.cut, augment=job.augment(), device=job.device, quiet=True)
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "device": job.device, "quiet": True}
+    return Learner(model, images, store, cut=job.cut, augment=job.augment(), **options)
 
 
 def _finetune(job: Job, start: str, name: str, flags: Sequence[str]) -> None:
-    run_flags = ["--epochs", str(job.epochs), *job.device_flags, "--out", str(job.run(name))]
+    run_flags = ["--epochs", str(job.epochs), *job.training_flags, "--out", str(job.run(name))]
     _run("featstore-train", "finetune", *job.image_flags, "--from", str(job.run(start)), *flags, *run_flags)
 
 
@@ -327,10 +351,11 @@ def _few(images: ImageSet) -> ImageSet:
     return images.select(range(0, len(images), max(len(images) // 4, 1))[:4])
 
 
-def _first_stage(run: Path) -> list[Tensor]:
-    """The parameters of a run's first stage that has some."""
-    stages = backbone(run).stages
-    return next(found for stage in stages if (found := [each.detach() for each in stage.parameters()]))
+def _first_parameters(model: StagedModel) -> list[str]:
+    """The names of the parameters of the first stage that has some."""
+    stage = next(each for each in model.ordered if any(True for _ in each.parameters()))
+    places = {each.data_ptr() for each in stage.parameters()}
+    return [name for name, tensor in stage.tensors().items() if tensor.data_ptr() in places]
 
 
 def _plot_history(steps: Sequence[Step], file: Path) -> None:
@@ -403,7 +428,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/quickstart", description="From images to predictions, step by step.")
     parser.add_argument("--images", type=Path, metavar="DIR", help="your photographs, in a folder for each class")
     parser.add_argument("--backbone", metavar="NAME", help="with --images: a backbone's name, FILE.py:FN or RUN_DIR")
-    parser.add_argument("--weights", metavar="FILE", help="with --images: as for featstore extract")
+    parser.add_argument("--weights", metavar="FILE", help="with --backbone: as for featstore extract")
     parser.add_argument("--cut", metavar="CUT", help="with --images: where the head sits")
     parser.add_argument("--epochs", type=int, metavar="N", help="of each step")
     parser.add_argument("--device", default="cpu", help="default: cpu, where equality to the last bit is promised")
@@ -411,10 +436,10 @@ def _arguments() -> argparse.Namespace:
         "--out", type=Path, default=Path("quickstart-out"), metavar="DIR", help="default: quickstart-out; made anew"
     )
     arguments = parser.parse_args()
-    if (arguments.images is None) != (arguments.backbone is None):
-        parser.error("--images and --backbone belong together")
-    if arguments.images is None and (arguments.weights is not None or arguments.cut is not None):
-        parser.error("--weights and --cut belong to --images")
+    if arguments.images is None and (arguments.backbone is not None or arguments.cut is not None):
+        parser.error("--backbone and --cut belong to --images")
+    if arguments.backbone is None and arguments.weights is not None:
+        parser.error("--weights belongs to --backbone")
     if arguments.epochs is not None and arguments.epochs < 1:
         parser.error(f"--epochs is {arguments.epochs}; expected at least 1")
     return arguments

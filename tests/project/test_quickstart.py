@@ -86,6 +86,7 @@ def digits(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Done
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patched, redirect_stdout(printed):
         patched.setattr(script, "_verdict", verdict)
+        patched.setattr(script, "NUM_DIGITS", 40)
         patched.setattr(sys, "argv", ["quickstart", "--epochs", "1", "--out", str(out)])
         code = script.main()
     return Done(code, printed.getvalue(), *judged)
@@ -94,9 +95,10 @@ def digits(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Done
 def test_digits_go_all_the_way_and_every_promise_holds(digits: Done) -> None:
     assert digits.code == 0
     assert promises(digits.printed) == dict.fromkeys(PROMISES, "yes")
-    assert re.search(r"^head at layer3 +\d\.\d{3} +\d+\.\d\d +\d+\.\d\d$", digits.printed, re.MULTILINE)
-    assert re.search(r"^tail from layer2 +\d\.\d{3} +\d+\.\d\d +\d+\.\d\d$", digits.printed, re.MULTILINE)
-    assert len((digits.job.out / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 897
+    assert re.search(r"^head at maps +\d\.\d{3} +\d+\.\d\d +\d+\.\d\d$", digits.printed, re.MULTILINE)
+    assert re.search(r"^tail from stage3 +\d\.\d{3} +\d+\.\d\d +\d+\.\d\d$", digits.printed, re.MULTILINE)
+    assert re.search(r"photographs/coffee.png +espresso +0\.9", digits.printed)
+    assert len((digits.job.out / "predictions.csv").read_text(encoding="utf-8").splitlines()) == 41
 
 
 def recomputed(done: Done, _: Path) -> Done:
@@ -162,7 +164,8 @@ def test_images_inside_the_output_folder_are_left_alone(script: ModuleType, tmp_
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--images", "photos"], ["--backbone", "resnet18"], ["--cut", "layer3"], ["--epochs", "0"]]
+    "arguments",
+    [["--backbone", "resnet18"], ["--cut", "layer3"], ["--images", "photos", "--weights", "none"], ["--epochs", "0"]],
 )
 def test_flags_that_dont_go_together_are_wrong_usage(
     script: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch
