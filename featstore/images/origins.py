@@ -1,7 +1,8 @@
 """Origins: what ``--images`` may name, the image set that is made of it, and the flags that name a set again.
 
 Another kind of images needs a class such as those here, in a file of its own, and its place in `ORIGINS`; if it takes
-options that no other has, their flags as well.
+options that no other has, their flags as well. Or it is in another package, which names an `Origin` as an entry point
+(see `plugins`); its options are then some of those that there are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from featstore.images.csv_tables import OWN_SPLITS
 from featstore.images.folders import IMAGE_SUFFIXES
 from featstore.images.labels import SHARD, split_counts, split_hinted, split_named
+from featstore.plugins import SOURCES, plugged_in
 from featstore.words import some
 
 if TYPE_CHECKING:
@@ -320,15 +322,20 @@ TWO_VALUES = "Give labels with two different values."
 
 FOLDER = FolderOrigin()
 ORIGINS: tuple[Origin, ...] = (FOLDER, TableOrigin(), TarOrigin())
-"""All kinds of images that the programs know; of two that a path may mean, the later one counts."""
+"""featstore's own kinds of images; of two that a path may mean, the later one counts."""
+
+
+def origins() -> tuple[Origin, ...]:
+    """All that are known: featstore's own, then those of installed packages (see `plugins`)."""
+    return (*ORIGINS, *(plugin.value for plugin in plugged_in(SOURCES).values()))
 
 
 def named_by(path: str) -> Origin:
     """The origin that a path means; of one that means none, a folder, which says what is wrong with it."""
-    return next((origin for origin in reversed(ORIGINS) if origin.is_named_by(path)), FOLDER)
+    return next((origin for origin in reversed(origins()) if origin.is_named_by(path)), FOLDER)
 
 
 def made_by(images: ImageSet) -> Origin | None:
     """The origin that made this set, or the one it was selected from; None for what was made in Python."""
     constructor = images.origin.get("constructor")
-    return next((origin for origin in ORIGINS if origin.constructor == constructor), None)
+    return next((origin for origin in origins() if origin.constructor == constructor), None)

@@ -24,6 +24,7 @@ from featstore.models.names import WEIGHTS_SUFFIXES, no_weights_file
 from featstore.models.runs import Run, located, read_run
 from featstore.models.staged import StagedModel
 from featstore.models.weights import fitting, read_tensors
+from featstore.plugins import BACKBONES, plugged_in
 from featstore.timing import timed
 
 
@@ -69,6 +70,11 @@ class Library(Protocol):
 LIBRARIES: tuple[Library, ...] = (torchvision_models, timm_models)
 
 
+def libraries() -> tuple[Library, ...]:
+    """All that are known: featstore's own, then those of installed packages (see `plugins`)."""
+    return (*LIBRARIES, *(plugin.value for plugin in plugged_in(BACKBONES).values()))
+
+
 def backbone_names(pattern: str | None = None) -> list[str]:
     """Names that `backbone` knows, library by library, in the order of their families.
 
@@ -76,7 +82,7 @@ def backbone_names(pattern: str | None = None) -> list[str]:
         pattern: of a shell, such as ``resnet*``; ``timm:*resnet*`` for those of timm, which has too many for a list
             of all and is asked for no other pattern.
     """
-    return [name for library in LIBRARIES for name in library.names(pattern)]
+    return [name for library in libraries() for name in library.names(pattern)]
 
 
 def unlisted() -> list[str]:
@@ -208,7 +214,7 @@ def restored(model: StagedModel, run: Run, *, origin: str | None = None) -> Stag
 
 
 def _library_of(name: str) -> Library | None:
-    return next((library for library in LIBRARIES if library.knows(name)), None)
+    return next((library for library in libraries() if library.knows(name)), None)
 
 
 def _known_library(name: str) -> Library:
