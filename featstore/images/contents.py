@@ -108,7 +108,11 @@ _SEVERAL = 3
 
 def _format(name: str) -> str:
     suffix = name.rpartition(".")[2].lower()
-    return {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif"}.get(suffix, suffix) if "." in name else ""
+    return (
+        {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "heif": "heic"}.get(suffix, suffix)
+        if "." in name
+        else ""
+    )
 
 
 def _num_classes(images: ImageSet, group: tuple[int, ...]) -> int:
