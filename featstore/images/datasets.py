@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from threading import Lock
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import ImageError
-from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo, content_digest, no_stats
+from featstore.images.digests import content_digest
 from featstore.images.found import FoundImages
-from featstore.images.hashing import completed, in_threads
+from featstore.images.item_sources import Content, DatasetSource, HeldSource, content_of, described, image_of, told
 from featstore.images.labels import (
     Row,
     Task,
@@ -30,171 +28,10 @@ from featstore.images.labels import (
     split_named,
 )
 from featstore.images.sources import FolderSource, ImageSource
-from featstore.words import printable
-
-Content = bytes | NDArray[np.uint8]
 
 _LABEL = "label"
 _NUM_TRIED = 16
 """Items that are read twice; of a flip by a coin, all of them come out alike once in 65,000 times."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DatasetSource:
-    """Images that data sets give by their places; these may be no good in threads, so one item is read at a time.
-
-    Attributes:
-        parts: the data sets, one after the other.
-        ids: of all their items.
-        column: of the image where items are mappings.
-    """
-
-    parts: tuple[Any, ...]
-    ids: tuple[str, ...]
-    column: str | None = None
-    _lock: Any = field(default_factory=Lock, repr=False)
-
-    @property
-    def absence(self) -> str | None:
-        """None: data sets are here."""
-        return None
-
-    @property
-    def known(self) -> Mapping[str, KnownDigest]:
-        """None."""
-        return KnownDigests()
-
-    def read(self, image: str) -> Content:
-        """The encoded bytes, or the array; `ImageError` where the data set raises, or gives something else."""
-        place, number = self._row_of[image], 0
-        while place >= len(self.parts[number]):
-            place, number = place - len(self.parts[number]), number + 1
-        try:
-            with self._lock:
-                item = self.parts[number][place]
-            return content_of(_image_of(item, self.column))
-        except MemoryError:
-            raise
-        except Exception as error:  # of a person's own code
-            raise ImageError(image, f"the data set gives no image ({_told(error)})") from error
-
-    def digests(self, ids: tuple[str, ...], memo: Memo, known: KnownDigests) -> Digests:
-        """The items' digests, taken once by each process: nothing says that a table's image 7 was this one."""
-        return _taken_once(self.read, ids, memo)
-
-    def has(self, image: str) -> bool:
-        """True: data sets are here."""
-        return True
-
-    def moved(self, root: str) -> None:
-        """None: whether there are files is the data set's affair."""
-
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return dict(zip(self.ids, range(len(self.ids)), strict=True))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_row_of")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=Lock())
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class HeldSource:
-    """Images in memory, by id.
-
-    Attributes:
-        contents: bytes or arrays that nobody writes to; of what is neither, the reason why it is no image.
-    """
-
-    contents: Mapping[str, Content | ImageError]
-
-    @property
-    def absence(self) -> str | None:
-        """None: they are here."""
-        return None
-
-    @property
-    def known(self) -> Mapping[str, KnownDigest]:
-        """None."""
-        return KnownDigests()
-
-    def read(self, image: str) -> Content:
-        """The bytes or the array; `ImageError` for what is no image."""
-        content = self.contents[image]
-        if isinstance(content, ImageError):
-            raise ImageError(image, content.reason)
-        return content
-
-    def digests(self, ids: tuple[str, ...], memo: Memo, known: KnownDigests) -> Digests:
-        """Their digests, taken once by each process."""
-        return _taken_once(self.read, ids, memo)
-
-    def has(self, image: str) -> bool:
-        """True: they are here."""
-        return True
-
-    def moved(self, root: str) -> None:
-        """None: no file holds them."""
-
-
-def _taken_once(read: Callable[[str], Content], ids: tuple[str, ...], memo: Memo) -> Digests:
-    def take(others: tuple[str, ...]) -> Digests:
-        values, failed = in_threads(lambda image: content_digest(read(image)), others, otherwise=bytes(32))
-        return Digests(values=values, failed=failed, stats=no_stats(len(others)))
-
-    return completed(ids, memo.taken.find(ids), take, memo)
-
-
-def content_of(value: Any) -> Content:
-    """Encoded bytes as they are, and anything that holds pixels as an array `(H, W)` or `(H, W, 3)`.
-
-    Args:
-        value: bytes; a PIL image; an array uint8, colours last; a torch tensor uint8, colours first; or Hugging Face's
-            ``{"bytes": ..., "path": ...}``.
-
-    Raises:
-        TypeError: for anything else.
-        OSError: if a path can't be read.
-    """
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value)
-    if isinstance(value, Mapping) and "bytes" in value:
-        if value["bytes"] is not None:
-            return bytes(value["bytes"])
-        with open(value["path"], "rb") as file:
-            return file.read()
-    if hasattr(value, "getbands"):
-        from featstore.images.decode import array_of
-
-        return array_of(value)
-    array = value
-    if hasattr(value, "detach"):  # a torch tensor
-        array = value.detach().cpu().numpy()
-        array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
-    if isinstance(array, np.ndarray) and array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    is_image = isinstance(array, np.ndarray) and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3))
-    if not is_image or array.dtype != np.uint8 or 0 in array.shape:
-        raise TypeError(f"it is {_described(value)}; expected bytes, a PIL image, or uint8 of one or three channels")
-    copy: NDArray[np.uint8] = np.array(array, order="C")
-    copy.flags.writeable = False
-    return copy
-
-
-def _described(value: Any) -> str:
-    kind = type(value).__name__
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"a {kind} {tuple(value.shape)} of {value.dtype}"
-    return f"a {kind}"
-
-
-def _told(error: Exception) -> str:
-    return printable(f"{type(error).__name__}: {error}"[:200], is_one_line=True)
-
-
-# ---- What the constructors find
 
 
 def iterable_images(items: Iterable[Any], *, classes: Sequence[str] | None, task: Task, name: str) -> FoundImages:
@@ -204,7 +41,7 @@ def iterable_images(items: Iterable[Any], *, classes: Sequence[str] | None, task
     for number, item in enumerate(items):
         if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             raise TypeError(
-                f"Item {number} is {_described(item)}. Expected (id, image) or (id, image, label). Yield such tuples."
+                f"Item {number} is {described(item)}. Expected (id, image) or (id, image, label). Yield such tuples."
             )
         image = str(item[0])
         if image in contents:
@@ -358,7 +195,7 @@ class _View:
 def _view(dataset: Any, image_column: str | None, label_column: str | None, id_column: str | None, task: Task) -> _View:
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, str | bytes):
         raise TypeError(
-            f"The data set is {_described(dataset)}, whose items have no places. Expected one with len(dataset) and "
+            f"The data set is {described(dataset)}, whose items have no places. Expected one with len(dataset) and "
             "dataset[place]. What can only be gone through is one by ImageSet.from_iterable, tar shards by from_tar."
         )
     if hasattr(dataset, "features") and hasattr(dataset, "cast_column"):
@@ -417,7 +254,7 @@ def _of_torch(
 ) -> _View:
     """A map-style data set of torch, torchvision or of one's own; items are images, (image, label), or mappings."""
     count = len(dataset)
-    first: Any = dataset[0] if count else None
+    first = _first(dataset, count)
     is_mapping = isinstance(first, Mapping) and "bytes" not in first
     column = image_column or "image" if is_mapping else None
     if is_mapping and column not in first:
@@ -442,6 +279,18 @@ def _of_torch(
         ids=ids,
         files=None if files is None else FolderSource(root=files.root),
     )
+
+
+def _first(dataset: Any, count: int) -> Any:
+    """The first of some items that can be had; None if none can."""
+    for place in _spread(count, _NUM_TRIED) if count else ():
+        try:
+            return dataset[place]
+        except MemoryError:
+            raise
+        except Exception:  # of a person's own code; `_check_items` says so if all are like that
+            continue
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -545,10 +394,10 @@ def _check_items(view: _View) -> None:
     num_images = 0
     for place in _spread(view.count, _NUM_TRIED):
         try:
-            value = _image_of(view.items[place], view.column)
+            value = image_of(view.items[place], view.column)
             is_float = "float" in str(getattr(value, "dtype", ""))
             once = None if is_float else content_of(value)
-            again = None if is_float else content_of(_image_of(view.items[place], view.column))
+            again = None if is_float else content_of(image_of(view.items[place], view.column))
         except MemoryError:
             raise
         except Exception as error:  # of a person's own code; a few such images are left to whoever reads them
@@ -556,7 +405,7 @@ def _check_items(view: _View) -> None:
             continue
         if once is None or again is None:
             raise TypeError(
-                f"Item {place} of the data set is {_described(value)}: a transform has made numbers of the image. "
+                f"Item {place} of the data set is {described(value)}: a transform has made numbers of the image. "
                 f"Expected {_AS_IT_IS}"
             )
         if content_digest(once) != content_digest(again):
@@ -566,19 +415,13 @@ def _check_items(view: _View) -> None:
             )
         num_images += 1
     if wrong is not None and not num_images:
-        raise TypeError(f"No item of the data set is an image ({_told(wrong)}). Expected {_AS_IT_IS}") from wrong
+        raise TypeError(f"No item of the data set is an image ({told(wrong)}). Expected {_AS_IT_IS}") from wrong
 
 
 _AS_IT_IS = (
     "the same PIL image, uint8 array or tensor, or encoded bytes each time. Make the data set without its transform; "
     "a model's view resizes and normalises, and augmentation is asked for by Augment(...)."
 )
-
-
-def _image_of(item: Any, column: str | None) -> Any:
-    if column is not None:
-        return item[column]
-    return item[0] if isinstance(item, tuple | list) else item
 
 
 def _name_of(dataset: Any) -> str:

@@ -35,8 +35,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "images",
             (
-                "decoders", "headers", "decode", "digests", "hashing", "sources", "labels", "found", "folders",
-                "parquet_tables", "csv_tables", "tables", "tar_shards", "datasets", "splitting", "image_set",
+                "decoders", "headers", "decode", "digests", "hashing", "sources", "item_sources", "labels", "found",
+                "folders", "parquet_tables", "csv_tables", "tables", "tar_shards", "datasets", "splitting", "image_set",
                 "fileless", "contents", "origins", "geometry", "draws", "parameters", "warps", "levels",
                 "filters", "canvas", "policies", "spelling", "augmentation", "views", "render",
             ),
