@@ -13,10 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from featstore.errors import FeatureStoreError
+from featstore.models.layer_groups import layer_groups
 from featstore.models.modes import check_trainable
 from featstore.models.staged import StagedModel
 from training.heads import DAMPING, SPREAD, linear_head_of
-from training.inputs.situation import has_weights
 
 LearningRate = float | Sequence[float]
 """One rate for all groups; one for each group; or two, (low, high), spread geometrically over all groups."""
@@ -64,52 +64,6 @@ def sensible_rates(optimizer: Optimizer, tail: nn.Sequential) -> Rates:
         return _OTHER
     # The spread of a linear head's inputs is in its gradients, and in what a step of its weights does to the logits.
     return _SGD.scaled(1 / SPREAD**2) if len(tail) and linear_head_of(tail[-1]) is not None else _SGD
-
-
-_BOUNDARY, _AROUND = "layer2", {"layer1", "layer2", "layer3"}
-"""Where fastai 0.7 parts the body of a resnet (its `lr_cut`): the early body ends with layer2."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerGroup:
-    """Stages that share a learning rate.
-
-    Attributes:
-        name: early body, late body, body or head.
-        stages: their places in the model.
-    """
-
-    name: str
-    stages: range
-
-
-def layer_groups(model: StagedModel) -> list[LayerGroup]:
-    """Early body, late body and head, without groups that have no parameters; frozen ones count.
-
-    The head is what `with_head` added, else the last stage with parameters. The body of a resnet is parted as fastai
-    parted it, any other in the middle of its stages with parameters. Stages of an absent trunk count as having some, so
-    that the same rates are accepted with and without the weights.
-
-    Raises:
-        ValueError: for a model without parameters.
-    """
-    with_parameters = [place for place, stage in enumerate(model.ordered) if has_weights(stage)]
-    if not with_parameters:
-        raise ValueError(f"{model.name} has no parameters, so there is nothing to train.")
-    head = len(model.stages) - 1 if model.head is not None else with_parameters[-1]
-    body = [place for place in with_parameters if place < head]
-    if not body:
-        return [LayerGroup(name="head", stages=range(len(model.stages)))]
-    if set(model.cut_points) >= _AROUND:
-        middle = model.index(_BOUNDARY) + 1
-    else:
-        middle = body[len(body) // 2]
-    parts = [
-        LayerGroup(name="early body", stages=range(middle)),
-        LayerGroup(name="late body", stages=range(middle, head)),
-        LayerGroup(name="head", stages=range(head, len(model.stages))),
-    ]
-    return [part for part in parts if set(part.stages) & set(with_parameters)]
 
 
 def spread(lr: LearningRate, num_groups: int) -> list[float]:

@@ -211,7 +211,7 @@ def backbones(
     ] = None,
     trust_code: TrustOption = False,
 ) -> None:
-    """List backbones, their sizes and weights; of one, its cuts.
+    """List backbones, their sizes and weights; of one, draw its stages with their cuts and layer groups.
 
     'timm:*resnet*' lists those of timm, 'resnet*' those of torchvision.
     """
@@ -239,7 +239,9 @@ def backbones(
         f"{facts['name']}: {facts['parameters']:,} parameters; shapes for images of {facts['size']} pixels, stored as "
         f"{DEFAULT_STORAGE_TYPE} without a reduction"
     )
-    show(table([_cut_row(each) for each in facts["cuts"]]))
+    groups = [each["group"] for each in facts["cuts"]]
+    is_first = [group != before for group, before in zip(groups, [None, *groups], strict=False)]
+    show(table([_cut_row(each, is_first=first) for each, first in zip(facts["cuts"], is_first, strict=True)]))
 
 
 def _planned(
@@ -325,12 +327,15 @@ def _cut_facts(model: StagedModel) -> dict[str, Json]:
     default = None
     with suppress(ModelError):  # a single layer has none
         default = model.default_cut
+    groups = _body_groups(model, default)
     cuts = []
-    for name, stage in zip(model.cut_points, model.stages, strict=False):  # pool and head, behind them, are no cuts
+    # Pool and head, behind them, are no cuts.
+    for place, (name, stage) in enumerate(zip(model.cut_points, model.stages, strict=False)):
         assert isinstance(stage, Stage)
         cuts.append(
             {
                 "name": name,
+                "group": next((group for group, places in groups.items() if place in places), None),
                 "shape": list(model.shape(name)),
                 "layout": model.layout(name),
                 "bytes": math.prod(model.shape(name)) * STORAGE_TYPES[DEFAULT_STORAGE_TYPE].itemsize,
@@ -348,8 +353,23 @@ def _cut_facts(model: StagedModel) -> dict[str, Json]:
     }
 
 
-def _cut_row(cut: dict[str, Json]) -> dict[str, Json]:
+def _body_groups(model: StagedModel, cut: str | None) -> dict[str, range]:
+    """Name -> places of the layer groups of the body, for a head at `cut`."""
+    if cut is None:
+        return {}
+    from torch import nn
+
+    from featstore.models.layer_groups import layer_groups
+
+    *body, _ = layer_groups(model.with_head(nn.Linear(1, 1), cut=cut, reduction="none"))
+    end = model.index(cut) + 1
+    return {group.name: range(group.stages.start, min(group.stages.stop, end)) for group in body}
+
+
+def _cut_row(cut: dict[str, Json], *, is_first: bool) -> dict[str, Json]:
+    """A line of the drawing; `is_first`: of its layer group."""
     return {
+        "group": (cut["group"] or "behind") if is_first else "|",
         "cut": cut["name"],
         "shape": cut["shape"],
         "layout": cut["layout"],

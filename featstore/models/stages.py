@@ -152,6 +152,11 @@ class AbsentStage(Stage):
         )
 
 
+def has_weights(stage: Stage) -> bool:
+    """Whether a stage can be trained, here or where its weights are."""
+    return isinstance(stage, AbsentStage) or next(stage.parameters(), None) is not None
+
+
 def _only_operation(stage: fx.GraphModule) -> fx.Node | None:
     operations = [node for node in stage.graph.nodes if node.op not in {"placeholder", "get_attr", "output"}]
     return operations[0] if len(operations) == 1 else None

@@ -337,7 +337,15 @@ def test_backbones_of_a_name_lists_its_cuts(featstore: Program) -> None:
         "resnet18: 11,689,512 parameters; shapes for images of 224 pixels, stored as float16 without a reduction\n"
     )
     assert cuts["layer4"]["bytes"] == 512 * 7 * 7 * 2
-    assert re.search(r"^layer4 +512x7x7 +NCHW +50,176 bytes +[\d,]+ +\(default\)", text.out, re.MULTILINE)
+    assert re.search(r"^\| +layer4 +512x7x7 +NCHW +50,176 bytes +[\d,]+ +\(default\)", text.out, re.MULTILINE)
+    groups = [line.split("  ")[0] for line in text.out.splitlines()[1:] if not line.startswith("|")]
+    assert groups == ["early body", "late body", "behind"]
+    assert re.search(r"^late body +layer3\.0\.add ", text.out, re.MULTILINE)
+    assert {name: cut["group"] for name, cut in cuts.items() if name in ("layer2", "layer4", "fc")} == {
+        "layer2": "early body",
+        "layer4": "late body",
+        "fc": None,
+    }
 
 
 def test_backbones_of_my_own_function_lists_its_cuts(featstore: Program) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from featstore import StagedModel, View
 from featstore.models.backbones import outline
-from training.optim import layer_groups
+from featstore.models.layer_groups import layer_groups
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "fastai.md"
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from featstore import FeatureStoreError, StagedModel
 from featstore.models.backbones import outline
+from featstore.models.layer_groups import LayerGroup, layer_groups
 from training import Learner, build_head, optim
-from training.optim import LayerGroup, layer_groups, spread
+from training.optim import spread
 
 
 def num_parameters(model: StagedModel, group: LayerGroup) -> int:

@@ -23,7 +23,7 @@ from featstore.images.origins import made_by
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.probe import check_probe, take_probes
-from featstore.models.stages import PoolStage
+from featstore.models.stages import PoolStage, has_weights
 from featstore.models.trunk import Output, Trunk
 from featstore.store.features import Features
 from featstore.store.sets import FeatureSet
@@ -33,7 +33,6 @@ from training.inputs.situation import (
     Entry,
     Situation,
     frozen_words,
-    has_weights,
     is_or_are,
     name_range,
     run_or_runs,

@@ -17,7 +17,7 @@ from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
 from featstore.models.pool import Pool
 from featstore.models.staged import StagedModel
-from featstore.models.stages import AbsentStage, HeadStage, PoolStage, Stage
+from featstore.models.stages import HeadStage, PoolStage, Stage, has_weights
 from featstore.store.sets import FeatureSet
 from featstore.store.store import FeatureStore
 
@@ -187,11 +187,6 @@ class Situation:
 def default_on_missing(store: FeatureStore | None) -> OnMissing:
     """What a store that lacks rows does to a fit, if nobody says."""
     return "error" if store is not None else "images"
-
-
-def has_weights(stage: Stage) -> bool:
-    """Whether a stage can be trained, here or where its weights are."""
-    return isinstance(stage, AbsentStage) or next(stage.parameters(), None) is not None
 
 
 def frozen_words(model: StagedModel) -> str:
