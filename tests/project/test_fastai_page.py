@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 
-from featstore import StagedModel, View
 from featstore.models.backbones import outline
 from featstore.models.layer_groups import layer_groups
 
@@ -29,16 +26,7 @@ def number(text: str) -> int:
     return int(text.replace(",", ""))
 
 
-@cache
-def model(name: str) -> StagedModel:
-    """Without weights; timm's as a module, since cuts and widths are the module's own."""
-    library, _, within = name.rpartition(":")
-    if not library:
-        return outline(name)
-    with torch.device("meta"):
-        module: Any = timm.create_model(within, pretrained=False).eval()
-    size = module.pretrained_cfg["input_size"][-1]
-    return StagedModel.from_module(module, view=View(size=size, resize=size))
+model = cache(outline)
 
 
 def num_parameters(stages: tuple[nn.Module, ...]) -> int:

@@ -136,7 +136,7 @@ SURFACE: dict[str, str] = {
     "models.probe": "check_probe take_probes",
     "models.runs": "FACTS Run check_free new_run read_file read_run write_run",
     "models.staged": "StagedModel",
-    "models.stages": "AbsentStage HeadStage PoolStage Stage has_weights",
+    "models.stages": "HeadStage PoolStage Stage has_weights",
     "models.trunk": "Output Trunk choose_device default_batch_size",
     "remedies": "Call Command Remedy Steps",
     "store.features": "Features",
