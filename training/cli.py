@@ -61,6 +61,11 @@ Exit codes: 0 done; 1 failed; 2 wrong usage.
 _SCORES = {"map": "mAP", "f1": "F1", "mae": "mean absolute error", "rmse": "RMSE", "r2": "R2", "loss": "loss"}
 """Metric -> how a result line names it, where there is no accuracy."""
 
+FEW_STEPS = 50
+"""Fewer leave a new head far from what it can learn: 54 images and ten epochs gave an accuracy of 0.64 in batches of
+64, and of 0.79 in batches of 8."""
+SMALL_BATCH = 8
+
 app = new_app(help=__doc__)
 
 
@@ -182,6 +187,8 @@ def head(
         allow_leak=training.allow_leak,
         **how.options(),
     )
+    if (steps := len(learn.history.losses)) < FEW_STEPS:
+        tell(_few_steps(steps, how.batch_size))
     _report_training(learn, training.out, output)
 
 
@@ -422,6 +429,11 @@ def _learning_rate(text: str) -> LearningRate:
     if not rates or min(rates) <= 0:
         raise ValueError(f"--lr is {text!r}. Expected positive numbers, such as --lr 3e-3 or --lr 1e-5,1e-3.")
     return rates[0] if len(rates) == 1 else rates
+
+
+def _few_steps(steps: int, batch_size: int) -> str:
+    remedy = f"--batch-size {SMALL_BATCH}" if batch_size > SMALL_BATCH else "more --epochs"
+    return f"{steps} optimizer step{'s' * (steps > 1)}, which may be too few; try {remedy}"
 
 
 def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:

@@ -58,6 +58,13 @@ def test_a_head_ends_with_its_accuracy_and_where_it_is(run: Run, here: Path) -> 
     assert files <= {path.name for path in (here / "runs/head").iterdir()}
 
 
+def test_few_optimizer_steps_are_said_with_what_to_try(run: Run) -> None:
+    assert "\n2 optimizer steps, which may be too few; try --batch-size 8\n" in head(run).err
+    ran = head(run, "--batch-size", "8", "--epochs", "24", out="runs/longer")
+    assert "\n48 optimizer steps, which may be too few; try more --epochs\n" in ran.err
+    assert "optimizer step" not in head(run, "--batch-size", "8", "--epochs", "25", out="runs/long").err
+
+
 def test_training_reports_json_that_evaluate_repeats(run: Run) -> None:
     trained = head(run, "--json").json
     assert trained["inputs"] == "features"
