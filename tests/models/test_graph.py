@@ -142,10 +142,11 @@ def test_four_cuts_and_more_of_each_family_split_it_bit_for_bit(name: str) -> No
     assert list(model.digests()) == model.cut_points  # every operation has a key
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("squeezenet1_1", 32), ("vit_b_32", 224)])
+@pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("squeezenet1_1", 32), ("vit_b_32", 32)])
 def test_cuts_have_the_names_that_torchvision_gives_and_the_values_it_extracts(name: str, size: int) -> None:
     with torch.random.fork_rng(devices=[]):
-        module = torchvision.models.get_model(name, weights=None).eval()
+        own_size = {"image_size": size} if name.startswith("vit") else {}
+        module = torchvision.models.get_model(name, weights=None, **own_size).eval()
     model = StagedModel.from_module(module, containers=("features", "encoder"))
     names = [name for stage in model.stages for name in (str(stage.name), *stage.aliases)]  # type: ignore[misc]
     with torch.no_grad():

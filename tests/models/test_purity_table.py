@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.splitting import randomise
+from support.tiny import staged_vision_transformer
 from torch import Tensor, nn
 from torchvision.models.maxvit import MaxVit
 from torchvision.models.shufflenetv2 import InvertedResidual
@@ -432,9 +433,17 @@ def test_what_is_made_once_at_the_first_run_is_traced_as_ever() -> None:
     check_pure(model, "0", batch_size=BATCH)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "vit_b_32"])
-def test_a_named_backbone_is_accepted(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet18", 64), ("squeezenet1_1", 64), pytest.param("vit_b_32", 224, marks=pytest.mark.slow)]
+)
+def test_a_named_backbone_is_accepted(name: str, size: int) -> None:
     model = backbone(name, weights="none")
+    model.view = View(size=size, resize=size)
+    check_pure(model, model.cut_points[-1], batch_size=2)
+
+
+def test_a_vision_transformer_is_accepted() -> None:
+    model = staged_vision_transformer()
     check_pure(model, model.cut_points[-1], batch_size=2)
 
 

@@ -961,7 +961,7 @@ def as_list(targets: Any) -> list[int] | None:
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=EXAMPLES or 12,
+    max_examples=EXAMPLES or 8,
     stateful_step_count=25,
     derandomize=EXAMPLES == 0,
     database=None,
