@@ -80,6 +80,6 @@ def test_code_without_a_file_is_refused() -> None:
 
 
 def test_a_class_typed_into_a_prompt_is_refused(processes: Processes) -> None:
-    typed = "class Typed:\\n    def typed(self): pass"
-    code = f"from featstore.source_code import source_digests\nexec('{typed}')\nsource_digests(Typed)"
+    typed = "compile('class Typed:\\n    def typed(self): pass', '<typed>', 'exec')"  # Python 3.13 knows the text of -c
+    code = f"from featstore.source_code import source_digests\nexec({typed})\nsource_digests(Typed)"
     assert "The source of __main__ can't be found" in processes.run(code).stderr
