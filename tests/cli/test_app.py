@@ -427,8 +427,8 @@ def test_without_network_the_sentence_says_which_file_belongs_where(
             "--interpolation is 'lanczos'. Expected bilinear, bicubic, nearest or nearest-exact.",
         ),
         (
-            ["--augment", "side_on", "--seeds", "0"],
-            "--augment is 'side_on'. Expected none, flip or random_resized_crop.",
+            ["--augment", "sideways", "--seeds", "0"],
+            "--augment sideways: there is no augmentation policy 'sideways'; choose none, flip, random_resized_crop, ",
         ),
         (
             ["--augment", "flip"],

@@ -34,6 +34,7 @@ from featstore import (
     MissingFeaturesError,
     ModelError,
     StagedModel,
+    View,
     plan,
 )
 from featstore.extraction import job as job_module
@@ -142,10 +143,14 @@ def test_a_part_says_what_made_it(store: FeatureStore) -> None:
         assert part.decoders.tolist() == [0, 0, 0]
 
 
-def documented(heading: str, column: int = 1) -> set[str]:
-    """The names in the tables below a heading of the format's page."""
+def documented(heading: str, column: int = 1, *, optional: bool = False) -> set[str]:
+    """The names in the tables below a heading of the format's page, of what is always there or of what may be."""
     section = FORMAT_PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    cells = [line.split("|")[column] for line in section.splitlines() if line.startswith("| `")]
+    cells = [
+        line.split("|")[column]
+        for line in section.splitlines()
+        if line.startswith("| `") and ("; absent where" in line) == optional
+    ]
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
@@ -155,6 +160,8 @@ def test_the_format_page_names_each_fact_and_column_that_is_written(store: Featu
     facts = store.set(report.keys[1]).facts
     assert set(facts) == documented("Facts")
     assert {*facts["spec"], *facts["spec"]["view"]} == documented("Spec and key")
+    assert documented("Facts", optional=True) == {"prefix_tokens"}
+    assert documented("Spec and key", optional=True) == View(channels=1).facts().keys() - facts["spec"]["view"].keys()
     (table,) = (Table.open(path) for path in (store.root / "images").iterdir())
     assert {*table.columns, *table.facts} == documented("Image tables")
 
