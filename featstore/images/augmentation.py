@@ -171,7 +171,7 @@ class Policy:
         return partial(_called, self.function, self.name, generator=generator)
 
 
-def policy(given: GivenPolicy, **parameters: Any) -> Policy:
+def policy(given: GivenPolicy, /, **parameters: Any) -> Policy:
     """The policy of that name with these parameters, a person's own function as one, or several one after the other.
 
     >>> policy("side_on", max_zoom=1.1)

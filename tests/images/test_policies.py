@@ -21,7 +21,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode, autoaugment
 from featstore.digest import canonical_json
 from featstore.images.augmentation import Policy, policy
 from featstore.images.canvas import Canvas
-from featstore.images.draws import Draws
+from featstore.images.draws import Draws, random_box
 from featstore.images.filters import mirrored
 from featstore.images.geometry import Geometry, RenderError
 from featstore.images.image_set import ImageSet
@@ -293,6 +293,15 @@ def test_crop_without_a_crop_is_the_whole_image_made_square(shape: tuple[int, in
     geometry = Geometry(size=64, resize=73, interpolation="bilinear", antialias=True)
     still = policy("basic", rotation=0, brightness=0, contrast=0, crop="no")
     assert torch.equal(rendered(still, 0, image), geometry.fitted(geometry.scaled(image)))
+
+
+def test_googlenets_crop_is_a_box_of_the_image_itself() -> None:
+    still = policy("side_on", rotation=0, brightness=0, contrast=0, flip_probability=0, crop="googlenet", max_zoom=2)
+    for seed in range(8):
+        box = random_box(PHOTO.shape[1], PHOTO.shape[2], still.draws(seed, DIGEST))
+        part = PHOTO[:, box.top : box.top + box.height, box.left : box.left + box.width]
+        expected = torch.nn.functional.interpolate(part[None], (64, 64), mode="bilinear", antialias=True)[0]
+        assert torch.equal(rendered(still, seed), expected)
 
 
 def test_fastais_centre_crop_is_the_evaluation_views() -> None:
