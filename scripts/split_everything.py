@@ -1,4 +1,4 @@
-"""Checks the split of torchvision's backbones at every cut: too slow for the tests, which check some of small ones.
+"""Checks the split of torchvision's backbones, and of timm's by name, at every cut: the tests check some of small ones.
 
     .venv/bin/python scripts/split_everything.py [NAME ...] [--every N]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import torchvision
 from torch import nn
 
 from featstore import ModelError, StagedModel, View, backbone, backbone_names
+from featstore.models.backbones import is_named
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.splitting import checked_cuts, randomise_for
@@ -27,10 +29,10 @@ SIZES = (32, 48, 64, 80, 96, 128, 160)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of torchvision's")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="check every Nth cut; default: all")
     options = parser.parse_args()
-    unknown = sorted(set(options.names) - set(backbone_names()))
+    unknown = sorted(name for name in set(options.names) if not is_named(name))
     if unknown:
         parser.error(f"no backbone is called {', '.join(unknown)}; featstore backbones lists those that are")
     for name in options.names or backbone_names():
@@ -70,7 +72,12 @@ def smallest_size(model: StagedModel) -> int:
 
 
 def original(name: str, model: StagedModel) -> nn.Module:
-    """The module as torchvision runs it, with the memory of `model`'s tensors: what the stages together must equal."""
+    """The module as its library runs it, with the memory of `model`'s tensors: what the stages together must equal."""
+    if name.startswith("timm:"):
+        arguments = {**model.origin["architecture"]}
+        made = import_module("timm").create_model(arguments.pop("name").removeprefix("timm:"), **arguments).eval()
+        made.load_state_dict(model.tensors(), assign=True)
+        return made  # type: ignore[no-any-return]
     weights = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     module: nn.Module = torchvision.models.get_model(name, weights=None, **weights)
     state = module.state_dict()  # which says mnasnet's version

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ModelError, WeightsError
@@ -324,10 +325,23 @@ def _staged(module: nn.Module, name: str, *, weights: str = "none", **architectu
         fixed_size=size,
     )
     model.prefix_tokens = prefix
+    _refuse_caches(model, name)
     with suppress(ModelError):  # it takes no images of its view's size: whoever asks for a shape is told
         model.patch_cuts = _patch_cuts(model)
         model = model.with_(default_cut=_default_cut(model, features))
     return model
+
+
+def _refuse_caches(model: StagedModel, name: str) -> None:
+    """Raises ModelError for modules that no trace enters, and that keep what they once made of their parameters."""
+    parts = (part for part in model.modules() if not isinstance(part, GraphModule))
+    keeping = next((part for part in parts if getattr(part, "attention_bias_cache", None) is not None), None)
+    if keeping is not None:
+        raise ModelError(
+            f"{name} has code that can't be traced and that keeps a table of biases from its first run on "
+            f"({type(keeping).__name__}.attention_bias_cache): no key can cover it, and training would go on with the "
+            "old ones. Choose another backbone."
+        )
 
 
 def _arguments(module: nn.Module, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -396,7 +410,7 @@ def _view(config: dict[str, Any], name: str) -> View:
     channels, height, width = data["input_size"]
     resize = math.floor(height / data["crop_pct"])
     wrong = [
-        (channels != 3, f"takes images of {channels} channels"),
+        (channels not in (1, 3), f"takes images of {channels} channels"),
         (height != width, f"takes images of {width} x {height} pixels"),
         (data["crop_mode"] != "center", f"is evaluated with crop_mode {data['crop_mode']}, which isn't the centre's"),
         (resize < height, f"is evaluated on images of {resize} pixels with a border up to {height}"),
@@ -405,12 +419,13 @@ def _view(config: dict[str, Any], name: str) -> View:
     for is_so, what in wrong:
         if is_so:
             raise ModelError(
-                f"{name} {what}, and a view here is three channels of the central square. Choose other weights "
+                f"{name} {what}, and a view here is the central square, in colours or gray. Choose other weights "
                 f"(featstore backbones '{PREFIX}{config['architecture']}'), or accept another view in Python: "
                 f"StagedModel.from_module(timm.create_model({name.removeprefix(PREFIX)!r}, pretrained=True), "
                 "view=View(size=..., resize=...))."
             )
     return View(
+        channels=channels,
         size=height,
         resize=resize,
         interpolation=data["interpolation"],

@@ -325,6 +325,19 @@ def test_backbones_lists_names_and_weights(featstore: Program) -> None:
     assert re.search(line, featstore("backbones").out, re.MULTILINE)
 
 
+def test_backbones_of_a_pattern_lists_those_that_match_and_timms_for_its_own_alone(featstore: Program) -> None:
+    listed = featstore("backbones", "timm:test_resnet*", "--json").json
+    assert [each["name"] for each in listed] == ["timm:test_resnet"]
+    assert {each["family"] for each in featstore("backbones", "resnet*", "--json").json} == {"resnet"}
+    assert "timm:" not in featstore("backbones").out
+    assert re.search(r"timm is installed, with 1,\d\d\d more: featstore backbones 'timm:", featstore("backbones").err)
+    ran = featstore("backbones", "nosuch*")
+    assert (ran.code, ran.err.splitlines()[-1]) == (
+        2,
+        "No backbone's name is like 'nosuch*'. Expected a pattern such as 'resnet*', 'timm:*vit*'.",
+    )
+
+
 def test_backbones_of_a_name_lists_its_cuts(featstore: Program) -> None:
     facts = featstore("backbones", "resnet18", "--json").json
     reference = torchvision.models.resnet18(weights=None)

@@ -49,6 +49,17 @@ def test_a_class_token_stays_out_of_the_other_reductions() -> None:
     assert torch.equal(Pool("avg", "NLC", 0)(tokens), tokens.mean(1))
 
 
+def test_registers_stay_out_of_the_other_reductions_too() -> None:
+    tokens = drawn("NLC")
+    assert torch.equal(Pool("token", "NLC", 1, 3)(tokens), tokens[:, 0])
+    assert torch.equal(Pool("tokens", "NLC", 1, 3)(tokens), tokens[:, 3:])
+    assert torch.equal(Pool("avg", "NLC", 0, 3)(tokens), tokens[:, 3:].mean(1))
+    assert Pool("avg", "NLC", 1, 1).facts() == Pool("avg", "NLC", 1).facts()
+    assert Pool("avg", "NLC", 1, 3).facts() == {**Pool("avg", "NLC", 1).facts(), "prefix_tokens": 3}
+    with pytest.raises(ValueError, match="with 0 class tokens and 3 registers"):
+        Pool("token", "NLC", 0, 3)
+
+
 @pytest.mark.parametrize(("layout", "reduction"), list(itertools.product(get_args(Layout), REDUCTIONS)))
 def test_results_are_contiguous_float32_of_the_shape_that_was_promised(layout: str, reduction: Reduction) -> None:
     values = drawn(layout)

@@ -685,3 +685,25 @@ def test_an_unknown_option_or_attribute_is_an_error() -> None:
 
 def test_a_backbone_keeps_its_cut_points_with_and_without_weights() -> None:
     assert outline("resnet18").cut_points == backbone("resnet18", "none").cut_points
+
+
+class ChannelsLast(nn.Module):
+    """A norm that leaves maps with their channels last in memory, and a residual block of a pointwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8)
+        self.point, self.down = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 2, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.norm(self.stem(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        maps = self.point(maps) + maps
+        return self.down(maps).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_a_tail_puts_maps_into_the_order_in_which_the_trunk_leaves_them_when_it_runs() -> None:
+    model = StagedModel.from_module(ChannelsLast().eval(), view=View(size=32, resize=32))
+    with torch.no_grad():
+        maps = model.trunk("add")(torch.rand(2, 3, 32, 32))
+    assert maps.is_contiguous(memory_format=torch.channels_last)
+    assert model.tail("add").order == (0, 2, 3, 1)

@@ -28,7 +28,7 @@ MAIN = """
     print("\\n" + json.dumps([code, sorted({each.partition(".")[0] for each in sys.modules})]))
 """
 
-TORCH = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "safetensors", "PIL"}
+TORCH = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "safetensors", "PIL", "timm"}
 ARRAYS = {"numpy", "h5py", "tqdm"}
 HELP = TORCH | ARRAYS | {"pydantic"}  # typer itself makes values of what is given with it
 
@@ -138,5 +138,5 @@ def test_extracting_with_a_model_of_ones_own_loads_no_torchvision(new_processes:
     photographs(tmp_path / "photos", 2)
     (tmp_path / "tiny.py").write_text(BACKBONE, encoding="utf-8")
     ended, modules, shown = loaded(new_processes, "featstore", "extract", *extract_flags(), cwd=tmp_path)
-    assert (ended, modules & {"torchvision", "sklearn", "matplotlib"}) == (0, set())
+    assert (ended, modules & {"torchvision", "sklearn", "matplotlib", "timm"}) == (0, set())
     assert "conv2" in shown

@@ -261,6 +261,8 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[StagedModel, Image
         ("swin_t", ["features.5", "permute"], 32),
         ("efficientnet_b0", ["features.6", "features.8"], 32),
         ("inception_v3", ["Mixed_7a", "Mixed_7c"], 80),
+        ("timm:convnext_atto", ["stages.1", "stages.3"], 64),
+        ("timm:mobilenetv3_small_050", ["blocks.3", "blocks.5"], 32),
     ],
 )
 def test_a_network_of_each_kind_trains_equally_from_features_and_live(
