@@ -261,7 +261,7 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 
 
 def _decoded(image: ImageFile.ImageFile, header: Header) -> tuple[NDArray[np.uint8], int, str | None]:
-    orientation = _orientation(header.exif or image.info.get("exif", b""))
+    orientation = _orientation(header.exif or image.info.get("exif") or b"")  # that of a HEIC without any is None
     bits, is_inverted = 16, False
     if isinstance(image, TiffImageFile):
         tags = image.tag_v2
