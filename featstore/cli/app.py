@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -27,6 +27,7 @@ from featstore.cli.flags import (
 )
 from featstore.cli.program import (
     DONE,
+    FAILED,
     INCOMPLETE,
     IncompleteError,
     new_app,
@@ -242,6 +243,24 @@ def backbones(
     groups = [each["group"] for each in facts["cuts"]]
     is_first = [group != before for group, before in zip(groups, [None, *groups], strict=False)]
     show(table([_cut_row(each, is_first=first) for each, first in zip(facts["cuts"], is_first, strict=True)]))
+
+
+@app.command()
+@spread
+def doctor(output: OutputFlags) -> None:
+    """Check the installation: versions, GPUs, decoders, weights, disk, processors; say what to mend.
+
+    The exit code is 1 if something is broken that nothing works without.
+    """
+    from featstore.cli.doctor import findings
+
+    found = list(findings())
+    if output.json:
+        show_json([asdict(each) for each in found])
+    else:
+        show(table([{"check": each.check, "": each.state, "found": each.found} for each in found]))
+    tell_all([f"{each.check}: {each.remedy}" for each in found if each.remedy])
+    raise typer.Exit(FAILED if any(each.state == "broken" for each in found) else DONE)
 
 
 def _planned(

@@ -59,7 +59,7 @@ ROOMS: dict[str, Rooms] = {
         ("extraction", ("defaults", "remedy", "plan", "progress", "narrowing", "job", "extract", "adopt")),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
         ("", ("__init__",)),
-        ("cli", ("program", "flags", "store", "exchange", "app")),
+        ("cli", ("program", "flags", "store", "exchange", "doctor", "app")),
         ("", ("__main__",)),
     ),
     "training": (
