@@ -56,7 +56,8 @@ def test_a_heic_without_exif_is_read() -> None:
     file = io.BytesIO()
     pillow_heif.from_pillow(Image.new("RGB", (8, 8), (128, 128, 128))).save(file, quality=-1)
     found = decode(file.getvalue())
-    assert (found.decoder, found.pixels.unique().tolist()) == (PILLOW_HEIF, [128])
+    assert found.decoder == PILLOW_HEIF
+    assert set(found.pixels.flatten().tolist()) == {128}
 
 
 def test_an_avif_is_read_by_pillow_and_turned_as_any_other() -> None:
