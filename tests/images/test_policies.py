@@ -527,7 +527,7 @@ GOLDEN_VIEWS = {
 
 
 @pytest.mark.parametrize("level", ["default", "avx2"])
-def test_every_processor_and_every_release_gives_the_same_views(processes: Processes, level: str) -> None:
+def test_every_processor_and_every_release_gives_the_same_views(new_processes: Processes, level: str) -> None:
     lower = {"ATEN_CPU_CAPABILITY": level}
     if level == "default":
         features: Any = np._core._multiarray_umath  # type: ignore[attr-defined]
@@ -535,7 +535,7 @@ def test_every_processor_and_every_release_gives_the_same_views(processes: Proce
             name for name in features.__cpu_dispatch__ if features.__cpu_features__[name]
         )
 
-    found = processes.call(digests_of_views, environment=lower)
+    found = new_processes.call(digests_of_views, environment=lower)  # numpy asks for its level when it is imported
 
     assert found.pop("level").split()[:2] == ["DEFAULT"] if level == "default" else found.pop("level")
     assert found == GOLDEN_VIEWS
