@@ -280,7 +280,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         cut=cut,
         # Digits are no photographs: more of the network has more to learn than their classes.
         early_cut="stage3" if is_of_digits else _early_cut(model, cut),
-        policy="flip",
+        policy="basic" if is_of_digits else "side_on",
         rates=(1e-3, 3e-3) if is_of_digits else (1e-4, 1e-3),
         head_epochs=arguments.epochs or 5,
         epochs=arguments.epochs or 4,

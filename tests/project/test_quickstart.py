@@ -55,7 +55,7 @@ def test_own_photographs_go_all_the_way_and_every_promise_holds(tmp_path: Path, 
     printed = processes.answer(AS_A_SCRIPT, str(SCRIPT), *flags, cwd=tmp_path)
     assert promises(printed) == dict.fromkeys(PROMISES, "yes")
     assert re.search(r"^head at layer3 +\d\.\d{3} +\d+\.\d\d +\d+\.\d\d$", printed, re.MULTILINE)
-    assert "--cut layer2:none --cut layer3 --augment flip --seeds 0-3 --dtype float32" in printed
+    assert "--cut layer2:none --cut layer3 --augment side_on --seeds 0-3 --dtype float32" in printed
     for name in ("views.png", "learning-rates.png", "history.png"):
         with Image.open(tmp_path / "made" / name) as plot:
             assert plot.size >= (600, 400)
