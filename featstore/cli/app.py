@@ -228,8 +228,8 @@ def backbones(
             show_json(known)
         else:
             show(table([{**each, "weights": ", ".join(each["weights"])} for each in known]))
-            tell("DEFAULT stands for the first of the weights. The cuts of one: featstore backbones NAME")
             tell_all([] if name else unlisted())
+            tell("DEFAULT stands for the first of the weights. The cuts of one: featstore backbones NAME")
         return
     model = outline(name) if is_named(name) else load_model(name, None, trust_code=trust_code)
     facts = _cut_facts(model)
