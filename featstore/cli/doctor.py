@@ -150,7 +150,7 @@ def _decoders() -> Iterator[Finding]:
         except Exception as error:
             reason = str(error)
         if reason:
-            library = "pillow-heif" if name == "HEIC" else "pillow torchvision"
+            library = {"HEIC": "pillow-heif", "JPEG": "simplejpeg"}.get(name, "pillow")
             remedy = f"pip install --force-reinstall {library}"
             state: State = "note" if name == "HEIC" else "broken"
             yield Finding(check=name, state=state, found=f"can't be read: {reason}", remedy=remedy)
