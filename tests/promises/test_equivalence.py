@@ -193,6 +193,7 @@ def test_a_live_trunk_beside_a_store_takes_its_batch_size(tmp_path: Path, trunk_
         options = {"head": "keep", "batch_size": batch_size, "on_missing": "images"}
         cached = learner(model, images, store, "block", **options)
         live = learner(model, images, deeper, "block", **options)
+        live.evaluate("valid")  # how values lie in memory is found out first, by a pass of two images
         with FirstConvolutions() as seen:
             live.evaluate("train")
         assert set(seen.batch_sizes) == {trunk_batch}
