@@ -217,8 +217,9 @@ def backbones(
     'timm:*resnet*' lists those of timm, 'resnet*' those of torchvision.
     """
     from featstore.models.backbones import about, backbone_names, is_named, outline, unlisted
+    from featstore.models.own_file import is_own_file
 
-    if name is None or {"*", "?", "["} & {*name}:
+    if name is None or ({"*", "?", "["} & {*name} and not (is_own_file(name) or Path(name).exists())):
         known = [about(each) for each in backbone_names(name)]
         if name is not None and not known:
             raise ValueError(

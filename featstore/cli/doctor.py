@@ -18,7 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from featstore.errors import FeatureStoreError
 from featstore.machine import available_bytes, file_system, is_local, num_processors
+from featstore.plugins import BACKBONES, POLICIES, SOURCES, plugged_in
 from featstore.words import size_text
 
 State = Literal["ok", "note", "broken"]
@@ -137,6 +139,19 @@ def _gpus() -> Iterator[Finding]:
             yield Finding(check=f"cuda:{number}", state="ok", found=found)
 
 
+def _plugins() -> Iterator[Finding]:
+    for group in (BACKBONES, POLICIES, SOURCES):
+        try:
+            found = [f"{name} of {plugin.package}" for name, plugin in plugged_in(group).items()]
+        except FeatureStoreError as error:
+            yield Finding(
+                check=group, state="broken", found=str(error), remedy="mend or uninstall the package it names"
+            )
+        else:
+            if found:
+                yield Finding(check=group, state="ok", found=", ".join(found))
+
+
 def _decoders() -> Iterator[Finding]:
     from featstore.images.decode import decode
     from featstore.images.decoders import DECODERS
@@ -205,6 +220,7 @@ _CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "Python": _python,
     "libraries": _libraries,
     "GPU": _gpus,
+    "plug-ins": _plugins,
     "decoders": _decoders,
     "weights": _weights,
     "disk": _disk,

@@ -24,7 +24,7 @@ from featstore.images.csv_tables import OWN_SPLITS
 from featstore.images.folders import TopFolders
 from featstore.images.geometry import INTERPOLATIONS
 from featstore.images.labels import Task
-from featstore.images.origins import ORIGINS, Origin, named_by, origins
+from featstore.images.origins import ORIGINS, Origin, named_by
 from featstore.images.policies import BUILT_IN
 from featstore.images.spelling import completed, read
 from featstore.models.names import WEIGHTS_SUFFIXES, no_weights_file
@@ -179,11 +179,11 @@ class ImageFlags:
 
     def _options(self) -> dict[str, Any]:
         """The flags that belong to one kind of images or another."""
-        return {name: getattr(self, name) for origin in origins() for name in origin.options}
+        return {name: getattr(self, name) for origin in ORIGINS for name in origin.options}
 
     def _refuse_options_of_others(self, origin: Origin, options: Mapping[str, Any]) -> None:
         defaults = {each.name: each.default for each in fields(self)}
-        for other in origins():
+        for other in ORIGINS:
             for name in other.options:
                 if name not in origin.options and options[name] != defaults[name]:
                     raise ValueError(

@@ -25,7 +25,7 @@ from featstore.images.draws import Draws
 from featstore.images.geometry import Geometry, RenderError
 from featstore.images.policies import named, package_of
 from featstore.images.spelling import THEN, changed, read, spelled
-from featstore.source_code import function_facts
+from featstore.source_code import function_facts, is_from_library
 from featstore.surroundings import Reading, noticed, readings
 
 if TYPE_CHECKING:
@@ -104,11 +104,17 @@ class Policy:
             ValueError: if the code of one, or a value that it reads, has changed since.
         """
         for each in self._steps:
-            if each.function is not None and canonical_json(_identity(each.function, each.name)) != each.identity:
+            if not each._is_unchanged():
                 raise ValueError(
                     f"the policy {each.name} has changed since this Augment was made: its code, or a value that it "
                     "reads. What it computes now has another key; make it again: Augment(policy, seeds)."
                 )
+
+    def _is_unchanged(self) -> bool:
+        if self.function is not None:
+            return canonical_json(_identity(self.function, self.name)) == self.identity
+        facts = json.loads(self.identity)
+        return "package" not in facts or _named(self.name, facts["params"]).identity == self.identity
 
     @classmethod
     def from_facts(cls, facts: dict[str, Json]) -> Policy:
@@ -221,8 +227,31 @@ def policy(given: GivenPolicy, /, **parameters: Any) -> Policy:
 def _named(name: str, params: Mapping[str, Any]) -> Policy:
     entry, package = named(name), package_of(name)
     facts: dict[str, Json] = {"version": entry.version, "params": entry.checked(name, params)}
-    # Of another package its version is a fact as well: who changes pixels may forget the policy's.
-    return Policy(name=name, identity=canonical_json(facts if package is None else {**facts, "package": package}))
+    if package is None:
+        return Policy(name=name, identity=canonical_json(facts))
+    # Who changes what a policy of another package does may forget its version: so that of the package is a fact as
+    # well, and where it isn't installed but lies in its author's folder, the code.
+    facts["package"] = package
+    if not (isinstance(entry.method, FunctionType) and is_from_library(entry.method)):
+        facts["source"] = digest_json(_keyed(entry.method, name))
+    made = Policy(name=name, identity=canonical_json(facts))
+    _try_plugin(name, made.identity)
+    return made
+
+
+@cache
+def _try_plugin(name: str, identity: str) -> None:
+    """`_check_pure` of a policy of another package, once a process."""
+    method, params = named(name).method, json.loads(identity)["params"]
+
+    def on_a_canvas(image: Tensor, generator: torch.Generator) -> Tensor:
+        import torch
+
+        canvas = Canvas(image, Geometry(size=28, resize=32, interpolation="bilinear", antialias=True))
+        method(canvas, Draws(int(torch.randint(2**62, (), generator=generator))), **params)
+        return canvas.finished()
+
+    _check_pure(on_a_canvas, name, reads_of=method)
 
 
 def _joined(policies: Sequence[Policy]) -> Policy:
@@ -268,10 +297,14 @@ def _identity(function: OwnPolicy, name: str) -> dict[str, Json]:
         if not isinstance(text, str) or not text:
             raise ValueError(f"the fingerprint of the policy {name} is {text!r}; expected a text that is not empty")
         return {"fingerprint": text}
+    return {"source": digest_json(_keyed(function, name))}
+
+
+def _keyed(function: Callable[..., Any], name: str) -> Json:
     try:
         if not isinstance(function, FunctionType):
             raise TypeError(f"it is a {type(function).__name__}, not a plain function")
-        return {"source": digest_json(function_facts(function))}
+        return function_facts(function)
     except (TypeError, ValueError, SyntaxError, ModelError) as error:
         raise ValueError(
             f"the policy {name} can't be keyed: {error}. Give it an attribute or method fingerprint, a text that "
@@ -309,7 +342,7 @@ def _called(function: OwnPolicy, name: str, image: Tensor, generator: torch.Gene
     return result
 
 
-def _check_pure(function: OwnPolicy, name: str) -> None:
+def _check_pure(function: OwnPolicy, name: str, *, reads_of: Callable[..., Any] | None = None) -> None:
     """Refuses a function whose result depends on more than image and generator, or may.
 
     It is called by different global random states, which must stay where they are, and may make no generator without a
@@ -325,7 +358,7 @@ def _check_pure(function: OwnPolicy, name: str) -> None:
                     if is_ordinary:  # it may refuse what hardly is an image
                         raise ValueError(f"{error} (tried on a made-up image {tuple(image.shape)})") from error
     if getattr(function, "fingerprint", None) is None:
-        for reading in (*read, *readings(function)):
+        for reading in (*read, *readings(reads_of or function)):
             raise _reads_besides(name, reading)
 
 

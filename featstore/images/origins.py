@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -325,17 +326,23 @@ ORIGINS: tuple[Origin, ...] = (FOLDER, TableOrigin(), TarOrigin())
 """featstore's own kinds of images; of two that a path may mean, the later one counts."""
 
 
-def origins() -> tuple[Origin, ...]:
-    """All that are known: featstore's own, then those of installed packages (see `plugins`)."""
-    return (*ORIGINS, *(plugin.value for plugin in plugged_in(SOURCES).values()))
-
-
 def named_by(path: str) -> Origin:
-    """The origin that a path means; of one that means none, a folder, which says what is wrong with it."""
-    return next((origin for origin in reversed(origins()) if origin.is_named_by(path)), FOLDER)
+    """The origin that a path means; of one that means none, a folder, which says what is wrong with it.
+
+    What installed packages bring (see `plugins`) may mean a folder as well, and is then meant.
+    """
+    own = next((origin for origin in reversed(ORIGINS) if origin.is_named_by(path)), FOLDER)
+    return own if own is not FOLDER else next((each for each in _plugged_in() if each.is_named_by(path)), FOLDER)
 
 
 def made_by(images: ImageSet) -> Origin | None:
     """The origin that made this set, or the one it was selected from; None for what was made in Python."""
     constructor = images.origin.get("constructor")
-    return next((origin for origin in origins() if origin.constructor == constructor), None)
+    if constructor is None:
+        return None
+    return next((each for each in chain(ORIGINS, _plugged_in()) if each.constructor == constructor), None)
+
+
+def _plugged_in() -> Iterator[Origin]:
+    for plugin in plugged_in(SOURCES).values():
+        yield plugin.value

@@ -6,7 +6,7 @@ A library of backbones is a module beside this one with the functions of `Librar
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import isroutine
@@ -70,9 +70,11 @@ class Library(Protocol):
 LIBRARIES: tuple[Library, ...] = (torchvision_models, timm_models)
 
 
-def libraries() -> tuple[Library, ...]:
-    """All that are known: featstore's own, then those of installed packages (see `plugins`)."""
-    return (*LIBRARIES, *(plugin.value for plugin in plugged_in(BACKBONES).values()))
+def _libraries() -> Iterator[Library]:
+    """All that are known: featstore's own, then those of installed packages (see `plugins`), which may be broken."""
+    yield from LIBRARIES
+    for plugin in plugged_in(BACKBONES).values():
+        yield plugin.value
 
 
 def backbone_names(pattern: str | None = None) -> list[str]:
@@ -82,7 +84,7 @@ def backbone_names(pattern: str | None = None) -> list[str]:
         pattern: of a shell, such as ``resnet*``; ``timm:*resnet*`` for those of timm, which has too many for a list
             of all and is asked for no other pattern.
     """
-    return [name for library in libraries() for name in library.names(pattern)]
+    return [name for library in _libraries() for name in library.names(pattern)]
 
 
 def unlisted() -> list[str]:
@@ -214,7 +216,7 @@ def restored(model: StagedModel, run: Run, *, origin: str | None = None) -> Stag
 
 
 def _library_of(name: str) -> Library | None:
-    return next((library for library in libraries() if library.knows(name)), None)
+    return next((library for library in _libraries() if library.knows(name)), None)
 
 
 def _known_library(name: str) -> Library:

@@ -152,6 +152,24 @@ def test_features_of_a_policy_are_not_those_of_another_version_of_its_package(
     assert (plain[0], augmented[0]) == (0, 3), augmented
 
 
+def test_features_of_a_policy_are_not_those_of_other_code_in_its_authors_folder(
+    processes: Processes, package: Path
+) -> None:
+    (extracted,) = ran(processes, package, f"featstore extract {SETS} {AUGMENT} --json")
+    assert extracted[0] == 0
+    (package / "tiny_plugin" / "policies.py").write_text(POLICIES.replace("square.clip(0, amount)", "square // 2"))
+    (augmented,) = ran(processes, package, f"featstore status {SETS} {AUGMENT}")
+    assert augmented[0] == 3, augmented
+
+
+def test_a_policy_that_draws_elsewhere_is_refused_as_a_persons_own(processes: Processes, package: Path) -> None:
+    drawing = POLICIES.replace("draws.integer(levels + 1)", "__import__('random').randrange(levels + 1)")
+    (package / "tiny_plugin" / "policies.py").write_text(drawing)
+    (refused,) = ran(processes, package, f"featstore extract {SETS} {AUGMENT}")
+    assert refused[0] == 2
+    assert "the policy darken moved the global random state of Python" in refused[2]
+
+
 @pytest.mark.parametrize(
     ("entry_points", "said"),
     [
@@ -163,13 +181,17 @@ def test_what_a_package_names_and_lacks_is_said_where_it_is_wanted(
     processes: Processes, package: Path, entry_points: str, said: str
 ) -> None:
     installed_as(package, version="1.0", entry_points=entry_points)
-    listed, wanted = ran(
+    listed, named, looked_at, wanted = ran(
         processes,
         package,
         "featstore ls --store features --json",
+        f"featstore status --images {package} --store features --backbone nobody --augment flip --seeds 0",
+        "featstore doctor",
         f"featstore status --images {package} --store features --backbone resnet18 --augment gone --seeds 0",
     )
-    assert "tiny-plugin" not in listed[2]
+    assert "tiny-plugin" not in listed[2] + named[2]
+    assert looked_at[0] == 1
+    assert "gone for featstore.policies can't be loaded" in looked_at[1]
     assert wanted[0] != 0
     assert "gone for featstore.policies can't be loaded" in wanted[2]
     assert said in wanted[2]
