@@ -23,7 +23,7 @@ decoded."""
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """ValueError that names the argument and lists its choices, unless `value` is one of them.
 
-    >>> check_choice("on_error", "ignore", get_args(OnError))
+    >>> check_choice("on_error", "ignore", ["raise", "skip"])
     Traceback (most recent call last):
     ValueError: on_error is 'ignore'; expected raise or skip.
     """

@@ -17,6 +17,14 @@ BACKBONES, POLICIES, SOURCES = "featstore.backbones", "featstore.policies", "fea
 """The groups: of a `models.backbones.Library`, an `images.policies.BuiltIn`, an `images.origins.Origin`."""
 
 
+_NEEDED = {
+    BACKBONES: ("knows", "names", "weight_names", "about", "outline", "initial", "pretrained", "class_names"),
+    POLICIES: ("method", "version", "params", "checked"),
+    SOURCES: ("constructor", "options", "is_named_by", "make", "flags"),
+}
+"""Attributes without which an object isn't what its group holds."""
+
+
 class Plugin(NamedTuple):
     """What a package brings under one name: the object, and the package with its version."""
 
@@ -42,7 +50,10 @@ def plugged_in(group: str) -> dict[str, Plugin]:
                 "one of that name. Uninstall one."
             )
         try:
-            found[point.name] = Plugin(point.load(), package)
+            value = point.load()
+            if lacking := [name for name in _NEEDED[group] if not hasattr(value, name)]:
+                raise TypeError(f"it has no {', '.join(lacking)}")
+            found[point.name] = Plugin(value, package)
         except Exception as error:
             raise FeatureStoreError(
                 f"{point.name} for {group} can't be loaded: {type(error).__name__}: {error}. {package} brings it; "

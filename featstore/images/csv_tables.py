@@ -469,7 +469,10 @@ def _values(cells: list[str], of_value: dict[str, int], where: str) -> tuple[flo
     found = []
     for name, place in of_value.items():
         try:
-            found.append(float(cells[place].strip() or math.nan))
+            cell = cells[place].strip()
+            if "_" in cell:  # which Python takes for a number, and other programs don't
+                raise ValueError(cell)
+            found.append(float(cell or math.nan))
         except ValueError as error:
             raise ValueError(
                 f"{where} has {cells[place]!r} in the column {name}. Expected a number, or nothing, as the task is "

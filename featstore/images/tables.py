@@ -119,4 +119,7 @@ def _value_columns(
             "numbers in label_column. Leave one_hot out, or correct the task."
         )
     names = [label_column] if isinstance(label_column, str) else list(label_column or ())
-    return tuple(map(composed, names))
+    columns = tuple(map(composed, names))
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise ValueError(f"The column {twice} is named twice in label_column {', '.join(columns)}. Name it once.")
+    return columns

@@ -175,6 +175,7 @@ def test_a_policy_that_draws_elsewhere_is_refused_as_a_persons_own(processes: Pr
     [
         ("[featstore.policies]\ngone = tiny_plugin.gone:POLICY\n", "No module named 'tiny_plugin.gone'"),
         ("[featstore.policies]\ngone = tiny_plugin.policies:GONE\n", "has no attribute 'GONE'"),
+        ("[featstore.policies]\ngone = tiny_plugin.policies:darken\n", "it has no method, version, params, checked"),
     ],
 )
 def test_what_a_package_names_and_lacks_is_said_where_it_is_wanted(

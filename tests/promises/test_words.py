@@ -448,6 +448,19 @@ def test_a_policy_of_ones_own_is_asked_for_in_python(tmp_path: Path, monkeypatch
     assert reads(learn) == "features"
 
 
+def test_views_of_another_policy_are_named_each_told_from_others_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, images, store = staged(), arrays(12).split(valid=0.25), FeatureStore("features")
+    own = Augment(darker, seeds=[0])
+    for augment in (own, Augment("side_on", max_zoom=1.1, seeds=[0])):
+        extract(model, images, store, cuts=["layer2"], augment=augment)
+    learn = Learner(model, images, store, head="linear", augment=Augment("flip", seeds=[0]), quiet=True)
+    assert f"and views of {own.policy.describe()}, side_on:max_zoom=1.1. Aug" in problem(learn)
+    assert "darker (source " in problem(learn)
+
+
 # ------------------------------------------------------------------------------------------ 4: too deep, or pooled
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,19 @@ def test_exported_numbers_come_back(images: ImageSet, tmp_path: Path) -> None:
         labels = [row["label"] for row in csv.DictReader(file)]
     np.testing.assert_array_equal(np.array([label.split("|") for label in labels], np.float32), images.targets)
     export(store, key, tmp_path / "out.parquet", images=filed)
+
+
+@pytest.mark.parametrize(
+    ("columns", "cell", "said"),
+    [
+        (["size", "size"], "7", "The column size is named twice in label_column size, size. Name it once"),
+        ("size", "1_0", "has '1_0' in the column size. Expected a number"),
+        ("size", "ten", "has 'ten' in the column size. Expected a number"),
+    ],
+)
+def test_columns_and_cells_that_are_no_numbers_are_named(
+    tmp_path: Path, columns: str | list[str], cell: str, said: str
+) -> None:
+    (tmp_path / "t.csv").write_text(f"path,size\na.png,{cell}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        ImageSet.from_table(tmp_path / "t.csv", label_column=columns, task="regression")

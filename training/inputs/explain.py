@@ -111,9 +111,11 @@ def _views_missing(
     absent = Augment(policy, [seed for seed, each in zip(augment.seeds, sets, strict=True) if each is None])
     stored = _stored_seeds(search, evaluation, augment)
     seeds, keys = seed_ranges(list(stored)), ", ".join(each.key[:8] for each in stored.values())
-    holds = f"the evaluation view only (set {evaluation.key[:8]})"
+    asked, holds = policy.label, f"the evaluation view only (set {evaluation.key[:8]})"
     if stored:
         holds = f"the evaluation view and seeds {seeds} (sets {evaluation.key[:8]} and {keys})"
+    elif others := _other_policies(search, evaluation):
+        asked, holds = policy.describe(), f"the evaluation view (set {evaluation.key[:8]}) and views of {others}"
     remedy = _remedy(search, entry, evaluation, absent)
     fewer = "leave the augmentation out"
     if isinstance(remedy, Command):
@@ -121,7 +123,7 @@ def _views_missing(
     else:
         fewer, fresh = f"use seeds={list(stored)}" if stored else fewer, 'seeds="fresh"'
     return MissingFeaturesError(
-        f"You asked for augmentation {policy.label}, seeds {seed_ranges(augment.seeds)}; {search.store.root} holds "
+        f"You asked for augmentation {asked}, seeds {seed_ranges(augment.seeds)}; {search.store.root} holds "
         f"{holds}. Augmentation can't be applied to stored features afterwards. Either add the views: {remedy}; or "
         f"{fewer}; or train from images with {fresh} (the trunk then runs every epoch)."
     )
@@ -129,19 +131,28 @@ def _views_missing(
 
 def _stored_seeds(search: Search, evaluation: FeatureSet, augment: Augment) -> dict[int, FeatureSet]:
     """Seed -> set, of the same policy and otherwise like the evaluation view's set; seeds rising."""
-    like = evaluation.spec
-    found = {}
-    for each in search.situation.sets:
-        spec, view = each.spec, each.spec.rendered
-        is_like = (spec.trunk, spec.pool, spec.dtype, spec.precision) == (
-            like.trunk,
-            like.pool,
-            like.dtype,
-            like.precision,
-        )
-        if is_like and view.evaluation == like.rendered and view.policy == augment.policy and view.seed is not None:
-            found[view.seed] = each
+    found = {
+        each.spec.rendered.seed: each
+        for each in _like(search, evaluation)
+        if each.spec.rendered.policy == augment.policy and each.spec.rendered.seed is not None
+    }
     return dict(sorted(found.items()))
+
+
+def _other_policies(search: Search, evaluation: FeatureSet) -> str:
+    """The policies whose views are stored, each told from others of its name, and otherwise like those asked for."""
+    policies = [each.spec.rendered.policy for each in _like(search, evaluation)]
+    return ", ".join(sorted({policy.describe() for policy in policies if policy is not None}))
+
+
+def _like(search: Search, evaluation: FeatureSet) -> list[FeatureSet]:
+    """The sets that differ from the evaluation view's in their augmentation alone."""
+
+    def facts(each: FeatureSet) -> tuple[object, ...]:
+        spec = each.spec
+        return spec.trunk, spec.pool, spec.dtype, spec.precision, spec.rendered.evaluation
+
+    return [each for each in search.situation.sets if facts(each) == facts(evaluation)]
 
 
 def _too_deep(search: Search, deeper: dict[str, FeatureSet]) -> FeatureStoreError:
