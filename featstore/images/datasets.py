@@ -105,7 +105,7 @@ def dataset_images(
         groups=groups,
         task=task,
     )
-    of_files = views[0].files if len(views) == 1 else None
+    of_files = views[0].files if "" in parts else None  # the ids of parts aren't the files' own
     source: ImageSource
     if of_files is None:
         source = DatasetSource(parts=tuple(view.items for view in views), ids=tuple(ids), column=views[0].column)

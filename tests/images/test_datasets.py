@@ -116,6 +116,9 @@ def test_an_image_folder_is_read_as_its_files_are(tmp_path: Path) -> None:
     assert both.splits.tolist() == ["train"] * 6 + ["valid"]
     assert both.ids[-1] == f"val/{expected.ids[3]}"
     assert both.read(6) == expected.read(3)
+    alone = ImageSet.from_dataset({"train": ImageFolder(str(folder))})
+    assert alone.ids[0] == f"train/{expected.ids[0]}"
+    assert alone.read(0) == expected.read(0)
 
 
 def some_of(folder: Path) -> Subset[Any]:
