@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -314,13 +315,14 @@ def _files_of(dataset: Any) -> _Files | None:
         if whole is None:
             return None
         return _Files(root=whole.root, paths=tuple(whole.paths[place] for place in dataset.indices))
-    loader, samples = getattr(dataset, "loader", None), getattr(dataset, "samples", None)
-    is_plain = getattr(loader, "__module__", "") == "torchvision.datasets.folder" and not any(
+    if not _gives_items_of(dataset, "torchvision.datasets.folder", "DatasetFolder"):
+        return None
+    is_plain = getattr(dataset.loader, "__module__", "") == "torchvision.datasets.folder" and not any(
         getattr(dataset, each, None) for each in ("transform", "target_transform", "transforms")
     )
-    if not is_plain or not samples:
+    if not is_plain or not dataset.samples or len(dataset) != len(dataset.samples):
         return None
-    return _Files(root=os.path.abspath(dataset.root), paths=tuple(os.path.abspath(path) for path, _ in samples))
+    return _Files(root=os.path.abspath(dataset.root), paths=tuple(os.path.abspath(path) for path, _ in dataset.samples))
 
 
 def _whole(dataset: Any) -> Any:
@@ -329,7 +331,16 @@ def _whole(dataset: Any) -> Any:
 
 
 def _is_subset(dataset: Any) -> bool:
-    return hasattr(dataset, "dataset") and hasattr(dataset, "indices")
+    return _gives_items_of(dataset, "torch.utils.data", "Subset")
+
+
+def _gives_items_of(dataset: Any, module: str, name: str) -> bool:
+    """Whether items are given by the code of a library's class, not by what a subclass puts in its place.
+
+    Where the library isn't imported, there is no data set of it.
+    """
+    base = getattr(sys.modules.get(module), name, None)
+    return base is not None and isinstance(dataset, base) and type(dataset).__getitem__ is base.__getitem__
 
 
 def _labels_of(dataset: Any, count: int, first: Any, column: str, task: Task) -> list[Any] | None:

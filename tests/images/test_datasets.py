@@ -134,6 +134,39 @@ def test_a_transform_that_gives_pictures_is_kept(tmp_path: Path) -> None:
     assert read.shape == (8, 8, 3)
 
 
+class Cropping(ImageFolder):  # type: ignore[misc]
+    def __getitem__(self, place: int) -> Any:
+        image, label = super().__getitem__(place)
+        return image.crop((0, 0, 8, 8)), label
+
+
+class CroppingSubset(Dataset[Any]):
+    """What people write to give a part of a data set a transform."""
+
+    def __init__(self, dataset: Any, indices: list[int]) -> None:
+        self.dataset, self.indices, self.transform = dataset, indices, v2.CenterCrop(8)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Any:
+        image, label = self.dataset[self.indices[place]]
+        return self.transform(image), label
+
+
+def test_a_data_set_with_code_of_its_own_is_no_files(tmp_path: Path) -> None:
+    folder = str(photos(tmp_path / "photos", 4))
+    plain = ImageFolder(folder)
+    for made in (Cropping(folder), Subset(Cropping(folder), [3, 0]), CroppingSubset(plain, [3, 0])):
+        images = ImageSet.from_dataset(made)
+        assert images.ids[:2] == ("0", "1")
+        for place in range(2):
+            item, label = made[place]
+            np.testing.assert_array_equal(images.read(place), np.asarray(item))
+            assert images.targets is not None
+            assert images.targets[place] == label
+
+
 def test_a_transform_that_draws_or_gives_floats_is_refused_with_the_way_out(tmp_path: Path) -> None:
     folder = str(photos(tmp_path / "photos", 6))
     with pytest.raises(ValueError, match=r"is another image when it is read again: .* its transform; .*Augment"):
