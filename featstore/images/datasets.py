@@ -87,21 +87,18 @@ def dataset_images(
                 "Give those that are meant: {'train': dataset['train'], ...}."
             )
     views = [_view(part, image_column, label_column, id_column, task) for part in parts.values()]
-    named = next((view.classes for view in views if view.classes is not None), None)
+    labels, named = _joined(dict(zip(map(str, parts), views, strict=True)), classes, task)
     ids: list[str] = []
-    labels: list[Any] = []
     dealt: list[str] = []
     for key, view in zip(parts, views, strict=True):
         own = map(str, view.ids or range(view.count))
         ids += own if key == "" else (f"{key}/{each}" for each in own)
-        labels += view.labels or [None] * view.count
         dealt += [str(key)] * view.count
     check_unique(ids, "image id", "Give every image its own, or leave id_column out.")
-    is_labelled = any(view.labels is not None for view in views)
     rows, given = labelled_rows(
         ids,
-        labels if is_labelled else None,
-        classes=named if classes is None else classes,
+        labels,
+        classes=named,
         splits=dealt if isinstance(dataset, Mapping) else splits,
         groups=groups,
         task=task,
@@ -117,7 +114,7 @@ def dataset_images(
         source=source,
         name=name or _name_of(dataset),
         task=task,
-        is_labelled=is_labelled,
+        is_labelled=labels is not None,
         classes=given,
     )
 
@@ -191,6 +188,27 @@ class _View:
     classes: Sequence[str] | None = None
     ids: list[Any] | None = None
     files: FolderSource | None = None
+
+
+def _joined(
+    views: Mapping[str, _View], classes: Sequence[str] | None, task: Task
+) -> tuple[list[Any] | None, Sequence[str] | None]:
+    """The labels of all parts, None where none has any, and the class names.
+
+    Where parts have class names that differ (`ImageFolder` counts the folders that it finds), what is a number in each
+    becomes a name by its own, and the class names are those given, or of train.
+    """
+    tables = {key: tuple(view.classes) for key, view in views.items() if view.classes is not None}
+    named = next(iter(tables.values()), None)
+    labels = {key: view.labels or [None] * view.count for key, view in views.items()}
+    if task != "regression" and len(set(tables.values())) > 1:
+        for key, cells in labels.items():
+            names = [label_names(cell, tables.get(key), task, f"{key}[{place}]") for place, cell in enumerate(cells)]
+            labels[key] = [list(each) if task == "multi" else each[0] if each else None for each in names]
+        named = next((table for key, table in tables.items() if split_named(key) == "train"), None)
+    is_labelled = any(view.labels is not None for view in views.values())
+    joined = [label for cells in labels.values() for label in cells]
+    return joined if is_labelled else None, named if classes is None else classes
 
 
 def _view(dataset: Any, image_column: str | None, label_column: str | None, id_column: str | None, task: Task) -> _View:

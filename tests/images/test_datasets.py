@@ -157,7 +157,8 @@ class CroppingSubset(Dataset[Any]):
 def test_a_data_set_with_code_of_its_own_is_no_files(tmp_path: Path) -> None:
     folder = str(photos(tmp_path / "photos", 4))
     plain = ImageFolder(folder)
-    for made in (Cropping(folder), Subset(Cropping(folder), [3, 0]), CroppingSubset(plain, [3, 0])):
+    several: list[Any] = [Cropping(folder), Subset(Cropping(folder), [3, 0]), CroppingSubset(plain, [3, 0])]
+    for made in several:
         images = ImageSet.from_dataset(made)
         assert images.ids[:2] == ("0", "1")
         for place in range(2):
@@ -207,6 +208,42 @@ def test_labels_of_several_classes_and_of_numbers() -> None:
     assert (ages.classes, ages.describe()) == (("value",), "3 images, 1 value an image (value 1.5 to 3)")
     np.testing.assert_array_equal(ages.targets, np.array([[1.5], [2], [3]], np.float32))
     assert not ImageSet.from_dataset(Things(list(zip(arrays, hot, strict=True))), label_column=None).is_labelled
+
+
+def named_by_image(images: ImageSet) -> dict[str, str]:
+    assert images.targets is not None
+    return {name: images.classes[int(each)] for name, each in zip(images.ids, images.targets, strict=True)}
+
+
+def test_each_parts_numbers_are_of_its_own_class_names(tmp_path: Path) -> None:
+    for name in ("train/ant", "train/bee", "train/cat", "valid/bee", "valid/cat"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.jpg").write_bytes(jpeg(0))
+    folders = {split: ImageFolder(str(tmp_path / split)) for split in ("valid", "train")}
+    images = ImageSet.from_dataset(folders)
+    assert images.classes == ("ant", "bee", "cat")
+    assert named_by_image(images) == {f"{key}/{name}/0.jpg": name
+                                      for key, name in (("valid", "bee"), ("valid", "cat"), ("train", "ant"),
+                                                        ("train", "bee"), ("train", "cat"))}  # fmt: skip
+    assert ImageSet.from_dataset(folders, classes=["cat", "bee", "ant"]).classes == ("cat", "bee", "ant")
+    with pytest.raises(ValueError, match=r"class 'ant' \(labels\[2\]\) is not in classes\. Expected one of 2 classes"):
+        ImageSet.from_dataset({"train": folders["valid"], "valid": folders["train"]})
+
+    encoded = {"bytes": jpeg(0), "path": None}
+    parts = datasets.DatasetDict({
+        key: hugging({"image": [encoded] * 3, "label": [1, 0, -1]},
+                     image=datasets.Image(), label=datasets.ClassLabel(names=names))
+        for key, names in (("train", ["no", "yes"]), ("test", ["yes", "no"]))
+    })  # fmt: skip
+    np.testing.assert_array_equal(ImageSet.from_dataset(parts).targets, [1, 0, -1, 0, 1, -1])
+
+    arrays = pixels(2)
+    several = {
+        key: Things([(arrays[0], [0]), (arrays[1], [1, 0])], classes=names)
+        for key, names in (("train", ["x", "y", "z"]), ("test", ["y", "z"]))
+    }
+    found = ImageSet.from_dataset(several, task="multi")
+    np.testing.assert_array_equal(found.targets, [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1]])
 
 
 # ---- Hugging Face
