@@ -265,7 +265,12 @@ def _label_of(features: Mapping[str, Any], asked: str | None, is_class: Callable
     if asked != _LABEL or asked in features:
         return asked
     found = [name for name, kind in features.items() if is_class(kind)]
-    return found[0] if len(found) == 1 else None
+    if len(found) > 1:
+        raise ValueError(
+            f"The data set has the columns of classes {', '.join(found)}. Expected one of labels. Name one of them: "
+            "label_column=NAME (None: nothing is labelled)."
+        )
+    return found[0] if found else None
 
 
 def _of_torch(
@@ -280,6 +285,17 @@ def _of_torch(
         raise ValueError(
             f"The data set's items have no {column!r}; they have {', '.join(map(str, first))}. Expected the image. "
             "Name it: image_column=NAME."
+        )
+    is_named = label_column not in (None, _LABEL) and first is not None
+    if is_named and not is_mapping:
+        raise ValueError(
+            f"label_column is {label_column!r}, and the data set's items are no mappings. Expected columns. Leave it "
+            "out: the label of (image, label) is the second."
+        )
+    if is_named and label_column not in first:
+        raise ValueError(
+            f"The data set's items have no {label_column!r}; they have {', '.join(map(str, first))}. Expected the "
+            "label. Name another: label_column=NAME (None: nothing is labelled)."
         )
     files = _files_of(dataset)
     ids = None

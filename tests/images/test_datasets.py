@@ -285,6 +285,22 @@ def test_what_hugging_faces_data_sets_lack_or_add_is_said() -> None:
         ImageSet.from_dataset(made.with_transform(lambda rows: rows), image_column="b")
 
 
+def test_a_column_of_labels_is_there_and_the_only_one() -> None:
+    image = {"bytes": jpeg(0), "path": None}
+    classes = datasets.ClassLabel(names=["a", "b"])
+    made = hugging({"img": [image], "fine": [1], "coarse": [0]}, img=datasets.Image(), fine=classes, coarse=classes)
+    with pytest.raises(ValueError, match=r"the columns of classes fine, coarse\. .* Name one of them: label_column"):
+        ImageSet.from_dataset(made)
+    np.testing.assert_array_equal(ImageSet.from_dataset(made, label_column="fine").targets, [1])
+    assert not ImageSet.from_dataset(made, label_column=None).is_labelled
+    mappings = Things([{"image": jpeg(0), "kind": 1}])
+    with pytest.raises(ValueError, match=r"items have no 'kinds'; they have image, kind\. .* Name another"):
+        ImageSet.from_dataset(mappings, label_column="kinds")
+    assert not ImageSet.from_dataset(mappings).is_labelled
+    with pytest.raises(ValueError, match=r"label_column is 'kind', and the data set's items are no mappings"):
+        ImageSet.from_dataset(Things([(jpeg(0), 1)]), label_column="kind")
+
+
 # ---- Iterables
 
 
