@@ -328,6 +328,7 @@ class _Sample:
     def image(self) -> tuple[int, int] | None:
         """Where its image is; None without one; ValueError if there are several."""
         images = [kind for kind in self.members if f".{kind}".endswith(IMAGE_SUFFIXES)]
+        images = [kind for kind in images if "." not in kind] or images  # a mask beside it is called .seg.png
         if len(images) > 1:
             raise ValueError(
                 f"{self.where} has {len(images)} images: {listed([f'{self.key}.{kind}' for kind in images])}. Expected "

@@ -173,8 +173,15 @@ def test_a_key_that_is_there_twice_is_refused_with_its_shards(shards: Path) -> N
     shutil.copy(shards / "train-000.tar", shards / "copy.tar")
     with pytest.raises(ValueError, match=r"The key 0000 is in .*copy\.tar and in .*train-000\.tar\. Expected each key"):
         ImageSet.from_tar(shards)
-    with pytest.raises(ValueError, match=r"The sample 1 of .* has 2 images: '1\.png', '1\.seg\.png'"):
-        ImageSet.from_tar(shard(shards / "two.tar", {"1.png": image_bytes(1), "1.seg.png": image_bytes(2)}))
+
+
+def test_a_mask_beside_an_image_is_not_the_image(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", {"1.seg.png": image_bytes(2), "1.png": image_bytes(1)})
+    assert ImageSet.from_tar(path).read(0) == image_bytes(1)
+    for names in (["1.png", "1.jpg"], ["1.a.png", "1.b.png"]):
+        path = shard(tmp_path / "two.tar", {name: image_bytes(1) for name in [*names, "1.cls"]})
+        with pytest.raises(ValueError, match=rf"The sample 1 of .* has 2 images: '{names[0]}', '{names[1]}'"):
+            ImageSet.from_tar(path)
 
 
 def test_a_shard_that_is_changed_later_gives_no_bytes_and_no_digest(shards: Path) -> None:
