@@ -414,7 +414,7 @@ class ImageSet:
         """The same images, read from another folder (on another machine, say); ids stay.
 
         Args:
-            root: the folder.
+            root: the folder. Tar shards lie in it as they did below the folder that all were in.
             strip: what is cut off the paths that begin with it: of absolute ones, which lie below no root otherwise.
 
         Raises:

@@ -49,7 +49,8 @@ class TarSource:
     Attributes:
         shards: absolute paths.
         ids: of all images.
-        places: `(N, 3)` int64, of each image: its shard, where its bytes begin there, and how many they are.
+        places: `(N, 4)` int64, of each image: its shard, where its bytes begin there, how many they are, and a digest
+            of the header before them.
         sizes: of the shards in bytes, when their members were looked up.
         times_ns: when they had been changed last by then; None of shards that were moved since.
     """
@@ -72,11 +73,12 @@ class TarSource:
 
     def read(self, image: str) -> bytes:
         """The member's bytes; `ImageError` if its shard is gone, can't be read, or isn't what it was."""
-        shard, start, size = self.places[self._row_of[image]].tolist()
+        shard, start, size, header = self.places[self._row_of[image]].tolist()
         try:
             check_file_size(size)
             with open(self.shards[shard], "rb", buffering=0) as file:  # its own, so that threads share no position
                 self._check(shard, os.fstat(file.fileno()))
+                _check_header(file, start, header)
                 file.seek(start)
                 data = _read(file, size)
         except (OSError, ValueError) as error:
@@ -89,20 +91,25 @@ class TarSource:
         The facts that go with a digest are those of the shard.
         """
         of_shard = np.frombuffer(b"".join(map(self._now, range(len(self.shards)))), np.int64).reshape(-1, 5)
-        return file_digests(ids, of_shard[self._shard_of(ids)], self._take, memo, known)
+        now = of_shard[self._shard_of(ids)]
+        if self.times_ns is None:  # what others hashed by these ids may be members of another tar of that size
+            now[[not self.has(image) for image in ids]] = -1
+        return file_digests(ids, now, self._take, memo, known)
 
     def has(self, image: str) -> bool:
         """Whether its shard is there, as it was."""
-        shard = int(self.places[self._row_of[image], 0])
+        shard, start, _, header = self.places[self._row_of[image]].tolist()
         try:
-            self._check(shard, os.stat(self.shards[shard]))
+            with open(self.shards[shard], "rb", buffering=0) as file:
+                self._check(shard, os.fstat(file.fileno()))
+                _check_header(file, start, header)
         except (OSError, ValueError):
             return False
         return True
 
     def moved(self, root: str) -> TarSource:
-        """The members of shards of the same names in the folder `root`."""
-        shards = tuple(os.path.join(root, os.path.basename(shard)) for shard in self.shards)
+        """The members of shards that lie in the folder `root` as these do below the folder that all are in."""
+        shards = tuple(os.path.join(root, name) for name in _below(self.shards))
         return TarSource(shards=shards, ids=self.ids, places=self.places, sizes=self.sizes, times_ns=None)
 
     def _take(self, ids: tuple[str, ...]) -> Digests:
@@ -170,6 +177,7 @@ class TarSource:
 
 
 _THEN = "when its members were looked up; make the image set anew"
+_ELSE = f"what lies there isn't the member that did {_THEN}"
 _IN_WORK = "changed while it was read; wait until it is written, then run again"
 _OF_FILE = 4 * 8  # bytes of a row of stats that are the file's own facts
 
@@ -196,7 +204,7 @@ def tar_images(
     if split_column is None and len({split_hinted(_stem(path)) for path in paths} - {None}) > 1:
         split_column = SHARD
     rows: list[Row] = []
-    places: list[tuple[int, int, int]] = []
+    places: list[tuple[int, int, int, int]] = []
     skipped: list[tuple[str, str]] = []
     facts: list[tuple[int, int]] = []
     shard_of: dict[str, int] = {}
@@ -218,7 +226,7 @@ def tar_images(
                         "every sample its own, or fewer shards."
                     )
                 shard_of[sample.key] = number
-                places.append((number, *place))
+                places.append((number, *place, _header(file, place[0])))
                 row = _row(sample, values, label_sep, split_column, group_column, task)
                 given.update(name for name in values if sample.says(name))
                 rows.append(row)
@@ -264,6 +272,12 @@ def tar_images(
             "name": name,
         },
     )
+
+
+def _below(paths: Sequence[str]) -> list[str]:
+    """The paths from the folder on that all are in."""
+    top = os.path.commonpath(list(map(os.path.dirname, paths)))
+    return [os.path.relpath(path, top) for path in paths]
 
 
 def shard_paths(shards: StrPath | Sequence[StrPath]) -> list[str]:
@@ -498,6 +512,18 @@ def _split(sample: _Sample, column: str | None) -> str:
             "Correct it, or use none: --split-column '' (in Python: split_column=\"\")."
         )
     return split
+
+
+def _header(file: Any, start: int) -> int:
+    """A digest of the header before a member's bytes: its name, size, time and mode."""
+    file.seek(start - 512)
+    return int.from_bytes(hashlib.sha256(file.read(512)).digest()[:8], "little", signed=True)
+
+
+def _check_header(file: Any, start: int, header: int) -> None:
+    """ValueError where another tar of that size has come in place of the shard."""
+    if _header(file, start) != header:
+        raise ValueError(_ELSE)
 
 
 def _read(file: Any, size: int) -> bytes:

@@ -243,6 +243,40 @@ def test_shards_pickle_move_and_are_read_by_many_threads(shards: Path, tmp_path:
     assert moved.origin == {}
 
 
+def test_shards_of_one_name_in_two_folders_move_with_their_folders(tmp_path: Path) -> None:
+    for number, split in enumerate(("train", "valid")):
+        shard(tmp_path / "here" / split / "00.tar", samples("cat", start=number))
+    images = ImageSet.from_tar([tmp_path / "here" / split / "00.tar" for split in ("train", "valid")])
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    shutil.copy(tmp_path / "here" / "train" / "00.tar", tmp_path / "there")  # which isn't either's
+
+    moved = images.with_root(tmp_path / "there")
+
+    assert moved.absent() == []
+    assert [moved.read(index) for index in range(2)] == [image_bytes(0), image_bytes(1)]
+    assert list(images.with_root(tmp_path).digests().failed) == [0, 1]
+
+
+def test_another_tar_of_equal_size_in_place_of_a_moved_shard_is_noticed(shards: Path, tmp_path: Path) -> None:
+    images = ImageSet.from_tar(shards)
+    elsewhere = shutil.copytree(shards, tmp_path / "elsewhere")
+    shutil.copy(elsewhere / "train-000.tar", elsewhere / "train-001.tar")
+    with (elsewhere / "train-001.tar").open("r+b") as file:
+        file.truncate((shards / "train-001.tar").stat().st_size)
+    moved = images.with_root(elsewhere)
+    with pytest.raises(
+        ImageError, match=r"0003: its shard .*train-001\.tar .*what lies there isn't the member that did"
+    ):
+        moved.read(3)
+    assert moved.absent() == [3, 4]
+    of_that_tar = np.full((5, 32), 9, np.uint8)
+    facts = of_today(elsewhere, images.digests().stats)
+    known = KnownDigests([DigestTable(images.ids, of_that_tar, facts)])
+    digests = moved.digests(known)
+    assert list(digests.failed) == [3, 4]
+    assert not digests.values[3:].any()
+
+
 def test_a_damaged_member_is_a_failed_row_with_its_reason(tmp_path: Path) -> None:
     members = {**samples("cat", "dog", "cat"), "0001.png": image_bytes(1)[:-20], "0002.png": b"no image"}
     images = ImageSet.from_tar(shard(tmp_path / "a.tar", members))
