@@ -218,16 +218,18 @@ class ImageSet:
         """The images in tar files, as WebDataset writes them; each is read where it lies, and nothing is unpacked.
 
         `shards` are paths, or one that stands for several (`train-{000..003}.tar`, `*.tar`, a folder). A sample is all
-        members whose path is the same up to the first dot of the name; that path is the image's id. One member is an
-        image by its suffix; a column is a member of that suffix, as text, or a field of the member `.json`. The column
+        members whose path is the same up to the first dot of the name; that path is the image's id, after the shard's
+        name if paths repeat across `shards` (`train-000/0001`). One member is an image by its suffix (`.png` before
+        `.seg.png`); a column is a member of that suffix, as text, or a field of the member `.json`. The column
         `label` is the member `.cls` as well.
 
         Without `split_column` the names of the shards say the splits (`train-000`, `val-000`) where they name several;
         with `split_column=""` there are none. `label_sep`, `task` and `held_out_classes` are those of `from_table`.
 
         Raises:
-            ValueError: if a shard isn't there, is compressed, damaged or cut off, or samples can't be understood: a key
-                in two shards, two images in one, an unknown split, a class in `valid` or `test` that `train` lacks.
+            ValueError: if a shard isn't there, is compressed, damaged or cut off, or samples can't be understood: two
+                members of one name, two images in a sample, an unknown split, a class in `valid` or `test` that `train`
+                lacks.
         """
         return cls.of(
             tar_images(

@@ -44,7 +44,7 @@ _LABEL = "label"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TarSource:
-    """Images that are members of tar files; an id is a sample's key.
+    """Images that are members of tar files; an id is a sample's key, after its shard's name where keys repeat.
 
     Attributes:
         shards: absolute paths.
@@ -207,7 +207,6 @@ def tar_images(
     places: list[tuple[int, int, int, int]] = []
     skipped: list[tuple[str, str]] = []
     facts: list[tuple[int, int]] = []
-    shard_of: dict[str, int] = {}
     given = set[str]()
     for number, path in enumerate(paths):
         with _opened(path) as file:
@@ -218,14 +217,6 @@ def tar_images(
                 if place is None:
                     skipped.append((sample.key, f"has no image in {path}"))
                     continue
-                if sample.key in shard_of:
-                    both = dict.fromkeys([paths[shard_of[sample.key]], path])
-                    raise ValueError(
-                        f"The key {sample.key} is in {' and in '.join(both)}"
-                        f"{' twice' if len(both) == 1 else ''}. Expected each key once, as it is the image's id. Give "
-                        "every sample its own, or fewer shards."
-                    )
-                shard_of[sample.key] = number
                 places.append((number, *place, _header(file, place[0])))
                 row = _row(sample, values, label_sep, split_column, group_column, task)
                 given.update(name for name in values if sample.says(name))
@@ -242,6 +233,7 @@ def tar_images(
             "one that holds each image's label. Name it with --label-column NAME (in Python: label_column=NAME); if "
             "nothing is labelled, say --label-column '' (label_column=None)."
         )
+    rows, notes = _named_apart(rows, paths, [number for number, *_ in places])
     ids = tuple(row.image for row in rows)
     return FoundImages(
         rows=rows,
@@ -259,6 +251,7 @@ def tar_images(
         held_out_classes=held_out_classes,
         instead=f"leave the labels out: --label-column '' (in Python: label_column=None), or {HELD_OUT}",
         skipped=tuple(skipped),
+        notes=notes,
         origin={}
         if not isinstance(shards, str | os.PathLike)
         else {
@@ -272,6 +265,23 @@ def tar_images(
             "name": name,
         },
     )
+
+
+def _named_apart(rows: list[Row], paths: Sequence[str], shard_of: Sequence[int]) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows by ids of their own, and notes: with the names of their shards before the keys where keys repeat."""
+    if len({row.image for row in rows}) == len(rows):
+        return rows, ()
+    stems = [os.path.splitext(name)[0].replace(os.sep, "/") for name in _below(paths)]
+    named = [row._replace(image=f"{stems[number]}/{row.image}") for row, number in zip(rows, shard_of, strict=True)]
+    where: dict[str, str] = {}
+    for row in named:
+        if row.image in where:
+            raise ValueError(
+                f"Keys repeat across shards, and {row.image} is {where[row.image]} and {row.where}. Expected other "
+                "names of shards, which stand before the keys. Rename one."
+            )
+        where[row.image] = row.where
+    return named, (f"keys repeat across shards, so that an id is a shard's name and a key: {named[0].image}",)
 
 
 def _below(paths: Sequence[str]) -> list[str]:

@@ -169,10 +169,30 @@ def test_a_shard_that_is_cut_off_or_damaged_is_named(shards: Path) -> None:
             ImageSet.from_tar(shards)
 
 
-def test_a_key_that_is_there_twice_is_refused_with_its_shards(shards: Path) -> None:
-    shutil.copy(shards / "train-000.tar", shards / "copy.tar")
-    with pytest.raises(ValueError, match=r"The key 0000 is in .*copy\.tar and in .*train-000\.tar\. Expected each key"):
-        ImageSet.from_tar(shards)
+def test_keys_that_repeat_across_shards_stand_after_their_shards_name(shards: Path, tmp_path: Path) -> None:
+    shard(shards / "train-001.tar", {**samples("dog"), "x/1.png": image_bytes(7), "x/1.cls": "cat"})
+    given = ImageFlags(images=str(shards)).given().images
+    assert given.ids == ("train-000/0000", "train-000/0001", "train-000/0002", "train-001/0000", "train-001/x/1")
+    np.testing.assert_array_equal(given.targets, [0, 1, 0, 1, 0])
+    assert [given.read(index) for index in (0, 3, 4)] == [image_bytes(0), image_bytes(0), image_bytes(7)]
+    assert given.notes == ("keys repeat across shards, so that an id is a shard's name and a key: train-000/0000",)
+    assert ImageSet.from_tar(shards / "train-001.tar").ids == ("0000", "x/1")
+    below = [shard(tmp_path / split / "0.tar", samples("cat")) for split in ("train", "valid")]
+    assert ImageSet.from_tar(below).ids == ("train/0/0000", "valid/0/0000")
+    path = shard(tmp_path / "a", samples("cat"))
+    shutil.copy(path, tmp_path / "a.tar")
+    with pytest.raises(
+        ValueError, match=r"a/0000 is The sample 0000 of .*/a and The sample 0000 of .*/a\.tar\. Expected"
+    ):
+        ImageSet.from_tar([path, tmp_path / "a.tar"])
+
+
+def test_what_is_there_twice_in_one_shard_is_refused(tmp_path: Path) -> None:
+    path = shard(tmp_path / "twice.tar", samples("cat"))
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo("0000.png"), io.BytesIO())
+    with pytest.raises(ValueError, match=r"twice\.tar has two members 0000\.png\. Expected each once"):
+        ImageSet.from_tar(path)
 
 
 def test_a_mask_beside_an_image_is_not_the_image(tmp_path: Path) -> None:
