@@ -379,7 +379,7 @@ class _Sample:
             return {}
         try:
             fields = json.loads(self._text("json"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.where} has a .json that can't be read ({error}). Correct it.") from error
         return fields if isinstance(fields, dict) else {}
 
@@ -416,12 +416,18 @@ def _samples(path: str, file: BinaryIO) -> Iterator[_Sample]:
     """The samples of a shard, in the order of their first members.
 
     Raises:
-        ValueError: if it is no tar file, damaged or cut off, or has two members of one name.
+        ValueError: if it is no tar file, damaged or cut off, or has two members of one name, a link, or a second
+            archive behind the first.
     """
     members: dict[str, dict[str, tuple[int, int]]] = {}
     for member in _members(path, file):
         folder, _, name = member.name.removeprefix("./").rpartition("/")
         stem, dot, kind = name.partition(".")
+        if stem and dot and (member.islnk() or member.issym()):
+            raise ValueError(
+                f"{path} holds {member.name} as a link to {member.linkname}. Expected each member's own bytes. Write "
+                "the shard anew: tar --dereference --hard-dereference."
+            )
         if not member.isreg() or member.sparse or not stem or not dot:  # folders, hidden files, what no image can be
             continue
         key = f"{folder}/{stem}" if folder else stem
@@ -447,6 +453,12 @@ def _members(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     file.seek(end)  # tarfile takes a damaged header for the end
     if file.read(512) != bytes(512):
         raise ValueError(f"{path} {_DAMAGED} (at byte {end:,}). {_ANEW}")
+    while block := file.read(1 << 20):
+        if block.count(0) != len(block):
+            raise ValueError(
+                f"{path} holds more behind the end of its archive, at byte {end:,}. Expected one archive a file. Where "
+                "several were joined, join them by tar --concatenate, or name each."
+            )
 
 
 _DAMAGED, _ANEW = "is no tar file, or is damaged or cut off", "Expected a whole one. Fetch or write it anew."
@@ -501,8 +513,10 @@ def _number(value: Json, column: str, where: str) -> float:
         return float("nan")
     try:
         if isinstance(value, str | int | float):
+            if isinstance(value, str) and "_" in value:  # which Python takes for a number, and other programs don't
+                raise ValueError(value)
             return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise ValueError(
         f"{where} has {value!r:.60} in {column!r}. Expected a number, as the task is regression. Correct it, or name "

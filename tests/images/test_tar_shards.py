@@ -169,6 +169,42 @@ def test_a_shard_that_is_cut_off_or_damaged_is_named(shards: Path) -> None:
             ImageSet.from_tar(shards)
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_member_that_is_a_link_is_refused_since_its_label_would_be_lost(tmp_path: Path, kind: bytes) -> None:
+    path = shard(tmp_path / "a.tar", samples("cat", "dog"))
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo("0002.png"))
+        link = tarfile.TarInfo("0002.cls")
+        link.type, link.linkname = kind, "0000.cls"
+        tar.addfile(link)
+    with pytest.raises(ValueError, match=r"holds 0002\.cls as a link to 0000\.cls\. .*--hard-dereference"):
+        ImageSet.from_tar(path)
+
+
+def test_a_second_archive_behind_the_first_is_refused_as_it_would_be_left_out(shards: Path) -> None:
+    first, second = sorted(shards.iterdir())
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(ValueError, match=r"train-000\.tar holds more behind the end of its archive"):
+        ImageSet.from_tar(first)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ('{"age": 1' + "0" * 400 + "}", "has 1000"),
+        ('{"age": "1_000"}', "has '1_000' in 'age'. Expected a number"),
+        ("[" * 100_000, "has a .json that can't be read"),
+    ],
+)
+def test_numbers_and_json_that_python_cannot_take_are_refused_with_the_sample(
+    tmp_path: Path, fields: str, said: str
+) -> None:
+    path = shard(tmp_path / "a.tar", {"a.png": image_bytes(0), "a.json": fields})
+    with pytest.raises(ValueError, match="The sample a of ") as error:
+        ImageSet.from_tar(path, label_column="age", task="regression")
+    assert said in str(error.value)
+
+
 def test_keys_that_repeat_across_shards_stand_after_their_shards_name(shards: Path, tmp_path: Path) -> None:
     shard(shards / "train-001.tar", {**samples("dog"), "x/1.png": image_bytes(7), "x/1.cls": "cat"})
     given = ImageFlags(images=str(shards)).given().images
