@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -310,10 +311,20 @@ def _of_torch(
         count=count,
         column=column,
         labels=None if label_column is None else _labels_of(dataset, count, first, label_column, task),
-        classes=None if task == "regression" else getattr(_whole(dataset), "classes", None),
+        classes=None if task == "regression" else _classes_of(_whole(dataset)),
         ids=ids,
         files=None if files is None else FolderSource(root=files.root),
     )
+
+
+def _classes_of(dataset: Any) -> Sequence[str] | None:
+    """The names of its classes; of several for one, as ImageNet has, the first, with its number where two are alike."""
+    names: Sequence[Any] | None = getattr(dataset, "classes", None)
+    if names is None or not any(isinstance(each, tuple) for each in names):
+        return names
+    found = [str(each[0]) if isinstance(each, tuple) else str(each) for each in names]
+    counted = Counter(found)
+    return [f"{each} ({place})" if counted[each] > 1 else each for place, each in enumerate(found)]
 
 
 def _first(dataset: Any, count: int) -> Any:

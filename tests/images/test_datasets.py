@@ -210,6 +210,13 @@ def test_labels_of_several_classes_and_of_numbers() -> None:
     assert not ImageSet.from_dataset(Things(list(zip(arrays, hot, strict=True))), label_column=None).is_labelled
 
 
+def test_a_class_of_several_names_has_the_first() -> None:
+    names = [("tench", "Tinca tinca"), ("crane",), ("crane", "machine")]
+    images = ImageSet.from_dataset(Things([(array, 2 - place) for place, array in enumerate(pixels(3))], classes=names))
+    assert images.classes == ("tench", "crane (1)", "crane (2)")
+    np.testing.assert_array_equal(images.targets, [2, 1, 0])
+
+
 def named_by_image(images: ImageSet) -> dict[str, str]:
     assert images.targets is not None
     return {name: images.classes[int(each)] for name, each in zip(images.ids, images.targets, strict=True)}
