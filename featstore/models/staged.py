@@ -6,10 +6,12 @@ Long, since what is asked of the stages and what is done to them share the list 
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -290,11 +292,35 @@ class StagedModel(nn.Module):
         """The reduction `reduction` for activations at `cut`; `auto`: concat for maps, token, or none for vectors."""
         layout, (class_tokens, prefix_tokens) = self.layout(cut), self.tokens(cut)
         chosen = automatic(layout, class_tokens) if reduction == "auto" else reduction
+        is_over_patches = layout == "NLC" and chosen in ("avg", "max", "concat", "tokens")
+        if is_over_patches and prefix_tokens and self.shape(cut)[0] <= prefix_tokens:
+            raise ValueError(
+                f"reduction {chosen} is over the patches, and at {cut} {self.name} has none left, only the tokens "
+                "before them. Use token or none, or an earlier cut."
+            )
         return Pool(chosen, layout, class_tokens, prefix_tokens)  # type: ignore[arg-type]
 
     def tokens(self, cut: str) -> tuple[int, int]:
         """How many tokens at the start of an NLC value at `cut` stand for the image, and how many are no patches."""
         return (0, 0) if self.canonical(cut) in self.patch_cuts else (self.class_tokens, self.prefix_tokens)
+
+    def find_patches(self) -> None:
+        """Notes what shapes say of patches: NCL where a map is flattened, and which cuts have no tokens before them.
+
+        Raises:
+            ModelError: if it takes no images of its view's size.
+        """
+        lengths: dict[str, int] = {}
+        for before, cut in pairwise(["", *self.cut_points]):
+            shape = self.shape(cut)
+            if before and self.layout(before) == "NCHW":
+                channels, *sides = self.shape(before)
+                if shape == (channels, math.prod(sides)):
+                    self._layouts.setdefault(cut, "NCL")
+            if self.layout(cut) == "NLC":
+                lengths[cut] = shape[0]
+        every = {*lengths.values()} if self.prefix_tokens else ()
+        self.patch_cuts = frozenset(cut for cut, length in lengths.items() if length + self.prefix_tokens in every)
 
     # ------------------------------------------------------------------------------------------------------- running
 

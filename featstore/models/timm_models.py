@@ -308,9 +308,10 @@ def _staged(module: nn.Module, name: str, *, weights: str = "none", **architectu
     if size is not None and view.size != size:
         view = view.resized(size=size)
     features = _features(module)
-    classes = [each for each, _ in module.named_parameters() if each.rpartition(".")[2].startswith("cls_token")]
+    tokens = {each.rpartition(".")[2]: value for each, value in module.named_parameters()}
+    classes = [value.shape[1] for each, value in tokens.items() if each.startswith("cls_token")]
     prefix = getattr(module, "num_prefix_tokens", None)
-    prefix = int(bool(classes)) if prefix is None else int(prefix)
+    prefix = max(classes, default=0) if prefix is None else int(prefix)  # a distilled PiT's are two in one
     model = StagedModel.from_module(
         module.eval(),
         view=view,
@@ -327,7 +328,7 @@ def _staged(module: nn.Module, name: str, *, weights: str = "none", **architectu
     model.prefix_tokens = prefix
     _refuse_caches(model, name)
     with suppress(ModelError):  # it takes no images of its view's size: whoever asks for a shape is told
-        model.patch_cuts = _patch_cuts(model)
+        model.find_patches()
         model = model.with_(default_cut=_default_cut(model, features))
     return model
 
@@ -372,14 +373,6 @@ def _containers(module: nn.Module, features: Collection[str]) -> set[str]:
                     found.add(outer)
             outer, _, last = outer.rpartition(".")
     return found
-
-
-def _patch_cuts(model: StagedModel) -> frozenset[str]:
-    """The cuts before class tokens and registers are put in front of the patches, or after they are taken away."""
-    if not model.prefix_tokens:
-        return frozenset()
-    lengths = {cut: model.shape(cut)[0] for cut in model.cut_points if model.layout(cut) == "NLC"}
-    return frozenset(cut for cut, length in lengths.items() if length + model.prefix_tokens in lengths.values())
 
 
 def _default_cut(model: StagedModel, features: Collection[str]) -> str:

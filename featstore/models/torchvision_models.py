@@ -204,7 +204,7 @@ def _staged(module: nn.Module, name: str, view: View, *, weights: str = "none") 
     size = arguments["image_size"] if family.fixed_size == "image_size" else family.fixed_size
     if size is not None and view.size != size:
         view = view.resized(size=size)
-    return StagedModel.from_module(
+    model = StagedModel.from_module(
         module.eval(),
         view=view,
         name=name,
@@ -214,3 +214,6 @@ def _staged(module: nn.Module, name: str, view: View, *, weights: str = "none") 
         origin={"backbone": name, "weights": weights, "architecture": {"name": name, **arguments}},
         fixed_size=size,
     )
+    if family.class_tokens:
+        model.find_patches()
+    return model

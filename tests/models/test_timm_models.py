@@ -152,6 +152,26 @@ def test_registers_are_no_class_tokens_and_neither_are_patches_before_them() -> 
     assert registers.up_to("patch_embed").tokens("patch_embed") == (0, 0)
 
 
+def test_a_flattened_map_has_its_channels_first_and_no_reduction() -> None:
+    for name, cut in {"vit_tiny_patch16_224": "patch_embed.flatten", "levit_128s": "flatten"}.items():
+        model = outlined(name)
+        assert (model.layout(cut), model.shape(cut)[1]) == ("NCL", 196)
+        for reduction in ("token", "avg"):
+            with pytest.raises(ValueError, match="here the layout is NCL"):
+                model.pool(cut, reduction)
+        assert model.pool(cut).reduction == "none"
+
+
+def test_a_distilled_pit_has_two_tokens_and_no_patches_are_left_behind_its_blocks() -> None:
+    distilled, plain = outlined("pit_ti_distilled_224"), outlined("pit_ti_224")
+    assert (distilled.tokens("norm"), distilled.pool("norm").reduction) == ((1, 2), "token")
+    assert plain.tokens("norm") == (1, 1)
+    for model in (distilled, plain):
+        for reduction in ("avg", "max", "concat", "tokens"):
+            with pytest.raises(ValueError, match=f"{reduction} is over the patches, and at norm .* has none left"):
+                model.pool("norm", reduction)
+
+
 # ----------------------------------------------------------------------------------------------------------------- keys
 
 
