@@ -223,7 +223,7 @@ def test_a_vit_takes_one_size_and_has_a_class_token() -> None:
 
 def test_a_vits_patches_have_no_class_token_before_it_joins_them() -> None:
     model = outline("vit_b_32")
-    assert (model.patch_cuts, model.layout("reshape")) == ({"permute"}, "NCL")
+    assert (model.patch_cuts, model.layout("reshape")) == (frozenset({"permute"}), "NCL")
     assert (model.tokens("permute"), model.pool("permute").reduction) == ((0, 0), "concat")
     assert (model.tokens("encoder.ln"), model.pool("encoder.ln").reduction) == ((1, 1), "token")
 
