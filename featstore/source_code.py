@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Iterator
 from enum import Enum
 from functools import cache, reduce
+from importlib import metadata
 from importlib.machinery import SourceFileLoader
 from operator import or_
 from pathlib import Path
@@ -94,10 +95,12 @@ def class_facts(*classes: type) -> Json:
 
 
 def library_code(*classes: type) -> list[str]:
-    """Digests of the normalised code that classes of installed packages run, sorted: methods, and what these call.
+    """Digests of the normalised code that classes of installed packages run: methods, and what these call; sorted.
 
     Functions are followed within their package. Left out are ``__init__``, whose work is in the objects, annotations,
-    and Python's, torch's and torchvision's own classes, whose names stand for them.
+    and Python's, torch's and torchvision's own classes, whose names stand for them. Code is reached in more ways than
+    can be followed (properties, other classes, attributes of modules, constants), so the releases of the packages that
+    `classes` themselves are from come with it.
     """
     functions = [
         each
@@ -115,14 +118,30 @@ def library_code(*classes: type) -> list[str]:
             functions += [
                 each for each in called if isinstance(each, FunctionType) and _package(each) == _package(function)
             ]
-    return sorted(set(found.values()))
+    foreign = [kind for kind in classes if is_from_library(kind) and _package(kind) not in _NAMED]
+    packages = {_package(base) for kind in foreign for base in kind.__mro__} - _NAMED - _OURS
+    return sorted({*found.values(), *(_release(package) for package in packages)})
 
 
+_OURS = {"featstore", "training"}
 _NAMED = {*sys.stdlib_module_names, "torch", "torchvision"}
 
 
 def _package(value: FunctionType | type) -> str:
     return value.__module__.partition(".")[0]
+
+
+@cache
+def _release(package: str) -> str:
+    """Name and version of an installed package; a digest of its files where nothing says its version."""
+    distributions = sorted(set(metadata.packages_distributions().get(package, [])))
+    if distributions:
+        return ", ".join(f"{each} {metadata.version(each)}" for each in distributions)
+    module = sys.modules[package]
+    files = [file for folder in getattr(module, "__path__", []) for file in sorted(Path(folder).rglob("*.py"))]
+    if not files and module.__file__ is not None:
+        files = [Path(module.__file__)]
+    return digest_bytes(b"".join(bytes.fromhex(digest_bytes(file.read_bytes())) for file in files))
 
 
 @cache

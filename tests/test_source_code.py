@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import site
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,10 @@ import torch
 from support.processes import Processes
 
 import featstore
-from featstore import ModelError
-from featstore.source_code import normalised_source, outdated_sources, own_files, source_digests
+from featstore import ModelError, source_code
+from featstore.source_code import library_code, normalised_source, outdated_sources, own_files, source_digests
 
-NAMES = ("source_a", "source_b", "source_c", "source_d", "training")
+NAMES = ("source_a", "source_b", "source_c", "source_d", "source_a.ops", "training")
 
 
 @pytest.fixture
@@ -55,6 +56,54 @@ def test_what_own_modules_import_is_followed_and_libraries_are_not(folder: Path)
     importlib.import_module("source_d")
     assert len(source_digests(module)) == len(before) + 1
     assert source_digests(torch) == source_digests(featstore) == source_digests(torch.nn.Linear) == []
+
+
+@pytest.fixture
+def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose packages are installed ones."""
+
+    def look_again() -> None:
+        source_code._library_folders.cache_clear()
+        source_code._is_in_library.cache_clear()
+        source_code._release.cache_clear()
+
+    monkeypatch.setattr(site, "USER_SITE", str(folder))
+    look_again()
+    yield folder
+    monkeypatch.undo()
+    look_again()
+
+
+def test_the_release_of_a_library_counts_for_its_own_classes_and_its_files_where_it_has_none(installed: Path) -> None:
+    package, release = installed / "source_a", installed / "source_a-1.dist-info"
+    package.mkdir()
+    (package / "ops.py").write_text("def double(x):\n    return x + x\n")
+    (package / "__init__.py").write_text(
+        "from torch import nn\nfrom source_a import ops\nSCALE = 2\n"
+        "class Block(nn.Module):\n"
+        "    @staticmethod\n    def scaled(x): return x * SCALE\n"
+        "    def forward(self, x): return ops.double(self.scaled(x))\n"
+    )
+    block = importlib.import_module("source_a").Block
+    own = type("Own", (block,), {"__module__": __name__})
+
+    def codes() -> tuple[list[str], list[str]]:
+        source_code._release.cache_clear()
+        return library_code(block), library_code(own)
+
+    found = [codes()]
+    (package / "ops.py").write_text("def double(x):\n    return x + x + 1\n")
+    found.append(codes())
+    release.mkdir()
+    (release / "top_level.txt").write_text("source_a\n")
+    for version in (1, 2):
+        (release / "METADATA").write_text(f"Metadata-Version: 2.1\nName: source_a\nVersion: {version}\n")
+        found.append(codes())
+    assert len({str(code) for code, _ in found}) == 4
+    assert "source_a 2" in found[3][0]
+    assert len({str(code) for _, code in found}) == 1
+    assert library_code(torch.nn.Linear, featstore.StagedModel) == library_code(featstore.StagedModel)
+    assert not any("featstore" in each for each in library_code(featstore.StagedModel))
 
 
 def test_a_file_of_ones_own_called_training_is_no_library(folder: Path) -> None:
