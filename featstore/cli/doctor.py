@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -165,9 +166,10 @@ def _decoders() -> Iterator[Finding]:
         except Exception as error:
             reason = str(error)
         if reason:
-            library = {"HEIC": "pillow-heif", "JPEG": "simplejpeg"}.get(name, "pillow")
+            of_its_own = {"HEIC": "pillow-heif", "JPEG": "simplejpeg", "AVIF": '"pillow>=11.3"'}
+            library = of_its_own.get(name, "pillow")
             remedy = f"pip install --force-reinstall {library}"
-            state: State = "note" if name == "HEIC" else "broken"
+            state: State = "note" if name in ("HEIC", "AVIF") else "broken"
             yield Finding(check=name, state=state, found=f"can't be read: {reason}", remedy=remedy)
         else:
             yield Finding(check=name, state="ok", found=f"read by {DECODERS[image.decoder]}")
@@ -176,15 +178,25 @@ def _decoders() -> Iterator[Finding]:
 def _weights() -> Iterator[Finding]:
     import torch
 
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    num_files = len(list(folder.iterdir())) if folder.is_dir() else 0
-    found = f"{folder}, {num_files} files, {size_text(shutil.disk_usage(there).free)} free"
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        remedy = "downloaded weights can't be kept: name another folder in TORCH_HOME"
-        yield Finding(check="weights", state="note", found=f"{found}, can't be written", remedy=remedy)
-    else:
-        yield _with_space("weights", found, there, "name a folder on another disk in TORCH_HOME")
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    num_files = len(list(checkpoints.iterdir())) if checkpoints.is_dir() else 0
+    folders = [(checkpoints, f"{checkpoints}, {num_files} files", "TORCH_HOME")]
+    with suppress(ImportError):
+        from huggingface_hub import constants
+
+        folders.append((Path(constants.HF_HUB_CACHE), f"timm's in {constants.HF_HUB_CACHE}", "HF_HUB_CACHE"))
+    found, remedies = [], []
+    for folder, name, variable in folders:
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        free = shutil.disk_usage(there).free
+        found.append(f"{name}, {size_text(free)} free")
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            found[-1] += ", can't be written"
+            remedies.append(f"downloaded weights can't be kept: name another folder in {variable}")
+        elif free < LITTLE:
+            remedies.append(f"name a folder on another disk in {variable}")
+    state: State = "note" if remedies else "ok"
+    yield Finding(check="weights", state=state, found="; ".join(found), remedy="; ".join(remedies))
 
 
 def _disk() -> Iterator[Finding]:
@@ -193,15 +205,12 @@ def _disk() -> Iterator[Finding]:
     place = f"{kind}, {'local' if is_local(here) else 'shared with other machines, maybe'}" if kind else "unknown"
     found = f"{here}, {size_text(shutil.disk_usage(here).free)} free, {place}"
     if os.access(here, os.W_OK | os.X_OK):
-        yield _with_space("disk", found, here, "give --store a folder on another disk")
+        has_little = shutil.disk_usage(here).free < LITTLE
+        remedy = "give --store a folder on another disk" if has_little else ""
+        yield Finding(check="disk", state="note" if has_little else "ok", found=found, remedy=remedy)
     else:
         remedy = "give --store a folder that can be written"
         yield Finding(check="disk", state="note", found=f"{found}, can't be written", remedy=remedy)
-
-
-def _with_space(check: str, found: str, folder: Path, remedy: str) -> Finding:
-    has_little = shutil.disk_usage(folder).free < LITTLE
-    return Finding(check=check, state="note" if has_little else "ok", found=found, remedy=remedy if has_little else "")
 
 
 def _processors() -> Iterator[Finding]:
@@ -211,8 +220,8 @@ def _processors() -> Iterator[Finding]:
     found = f"{usable}, torch uses {threads}; {size_text(available_bytes())} of memory free"
     limit = next((name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if os.environ.get(name)), None)
     remedy = ""
-    if threads < usable:
-        remedy = f"torch uses {threads} of {usable}" + (f", as {limit} says; unset it" if limit else "")
+    if threads < usable and limit:  # by itself torch takes one of each core, which is as it should be
+        remedy = f"torch uses {threads} of {usable}, as {limit} says; unset it"
     yield Finding(check="processors", state="note" if remedy else "ok", found=found, remedy=remedy)
 
 
@@ -236,6 +245,12 @@ _GRAY = {
     ),
     "PNG": ("iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mNsaGhgwAaYGHCAwSkBADAXAZDUexXGAAAAAElFTkSuQmCC"),
     "WebP": ("UklGRh4AAABXRUJQVlA4TBEAAAAvB8ABAAdQwAIWsP+BiOh/AAA="),
+    "AVIF": (
+        "AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUIAAADrbWV0YQAAAAAAAAAhaGRscgAAAAAAAAAAcGljdAAAAAAAAAAAAAAAAAAAAAAO"
+        "cGl0bQAAAAAAAQAAAB5pbG9jAAAAAEQAAAEAAQAAAAEAAAETAAAAEwAAAChpaW5mAAAAAAABAAAAGmluZmUCAAAAAAEAAGF2MDFDb2xvcgAA"
+        "AABqaXBycAAAAEtpcGNvAAAAFGlzcGUAAAAAAAAACAAAAAgAAAAQcGl4aQAAAAADCAgIAAAADGF2MUOBAAwAAAAAE2NvbHJuY2x4AAEADQAG"
+        "gAAAABdpcG1hAAAAAAAAAAEAAQQBAoMEAAAAG21kYXQSAAoIGAi/YICGg0IyBRAAAASA"
+    ),
     "HEIC": (
         "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAXxtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9j"
         "AAAAAERAAAEAAQAAAAABoAABAAAAAAAAACoAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/Glw"

@@ -12,7 +12,7 @@ from support.programs import Program
 
 from featstore.machine import num_processors
 
-EVERY = {"Python", "featstore", "torch", "torchvision", "h5py", "numpy", "pillow", "JPEG", "PNG", "WebP"} | {
+EVERY = {"Python", "featstore", "torch", "torchvision", "h5py", "numpy", "pillow", "JPEG", "PNG", "WebP", "AVIF"} | {
     *("weights", "disk", "processors")
 }
 
@@ -91,6 +91,53 @@ def test_a_cache_that_cannot_be_written_is_noted_with_its_variable(
     assert (ran.code, found["state"]) == (0, "note")
     assert str(tmp_path / "file" / "checkpoints") in found["found"]
     assert "weights: downloaded weights can't be kept: name another folder in TORCH_HOME\n" in ran.err
+
+
+def test_where_timm_keeps_weights_is_said_and_noted_where_it_cannot_be_written(
+    featstore: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    def weights() -> dict[str, str]:
+        (found,) = (each for each in featstore("doctor", "--json").json if each["check"] == "weights")
+        return dict(found)
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert f"; timm's in {tmp_path / 'hub'}, " in weights()["found"]
+    assert weights()["found"].endswith(" free")
+    (tmp_path / "hub").touch()
+    assert weights()["remedy"].endswith("can't be kept: name another folder in HF_HUB_CACHE")
+    assert weights()["state"] == "note"
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "timm" not in weights()["found"]
+
+
+def test_fewer_threads_than_processors_are_noted_only_where_a_variable_says_so(
+    featstore: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featstore.cli import doctor
+
+    def processors() -> dict[str, str]:
+        (found,) = (each for each in featstore("doctor", "--json").json if each["check"] == "processors")
+        return dict(found)
+
+    monkeypatch.setattr(doctor, "num_processors", lambda: 2 * torch.get_num_threads())  # two by simultaneous threads
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    assert processors()["state"] == "ok"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert processors()["state"] == "note"
+    assert processors()["remedy"].endswith(", as OMP_NUM_THREADS says; unset it")
+
+
+def test_an_avif_that_this_pillow_cannot_read_is_noted(featstore: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import AvifImagePlugin
+
+    monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+    ran = featstore("doctor", "--json")
+    found = {each["check"]: each for each in ran.json}
+    assert (ran.code, found["AVIF"]["state"]) == (0, "note")
+    assert found["AVIF"]["remedy"] == 'pip install --force-reinstall "pillow>=11.3"'
 
 
 def test_a_decoder_that_fails_is_named(featstore: Program, monkeypatch: pytest.MonkeyPatch) -> None:
