@@ -53,7 +53,7 @@ def run_facts(
         view: of its images.
         head: name of the head, or ``module``.
         classes: one a logit.
-        task: single or multi.
+        task: single, multi or regression.
         seed: that the head was made with.
         passes: over training images that were made, from which a later fit counts on.
     """

@@ -31,8 +31,9 @@ def extract_remedy(
 ) -> Command | Call:
     """How to extract `cuts` (each ``CUT`` or ``CUT:REDUCTION``): a command, else the Python call.
 
-    A command needs images from a folder or table, a backbone that a name, a file's function or a run gives, and a
-    policy that is built in. It holds every flag that differs from its default.
+    A command needs images from a kind of source that a flag can name (`origins`), a backbone that a name, a file's
+    function or a run gives, and a policy with a spelling (no function of a person's own). It holds every flag that
+    differs from its default.
     """
     flags = _flags(model, images, view, augment)
     if flags is None:
