@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +177,7 @@ class _View:
         count: of them.
         column: of the image; None where items are no mappings.
         labels: as the data set has them; None where it has none.
+        are_places: whether labels are certainly numbers of classes where they are numbers.
         classes: their names, where it has these.
         ids: of the images, where a column has them.
         files: the same images as files, where it is plain that they are.
@@ -186,6 +187,7 @@ class _View:
     count: int
     column: str | None = None
     labels: list[Any] | None = None
+    are_places: bool = False
     classes: Sequence[str] | None = None
     ids: list[Any] | None = None
     files: FolderSource | None = None
@@ -202,6 +204,16 @@ def _joined(
     tables = {key: tuple(view.classes) for key, view in views.items() if view.classes is not None}
     named = next(iter(tables.values()), None)
     labels = {key: view.labels or [None] * view.count for key, view in views.items()}
+    if task == "multi":
+        rows = []
+        for key, view in views.items():
+            table = tables.get(key) if classes is None else classes
+            rows += [] if view.are_places else [(label, table) for label in labels[key] if label is not None]
+        if _are_n_hot([row for row, _ in rows], {len(table) for _, table in rows if table is not None}):
+            for key in (key for key, view in views.items() if not view.are_places):
+                labels[key] = [
+                    None if row is None else [place for place, each in enumerate(row) if each] for row in labels[key]
+                ]
     if task != "regression" and len(set(tables.values())) > 1:
         for key, cells in labels.items():
             names = [label_names(cell, tables.get(key), task, f"{key}[{place}]") for place, cell in enumerate(cells)]
@@ -210,6 +222,26 @@ def _joined(
     is_labelled = any(view.labels is not None for view in views.values())
     joined = [label for cells in labels.values() for label in cells]
     return joined if is_labelled else None, named if classes is None else classes
+
+
+def _are_n_hot(labels: Sequence[Any], widths: Set[int]) -> bool:
+    """Whether all lists of labels are rows of 0 and 1; `widths` has the numbers of classes that are known.
+
+    Raises:
+        ValueError: if they may as well be the numbers of two classes.
+    """
+    if not labels or not all(isinstance(row, list | tuple) for row in labels):
+        return False
+    lengths = {len(row) for row in labels} | widths
+    if len(lengths) > 1 or min(lengths) < 2 or not all(each in (0, 1) for row in labels for each in row):
+        return False
+    if all(len(set(row)) == len(row) and all(type(each) is int for each in row) for row in labels):
+        raise ValueError(
+            f"Every item's labels are a 0 and a 1, as {labels[0]}. Expected either a place for each of two classes, or "
+            "the numbers of an item's classes, and these may be both. Give places as booleans or floats, or give names "
+            "of classes."
+        )
+    return True
 
 
 def _view(dataset: Any, image_column: str | None, label_column: str | None, id_column: str | None, task: Task) -> _View:
@@ -256,6 +288,7 @@ def _of_hugging_face(dataset: Any, image_column: str | None, label_column: str |
         count=len(plain),
         column=column,
         labels=None if label is None else list(plain[label]),
+        are_places=isinstance(kind, datasets.ClassLabel),
         classes=getattr(kind, "names", None),
         ids=None if id_column is None else list(plain[id_column]),
     )
@@ -310,7 +343,7 @@ def _of_torch(
         items=dataset if files is None else files,
         count=count,
         column=column,
-        labels=None if label_column is None else _labels_of(dataset, count, first, label_column, task),
+        labels=None if label_column is None else _labels_of(dataset, count, first, label_column),
         classes=None if task == "regression" else _classes_of(_whole(dataset)),
         ids=ids,
         files=None if files is None else FolderSource(root=files.root),
@@ -388,7 +421,7 @@ def _gives_items_of(dataset: Any, module: str, name: str) -> bool:
     return base is not None and isinstance(dataset, base) and type(dataset).__getitem__ is base.__getitem__
 
 
-def _labels_of(dataset: Any, count: int, first: Any, column: str, task: Task) -> list[Any] | None:
+def _labels_of(dataset: Any, count: int, first: Any, column: str) -> list[Any] | None:
     """The labels: from `targets` where items have the same ones, else from each item; None where there are none."""
 
     def label(item: Any) -> Any:
@@ -400,13 +433,13 @@ def _labels_of(dataset: Any, count: int, first: Any, column: str, task: Task) ->
         return None
     targets = _targets_of(dataset)
     if targets is not None and len(targets) == count:
-        found = [_plain(each, task) for each in targets]
-        if all(_is_same(_plain(label(dataset[place]), task), found[place]) for place in _spread(count, 4)):
+        found = [_plain(each) for each in targets]
+        if all(_is_same(_plain(label(dataset[place])), found[place]) for place in _spread(count, 4)):
             return found
     labels = []
     for place in range(count):
         try:
-            labels.append(_plain(label(dataset[place]), task))
+            labels.append(_plain(label(dataset[place])))
         except MemoryError:
             raise
         except Exception:  # of a person's own code; whoever reads the image says what it was
@@ -421,13 +454,9 @@ def _targets_of(dataset: Any) -> Sequence[Any] | None:
     return getattr(dataset, "targets", None)
 
 
-def _plain(label: Any, task: Task) -> Any:
+def _plain(label: Any) -> Any:
     """A label without torch: a number, a text, a list."""
-    if hasattr(label, "tolist"):
-        label = label.tolist()
-        if task == "multi" and set(label) <= {0, 1}:  # n-hot
-            return [place for place, value in enumerate(label) if value]
-    return label
+    return label.tolist() if hasattr(label, "tolist") else label
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -253,6 +253,31 @@ def test_each_parts_numbers_are_of_its_own_class_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.targets, [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1]])
 
 
+def multi_targets(labels: list[Any], **attributes: Any) -> list[list[int]]:
+    items = list(zip(pixels(len(labels)), labels, strict=True))
+    targets = ImageSet.from_dataset(Things(items, **attributes), task="multi").targets
+    assert targets is not None
+    return targets.astype(int).tolist()
+
+
+def test_whether_labels_are_n_hot_is_decided_for_all_items_at_once() -> None:
+    numbers = [[0, 1], [2], [1], [0]]
+    expected = [[1, 1, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert multi_targets(numbers) == multi_targets([torch.tensor(each) for each in numbers]) == expected
+    hot = [[0, 1, 1], [0, 1, 0], [1, 0, 0]]
+    assert multi_targets(hot) == multi_targets([torch.tensor(each) for each in hot]) == hot
+    pairs = [[0, 1], [1, 0]]
+    assert multi_targets(pairs, classes=["x", "y", "z"]) == [[1, 1, 0], [1, 1, 0]]  # three classes have no two places
+    assert multi_targets([*pairs, [1, 1]]) == [*pairs, [1, 1]]
+    assert multi_targets([torch.tensor(each).bool() for each in pairs], classes=["x", "y"]) == pairs
+    with pytest.raises(ValueError, match=r"a 0 and a 1, as \[0, 1\]\. .* Give places as booleans or floats"):
+        multi_targets(pairs, classes=["x", "y"])
+    image = {"bytes": jpeg(0), "path": None}
+    of_classes = datasets.Sequence(datasets.ClassLabel(names=["x", "y"]))
+    made = hugging({"image": [image], "label": [[0, 1]]}, image=datasets.Image(), label=of_classes)
+    np.testing.assert_array_equal(ImageSet.from_dataset(made, task="multi").targets, [[1, 1]])
+
+
 # ---- Hugging Face
 
 
