@@ -422,7 +422,7 @@ def _gives_items_of(dataset: Any, module: str, name: str) -> bool:
 
 
 def _labels_of(dataset: Any, count: int, first: Any, column: str) -> list[Any] | None:
-    """The labels: from `targets` where items have the same ones, else from each item; None where there are none."""
+    """The labels: torchvision's `targets` where items have the same, else each of its item; None if there are none."""
 
     def label(item: Any) -> Any:
         if isinstance(item, Mapping):
@@ -434,7 +434,7 @@ def _labels_of(dataset: Any, count: int, first: Any, column: str) -> list[Any] |
     targets = _targets_of(dataset)
     if targets is not None and len(targets) == count:
         found = [_plain(each) for each in targets]
-        if all(_is_same(_plain(label(dataset[place])), found[place]) for place in _spread(count, 4)):
+        if _are_items_labels(found, lambda place: _plain(label(dataset[place]))):
             return found
     labels = []
     for place in range(count):
@@ -451,7 +451,30 @@ def _targets_of(dataset: Any) -> Sequence[Any] | None:
     if _is_subset(dataset):
         whole = _targets_of(dataset.dataset)
         return None if whole is None else [whole[place] for place in dataset.indices]
+    made_by = getattr(type(dataset).__getitem__, "__module__", "")
+    if not made_by.startswith("torchvision.datasets.") or any(
+        getattr(dataset, each, None) for each in ("target_transform", "transforms")
+    ):
+        return None
     return getattr(dataset, "targets", None)
+
+
+def _are_items_labels(found: Sequence[Any], label_at: Callable[[int], Any]) -> bool:
+    """Whether an item of each distinct label has it, the first that can be read, and a few others as well."""
+    left, others = {repr(each) for each in found}, set(_spread(len(found), 4))
+    for place, each in enumerate(found):
+        if repr(each) not in left and place not in others:
+            continue
+        try:
+            label = label_at(place)
+        except MemoryError:
+            raise
+        except Exception:  # of a person's own code; whoever reads the image says what it was
+            continue
+        if not _is_same(label, each):
+            return False
+        left.discard(repr(each))
+    return True
 
 
 def _plain(label: Any) -> Any:

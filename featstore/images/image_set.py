@@ -302,8 +302,8 @@ class ImageSet:
 
         Ids are places ("0"; "train/0" in a mapping), paths of an `ImageFolder`, or the cells of `id_column`. Classes
         are the data set's own names (`.classes`, `ClassLabel`), or `classes`; labels are as in `from_arrays`. With
-        `label_column=None` nothing is labelled. Where no attribute `targets` has the labels, each item is read once
-        for its label. One process reads one item at a time, and all of them to know what they are.
+        `label_column=None` nothing is labelled. Where torchvision's `targets` haven't the labels, each item is read
+        once for its label. One process reads one item at a time, and all of them to know what they are.
 
         Raises:
             TypeError: for what has no places, and items that are no images.

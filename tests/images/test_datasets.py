@@ -217,6 +217,26 @@ def test_a_class_of_several_names_has_the_first() -> None:
     np.testing.assert_array_equal(images.targets, [2, 1, 0])
 
 
+class Merging(Cifar):
+    """Its items have another label than `targets` in class 7 alone."""
+
+    def __getitem__(self, place: int) -> Any:
+        image, label = super().__getitem__(place)
+        return image, 4 if label == 7 else label
+
+
+def test_targets_that_items_have_not_are_not_believed(tmp_path: Path) -> None:
+    merging = Merging(tmp_path / "a")
+    cifar = Cifar(tmp_path / "b")
+    cifar.target_transform = lambda label: 4 if label == 7 else label
+    expected = [4 if each == 7 else each for each in merging.targets]
+    assert expected != merging.targets
+    several: list[Any] = [merging, cifar]
+    for made in several:
+        np.testing.assert_array_equal(ImageSet.from_dataset(made).targets, expected)
+        np.testing.assert_array_equal(ImageSet.from_dataset(Subset(made, range(10))).targets, expected)
+
+
 def named_by_image(images: ImageSet) -> dict[str, str]:
     assert images.targets is not None
     return {name: images.classes[int(each)] for name, each in zip(images.ids, images.targets, strict=True)}
@@ -257,7 +277,7 @@ def multi_targets(labels: list[Any], **attributes: Any) -> list[list[int]]:
     items = list(zip(pixels(len(labels)), labels, strict=True))
     targets = ImageSet.from_dataset(Things(items, **attributes), task="multi").targets
     assert targets is not None
-    return targets.astype(int).tolist()
+    return [[int(value) for value in row] for row in targets]
 
 
 def test_whether_labels_are_n_hot_is_decided_for_all_items_at_once() -> None:
