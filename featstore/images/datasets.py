@@ -30,6 +30,7 @@ from featstore.images.labels import (
     split_named,
 )
 from featstore.images.sources import FolderSource, ImageSource
+from featstore.words import counted
 
 _LABEL = "label"
 _NUM_TRIED = 16
@@ -228,12 +229,22 @@ def _are_n_hot(labels: Sequence[Any], widths: Set[int]) -> bool:
     """Whether all lists of labels are rows of 0 and 1; `widths` has the numbers of classes that are known.
 
     Raises:
-        ValueError: if they may as well be the numbers of two classes.
+        ValueError: if they may as well be the numbers of two classes, and if they are neither these nor of one width.
     """
     if not labels or not all(isinstance(row, list | tuple) for row in labels):
         return False
-    lengths = {len(row) for row in labels} | widths
-    if len(lengths) > 1 or min(lengths) < 2 or not all(each in (0, 1) for row in labels for each in row):
+    lengths = {len(row) for row in labels}
+    if min(lengths) < 2 or not all(each in (0, 1) for row in labels for each in row):
+        return False
+    if len(lengths | widths) > 1:
+        twice = next((row for row in labels if len(set(row)) < len(row)), None)
+        if twice is not None:
+            others = ", ".join(map(str, sorted((lengths | widths) - {len(twice)})))
+            raise ValueError(
+                f"An item's labels are {twice}, as of {counted(len(twice), 'class')}; others, or the class names, are "
+                f"of {others}. Expected a place for each class in every item, or its classes' numbers, each once. "
+                "Correct the labels, or the classes."
+            )
         return False
     if all(len(set(row)) == len(row) and all(type(each) is int for each in row) for row in labels):
         raise ValueError(
@@ -356,8 +367,8 @@ def _classes_of(dataset: Any) -> Sequence[str] | None:
     if names is None or not any(isinstance(each, tuple) for each in names):
         return names
     found = [str(each[0]) if isinstance(each, tuple) else str(each) for each in names]
-    counted = Counter(found)
-    return [f"{each} ({place})" if counted[each] > 1 else each for place, each in enumerate(found)]
+    times = Counter(found)
+    return [f"{each} ({place})" if times[each] > 1 else each for place, each in enumerate(found)]
 
 
 def _first(dataset: Any, count: int) -> Any:

@@ -292,6 +292,10 @@ def test_whether_labels_are_n_hot_is_decided_for_all_items_at_once() -> None:
     assert multi_targets([torch.tensor(each).bool() for each in pairs], classes=["x", "y"]) == pairs
     with pytest.raises(ValueError, match=r"a 0 and a 1, as \[0, 1\]\. .* Give places as booleans or floats"):
         multi_targets(pairs, classes=["x", "y"])
+    with pytest.raises(
+        ValueError, match=r"are \[0, 1, 1\], as of 3 classes; others, or the class names, are of 4\. Exp"
+    ):
+        multi_targets(hot, classes=["w", "x", "y", "z"])
     image = {"bytes": jpeg(0), "path": None}
     of_classes = datasets.Sequence(datasets.ClassLabel(names=["x", "y"]))
     made = hugging({"image": [image], "label": [[0, 1]]}, image=datasets.Image(), label=of_classes)
