@@ -16,10 +16,13 @@ import torch
 def speeds(contenders: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
     """What each contender says of its speed, round by round: all of them run once a round, in turns.
 
-    A machine that others use as well is slow for all of a round or for none, so ratios hold where times don't.
+    A machine that others use as well is slow for all of a round or for none, so ratios hold where times don't. Before
+    the first of several rounds all run once unmeasured, as what is read for the first time is no measure; a single
+    round only shows that they run.
     """
-    for run in contenders.values():  # what is read for the first time is no measure
-        run()
+    if rounds > 1:
+        for run in contenders.values():
+            run()
     measured: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
