@@ -13,6 +13,7 @@ from featstore.digest import Json
 from featstore.images.augmentation import NONE, GivenPolicy, OwnPolicy, Policy, policy
 from featstore.images.decoders import POLICY as DECODE_POLICY
 from featstore.images.geometry import INTERPOLATIONS, SMOOTH, Geometry, RenderError
+from featstore.images.levels import grey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -306,12 +307,10 @@ def _planes(image: Tensor) -> Tensor:
 
 
 def _gray(image: Tensor) -> Tensor:
-    """`(1, H, W)` of `(3, H, W)`: Pillow's ``convert("L")`` in its own whole numbers. Gray stays as it was."""
+    """`(1, H, W)` of `(3, H, W)`. Gray stays as it was."""
     import torch
 
-    red, green, blue = image.numpy().astype(np.int32)
-    luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
-    return torch.from_numpy(luma.astype(np.uint8)[None])
+    return torch.from_numpy(grey(image.numpy())[None])
 
 
 def _check_image(image: Tensor) -> None:
