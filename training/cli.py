@@ -24,7 +24,7 @@ from featstore.cli.flags import (
     spread,
 )
 from featstore.cli.program import new_app, one_of, run, show, show_json, table, tell, tell_all
-from featstore.images.labels import SPLITS
+from featstore.images.names import SPLITS
 from featstore.models.names import REDUCTIONS
 from training import choices
 

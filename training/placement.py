@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from featstore.errors import AmbiguousRequestError
-from featstore.images.labels import Task
+from featstore.images.names import Task
 from featstore.images.views import View
 from featstore.models.names import REDUCTIONS
 from featstore.models.staged import StagedModel

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.digest import Json
-from featstore.images.folders import IMAGE_SUFFIXES
 from featstore.images.image_set import ImageSet
+from featstore.images.names import IMAGE_SUFFIXES
 from featstore.images.sources import FolderSource
 from featstore.words import printable
 

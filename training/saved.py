@@ -19,7 +19,8 @@ from featstore import __version__
 from featstore.digest import Json
 from featstore.errors import DamagedFileError, FeatureStoreError, ModelError
 from featstore.images.image_set import ImageSet
-from featstore.images.labels import Task, composed_classes
+from featstore.images.labels import composed_classes
+from featstore.images.names import Task
 from featstore.images.sources import AbsentSource
 from featstore.images.views import View
 from featstore.models.backbones import architecture, restored

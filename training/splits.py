@@ -15,7 +15,7 @@ from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.digests import Digests, KnownDigest
 from featstore.images.image_set import ImageSet
-from featstore.images.labels import SPLITS
+from featstore.images.names import SPLITS
 from featstore.models.runs import read_file
 
 FILE = "split.npz"

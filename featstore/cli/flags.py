@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
@@ -20,10 +21,8 @@ import typer
 from featstore.cli.program import one_of
 from featstore.errors import OnError, WeightsError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
-from featstore.images.csv_tables import OWN_SPLITS
-from featstore.images.folders import TopFolders
 from featstore.images.geometry import INTERPOLATIONS
-from featstore.images.labels import Task
+from featstore.images.names import OWN_SPLITS, Task, TopFolders
 from featstore.images.origins import ORIGINS, Origin, named_by
 from featstore.images.policies import BUILT_IN
 from featstore.images.spelling import completed, read
@@ -517,6 +516,7 @@ def parse_numbers(text: str, flag: str) -> tuple[float, ...]:
     return numbers
 
 
+@cache  # by several commands
 def _flags_of(group: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [

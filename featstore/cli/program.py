@@ -35,20 +35,21 @@ class IncompleteError(FeatureStoreError):
     """Images that were asked for lack their files; a program ends with the exit code `INCOMPLETE`."""
 
 
+# Typer loads pydantic, which takes as long as all else, to make bool values of flags that are not given, and so None;
+# that those are False needs none.
+_NOT_GIVEN = dict.fromkeys(("help", "install_completion", "show_completion"), False)
+
 # The parent of all errors in a command line. It has no public name, and its module differs between typer's versions.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def new_app(**settings: Any) -> typer.Typer:
     """A typer app whose help is plain text, the same in a terminal and in a file."""
-    # Typer loads pydantic, which takes as long as all else, to make bool values of flags that are not given, and so
-    # None; that those are False needs none.
-    not_given = dict.fromkeys(("help", "install_completion", "show_completion"), False)
     return typer.Typer(
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         no_args_is_help=True,
-        context_settings={"max_content_width": 110, "default_map": not_given},
+        context_settings={"max_content_width": 110, "default_map": _NOT_GIVEN},
         **settings,
     )
 
@@ -67,7 +68,7 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         if os.environ.get(_completion_variable(name)):  # a shell asks what may come next
-            command.main([], prog_name=name)
+            _complete(command, name)
         with _ended_as_interrupted(), command.make_context(name, arguments) as context:
             command.invoke(context)
         return DONE
@@ -172,6 +173,18 @@ def _flat(prefix: str, value: Json) -> Iterator[tuple[str, str]]:
         yield prefix, printable(", ".join(map(str, value)), is_one_line=True) or "-"
     else:
         yield prefix, "-" if value is None else printable(str(value), is_one_line=True)
+
+
+def _complete(command: Any, name: str) -> None:
+    """Answers a shell, and ends the process as typer does.
+
+    No value is made of what is typed so far: nothing that completes a word looks at one, and typer would load pydantic.
+    """
+    for each in (command, *getattr(command, "commands", {}).values()):
+        each.context_settings.setdefault("default_map", _NOT_GIVEN)
+        for parameter in each.params:
+            parameter.process_value = lambda _, value: value
+    command.main([], prog_name=name)
 
 
 def _completion_variable(name: str) -> str:

@@ -32,7 +32,7 @@ from featstore.files.storage_types import STORAGE_TYPES, storage_type_of
 from featstore.images.csv_tables import read_table
 from featstore.images.digests import DigestTable, KnownDigests
 from featstore.images.image_set import ImageSet
-from featstore.images.labels import Task
+from featstore.images.names import Task
 from featstore.images.sources import AbsentSource
 from featstore.store.sets import digest_rows
 from featstore.words import counted

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from featstore.images.digests import Digests, KnownDigest, KnownDigests
 from featstore.images.image_set import ImageSet
-from featstore.images.labels import SPLITS
+from featstore.images.names import SPLITS
 from featstore.words import counted
 
 

@@ -13,19 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
-from featstore.images.folders import IMAGE_SUFFIXES
-from featstore.images.labels import (
-    Row,
-    Task,
-    checked_values,
-    composed,
-    split_named,
-)
+from featstore.images.labels import Row, checked_values, composed
+from featstore.images.names import IMAGE_SUFFIXES, OWN_SPLITS, Task, split_named
 from featstore.images.parquet_tables import PARQUET, SEVERAL, read_parquet
 from featstore.words import counted
-
-OWN_SPLITS = "split"
-"""The column that a table's splits are read from where none is named, if it has one; in any case of letters."""
 
 _SPLIT_NAMES = ("splits", "subset", "partition")
 """Other columns that splits are read from, if all that they say is splits."""

@@ -18,7 +18,6 @@ from featstore.images.found import FoundImages
 from featstore.images.item_sources import Content, DatasetSource, HeldSource, content_of, described, image_of, told
 from featstore.images.labels import (
     Row,
-    Task,
     check_length,
     check_unique,
     checked_groups,
@@ -27,8 +26,8 @@ from featstore.images.labels import (
     label_lists,
     label_names,
     label_values,
-    split_named,
 )
+from featstore.images.names import Task, split_named
 from featstore.images.sources import FolderSource, ImageSource
 from featstore.words import counted
 

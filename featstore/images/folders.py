@@ -7,22 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from featstore.errors import FeatureStoreError
-from featstore.images.labels import SPLITS, Row, split_hinted, split_named
+from featstore.images.labels import Row
+from featstore.images.names import IMAGE_SUFFIXES, SPLITS, TopFolders, split_hinted, split_named
 from featstore.words import counted, listed
 
-IMAGE_SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff",
-    ".webp",
-)  # fmt: skip
-"""What a file's name must end with, in any case, to count as an image of a folder. A table names its files itself."""
-
 StrPath = str | os.PathLike[str]
-
-TopFolders = Literal["auto", "classes", "splits"]
-"""What the first folders below a root are: splits if all are called so, or as said."""
 
 
 def existing_folder(root: StrPath) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from featstore.digest import Json, digest_bytes
-from featstore.images.labels import Row, Task
+from featstore.images.labels import Row
+from featstore.images.names import Task
 
 if TYPE_CHECKING:  # a program's help waits for no arrays
     from featstore.images.sources import ImageSource

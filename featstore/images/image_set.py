@@ -13,11 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from featstore.digest import Json
 from featstore.images.datasets import dataset_images, iterable_images, labelled_rows
 from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo
-from featstore.images.folders import StrPath, TopFolders, existing_folder, folder_rows
+from featstore.images.folders import StrPath, existing_folder, folder_rows
 from featstore.images.found import FoundImages, safe_name
 from featstore.images.labels import (
     HELD_OUT,
-    Task,
     check_unique,
     checked_groups,
     checked_indices,
@@ -31,6 +30,7 @@ from featstore.images.labels import (
     split_counts,
     targets_of,
 )
+from featstore.images.names import Task, TopFolders
 from featstore.images.sources import ArraySource, FolderSource, ImageSource, without_start
 from featstore.images.splitting import check_test_groups, fold_of_each, split_of_each
 from featstore.images.tables import table_images

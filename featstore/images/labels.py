@@ -8,50 +8,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from featstore.images.names import SPLITS, Task, split_named
 from featstore.words import counted, listed
 
 if TYPE_CHECKING:  # a program's help has words of these, and waits for no arrays
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
-
-Task = Literal["single", "multi", "regression"]
-
-SPLITS = ("train", "valid", "test")
-"""The splits, in the order in which people use them; an image of none has "" instead."""
-
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training", "trn"), "train"),
-    **dict.fromkeys(("valid", "val", "validation", "validate", "dev", "eval", "evaluation"), "valid"),
-    **dict.fromkeys(("test", "testing", "tst"), "test"),
-    "": "",
-}
-"""Each word, in small letters, that folders and tables may use -> the split that it stands for."""
-
-
-SHARD = "shard"
-"""The column of splits of tar shards where their names say them."""
-
-
-def split_named(name: str) -> str | None:
-    """The split that a name stands for, in any case: train for ``Training``; None for any other name.
-
-    >>> split_named("Training"), split_named("dog"), split_named("train2017")
-    ('train', None, None)
-    """
-    return SPLIT_WORDS.get(name.strip().lower())
-
-
-def split_hinted(name: str) -> str | None:
-    """The split that a name stands for or has a word of; None where it has none, or words of several.
-
-    >>> split_hinted("train2017"), split_hinted("seg_test"), split_hinted("trainer"), split_hinted("train_test")
-    ('train', 'test', None, None)
-    """
-    words = re.findall(r"[^\W\d_]+", name.lower())
-    hinted = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
-    return hinted.pop() if len(hinted) == 1 else None
 
 
 class Row(NamedTuple):

@@ -15,9 +15,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from featstore.images.csv_tables import OWN_SPLITS
-from featstore.images.folders import IMAGE_SUFFIXES
-from featstore.images.labels import SHARD, split_counts, split_hinted, split_named
+from featstore.images.names import IMAGE_SUFFIXES, OWN_SPLITS, SHARD, split_hinted, split_named
 from featstore.plugins import SOURCES, plugged_in
 from featstore.words import some
 
@@ -212,6 +210,8 @@ class TableOrigin:
         column = images.origin["split_column"]
         if column is None or options["split_column"] is not None:
             return None
+        from featstore.images.labels import split_counts
+
         return f"split by the table's column {column}: {split_counts(images.splits)} (to deal anew: --split-column '')"
 
     def one_class(self, images: ImageSet, name: str) -> str:
@@ -280,6 +280,8 @@ class TarOrigin:
         """That the shards' names were read."""
         if images.origin["split_column"] != SHARD or options["split_column"] is not None:
             return None
+        from featstore.images.labels import split_counts
+
         return f"split by the shards' names: {split_counts(images.splits)} (to deal anew: --split-column '')"
 
     def one_class(self, images: ImageSet, name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from featstore.digest import Json
 from featstore.images.policies import BUILT_IN, named
+from featstore.plugins import POLICIES, names_of
 
 THEN = "+"
 """Between policies that follow one another."""
@@ -45,7 +46,7 @@ def completed(begun: str) -> list[str]:
     before, then, last = begun.rpartition(THEN)
     name, colon, params = last.partition(":")
     if not colon:
-        return [f"{before}{then}{each}" for each in BUILT_IN if each.startswith(name)]
+        return [f"{before}{then}{each}" for each in (*BUILT_IN, *names_of(POLICIES)) if each.startswith(name)]
     given, comma, last = params.rpartition(",")
     start = f"{before}{then}{name}:{given}{comma}"
     return [f"{start}{each}=" for each in _params(name) if each.startswith(last)]

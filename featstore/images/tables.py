@@ -10,7 +10,8 @@ from typing import Literal
 from featstore.images.csv_tables import Reading, classes_of, own_splits, read_table, table_rows
 from featstore.images.folders import StrPath, existing_folder
 from featstore.images.found import FoundImages
-from featstore.images.labels import HELD_OUT, Task, composed, one_label_notes, one_spelling
+from featstore.images.labels import HELD_OUT, composed, one_label_notes, one_spelling
+from featstore.images.names import Task
 from featstore.images.sources import FolderSource
 
 

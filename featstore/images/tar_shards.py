@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from featstore.digest import Json
 from featstore.errors import ImageError
 from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo, no_stats
-from featstore.images.folders import IMAGE_SUFFIXES, StrPath
+from featstore.images.folders import StrPath
 from featstore.images.found import FoundImages
 from featstore.images.hashing import (
     NO_FACTS,
@@ -35,7 +35,8 @@ from featstore.images.hashing import (
     let_writes_show,
     packed,
 )
-from featstore.images.labels import HELD_OUT, SHARD, Row, Task, checked_values, split_hinted, split_named
+from featstore.images.labels import HELD_OUT, Row, checked_values
+from featstore.images.names import IMAGE_SUFFIXES, SHARD, Task, split_hinted, split_named
 from featstore.words import counted, listed, some
 
 _CLASS = "cls"  # the member that WebDataset gives a class

@@ -28,7 +28,7 @@ from featstore.files.index import is_among
 from featstore.files.table import Table
 from featstore.images.digests import Digests, DigestTable, KnownDigests
 from featstore.images.image_set import ImageSet
-from featstore.images.labels import SPLITS
+from featstore.images.names import SPLITS
 from featstore.images.sources import AbsentSource
 
 IMAGES = "images"

@@ -98,6 +98,14 @@ SETS = "--store features --images made:20 --backbone tiny:net --weights ONES --d
 AUGMENT = "--augment darken:levels=9+flip --seeds 0-1"
 
 
+COMPLETED = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    from featstore.images.spelling import completed
+    print(*completed("flip+d"), "tiny_plugin" in sys.modules)
+"""
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     folder = tmp_path / "installed"
@@ -140,6 +148,13 @@ def test_a_package_adds_a_backbone_a_policy_and_a_source_that_go_the_whole_way(
     assert sorted(views) == [("darken:levels=9+flip", 0), ("darken:levels=9+flip", 1)]
     assert known[0] == 0
     assert known[2].startswith("tiny: 122 parameters")
+
+
+def test_a_shell_is_told_the_name_of_a_packages_policy_and_nothing_of_the_package_is_loaded(
+    new_processes: Processes, package: Path
+) -> None:
+    told = new_processes.answer(COMPLETED, str(package), cwd=package.parent)
+    assert told.split() == ["flip+dihedral", "flip+darken", "False"]
 
 
 def test_features_of_a_policy_are_not_those_of_another_version_of_its_package(

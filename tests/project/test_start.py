@@ -25,12 +25,15 @@ MAIN = """
         code = main(sys.argv[2:])
     except SystemExit as end:  # so typer ends when it has answered a shell
         code = end.code
-    print("\\n" + json.dumps([code, sorted({each.partition(".")[0] for each in sys.modules})]))
+    libraries = {each.partition(".")[0] for each in sys.modules}
+    own = {each for each in sys.modules if each.startswith("featstore.")}
+    print("\\n" + json.dumps([code, sorted(libraries | own)]))
 """
 
 TORCH = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "safetensors", "PIL", "timm"}
 ARRAYS = {"numpy", "h5py", "tqdm"}
-HELP = TORCH | ARRAYS | {"pydantic"}  # typer itself makes values of what is given with it
+READING = {f"featstore.images.{each}" for each in ("csv_tables", "parquet_tables", "folders", "labels", "image_set")}
+HELP = TORCH | ARRAYS | READING | {"pydantic"}  # typer itself makes values of what is given with it
 
 NOWHERE = ["--images", "nowhere", "--backbone", "resnet18", "--store", "feats"]
 
@@ -45,7 +48,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 def loaded(new_processes: Processes, *command: str, **options: object) -> tuple[int, set[str], str]:
-    """Exit code of a command, the libraries that it loads, and what it prints."""
+    """Exit code of a command, the libraries and the modules of featstore that it loads, and what it prints."""
     printed = new_processes.answer(MAIN, *command, **options)
     shown, _, last = printed.rpartition("\n")
     code, modules = json.loads(last)
@@ -98,9 +101,13 @@ def test_what_is_wrong_with_flags_is_said_without_torch(
     [
         ("featstore", "featstore ex", "extract\nexport"),
         ("featstore", "featstore show --st", "--store"),
+        ("featstore", "featstore extract --ba", "--backbone\n--batch-size"),
+        ("featstore", "featstore extract --store feats --reduce avg --pre", "--precision"),
+        ("featstore", "featstore show 0123 --st", "--store"),
         ("featstore-train", "featstore-train pre", "predict"),
         ("featstore", "featstore extract --augment flip+cut", "flip+cutout"),
         ("featstore-train", "featstore-train head --weights-", "--weights-prefix"),
+        ("featstore-train", "featstore-train head --epochs 3 --hel", "--help"),
     ],
 )
 def test_a_shell_is_told_what_may_come_next_without_arrays_or_torch(
@@ -109,7 +116,7 @@ def test_a_shell_is_told_what_may_come_next_without_arrays_or_torch(
     variable = f"_{program}_COMPLETE".replace("-", "_").upper()
     asked = {variable: "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     ended, modules, shown = loaded(new_processes, program, environment=asked)
-    assert (ended, shown.strip(), modules & (TORCH | ARRAYS)) == (0, answer, set())
+    assert (ended, shown.strip(), modules & HELP) == (0, answer, set())
 
 
 def test_a_store_is_seen_checked_compared_and_cleared_up_without_torch(
