@@ -8,12 +8,12 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
-from featstore.images.labels import Row, checked_values, composed
+from featstore.images.labels import NO_LABEL, Row, checked_values, composed
 from featstore.images.names import IMAGE_SUFFIXES, OWN_SPLITS, Task, split_named
 from featstore.images.parquet_tables import PARQUET, SEVERAL, read_parquet
 from featstore.words import counted
@@ -47,14 +47,14 @@ class Reading:
     strip: str | None = None
 
 
-def read_table(file: str, path_column: str) -> tuple[list[Line], tuple[str, ...]]:
+def read_table(file: str, path_column: str, used: Collection[str] = ()) -> tuple[list[Line], tuple[str, ...]]:
     """The lines that are not empty, each with the number it starts at, and notes; the header and at least one more.
 
     Cells lie between commas in a ``.csv`` and tabs in a ``.tsv``, unless the header is made of something else.
     """
     own = {".csv": ",", ".tsv": "\t"}.get(os.path.splitext(file)[1].lower())
     if file.lower().endswith(PARQUET):
-        return _with_rows(read_parquet(file, path_column), file), ()
+        return _with_rows(read_parquet(file, path_column, used), file), ()
     if own is None:
         raise ValueError(
             f"{file} is no table by its suffix. Expected .csv (commas), .tsv (tabs) or .parquet. Rename or convert it."
@@ -416,7 +416,7 @@ def _table_labels(cell: str, reading: Reading, where: str) -> tuple[str, ...]:
                 "Say --task multi (in Python: task='multi'), or name another column."
             )
     _refuse_list(cell.strip(), reading.label_sep, where)
-    return tuple(piece.strip() for piece in pieces if piece.strip())
+    return tuple(name for name in map(str.strip, pieces) if name not in NO_LABEL)
 
 
 def _refuse_list(cell: str, label_sep: str | None, where: str) -> None:

@@ -172,8 +172,8 @@ class ImageSet:
 
         Paths are below `root` (default: the table's folder) or absolute. Splits are `train`, `valid` (or `val`),
         `test`, or empty; without `split_column` those of the column `split` in any case (or `splits`, `subset` or
-        `partition`, if it says nothing else), if there is one, and with `split_column=""` none. An empty label means
-        unlabelled if `task` is "single", and none of the classes if "multi". With `label_column=None` nothing is
+        `partition`, if it says nothing else), if there is one, and with `split_column=""` none. An empty label, or -1,
+        means unlabelled if `task` is "single", and none of the classes if "multi". With `label_column=None` nothing is
         labelled. Classes are those of the rows in `train` or in no split. If `task` is "regression", `label_column`
         names one or several columns of numbers.
 
@@ -259,11 +259,11 @@ class ImageSet:
         """The images of one uint8 array, `(N, H, W)` gray or `(N, H, W, 3)` RGB; ids are "0" to "N-1".
 
         A label is a class name (without spaces around it), or an integer: a place in `classes`, or without `classes`
-        a name of its own. None, "" and -1 mean unlabelled. If `task` is "multi", `labels` is an array `(N, K)` of 0
-        and 1, or a list of labels for each image; if it is "regression", an array of numbers `(N,)` or `(N, K)`, NaN
-        where there are none, and `classes` has the names of the values. `classes` keeps the order it is given in;
-        without it, the classes are those of the images in `train` or in no split, sorted (by value, if all are
-        integers).
+        a name of its own. None, "" and -1, "-1" too, mean unlabelled. If `task` is "multi", `labels` is an array
+        `(N, K)` of 0 and 1, or a list of labels for each image; if it is "regression", an array of numbers `(N,)` or
+        `(N, K)`, NaN where there are none, and `classes` has the names of the values. `classes` keeps the order it is
+        given in; without it, the classes are those of the images in `train` or in no split, sorted (by value, if all
+        are integers).
 
         A writable array is copied; a read-only one (`np.load(..., mmap_mode="r")`) is kept as it is, and hashed anew
         by each call of `digests`, as its file may have been written to.

@@ -18,6 +18,10 @@ if TYPE_CHECKING:  # a program's help has words of these, and waits for no array
     from numpy.typing import ArrayLike, NDArray
 
 
+NO_LABEL = ("", "-1")
+"""What stands for an unlabelled image in a cell, a sample or a list: where labels are numbers, -1 is no class."""
+
+
 class Row(NamedTuple):
     """One image as a constructor found it; `where` says so to a person, and `values` are its numbers in regression."""
 
@@ -251,8 +255,11 @@ def label_names(cell: Any, given: tuple[str, ...] | None, task: Task, where: str
 
 
 def _label_name(label: object, given: tuple[str, ...] | None, where: str) -> str | None:
-    if label is None or isinstance(label, str):
-        return None if label is None else str(label).strip()  # as a table's cells are read
+    if label is None:
+        return None
+    if isinstance(label, str):  # as a table's cells are read
+        name = label.strip()
+        return None if name in NO_LABEL and name not in (given or ()) else name
     if isinstance(label, bool) or not isinstance(label, Integral):
         raise TypeError(
             f"{where} is {label!r}, a {type(label).__name__}. "

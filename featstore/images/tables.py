@@ -47,11 +47,11 @@ def table_images(
     values = _value_columns(label_column, one_hot, task)
     labels = None if values or one_hot is not None or not isinstance(label_column, str) else label_column
     folder = os.path.dirname(file) if root is None else existing_folder(root)
-    lines, dialect = read_table(file, path_column)
+    named = [name for name in (path_column, labels, group_column, *values, *(one_hot or ())) if name is not None]
+    lines, dialect = read_table(file, path_column, [*named, split_column or "", valid_column or ""])
     if valid_column is not None:
         split_column = None
     elif split_column is None:
-        named = (path_column, labels, group_column, *values, *(one_hot or ()))
         split_column = own_splits(lines, file, named)
     reading = Reading(
         columns={

@@ -35,7 +35,7 @@ from featstore.images.hashing import (
     let_writes_show,
     packed,
 )
-from featstore.images.labels import HELD_OUT, Row, checked_values
+from featstore.images.labels import HELD_OUT, NO_LABEL, Row, checked_values
 from featstore.images.names import IMAGE_SUFFIXES, SHARD, Task, split_hinted, split_named
 from featstore.words import counted, listed, some
 
@@ -500,7 +500,7 @@ def _labels(value: Json, label_sep: str | None, task: Task, where: str) -> tuple
     found = value if isinstance(value, list) else str(value).split(label_sep) if label_sep else [value]
     if any(isinstance(each, dict | list | float) for each in found):
         raise ValueError(f"{where} has the label {value!r:.60}. Expected a name or an integer. Correct it.")
-    names = tuple(str(each).strip() for each in found if each is not None and str(each).strip())
+    names = tuple(name for each in found if each is not None and (name := str(each).strip()) not in NO_LABEL)
     if task == "single" and len(names) > 1:
         raise ValueError(
             f"{where} has the labels {some(names)}. Expected one class, as the task is single. Say --task multi (in "

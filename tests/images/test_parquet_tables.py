@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ COLUMNS: dict[str, Any] = {
     "patient": [7, 7, 8, 9],
     "size": [1.5, None, 0.1, 3],
     "is_red": [True, False, False, True],
+    "price": [Decimal("1.50"), Decimal("0.25"), None, Decimal("-3.00")],
 }
 
 
@@ -45,6 +48,8 @@ def as_csv(path: Path) -> Path:
         {"group_column": "patient", "split_column": ""},
         {"label_column": None},
         {"label_column": ["size"], "task": "regression"},
+        {"label_column": "price", "task": "regression"},
+        {"label_column": "price", "held_out_classes": True},
         {"one_hot": ["is_red"], "task": "multi"},
         {"valid_column": "is_red", "label_column": "patient", "held_out_classes": True},
     ],
@@ -91,6 +96,27 @@ def test_what_is_wrong_with_a_parquet_table_is_said_by_its_row(tmp_path: Path) -
         ImageSet.from_table(tmp_path / "t.parquet")
     with pytest.raises(ValueError, match=r"nowhere\.parquet can't be read"):
         ImageSet.from_table(tmp_path / "nowhere.parquet")
+
+
+def test_a_column_that_is_there_and_cant_be_read_is_said_to_be_of_its_type(tmp_path: Path) -> None:
+    taken = pa.array([datetime(2026, 1, day, tzinfo=UTC) for day in range(1, 5)])
+    file = parquet(tmp_path / "t.parquet", {**COLUMNS, "taken": taken})
+    assert ImageSet.from_table(file).classes == ("rose", "tulip")
+    options: list[dict[str, Any]] = [{f"{what}_column": "taken"} for what in ("label", "group", "split", "valid")]
+    for option in options:
+        with pytest.raises(ValueError, match=r"has timestamp\[us, tz=UTC\] in the column 'taken'\. .* as text"):
+            ImageSet.from_table(file, **option)
+    with pytest.raises(ValueError, match=r"has timestamp.* in the column 'taken'"):
+        ImageSet.from_table(file, label_column=["size", "taken"], task="regression")
+
+
+def test_of_several_columns_of_one_name_a_parquet_table_says_what_one_in_csv_says(tmp_path: Path) -> None:
+    columns = [*COLUMNS.items(), ("size", COLUMNS["size"])]
+    names, values = [name for name, _ in columns], [pa.array(cells) for _, cells in columns]
+    pq.write_table(pa.Table.from_arrays(values, names), file := tmp_path / "t.parquet")
+    assert ImageSet.from_table(file).classes == ("rose", "tulip")
+    with pytest.raises(ValueError, match=r"t\.parquet has 2 columns 'size'; it has 'path', 'label', "):
+        ImageSet.from_table(file, label_column="size")
 
 
 def test_a_table_that_holds_the_images_themselves_is_sent_to_where_it_can_be_read(tmp_path: Path) -> None:
