@@ -167,7 +167,7 @@ def head(
         _refuse_imported(model.backbone, feature_store)
         raise
     given = _for_run(staged.origin.get("run"), images, given)
-    tell_all([*given.notes, *staged.notes])
+    tell_all([*given.notes, *view.notes(staged)])
     learn = train_head(
         staged,
         given.images,
@@ -255,7 +255,7 @@ def finetune_command(
             trust_code=how.trust_code,
         )
         given = _for_run(source.origin.get("run"), images, given)
-        notes = [*given.notes, *source.notes]
+        notes = [*given.notes, *view.notes(source)]
         options = {"cut": cut, "view": view.view(source.view)}
     else:
         assert start is not None

@@ -279,7 +279,7 @@ def _planned(
     from featstore.extraction.plan import plan  # torch: what was asked for is understood by now
 
     staged = model.model(sets.cuts, trust_code=how.trust_code)
-    tell_all(staged.notes)
+    tell_all(view.notes(staged))
     planned = plan(
         staged,
         given.images,

@@ -68,7 +68,7 @@ def adopt_set(
     given = images.given(held_out_classes=True)
     tell_all(given.about)  # who is held out makes no difference here
     staged = model.model([cut], trust_code=how.trust_code)
-    tell_all(staged.notes)
+    tell_all(view.notes(staged))
     report = adopt(
         filed,
         key,

@@ -283,6 +283,17 @@ class ViewFlags:
             view = replace(view, std=_by_channel("--std", self.std, own.channels))
         return view if self.interpolation is None else replace(view, interpolation=self.interpolation)
 
+    def notes(self, model: StagedModel) -> tuple[str, ...]:
+        """The model's notes; of what is assumed of its view, that alone which these flags leave open."""
+        from featstore.models.backbones import view_note
+
+        told = view_note(model)
+        if not {*told} & {*model.notes}:
+            return model.notes
+        given = [each.name for each in fields(self) if getattr(self, each.name) is not None]
+        others = [note for note in model.notes if note not in told]
+        return (*others, *view_note(model, self.view(model.view), given))
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentFlags:

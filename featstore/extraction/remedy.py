@@ -9,6 +9,7 @@ from pathlib import Path
 from featstore.digest import Json
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE
+from featstore.images.augmentation import Policy
 from featstore.images.image_set import ImageSet
 from featstore.images.origins import made_by
 from featstore.images.views import Augment, View
@@ -134,14 +135,13 @@ def _python_call(
     precision: str | None,
     on_error: str,
 ) -> Call:
-    """A call in the words of the documentation: `model`, `images`, `store`, `view` and `policy` are the caller's."""
+    """A call in the words of the documentation: `model`, `images`, `store`, `view` and `augment` are the caller's."""
     arguments: dict[str, str] = {"cuts": repr(list(cuts))}
     if view is not None and view.evaluation != model.view.evaluation:
         arguments["view"] = "view"
     if augment is not None and augment.seeds != "fresh":
-        name, word = augment.policy.name, augment.policy.spelled
-        policy = repr(word) if word is not None else name if name.isidentifier() else "policy"
-        arguments["augment"] = f"Augment({policy}, seeds={list(augment.seeds)})"
+        policy = _in_python(augment.policy)
+        arguments["augment"] = "augment" if policy is None else f"Augment({policy}, seeds={list(augment.seeds)})"
     if dtype not in (None, DEFAULT_STORAGE_TYPE):
         arguments["dtype"] = repr(dtype)
     if precision not in (None, DEFAULT_PRECISION):
@@ -149,6 +149,17 @@ def _python_call(
     if on_error != "raise":
         arguments["on_error"] = repr(on_error)
     return Call(function="extract", others=("images", "store"), options=arguments)
+
+
+def _in_python(policy: Policy) -> str | None:
+    """What `Augment` takes for this policy; None where a function has no name that could be written."""
+    if policy.spelled is not None:
+        return repr(policy.spelled)
+    if policy.parts:
+        parts = [_in_python(part) for part in policy.parts]
+        return None if None in parts else f"[{', '.join(map(str, parts))}]"
+    name = getattr(policy.function, "__name__", "")
+    return name if name.isidentifier() else None
 
 
 def _unless(flag: str, value: Json, default: Json) -> list[str]:

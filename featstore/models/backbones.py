@@ -6,7 +6,7 @@ A library of backbones is a module beside this one with the functions of `Librar
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import isroutine
@@ -300,7 +300,7 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
             "weights": str(weights),
             **({} if prefix is None else {"weights_prefix": prefix}),
         },
-        notes=(*model.notes, *choices, *fit.notes, *_view_note(model)),
+        notes=(*model.notes, *choices, *fit.notes, *view_note(model)),
         default_cut=default,
     )
     with timed("load"):
@@ -338,20 +338,34 @@ def _shapes(tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
     return sorted(tuple(each.shape) for each in tensors.values() if each.ndim)  # without counters
 
 
-def _view_note(model: StagedModel) -> tuple[str, ...]:
-    """What is assumed of the images where nobody has said it: a library's own weights' view, or the usual one."""
-    view = model.view
-    is_usual = view == View(channels=view.channels).resized(size=view.size)
+_VIEW_FLAGS = ("resize", "size", "mean", "std", "interpolation")
+
+
+def view_note(model: StagedModel, view: View | None = None, given: Collection[str] = ()) -> tuple[str, ...]:
+    """What is assumed of the images where nobody has said it: a library's own weights' view, or the usual one.
+
+    Args:
+        model: with the tensors of a weights file.
+        view: what images then get; default: the model's own.
+        given: the fields of it that somebody has said.
+    """
+    own = model.view
+    is_usual = own == View(channels=own.channels).resized(size=own.size)
     if not is_usual and _library_of(str(model.origin.get("backbone"))) is None:  # its author chose one
         return ()
-    given = f"{view.resize}/{view.size}{'' if view.interpolation == View.interpolation else f', {view.interpolation},'}"
-    mean = "ImageNet's mean"
-    if view.mean != View.mean:
-        mean = f"mean {' '.join(f'{each:g}' for each in dict.fromkeys(view.mean))}"
-    return (
-        f"a weights file carries no preprocessing: {given} and {mean} assumed; "
-        "--resize --size --mean --std --interpolation",
-    )
+    view = view or own
+    assumed = [] if {"resize", "size"} <= {*given} else [f"{view.resize}/{view.size}"]
+    if "interpolation" not in given and view.interpolation != View.interpolation:
+        assumed.append(view.interpolation)
+    if not {"mean", "std"} <= {*given}:
+        usual = f"mean {' '.join(f'{each:g}' for each in dict.fromkeys(view.mean))}"
+        assumed.append("ImageNet's mean" if view.mean == View.mean else usual)
+    if not assumed:
+        return ()
+    *others, last = assumed
+    words = f"{', '.join(others)}{',' * (len(others) > 1)} and {last}" if others else last
+    flags = " ".join(f"--{name}" for name in _VIEW_FLAGS if name not in given)
+    return (f"a weights file carries no preprocessing: {words} assumed; {flags}",)
 
 
 def _from_run(folder: Path, weights: str | Path | None, *, trust_code: bool) -> StagedModel:

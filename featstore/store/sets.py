@@ -158,7 +158,7 @@ class FeatureSet:
             "backbone": self.facts["backbone"],
             "cut": self.facts["cut"],
             "reduce": self.spec.reduction,
-            "view": None if not is_known else "evaluation" if view.policy is None else view.policy.label,
+            "view": None if not is_known else "evaluation" if view.policy is None else view.policy.describe(),
             "seed": view.seed,
             "size": view.size if is_known else None,
             "dtype": self.spec.dtype,

@@ -393,9 +393,27 @@ def test_what_a_weights_file_leaves_open_is_said(featstore: Program, here: Path)
     said = featstore("status", *extract_flags("--weights", "ep37.pth")).err
     assert "fc.weight has 37 rows: not used\n" in said
     assert (
-        "a weights file carries no preprocessing: 256/224 and ImageNet's mean assumed; --resize --size --mean --std "
+        "a weights file carries no preprocessing: 37/32 and ImageNet's mean assumed; --resize --mean --std "
         "--interpolation\n"
     ) in said
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),  # besides --size 32
+    [
+        ("", "37/32 and ImageNet's mean assumed; --resize --mean --std --interpolation"),
+        ("--resize 40", "ImageNet's mean assumed; --mean --std --interpolation"),
+        ("--mean 0.5,0.5,0.5 --std 0.5,0.5,0.5", "37/32 assumed; --resize --interpolation"),
+        ("--resize 40 --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5", None),
+    ],
+)
+def test_of_a_weights_files_view_only_what_flags_leave_open_is_assumed(
+    featstore: Program, here: Path, given: str, said: str | None
+) -> None:
+    torch.save(backbone("tiny.py:make_model").tensors(), "own.pth")
+    lines = featstore("status", *extract_flags("--weights", "own.pth", *given.split())).err.splitlines()
+    about = [line for line in lines if "preprocessing" in line]
+    assert about == ([] if said is None else [f"a weights file carries no preprocessing: {said}"])
 
 
 def test_without_network_the_sentence_says_which_file_belongs_where(

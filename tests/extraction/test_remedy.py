@@ -297,6 +297,13 @@ def own(image: Tensor, generator: torch.Generator) -> Tensor:
     return image.flip(2)
 
 
+class Mirrored:
+    fingerprint = "1"
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        return image.flip(2)
+
+
 @pytest.mark.parametrize(
     ("change", "call"),
     [
@@ -320,7 +327,16 @@ def own(image: Tensor, generator: torch.Generator) -> Tensor:
         ),
         (
             {"augment": Augment(lambda image, generator: image, seeds=[1])},
-            "extract(model, images, store, cuts=['layer2'], augment=Augment(policy, seeds=[1]))",
+            "extract(model, images, store, cuts=['layer2'], augment=augment)",
+        ),
+        (
+            {"augment": Augment([own, "flip", ("zoom", {"amount": (0.1, 0.3)})], seeds=[1])},
+            "extract(model, images, store, cuts=['layer2'], "
+            "augment=Augment([own, 'flip', 'zoom:amount=0.1..0.3'], seeds=[1]))",
+        ),
+        (
+            {"augment": Augment([own, Mirrored()], seeds=[1])},
+            "extract(model, images, store, cuts=['layer2'], augment=augment)",
         ),
         ({"view": View(size=12, resize=20)}, "extract(model, images, store, cuts=['layer2'], view=view)"),
     ],
@@ -329,10 +345,9 @@ def test_what_no_command_can_say_is_a_python_call(tmp_path: Path, change: dict[s
     model, images = StagedModel.from_module(net(), view=View(size=16, resize=20), name="net"), arrays(3)
     assert str(extract_remedy(model, images, Path("features"), cuts=["layer2"], **change)) == call
     store = FeatureStore(tmp_path / "features")
-    policy = change["augment"].policy if "augment" in change else None
     names = {
         "extract": extract, "model": model, "images": images, "store": store, "Augment": Augment, "own": own,
-        "policy": policy, "view": change.get("view"),
+        "augment": change.get("augment"), "view": change.get("view"),
     }  # fmt: skip
     eval(call, names)
     asked = {name: value for name, value in change.items() if name != "on_error"}

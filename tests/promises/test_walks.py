@@ -119,7 +119,7 @@ def test_walk_4_my_checkpoint_becomes_features(run: Run, here: Path, trained: di
     assert ran.code == 0
     assert "fc.weight has 37 rows: not used\nfc.bias has 37 rows: not used\n" in ran.err
     assert (
-        "a weights file carries no preprocessing: 256/224 and ImageNet's mean assumed; --resize --size --mean --std "
+        "a weights file carries no preprocessing: 73/64 and ImageNet's mean assumed; --resize --mean --std "
         "--interpolation\n"
     ) in ran.err
     reference = torchvision.models.resnet18(num_classes=37)

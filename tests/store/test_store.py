@@ -23,6 +23,7 @@ import pytest
 import torch
 from support.parts import flip_bit
 from support.tiny import VIEW, arrays, jpeg, photos, pixels, staged
+from torch import Tensor
 
 from featstore import (
     AmbiguousRequestError,
@@ -263,6 +264,14 @@ def test_ls_lists_what_a_person_wants_to_know(root: Path, run: Run) -> None:
     }  # fmt: skip
     assert first["bytes"] == sum(path.stat().st_size for path in Path(first["folder"]).iterdir())
     assert (described[keys[1]]["view"], described[keys[1]]["seed"]) == ("flip", 2)
+
+
+def test_ls_tells_a_persons_own_policy_from_the_built_in_one_of_its_name(root: Path, run: Run) -> None:
+    def flip(image: Tensor, generator: torch.Generator) -> Tensor:
+        return image
+
+    key = run(augment=Augment(flip, seeds=[2]))[1]
+    assert re.fullmatch(r"flip \(source [0-9a-f]{12}\)", FeatureStore(root).set(key).describe()["view"])
 
 
 # ---- a model without weights
