@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -134,6 +134,7 @@ class _Tracer(fx.Tracer):
         self.inside: list[str] = []
         self._uses: Counter[str] = Counter()
         self._leaves: dict[tuple[nn.Module, str], bool] = {}  # as looked up before: each is asked for again and again
+        self._tensors: dict[int, _Held] = {}  # of the root, by identity
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = self._leaves.get((m, module_qualified_name))
@@ -147,6 +148,17 @@ class _Tracer(fx.Tracer):
     ) -> tuple[Callable[..., Any], list[Any]]:
         # One input; parameters of forward with a default keep it.
         return root_fn, [self.root, self.create_proxy("placeholder", "input", (), {})]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As fx's own, which looks through all tensors of the root for each: most of the time for a large network."""
+        if isinstance(attr_val, Tensor):
+            self._tensors = self._tensors or _held(self.root)
+            held = self._tensors.get(id(attr_val))
+            if held is not None and held.among.get(held.name) is attr_val:  # it may have been moved meanwhile
+                if held.path not in parameter_proxy_cache:
+                    parameter_proxy_cache[held.path] = self.create_proxy("get_attr", held.path, (), {})
+                return parameter_proxy_cache[held.path]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -170,6 +182,26 @@ class _Tracer(fx.Tracer):
         self._uses[path] += 1
         self.plain_paths[node], self.paths[node] = path, f"{path}_{uses}" if uses else path
         return node
+
+
+class _Held(NamedTuple):
+    """A parameter or buffer: its path, and where it is held under which name."""
+
+    path: str
+    among: Mapping[str, Tensor | None]
+    name: str
+
+
+def _held(root: nn.Module) -> dict[int, _Held]:
+    """The parameters and buffers of a module by their identity, the first name of each."""
+    found: dict[int, _Held] = {}
+    for kind in ("_parameters", "_buffers"):
+        for path, part in root.named_modules():
+            among = vars(part)[kind]
+            for name, value in among.items():
+                if isinstance(value, nn.Parameter if kind == "_parameters" else Tensor):
+                    found.setdefault(id(value), _Held(f"{path}.{name}" if path else name, among, name))
+    return found
 
 
 def _versions(module: nn.Module) -> dict[str, list[tuple[int, int]]]:
