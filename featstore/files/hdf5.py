@@ -324,29 +324,30 @@ class Structure:
         column = self._dataset(name)
         if column.dtype != np.dtype(dtype) or column.shape != shape:
             raise ValueError(f"/{name} is {column.dtype} {column.shape}, not {np.dtype(dtype)} {shape}")
-        self._check_place(name)
+        self._check_place(name, column)
         values: NDArray[Any] = column[()]
         return values
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The values of all datasets but the facts."""
-        names = [name for name in self._hdf5 if name != "facts"]
-        for name in names:
-            self._check_place(name)
-        return {name: np.asarray(self._dataset(name)[()]) for name in names}
+        datasets = {name: self._dataset(name) for name in self._hdf5 if name != "facts"}
+        for name, dataset in datasets.items():
+            self._check_place(name, dataset)
+        return {name: np.asarray(dataset[()]) for name, dataset in datasets.items()}
 
     def facts(self) -> dict[str, Json]:
         """The JSON facts."""
-        facts = json.loads(self._dataset("facts").asstr()[()])
+        dataset = self._dataset("facts")
+        facts = json.loads(dataset.asstr()[()])
         if not isinstance(facts, dict):
             raise ValueError("/facts is not a JSON object")
-        self._check_place("facts")
+        self._check_place("facts", dataset)
         return facts
 
     def _dataset(self, name: str) -> h5py.Dataset:
         return own_dataset(self._hdf5, name)
 
-    def _check_place(self, name: str) -> None:
+    def _check_place(self, name: str, dataset: h5py.Dataset) -> None:
         region = self.layout.regions.get(name)
-        if region is not None and _extent_of(self._dataset(name)) != region:
+        if region is not None and _extent_of(dataset) != region:
             raise ValueError(f"/{name} lies elsewhere than its region says")
