@@ -463,9 +463,9 @@ def test_memory_that_is_not_there_is_no_fault_of_an_image(processes: Processes) 
         from featstore.images.decode import decode
         images = {}
         for name, options in (("baseline", {}), ("progressive", {"progressive": True})):
-            Image.new("RGB", (9000, 9000)).save(images.setdefault(name, BytesIO()), "JPEG", **options)
+            Image.new("RGB", (6000, 6000)).save(images.setdefault(name, BytesIO()), "JPEG", **options)
         taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        for megabytes in (30, 100, 200):
+        for megabytes in (20, 50, 90):  # 103 hold its pixels
             resource.setrlimit(resource.RLIMIT_AS, (taken + (megabytes << 20), -1))
             for name, file in images.items():
                 try:

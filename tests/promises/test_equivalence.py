@@ -133,7 +133,9 @@ def test_training_from_features_equals_training_live_at_every_cut(
     model, images, store = whole
     absent = ImageSet.from_store(store)  # the digests are here and the images are not, so nothing can read them
     assert absent.absent() == list(range(len(images)))
-    for batch_size, optimizer in zip(BATCH_SIZES, ["adamw", "sgd", "sgd", "adamw"], strict=True):
+    # Each cut once at each batch size, with half of them from the evaluation view and half from views by seed.
+    batch_sizes = BATCH_SIZES[::2] if augment is None else BATCH_SIZES[1::2]
+    for batch_size, optimizer in zip(batch_sizes, ["adamw", "sgd"], strict=True):
         options = {"head": "keep", "batch_size": batch_size, "optimizer": optimizer, "augment": augment}
         cached = learner(model, absent, store, cut, **options)
         live = learner(model, images, None, cut, **options)
