@@ -1,9 +1,11 @@
 """Checks the split of torchvision's backbones, and of timm's by name, at every cut: the tests check some of small ones.
 
     .venv/bin/python scripts/split_everything.py [NAME ...] [--every N]
+    .venv/bin/python scripts/split_everything.py [NAME ...] --write
 
 Images have the smallest size that a backbone takes. Prints a line a cut, and ends with an error at the first one that
-fails.
+fails. `--write` checks nothing: it writes the golden list of cuts (`tests/support/cuts.py`), all or those of the names
+given, after a change of cuts that is meant.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import torchvision
 from torch import nn
 
 from featstore import ModelError, StagedModel, View, backbone, backbone_names
-from featstore.models.backbones import is_named
+from featstore.models.backbones import is_named, outline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.cuts import described_cuts, golden_cuts, write
 from support.splitting import checked_cuts, randomise_for
 
 SIZES = (32, 48, 64, 80, 96, 128, 160)
@@ -31,10 +34,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of torchvision's")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="check every Nth cut; default: all")
+    parser.add_argument("--write", action="store_true", help="write the golden list of cuts instead")
     options = parser.parse_args()
     unknown = sorted(name for name in set(options.names) if not is_named(name))
     if unknown:
         parser.error(f"no backbone is called {', '.join(unknown)}; featstore backbones lists those that are")
+    if options.write:
+        known = golden_cuts()
+        named = dict.fromkeys(options.names or [*backbone_names(), *known])
+        write(known | {name: described_cuts(outline(name)) for name in named})
+        return
     for name in options.names or backbone_names():
         check(name, every=options.every)
 

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import torchvision
 from PIL import Image
+from support.cuts import described_cuts, golden_cuts
 from support.splitting import checked_cuts, randomise, randomise_for
 from support.tiny import pixels
 
@@ -94,6 +95,8 @@ def small(name: str) -> tuple[StagedModel, Any, torch.Tensor]:
 # ------------------------------------------------------------------------------------------------------ cuts and splits
 
 
+CUTS = golden_cuts()
+
 QUICK = {"resnet18", "ghostnet_050", "test_mambaout", "test_vit", "vit_medium_patch16_reg1_gap_256"}
 """Of what no split below covers the cheap ones."""
 
@@ -105,6 +108,7 @@ def test_a_member_of_each_family_is_cut_before_its_own_pooling(name: str) -> Non
     model = outlined(name)
     cut = model.default_cut
     assert (cut, model.layout(cut), model.shape(cut)) == DEFAULT_CUTS[name]
+    assert described_cuts(model) == CUTS[f"timm:{name}"]
     assert {tensor.device.type for tensor in model.tensors().values()} == {"meta"}
 
 
@@ -114,6 +118,7 @@ def test_trunk_and_tail_are_the_network_and_its_own_pooling_is_ours(name: str) -
     randomise_for(model, images)
     cuts = list(checked_cuts(model, images, module, every=max(1, (len(model.cut_points) - 1) // 4)))
     assert len(cuts) >= 4
+    assert model.cut_points == [cut.split()[0] for cut in CUTS[f"timm:{name}"]]
     own = SMALL[name][1]
     cut = model.default_cut
     assert cut == DEFAULT_CUTS[name][0]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from support.cuts import described_cuts, golden_cuts
 from torch import Tensor
 
 from featstore import StagedModel, WeightsError, backbone
@@ -50,6 +51,8 @@ DEFAULT_CUTS = {
 }
 """A member of each family -> its default cut there, the layout and the shape, at its weights' own size."""
 
+CUTS = golden_cuts()
+
 
 def test_the_names_are_those_of_torchvisions_classification_models_each_in_one_family() -> None:
     assert sorted(torchvision_models.names()) == torchvision.models.list_models(module=torchvision.models)
@@ -67,8 +70,7 @@ def test_a_member_of_each_family_is_cut_before_its_own_pooling(name: str) -> Non
     model = outlined(name)
     cut = model.default_cut
     assert (model.name, cut, model.layout(cut), model.shape(cut)) == (name, *DEFAULT_CUTS[name])
-    assert len(model.cut_points) > 20
-    assert all(model.shape(cut) for cut in model.cut_points)
+    assert described_cuts(model) == CUTS[name]
     assert {tensor.device.type for tensor in model.tensors().values()} == {"meta"}
 
 
@@ -81,7 +83,29 @@ def test_every_other_member_is_cut_as_its_family_is(name: str) -> None:
     cut = model.default_cut
     assert cut.rstrip("0123456789") == known[0].rstrip("0123456789")
     assert (model.layout(cut), len(model.shape(cut))) == (known[1], len(known[2]))
-    assert all(model.shape(cut) for cut in model.cut_points)
+    assert described_cuts(model) == CUTS[name]
+
+
+def test_the_golden_list_has_every_backbone_with_more_than_twenty_cuts() -> None:
+    listed = [name for name in CUTS if not name.startswith("timm:")]
+    assert listed == torchvision_models.names()
+    assert all(len(CUTS[name]) > 20 for name in listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "number"),
+    [
+        ("convnext_tiny", "CNBlock", 18),
+        ("vit_b_32", "EncoderBlock", 12),
+        ("swin_t", "SwinTransformerBlock", 12),
+        ("swin_v2_t", "SwinTransformerBlockV2", 12),
+    ],
+)
+def test_each_block_of_a_transformer_and_of_convnext_ends_in_a_cut(name: str, block: str, number: int) -> None:
+    with torch.device("meta"):
+        module = torchvision.models.get_model(name, weights=None)
+    blocks = [path for path, part in module.named_modules() if type(part).__name__ == block]
+    assert len({outlined(name).canonical(path) for path in blocks}) == len(blocks) == number
 
 
 @pytest.mark.parametrize(
