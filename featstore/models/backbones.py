@@ -1,6 +1,7 @@
 """Backbones: names, files and folders -> StagedModel with weights and their preprocessing.
 
-A library of backbones is a module beside this one with the functions of `Library`, and a place in `LIBRARIES`.
+A library of backbones is a module beside this one with the functions of `Library`, maybe those of `Naming` too, and a
+place in `LIBRARIES`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from inspect import isroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -67,14 +68,36 @@ class Library(Protocol):
         """The class of each logit of a model with those weights, where it is known; no name stands twice."""
 
 
-LIBRARIES: tuple[Library, ...] = (torchvision_models, timm_models)
+@runtime_checkable
+class Naming(Protocol):
+    """What a library may have beside: what sentences say of its names, also where it isn't installed."""
+
+    def unlisted(self) -> str | None:
+        """A sentence about names that a list leaves out unasked."""
+
+    def also_called(self, name: str) -> list[str]:
+        """Its names of what somebody may mean by `name`, which no library has."""
+
+    def twins(self, name: str) -> list[str]:
+        """What networks are called elsewhere that are `name` but for their tensors' names; either may be another's."""
+
+    def made_by(self, name: str) -> str:
+        """The call that makes the module of `name`."""
 
 
-def _libraries() -> Iterator[Library]:
+LIBRARIES: dict[str, Library] = {"torchvision": torchvision_models, "timm": timm_models}
+"""featstore's own, by the names that people call them by."""
+
+
+def _libraries() -> Iterator[tuple[str, Library]]:
     """All that are known: featstore's own, then those of installed packages (see `plugins`), which may be broken."""
-    yield from LIBRARIES
-    for plugin in plugged_in(BACKBONES).values():
-        yield plugin.value
+    yield from LIBRARIES.items()
+    for name, plugin in plugged_in(BACKBONES).items():
+        yield name, plugin.value
+
+
+def _namings() -> list[Naming]:
+    return [library for _, library in _libraries() if isinstance(library, Naming)]
 
 
 def backbone_names(pattern: str | None = None) -> list[str]:
@@ -84,14 +107,12 @@ def backbone_names(pattern: str | None = None) -> list[str]:
         pattern: of a shell, such as ``resnet*``; ``timm:*resnet*`` for those of timm, which has too many for a list
             of all and is asked for no other pattern.
     """
-    return [name for library in _libraries() for name in library.names(pattern)]
+    return [name for _, library in _libraries() for name in library.names(pattern)]
 
 
 def unlisted() -> list[str]:
     """A sentence for each library whose names a list leaves out unasked."""
-    if (count := timm_models.count()) is None:
-        return []
-    return [f"timm is installed, with {count:,} more: featstore backbones 'timm:*resnet*' lists those that match"]
+    return [sentence for naming in _namings() if (sentence := naming.unlisted())]
 
 
 def is_named(source: str) -> bool:
@@ -216,7 +237,12 @@ def restored(model: StagedModel, run: Run, *, origin: str | None = None) -> Stag
 
 
 def _library_of(name: str) -> Library | None:
-    return next((library for library in _libraries() if library.knows(name)), None)
+    return _called_by(name)[1]
+
+
+def _called_by(name: str) -> tuple[str | None, Library | None]:
+    """The library that has `name`, behind what people call it."""
+    return next((called for called in _libraries() if called[1].knows(name)), (None, None))
 
 
 def _known_library(name: str) -> Library:
@@ -247,7 +273,8 @@ def _made(source: nn.Module | Callable[[], nn.Module]) -> StagedModel:
 
 def _no_backbone(name: str) -> str:
     names = backbone_names()
-    close = [*timm_models.also_called(name), *difflib.get_close_matches(name, names)]
+    also = [each for naming in _namings() for each in naming.also_called(name)]
+    close = [*also, *difflib.get_close_matches(name, names)]
     return (
         f"{name!r} is no backbone. Expected {''.join(f'{each}, ' for each in close)}{'or ' if close else ''}one of the "
         f"{len(names)} names that featstore backbones lists (in Python: backbone_names())"
@@ -311,20 +338,21 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
 def _other_naming(model: StagedModel, tensors: Mapping[str, Tensor], path: Path) -> str | None:
     """What to say of a file whose tensors would fit `model` under other names; None where they wouldn't."""
     name = str(model.origin.get("backbone"))
-    for twin in timm_models.twins(name):
+    mine, library = _called_by(name)
+    for twin in (twin for naming in _namings() for twin in naming.twins(name)):
         with suppress(FeatureStoreError, ValueError):  # timm isn't installed, or has no such model any more
             other = outline(twin)
             needed = other.index(other.default_cut) + 1
             stages = [stage.tensors() for stage in other.ordered]
             fitting(tensors, stages, num_needed=needed, file=path, model=twin, unused=other.unused)
-            mine, theirs = ("timm", "torchvision")[:: 1 if timm_models.knows(name) else -1]
+            theirs, _ = _called_by(twin)
             return (
                 f"The tensors in {path} have {theirs}'s names ({next(iter(tensors))}), not {mine}'s: they fit {twin}. "
                 f"Give --backbone {twin}, or weights of {mine}'s for {name}."
             )
     if _shapes(tensors) != _shapes(model.tensors()):
         return None
-    made = timm_models.made_by(name) if timm_models.knows(name) else "the module that they are for"
+    made = library.made_by(name) if isinstance(library, Naming) else "the module that they are for"
     return (
         f"The {len(tensors)} tensors in {path} have the shapes of {model.name}'s, under other names "
         f"({next(iter(tensors))}, expected {next(iter(model.tensors()))}): which is which would be a guess. If they "

@@ -49,11 +49,6 @@ def names(pattern: str | None = None) -> list[str]:
     return [name for name in map(PREFIX.__add__, _timm().list_models()) if fnmatchcase(name, pattern)]
 
 
-def count() -> int | None:
-    """How many models timm has; None where it isn't installed."""
-    return len(_timm().list_models()) if find_spec("timm") else None
-
-
 def weight_names(name: str) -> list[str]:
     """The tags of timm's weights for `name`: first the name's own or the default one."""
     chosen = _timm_name(name)
@@ -116,6 +111,14 @@ def class_names(name: str, weights: str) -> tuple[str, ...] | None:
     found = [each.partition(",")[0] for each in timm.data.ImageNetInfo(subset).label_descriptions()]
     counted = Counter(found)
     return tuple(f"{each} ({place})" if counted[each] > 1 else each for place, each in enumerate(found))
+
+
+def unlisted() -> str | None:
+    """How many models timm has, where it is installed, and how to list some."""
+    if not find_spec("timm"):
+        return None
+    count = len(_timm().list_models())
+    return f"timm is installed, with {count:,} more: featstore backbones '{PREFIX}*resnet*' lists those that match"
 
 
 def twins(name: str) -> list[str]:

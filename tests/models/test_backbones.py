@@ -111,7 +111,7 @@ def test_another_library_needs_these_functions_and_its_place_in_the_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library: backbones.Library = TinyLibrary()
-    monkeypatch.setattr(backbones, "LIBRARIES", (*backbones.LIBRARIES, library))
+    monkeypatch.setitem(backbones.LIBRARIES, "tiny", library)
     assert backbone_names()[-2:] == ["tiny/one", "tiny/two"]
     assert weight_names("tiny/one") == ["ones"]
     assert about("tiny/one") == {
@@ -132,6 +132,41 @@ def test_another_library_needs_these_functions_and_its_place_in_the_list(
     wide = architecture({"name": "tiny/two", "channels": 5}, tmp_path / "run")
     again = backbone(str(save(wide, tmp_path / "tuned", "1")))
     assert (again.shape("1"), again.digest("1")) == ((5, 2, 2), wide.digest("1"))
+
+
+class NamingLibrary(TinyLibrary):
+    """It knows more of names than it must: torchvision's squeezenet1_1 passes for one of its networks."""
+
+    def unlisted(self) -> str | None:
+        return "there are others"
+
+    def also_called(self, name: str) -> list[str]:
+        return [f"tiny/{name}"] if f"tiny/{name}" in self.names() else []
+
+    def twins(self, name: str) -> list[str]:
+        return {"tiny/one": ["squeezenet1_1"], "squeezenet1_1": ["tiny/one"]}.get(name, [])
+
+    def made_by(self, name: str) -> str:
+        return f"tiny.make({name!r})"
+
+
+def test_another_library_may_have_a_say_in_what_is_said_of_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backbones.LIBRARIES, "tiny", NamingLibrary())
+    assert backbones.unlisted()[-1] == "there are others"
+    with pytest.raises(ValueError, match=r"'one' is no backbone. Expected tiny/one, "):
+        backbone("one")
+    one, theirs = backbone("tiny/one", "none"), backbone("squeezenet1_1", "none")
+    torch.save(one.tensors(), tmp_path / "one.pth")
+    torch.save(theirs.tensors(), tmp_path / "theirs.pth")
+    torch.save({f"{name}.value": value for name, value in one.tensors().items()}, tmp_path / "renamed.pth")
+    with pytest.raises(WeightsError, match=r"torchvision's names \(.*\), not tiny's: they fit squeezenet1_1. Give"):
+        backbone("tiny/one", tmp_path / "theirs.pth")
+    with pytest.raises(WeightsError, match=r"tiny's names \(.*\), not torchvision's: they fit tiny/one. Give"):
+        backbone("squeezenet1_1", tmp_path / "one.pth")
+    with pytest.raises(WeightsError, match=r"where module is tiny.make\('tiny/one'\) and tensors is"):
+        backbone("tiny/one", tmp_path / "renamed.pth")
 
 
 # --------------------------------------------------------------------------------------------------------------- files
