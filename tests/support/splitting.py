@@ -48,7 +48,8 @@ def randomise_for(model: StagedModel, images: Tensor) -> None:
         randomise(model, seed=1, gain=gain)
         with mode_of(model, training=False):
             logits = _run(model, images, False)
-        if logits.isfinite().all() and _difference(logits[0], logits[1]) > SEEN:
+        # Ten times as much as is asked for: of efficientnet_b7's stages some move the logits by less than images do.
+        if logits.isfinite().all() and _difference(logits[0], logits[1]) > 10 * SEEN:
             return
 
 
