@@ -91,7 +91,7 @@ def original(name: str, model: StagedModel) -> nn.Module:
     module: nn.Module = torchvision.models.get_model(name, weights=None, **weights)
     state = module.state_dict()  # which says mnasnet's version
     tensors = model.tensors()
-    assert state.keys() - model.unused == tensors.keys()
+    assert state.keys() - model.unused == {*tensors, *model.other_names}
     state.update(tensors)
     module.load_state_dict(state, assign=True)
     return module

@@ -312,6 +312,7 @@ def _with_file(model: StagedModel, weights: str | Path, cut: str | None, prefix:
             file=path,
             model=model.name,
             unused=model.unused,
+            other_names=model.other_names,
             prefix=prefix,
         )
     except WeightsError as error:
@@ -344,14 +345,23 @@ def _other_naming(model: StagedModel, tensors: Mapping[str, Tensor], path: Path)
             other = outline(twin)
             needed = other.index(other.default_cut) + 1
             stages = [stage.tensors() for stage in other.ordered]
-            fitting(tensors, stages, num_needed=needed, file=path, model=twin, unused=other.unused)
+            fitting(
+                tensors,
+                stages,
+                num_needed=needed,
+                file=path,
+                model=twin,
+                unused=other.unused,
+                other_names=other.other_names,
+            )
             theirs, _ = _called_by(twin)
             return (
                 f"The tensors in {path} have {theirs}'s names ({next(iter(tensors))}), not {mine}'s: they fit {twin}. "
                 f"Give --backbone {twin}, or weights of {mine}'s for {name}."
             )
-    if _shapes(tensors) != _shapes(model.tensors()):
-        return None
+    first = next(iter(model.tensors()), "")
+    if _shapes(tensors) != _shapes(model.tensors()) or any(f".{each}".endswith(f".{first}") for each in tensors):
+        return None  # another network, or this one's names with something else that is wrong
     made = library.made_by(name) if isinstance(library, Naming) else "the module that they are for"
     return (
         f"The {len(tensors)} tensors in {path} have the shapes of {model.name}'s, under other names "

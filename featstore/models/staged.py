@@ -53,6 +53,7 @@ class StagedModel(nn.Module):
         fixed_size: the only image size it takes (a ViT), or None.
         notes: sentences about how it was made that its user should read once.
         unused: names of tensors of the module it was made from that its output doesn't depend on.
+        other_names: of tensors that the module has under several names -> the one that stands for all.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class StagedModel(nn.Module):
         self.fixed_size = fixed_size
         self.notes: tuple[str, ...] = ()
         self.unused: frozenset[str] = frozenset()
+        self.other_names: dict[str, str] = {}
         self.training = any(stage.training for stage in stages)
         self._default_cut = default_cut
         self.view, self.named_view, self.name, self.class_tokens = view, view, name, class_tokens
@@ -115,9 +117,9 @@ class StagedModel(nn.Module):
             ModelError: what can't be traced or keyed, named.
         """
         with timed("trace"), unwrapped(module) as (module, notes):
-            state = module.state_dict(keep_vars=True).keys()
+            state = module.state_dict(keep_vars=True)
             graphs, auxiliaries = split_into_stages(module, containers=containers)
-            stages = [TracedStage(stage, state) for stage in graphs]
+            stages = [TracedStage(stage, state.keys()) for stage in graphs]
         for stage in graphs if notes else ():
             refuse_patched(stage.eval)  # a layer that is back in its wrapper
         fitted = view_for(stages[0], view or View())
@@ -130,7 +132,12 @@ class StagedModel(nn.Module):
             origin=origin,
             fixed_size=fixed_size,
         )
-        model.unused = frozenset(state - model.tensors().keys())
+        own = model.tensors().keys()
+        names = {id(state[name]): name for name in reversed(own)}
+        model.other_names = {
+            name: names[id(value)] for name, value in state.items() if names.get(id(value), name) != name
+        }
+        model.unused = frozenset(state.keys() - own - model.other_names.keys())
         if fitted != (view or View()):
             notes += (
                 f"its first layer takes 1 channel: images are made gray, mean {fitted.mean[0]:g} and std "
@@ -539,7 +546,8 @@ class StagedModel(nn.Module):
             fixed_size=self.fixed_size,
         )
         model._measured = {how: dict(values) for how, values in self._measured.items()}
-        model.unused, model.named_view = self.unused, self.named_view
+        model.unused, model.other_names = self.unused, self.other_names
+        model.named_view = self.named_view
         model._take_tokens(self)
         model.training = self.training
         return model

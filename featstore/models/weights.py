@@ -82,6 +82,7 @@ def fitting(
     file: Path,
     model: str,
     unused: Collection[str] = (),
+    other_names: Mapping[str, str] | None = None,
     prefix: str | None = None,
 ) -> Fit:
     """How far `tensors` fit the `stages` (name -> tensor, each) of `model`.
@@ -96,6 +97,8 @@ def fitting(
         file: for messages.
         model: for messages.
         unused: names of tensors that the model has and doesn't need.
+        other_names: of tensors that the model has under several names -> the one that stands for all. A file may have
+            any of them, with one value.
         prefix: the one to take off, where the file's names fit under several.
 
     Raises:
@@ -104,10 +107,12 @@ def fitting(
     """
     needed = {name: tensor for stage in stages[:num_needed] for name, tensor in stage.items()}
     behind = {name for stage in stages[num_needed:] for name in stage}
-    known = {*needed, *behind, *unused}
+    known = {*needed, *behind, *unused, *(other_names or {})}
     given, choices = _stripped(tensors, known, [name for name in needed if not name.endswith(_COUNTER)], file, prefix)
-    wrong = [problem for name, tensor in needed.items() if (problem := _problem(name, tensor, given))]
-    if wrong and prefix is None and (unlisted := _unlisted_prefix(tensors, needed)) is not None:
+    given, names = _shared(given, other_names or {})
+    wrong = [problem for name, tensor in needed.items() if (problem := _misfit(name, tensor, given, names))]
+    is_lacking = any(name not in given for name in needed if not name.endswith(_COUNTER))
+    if is_lacking and prefix is None and (unlisted := _unlisted_prefix(tensors, needed)) is not None:
         raise WeightsError(
             f"The names in {file} that {model} needs begin with {unlisted!r} there, which no usual wrapper adds. If "
             f"they are its weights: --weights-prefix {unlisted} (in Python: weights_prefix={unlisted!r})."
@@ -122,7 +127,7 @@ def fitting(
         )
     num_stages = num_needed
     while num_stages < len(stages) and not any(
-        _problem(name, tensor, given) for name, tensor in stages[num_stages].items()
+        _misfit(name, tensor, given, names) for name, tensor in stages[num_stages].items()
     ):
         num_stages += 1
     left_out = [
@@ -283,6 +288,29 @@ def _belongs(name: str, needed: Collection[str], behind: Collection[str]) -> boo
         if any(uses):
             return uses == [True, False]
     return False
+
+
+def _shared(
+    tensors: Mapping[str, Tensor], other_names: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """`tensors` under each name that the network has for them, and these: the one that stands for all -> all."""
+    given, names = dict(tensors), {name: [name] for name in other_names.values()}
+    for other, name in other_names.items():
+        names[name].append(other)
+    for same in names.values():
+        there = [each for each in same if each in tensors]
+        given |= {each: tensors[there[0]] for each in same if there and each not in tensors}
+    return given, names
+
+
+def _misfit(name: str, tensor: Tensor, given: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> str | None:
+    """`_problem`, under whichever of its names."""
+    for each in names.get(name, [name]):
+        if (problem := _problem(each, tensor, given)) is not None:
+            return problem
+        if each != name and not torch.equal(given[each].to(tensor.dtype), given[name].to(tensor.dtype)):
+            return f"{name} and {each} differ, and are one tensor of the network"
+    return None
 
 
 def _problem(name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> str | None:

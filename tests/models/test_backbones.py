@@ -272,6 +272,74 @@ def test_a_file_fits_the_function_whose_module_was_saved_also_with_parameters_th
     assert torch.equal(loaded.tensors()["0.conv.bias"], model.tensors()["0.conv.bias"] + 1)
 
 
+class Shared(nn.Module):
+    """A layer under two names, as timm's CoaT has many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.again = self.stem
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.again(images).relu().mean((2, 3)))
+        return logits
+
+
+def test_a_file_may_have_either_name_of_a_layer_that_has_two(tmp_path: Path) -> None:
+    module = Shared()
+    safetensors.torch.save_model(module, str(tmp_path / "one.safetensors"))  # which leaves one of the names out
+    torch.save(module.state_dict(), tmp_path / "both.pth")
+    assert "again.weight" in safetensors.torch.load_file(tmp_path / "one.safetensors")
+    for file in ("one.safetensors", "both.pth"):
+        model = backbone(Shared(), tmp_path / file)
+        assert model.digests() == StagedModel.from_module(module).digests()
+        assert [note for note in model.notes if "not used" in note] == []
+    assert (model.other_names, model.unused) == (
+        {"again.weight": "stem.weight", "again.bias": "stem.bias"},
+        frozenset(),
+    )
+
+
+def test_a_file_with_two_values_for_one_layer_is_refused(tmp_path: Path) -> None:
+    tensors = Shared().state_dict()
+    torch.save({**tensors, "again.bias": tensors["stem.bias"] + 1}, tmp_path / "torn.pth")
+    with pytest.raises(
+        WeightsError, match=r"stem.bias and again.bias differ, and are one tensor of the network\. Give"
+    ):
+        backbone(Shared(), tmp_path / "torn.pth")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_file_that_only_holds_nan_is_not_said_to_have_other_names(prefix: str, tmp_path: Path) -> None:
+    tensors = {f"{prefix}{name}": tensor * torch.nan for name, tensor in Net().state_dict().items()}
+    torch.save(tensors, tmp_path / "diverged.pth")
+    with pytest.raises(WeightsError, match=r"holds NaN, expected numbers"):
+        backbone(Net(), tmp_path / "diverged.pth")
+
+
+class Tied(nn.Module):
+    """One parameter of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.next, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+        self.next.weight = self.stem.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.next(self.stem(images).relu()).mean((2, 3)))
+        return logits
+
+
+def test_a_file_may_have_either_name_of_a_tied_parameter_and_no_two_values(tmp_path: Path) -> None:
+    module = Tied()
+    for name in ("stem.weight", "next.weight"):
+        torch.save({key: value for key, value in module.state_dict().items() if key != name}, tmp_path / "one.pth")
+        assert backbone(Tied(), tmp_path / "one.pth").digests() == StagedModel.from_module(module).digests()
+    torch.save({**module.state_dict(), "stem.weight": torch.ones(3, 3, 1, 1)}, tmp_path / "torn.pth")
+    with pytest.raises(WeightsError, match=r"stem.weight and next.weight differ, and are one tensor"):
+        backbone(Tied(), tmp_path / "torn.pth")
+
+
 def test_a_network_of_another_size_than_usual_takes_a_file_where_the_cut_is_named(tmp_path: Path) -> None:
     path = write_own(tmp_path, "size")
     torch.save(backbone(f"{path}:make").tensors(), tmp_path / "weights.pth")

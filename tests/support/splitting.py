@@ -112,7 +112,7 @@ def _check_each_parameter_is_in_one_stage(model: StagedModel, module: nn.Module 
     shared = [names[key] for key, count in places.items() if count > 1]
     assert not shared, f"{model.name} has parameters in more than one stage: {shared}."
     if module is not None:
-        missing = (set(module.state_dict()) - model.unused) ^ set(model.tensors())
+        missing = (set(module.state_dict()) - model.unused) ^ {*model.tensors(), *model.other_names}
         assert not missing, f"The stages of {model.name} and the module hold different tensors: {sorted(missing)}."
 
 
