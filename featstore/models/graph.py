@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def split_into_stages(
     Raises:
         ModelError: what can't be traced (named), or what doesn't return one tensor.
     """
-    refuse_patched(module)
+    refuse_patched(module, is_traced=True)
     check_one_input(module)
     evaluated, opaque = traced(module, training=False, opaque=frozenset())
     main = evaluated.paths[evaluated.output]
@@ -76,10 +77,11 @@ def split_into_stages(
     return stages, trained.auxiliaries
 
 
-def refuse_patched(module: nn.Module) -> None:
+def refuse_patched(module: nn.Module, *, is_traced: bool = False) -> None:
     """Raises ModelError for what runs beside a module's class: forward hooks, a patched forward, a parametrization.
 
-    No key could see what such code computes.
+    No key could see what such code computes. A forward that is another method of the module's own is no patch where
+    the module is traced: a graph holds what runs. Of a module that stays whole the class's forward is keyed.
     """
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         raise ModelError(
@@ -105,7 +107,7 @@ def refuse_patched(module: nn.Module) -> None:
             raise ModelError(
                 f"{where} is a TorchScript module, whose code no key can see. Hand over the nn.Module it was made from."
             )
-        if patched := _patched_method(part):
+        if patched := _patched_method(part, is_traced=is_traced):
             raise ModelError(
                 f"{where} has a {patched} that was assigned to the instance, which no key can see. Write a subclass "
                 f"with that {patched}."
@@ -154,13 +156,13 @@ _BAKED_BY = {
 """Hooks of torch's own that make a tensor -> what bakes it in."""
 
 
-def _patched_method(part: nn.Module) -> str | None:
+def _patched_method(part: nn.Module, *, is_traced: bool) -> str | None:
     """The name of a method that runs a layer, or that torch's own layer has, and that the instance replaces.
 
     A method of a person's own class is no matter: what it does is traced, or is a setting of a whole module.
     """
     for name in vars(part):
-        if name in _MODULE_ATTRIBUTES:
+        if name in _MODULE_ATTRIBUTES or (is_traced and name == "forward" and _is_own_method(part, vars(part)[name])):
             continue
         home = next((kind for kind in type(part).__mro__ if name in vars(kind)), None)
         if name == "forward" or (home is nn.Module and name in _RUNNING):
@@ -173,6 +175,14 @@ def _patched_method(part: nn.Module) -> str | None:
         ):
             return str(name)
     return None
+
+
+def _is_own_method(part: nn.Module, method: Any) -> bool:
+    """Whether `method` is `part`'s, and as its class has it; torch's own classes stand for their forward."""
+    is_bound = isinstance(method, MethodType) and method.__self__ is part
+    return (
+        is_bound and getattr(type(part), method.__name__, None) is method.__func__ and not is_library_class(type(part))
+    )
 
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))

@@ -120,8 +120,8 @@ class StagedModel(nn.Module):
             state = module.state_dict(keep_vars=True)
             graphs, auxiliaries = split_into_stages(module, containers=containers)
             stages = [TracedStage(stage, state.keys()) for stage in graphs]
-        for stage in graphs if notes else ():
-            refuse_patched(stage.eval)  # a layer that is back in its wrapper
+        for stage in graphs:
+            refuse_patched(stage.eval)  # a layer that is back in its wrapper, a module that stays whole
         fitted = view_for(stages[0], view or View())
         model = cls(
             stages,

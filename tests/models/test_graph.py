@@ -608,6 +608,52 @@ def test_a_method_of_torchs_own_that_was_assigned_to_a_layer_is_refused(
         StagedModel.from_module(module)
 
 
+class Switched(nn.Module):
+    """Its constructor chooses which of its methods is its forward, as timm's FasterNet does."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        if method:
+            self.forward = getattr(self, method)  # type: ignore[method-assign]
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.conv(values)  # type: ignore[no-any-return]
+
+    def doubled(self, values: Tensor) -> Tensor:
+        return self.conv(values) * 2  # type: ignore[no-any-return]
+
+    def branching(self, values: Tensor) -> Tensor:
+        return self.doubled(values) if values.sum() > 0 else values
+
+
+class Doubling(Switched):
+    def forward(self, values: Tensor) -> Tensor:
+        return self.doubled(values)
+
+
+def switched(part: Switched) -> nn.Sequential:
+    return nn.Sequential(part, nn.Conv2d(3, 2, 3))
+
+
+def test_a_forward_that_is_another_method_of_its_class_is_traced_as_what_runs() -> None:
+    module, expected = switched(Switched("doubled")), switched(Doubling(""))
+    expected.load_state_dict(module.state_dict())
+    model = StagedModel.from_module(module)
+    assert model.cut_points == ["0.conv", "0", "1"]
+    assert model.digests() == StagedModel.from_module(expected).digests()
+    check_split(model, images(), module)
+
+
+def test_a_forward_that_is_anothers_method_or_stays_whole_is_refused() -> None:
+    lent, torchs = Switched(""), nn.Tanh()
+    lent.forward = Switched("").doubled  # type: ignore[method-assign]
+    torchs.forward = torchs.extra_repr  # type: ignore[assignment]
+    for part in (switched(lent), switched(Switched("branching")), nn.Sequential(nn.Conv2d(3, 3, 1), torchs)):
+        with pytest.raises(ModelError, match="has a forward that was assigned to the instance"):
+            StagedModel.from_module(part)
+
+
 def test_what_a_person_assigns_to_layers_otherwise_is_no_matter() -> None:
     module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh())
     expected = StagedModel.from_module(module).digests()
