@@ -182,8 +182,8 @@ class StagedModel(nn.Module):
         """Where a head goes if nobody says: the last map or tokens before the network's own pooling.
 
         A classifier that works at each position (squeezenet's last convolution) and what follows it come after the cut.
-        Values that only dropout or the pooling made are passed over. A network without maps or tokens is cut at the
-        vector before its last layer with parameters.
+        Values that only dropout or the pooling made are passed over; class tokens alone, without patches, count as
+        tokens. A network without maps or tokens is cut at the vector before its last layer with parameters.
         """
         if self._default_cut is not None:
             return self._default_cut
@@ -621,6 +621,8 @@ class StagedModel(nn.Module):
     def _has_positions(self, cut: str) -> bool:
         shape, layout = self.shape(cut), self.layout(cut)
         positions = {"NCHW": shape[1:], "NHWC": shape[:-1], "NLC": shape[:-1]}.get(layout, ())
+        if layout == "NLC" and shape[0] == self.class_tokens:
+            return True  # they have taken in the patches, which no later value holds (PiT)
         return bool(positions) and all(size > 1 for size in positions)  # a vector that was permuted is 1 x 1 x C
 
 

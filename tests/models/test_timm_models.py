@@ -171,6 +171,7 @@ def test_a_distilled_pit_has_two_tokens_and_no_patches_are_left_behind_its_block
     distilled, plain = outlined("pit_ti_distilled_224"), outlined("pit_ti_224")
     assert (distilled.tokens("norm"), distilled.pool("norm").reduction) == ((1, 2), "token")
     assert plain.tokens("norm") == (1, 1)
+    assert (plain.default_cut, distilled.default_cut) == ("norm", "norm")  # of a plain one a vector in a row
     for model in (distilled, plain):
         for reduction in ("avg", "max", "concat", "tokens"):
             with pytest.raises(ValueError, match=f"{reduction} is over the patches, and at norm .* has none left"):
