@@ -84,8 +84,8 @@ def view_flags(view: View, default: View) -> list[str] | None:
     """The flags that turn the evaluation view `default` into `view`'s, or None where no flags can."""
     wanted, start = view.evaluation, default.evaluation
     turned = replace(start, interpolation=wanted.interpolation)  # the nearest pixel has no antialiasing
-    unflagged = (start.decode, start.apply_exif, turned.antialias, start.channels)
-    if (wanted.decode, wanted.apply_exif, wanted.antialias, wanted.channels) != unflagged:
+    unflagged = (start.decode, start.apply_exif, turned.antialias, start.channels, start.squash)
+    if (wanted.decode, wanted.apply_exif, wanted.antialias, wanted.channels, wanted.squash) != unflagged:
         return None
     flags = _unless("--size", wanted.size, start.size)
     scaled = start.resized(size=wanted.size) if wanted.size != start.size else start

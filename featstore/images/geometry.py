@@ -29,6 +29,7 @@ class Geometry:
     resize: int
     interpolation: str
     antialias: bool
+    squash: bool = False
 
     def evaluation(self, image: Tensor) -> Tensor:
         """`(3, size, size)`, the central square of the resized image, with the roundings of torchvision's presets.
@@ -41,14 +42,14 @@ class Geometry:
         return image[:, top : top + self.size, left : left + self.size]
 
     def scaled(self, image: Tensor, shorter: int | None = None) -> Tensor:
-        """The whole image, its shorter side `shorter` pixels long; default: `resize`.
+        """The whole image, its shorter side (of a squashed one each) `shorter` pixels long; default: `resize`.
 
         Raises:
             RenderError: as `evaluation`.
         """
         height, width = image.shape[1:]
         shorter = self.resize if shorter is None else shorter
-        long = int(shorter * max(height, width) / min(height, width))
+        long = shorter if self.squash else int(shorter * max(height, width) / min(height, width))
         if long * shorter > MAX_PIXELS:
             raise RenderError(
                 f"{width} x {height} pixels would be {long:,} x {shorter} with the shorter side resized; at most "

@@ -37,6 +37,7 @@ class View:
     Attributes:
         size: side of the result, in pixels.
         resize: shorter side before the crop, in pixels; at least `size`.
+        squash: whether the longer side is made as short, so that the crop shows all of an image, in another shape.
         interpolation: one of `INTERPOLATIONS`.
         antialias: whether shrinking averages; always False with the nearest pixel, where it has no meaning.
         channels: 3 for R, G and B; 1 for gray, which the finished square is made at the end as Pillow's "L" does.
@@ -53,6 +54,7 @@ class View:
 
     size: int = 224
     resize: int = 256
+    squash: bool = False
     interpolation: str = "bilinear"
     antialias: bool = True
     channels: int = 3
@@ -67,6 +69,7 @@ class View:
         # Values that are equal in Python, such as 1 and True, make equal views: they need equal facts, hence one form.
         object.__setattr__(self, "size", _integer("size", self.size, 1))
         object.__setattr__(self, "resize", _integer("resize", self.resize, 1))
+        object.__setattr__(self, "squash", _truth("squash", self.squash))
         object.__setattr__(self, "antialias", _truth("antialias", self.antialias))
         object.__setattr__(self, "apply_exif", _truth("apply_exif", self.apply_exif))
         if self.resize < self.size:
@@ -131,7 +134,7 @@ class View:
         if given.pop("version", None) != cls.version:
             raise ValueError(f"a view of version {facts.get('version')}; this featstore has version {cls.version}")
         known = {each.name for each in fields(cls)}
-        required = known - {"policy", "seed", "channels"}
+        required = known - {"policy", "seed", "channels", "squash"}
         if not required <= given.keys() <= known:
             raise ValueError(f"the facts of a view are {sorted(known)}, not {sorted(given)}")
         if "policy" in given:
@@ -139,12 +142,17 @@ class View:
         return cls(**given)
 
     def facts(self) -> dict[str, Json]:
-        """All that decides values, as JSON values. An evaluation view's hold no policy and no seed, RGB no channels."""
+        """All that decides values, as JSON values; as keys were before there was a fact, without it.
+
+        An evaluation view's hold no policy and no seed, RGB no channels, and what isn't squashed doesn't say so.
+        """
         facts: dict[str, Json] = {each.name: getattr(self, each.name) for each in fields(self)}
         facts |= {"version": self.version, "mean": list(self.mean), "std": list(self.std)}
         del facts["policy"], facts["seed"]
-        if self.channels == 3:  # as keys were before there were gray views
+        if self.channels == 3:
             del facts["channels"]
+        if not self.squash:
+            del facts["squash"]
         if self.policy is not None:
             facts |= {"policy": self.policy.facts, "seed": self.seed}
         return facts
@@ -192,6 +200,7 @@ class View:
         return {
             "size": str(self.size),
             "resize": str(self.resize),
+            "squashed": "yes" if self.squash else "no",
             "interpolation": self.interpolation,
             "antialiasing": "on" if self.antialias else "off",
             "channels": str(self.channels),
@@ -215,7 +224,11 @@ class View:
         """
         _check_image(image)
         geometry = Geometry(
-            size=self.size, resize=self.resize, interpolation=self.interpolation, antialias=self.antialias
+            size=self.size,
+            resize=self.resize,
+            squash=self.squash,
+            interpolation=self.interpolation,
+            antialias=self.antialias,
         )
         if self.policy is None or self.seed is None:
             square = geometry.evaluation(image)

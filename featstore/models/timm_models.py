@@ -408,7 +408,7 @@ def _view(config: dict[str, Any], name: str) -> View:
     wrong = [
         (channels not in (1, 3), f"takes images of {channels} channels"),
         (height != width, f"takes images of {width} x {height} pixels"),
-        (data["crop_mode"] != "center", f"is evaluated with crop_mode {data['crop_mode']}, which isn't the centre's"),
+        (data["crop_mode"] not in ("center", "squash"), f"is evaluated with crop_mode {data['crop_mode']}"),
         (resize < height, f"is evaluated on images of {resize} pixels with a border up to {height}"),
         (data["interpolation"] not in INTERPOLATIONS, f"is evaluated with the interpolation {data['interpolation']}"),
     ]
@@ -424,6 +424,7 @@ def _view(config: dict[str, Any], name: str) -> View:
         channels=channels,
         size=height,
         resize=resize,
+        squash=data["crop_mode"] == "squash",
         interpolation=data["interpolation"],
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),

@@ -507,6 +507,25 @@ def test_gray_pictures_stay_as_they_are_in_gray_views() -> None:
     assert torch.equal(View(size=16, resize=16, channels=1).render(picture.repeat(3, 1, 1), DIGEST), picture)
 
 
+def test_a_squashed_view_shows_the_whole_image_also_to_a_policy() -> None:
+    landscape = image(30, 52)
+    view = View(size=16, resize=20, squash=True)
+    whole = torch.nn.functional.interpolate(landscape[None], size=(20, 20), mode="bilinear", antialias=True)[0]
+    expected = whole[:, 2:18, 2:18]
+    assert torch.equal(view.render(landscape, DIGEST), expected)
+    flipped = [view.with_seed("flip", seed).render(landscape, DIGEST) for seed in range(8)]
+    assert all(any(torch.equal(each, other) for other in (expected, expected.flip(2))) for each in flipped)
+    assert torch.equal(View(size=16, resize=20).render(image(30, 30), DIGEST), view.render(image(30, 30), DIGEST))
+
+
+def test_that_a_view_is_squashed_is_a_fact_where_it_is() -> None:
+    squashed = View(squash=1)  # type: ignore[arg-type]
+    assert squashed.facts() == {**View().facts(), "squash": True}
+    assert "squash" not in View().facts()
+    assert View.from_facts(squashed.facts()) == squashed
+    assert View().differences(squashed) == [("squashed", "no", "yes")]
+
+
 def test_channels_are_a_fact_of_gray_views_alone() -> None:
     gray = View(channels=1, mean=(0.1,), std=(0.3,))
     assert gray.facts() == {**View().facts(), "channels": 1, "mean": [0.1], "std": [0.3]}

@@ -219,7 +219,10 @@ def test_a_module_that_keeps_what_it_made_of_its_parameters_is_refused() -> None
 # ---------------------------------------------------------------------------------------------------------------- views
 
 
-@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "dla34", "vit_tiny_patch16_224"])
+SQUASHED = ("convnext_tiny.fb_in22k_ft_in1k_384", "dm_nfnet_f0.dm_in1k")  # wholly, and but for a rim
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "dla34", "vit_tiny_patch16_224", *SQUASHED])
 @pytest.mark.parametrize("photo", ["astronaut", "coffee", "chelsea"])
 def test_photographs_are_prepared_as_timm_does_but_for_rounding(name: str, photo: str) -> None:
     pixels = getattr(photographs, photo)()
@@ -234,8 +237,8 @@ def test_photographs_are_prepared_as_timm_does_but_for_rounding(name: str, photo
 
 
 def test_a_view_that_cannot_be_had_here_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="is evaluated with crop_mode squash, which isn't the centre's"):
-        backbone("timm:convnext_tiny.fb_in22k_ft_in1k_384", "none")
+    with pytest.raises(ModelError, match="deepseek_vit_412m is evaluated with crop_mode border, and a view here is"):
+        timm_models._view(timm.get_pretrained_cfg("deepseek_vit_412m").to_dict(), "deepseek_vit_412m")
 
 
 # -------------------------------------------------------------------------------------------------- names and weights
