@@ -52,7 +52,9 @@ def iterable_images(items: Iterable[Any], *, classes: Sequence[str] | None, task
             contents[image] = content_of(item[1])
         except (TypeError, ValueError, OSError) as error:
             contents[image] = ImageError(image, str(error))
-        labels.append(item[2] if len(item) == 3 else None)
+        labels.append(_plain(item[2]) if len(item) == 3 else None)
+    if task == "multi" and _are_n_hot(_given(labels), {len(classes)} if classes is not None else set()):
+        labels = list(map(_numbers_of_places, labels))
     is_labelled = any(label is not None for label in labels)
     rows, given = labelled_rows(tuple(contents), labels if is_labelled else None, classes=classes, task=task)
     return FoundImages(
@@ -208,12 +210,10 @@ def _joined(
         rows = []
         for key, view in views.items():
             table = tables.get(key) if classes is None else classes
-            rows += [] if view.are_places else [(label, table) for label in labels[key] if label is not None]
+            rows += [] if view.are_places else [(label, table) for label in _given(labels[key])]
         if _are_n_hot([row for row, _ in rows], {len(table) for _, table in rows if table is not None}):
             for key in (key for key, view in views.items() if not view.are_places):
-                labels[key] = [
-                    None if row is None else [place for place, each in enumerate(row) if each] for row in labels[key]
-                ]
+                labels[key] = list(map(_numbers_of_places, labels[key]))
     if task != "regression" and len(set(tables.values())) > 1:
         for key, cells in labels.items():
             names = [label_names(cell, tables.get(key), task, f"{key}[{place}]") for place, cell in enumerate(cells)]
@@ -252,6 +252,15 @@ def _are_n_hot(labels: Sequence[Any], widths: Set[int]) -> bool:
             "of classes."
         )
     return True
+
+
+def _given(labels: Sequence[Any]) -> list[Any]:
+    return [label for label in labels if label is not None]
+
+
+def _numbers_of_places(row: Any) -> list[int] | None:
+    """The numbers of the classes whose places aren't 0."""
+    return None if row is None else [place for place, each in enumerate(row) if each]
 
 
 def _view(dataset: Any, image_column: str | None, label_column: str | None, id_column: str | None, task: Task) -> _View:

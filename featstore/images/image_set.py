@@ -330,12 +330,12 @@ class ImageSet:
     ) -> ImageSet:
         """The images that an iterable yields as (id, image) or (id, image, label); it is gone through once.
 
-        Images are as in `from_dataset`, labels as in `from_arrays`. All of them stay in memory: encoded bytes as they
-        are, pixels as an array each. What is no image is a failed row when it is read.
+        Images and labels are as in `from_dataset`. All images stay in memory: encoded bytes as they are, pixels as an
+        array each. What is no image is a failed row when it is read.
 
         Raises:
             TypeError: for an item of another form.
-            ValueError: for an id that comes twice, and labels as in `from_arrays`.
+            ValueError: for an id that comes twice, and labels as in `from_dataset`.
         """
         return cls.of(iterable_images(items, classes=classes, task=task, name=name))
 

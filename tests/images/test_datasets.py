@@ -360,6 +360,24 @@ def test_a_column_of_labels_is_there_and_the_only_one() -> None:
 # ---- Iterables
 
 
+def test_an_iterables_labels_are_read_as_a_data_sets_are() -> None:
+    def targets(labels: list[Any], **options: Any) -> Any:
+        items = [(str(place), pixels(1)[0], label) for place, label in enumerate(labels)]
+        return ImageSet.from_iterable(items, **options).targets
+
+    hot = [[0, 1, 1], [0, 1, 0], [1, 0, 0]]
+    for kind in (list, np.array, torch.tensor, lambda row: torch.tensor(row).bool(), lambda row: np.array(row, float)):
+        np.testing.assert_array_equal(targets([kind(row) for row in hot], task="multi"), hot)
+    numbers = [torch.tensor(each) for each in ([0, 1], [2], [1], [0])]
+    np.testing.assert_array_equal(targets(numbers, task="multi"), multi_targets(numbers))
+    with pytest.raises(ValueError, match="as of 3 classes; others, or the class names, are of 2"):
+        targets(hot, task="multi", classes=["x", "y"])
+    np.testing.assert_array_equal(targets([torch.tensor(1), None, torch.tensor(0)]), [1, -1, 0])
+    np.testing.assert_array_equal(
+        targets([torch.tensor([0.5, 2]), None], task="regression"), [[0.5, 2], [np.nan, np.nan]]
+    )
+
+
 def test_an_iterable_is_gone_through_once_and_held(tmp_path: Path) -> None:
     array = pixels(1)[0]
     file = io.BytesIO()
