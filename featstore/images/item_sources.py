@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import ImageError
-from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo, content_digest, no_stats
+from featstore.images.digests import Digests, KnownDigests, Memo, content_digest, no_stats
 from featstore.images.hashing import completed, in_threads
 from featstore.words import printable
 
@@ -34,15 +34,8 @@ class DatasetSource:
     column: str | None = None
     _lock: Any = field(default_factory=Lock, repr=False)
 
-    @property
-    def absence(self) -> str | None:
-        """None: data sets are here."""
-        return None
-
-    @property
-    def known(self) -> Mapping[str, KnownDigest]:
-        """None."""
-        return KnownDigests()
+    absence = None  # data sets are here
+    known = KnownDigests()
 
     def read(self, image: str) -> Content:
         """The encoded bytes, or the array; `ImageError` where the data set raises, or gives something else."""
@@ -90,15 +83,8 @@ class HeldSource:
 
     contents: Mapping[str, Content | ImageError]
 
-    @property
-    def absence(self) -> str | None:
-        """None: they are here."""
-        return None
-
-    @property
-    def known(self) -> Mapping[str, KnownDigest]:
-        """None."""
-        return KnownDigests()
+    absence = None  # they are here
+    known = KnownDigests()
 
     def read(self, image: str) -> Content:
         """The bytes or the array; `ImageError` for what is no image."""

@@ -85,15 +85,8 @@ class FolderSource:
     root: str
     strip: str | None = None
 
-    @property
-    def absence(self) -> str | None:
-        """None: whether a file is there shows when it is looked for."""
-        return None
-
-    @property
-    def known(self) -> Mapping[str, KnownDigest]:
-        """None: files in another place are others."""
-        return KnownDigests()
+    absence = None  # whether a file is there shows when it is looked for
+    known = KnownDigests()  # files in another place are others
 
     def read(self, image: str) -> bytes:
         """The file's bytes; `ImageError` if there is none, or it can't be read."""
@@ -244,15 +237,8 @@ class ArraySource:
         array = _checked_images(images)
         return cls(images=array, is_own=array is not images)
 
-    @property
-    def absence(self) -> str | None:
-        """None: arrays are here."""
-        return None
-
-    @property
-    def known(self) -> Mapping[str, KnownDigest]:
-        """None."""
-        return KnownDigests()
+    absence = None  # arrays are here
+    known = KnownDigests()
 
     def read(self, image: str) -> NDArray[np.uint8]:
         """The `(H, W[, 3])` array, not to be written to."""

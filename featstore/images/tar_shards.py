@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from featstore.digest import Json
 from featstore.errors import ImageError
-from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo, no_stats
+from featstore.images.digests import Digests, KnownDigests, Memo, no_stats
 from featstore.images.folders import StrPath
 from featstore.images.found import FoundImages
 from featstore.images.hashing import (
@@ -62,15 +62,8 @@ class TarSource:
     sizes: tuple[int, ...]
     times_ns: tuple[int, ...] | None
 
-    @property
-    def absence(self) -> str | None:
-        """None: whether a shard is there shows when it is looked for."""
-        return None
-
-    @property
-    def known(self) -> Mapping[str, KnownDigest]:
-        """None."""
-        return KnownDigests()
+    absence = None  # whether a shard is there shows when it is looked for
+    known = KnownDigests()
 
     def read(self, image: str) -> bytes:
         """The member's bytes; `ImageError` if its shard is gone, can't be read, or isn't what it was."""
