@@ -82,16 +82,17 @@ def smallest_size(model: StagedModel) -> int:
 
 def original(name: str, model: StagedModel) -> nn.Module:
     """The module as its library runs it, with the memory of `model`'s tensors: what the stages together must equal."""
+    tensors = model.tensors()
+    tensors |= {other: tensors[name] for other, name in model.other_names.items()}
     if name.startswith("timm:"):
         arguments = {**model.origin["architecture"]}
         made = import_module("timm").create_model(arguments.pop("name").removeprefix("timm:"), **arguments).eval()
-        made.load_state_dict(model.tensors(), assign=True)
+        made.load_state_dict(tensors, assign=True)
         return made  # type: ignore[no-any-return]
     weights = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     module: nn.Module = torchvision.models.get_model(name, weights=None, **weights)
     state = module.state_dict()  # which says mnasnet's version
-    tensors = model.tensors()
-    assert state.keys() - model.unused == {*tensors, *model.other_names}
+    assert state.keys() - model.unused == tensors.keys()
     state.update(tensors)
     module.load_state_dict(state, assign=True)
     return module
