@@ -143,6 +143,15 @@ def test_maps_with_channels_last_and_windows_of_tokens_are_told_from_maps(name: 
         ("regnet_x_400mf", 64, "avgpool"),
         ("convnext_tiny", 64, "avgpool"),
         ("swin_t", 64, "avgpool"),
+        *(
+            pytest.param(name, size, own, marks=pytest.mark.slow)
+            for name, size, own in (
+                *((name, 32, "avgpool") for name in ("resnet18", "resnext50_32x4d", "wide_resnet50_2")),
+                *((name, 64, "avgpool") for name in ("efficientnet_b0", "efficientnet_v2_s", "regnet_y_400mf")),
+                *(("inception_v3", 80, "avgpool"), ("mobilenet_v2", 64, "adaptive_avg_pool2d")),
+                *(("swin_v2_t", 64, "avgpool"), ("maxvit_t", 224, "classifier.0")),
+            )
+        ),
     ],
 )
 def test_the_average_at_the_default_cut_is_what_the_network_pools_itself(name: str, size: int, own: str | None) -> None:
