@@ -44,7 +44,7 @@ def check_split(model: StagedModel, images: Tensor, module: nn.Module | None = N
 
 def randomise_for(model: StagedModel, images: Tensor) -> None:
     """Draws `model` such that it tells `images` apart: where gates and SiLUs make values smaller, with more gain."""
-    for gain in (GAIN, 2.5, 1.0):
+    for gain in (GAIN, 2.5, 4.0, 1.0):
         randomise(model, seed=1, gain=gain)
         with mode_of(model, training=False):
             logits = _run(model, images, False)
