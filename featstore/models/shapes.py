@@ -149,14 +149,19 @@ def _run(stages: Sequence[Stage], images: Tensor, model: str, *, on_meta: bool) 
 
 def _reordered(values: Tensor, order: tuple[int, ...]) -> Tensor:
     back = [order.index(dim) for dim in range(len(order))]
-    return values.permute(order).contiguous().permute(back)
+    return values.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
 def _order(values: Tensor) -> tuple[int, ...] | None:
-    if values.is_contiguous() or 0 in values.stride():
+    if _is_plain(values) or 0 in values.stride():
         return None
     order = sorted(range(values.ndim), key=lambda dim: values.stride(dim), reverse=True)
-    return tuple(order) if values.permute(order).is_contiguous() else None  # a part of something larger
+    return tuple(order) if _is_plain(values.permute(order)) else None  # a part of something larger
+
+
+def _is_plain(values: Tensor) -> bool:
+    """Whether the steps in memory are those of a new tensor; torch looks at them also where a dimension is of one."""
+    return values.stride() == torch.empty(values.shape, device="meta").stride()
 
 
 def _on_meta(stage: Stage, values: Any) -> Any:

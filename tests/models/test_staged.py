@@ -707,3 +707,16 @@ def test_a_tail_puts_maps_into_the_order_in_which_the_trunk_leaves_them_when_it_
         maps = model.trunk("add")(torch.rand(2, 3, 32, 32))
     assert maps.is_contiguous(memory_format=torch.channels_last)
     assert model.tail("add").order == (0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("size", [32, 8])
+def test_a_tail_runs_on_maps_with_the_steps_in_memory_that_they_had_also_of_one_pixel(size: int) -> None:
+    model = StagedModel.from_module(ChannelsLast().eval(), view=View(size=size, resize=size))
+    with torch.no_grad():
+        maps = model.trunk("down")(torch.rand(2, 3, size, size))
+        tail, seen = model.tail("down"), []
+        tail[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].stride()))
+        stored = torch.from_numpy(maps.numpy().copy("C"))
+        assert stored.stride() != maps.stride()
+        assert torch.equal(tail(stored), tail(maps))
+    assert seen == [maps.stride(), maps.stride()]
