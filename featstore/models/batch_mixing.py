@@ -54,7 +54,7 @@ _UNKNOWN = Unknown()
 class BatchMixing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the images of one batch through all operators that run in its `with` block.
 
-    Holds every value it has seen, so it is for small batches.
+    Holds every value it has seen, so it is for small batches, or those without data.
 
     Args:
         num_images: N; more than one. A prime that no layer has as a size leaves the fewest accidents.
@@ -62,11 +62,12 @@ class BatchMixing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         place: what runs now, in words; set by whoever runs it.
         is_decided: whether each operator so far had a rule and none handed numbers of several images to Python.
+        asks_for_sizes: whether something may know how many images there are; set by whoever runs it.
     """
 
     def __init__(self, num_images: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.num_images, self.place, self.is_decided = num_images, "", True
+        self.num_images, self.place, self.is_decided, self.asks_for_sizes = num_images, "", True, False
         self._known: dict[int, tuple[Tensor, Status]] = {}
         self._written: dict[int, Mixed | Unknown] = {}  # memory that something of another kind was written into
 
@@ -93,8 +94,10 @@ class BatchMixing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         if isinstance(status, Unknown) or (not results and status is not None):
             self.is_decided = False
-        for value in results:
-            self._note(value, status, is_written=any(value is each for each in call.written))
+        for index, value in enumerate(results):
+            is_statistic = index > 0 and call.name in _EVALUATING and not call.arguments.get("training")
+            known = None if is_statistic else status
+            self._note(value, known, is_written=any(value is each for each in call.written))
         for value in call.written:
             self._note(value, status, is_written=True)
         return result
@@ -310,6 +313,10 @@ def _layer_norm(call: _Call) -> Status:
 @_rule("native_group_norm")
 def _group_norm(call: _Call) -> Status:
     return call.rows if call.only_first() and call.rows is not None and call.rows.dim == 0 else _UNKNOWN
+
+
+_EVALUATING = frozenset({"native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"})
+"""Batch norms whose further results are statistics: in eval mode empty, and without data of any size."""
 
 
 @_rule(

@@ -1,8 +1,8 @@
 """Purity: the check that a trunk's output depends on one image alone, made before anything is cached.
 
-Twice over: by structure (`batch_mixing` follows the images through every operator of a small batch), and by numbers, in
-batches of the size that will run, where an image's company is changed and nothing else. Numbers alone decide about what
-the first has no rule for, and about Python code that could not be traced.
+By structure: `batch_mixing` follows the images through every operator, of a small batch and, without data, of one of
+the size that will run. By numbers, in batches of that size, where an image's company is changed and nothing else: they
+alone decide about what the first has no rule for, and about Python code that could not be traced.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from featstore.images.views import View
 from featstore.models.batch_mixing import BatchMixing, Mixed, Rows, Status
 from featstore.models.modes import eval_mode, numerics, random_states, random_states_kept
 from featstore.models.probe import probe_images
+from featstore.models.shapes import without_data
 from featstore.models.staged import StagedModel
 from featstore.models.stages import TracedStage
 from featstore.models.tracing import has_fingerprint, is_library_leaf
@@ -52,8 +53,10 @@ def check_pure(
 ) -> None:
     """Checks that the trunk up to `cut`, in eval mode, is a function of one image.
 
-    Runs two batches of five images, and about four of the size that will run: a model may treat that one in another way
-    (statistics of groups of 8). The model's tensors and flags and all global random states are left as they were.
+    Runs two batches of five images, and some of the size that will run, which a model may treat in another way
+    (statistics of groups of 8): about four; one where structure shows that no image meets another and only numbers can
+    show that their count and place don't matter; none where no operation asks for these either. The model's tensors and
+    flags and all global random states are left as they were.
 
     Args:
         model: never changed.
@@ -80,8 +83,10 @@ def check_pure(
             raise check.without_rows(few, FEW)
         if batch_size == 1:
             check.compare_number(1)
-        else:
+        elif batch_size is None or not check.is_apart_without_data(batch_size, images):
             check.compare(batch_size or FEW)
+        elif check.asks_for_sizes:
+            check.compare_places(batch_size)
         if batch_size is None:  # another number of images; where it is fixed, all passes have that one
             check.compare_number(2)
 
@@ -119,6 +124,8 @@ class _Check:
     def __init__(self, name: str, cut: str, stages: list[nn.Module]) -> None:
         self.name, self.cut, self.stages = name, cut, stages
         self.units: list[_Unit] = []
+        self.is_decided = True  # by structure, so far
+        self.asks_for_sizes = False  # whether an operation may know how many images there are, and which is which
 
     # -------------------------------------------------------------------------------------------------- a small batch
 
@@ -139,6 +146,8 @@ class _Check:
             for value in _tensors(after):
                 check_activations(value, name=self.name, cut=str(stage.name), is_taken=is_end)
             is_apart = _is_opaque(stage) or not mixing.is_decided
+            self.is_decided &= not is_apart
+            self.asks_for_sizes |= mixing.asks_for_sizes
             if is_apart and index > start and _are_rows(values, known, len(images)):
                 self.units.append(_Unit(stages=self.stages[start:index], rows=rows, result=values))
                 start, rows = index, values
@@ -182,6 +191,39 @@ class _Check:
                 )
 
     # --------------------------------------------------------------------------------------------- batches of a size
+
+    def is_apart_without_data(self, num_images: int, images: Tensor) -> bool:
+        """Whether structure shows that no image meets another in batches of that size either, as in the small one."""
+        if not self.is_decided:
+            return False
+        values: Any = images.new_empty((num_images, *images.shape[1:]), device="meta")
+        known: list[Status] = [Rows(0)]
+        try:  # without data an operator may have no kernel, and a table no numbers
+            for stage in self.stages:
+                mixing = BatchMixing(num_images)
+                for value, status in zip(_tensors(values), known, strict=True):
+                    mixing.set(value, status)
+                with mixing:
+                    values = without_data(stage, values)
+                known = [mixing.status(value) for value in _tensors(values)]
+                if not mixing.is_decided:
+                    return False
+        except Exception:
+            return False
+        return known == [Rows(0)]
+
+    def compare_places(self, num_images: int) -> None:
+        """Refuses a trunk that gives an image another row at another place of a batch of that size."""
+        rows = [*islice(cycle(self.units[0].rows), num_images)]
+        few = self.units[-1].result
+        values = _run(self.stages, rows)
+        if not _has_rows(values, num_images) or values.shape[1:] != few.shape[1:]:
+            raise self.without_rows(values, num_images)
+        for place in range(num_images):
+            number = place % FEW
+            if not _close(few[number], values[place]):
+                where = _differing(self.stages, ([*self.units[0].rows], number), (rows, place), _close)
+                raise self._mixes(f"{where}, in batches of {num_images},")
 
     def compare(self, num_images: int) -> None:
         """Refuses a unit whose result for an image depends on company, place or number in batches of that size."""
@@ -375,7 +417,28 @@ class _Follower(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.mixing.place = _described(n, self.stage)
-        return super().run_node(n)
+        result = super().run_node(n)
+        self.mixing.asks_for_sizes |= _asks_for_sizes(n, self.stage, result)
+        return result
+
+
+def _asks_for_sizes(node: fx.Node, stage: TracedStage, result: Any) -> bool:
+    """Whether an operation may tell how many images there are, and so which is which.
+
+    It gives numbers, or a tensor of another one's shape, or is code of others than torch.
+    """
+    if node.op in {"output", "placeholder", "get_attr"}:
+        return False
+    target: Any = node.target
+    if node.op == "call_module":
+        made_by, name = type(stage.in_eval.get_submodule(target)).__module__, ""
+    elif node.op == "call_method":
+        made_by, name = "torch", target
+    else:
+        made_by, name = getattr(target, "__module__", None) or "torch", getattr(target, "__name__", "")
+    is_known = made_by.partition(".")[0] in {"torch", "_operator", "builtins", "math"}
+    is_made = name.endswith("_like") or name.startswith("new_")
+    return is_made or not is_known or not all(isinstance(each, Tensor) for each in tree_leaves(result))
 
 
 def _tensors(values: Any) -> list[Tensor]:

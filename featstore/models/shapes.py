@@ -60,6 +60,18 @@ def measured(
     return _run(stages, torch.zeros((2, channels, size, size), device=device), model, on_meta=False)
 
 
+def without_data(stage: nn.Module, values: Any) -> Any:
+    """What the stage gives for values on the meta device, which have shapes alone."""
+    # Each tensor of each module once. A stage may hold a module twice, in its graphs for evaluation and for training;
+    # put aside under both its names, a tensor would come back under the first and be overwritten under the second.
+    empty = {
+        f"{prefix}.{name}".removeprefix("."): torch.empty_like(value, device="meta")
+        for prefix, module in stage.named_modules()
+        for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
+    return torch.func.functional_call(stage, empty, (values,), tie_weights=False)
+
+
 class Tail(nn.Sequential):
     """The stages behind a value. What was stored of it lies in memory as the stage that makes it leaves it.
 
@@ -129,7 +141,7 @@ def _run(stages: Sequence[Stage], images: Tensor, model: str, *, on_meta: bool) 
     for stage in stages:
         try:
             with torch.no_grad(), eval_mode(stage), random_states_kept():
-                values = _on_meta(stage, values) if on_meta else stage(values)
+                values = without_data(stage, values) if on_meta else stage(values)
         except Exception as error:
             if (channels := _other_channels(stage, values)) is not None:
                 where = f"{model} (its stage {stage.name})"
@@ -162,17 +174,6 @@ def _order(values: Tensor) -> tuple[int, ...] | None:
 def _is_plain(values: Tensor) -> bool:
     """Whether the steps in memory are those of a new tensor; torch looks at them also where a dimension is of one."""
     return values.stride() == torch.empty(values.shape, device="meta").stride()
-
-
-def _on_meta(stage: Stage, values: Any) -> Any:
-    # Each tensor of each module once. A stage may hold a module twice, in its graphs for evaluation and for training;
-    # put aside under both its names, a tensor would come back under the first and be overwritten under the second.
-    empty = {
-        f"{prefix}.{name}".removeprefix("."): torch.empty_like(value, device="meta")
-        for prefix, module in stage.named_modules()
-        for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    }
-    return torch.func.functional_call(stage, empty, (values,), tie_weights=False)
 
 
 def _other_channels(stage: Stage, values: Any) -> int | None:

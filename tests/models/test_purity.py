@@ -262,3 +262,47 @@ def test_untraced_code_that_opens_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_what_an_untraced_module_reads_beside_its_forward_doesnt_matter() -> None:
     check_pure(scaling(Scaling(lambda: 1.0)), "0")
+
+
+@pytest.mark.parametrize(
+    ("function", "num_passes"),
+    [
+        (lambda values: values.relu(), 0),
+        (lambda values: values.reshape(values.shape[0], -1), 1),  # may know how many there are
+        (lambda values: values + torch.zeros_like(values), 1),
+        (lambda values: values * values.flatten(1).mean(1).reshape(-1, 1, 1, 1), 0),
+        (lambda values: torch.stack(values.unbind(-1), -1) if values.ndim == 4 else values, 4),  # isn't traced
+    ],
+)
+def test_whole_batches_are_run_only_where_structure_leaves_something_open(
+    function: Callable[[Tensor], Tensor], num_passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = staged(Applied(function) if num_passes < 4 else Whole(function))
+    sizes: list[int] = []
+    forward = nn.Conv2d.forward
+
+    def noted(self: nn.Conv2d, values: Tensor) -> Tensor:
+        if not values.is_meta and self.kernel_size == (1, 1):  # the first of two
+            sizes.append(len(values))
+        return forward(self, values)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", noted)
+    check_pure(model, "2", batch_size=16)
+    assert sizes.count(16) == num_passes
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda values: values + torch.arange(values.shape[0]).div(8, rounding_mode="floor").reshape(-1, 1, 1, 1),
+        lambda values: values * torch.ones_like(values).cumsum(0).div(8, rounding_mode="floor"),
+        lambda values: values / (1 + values.shape[0] // 8),
+        lambda values: values.div(len(values) // 8 + 1),
+    ],
+)
+def test_a_traced_module_that_minds_places_only_in_batches_of_the_size_that_runs_is_refused(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    model = staged(Applied(function))
+    with pytest.raises(ModelError, match=r"in batches of 16, gives for an image depends on the other"):
+        check_pure(model, "2", batch_size=16)
