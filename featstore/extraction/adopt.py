@@ -29,10 +29,10 @@ from featstore.images.views import View
 from featstore.models.probe import TOLERANCES, Probe, take_probes
 from featstore.models.purity import check_pure
 from featstore.models.staged import StagedModel
-from featstore.models.trunk import Output, Trunk, choose_device, default_batch_size, output_at
+from featstore.models.trunk import Output, Trunk, choose_device, output_at
 from featstore.store.gathering import Gathered
 from featstore.store.part_facts import part_facts, stage_facts
-from featstore.store.sets import FeatureRequest, FeatureSet
+from featstore.store.sets import FeatureRequest, FeatureSet, batching_for
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
 
@@ -124,7 +124,7 @@ def adopt(
         candidate.model,
         [candidate.output],
         view=candidate.model.view,
-        batch_size=batch_size or old.batch_size_on(chosen.type) or default_batch_size(chosen),
+        batching=batching_for([old], chosen.type, batch_size),
         precision=candidate.spec.precision,
         device=chosen,
     )

@@ -27,9 +27,9 @@ from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.probe import Probe, check_probe, take_probes
 from featstore.models.purity import check_pure, refuse_modes
 from featstore.models.staged import StagedModel
-from featstore.models.trunk import Output, Trunk, check_batch_size, choose_device, default_batch_size
+from featstore.models.trunk import Output, Trunk, check_batch_size, choose_device
 from featstore.store.part_facts import stage_facts
-from featstore.store.sets import digest_rows
+from featstore.store.sets import batching_for, digest_rows
 from featstore.store.store import FeatureStore
 from featstore.timing import timed
 
@@ -200,7 +200,7 @@ def _computed(
         model,
         lacking,
         view=model.view,
-        batch_size=_stored_batch_size(planned, device) if batch_size is None else batch_size,
+        batching=batching_for([each.stored for each in planned.sets], device.type, batch_size),
         precision=planned.sets[0].spec.precision,
         device=device,
     )
@@ -316,12 +316,6 @@ def _noted_images(planned: Plan, store: FeatureStore, *, is_needed: bool) -> lis
         f"and ImageSet.from_store(store, {stem!r}) still gives the other"
         for stem in unlike
     ]
-
-
-def _stored_batch_size(planned: Plan, device: torch.device) -> int:
-    """B of rows already stored on this kind of device, so that one set has one profile; else the default."""
-    stored = [each.stored.batch_size_on(device.type) for each in planned.sets if each.stored is not None]
-    return next((size for size in stored if size), default_batch_size(device))
 
 
 def _checked_probes(planned: Plan, model: StagedModel, outputs: list[Output], trunk: Trunk) -> dict[Output, Probe]:

@@ -2,6 +2,8 @@
 
 `BatchMixing` follows, through every operator, in which dimension of each value the images lie. What has no rule here is
 undecided, never trusted: `purity` then compares numbers.
+
+Long, since it is one rule for each kind of operator.
 """
 
 from __future__ import annotations
@@ -95,8 +97,7 @@ class BatchMixing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(status, Unknown) or (not results and status is not None):
             self.is_decided = False
         for index, value in enumerate(results):
-            is_statistic = index > 0 and call.name in _EVALUATING and not call.arguments.get("training")
-            known = None if is_statistic else status
+            known = None if index and call.leaves_statistics else status
             self._note(value, known, is_written=any(value is each for each in call.written))
         for value in call.written:
             self._note(value, status, is_written=True)
@@ -147,6 +148,11 @@ class _Call:
         is_pointwise = torch.Tag.pointwise in function.tags
         name = name.removesuffix("_") if written else name
         return cls(name=name, arguments=arguments, written=written, mode=mode, is_pointwise=is_pointwise)
+
+    @property
+    def leaves_statistics(self) -> bool:
+        """Whether it is a batch norm in eval mode: its further results are empty, or without data of any size."""
+        return "batch_norm" in self.name and not self.arguments.get("training", "with_update" in self.name)
 
     def judged(self) -> Status:
         """What is known of the results."""
@@ -313,10 +319,6 @@ def _layer_norm(call: _Call) -> Status:
 @_rule("native_group_norm")
 def _group_norm(call: _Call) -> Status:
     return call.rows if call.only_first() and call.rows is not None and call.rows.dim == 0 else _UNKNOWN
-
-
-_EVALUATING = frozenset({"native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"})
-"""Batch norms whose further results are statistics: in eval mode empty, and without data of any size."""
 
 
 @_rule(

@@ -5,7 +5,7 @@ Free of torch: a store reads them from facts, and a program lists them before it
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Layout = Literal["NCHW", "NHWC", "NLC", "NC"]
 """The order of a stage's output: maps, maps with channels last, tokens, vectors."""
@@ -25,6 +25,24 @@ REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEFAULT_PRECISION: Precision = "fp32"
+
+MemoryFormat = Literal["channels_last", "contiguous"]
+MEMORY_FORMATS: tuple[MemoryFormat, ...] = get_args(MemoryFormat)
+
+
+class Batching(NamedTuple):
+    """How images go through a trunk: what may move the last bits of a row, and can be chosen.
+
+    Attributes:
+        batch_size: B, the images of each pass; None: what the device takes by default.
+        memory_format: how a batch of them lies in memory.
+    """
+
+    batch_size: int | None = None
+    memory_format: MemoryFormat = "channels_last"
+
+
+DEFAULT_BATCHING = Batching()
 
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt")

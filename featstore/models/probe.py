@@ -14,7 +14,7 @@ from torch import Tensor
 from featstore.digest import Json
 from featstore.errors import FactsDifferError
 from featstore.images.views import View
-from featstore.models.names import Precision
+from featstore.models.names import Batching, Precision
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, Trunk
 
@@ -65,7 +65,7 @@ def take_probes(
     model: StagedModel, outputs: list[Output], *, view: View, precision: Precision, device: torch.device
 ) -> list[Probe]:
     """The probe of each output: one pass over two images."""
-    trunk = Trunk(model, outputs, view=view, batch_size=2, precision=precision, device=device)
+    trunk = Trunk(model, outputs, view=view, batching=Batching(2), precision=precision, device=device)
     return [_probe(values) for values in trunk(probe_images(view.size, view.channels))]
 
 

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from featstore.errors import ModelError
 from featstore.images.views import View
 from featstore.models.modes import eval_mode, random_states_kept
-from featstore.models.names import layout_of
+from featstore.models.names import MemoryFormat, layout_of
 from featstore.models.stages import Stage, TracedStage
 from featstore.models.tracing import is_library_leaf
+
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+"""Torch's names of how a batch lies in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class Measured:
 
 
 def measured(
-    stages: Sequence[Stage], channels: int, size: int, model: str, *, really: bool = False
+    stages: Sequence[Stage], channels: int, size: int, model: str, *, memory_format: MemoryFormat | None = None
 ) -> dict[str, Measured]:
     """The value at each cut.
 
@@ -45,19 +48,20 @@ def measured(
         channels: of the images.
         size: side of the images.
         model: its name, for messages.
-        really: on empty images, for `order`: without data some layers leave their values in another one than they do
-            with it.
+        memory_format: on empty images that lie so in memory, for `order`: without data some layers leave their values
+            in another one than they do with it.
 
     Raises:
         ModelError: if it can't take images of that size, or of so many channels.
     """
-    if not really:
+    if memory_format is None:
         # Whole modules may make tensors of their own, which don't live on the meta device.
         with suppress(Exception):
             return _run(stages, torch.empty((2, channels, size, size), device="meta"), model, on_meta=True)
     parameters = (tensor for stage in stages for tensor in stage.parameters())
     device = next((tensor.device for tensor in parameters), torch.device("cpu"))
-    return _run(stages, torch.zeros((2, channels, size, size), device=device), model, on_meta=False)
+    images = torch.zeros((2, channels, size, size), device=device)
+    return _run(stages, images.to(memory_format=FORMATS[memory_format or "contiguous"]), model, on_meta=False)
 
 
 def without_data(stage: nn.Module, values: Any) -> Any:

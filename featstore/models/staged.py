@@ -24,7 +24,7 @@ from featstore.models.adapters import picking
 from featstore.models.digests import START
 from featstore.models.graph import refuse_patched, split_into_stages
 from featstore.models.modes import check_trainable, eval_mode
-from featstore.models.names import automatic
+from featstore.models.names import MemoryFormat, automatic
 from featstore.models.pool import Pool
 from featstore.models.shapes import Measured, Tail, layout_from, measured, view_for, wrong_channels
 from featstore.models.stages import AbsentStage, HeadStage, PoolStage, Stage, TracedStage
@@ -84,7 +84,7 @@ class StagedModel(nn.Module):
         self._num_shared = 0  # the first so many stages belong to another model as well
         self._refused: set[int] = set()  # sizes that it was found not to take
         # By channels and size of images, and whether with data.
-        self._measured: dict[tuple[int, int, bool], dict[str, Measured]] = {}
+        self._measured: dict[tuple[int, int, MemoryFormat | None], dict[str, Measured]] = {}
 
     @classmethod
     def from_module(
@@ -239,12 +239,23 @@ class StagedModel(nn.Module):
 
     def tail(self, cut: str) -> nn.Sequential:
         """The stages after `cut`: ``tail(cut)(trunk(cut)(x))`` is ``model(x)``, also with the trunk's output stored."""
-        return self._stages_from(self.index(cut) + 1)
+        return self.part(self.index(cut) + 1)
 
     @property
     def unfrozen(self) -> nn.Sequential:
         """The stages that aren't frozen, as `tail`."""
-        return self._stages_from(self._num_frozen)
+        return self.part(self._num_frozen)
+
+    def part(self, start: int, stop: int | None = None, *, memory_format: MemoryFormat = "contiguous") -> nn.Sequential:
+        """The stages from `start` up to `stop`, which may be given what was stored of the one before.
+
+        They meet it as it lies in memory in a pass over images that lie as `memory_format` says.
+        """
+        order = None
+        if 0 < start <= len(self.stages) and isinstance(before := self.ordered[start - 1], TracedStage):
+            with suppress(ModelError):  # then it can't run either
+                order = self._measured_for(self.view.size, memory_format)[before.name].order
+        return Tail(self.ordered[start:stop], order=order)
 
     def digests(self) -> dict[str, str]:
         """Cut -> digest of everything up to it, from the tensors as they are now.
@@ -594,18 +605,11 @@ class StagedModel(nn.Module):
             self.stages[index] = copy.deepcopy(self.stages[index])
         self._num_shared = min(self._num_shared, first)
 
-    def _stages_from(self, first: int) -> nn.Sequential:
-        order = None
-        if 0 < first <= len(self.stages) and isinstance(before := self.ordered[first - 1], TracedStage):
-            with suppress(ModelError):  # then it can't run either
-                order = self._measured_for(self.view.size, really=True)[before.name].order
-        return Tail(self.ordered[first:], order=order)
-
-    def _measured_for(self, size: int, *, really: bool = False) -> dict[str, Measured]:
-        how = self.view.channels, size, really
+    def _measured_for(self, size: int, memory_format: MemoryFormat | None = None) -> dict[str, Measured]:
+        how = self.view.channels, size, memory_format
         if how not in self._measured:
             with timed("shapes"):
-                self._measured[how] = measured(self.ordered, *how[:2], self.name, really=really)
+                self._measured[how] = measured(self.ordered, *how[:2], self.name, memory_format=memory_format)
         return self._measured[how]
 
     def _larger_shape(self, cut: str) -> tuple[int, ...] | None:

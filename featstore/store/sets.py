@@ -17,7 +17,7 @@ from featstore.files.index import RowIndex
 from featstore.files.part import Part
 from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.views import View
-from featstore.models.names import PRECISIONS, Precision
+from featstore.models.names import PRECISIONS, Batching, Precision
 from featstore.store.part_facts import FACTS, check_facts
 from featstore.store.spec import FeatureSpec
 
@@ -105,10 +105,12 @@ class FeatureSet:
         """Facts of the newest part: stages, profile, probe, backbone and cut as people call them, who and when."""
         return newest(self.parts).facts
 
-    def batch_size_on(self, device_type: str) -> int | None:
-        """B of the newest part, so that one set has one profile; None where that was computed on another device."""
+    def batching_on(self, device_type: str) -> Batching | None:
+        """That of the newest part, so that one set has one profile; None where that was computed on another device."""
         profile = self.facts["profile"]
-        return int(profile["batch_size"]) if profile["device"] == device_type else None
+        if profile["device"] != device_type:
+            return None
+        return Batching(int(profile["batch_size"]), profile.get("memory_format", "contiguous"))
 
     @cached_property
     def index(self) -> RowIndex:
@@ -213,6 +215,19 @@ class SetPart:
         """Names of the parts that this one replaces."""
         names: list[str] = self.part.facts["supersedes"]
         return names
+
+
+def batching_for(sets: Iterable[FeatureSet | None], device_type: str, batch_size: int | None) -> Batching:
+    """That of the first of `sets` which has rows computed on such a device, so that one set has one profile.
+
+    Args:
+        sets: those that exist.
+        device_type: cpu or cuda.
+        batch_size: the images of a pass, where someone has said.
+    """
+    stored = (each.batching_on(device_type) for each in sets if each is not None)
+    batching = next((each for each in stored if each is not None), Batching())
+    return batching if batch_size is None else batching._replace(batch_size=batch_size)
 
 
 def newest(parts: Iterable[Part]) -> Part:

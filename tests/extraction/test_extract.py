@@ -47,11 +47,13 @@ def test_each_cut_and_reduction_of_one_pass_is_what_the_plain_module_gives(store
     cuts = ["layer1", "layer1:none", "layer2:avg", "layer2:max", "layer2", "flatten"]
     report = run(images, store, cuts=cuts)
     assert counts(report) == (6 * 37, 0, 0)
-    by_hand = {name: rows_by_hand(up_to(name, net()), images, VIEW) for name in ("layer1", "layer2")}
+    parts = {"layer1": up_to("layer1", net()), "layer2": up_to("layer2", net())}
+    parts["flatten"] = nn.Sequential(parts["layer2"], nn.AdaptiveAvgPool2d(1), nn.Flatten())  # sums in its own order
+    by_hand = {name: rows_by_hand(part, images, VIEW) for name, part in parts.items()}
     for key, cut, reduction in zip(
         report.keys,
-        ["layer1", "layer1", "layer2", "layer2", "layer2", "layer2"],
-        ["concat", "none", "avg", "max", "concat", "avg"],
+        ["layer1", "layer1", "layer2", "layer2", "layer2", "flatten"],
+        ["concat", "none", "avg", "max", "concat", "none"],
         strict=True,
     ):
         assert torch.equal(rows(store, images, key), reduced(by_hand[cut], reduction))

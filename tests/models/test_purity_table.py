@@ -25,6 +25,7 @@ from torchvision.ops import DeformConv2d, SqueezeExcitation, StochasticDepth
 
 from featstore import ModelError, Output, StagedModel, Trunk, View
 from featstore.models.backbones import backbone
+from featstore.models.names import Batching
 from featstore.models.purity import check_pure
 
 SIZE, BATCH = 16, 16
@@ -480,6 +481,6 @@ def test_a_pass_that_gives_no_row_an_image_is_refused_by_name() -> None:
     model = StagedModel.from_module(Squeezing().eval(), view=VIEW)
     images = torch.zeros((3, 3, SIZE, SIZE), dtype=torch.uint8)
     output = Output("squeeze", model.pool("squeeze"))
-    assert Trunk(model, [output], view=VIEW, batch_size=2)(images)[0].shape == (3, 8)
+    assert Trunk(model, [output], view=VIEW, batching=Batching(2))(images)[0].shape == (3, 8)
     with pytest.raises(ModelError, match=r"no row an image at squeeze: in passes of 1 the value there is \(8,\)"):
-        Trunk(model, [output], view=VIEW, batch_size=1)(images)
+        Trunk(model, [output], view=VIEW, batching=Batching(1))(images)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from featstore import ModelError, Output, StagedModel, Trunk, View
 from featstore.models.modes import random_states
-from featstore.models.names import Precision
+from featstore.models.names import Batching, Precision
 from featstore.models.pool import Pool
 from featstore.models.purity import check_pure
 from featstore.models.trunk import choose_device, default_batch_size
@@ -45,7 +45,7 @@ def views(num: int) -> Tensor:
 
 def test_a_full_batch_gets_what_the_plain_module_computes() -> None:
     module = net()
-    trunk = Trunk(staged(module), outputs(staged(), "0", "3"), view=VIEW, batch_size=8)
+    trunk = Trunk(staged(module), outputs(staged(), "0", "3"), view=VIEW, batching=Batching(8))
     with torch.no_grad():
         expected = module(VIEW.normalise(views(8)))
         first = module[0](VIEW.normalise(views(8)))
@@ -57,7 +57,7 @@ def test_a_full_batch_gets_what_the_plain_module_computes() -> None:
 
 def test_a_row_depends_on_its_image_alone() -> None:
     model = staged()
-    trunk = Trunk(model, outputs(model, "3"), view=VIEW, batch_size=4)
+    trunk = Trunk(model, outputs(model, "3"), view=VIEW, batching=Batching(4))
     images = views(11)
     (rows,) = trunk(images)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
@@ -76,9 +76,9 @@ def test_no_images_give_no_rows_of_the_right_shape() -> None:
 def test_several_outputs_of_one_pass_equal_a_pass_for_each() -> None:
     model = staged()
     asked = [*outputs(model, "0", "1", "1.1", "2"), *outputs(model, "0", "0.1", reduction="concat")]
-    together = Trunk(model, asked, view=VIEW, batch_size=4)(views(6))
+    together = Trunk(model, asked, view=VIEW, batching=Batching(4))(views(6))
     for output, rows in zip(asked, together, strict=True):
-        (alone,) = Trunk(model, [output], view=VIEW, batch_size=4)(views(6))
+        (alone,) = Trunk(model, [output], view=VIEW, batching=Batching(4))(views(6))
         assert torch.equal(rows, alone)
         assert rows.is_contiguous()
         assert rows.dtype == torch.float32
@@ -126,7 +126,7 @@ def test_a_caller_s_autocast_changes_nothing() -> None:
 def test_lower_precision_casts_weights_and_images_and_gives_float32(precision: Precision) -> None:
     module = net()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    trunk = Trunk(staged(module), outputs(staged(), "3"), view=VIEW, batch_size=4, precision=precision)
+    trunk = Trunk(staged(module), outputs(staged(), "3"), view=VIEW, batching=Batching(4), precision=precision)
     with torch.no_grad():
         expected = copy.deepcopy(module).to(dtype)(VIEW.normalise(views(4)).to(dtype)).float()
     assert torch.equal(trunk(views(4))[0], expected)
@@ -135,7 +135,7 @@ def test_lower_precision_casts_weights_and_images_and_gives_float32(precision: P
 
 def test_weights_of_another_type_are_cast_for_fp32() -> None:
     half = net().half()
-    trunk = Trunk(staged(half), outputs(staged(), "3"), view=VIEW, batch_size=4)
+    trunk = Trunk(staged(half), outputs(staged(), "3"), view=VIEW, batching=Batching(4))
     with torch.no_grad():
         expected = copy.deepcopy(half).float()(VIEW.normalise(views(4)))
     assert torch.equal(trunk(views(4))[0], expected)
@@ -170,7 +170,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'fp64' is no precision. The precisions are fp32, tf32, bf16, fp16"):
         Trunk(model, outputs(model, "3"), view=VIEW, precision="fp64")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch size 0 is too small"):
-        Trunk(model, outputs(model, "3"), view=VIEW, batch_size=0)
+        Trunk(model, outputs(model, "3"), view=VIEW, batching=Batching(0))
     with pytest.raises(ValueError, match=r"'gpu' is no device. Expected auto, cpu, cuda or cuda:1"):
         choose_device("gpu")
 
@@ -185,7 +185,7 @@ def test_a_gpu_that_is_not_there_is_refused_and_auto_is_the_cpu() -> None:
 def test_the_profile_names_what_may_move_the_last_bits() -> None:
     model = staged()
     profile = Trunk(model, outputs(model, "3"), view=VIEW).profile()
-    assert profile.keys() == {"batch_size", "device", "threads", "cpu", "torch"}
+    assert profile.keys() == {"batch_size", "device", "memory_format", "threads", "cpu", "torch"}
     assert profile["batch_size"] == default_batch_size(torch.device("cpu")) == 32
     assert default_batch_size(torch.device("cuda")) == 256
 
@@ -195,11 +195,11 @@ def test_threads_that_run_trunks_of_one_model_leave_each_other_alone() -> None:
     model = staged(module)
     wanted = outputs(model, "1")
     images = views(32)
-    expected = Trunk(model, wanted, view=VIEW, batch_size=2)(images)[0]
+    expected = Trunk(model, wanted, view=VIEW, batching=Batching(2))(images)[0]
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
     def passes() -> list[Tensor]:
-        trunk = Trunk(model, wanted, view=VIEW, batch_size=2)
+        trunk = Trunk(model, wanted, view=VIEW, batching=Batching(2))
         return [trunk(images)[0] for _ in range(6)]
 
     with ThreadPoolExecutor(3) as threads:
@@ -266,6 +266,6 @@ def test_complex_numbers_on_the_way_to_real_ones_are_no_matter() -> None:
     model = StagedModel.from_module(module, view=VIEW)
     check_pure(model, model.cut_points[-1])
     output = Output(model.cut_points[-1], Pool("none", "NCHW"))
-    (values,) = Trunk(model, [output], view=model.view, batch_size=4)(views(4))
+    (values,) = Trunk(model, [output], view=model.view, batching=Batching(4))(views(4))
     with torch.no_grad():
         assert torch.equal(values, module(model.view.normalise(views(4))))

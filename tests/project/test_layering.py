@@ -131,7 +131,7 @@ SURFACE: dict[str, str] = {
     "models.digests": "module_digest",
     "models.layer_groups": "layer_groups",
     "models.modes": "check_trainable eval_mode mode_of numerics",
-    "models.names": "DEFAULT_PRECISION Precision REDUCTIONS",
+    "models.names": "Batching DEFAULT_PRECISION Precision REDUCTIONS",
     "models.pool": "Pool",
     "models.probe": "check_probe take_probes",
     "models.runs": "FACTS Run check_free new_run read_file read_run write_run",

@@ -21,6 +21,7 @@ from featstore import (
     extract,
 )
 from featstore.models.modes import numerics
+from featstore.models.names import Batching
 from featstore.models.probe import TOLERANCES
 from training import Learner
 
@@ -74,7 +75,9 @@ def test_tf32_set_by_the_caller_changes_no_fp32_feature_and_comes_back(model: St
 
 
 def test_a_row_on_a_gpu_depends_on_its_image_alone(model: StagedModel) -> None:
-    trunk = Trunk(model, [Output("layer4", model.pool("layer4"))], view=model.view, device="cuda", batch_size=32)
+    trunk = Trunk(
+        model, [Output("layer4", model.pool("layer4"))], view=model.view, device="cuda", batching=Batching(32)
+    )
     order = torch.randperm(len(IMAGES), generator=torch.Generator().manual_seed(1))
     assert torch.equal(trunk(IMAGES[order])[0], trunk(IMAGES)[0][order])
 

@@ -128,7 +128,8 @@ def rows_by_hand(model: nn.Module, images: ImageSet, view: View, *, batch_size: 
         piece = batch[start : start + batch_size]
         padded = torch.cat([piece, piece[-1:].expand(batch_size - len(piece), *piece.shape[1:])])
         with torch.no_grad():
-            results.append(model((padded.float() / 255 - mean) / std)[: len(piece)])
+            values = ((padded.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+            results.append(model(values)[: len(piece)].contiguous())
     return torch.cat(results)
 
 

@@ -17,9 +17,9 @@ from featstore.errors import OnError
 from featstore.images.render import Job, doubts_note, render
 from featstore.images.views import View
 from featstore.models.modes import eval_mode, numerics
-from featstore.models.names import Precision
+from featstore.models.names import Batching, Precision
 from featstore.models.trunk import default_batch_size
-from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batch_size
+from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batching
 from training.inputs.situation import Situation
 
 _CAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,10 +59,10 @@ class Batches:
         self.on_error: OnError = situation.on_error
         targets = source.images.targets
         self.targets = None if targets is None else torch.from_numpy(np.array(targets))
-        fixed = stored_batch_size(situation) if situation.model.num_frozen else None
-        self.fixed_size = fixed or default_batch_size(self.device)
-        self._trunk = frozen_trunk(situation, self.fixed_size) if source.kind == "images" else None
-        self._rest = _frozen_rest(source, situation)
+        batching = stored_batching(situation) if situation.model.num_frozen else Batching()
+        self.fixed_size = batching.batch_size or default_batch_size(self.device)
+        self._trunk = frozen_trunk(situation, batching) if source.kind == "images" else None
+        self._rest = _frozen_rest(source, situation, batching)
         self.failures: dict[str, str] = {}  # id -> reason, of images that were left out
         self.doubts: dict[str, str] = {}  # the same of images that were decoded with doubts
 
@@ -242,11 +242,12 @@ def fresh_seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"fresh {seed} {number}".encode()).digest()[:6], "big")
 
 
-def _frozen_rest(source: Source, situation: Situation) -> _FrozenRest | None:
-    stages = situation.model.ordered[source.start : situation.model.num_frozen]
-    if source.kind == "images" or not stages:
+def _frozen_rest(source: Source, situation: Situation, batching: Batching) -> _FrozenRest | None:
+    model = situation.model
+    if source.kind == "images" or source.start >= model.num_frozen:
         return None
-    rest, precision = nn.Sequential(*stages), source.features[0].spec.precision
+    rest = model.part(source.start, model.num_frozen, memory_format=batching.memory_format)
+    precision = source.features[0].spec.precision
     if precision in _CAST:
         rest = copy.deepcopy(rest).to(_CAST[precision])
     return _FrozenRest(rest, precision)

@@ -21,7 +21,7 @@ from featstore.extraction.extract import extract
 from featstore.images.image_set import ImageSet
 from featstore.images.origins import made_by
 from featstore.images.views import Augment, View
-from featstore.models.names import DEFAULT_PRECISION, Precision
+from featstore.models.names import DEFAULT_PRECISION, Batching, Precision
 from featstore.models.probe import check_probe, take_probes
 from featstore.models.stages import PoolStage, has_weights
 from featstore.models.trunk import Output, Trunk
@@ -299,7 +299,7 @@ def extract_missing(situation: Situation, augment: Augment | None, *, progress: 
     return report.notes
 
 
-def frozen_trunk(situation: Situation, batch_size: int | None) -> Trunk | None:
+def frozen_trunk(situation: Situation, batching: Batching) -> Trunk | None:
     """The frozen part of the model as a trunk over uint8 views, or None if nothing is frozen."""
     if not situation.entries:
         return None
@@ -308,7 +308,7 @@ def frozen_trunk(situation: Situation, batch_size: int | None) -> Trunk | None:
         situation.model,
         [Output(entry.cut, entry.pool)],
         view=situation.view,
-        batch_size=batch_size,
+        batching=batching,
         precision=live_precision(situation),
         device=situation.device,
     )
@@ -324,13 +324,13 @@ def live_precision(situation: Situation) -> Precision:
     return stored.pop() if len(stored) == 1 else DEFAULT_PRECISION
 
 
-def stored_batch_size(situation: Situation) -> int | None:
-    """B of the newest part of this model's features in the store, so that a live trunk gives the same bits."""
+def stored_batching(situation: Situation) -> Batching:
+    """That of the newest part of this model's features in the store, so that a live trunk gives the same bits."""
     digests = set(situation.digests.values())
     fitting = [each for each in situation.sets if each.spec.trunk in digests]
-    on_device = [each for each in fitting if each.batch_size_on(situation.device.type)]
+    on_device = [each for each in fitting if each.batching_on(situation.device.type)]
     newest = max(on_device, key=lambda each: str(each.facts["when"]), default=None)
-    return None if newest is None else newest.batch_size_on(situation.device.type)
+    return (newest and newest.batching_on(situation.device.type)) or Batching()
 
 
 def _live_reason(situation: Situation, augment: Augment | None) -> str | None:
