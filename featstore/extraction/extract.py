@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,22 +13,19 @@ import torch
 from torch import nn
 
 from featstore.digest import Json
-from featstore.errors import Doubtful, FeatureStoreError, ImageError, OnError, check_choice
-from featstore.extraction.job import Job, Outcome, refuse_changed
-from featstore.extraction.narrowing import refuse_too_small
+from featstore.errors import Doubtful, ImageError, OnError, check_choice
+from featstore.extraction.filed import Filed, merge_parts
+from featstore.extraction.job import refuse_changed
+from featstore.extraction.opening import open_plan
 from featstore.extraction.plan import Plan, plan
-from featstore.extraction.progress import Progress
 from featstore.files.index import is_among
 from featstore.images.image_set import ImageSet
 from featstore.images.render import check_workers
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Precision
-from featstore.models.probe import Probe, check_probe, take_probes
-from featstore.models.purity import check_pure, refuse_modes
 from featstore.models.staged import StagedModel
-from featstore.models.trunk import Output, Trunk, check_batch_size, choose_device
-from featstore.store.part_facts import stage_facts
-from featstore.store.sets import batching_for, digest_rows
+from featstore.models.trunk import check_batch_size, choose_device
+from featstore.store.sets import digest_rows
 from featstore.store.store import FeatureStore
 from featstore.timing import timed
 
@@ -158,93 +154,40 @@ def run_plan(
     one image was checked then.
     """
     started = time.perf_counter() if started is None else started
-    chosen = choose_device(device)
+    choose_device(device)
     check_batch_size(batch_size)
     check_workers(workers)
     _refuse_unreadable(planned, on_error)
     with timed("key"):
         refuse_changed(planned)
-    if planned.is_to_read.any():
-        outcome = _computed(
-            planned,
-            store,
-            on_error=on_error,
-            doubtful=doubtful,
-            device=chosen,
-            batch_size=batch_size,
-            workers=workers,
-            progress=progress,
-        )
-    else:
-        outcome = Outcome.none(planned)
-        outcome.notes += _noted_images(planned, store, is_needed=bool(planned.is_missing.any()))
-    return _report(planned, outcome, time.perf_counter() - started)
-
-
-def _computed(
-    planned: Plan,
-    store: FeatureStore,
-    *,
-    on_error: OnError,
-    doubtful: Doubtful,
-    device: torch.device,
-    batch_size: int | None,
-    workers: int | None,
-    progress: bool,
-) -> Outcome:
-    """What comes of a plan with images to read."""
-    model = planned.model.with_(view=planned.sets[0].view.evaluation)
-    outputs = list(dict.fromkeys(each.output for each in planned.sets))
-    lacking = list(dict.fromkeys(each.output for each in planned.sets if each.is_missing.any()))
-    trunk = Trunk(
-        model,
-        lacking,
-        view=model.view,
-        batching=batching_for([each.stored for each in planned.sets], device.type, batch_size),
-        precision=planned.sets[0].spec.precision,
+    if not planned.is_to_read.any():
+        notes = _noted_images(planned, store, is_needed=bool(planned.is_missing.any()))
+        return _report(planned, Filed.nothing(planned), notes, time.perf_counter() - started)
+    session = open_plan(
+        planned,
+        store,
+        on_error=on_error,
+        doubtful=doubtful,
         device=device,
+        batch_size=batch_size,
+        workers=workers,
     )
-    with timed("purity"):
-        last = max((output.cut for output in lacking), key=model.index)
-        if _was_judged(planned, last, trunk):
-            refuse_modes(model, last)
-        else:
-            check_pure(model, last, batch_size=trunk.batch_size, device=trunk.device)
-    with timed("probe"):
-        probes = _checked_probes(planned, model, outputs, trunk)
-    with timed("key"):
-        refuse_changed(planned)  # trunk and probes, too, must be those of the planned model
     notes = _noted_images(planned, store, is_needed=True)
-    stages = stage_facts(model, planned.stage_digests)
-    job = Job(planned, store, trunk, probes, {each.cut: stages[: model.index(each.cut) + 1] for each in planned.sets})
-    job.outcome.notes += notes
-    shown = Progress(job.num_jobs, is_shown=progress)
-    job.run(on_error=on_error, doubtful=doubtful, workers=workers, progress=shown)
-    job.merge(is_shown=progress)
-    return job.outcome
+    filed = session.run(progress=progress)
+    notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
+    return _report(planned, filed, notes, time.perf_counter() - started)
 
 
-def _was_judged(planned: Plan, cut: str, trunk: Trunk) -> bool:
-    """Whether rows of this trunk up to `cut`, computed as it will compute them, are stored: it was judged for those."""
-    profile = trunk.profile()
-    stored = [each.stored.parts for each in planned.sets if each.cut == cut and each.stored is not None]
-    return any(
-        all(part.facts["profile"].get(name) == profile[name] for name in profile if name != "threads")
-        for parts in stored
-        for part in parts
-    )
-
-
-def _report(planned: Plan, outcome: Outcome, seconds: float) -> ExtractReport:
+def _report(planned: Plan, filed: Filed, notes: Sequence[str], seconds: float) -> ExtractReport:
     """What was done."""
-    is_undecoded = is_among(planned.digests.values, digest_rows(outcome.failures)) | planned.digests.is_failed
-    is_unread = is_among(planned.digests.values, digest_rows(outcome.unread)) & ~is_undecoded
+    is_undecoded = is_among(planned.digests.values, digest_rows(filed.failures)) | planned.digests.is_failed
+    is_unread = is_among(planned.digests.values, digest_rows(filed.unread)) & ~is_undecoded
     is_unfit = [
         each.is_missing & is_among(planned.digests.values, digest_rows(unfit))
-        for each, unfit in zip(planned.sets, outcome.unfit, strict=True)
+        for each, unfit in zip(planned.sets, filed.unfit, strict=True)
     ]
     sets: list[dict[str, Json]] = []
-    for each, unfit, computed in zip(planned.sets, is_unfit, outcome.computed, strict=True):
+    for each, unfit, computed in zip(planned.sets, is_unfit, filed.computed, strict=True):
         reused = int((each.is_wanted & ~each.is_missing).sum())
         is_failed = is_undecoded | unfit
         sets.append(
@@ -263,7 +206,7 @@ def _report(planned: Plan, outcome: Outcome, seconds: float) -> ExtractReport:
     is_failed = np.logical_or.reduce([is_undecoded, *is_unfit])
     is_left_out = is_failed | is_unread
     return ExtractReport(
-        computed=sum(outcome.computed),
+        computed=sum(filed.computed),
         reused=sum(each["reused"] for each in sets),
         failed=int((is_failed & ~planned.is_absent).sum()),
         missing=int((is_unread | planned.is_absent).sum()),
@@ -271,23 +214,23 @@ def _report(planned: Plan, outcome: Outcome, seconds: float) -> ExtractReport:
         keys=tuple(each.spec.key for each in planned.sets),
         sets=tuple(sets),
         failures=tuple(
-            (planned.images.ids[index], _reason(planned, outcome, index))
+            (planned.images.ids[index], _reason(planned, filed, index))
             for index in np.flatnonzero(is_left_out).tolist()
         ),
-        notes=tuple(outcome.notes),
-        doubts=tuple(outcome.doubts.items()),
+        notes=tuple(notes),
+        doubts=tuple(filed.doubts.items()),
     )
 
 
-def _reason(planned: Plan, outcome: Outcome, index: int) -> str:
+def _reason(planned: Plan, filed: Filed, index: int) -> str:
     digests = planned.digests
     if index in digests.failed:
         return digests.failed[index]
     digest = bytes(digests.values[index]).hex()
-    for failures in (outcome.failures, *outcome.unfit):
+    for failures in (filed.failures, *filed.unfit):
         if digest in failures:
             return failures[digest]
-    image, reason = outcome.unread[digest]
+    image, reason = filed.unread[digest]
     return reason if image == planned.images.ids[index] else f"its content was to be read as {image}: {reason}"
 
 
@@ -316,29 +259,3 @@ def _noted_images(planned: Plan, store: FeatureStore, *, is_needed: bool) -> lis
         f"and ImageSet.from_store(store, {stem!r}) still gives the other"
         for stem in unlike
     ]
-
-
-def _checked_probes(planned: Plan, model: StagedModel, outputs: list[Output], trunk: Trunk) -> dict[Output, Probe]:
-    precision = trunk.precision
-    taken = take_probes(model, outputs, view=trunk.view, precision=precision, device=trunk.device)
-    probes = dict(zip(outputs, taken, strict=True))
-    for output, probe in probes.items():
-        if not math.isfinite(probe.largest):
-            raise FeatureStoreError(
-                f"{model.name} at {output.cut}: the activations of the two probe images aren't finite. The weights may "
-                f"be damaged, or {precision} too narrow for this model (--precision fp32)."
-            )
-    for each in planned.sets:
-        if each.is_missing.any():
-            refuse_too_small(probes[each.output], each.spec, name=model.name, cut=each.cut)
-        if each.stored is not None:
-            facts = each.stored.facts
-            check_probe(
-                facts["probe"],
-                probes[each.output],
-                precision=precision,
-                what=f"set {each.spec.key[:8]} ({each.cut} {each.spec.reduction})",
-                profile=facts["profile"],
-                now=trunk.profile(),
-            )
-    return probes

@@ -1,15 +1,13 @@
-"""Job: a plan carried out - rows computed, gathered and filed in parts, and the parts merged at the end."""
+"""Session: what computes the images of a plan; and Job, one run of it over some of them, from views to parts."""
 
 from __future__ import annotations
 
-import hashlib
-import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,13 +16,13 @@ from torch import Tensor
 
 from featstore.digest import Json
 from featstore.errors import Doubtful, FactsDifferError, FeatureStoreError, ImageError, OnError
-from featstore.extraction.narrowing import lost_note, narrowed
+from featstore.extraction.filed import Filed
+from featstore.extraction.narrowing import Narrowed, Narrowing
 from featstore.extraction.plan import Plan, PlannedSet
 from featstore.extraction.progress import Progress
-from featstore.files.index import first_places
-from featstore.images.contents import looks_note
 from featstore.images.render import Job as ImageJob
-from featstore.images.render import Rendered, doubts_note, render
+from featstore.images.render import Rendered, render
+from featstore.images.views import View
 from featstore.models.probe import Probe
 from featstore.models.trunk import Output, Trunk
 from featstore.store.gathering import PART_BYTES, Gathered
@@ -35,136 +33,132 @@ COMMIT_BYTES = PART_BYTES
 COMMIT_SECONDS = 60.0
 """A part is written when this much has been gathered, or this long after the last one."""
 
-MERGE_BYTES = 1 << 30
-"""Of the parts that a job has written, those of less are merged at its end."""
+AHEAD_BATCHES = 2
+AHEAD_BYTES = 256 << 20
+"""Views are rendered ahead of the passes for so many of these, as far as they take no more memory than that."""
 
 
-@dataclass(kw_only=True)
-class Outcome:
-    """What has come of a plan so far.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Session:
+    """What computes the images of a plan. Made by `open_plan`; several may run pieces of one plan at once.
 
     Attributes:
-        computed: rows of each set.
-        unfit: for each set digest -> reason, of images whose rows it can't hold.
-        num_values: of each set, other than zero, where its type can't hold all of them (see Narrowed).
-        num_lost: those of them that became zero.
-        failures: digest -> reason, of images that can't be decoded or rendered.
-        unread: digest -> image and reason, of those that couldn't be read.
-        doubts: image -> why it may not look as its owner expects, though it was decoded.
-        notes: sentences about what went otherwise.
+        planned: the plan.
+        store: where rows go.
+        trunk: what computes them.
+        probes: of each output, what is filed with its rows.
+        stages: cut -> the facts of the model's stages up to it.
+        views: distinct ones of the plan's sets.
+        view_of: for each set the place of its view among those.
+        is_needed: ``(V, N)``, for each view the images to render: those without a row in some set, each content once.
+        on_error: as in `extract`.
+        doubtful: as in `extract`.
+        workers: as in `extract`.
     """
 
-    computed: list[int]
-    unfit: list[dict[str, str]]
-    num_values: list[int]
-    num_lost: list[int]
-    failures: dict[str, str] = field(default_factory=dict)
-    unread: dict[str, tuple[str, str]] = field(default_factory=dict)
-    doubts: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    planned: Plan
+    store: FeatureStore
+    trunk: Trunk
+    probes: dict[Output, Probe]
+    stages: dict[str, list[Json]]
+    views: list[View]
+    view_of: list[int]
+    is_needed: NDArray[np.bool_]
+    on_error: OnError
+    doubtful: Doubtful
+    workers: int | None
 
-    @classmethod
-    def none(cls, planned: Plan) -> Outcome:
-        """Of a plan that nobody has begun."""
-        nothing = [0] * len(planned.sets)
-        return cls(computed=nothing[:], unfit=[{} for _ in planned.sets], num_values=nothing[:], num_lost=nothing[:])
+    def run(self, rows: Iterable[int] | None = None, *, progress: bool = False) -> Filed:
+        """Computes images and files them in parts of its own, also when it ends in an error.
+
+        Args:
+            rows: places among the plan's images; default: all of them. Those that need nothing are passed over, so any
+                way to deal them out gives the same rows; each content is computed where it is met first in the plan.
+            progress: shows a bar on stderr.
+
+        Raises:
+            ImageError: with `on_error="raise"`, for an image that can't be read, decoded or rendered.
+            FactsDifferError: if the model was changed meanwhile; nothing of it is filed since the last part.
+            FeatureStoreError: for values that the storage type can't hold, with `on_error="raise"`.
+            OSError: as the disk gave it.
+        """
+        is_needed = self.is_needed
+        if rows is not None:
+            is_asked = np.zeros(is_needed.shape[1], dtype=bool)
+            is_asked[np.fromiter(rows, np.int64)] = True
+            is_needed = is_needed & is_asked
+        return Job(self, is_needed, Progress(int(is_needed.any(axis=0).sum()), is_shown=progress)).run()
 
 
 class Job:
-    """One run of a plan: gathers rows and writes parts."""
+    """One run over some images of a session's plan.
 
-    def __init__(
-        self,
-        planned: Plan,
-        store: FeatureStore,
-        trunk: Trunk,
-        probes: dict[Output, Probe],
-        stages: dict[str, list[Json]],
-    ) -> None:
-        self.planned, self.store, self.trunk, self.probes, self.stages = planned, store, trunk, probes, stages
-        self.views = list(dict.fromkeys(each.view for each in planned.sets))
-        self.view_of = [self.views.index(each.view) for each in planned.sets]
-        self.is_needed = self._needed()
-        self.on_error: OnError = "raise"
+    Three things go on at once: threads render views, the device computes a pass, and a thread writes a part. Rows of
+    a pass are gathered after the next one has been launched, so that a GPU never waits for them.
+
+    Args:
+        session: whose trunk computes.
+        is_needed: ``(V, N)``, for each view the images to render.
+        progress: is told how it goes.
+    """
+
+    def __init__(self, session: Session, is_needed: NDArray[np.bool_], progress: Progress) -> None:
+        self.session, self.planned, self.trunk = session, session.planned, session.trunk
+        self.is_needed, self.progress = is_needed, progress
         self.drawn: deque[ImageJob] = deque()  # jobs whose views are on their way; they come back in order
-        self.gathered = [self._nothing(each) for each in planned.sets]
-        self.outcome = Outcome.none(planned)
-        self.looks = np.zeros(len(planned.images), np.uint64)  # of evaluation views: equal pixels, equal numbers
-        self.written: list[list[Path]] = [[] for _ in planned.sets]
+        self.gathered = [self._nothing(each) for each in self.planned.sets]
+        self.launched: _Launched | None = None
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="featstore-write")
+        self.writing: Future[None] | None = None
+        self.filed = Filed.nothing(self.planned)
         self.last_commit = time.monotonic()
 
-    @property
-    def num_jobs(self) -> int:
-        """Images to read."""
-        return int(self.is_needed.any(axis=0).sum())
-
-    def run(self, *, on_error: OnError, doubtful: Doubtful, workers: int | None, progress: Progress) -> None:
+    def run(self) -> Filed:
         """Computes what is missing; files what is done also when it ends in an error."""
-        size = self.trunk.batch_size
-        self.on_error = on_error
+        size, session = self.trunk.batch_size, self.session
         batch: list[_Item] = []
+        rendered = render(
+            self.planned.images,
+            self._jobs(),
+            workers=session.workers,
+            on_error=session.on_error,
+            doubtful=session.doubtful,
+            ahead=self._ahead(),
+        )
         try:
-            with (
-                progress,
-                closing(
-                    render(self.planned.images, self._jobs(), workers=workers, on_error=on_error, doubtful=doubtful)
-                ) as rendered,
-            ):
-                for each in progress.timed("reading and decoding", rendered):
+            with self.progress, closing(rendered):
+                for each in self.progress.timed("reading and decoding", rendered):
                     batch += self._items(each)
                     while len(batch) >= size:
-                        with progress.timing("the forward pass"):
-                            self._compute(batch[:size])
+                        self._launch(batch[:size])
                         batch = batch[size:]
-                        with progress.timing("writing"):
+                        with self.progress.timing("writing"):
                             self._commit_if_due()
-                    progress.step()
-                self._compute(batch)
-            self.outcome.notes += self._job_notes()
+                    self.progress.step()
+                self._launch(batch)
         except ImageError:
-            self._compute(batch)  # what is decoded already needn't be read again by the next run
+            self._launch(batch)  # what is decoded already needn't be read again by the next run
             raise
         finally:
-            self._commit()
+            with self.writer:
+                try:
+                    self._gather_all(self.launched)
+                finally:
+                    self._commit()
+                    self._wait_for_writing()
+        return self.filed
 
-    def merge(self, *, is_shown: bool) -> None:
-        """Makes few parts of the many that this job has written. What goes wrong costs time when reading, no rows."""
-        for each, paths in zip(self.planned.sets, self.written, strict=True):
-            try:
-                small = list(_small(paths))
-                if len(small) < 2:
-                    continue
-                if is_shown:
-                    print(f"merging {len(small):,} parts of set {each.spec.key[:8]}", file=sys.stderr)
-                left = self.store.merge(each.spec.key, small).left
-                problem = left[0].reason if left else None
-            except Exception as error:  # the disk may be full: the rows are filed all the same
-                problem = str(error)
-            if problem:
-                self.outcome.notes.append(
-                    f"The parts that were written of set {each.spec.key[:8]} could not be merged ({problem}). All rows "
-                    "are filed; merge them later with featstore compact"
-                )
-
-    def _needed(self) -> NDArray[np.bool_]:
-        """``(V, N)``: for each view the images to render: those without a row in some set, each content once.
-
-        The same content in two splits may need seeds in one of them only, so its views may come from two images.
-        """
-        planned = self.planned
-        needed = np.zeros((len(self.views), len(planned.images)), dtype=bool)
-        for each, view in zip(planned.sets, self.view_of, strict=True):
-            needed[view] |= each.is_missing & ~planned.digests.is_failed
-        for row in needed:
-            places = np.flatnonzero(row)
-            row[places] = False
-            row[places[first_places(planned.digests.values[places])]] = True
-        return needed
+    def _ahead(self) -> int:
+        """Images that are read and rendered ahead of the passes."""
+        view = self.trunk.view
+        num_views = max(1, int(self.is_needed.sum(axis=0).max(initial=1)))
+        wanted = AHEAD_BATCHES * self.trunk.batch_size // num_views + 1
+        return min(wanted, max(1, AHEAD_BYTES // (num_views * view.channels * view.size**2)))
 
     def _jobs(self) -> Iterator[ImageJob]:
         """Drawn by the renderer as it goes, so that memory doesn't grow with the number of images."""
         for index in np.flatnonzero(self.is_needed.any(axis=0)).tolist():
-            views = tuple(self.views[place] for place in np.flatnonzero(self.is_needed[:, index]))
+            views = tuple(self.session.views[place] for place in np.flatnonzero(self.is_needed[:, index]))
             job = ImageJob(index, bytes(self.planned.digests.values[index]), views)
             self.drawn.append(job)
             yield job
@@ -176,9 +170,8 @@ class Job:
             self._record_failure(job, rendered)
             return []
         if rendered.doubt is not None:
-            self.outcome.doubts[self.planned.images.ids[job.index]] = rendered.doubt
-        if job.views[0].is_evaluation:
-            self.looks[job.index] = _look(rendered.views[0])
+            self.filed.doubts[self.planned.images.ids[job.index]] = rendered.doubt
+        self.filed.looks[job.index] = rendered.look
         return [
             _Item(job.index, job.digest, int(place), image, rendered.decoder)
             for place, image in zip(np.flatnonzero(self.is_needed[:, job.index]), rendered.views, strict=True)
@@ -188,34 +181,60 @@ class Job:
         """Files what would fail again; an image that can't be read now has done nothing to be left out for good."""
         reason, digest = rendered.failure or "", job.digest.hex()
         if not rendered.is_lasting:
-            self.outcome.unread[digest] = self.planned.images.ids[job.index], reason
+            self.filed.unread[digest] = self.planned.images.ids[job.index], reason
             return
-        self.outcome.failures[digest] = reason
+        self.filed.failures[digest] = reason
         for place, each in enumerate(self.planned.sets):
             if each.view in job.views and each.is_missing[job.index]:
                 self._file_failure(place, digest, reason)
 
-    def _compute(self, items: Sequence[_Item]) -> None:
+    # ---- passes
+
+    def _launch(self, items: Sequence[_Item]) -> None:
+        """Begins a pass, and gathers the rows of the one before it."""
         if not items:
             return
-        results = dict(zip(self.trunk.outputs, self.trunk(torch.stack([item.image for item in items])), strict=True))
-        for place, (each, view) in enumerate(zip(self.planned.sets, self.view_of, strict=True)):
-            rows = [row for row, item in enumerate(items) if item.view == view and each.is_missing[item.index]]
-            if rows:
-                self._gather(place, [items[row] for row in rows], results[each.output][rows])
+        with self.progress.timing("the forward pass"):
+            images = self._batch(items)
+            values = dict(zip(self.trunk.outputs, self.trunk(images), strict=True))
+            like = {each.output: each for each in self.planned.sets}
+            narrowing = {output: Narrowing(rows, like[output].spec, output.cut) for output, rows in values.items()}
+            before, self.launched = self.launched, _Launched(items, narrowing)
+            self._gather_all(before)
+            if self.trunk.device.type == "cpu":  # where a pass is over when it has been called
+                before, self.launched = self.launched, None
+                self._gather_all(before)
 
-    def _gather(self, place: int, items: Sequence[_Item], values: Tensor) -> None:
-        each = self.planned.sets[place]
-        result = narrowed(values, each.spec, each.cut)
-        for row, reason in result.unfit.items():
-            self._record_unfit(place, items[row], reason)
-        kept = [item for row, item in enumerate(items) if row not in result.unfit]
-        if kept:
-            digests = np.frombuffer(b"".join(item.digest for item in kept), np.uint8).reshape(-1, 32)
-            self.gathered[place].add(result.rows, digests, np.array([item.decoder for item in kept], np.uint8))
-        self.outcome.computed[place] += len(kept)
-        self.outcome.num_values[place] += result.num_values
-        self.outcome.num_lost[place] += result.num_lost
+    def _batch(self, items: Sequence[_Item]) -> Tensor:
+        first = items[0].image
+        is_pinned = self.trunk.device.type == "cuda"  # which the copy to the device is fast and beside others from
+        batch = torch.empty((len(items), *first.shape), dtype=first.dtype, pin_memory=is_pinned)
+        return torch.stack([item.image for item in items], out=batch)
+
+    def _gather_all(self, launched: _Launched | None) -> None:
+        """Gathers the rows of a pass, once it has computed them."""
+        if launched is None:
+            return
+        found = {output: narrowing.narrowed() for output, narrowing in launched.narrowing.items()}
+        for place, (each, view) in enumerate(zip(self.planned.sets, self.session.view_of, strict=True)):
+            if each.output not in found:
+                continue
+            places = [at for at, item in enumerate(launched.items) if item.view == view and each.is_missing[item.index]]
+            if places:
+                self._gather(place, launched.items, found[each.output], places)
+
+    def _gather(self, place: int, items: Sequence[_Item], found: Narrowed, places: list[int]) -> None:
+        fit = [at for at in places if at not in found.unfit]
+        for at in places:
+            if at in found.unfit:
+                self._record_unfit(place, items[at], found.unfit[at])
+        if fit:
+            digests = np.frombuffer(b"".join(items[at].digest for at in fit), np.uint8).reshape(-1, 32)
+            decoders = np.array([items[at].decoder for at in fit], np.uint8)
+            self.gathered[place].add(found.rows[fit], digests, decoders)  # a copy, which leaves pinned memory free
+        self.filed.computed[place] += len(fit)
+        self.filed.num_values[place] += int(found.num_values[fit].sum())
+        self.filed.num_lost[place] += int(found.num_lost[fit].sum())
 
     def _record_unfit(self, place: int, item: _Item, reason: str) -> None:
         """Files, in one set, an image whose row the set can't hold: with other weights or another type it is another.
@@ -223,11 +242,11 @@ class Job:
         Raises:
             FeatureStoreError: unless such images are skipped.
         """
-        if self.on_error == "raise":
+        if self.session.on_error == "raise":
             raise FeatureStoreError(
                 f"{self.planned.images.ids[item.index]}: {reason}. Or leave such images out with --on-error skip."
             )
-        self.outcome.unfit[place][item.digest.hex()] = reason
+        self.filed.unfit[place][item.digest.hex()] = reason
         self._file_failure(place, item.digest.hex(), reason)
 
     def _file_failure(self, place: int, digest: str, reason: str) -> None:
@@ -235,15 +254,7 @@ class Job:
         if stored is None or digest not in stored.failed:
             self.gathered[place].failed[digest] = reason
 
-    def _job_notes(self) -> list[str]:
-        lost = [
-            lost_note(each.spec, each.cut, num_values, num_lost)
-            for each, num_values, num_lost in zip(
-                self.planned.sets, self.outcome.num_values, self.outcome.num_lost, strict=True
-            )
-        ]
-        notes = (doubts_note(self.outcome.doubts), looks_note(self.planned.images, self.looks), *lost)
-        return list(dict.fromkeys(note for note in notes if note is not None))
+    # ---- parts
 
     def _commit_if_due(self) -> None:
         size = sum(gathered.num_bytes for gathered in self.gathered)
@@ -251,34 +262,48 @@ class Job:
             self._commit()
 
     def _commit(self) -> None:
+        """Has what is gathered written, once what was given before is; two such lots are in memory at most."""
         if self.trunk.is_live and any(each.num_rows for each in self.gathered):
             self._check_model()
-        for place, each in enumerate(self.planned.sets):
-            if self.gathered[place].num_rows or self.gathered[place].failed:
-                self.written[place].append(self.gathered[place].write(self.store, self._facts(each)))
-                # Forgotten only now: after an interrupt while a part is written, its rows are written again.
-                self.gathered[place] = self._nothing(each)
+        self._wait_for_writing()
+        gathered = self.gathered
+        # In one step for an interrupt: what the writer has is written, whatever happens in this thread.
+        self.writing, self.gathered = self.writer.submit(self._write, gathered), self._all_nothing()
         self.last_commit = time.monotonic()
+
+    def _write(self, gathered: list[Gathered]) -> None:
+        for place, each in enumerate(self.planned.sets):
+            if gathered[place].num_rows or gathered[place].failed:
+                self.filed.parts[place].append(gathered[place].write(self.session.store, self._facts(each)))
+
+    def _wait_for_writing(self) -> None:
+        if self.writing is not None:
+            writing, self.writing = self.writing, None
+            writing.result()
 
     def _check_model(self) -> None:
         try:
             refuse_changed(self.planned)
         except FeatureStoreError:
-            self.gathered = [self._nothing(each) for each in self.planned.sets]  # of nobody knows which weights
+            self.gathered = self._all_nothing()  # of nobody knows which weights
             raise
 
+    def _all_nothing(self) -> list[Gathered]:
+        return [self._nothing(each) for each in self.planned.sets]
+
     def _nothing(self, each: PlannedSet) -> Gathered:
-        return Gathered(each.spec, each.output.pool.shape(tuple(self.stages[each.cut][-1]["shape"])))
+        stages = self.session.stages[each.cut]
+        return Gathered(each.spec, each.output.pool.shape(tuple(stages[-1]["shape"])))
 
     def _facts(self, each: PlannedSet) -> dict[str, Json]:
         class_tokens, prefix_tokens = self.planned.model.tokens(each.cut)
         return part_facts(
             backbone=self.planned.model.name,
-            stages=self.stages[each.cut],
+            stages=self.session.stages[each.cut],
             class_tokens=class_tokens,
             prefix_tokens=prefix_tokens,
             profile=self.trunk.profile(),
-            probe=self.probes[each.output].facts(),
+            probe=self.session.probes[each.output].facts(),
         )
 
 
@@ -294,24 +319,20 @@ def refuse_changed(planned: Plan) -> None:
             )
 
 
-def _look(view: Tensor) -> int:
-    """A number that differs for views that differ, but for one pair in 2 ** 64; not 0."""
-    return int.from_bytes(hashlib.sha256(view.numpy().data).digest()[:8]) or 1
-
-
-def _small(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
-        with suppress(FileNotFoundError):  # others have merged it already, or removed the set
-            if path.stat().st_size < MERGE_BYTES:
-                yield path
-
-
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """One view of one image on its way to the trunk; the view by its place among the job's."""
+    """One view of one image on its way to the trunk; the view by its place among the session's."""
 
     index: int
     digest: bytes
     view: int
     image: Tensor
     decoder: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Launched:
+    """A pass that a device may still be computing."""
+
+    items: Sequence[_Item]
+    narrowing: dict[Output, Narrowing]

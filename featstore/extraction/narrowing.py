@@ -27,34 +27,52 @@ With fewer it has less than the eight bits of a bfloat16, and most other values 
 
 
 class Narrowed(NamedTuple):
-    """A batch of rows in the storage type.
+    """A batch of rows in the storage type, on the CPU.
 
     Attributes:
-        rows: `(M, *F)` on the CPU: those that fit, in order.
+        rows: `(N, *F)`, in order; those that are unfit hold what can't be stored.
         unfit: row of the batch -> why it can't be stored, without the image's name.
-        num_values: values of `rows` that aren't zero before they are narrowed; 0 where the type holds all of them.
-        num_lost: those of them that are zeros afterwards.
+        num_values: `(N,)`, of each row the values that aren't zero before it is narrowed; 0 where the type holds all.
+        num_lost: `(N,)`, those of them that are zeros afterwards.
     """
 
     rows: Tensor
     unfit: dict[int, str]
-    num_values: int
-    num_lost: int
+    num_values: Tensor
+    num_lost: Tensor
 
 
-def narrowed(values: Tensor, spec: FeatureSpec, cut: str) -> Narrowed:
-    """Float32 activations `(N, *F)` at `cut` as `spec` stores them."""
-    stored = values.to(spec.storage_type.torch_dtype)
-    is_fit = stored.reshape(len(stored), -1).isfinite().all(dim=1)
-    unfit: dict[int, str] = {}
-    if not is_fit.all():
-        unfit = {row: _reason(values[row], spec, cut) for row in torch.nonzero(~is_fit).flatten().tolist()}
-        values, stored = values[is_fit], stored[is_fit]
-    num_values = num_lost = 0
-    if stored.dtype != values.dtype:
-        num_values = int(values.count_nonzero())
-        num_lost = num_values - int(stored.count_nonzero())
-    return Narrowed(stored.cpu(), unfit, num_values, num_lost)
+class Narrowing:
+    """Float32 activations `(N, *F)` at `cut` on their way into the storage type of `spec`.
+
+    Only begun by this: a GPU goes on with it, and whoever asks for the result waits.
+    """
+
+    def __init__(self, values: Tensor, spec: FeatureSpec, cut: str) -> None:
+        self.spec, self.cut, self._values = spec, cut, values
+        stored = values.to(spec.storage_type.torch_dtype)
+        flat, before = stored.reshape(len(stored), -1), values.reshape(len(values), -1)
+        found = [stored, flat.isfinite().all(dim=1)]
+        if stored.dtype == values.dtype:
+            found += [torch.zeros(len(values), dtype=torch.int64, device=values.device)] * 2
+        else:
+            num_values = before.count_nonzero(dim=1)
+            found += [num_values, num_values - flat.count_nonzero(dim=1)]
+        self._found = [each.to("cpu", non_blocking=True) for each in found]
+        self._is_done = None
+        if values.is_cuda:
+            self._is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._is_done.record()
+
+    def narrowed(self) -> Narrowed:
+        """The result."""
+        if self._is_done is not None:
+            self._is_done.synchronize()
+        rows, is_fit, num_values, num_lost = self._found
+        unfit = {
+            row: _reason(self._values[row], self.spec, self.cut) for row in torch.nonzero(~is_fit).flatten().tolist()
+        }
+        return Narrowed(rows, unfit, num_values, num_lost)
 
 
 def lost_note(spec: FeatureSpec, cut: str, num_values: int, num_lost: int) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from featstore.images.geometry import INTERPOLATIONS, SMOOTH, Geometry, RenderEr
 from featstore.images.levels import grey
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = ["INTERPOLATIONS", "Augment", "GivenPolicy", "OwnPolicy", "Policy", "RenderError", "View", "policy"]
@@ -249,12 +251,8 @@ class View:
                 f"a batch {tuple(batch.shape)} of {batch.dtype}; expected uint8 (N, {', '.join(map(str, shape))}), the "
                 "views that this view rendered"
             )
-        # Divisors are tensors: by a plain number a GPU multiplies with the rounded reciprocal, in other last bits.
-        constants = torch.tensor(
-            [[255.0] * self.channels, self.mean, self.std], dtype=torch.float32, device=batch.device
-        )
-        constants = constants[:, :, None, None]
-        return batch.to(torch.float32).div_(constants[0]).sub_(constants[1]).div_(constants[2])
+        most, mean, std = _constants(self.mean, self.std, batch.device)
+        return batch.to(torch.float32).div_(most).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True, init=False)
@@ -310,6 +308,20 @@ def _checked_seeds(seeds: Iterable[int] | str) -> tuple[int, ...] | Literal["fre
         raise ValueError(f"seeds {checked} should be one or more integers from 0 on, such as range(4)")
     _check_largest_seed(checked[-1])
     return checked
+
+
+@lru_cache(maxsize=64)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """What pixels are divided by, what is subtracted, and the last divisor: `(3, channels, 1, 1)`, made once.
+
+    Divisors are tensors: by a plain number a GPU multiplies with the rounded reciprocal, in other last bits. And to
+    copy them there for each batch is to wait each time until the GPU has done all that it was given.
+    """
+    import torch
+
+    with torch.inference_mode(False):
+        rows = [[255.0] * len(mean), mean, std]
+        return torch.tensor(rows, dtype=torch.float32, device=device)[:, :, None, None]
 
 
 def _planes(image: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from featstore import (
     View,
     plan,
 )
+from featstore.extraction import filed as filed_module
 from featstore.extraction import job as job_module
 from featstore.extraction.extract import run_plan
 from featstore.extraction.job import Job
@@ -55,7 +56,7 @@ def test_several_cuts_and_several_parts_have_the_right_rows(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_module, "COMMIT_BYTES", 1)
-    monkeypatch.setattr(job_module, "MERGE_BYTES", 0)
+    monkeypatch.setattr(filed_module, "MERGE_BYTES", 0)
     images = arrays(23)
     report = run(images, store, cuts=["layer1:none", "layer2", "layer2:none"], batch_size=5)
     for key, cut, reduction in zip(
@@ -86,7 +87,7 @@ def test_a_part_is_written_when_enough_rows_have_been_gathered_or_a_minute_after
     num_rows: list[int],
 ) -> None:
     now = 0.0
-    compute = Job._compute
+    compute = Job._launch
 
     def lasting(self: Any, items: Any) -> None:
         nonlocal now
@@ -94,9 +95,9 @@ def test_a_part_is_written_when_enough_rows_have_been_gathered_or_a_minute_after
         now += seconds_a_batch
 
     monkeypatch.setattr(job_module, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))
-    monkeypatch.setattr(Job, "_compute", lasting)
+    monkeypatch.setattr(Job, "_launch", lasting)
     monkeypatch.setattr(job_module, "COMMIT_BYTES", num_bytes * 4 * 24 * 4)  # of a batch of 4 rows of 24 float32 values
-    monkeypatch.setattr(job_module, "MERGE_BYTES", 0)
+    monkeypatch.setattr(filed_module, "MERGE_BYTES", 0)
     key = run(arrays(28), store, batch_size=4).keys[0]
     parts = sorted(store.set(key).parts, key=lambda part: str(part.facts["when"]))
     assert [part.num_rows for part in parts] == num_rows
@@ -701,7 +702,7 @@ def test_a_job_that_cannot_merge_its_parts_has_not_failed(
 
 def test_large_parts_of_a_job_stay_as_they_are(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_module, "COMMIT_BYTES", 1)
-    monkeypatch.setattr(job_module, "MERGE_BYTES", 1000)
+    monkeypatch.setattr(filed_module, "MERGE_BYTES", 1000)
     report = run(arrays(12), store, batch_size=4)
     assert len(store.set(report.keys[0]).parts) == 3
 

@@ -56,7 +56,10 @@ ROOMS: dict[str, Rooms] = {
                 "verification", "compaction", "removal", "garbage", "difference", "refusals", "store", "gathering",
             ),
         ),
-        ("extraction", ("defaults", "remedy", "plan", "progress", "narrowing", "job", "extract", "adopt")),
+        (
+            "extraction",
+            ("defaults", "remedy", "plan", "progress", "narrowing", "filed", "job", "opening", "extract", "adopt"),
+        ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
         ("", ("__init__",)),
         ("cli", ("program", "flags", "store", "exchange", "doctor", "app")),

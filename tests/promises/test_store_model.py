@@ -55,6 +55,7 @@ from featstore import (
     plan,
 )
 from featstore.errors import OnError
+from featstore.extraction import filed as filed_module
 from featstore.extraction import job as job_module
 from featstore.extraction.extract import run_plan
 from featstore.extraction.plan import Plan
@@ -558,7 +559,7 @@ class StoreMachine(RuleBasedStateMachine):
     def extract_into_small_parts(self, seeds: Sequence[int], fault: Fault | None, is_new: bool) -> None:
         store = self._store(is_new)
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(job_module, "MERGE_BYTES", 0)
+            patched.setattr(filed_module, "MERGE_BYTES", 0)
             self._run(store, *self._planned(store, CUTS, seeds, True), fault)
 
     @rule(

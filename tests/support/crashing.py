@@ -42,7 +42,7 @@ from featstore import (
     extract,
 )
 from featstore.errors import DamagedFileError
-from featstore.extraction import job
+from featstore.extraction import filed, job
 from featstore.files import disk
 from featstore.files.part import Part
 from featstore.store import compaction, removal, verification
@@ -201,7 +201,7 @@ def extraction(folder: Path, images: ImageSet, *, cuts: Sequence[str] = CUTS, me
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(job, "COMMIT_BYTES", 1)
         if not merges:
-            patched.setattr(job, "MERGE_BYTES", 0)
+            patched.setattr(filed, "MERGE_BYTES", 0)
         return extract(
             MODEL,
             images,

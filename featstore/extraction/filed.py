@@ -1,0 +1,116 @@
+"""Filed: what has come of a plan, or of some of its images; what is said of it, and its parts merged."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.extraction.narrowing import lost_note
+from featstore.extraction.plan import Plan
+from featstore.images.contents import looks_note
+from featstore.images.render import doubts_note
+from featstore.store.store import FeatureStore
+
+MERGE_BYTES = 1 << 30
+"""Of the parts that a job has written, those of less are merged at its end."""
+
+
+@dataclass(kw_only=True)
+class Filed:
+    """What has come of a plan, or of some of its images. It pickles: other processes send theirs, and `add` joins them.
+
+    Attributes:
+        parts: of each set, those written, in their order.
+        computed: rows of each set.
+        unfit: for each set digest -> reason, of images whose rows it can't hold.
+        num_values: of each set, other than zero, where its type can't hold all of them (see Narrowed).
+        num_lost: those of them that became zero.
+        looks: ``(N,)``, of the evaluation view of each image of the plan: equal pixels, equal numbers; 0 without one.
+        failures: digest -> reason, of images that can't be decoded or rendered.
+        unread: digest -> image and reason, of those that couldn't be read.
+        doubts: image -> why it may not look as its owner expects, though it was decoded.
+    """
+
+    parts: list[list[Path]]
+    computed: list[int]
+    unfit: list[dict[str, str]]
+    num_values: list[int]
+    num_lost: list[int]
+    looks: NDArray[np.uint64]
+    failures: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, tuple[str, str]] = field(default_factory=dict)
+    doubts: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def nothing(cls, planned: Plan) -> Filed:
+        """Of a plan that nobody has begun."""
+        none = [0] * len(planned.sets)
+        return cls(
+            parts=[[] for _ in none],
+            computed=none[:],
+            unfit=[{} for _ in none],
+            num_values=none[:],
+            num_lost=none[:],
+            looks=np.zeros(len(planned.images), np.uint64),
+        )
+
+    @classmethod
+    def together(cls, planned: Plan, pieces: Iterable[Filed]) -> Filed:
+        """What has come of all pieces of a plan."""
+        whole = cls.nothing(planned)
+        for piece in pieces:
+            for place in range(len(planned.sets)):
+                whole.parts[place] += piece.parts[place]
+                whole.computed[place] += piece.computed[place]
+                whole.unfit[place] |= piece.unfit[place]
+                whole.num_values[place] += piece.num_values[place]
+                whole.num_lost[place] += piece.num_lost[place]
+            whole.looks = np.where(piece.looks == 0, whole.looks, piece.looks)
+            whole.failures |= piece.failures
+            whole.unread |= piece.unread
+            whole.doubts |= piece.doubts
+        return whole
+
+    def notes(self, planned: Plan) -> list[str]:
+        """What its owner should know, in sentences."""
+        lost = [
+            lost_note(each.spec, each.cut, num_values, num_lost)
+            for each, num_values, num_lost in zip(planned.sets, self.num_values, self.num_lost, strict=True)
+        ]
+        notes = (doubts_note(self.doubts), looks_note(planned.images, self.looks), *lost)
+        return list(dict.fromkeys(note for note in notes if note is not None))
+
+
+def merge_parts(planned: Plan, store: FeatureStore, filed: Filed, *, is_shown: bool) -> list[str]:
+    """Makes few parts of the many that were written. What goes wrong costs time when reading, no rows: it is noted."""
+    notes = []
+    for each, paths in zip(planned.sets, filed.parts, strict=True):
+        try:
+            small = list(_small(paths))
+            if len(small) < 2:
+                continue
+            if is_shown:
+                print(f"merging {len(small):,} parts of set {each.spec.key[:8]}", file=sys.stderr)
+            left = store.merge(each.spec.key, small).left
+            problem = left[0].reason if left else None
+        except Exception as error:  # the disk may be full: the rows are filed all the same
+            problem = str(error)
+        if problem:
+            notes.append(
+                f"The parts that were written of set {each.spec.key[:8]} could not be merged ({problem}). All rows "
+                "are filed; merge them later with featstore compact"
+            )
+    return notes
+
+
+def _small(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        with suppress(FileNotFoundError):  # others have merged it already, or removed the set
+            if path.stat().st_size < MERGE_BYTES:
+                yield path

@@ -1,0 +1,132 @@
+"""Opening: a plan made ready for computing - its trunk made, judged and probed, once for all images."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from featstore.errors import Doubtful, FeatureStoreError, OnError
+from featstore.extraction.job import Session, refuse_changed
+from featstore.extraction.narrowing import refuse_too_small
+from featstore.extraction.plan import Plan
+from featstore.files.index import first_places
+from featstore.images.render import check_workers
+from featstore.models.probe import Probe, check_probe, take_probes
+from featstore.models.purity import check_pure, refuse_modes
+from featstore.models.staged import StagedModel
+from featstore.models.trunk import Output, Trunk, check_batch_size, choose_device
+from featstore.store.part_facts import stage_facts
+from featstore.store.sets import batching_for
+from featstore.store.store import FeatureStore
+from featstore.timing import timed
+
+
+def open_plan(
+    planned: Plan,
+    store: FeatureStore,
+    *,
+    on_error: OnError = "raise",
+    doubtful: Doubtful = "note",
+    device: torch.device | str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+) -> Session:
+    """Makes the trunk of a plan with something to compute, and judges it: once for all that the session then runs.
+
+    Arguments and errors are those of `extract`.
+    """
+    chosen = choose_device(device)
+    check_batch_size(batch_size)
+    check_workers(workers)
+    model = planned.model.with_(view=planned.sets[0].view.evaluation)
+    outputs = list(dict.fromkeys(each.output for each in planned.sets))
+    lacking = list(dict.fromkeys(each.output for each in planned.sets if each.is_missing.any()))
+    trunk = Trunk(
+        model,
+        lacking,
+        view=model.view,
+        batching=batching_for([each.stored for each in planned.sets], chosen.type, batch_size),
+        precision=planned.sets[0].spec.precision,
+        device=chosen,
+    )
+    with timed("purity"):
+        last = max((output.cut for output in lacking), key=model.index)
+        if _was_judged(planned, last, trunk):
+            refuse_modes(model, last)
+        else:
+            check_pure(model, last, batch_size=trunk.batch_size, device=trunk.device)
+    with timed("probe"):
+        probes = _checked_probes(planned, model, outputs, trunk)
+    with timed("key"):
+        refuse_changed(planned)  # trunk and probes, too, must be those of the planned model
+    stages = stage_facts(model, planned.stage_digests)
+    views = list(dict.fromkeys(each.view for each in planned.sets))
+    view_of = [views.index(each.view) for each in planned.sets]
+    return Session(
+        planned=planned,
+        store=store,
+        trunk=trunk,
+        probes=probes,
+        stages={each.cut: stages[: model.index(each.cut) + 1] for each in planned.sets},
+        views=views,
+        view_of=view_of,
+        is_needed=_needed(planned, view_of, len(views)),
+        on_error=on_error,
+        doubtful=doubtful,
+        workers=workers,
+    )
+
+
+def _needed(planned: Plan, view_of: list[int], num_views: int) -> NDArray[np.bool_]:
+    """See `Session.is_needed`.
+
+    The same content in two splits may need seeds in one of them only, so its views may come from two images.
+    """
+    needed = np.zeros((num_views, len(planned.images)), dtype=bool)
+    for each, view in zip(planned.sets, view_of, strict=True):
+        needed[view] |= each.is_missing & ~planned.digests.is_failed
+    for row in needed:
+        places = np.flatnonzero(row)
+        row[places] = False
+        row[places[first_places(planned.digests.values[places])]] = True
+    return needed
+
+
+def _was_judged(planned: Plan, cut: str, trunk: Trunk) -> bool:
+    """Whether rows of this trunk up to `cut`, computed as it will compute them, are stored: it was judged for those."""
+    profile = trunk.profile()
+    stored = [each.stored.parts for each in planned.sets if each.cut == cut and each.stored is not None]
+    return any(
+        all(part.facts["profile"].get(name) == profile[name] for name in profile if name != "threads")
+        for parts in stored
+        for part in parts
+    )
+
+
+def _checked_probes(planned: Plan, model: StagedModel, outputs: list[Output], trunk: Trunk) -> dict[Output, Probe]:
+    precision = trunk.precision
+    taken = take_probes(model, outputs, view=trunk.view, precision=precision, device=trunk.device)
+    probes = dict(zip(outputs, taken, strict=True))
+    for output, probe in probes.items():
+        if not math.isfinite(probe.largest):
+            raise FeatureStoreError(
+                f"{model.name} at {output.cut}: the activations of the two probe images aren't finite. The weights may "
+                f"be damaged, or {precision} too narrow for this model (--precision fp32)."
+            )
+    for each in planned.sets:
+        if each.is_missing.any():
+            refuse_too_small(probes[each.output], each.spec, name=model.name, cut=each.cut)
+        if each.stored is not None:
+            facts = each.stored.facts
+            check_probe(
+                facts["probe"],
+                probes[each.output],
+                precision=precision,
+                what=f"set {each.spec.key[:8]} ({each.cut} {each.spec.reduction})",
+                profile=facts["profile"],
+                now=trunk.profile(),
+            )
+    return probes

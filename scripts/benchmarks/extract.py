@@ -1,0 +1,165 @@
+"""How fast an extraction is against its own parts: decoding alone, and the forward pass alone.
+
+    .venv/bin/python scripts/benchmarks/extract.py [--backbone resnet50] [--images 256] [--sizes 500x375 1600x1200]
+        [--device auto] [--precision fp32] [--rounds 5]
+
+Images are JPEGs (quality 90) put together from pieces of scikit-image's photographs at their own scale. Where both
+parts share the processors, the reference is 1 / (1/a + 1/b) of their rates, each alone on all of them; where a GPU
+computes, it is the smaller of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import torch
+from measuring import report, speeds
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import nn
+
+from featstore import FeatureStore, ImageSet, StagedModel, View, backbone, plan
+from featstore.extraction.opening import open_plan
+from featstore.images.render import Job, render
+from featstore.models.names import PRECISIONS, Precision
+
+PIECE = 250  # pixels, of photographs at their own scale
+TARGETS = {"cpu": 0.95, "cuda": 0.90}
+TINY, TINY_TARGET = "tiny", 0.85
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backbone", action="append", help="default: resnet50 and tiny, two convolutions")
+    parser.add_argument("--images", type=int, default=256, help="of each size; default: 256")
+    parser.add_argument("--sizes", nargs="+", default=["500x375", "1600x1200"])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken; default: 5")
+    options = parser.parse_args()
+    ratios: dict[str, float] = {}
+    targets: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in options.sizes:
+            width, height = map(int, size.split("x"))
+            images = photographs(Path(folder) / size, options.images, width, height)
+            for name in options.backbone or ["resnet50", TINY]:
+                model = tiny() if name == TINY else backbone(name, "none")
+                bench = Bench(model, images, Path(folder) / "store", options)
+                found = speeds(bench.contenders(), rounds=options.rounds)
+                entry = f"{name}, {size}"
+                reference = [bench.reference(*pair) for pair in zip(found["forward"], found["decode"], strict=True)]
+                ratios[entry] = statistics.median(
+                    ours / best for ours, best in zip(found["together"], reference, strict=True)
+                )
+                binds = statistics.median(found["decode"]) < statistics.median(found["forward"])
+                targets[entry] = (
+                    TINY_TARGET if binds and not bench.is_gpu else TARGETS["cuda" if bench.is_gpu else "cpu"]
+                )
+                rates = {what: statistics.median(values) for what, values in found.items()}
+                notes[entry] = ", ".join(f"{what} {value:,.1f}" for what, value in rates.items()) + " images a second"
+                print(f"{entry}: {ratios[entry]:.2f}; {notes[entry]}", flush=True)
+    report("extract", ratios, targets, notes)
+
+
+class Bench:
+    """One network over one folder of images."""
+
+    def __init__(self, model: StagedModel, images: ImageSet, root: Path, options: argparse.Namespace) -> None:
+        self.images, self.root, self.options = images, root, options
+        precision: Precision = options.precision
+        self.planned = plan(model, images, FeatureStore(root), precision=precision)
+        self.session = open_plan(
+            self.planned,
+            FeatureStore(root),
+            device=options.device,
+            batch_size=options.batch_size,
+            workers=options.workers,
+        )
+        self.is_gpu = self.session.trunk.device.type == "cuda"
+        self.views = torch.stack([each.views[0] for each in self._rendered() if each.views])  # type: ignore[attr-defined]
+
+    def contenders(self) -> dict[str, Callable[[], float]]:
+        """Each gives images a second."""
+        return {"forward": self.forward, "decode": self.decode, "together": self.together}
+
+    def reference(self, forward: float, decode: float) -> float:
+        """The best rate that two parts allow."""
+        return min(forward, decode) if self.is_gpu else 1 / (1 / forward + 1 / decode)
+
+    def forward(self) -> float:
+        """Passes over views that lie in memory, their results on the host."""
+        trunk, size = self.session.trunk, self.session.trunk.batch_size
+        views = self.views[: len(self.views) // size * size or None]
+        views = views.pin_memory() if self.is_gpu else views
+        started = time.perf_counter()
+        results = [trunk(views[start : start + size])[0] for start in range(0, len(views), size)]
+        for each in results:
+            each.to("cpu", torch.float16)
+        return len(views) / (time.perf_counter() - started)
+
+    def decode(self) -> float:
+        """Files read, digested, decoded and rendered, as an extraction does it."""
+        started = time.perf_counter()
+        count = sum(1 for _ in self._rendered())
+        return count / (time.perf_counter() - started)
+
+    def together(self) -> float:
+        """All of it, and the rows filed."""
+        started = time.perf_counter()
+        filed = self.session.run()
+        elapsed = time.perf_counter() - started
+        assert sum(filed.computed) == len(self.images)
+        shutil.rmtree(self.root)
+        return len(self.images) / elapsed
+
+    def _rendered(self) -> list[object]:
+        digests = self.planned.digests.values
+        jobs = (Job(index, bytes(digests[index]), (self.session.views[0],)) for index in range(len(self.images)))
+        return render(self.images, jobs, workers=self.options.workers, ahead=64)  # type: ignore[return-value]
+
+
+def tiny() -> StagedModel:
+    """A network that takes less time than decoding."""
+    layers = [nn.Conv2d(3, 16, 8, stride=8), nn.ReLU(), nn.Conv2d(16, 64, 3, stride=2), nn.ReLU()]
+    return StagedModel.from_module(nn.Sequential(*layers).eval(), view=View(), name=TINY)
+
+
+def photographs(folder: Path, count: int, width: int, height: int) -> ImageSet:
+    """So many different JPEGs of that size, each put together from pieces of photographs, which keep their detail."""
+    folder.mkdir(parents=True)
+    whole = [getattr(skimage.data, name)() for name in ("astronaut", "coffee", "chelsea", "rocket")]
+    whole += load_sample_images().images
+    random = np.random.default_rng(0)
+    for number in range(count):
+        canvas = np.zeros((height, width, 3), np.uint8)
+        for top in range(0, height, PIECE):
+            for left in range(0, width, PIECE):
+                place = canvas[top : top + PIECE, left : left + PIECE]
+                place[:] = _piece(whole[random.integers(len(whole))], place.shape, random)
+        encoded = io.BytesIO()
+        Image.fromarray(canvas).save(encoded, "JPEG", quality=90)
+        (folder / f"{number:05}.jpg").write_bytes(encoded.getvalue())
+    return ImageSet.from_folder(folder)
+
+
+def _piece(photograph: NDArray[np.uint8], shape: tuple[int, ...], random: np.random.Generator) -> NDArray[np.uint8]:
+    top, left = (int(random.integers(photograph.shape[axis] - shape[axis] + 1)) for axis in (0, 1))
+    return photograph[top : top + shape[0], left : left + shape[1]]
+
+
+if __name__ == "__main__":
+    main()
