@@ -172,8 +172,9 @@ def run_plan(
         batch_size=batch_size,
         workers=workers,
     )
-    notes = _noted_images(planned, store, is_needed=True)
-    filed = session.run(progress=progress)
+    with session:
+        notes = _noted_images(planned, store, is_needed=True)
+        filed = session.run(progress=progress)
     notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
     return _report(planned, filed, notes, time.perf_counter() - started)
 

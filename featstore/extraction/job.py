@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from featstore.extraction.filed import Filed
 from featstore.extraction.narrowing import Narrowed, Narrowing
 from featstore.extraction.plan import Plan, PlannedSet
 from featstore.extraction.progress import Progress
+from featstore.images.processes import CannotShareError, Renderers
 from featstore.images.render import Job as ImageJob
 from featstore.images.render import Rendered, render
 from featstore.images.views import View
@@ -33,14 +34,12 @@ COMMIT_BYTES = PART_BYTES
 COMMIT_SECONDS = 60.0
 """A part is written when this much has been gathered, or this long after the last one."""
 
-AHEAD_BATCHES = 2
-AHEAD_BYTES = 256 << 20
-"""Views are rendered ahead of the passes for so many of these, as far as they take no more memory than that."""
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Session:
     """What computes the images of a plan. Made by `open_plan`; several may run pieces of one plan at once.
+
+    Close it, or use it in a `with` block.
 
     Attributes:
         planned: the plan.
@@ -54,6 +53,8 @@ class Session:
         on_error: as in `extract`.
         doubtful: as in `extract`.
         workers: as in `extract`.
+        ahead: how many images are read and rendered ahead of the passes.
+        renderers: processes that render, where there are some; else threads do, of each run.
     """
 
     planned: Plan
@@ -67,6 +68,20 @@ class Session:
     on_error: OnError
     doubtful: Doubtful
     workers: int | None
+    ahead: int
+    renderers: Renderers | None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes that render."""
+        if self.renderers is not None:
+            self.renderers.close()
+            self.renderers = None
 
     def run(self, rows: Iterable[int] | None = None, *, progress: bool = False) -> Filed:
         """Computes images and files them in parts of its own, also when it ends in an error.
@@ -87,7 +102,11 @@ class Session:
             is_asked = np.zeros(is_needed.shape[1], dtype=bool)
             is_asked[np.fromiter(rows, np.int64)] = True
             is_needed = is_needed & is_asked
-        return Job(self, is_needed, Progress(int(is_needed.any(axis=0).sum()), is_shown=progress)).run()
+        try:
+            return Job(self, is_needed, Progress(int(is_needed.any(axis=0).sum()), is_shown=progress)).run()
+        finally:
+            if self.renderers is not None and not self.renderers.is_idle:  # ended by an error
+                self.close()
 
 
 class Job:
@@ -115,16 +134,9 @@ class Job:
 
     def run(self) -> Filed:
         """Computes what is missing; files what is done also when it ends in an error."""
-        size, session = self.trunk.batch_size, self.session
+        size = self.trunk.batch_size
         batch: list[_Item] = []
-        rendered = render(
-            self.planned.images,
-            self._jobs(),
-            workers=session.workers,
-            on_error=session.on_error,
-            doubtful=session.doubtful,
-            ahead=self._ahead(),
-        )
+        rendered = self.rendered()
         try:
             with self.progress, closing(rendered):
                 for each in self.progress.timed("reading and decoding", rendered):
@@ -148,12 +160,21 @@ class Job:
                     self._wait_for_writing()
         return self.filed
 
-    def _ahead(self) -> int:
-        """Images that are read and rendered ahead of the passes."""
-        view = self.trunk.view
-        num_views = max(1, int(self.is_needed.sum(axis=0).max(initial=1)))
-        wanted = AHEAD_BATCHES * self.trunk.batch_size // num_views + 1
-        return min(wanted, max(1, AHEAD_BYTES // (num_views * view.channels * view.size**2)))
+    def rendered(self) -> Generator[Rendered]:
+        """The views of its images, in order."""
+        session, images = self.session, self.planned.images
+        if session.renderers is not None:
+            with suppress(CannotShareError):
+                return session.renderers.rendered(images, self._jobs(), on_error=session.on_error)
+            session.close()
+        return render(
+            images,
+            self._jobs(),
+            workers=session.workers,
+            on_error=session.on_error,
+            doubtful=session.doubtful,
+            ahead=session.ahead,
+        )
 
     def _jobs(self) -> Iterator[ImageJob]:
         """Drawn by the renderer as it goes, so that memory doesn't grow with the number of images."""
@@ -209,7 +230,10 @@ class Job:
         first = items[0].image
         is_pinned = self.trunk.device.type == "cuda"  # which the copy to the device is fast and beside others from
         batch = torch.empty((len(items), *first.shape), dtype=first.dtype, pin_memory=is_pinned)
-        return torch.stack([item.image for item in items], out=batch)
+        into = batch.numpy()  # torch would copy with all its threads, which wait for one another where others work
+        for place, item in enumerate(items):
+            into[place] = item.image.numpy()
+        return batch
 
     def _gather_all(self, launched: _Launched | None) -> None:
         """Gathers the rows of a pass, once it has computed them."""

@@ -13,15 +13,22 @@ from featstore.extraction.job import Session, refuse_changed
 from featstore.extraction.narrowing import refuse_too_small
 from featstore.extraction.plan import Plan
 from featstore.files.index import first_places
+from featstore.images.processes import renderers_for
 from featstore.images.render import check_workers
+from featstore.images.views import View
+from featstore.models.names import Batching
 from featstore.models.probe import Probe, check_probe, take_probes
 from featstore.models.purity import check_pure, refuse_modes
 from featstore.models.staged import StagedModel
-from featstore.models.trunk import Output, Trunk, check_batch_size, choose_device
+from featstore.models.trunk import Output, Trunk, check_batch_size, choose_device, default_batch_size
 from featstore.store.part_facts import stage_facts
 from featstore.store.sets import batching_for
 from featstore.store.store import FeatureStore
 from featstore.timing import timed
+
+AHEAD_BATCHES = 2
+AHEAD_BYTES = 256 << 20
+"""Views are rendered ahead of the passes for so many of these, as far as they take no more memory than that."""
 
 
 def open_plan(
@@ -41,6 +48,45 @@ def open_plan(
     chosen = choose_device(device)
     check_batch_size(batch_size)
     check_workers(workers)
+    batching = batching_for([each.stored for each in planned.sets], chosen.type, batch_size)
+    views = list(dict.fromkeys(each.view for each in planned.sets))
+    view_of = [views.index(each.view) for each in planned.sets]
+    is_needed = _needed(planned, view_of, len(views))
+    ahead = _ahead(is_needed, views[0], batching.batch_size or default_batch_size(chosen))
+    renderers = renderers_for(
+        planned.images.source,
+        views,
+        num_images=int(is_needed.any(axis=0).sum()),
+        workers=workers,
+        doubtful=doubtful,
+        ahead=ahead,
+    )
+    try:
+        trunk, probes = _judged_trunk(planned, chosen, batching)
+    except BaseException:
+        if renderers is not None:
+            renderers.close()
+        raise
+    stages = stage_facts(planned.model, planned.stage_digests)
+    return Session(
+        planned=planned,
+        store=store,
+        trunk=trunk,
+        probes=probes,
+        stages={each.cut: stages[: planned.model.index(each.cut) + 1] for each in planned.sets},
+        views=views,
+        view_of=view_of,
+        is_needed=is_needed,
+        on_error=on_error,
+        doubtful=doubtful,
+        workers=workers,
+        ahead=ahead,
+        renderers=renderers,
+    )
+
+
+def _judged_trunk(planned: Plan, device: torch.device, batching: Batching) -> tuple[Trunk, dict[Output, Probe]]:
+    """The trunk, which is a function of one image, and the probe of each output."""
     model = planned.model.with_(view=planned.sets[0].view.evaluation)
     outputs = list(dict.fromkeys(each.output for each in planned.sets))
     lacking = list(dict.fromkeys(each.output for each in planned.sets if each.is_missing.any()))
@@ -48,9 +94,9 @@ def open_plan(
         model,
         lacking,
         view=model.view,
-        batching=batching_for([each.stored for each in planned.sets], chosen.type, batch_size),
+        batching=batching,
         precision=planned.sets[0].spec.precision,
-        device=chosen,
+        device=device,
     )
     with timed("purity"):
         last = max((output.cut for output in lacking), key=model.index)
@@ -62,22 +108,13 @@ def open_plan(
         probes = _checked_probes(planned, model, outputs, trunk)
     with timed("key"):
         refuse_changed(planned)  # trunk and probes, too, must be those of the planned model
-    stages = stage_facts(model, planned.stage_digests)
-    views = list(dict.fromkeys(each.view for each in planned.sets))
-    view_of = [views.index(each.view) for each in planned.sets]
-    return Session(
-        planned=planned,
-        store=store,
-        trunk=trunk,
-        probes=probes,
-        stages={each.cut: stages[: model.index(each.cut) + 1] for each in planned.sets},
-        views=views,
-        view_of=view_of,
-        is_needed=_needed(planned, view_of, len(views)),
-        on_error=on_error,
-        doubtful=doubtful,
-        workers=workers,
-    )
+    return trunk, probes
+
+
+def _ahead(is_needed: NDArray[np.bool_], view: View, batch_size: int) -> int:
+    num_views = max(1, int(is_needed.sum(axis=0).max(initial=1)))
+    wanted = AHEAD_BATCHES * batch_size // num_views + 1
+    return min(wanted, max(1, AHEAD_BYTES // (num_views * view.channels * view.size**2)))
 
 
 def _needed(planned: Plan, view_of: list[int], num_views: int) -> NDArray[np.bool_]:

@@ -109,10 +109,10 @@ def render(
     check_workers(workers)
     if workers is None:
         workers = min(8, num_processors())
-    one = partial(_rendered, images, memory=Budget(), doubtful=doubtful)
+    one = partial(rendered_one, images, memory=Budget(), doubtful=doubtful)
     ahead = max(ahead, 2 * workers)
     rendered = _in_threads(one, jobs, workers, ahead) if workers else (one(job) for job in jobs)
-    return _refusing(rendered, images) if on_error == "raise" else rendered
+    return refusing(rendered, images) if on_error == "raise" else rendered
 
 
 def check_workers(workers: int | None) -> None:
@@ -157,7 +157,8 @@ def _in_threads(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _refusing(rendered: Generator[Rendered], images: Readable) -> Generator[Rendered]:
+def refusing(rendered: Generator[Rendered], images: Readable) -> Generator[Rendered]:
+    """`rendered` up to the first image that failed; raises `ImageError` for that."""
     with closing(rendered):
         for each in rendered:
             if each.failure is not None:
@@ -165,7 +166,8 @@ def _refusing(rendered: Generator[Rendered], images: Readable) -> Generator[Rend
             yield each
 
 
-def _rendered(images: Readable, job: Job, *, memory: Budget, doubtful: Doubtful) -> Rendered:
+def rendered_one(images: Readable, job: Job, *, memory: Budget, doubtful: Doubtful) -> Rendered:
+    """What becomes of one job in this thread; `memory` is what all decodings at one time may take."""
     try:
         data = images.read(job.index)
         if content_digest(data) != job.digest:

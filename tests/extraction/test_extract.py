@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import pickle
 import random
 import time
 from collections.abc import Iterator
@@ -33,9 +34,12 @@ from featstore import (
 from featstore.extraction import job as job_module
 from featstore.extraction import opening
 from featstore.extraction.extract import run_plan
+from featstore.extraction.filed import Filed, merge_parts
 from featstore.extraction.job import Job
+from featstore.extraction.opening import open_plan
 from featstore.extraction.progress import Progress
 from featstore.files.part import Part
+from featstore.images import processes
 from featstore.models.probe import take_probes
 from featstore.models.trunk import Trunk
 
@@ -301,6 +305,48 @@ def test_jobs_are_drawn_as_they_are_needed(store: FeatureStore, monkeypatch: pyt
     monkeypatch.setattr(Job, "_jobs", counted)
     run(arrays(60), store, workers=2, batch_size=8)
     assert 0 < most <= 2 * 8 + 1  # two batches
+
+
+def test_images_rendered_by_processes_have_the_rows_that_threads_give_them(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = photos(tmp_path / "photos", 20)
+    first = sorted(folder.rglob("*.*"))[0]
+    first.write_bytes(b"no image")
+    images = ImageSet.from_folder(folder)
+    how: dict[str, Any] = {"batch_size": 4, "augment": Augment("flip", seeds=[0]), "on_error": "skip"}
+    expected = run(images, FeatureStore(tmp_path / "other"), **how)
+    monkeypatch.setattr(processes, "MANY_IMAGES", 1)
+    session = open_plan(plan(staged(), images, store, cuts=["layer2"]), store, workers=5)
+    assert session.renderers is not None
+    session.close()
+    report = run(images, store, workers=5, **how)
+    assert counts(report) == counts(expected) == (2 * 19, 0, 1)
+    assert report.failures == expected.failures
+    assert [name for name, _ in report.failures] == [first.relative_to(folder).as_posix()]
+    for key in report.keys:
+        good = images.select([at for at, name in enumerate(images.ids) if name != report.failures[0][0]])
+        assert torch.equal(rows(store, good, key), rows(FeatureStore(tmp_path / "other"), good, key))
+
+
+def test_pieces_of_a_plan_run_by_several_sessions_are_the_whole(store: FeatureStore, tmp_path: Path) -> None:
+    images = arrays(23)
+    expected = run(images, FeatureStore(tmp_path / "other"), batch_size=4, augment=Augment("flip", seeds=[0]))
+    planned = plan(staged(), images, store, cuts=["layer2"], augment=Augment("flip", seeds=[0]), dtype="float32")
+    pieces = []
+    for start in (0, 1, 2):
+        with open_plan(planned, store, batch_size=4) as session:
+            pieces.append(pickle.loads(pickle.dumps(session.run(range(start, 23, 3)))))
+            assert session.run(range(0)).computed == [0, 0]
+    filed = Filed.together(planned, pieces)
+    assert filed.computed == [23, 23]
+    assert [len(parts) for parts in filed.parts] == [3, 3]
+    assert merge_parts(planned, store, filed, is_shown=False) == []
+    for each in planned.sets:
+        assert len(store.set(each.spec.key).parts) == 1
+        found = rows(store, images, each.spec.key)
+        assert each.spec.key in expected.keys
+        assert torch.equal(found, rows(FeatureStore(tmp_path / "other"), images, each.spec.key))
 
 
 # ---- at once

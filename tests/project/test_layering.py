@@ -38,7 +38,7 @@ ROOMS: dict[str, Rooms] = {
                 "names", "decoders", "headers", "decode", "digests", "hashing", "sources", "item_sources", "labels",
                 "found", "folders", "parquet_tables", "csv_tables", "tables", "tar_shards", "datasets", "splitting",
                 "image_set", "fileless", "contents", "origins", "geometry", "draws", "parameters", "warps", "levels",
-                "filters", "canvas", "policies", "spelling", "augmentation", "views", "render",
+                "filters", "canvas", "policies", "spelling", "augmentation", "views", "render", "processes",
             ),
         ),
         (

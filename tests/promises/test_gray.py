@@ -69,7 +69,8 @@ def test_a_gray_network_goes_the_whole_way(
     (key,) = [found.key for found in store.sets() if found.spec.rendered.is_evaluation]
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(f"photos/{name}").convert("L"))) for name in images.ids])
     with torch.no_grad():
-        maps = model.trunk("layer2")((pixels[:32, None] / 255 - 0.3) / 0.4)
+        values = (pixels[:32, None] / 255 - 0.3) / 0.4
+        maps = model.trunk("layer2")(values.to(memory_format=torch.channels_last)).contiguous()
     expected = torch.cat([maps.amax((2, 3)), maps.mean((2, 3))], 1)
     assert torch.equal(store.features(images, key).tensor("cpu")[:32], expected)
 

@@ -1,0 +1,350 @@
+"""Processes: images rendered by several of them, which many processors need: threads wait for the interpreter's lock.
+
+Measured with 16 processors on JPEGs of 500 x 375: 1,600 images a second by threads, of which no number gave more, as
+each call into a library gives the lock away and waits to have it back; 6,450 by processes.
+
+One process is started, which loads what is needed and forks as many as are asked for. It runs no part of the caller's
+program, so that a script needs no ``if __name__ == "__main__"``. Each has a pipe; what it renders it writes into memory
+that both share.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from featstore.errors import Doubtful, FeatureStoreError, OnError
+from featstore.images.decode import Budget
+from featstore.images.render import Job, Readable, Rendered, refusing, rendered_one
+from featstore.images.sources import ImageSource
+from featstore.images.views import View
+from featstore.machine import available_bytes, num_processors
+
+SLICE = 8
+"""Images that are handed over at once."""
+
+_Task = tuple[str, bytes, list[int], int]
+"""An image, its digest, the views wanted by their places, and where in the memory they go."""
+
+_Answer = tuple[int, str | None, bool, str | None, int]
+"""The fields of `Rendered` from `decoder` on."""
+
+MOST_THREADS = 4
+"""More of them wait for the interpreter's lock most of their time."""
+
+MANY_IMAGES = 2000
+"""From so many on, processes are worth the seconds that they take to start."""
+
+
+class CannotShareError(Exception):
+    """What would have to be known to other processes can't be; threads render it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """What processes must know to render images: it pickles.
+
+    Attributes:
+        source: where the images are.
+        views: all that jobs may ask for.
+        doubtful: as in `render`.
+        memory_bytes: what the decoder of one process may take.
+    """
+
+    source: ImageSource
+    views: tuple[View, ...]
+    doubtful: Doubtful
+    memory_bytes: int
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        """Of the views of one job."""
+        return sum(view.channels * view.size**2 for view in self.views)
+
+    @cached_property
+    def memory(self) -> Budget:
+        """That of this process."""
+        return Budget(self.memory_bytes)
+
+
+def renderers_for(
+    source: ImageSource,
+    views: Sequence[View],
+    *,
+    num_images: int,
+    workers: int | None = None,
+    doubtful: Doubtful = "note",
+    ahead: int = 0,
+) -> Renderers | None:
+    """Processes that render images; None where threads are as good, or the images lie in this one's memory.
+
+    Args:
+        source: of the images.
+        views: all that jobs may ask for.
+        num_images: how many there are to be.
+        workers: processes; default: as many as processors, less one for the caller.
+        doubtful: as in `render`.
+        ahead: how many images may be with them, or wait for the caller.
+    """
+    count = num_processors() - 1 if workers is None else workers
+    if count <= MOST_THREADS or num_images < MANY_IMAGES or source.moved(os.sep) is None:
+        return None
+    memory_bytes = available_bytes() // 2 // count
+    work = Work(source=source, views=tuple(views), doubtful=doubtful, memory_bytes=memory_bytes)
+    with suppress(CannotShareError):
+        return Renderers(work, count=count, ahead=ahead)
+    return None
+
+
+class Renderers:
+    """Processes that render images, until they are closed; they start while the caller goes on.
+
+    Args:
+        work: what they do.
+        count: how many.
+        ahead: how many images may be with them, or wait for the caller.
+
+    Raises:
+        CannotShareError: where what they are told doesn't pickle.
+    """
+
+    def __init__(self, work: Work, *, count: int, ahead: int = 0) -> None:
+        try:
+            told = pickle.dumps(work)
+        except Exception as error:
+            raise CannotShareError(str(error)) from error
+        self.work, self.ahead = work, max(ahead, 2 * SLICE * count)
+        self._num_slots = 2 * self.ahead
+        self._free = list(range(self._num_slots))
+        self._answered, self._left_over = False, False
+        num_bytes = self._num_slots * work.slot_bytes
+        file = _shared_file(num_bytes)
+        self._memory = mmap.mmap(file, num_bytes)
+        pairs = [Pipe() for _ in range(count)]
+        self._pipes = [ours for ours, _ in pairs]
+        theirs = [each.fileno() for _, each in pairs]
+        program = (
+            f"import sys; sys.path[:] = {sys.path!r}; from featstore.images.processes import serve; "
+            f"serve({theirs!r}, {file})"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[*theirs, file],
+            start_new_session=True,  # an interrupt from a terminal is the caller's alone, who then ends them
+        )
+        os.close(file)
+        for _, each in pairs:
+            each.close()
+        with suppress(OSError):  # it has ended, which shows when it is asked for anything
+            self._pipes[0].send_bytes(told)
+
+    def __enter__(self) -> Renderers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes, which have nothing to lose."""
+        for pipe in self._pipes:
+            pipe.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was handed over has come back: else they can't be used again."""
+        return not self._left_over
+
+    def rendered(self, images: Readable, jobs: Iterable[Job], *, on_error: OnError = "raise") -> Generator[Rendered]:
+        """The views of each job, in the order of the jobs, which are drawn as they are needed: as `render`.
+
+        Args:
+            images: those of `work.source`.
+            jobs: which of them, and how.
+            on_error: as in `render`.
+
+        Raises:
+            CannotShareError: before anything is drawn, where another process doesn't know what `work` is made of.
+            ImageError: as `render`.
+            FeatureStoreError: for a process that ends by itself; what was rendered before it has come.
+        """
+        if not self._answered:
+            problem = self._problem()
+            if problem is not None:
+                raise CannotShareError(problem)
+            self._answered = True
+        found = self._rendered(images.ids, iter(jobs))
+        return refusing(found, images) if on_error == "raise" else found
+
+    def _problem(self) -> str | None:
+        try:
+            problem: str | None = self._pipes[0].recv()
+        except (EOFError, OSError):
+            return "the process ended"
+        return problem
+
+    def _rendered(self, names: Sequence[str], jobs: Iterator[Job]) -> Generator[Rendered]:
+        under_way, number = deque[tuple[int, list[Job], list[int]]](), 0
+        self._left_over = True
+        while True:
+            while len(under_way) * SLICE < self.ahead and len(self._free) >= SLICE:
+                some = list(islice(jobs, SLICE))
+                if not some:
+                    break
+                slots = [self._free.pop() for _ in some]
+                who = number % len(self._pipes)
+                number += 1
+                self._hand(who, names, some, slots)
+                under_way.append((who, some, slots))
+            if not under_way:
+                self._left_over = False
+                return
+            who, some, slots = under_way.popleft()
+            for job, slot, answer in zip(some, slots, self._answers(who, some, names), strict=True):
+                yield self._delivered(job, slot, answer)
+
+    def _hand(self, who: int, names: Sequence[str], jobs: list[Job], slots: list[int]) -> None:
+        tasks = [
+            (names[job.index], job.digest, [self.work.views.index(view) for view in job.views], slot)
+            for job, slot in zip(jobs, slots, strict=True)
+        ]
+        with suppress(OSError):  # it has ended, which shows when its answer is asked for
+            self._pipes[who].send(tasks)
+
+    def _answers(self, who: int, jobs: list[Job], names: Sequence[str]) -> list[_Answer]:
+        try:
+            answers: list[_Answer] | Exception = self._pipes[who].recv()
+        except (EOFError, OSError) as error:
+            raise FeatureStoreError(
+                f"A process that rendered images ended by itself, at one of {names[jobs[0].index]} and the "
+                f"{len(jobs) - 1} after it: it was killed, maybe for the memory it took, or a decoder crashed. Run it "
+                "again with fewer workers (--workers); with --workers 0 the system says what it was."
+            ) from error
+        if isinstance(answers, Exception):
+            raise answers
+        return answers
+
+    def _delivered(self, job: Job, slot: int, answer: _Answer) -> Rendered:
+        """The answer with its views, which lie in the shared memory as long as anybody has them."""
+        decoder, failure, is_lasting, doubt, look = answer
+        if failure is not None:
+            self._free.append(slot)
+            return Rendered(job.index, None, decoder, failure, is_lasting, doubt, look)
+        is_scarce = len(self._free) < self._num_slots // 4  # a caller who keeps what it gets must not stop all
+        start, arrays = slot * self.work.slot_bytes, []
+        for view in job.views:
+            shape = (view.channels, view.size, view.size)
+            array = np.frombuffer(self._memory, np.uint8, math.prod(shape), start).reshape(shape)
+            arrays.append(array.copy() if is_scarce else array)
+            start += array.size
+        if is_scarce or not arrays:
+            self._free.append(slot)
+        else:
+            left = [len(arrays)]
+            for array in arrays:
+                weakref.finalize(array, self._let_go, slot, left)
+        views = tuple(torch.from_numpy(array) for array in arrays)
+        return Rendered(job.index, views, decoder, None, is_lasting, doubt, look)
+
+    def _let_go(self, slot: int, left: list[int]) -> None:
+        left[0] -= 1
+        if not left[0]:
+            self._free.append(slot)
+
+
+def serve(pipes: list[int], memory: int) -> None:
+    """What the started process runs: it learns its work, and forks a process for each pipe."""
+    connections = [Connection(each) for each in pipes]
+    try:
+        work: Work = pickle.loads(connections[0].recv_bytes())
+    except Exception as error:
+        connections[0].send(f"{type(error).__name__}: {error}")
+        return
+    connections[0].send(None)
+    torch.set_num_threads(1)  # each of them has a processor
+    shared = mmap.mmap(memory, os.fstat(memory).st_size)
+    for number, connection in enumerate(connections):
+        if not os.fork():
+            for other in connections[number + 1 :]:
+                other.close()
+            with suppress(EOFError, OSError):  # the caller has ended, or wants no more
+                while True:
+                    connection.send(_answers(connection.recv(), work, shared))
+            os._exit(0)
+        connection.close()
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+    os._exit(0)
+
+
+def _answers(tasks: list[_Task], work: Work, shared: mmap.mmap) -> list[_Answer] | Exception:
+    answers: list[_Answer] = []
+    try:
+        for name, digest, numbers, slot in tasks:
+            job = Job(0, digest, tuple(work.views[number] for number in numbers))
+            answer = rendered_one(_Named(work.source, [name]), job, memory=work.memory, doubtful=work.doubtful)
+            start = slot * work.slot_bytes
+            for view in answer.views or ():
+                pixels: NDArray[np.uint8] = view.numpy()
+                np.frombuffer(shared, np.uint8, pixels.size, start).reshape(pixels.shape)[:] = pixels
+                start += pixels.size
+            answers.append((answer.decoder, answer.failure, answer.is_lasting, answer.doubt, answer.look))
+    except Exception as error:
+        return _sendable(error)
+    return answers
+
+
+@dataclass(frozen=True, eq=False)
+class _Named:
+    """Some images of a source, by place."""
+
+    source: ImageSource
+    ids: Sequence[str]
+
+    def read(self, index: int) -> bytes | NDArray[np.uint8]:
+        return self.source.read(self.ids[index])
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error with its traceback as a note, or one that says the same where it doesn't pickle."""
+    error.add_note("".join(traceback.format_tb(error.__traceback__)).rstrip())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)).rstrip())
+    return error
+
+
+def _shared_file(num_bytes: int) -> int:
+    """The descriptor of a file in memory without a name."""
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create("featstore-views")
+    else:
+        with tempfile.TemporaryFile() as temporary:
+            file = os.dup(temporary.fileno())
+    os.ftruncate(file, max(num_bytes, 1))
+    return file
