@@ -124,7 +124,8 @@ class Job:
     def __init__(self, session: Session, is_needed: NDArray[np.bool_], progress: Progress) -> None:
         self.session, self.planned, self.trunk = session, session.planned, session.trunk
         self.is_needed, self.progress = is_needed, progress
-        self.drawn: deque[ImageJob] = deque()  # jobs whose views are on their way; they come back in order
+        # Jobs whose views, of those places among the session's, are on their way; they come back in order.
+        self.drawn: deque[tuple[ImageJob, list[int]]] = deque()
         self.gathered = [self._nothing(each) for each in self.planned.sets]
         self.launched: _Launched | None = None
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="featstore-write")
@@ -178,14 +179,15 @@ class Job:
 
     def _jobs(self) -> Iterator[ImageJob]:
         """Drawn by the renderer as it goes, so that memory doesn't grow with the number of images."""
+        digests, views = self.planned.digests.values, self.session.views
         for index in np.flatnonzero(self.is_needed.any(axis=0)).tolist():
-            views = tuple(self.session.views[place] for place in np.flatnonzero(self.is_needed[:, index]))
-            job = ImageJob(index, bytes(self.planned.digests.values[index]), views)
-            self.drawn.append(job)
+            places = [place for place, is_needed in enumerate(self.is_needed[:, index].tolist()) if is_needed]
+            job = ImageJob(index, digests[index].tobytes(), tuple(views[place] for place in places))
+            self.drawn.append((job, places))
             yield job
 
     def _items(self, rendered: Rendered) -> list[_Item]:
-        job = self.drawn.popleft()
+        job, places = self.drawn.popleft()
         assert job.index == rendered.index
         if rendered.views is None:
             self._record_failure(job, rendered)
@@ -194,8 +196,8 @@ class Job:
             self.filed.doubts[self.planned.images.ids[job.index]] = rendered.doubt
         self.filed.looks[job.index] = rendered.look
         return [
-            _Item(job.index, job.digest, int(place), image, rendered.decoder)
-            for place, image in zip(np.flatnonzero(self.is_needed[:, job.index]), rendered.views, strict=True)
+            _Item(job.index, job.digest, place, image, rendered.decoder)
+            for place, image in zip(places, rendered.views, strict=True)
         ]
 
     def _record_failure(self, job: ImageJob, rendered: Rendered) -> None:
@@ -255,7 +257,8 @@ class Job:
         if fit:
             digests = np.frombuffer(b"".join(items[at].digest for at in fit), np.uint8).reshape(-1, 32)
             decoders = np.array([items[at].decoder for at in fit], np.uint8)
-            self.gathered[place].add(found.rows[fit], digests, decoders)  # a copy, which leaves pinned memory free
+            rows = found.rows.clone() if len(fit) == len(found.rows) else found.rows[fit]
+            self.gathered[place].add(rows, digests, decoders)  # a copy, which leaves pinned memory free
         self.filed.computed[place] += len(fit)
         self.filed.num_values[place] += int(found.num_values[fit].sum())
         self.filed.num_lost[place] += int(found.num_lost[fit].sum())

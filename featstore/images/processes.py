@@ -10,7 +10,6 @@ that both share.
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import pickle
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -134,12 +132,13 @@ class Renderers:
         except Exception as error:
             raise CannotShareError(str(error)) from error
         self.work, self.ahead = work, max(ahead, 2 * SLICE * count)
-        self._num_slots = 2 * self.ahead
+        self._num_slots = 3 * self.ahead
         self._free = list(range(self._num_slots))
         self._answered, self._left_over = False, False
         num_bytes = self._num_slots * work.slot_bytes
         file = _shared_file(num_bytes)
-        self._memory = mmap.mmap(file, num_bytes)
+        self._memory = np.frombuffer(mmap.mmap(file, num_bytes), np.uint8)
+        self._address = self._memory.ctypes.data
         pairs = [Pipe() for _ in range(count)]
         self._pipes = [ours for ours, _ in pairs]
         theirs = [each.fileno() for _, each in pairs]
@@ -254,25 +253,28 @@ class Renderers:
             self._free.append(slot)
             return Rendered(job.index, None, decoder, failure, is_lasting, doubt, look)
         is_scarce = len(self._free) < self._num_slots // 4  # a caller who keeps what it gets must not stop all
-        start, arrays = slot * self.work.slot_bytes, []
+        address = self._address + slot * self.work.slot_bytes
+        memory = np.asarray(_Slot(slot, self._free, self._memory, address, self.work.slot_bytes))
+        start, views = 0, []
         for view in job.views:
-            shape = (view.channels, view.size, view.size)
-            array = np.frombuffer(self._memory, np.uint8, math.prod(shape), start).reshape(shape)
-            arrays.append(array.copy() if is_scarce else array)
-            start += array.size
-        if is_scarce or not arrays:
-            self._free.append(slot)
-        else:
-            left = [len(arrays)]
-            for array in arrays:
-                weakref.finalize(array, self._let_go, slot, left)
-        views = tuple(torch.from_numpy(array) for array in arrays)
-        return Rendered(job.index, views, decoder, None, is_lasting, doubt, look)
+            num_bytes = view.channels * view.size**2
+            array = memory[start : start + num_bytes].reshape(view.channels, view.size, view.size)
+            views.append(torch.from_numpy(array.copy() if is_scarce else array))
+            start += num_bytes
+        return Rendered(job.index, tuple(views), decoder, None, is_lasting, doubt, look)
 
-    def _let_go(self, slot: int, left: list[int]) -> None:
-        left[0] -= 1
-        if not left[0]:
-            self._free.append(slot)
+
+class _Slot:
+    """A piece of the shared memory, which is free again when nobody has an array or a tensor of it."""
+
+    __slots__ = ("__array_interface__", "_free", "_memory", "_number")
+
+    def __init__(self, number: int, free: list[int], memory: object, address: int, num_bytes: int) -> None:
+        self._number, self._free, self._memory = number, free, memory  # which stays as long as this does
+        self.__array_interface__ = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+    def __del__(self) -> None:
+        self._free.append(self._number)
 
 
 def serve(pipes: list[int], memory: int) -> None:

@@ -54,9 +54,11 @@ def test_processes_give_what_one_thread_gives_in_the_order_of_the_jobs_for_as_lo
         found = list(renderers.rendered(images, jobs(images), on_error="skip"))  # their memory has room for 64
         again = list(renderers.rendered(images, jobs(images), on_error="skip"))
         assert renderers.is_idle
+        small = list(renderers.rendered(images, jobs(images)[:9]))
     alone = [facts(each) for each in render(images, jobs(images), workers=0, on_error="skip", doubtful="refuse")]
     assert [facts(each) for each in found] == alone
     assert [facts(each) for each in again] == alone
+    assert [facts(each) for each in small] == alone[:9]  # all still in the memory that was shared
     assert len(alone) == 75
 
 
