@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from featstore.exchange.export import ExportReport, export
     from featstore.exchange.imports import ImportReport, import_features, import_file
     from featstore.extraction.adopt import AdoptReport, adopt
-    from featstore.extraction.extract import ExtractReport, extract
+    from featstore.extraction.extract import ExtractReport, extract, finish
+    from featstore.extraction.filed import Filed
+    from featstore.extraction.job import Session
+    from featstore.extraction.opening import open_plan
     from featstore.extraction.plan import Plan, plan
     from featstore.images.image_set import ImageSet
     from featstore.images.views import Augment, View
@@ -48,6 +51,7 @@ __all__ = [
     "FeatureStore",
     "FeatureStoreError",
     "Features",
+    "Filed",
     "ImageError",
     "ImageSet",
     "ImportReport",
@@ -56,6 +60,7 @@ __all__ = [
     "Output",
     "Plan",
     "Pool",
+    "Session",
     "StagedModel",
     "Trunk",
     "View",
@@ -65,8 +70,10 @@ __all__ = [
     "backbone_names",
     "export",
     "extract",
+    "finish",
     "import_features",
     "import_file",
+    "open_plan",
     "plan",
 ]
 
@@ -84,7 +91,10 @@ _MODULES = {
     "featstore.exchange.export": ("ExportReport", "export"),
     "featstore.exchange.imports": ("ImportReport", "import_features", "import_file"),
     "featstore.extraction.adopt": ("AdoptReport", "adopt"),
-    "featstore.extraction.extract": ("ExtractReport", "extract"),
+    "featstore.extraction.extract": ("ExtractReport", "extract", "finish"),
+    "featstore.extraction.filed": ("Filed",),
+    "featstore.extraction.job": ("Session",),
+    "featstore.extraction.opening": ("open_plan",),
     "featstore.extraction.plan": ("Plan", "plan"),
     "featstore.images.image_set": ("ImageSet",),
     "featstore.images.views": ("Augment", "View"),

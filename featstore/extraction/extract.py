@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -173,9 +173,33 @@ def run_plan(
         workers=workers,
     )
     with session:
-        notes = _noted_images(planned, store, is_needed=True)
+        notes = _noted_images(planned, store, is_needed=True)  # before the first row: it stays of a job that is killed
         filed = session.run(progress=progress)
     notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
+    return _report(planned, filed, notes, time.perf_counter() - started)
+
+
+def finish(
+    planned: Plan,
+    store: FeatureStore,
+    pieces: Iterable[Filed],
+    *,
+    progress: bool = False,
+    started: float | None = None,
+) -> ExtractReport:
+    """Brings together what sessions have filed of a plan, in other processes too: their parts are merged.
+
+    Args:
+        planned: the plan.
+        store: where the rows are; gets the image table.
+        pieces: what each `Session.run` returned.
+        progress: says what is merged, on stderr.
+        started: `time.perf_counter()` then; default: now.
+    """
+    started = time.perf_counter() if started is None else started
+    filed = Filed.together(planned, pieces)
+    notes = _noted_images(planned, store, is_needed=True) + filed.notes(planned)
+    notes += merge_parts(planned, store, filed, is_shown=progress)
     return _report(planned, filed, notes, time.perf_counter() - started)
 
 

@@ -25,18 +25,19 @@ from featstore import (
     Augment,
     FactsDifferError,
     FeatureStore,
+    Filed,
     ImageSet,
     ModelError,
     StagedModel,
     extract,
+    finish,
+    open_plan,
     plan,
 )
 from featstore.extraction import job as job_module
 from featstore.extraction import opening
 from featstore.extraction.extract import run_plan
-from featstore.extraction.filed import Filed, merge_parts
 from featstore.extraction.job import Job
-from featstore.extraction.opening import open_plan
 from featstore.extraction.progress import Progress
 from featstore.files.part import Part
 from featstore.images import processes
@@ -338,14 +339,12 @@ def test_pieces_of_a_plan_run_by_several_sessions_are_the_whole(store: FeatureSt
         with open_plan(planned, store, batch_size=4) as session:
             pieces.append(pickle.loads(pickle.dumps(session.run(range(start, 23, 3)))))
             assert session.run(range(0)).computed == [0, 0]
-    filed = Filed.together(planned, pieces)
-    assert filed.computed == [23, 23]
-    assert [len(parts) for parts in filed.parts] == [3, 3]
-    assert merge_parts(planned, store, filed, is_shown=False) == []
+    assert [len(parts) for parts in Filed.together(planned, pieces).parts] == [3, 3]
+    report = finish(planned, store, pieces)
+    assert (report.computed, report.keys, report.notes) == (46, expected.keys, expected.notes)
     for each in planned.sets:
         assert len(store.set(each.spec.key).parts) == 1
         found = rows(store, images, each.spec.key)
-        assert each.spec.key in expected.keys
         assert torch.equal(found, rows(FeatureStore(tmp_path / "other"), images, each.spec.key))
 
 
