@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -37,9 +38,9 @@ COMMIT_SECONDS = 60.0
 
 @dataclass(kw_only=True, eq=False)
 class Session:
-    """What computes the images of a plan. Made by `open_plan`; several may run pieces of one plan at once.
+    """What computes the images of a plan, one run at a time. Made by `open_plan`; close it, or use it in a `with`.
 
-    Close it, or use it in a `with` block.
+    Several sessions, in other processes and on other machines too, may run pieces of one plan at once.
 
     Attributes:
         planned: the plan.
@@ -55,6 +56,7 @@ class Session:
         workers: as in `extract`.
         ahead: how many images are read and rendered ahead of the passes.
         renderers: processes that render, where there are some; else threads do, of each run.
+        running: held by the run under way.
     """
 
     planned: Plan
@@ -70,6 +72,7 @@ class Session:
     workers: int | None
     ahead: int
     renderers: Renderers | None
+    running: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> Session:
         return self
@@ -99,11 +102,14 @@ class Session:
         """
         is_needed = self.is_needed
         if rows is not None:
+            if isinstance(rows, np.ndarray) and rows.dtype == bool:
+                raise TypeError("rows are places, not a mask; give np.flatnonzero(mask).")
             is_asked = np.zeros(is_needed.shape[1], dtype=bool)
             is_asked[np.fromiter(rows, np.int64)] = True
             is_needed = is_needed & is_asked
         try:
-            return Job(self, is_needed, Progress(int(is_needed.any(axis=0).sum()), is_shown=progress)).run()
+            with self.running:
+                return Job(self, is_needed, Progress(int(is_needed.any(axis=0).sum()), is_shown=progress)).run()
         finally:
             if self.renderers is not None and not self.renderers.is_idle:  # ended by an error
                 self.close()
@@ -130,6 +136,7 @@ class Job:
         self.launched: _Launched | None = None
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="featstore-write")
         self.writing: Future[None] | None = None
+        self.lot = self._all_nothing()  # what the writer has, as far as it isn't written
         self.filed = Filed.nothing(self.planned)
         self.last_commit = time.monotonic()
 
@@ -157,8 +164,7 @@ class Job:
                 try:
                     self._gather_all(self.launched)
                 finally:
-                    self._commit()
-                    self._wait_for_writing()
+                    self._commit_rest()
         return self.filed
 
     def rendered(self) -> Generator[Rendered]:
@@ -290,18 +296,32 @@ class Job:
 
     def _commit(self) -> None:
         """Has what is gathered written, once what was given before is; two such lots are in memory at most."""
-        if self.trunk.is_live and any(each.num_rows for each in self.gathered):
-            self._check_model()
+        self._check_model()
         self._wait_for_writing()
-        gathered = self.gathered
-        # In one step for an interrupt: what the writer has is written, whatever happens in this thread.
-        self.writing, self.gathered = self.writer.submit(self._write, gathered), self._all_nothing()
+        self.lot, self.gathered = self.gathered, self._all_nothing()
+        self.writing = self.writer.submit(self._write, self.lot)
         self.last_commit = time.monotonic()
+
+    def _commit_rest(self) -> None:
+        """Writes all that isn't written, and what could not be once more: an interrupt may have come anywhere."""
+        failed: BaseException | None = None
+        try:
+            self._wait_for_writing()
+        except BaseException as error:
+            failed = error
+        try:
+            self._check_model()
+        finally:
+            for gathered in (self.lot, self.gathered):
+                self._write(gathered)
+        if failed is not None:
+            raise failed
 
     def _write(self, gathered: list[Gathered]) -> None:
         for place, each in enumerate(self.planned.sets):
             if gathered[place].num_rows or gathered[place].failed:
                 self.filed.parts[place].append(gathered[place].write(self.session.store, self._facts(each)))
+                gathered[place] = self._nothing(each)  # only now: who ends the job writes what is left
 
     def _wait_for_writing(self) -> None:
         if self.writing is not None:
@@ -309,6 +329,8 @@ class Job:
             writing.result()
 
     def _check_model(self) -> None:
+        if not self.trunk.is_live or not any(each.num_rows for each in self.gathered):
+            return
         try:
             refuse_changed(self.planned)
         except FeatureStoreError:

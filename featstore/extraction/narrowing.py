@@ -62,7 +62,7 @@ class Narrowing:
         self._is_done = None
         if values.is_cuda:
             self._is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._is_done.record()
+            self._is_done.record(torch.cuda.current_stream(values.device))
 
     def narrowed(self) -> Narrowed:
         """The result."""

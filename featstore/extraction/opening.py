@@ -62,18 +62,19 @@ def open_plan(
         ahead=ahead,
     )
     try:
-        trunk, probes = _judged_trunk(planned, chosen, batching)
+        model = planned.model.with_(view=views[0].evaluation)
+        trunk, probes = _judged_trunk(planned, model, chosen, batching)
+        stages = stage_facts(model, planned.stage_digests)
     except BaseException:
         if renderers is not None:
             renderers.close()
         raise
-    stages = stage_facts(planned.model, planned.stage_digests)
     return Session(
         planned=planned,
         store=store,
         trunk=trunk,
         probes=probes,
-        stages={each.cut: stages[: planned.model.index(each.cut) + 1] for each in planned.sets},
+        stages={each.cut: stages[: model.index(each.cut) + 1] for each in planned.sets},
         views=views,
         view_of=view_of,
         is_needed=is_needed,
@@ -85,9 +86,10 @@ def open_plan(
     )
 
 
-def _judged_trunk(planned: Plan, device: torch.device, batching: Batching) -> tuple[Trunk, dict[Output, Probe]]:
+def _judged_trunk(
+    planned: Plan, model: StagedModel, device: torch.device, batching: Batching
+) -> tuple[Trunk, dict[Output, Probe]]:
     """The trunk, which is a function of one image, and the probe of each output."""
-    model = planned.model.with_(view=planned.sets[0].view.evaluation)
     outputs = list(dict.fromkeys(each.output for each in planned.sets))
     lacking = list(dict.fromkeys(each.output for each in planned.sets if each.is_missing.any()))
     trunk = Trunk(

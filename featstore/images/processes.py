@@ -3,9 +3,9 @@
 Measured with 16 processors on JPEGs of 500 x 375: 1,600 images a second by threads, of which no number gave more, as
 each call into a library gives the lock away and waits to have it back; 6,450 by processes.
 
-One process is started, which loads what is needed and forks as many as are asked for. It runs no part of the caller's
-program, so that a script needs no ``if __name__ == "__main__"``. Each has a pipe; what it renders it writes into memory
-that both share.
+One process is started, which loads what is needed and forks as many as are asked for. It doesn't run the caller's
+script again, so that one needs no ``if __name__ == "__main__"``; policies and sources of a module are imported, and
+must be there what they are here. Each process has a pipe; what it renders it writes into memory that all share.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -41,6 +42,9 @@ from featstore.machine import available_bytes, num_processors
 SLICE = 8
 """Images that are handed over at once."""
 
+MOST_WAITING = 16
+"""Slices with each process: their messages have room in its pipe, so that nobody waits for the other to read."""
+
 _Task = tuple[str, bytes, list[int], int]
 """An image, its digest, the views wanted by their places, and where in the memory they go."""
 
@@ -49,6 +53,8 @@ _Answer = tuple[int, str | None, bool, str | None, int]
 
 MOST_THREADS = 4
 """More of them wait for the interpreter's lock most of their time."""
+
+_LOOKS_EVERY_SECONDS = 1.0
 
 MANY_IMAGES = 2000
 """From so many on, processes are worth the seconds that they take to start."""
@@ -79,10 +85,27 @@ class Work:
         """Of the views of one job."""
         return sum(view.channels * view.size**2 for view in self.views)
 
-    @cached_property
-    def memory(self) -> Budget:
-        """That of this process."""
-        return Budget(self.memory_bytes)
+
+class _Memory(Budget):
+    """What one of several processes may take; whoever needs more than its share takes it alone among all of them."""
+
+    def __init__(self, limit: int, lock_file: int) -> None:
+        super().__init__(limit)
+        self._most, self._lock_file = limit, lock_file
+
+    @contextmanager
+    def taken(self, count: int, kind: str) -> Iterator[None]:
+        """See `Budget.taken`."""
+        import fcntl  # which not every system has; nor has it processes that fork
+
+        if count > self._most:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX)
+        try:
+            with super().taken(count, kind):
+                yield
+        finally:
+            if count > self._most:
+                fcntl.lockf(self._lock_file, fcntl.LOCK_UN)
 
 
 def renderers_for(
@@ -105,7 +128,7 @@ def renderers_for(
         ahead: how many images may be with them, or wait for the caller.
     """
     count = num_processors() - 1 if workers is None else workers
-    if count <= MOST_THREADS or num_images < MANY_IMAGES or source.moved(os.sep) is None:
+    if count <= MOST_THREADS or num_images < MANY_IMAGES or source.moved(os.sep) is None or not hasattr(os, "fork"):
         return None
     memory_bytes = available_bytes() // 2 // count
     work = Work(source=source, views=tuple(views), doubtful=doubtful, memory_bytes=memory_bytes)
@@ -131,32 +154,42 @@ class Renderers:
             told = pickle.dumps(work)
         except Exception as error:
             raise CannotShareError(str(error)) from error
-        self.work, self.ahead = work, max(ahead, 2 * SLICE * count)
+        # Of large views few are ahead, so few are handed over at once.
+        self._slice = max(1, min(SLICE, ahead // (2 * count))) if ahead else SLICE
+        self.work, self.ahead = work, max(ahead, 2 * self._slice * count)
         self._num_slots = 3 * self.ahead
         self._free = list(range(self._num_slots))
         self._answered, self._left_over = False, False
-        num_bytes = self._num_slots * work.slot_bytes
-        file = _shared_file(num_bytes)
-        self._memory = np.frombuffer(mmap.mmap(file, num_bytes), np.uint8)
-        self._address = self._memory.ctypes.data
-        pairs = [Pipe() for _ in range(count)]
-        self._pipes = [ours for ours, _ in pairs]
-        theirs = [each.fileno() for _, each in pairs]
-        program = (
-            f"import sys; sys.path[:] = {sys.path!r}; from featstore.images.processes import serve; "
-            f"serve({theirs!r}, {file})"
-        )
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", program],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[*theirs, file],
-            start_new_session=True,  # an interrupt from a terminal is the caller's alone, who then ends them
-        )
-        os.close(file)
-        for _, each in pairs:
-            each.close()
+        try:
+            self._start(count)
+        except (OSError, ValueError) as error:  # no memory, no more files, no program to start
+            raise CannotShareError(str(error)) from error
         with suppress(OSError):  # it has ended, which shows when it is asked for anything
             self._pipes[0].send_bytes(told)
+
+    def _start(self, count: int) -> None:
+        num_bytes = self._num_slots * self.work.slot_bytes
+        with ExitStack() as theirs:
+            file = _shared_file(num_bytes)
+            theirs.callback(os.close, file)
+            self._memory = np.frombuffer(mmap.mmap(file, num_bytes), np.uint8)
+            self._address = self._memory.ctypes.data
+            self._pipes, fds = [], []
+            for _ in range(count):
+                ours, other = Pipe()
+                theirs.enter_context(other)
+                self._pipes.append(ours)
+                fds.append(other.fileno())
+            program = (
+                f"import sys; sys.path[:] = {[os.fspath(each) for each in sys.path]!r}; "
+                f"from featstore.images.processes import serve; serve({fds!r}, {file}, {os.getpid()})"
+            )
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[*fds, file],
+                start_new_session=True,  # an interrupt from a terminal is the caller's alone, who then ends them
+            )
 
     def __enter__(self) -> Renderers:
         return self
@@ -195,6 +228,11 @@ class Renderers:
             if problem is not None:
                 raise CannotShareError(problem)
             self._answered = True
+        if self._left_over:
+            raise RuntimeError(
+                "These processes are still with what another iterator asked for. Close them, start others."
+            )
+        self._left_over = True
         found = self._rendered(images.ids, iter(jobs))
         return refusing(found, images) if on_error == "raise" else found
 
@@ -207,10 +245,10 @@ class Renderers:
 
     def _rendered(self, names: Sequence[str], jobs: Iterator[Job]) -> Generator[Rendered]:
         under_way, number = deque[tuple[int, list[Job], list[int]]](), 0
-        self._left_over = True
         while True:
-            while len(under_way) * SLICE < self.ahead and len(self._free) >= SLICE:
-                some = list(islice(jobs, SLICE))
+            most = min(self.ahead // self._slice, MOST_WAITING * len(self._pipes))
+            while len(under_way) < most and len(self._free) >= self._slice:
+                some = list(islice(jobs, self._slice))
                 if not some:
                     break
                 slots = [self._free.pop() for _ in some]
@@ -277,38 +315,49 @@ class _Slot:
         self._free.append(self._number)
 
 
-def serve(pipes: list[int], memory: int) -> None:
-    """What the started process runs: it learns its work, and forks a process for each pipe."""
+def serve(pipes: list[int], memory: int, caller: int) -> None:
+    """What the started process runs: it learns its work, and forks a process for each pipe; ends with its caller."""
     connections = [Connection(each) for each in pipes]
     try:
         work: Work = pickle.loads(connections[0].recv_bytes())
+        for view in work.views:
+            if view.policy is not None:
+                view.policy.check_unchanged()  # what its code reads may be another value here
+        problem = None
     except Exception as error:
-        connections[0].send(f"{type(error).__name__}: {error}")
+        problem = f"{type(error).__name__}: {error}"
+    with suppress(OSError):  # the caller has ended meanwhile
+        connections[0].send(problem)
+    if problem is not None:
         return
-    connections[0].send(None)
     torch.set_num_threads(1)  # each of them has a processor
     shared = mmap.mmap(memory, os.fstat(memory).st_size)
     for number, connection in enumerate(connections):
         if not os.fork():
             for other in connections[number + 1 :]:
                 other.close()
+            budget = _Memory(work.memory_bytes, memory)
             with suppress(EOFError, OSError):  # the caller has ended, or wants no more
                 while True:
-                    connection.send(_answers(connection.recv(), work, shared))
+                    connection.send(_answers(connection.recv(), work, budget, shared))
             os._exit(0)
         connection.close()
     with suppress(ChildProcessError):
-        while True:
-            os.wait()
+        # Whoever was forked from the caller has its pipes too, so that their end doesn't tell that of the caller.
+        while os.getppid() == caller:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            time.sleep(_LOOKS_EVERY_SECONDS)
+        os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 
-def _answers(tasks: list[_Task], work: Work, shared: mmap.mmap) -> list[_Answer] | Exception:
+def _answers(tasks: list[_Task], work: Work, budget: Budget, shared: mmap.mmap) -> list[_Answer] | Exception:
     answers: list[_Answer] = []
     try:
         for name, digest, numbers, slot in tasks:
             job = Job(0, digest, tuple(work.views[number] for number in numbers))
-            answer = rendered_one(_Named(work.source, [name]), job, memory=work.memory, doubtful=work.doubtful)
+            answer = rendered_one(_Named(work.source, [name]), job, memory=budget, doubtful=work.doubtful)
             start = slot * work.slot_bytes
             for view in answer.views or ():
                 pixels: NDArray[np.uint8] = view.numpy()

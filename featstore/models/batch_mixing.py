@@ -94,6 +94,8 @@ class BatchMixing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if status == _MIXES:
             status = Mixed(self.place)
         results = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        # A table that was made with a row an image: what is in it may tell them apart.
+        self.asks_for_sizes |= status is None and any(self._may_have_rows(value) for value in results)
         if isinstance(status, Unknown) or (not results and status is not None):
             self.is_decided = False
         for index, value in enumerate(results):
@@ -115,6 +117,10 @@ class BatchMixing(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._written[_memory(value)] = _UNKNOWN
             self.is_decided = False
         self.set(value, status)
+
+    def _may_have_rows(self, value: Tensor) -> bool:
+        is_table = value.layout == torch.strided and not value.is_nested and value.numel() > 0
+        return is_table and any(size % self.num_images == 0 for size in value.shape)
 
     def _has_other_views(self, value: Tensor) -> bool:
         memory = _memory(value)

@@ -83,7 +83,7 @@ def check_pure(
             raise check.without_rows(few, FEW)
         if batch_size == 1:
             check.compare_number(1)
-        elif batch_size is None or not check.is_apart_without_data(batch_size, images):
+        elif batch_size in {None, FEW} or not check.is_apart_without_data(batch_size or FEW, images):
             check.compare(batch_size or FEW)
         elif check.asks_for_sizes:
             check.compare_places(batch_size)

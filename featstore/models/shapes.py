@@ -171,8 +171,9 @@ def _reordered(values: Tensor, order: tuple[int, ...]) -> Tensor:
 def _order(values: Tensor) -> tuple[int, ...] | None:
     if _is_plain(values) or 0 in values.stride():
         return None
-    order = sorted(range(values.ndim), key=lambda dim: values.stride(dim), reverse=True)
-    return tuple(order) if _is_plain(values.permute(order)) else None  # a part of something larger
+    order = tuple(sorted(range(values.ndim), key=lambda dim: values.stride(dim), reverse=True))
+    # Of a part of something larger, such as some of the channels, the order counts and the gaps don't.
+    return None if order == tuple(range(values.ndim)) else order
 
 
 def _is_plain(values: Tensor) -> bool:

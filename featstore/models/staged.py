@@ -246,6 +246,16 @@ class StagedModel(nn.Module):
         """The stages that aren't frozen, as `tail`."""
         return self.part(self._num_frozen)
 
+    def takes(self, memory_format: MemoryFormat) -> bool:
+        """Whether it runs over images of its view's size that lie so in memory, which two empty ones show."""
+        if memory_format == "contiguous":
+            return True
+        try:
+            self._measured_for(self.view.size, memory_format)
+        except Exception:  # also for values without a shape, which are refused where they are computed
+            return False
+        return True
+
     def part(self, start: int, stop: int | None = None, *, memory_format: MemoryFormat = "contiguous") -> nn.Sequential:
         """The stages from `start` up to `stop`, which may be given what was stored of the one before.
 

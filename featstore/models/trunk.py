@@ -24,6 +24,7 @@ from featstore.models.names import (
     PRECISIONS,
     REDUCTIONS,
     Batching,
+    MemoryFormat,
     Precision,
 )
 from featstore.models.pool import Pool
@@ -58,7 +59,8 @@ class Trunk:
         outputs: what to take from each pass, in order.
         view: gives the normalisation; its geometry has been applied already.
         batching: the fixed number of images a pass, by default 32 on a CPU and 256 on a GPU (a shorter batch is padded
-            by repeating its last image), and how they lie in memory: convolutions are faster with channels last.
+            by repeating its last image), and how they lie in memory: convolutions are faster with channels last, and a
+            model that only runs on others (its forward calls view() on a map) gets those.
         precision: `fp32` is IEEE float32 (TF32 and other shortcuts off), `tf32` allows TF32 where the device has it,
             `bf16` and `fp16` cast weights and images. Weights of another type are cast, for `fp32` too.
         device: where to run.
@@ -82,7 +84,9 @@ class Trunk:
         if batching.memory_format not in MEMORY_FORMATS:
             raise ValueError(f"{batching.memory_format!r} is no memory format. They are {', '.join(MEMORY_FORMATS)}.")
         check_batch_size(batching.batch_size)
-        self.memory_format = batching.memory_format
+        self.memory_format: MemoryFormat = (
+            batching.memory_format if model.takes(batching.memory_format) else "contiguous"
+        )
         self.device = exact_device(device)
         self.batch_size = batching.batch_size or default_batch_size(self.device)
         self.precision: Precision = precision
@@ -147,9 +151,6 @@ class Trunk:
         )
         if not is_live:
             stages = list(copy.deepcopy(nn.ModuleList(stages)).to(self.device, dtype))
-            if self.device.type == "cuda" and self.memory_format == "channels_last":
-                # Else a kernel lays them out anew in each pass. Values and results stay the same.
-                nn.ModuleList(stages).to(memory_format=torch.channels_last)
         return StagedModel(stages, view=self.view, name=model.name), is_live  # type: ignore[arg-type]
 
 

@@ -318,10 +318,18 @@ def test_images_rendered_by_processes_have_the_rows_that_threads_give_them(
     how: dict[str, Any] = {"batch_size": 4, "augment": Augment("flip", seeds=[0]), "on_error": "skip"}
     expected = run(images, FeatureStore(tmp_path / "other"), **how)
     monkeypatch.setattr(processes, "MANY_IMAGES", 1)
+    delivered = processes.Renderers._delivered
     session = open_plan(plan(staged(), images, store, cuts=["layer2"]), store, workers=5)
     assert session.renderers is not None
     session.close()
+    rendered = []
+    monkeypatch.setattr(
+        processes.Renderers,
+        "_delivered",
+        lambda *args: rendered.append(1) or delivered(*args),  # type: ignore[func-returns-value]
+    )
     report = run(images, store, workers=5, **how)
+    assert len(rendered) == 20
     assert counts(report) == counts(expected) == (2 * 19, 0, 1)
     assert report.failures == expected.failures
     assert [name for name, _ in report.failures] == [first.relative_to(folder).as_posix()]

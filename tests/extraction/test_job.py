@@ -603,9 +603,15 @@ def test_rows_are_not_lost_when_writing_them_is_interrupted(
 
     monkeypatch.setattr(job_module, "COMMIT_BYTES", 1)
     monkeypatch.setattr(FeatureStore, "write", interrupted)
+    images = arrays(12)
     with pytest.raises(KeyboardInterrupt):
-        run(arrays(12), store, batch_size=4)
-    assert store.sets()[0].index.num_images == 4
+        run(images, store, batch_size=4)
+    (found,) = store.sets()
+    assert sum(part.num_rows for part in found.parts) == found.index.num_images == 8  # of both passes that were over
+    assert torch.equal(
+        rows(store, images.select(range(8)), found.key),
+        reduced(rows_by_hand(up_to("layer2", net()), images.select(range(8)), VIEW, batch_size=4), "concat"),
+    )
 
 
 def test_an_image_changed_while_the_job_ran_is_not_filed(store: FeatureStore, tmp_path: Path) -> None:

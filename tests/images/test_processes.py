@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support import own_sources
 from support.own_sources import Deadly, Faulty
 from support.tiny import pixels
 
@@ -51,9 +52,14 @@ def test_processes_give_what_one_thread_gives_in_the_order_of_the_jobs_for_as_lo
 ) -> None:
     work = Work(source=images.source, views=VIEWS, doubtful="refuse", memory_bytes=1 << 30)
     with Renderers(work, count=2) as renderers:
-        found = list(renderers.rendered(images, jobs(images), on_error="skip"))  # their memory has room for 64
+        found = list(renderers.rendered(images, jobs(images), on_error="skip"))  # their memory has room for 96
         again = list(renderers.rendered(images, jobs(images), on_error="skip"))
         assert renderers.is_idle
+        unfinished = renderers.rendered(images, jobs(images), on_error="skip")
+        next(unfinished)
+        with pytest.raises(RuntimeError, match="still with what another iterator asked for"):
+            renderers.rendered(images, jobs(images))
+        assert len(list(unfinished)) == 74
         small = list(renderers.rendered(images, jobs(images)[:9]))
     alone = [facts(each) for each in render(images, jobs(images), workers=0, on_error="skip", doubtful="refuse")]
     assert [facts(each) for each in found] == alone
@@ -101,6 +107,12 @@ def test_what_other_processes_can_not_know_is_said_before_anything_is_drawn(
     monkeypatch.setattr(processes, "MANY_IMAGES", 1)
     views = (VIEW.with_seed(lambda image, generator: image // 2, 0),)  # which doesn't pickle
     assert renderers_for(images.source, views, num_images=75, workers=5) is None
+    monkeypatch.setattr(own_sources, "STRENGTH", 50)  # which the view's key holds, and nobody else knows
+    with (
+        started(images.source, (VIEW.with_seed(own_sources.darker, 0),)) as renderers,
+        pytest.raises(CannotShareError, match="has changed since"),
+    ):
+        renderers.rendered(images, iter(jobs(images)))
     monkeypatch.setattr(sys.modules["__main__"], "Deadly", Deadly, raising=False)
     monkeypatch.setattr(Deadly, "__module__", "__main__")  # as in a script of the caller's own
     with (
@@ -122,8 +134,8 @@ def test_threads_do_for_few_workers_few_images_and_images_in_memory(images: Imag
     found.close()
 
 
-def started(source: Any) -> Renderers:
-    return Renderers(Work(source=source, views=VIEWS, doubtful="note", memory_bytes=1 << 30), count=5)
+def started(source: Any, views: tuple[View, ...] = VIEWS) -> Renderers:
+    return Renderers(Work(source=source, views=views, doubtful="note", memory_bytes=1 << 30), count=5)
 
 
 def like(kind: type[FolderSource], source: Any) -> FolderSource:

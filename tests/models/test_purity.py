@@ -298,6 +298,7 @@ def test_whole_batches_are_run_only_where_structure_leaves_something_open(
         lambda values: values * torch.ones_like(values).cumsum(0).div(8, rounding_mode="floor"),
         lambda values: values / (1 + values.shape[0] // 8),
         lambda values: values.div(len(values) // 8 + 1),
+        lambda values: values + torch.full((1, 1, 1, 1), 0.1).expand_as(values).cumsum(0).div(1, rounding_mode="floor"),
     ],
 )
 def test_a_traced_module_that_minds_places_only_in_batches_of_the_size_that_runs_is_refused(
@@ -306,3 +307,21 @@ def test_a_traced_module_that_minds_places_only_in_batches_of_the_size_that_runs
     model = staged(Applied(function))
     with pytest.raises(ModelError, match=r"in batches of 16, gives for an image depends on the other"):
         check_pure(model, "2", batch_size=16)
+
+
+class Table(nn.Module):
+    """A row for each of five places."""
+
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.arange(5.0).reshape(5, 1, 1, 1))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values + self.rows
+
+
+def test_a_table_of_as_many_rows_as_the_small_batch_has_is_refused() -> None:
+    with pytest.raises(ModelError, match="depends on the other"):
+        check_pure(staged(Table()), "2", batch_size=5)

@@ -269,3 +269,43 @@ def test_complex_numbers_on_the_way_to_real_ones_are_no_matter() -> None:
     (values,) = Trunk(model, [output], view=model.view, batching=Batching(4))(views(4))
     with torch.no_grad():
         assert torch.equal(values, module(model.view.normalise(views(4))))
+
+
+class Flattened(nn.Module):
+    """As many write it: the rows of a map by view(), which takes maps of one memory format alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4 * (VIEW.size - 2) ** 2, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.conv(images)
+        return self.fc(maps.view(maps.shape[0], -1))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_takes_no_channels_last_runs_without_and_the_profile_says_so() -> None:
+    model = StagedModel.from_module(Flattened().eval(), view=VIEW)
+    wanted = [Output("fc", Pool("none", "NC"))]
+    trunk = Trunk(model, wanted, view=VIEW, batching=Batching(4))
+    assert trunk.profile()["memory_format"] == "contiguous"
+    assert trunk(views(4))[0].shape == (4, 5)
+    assert Trunk(staged(), outputs(staged(), "3"), view=VIEW).profile()["memory_format"] == "channels_last"
+
+
+def test_frozen_stages_behind_a_slice_of_channels_give_the_bits_of_the_whole_trunk() -> None:
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 32, 3), nn.Conv2d(16, 24, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.second(self.first(images).chunk(2, 1)[0])  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = StagedModel.from_module(Sliced().eval(), view=VIEW)
+    cut = model.cut_points[-2]
+    trunk = Trunk(model, [Output(cut, Pool("none", "NCHW")), outputs(model, "second", reduction="none")[0]], view=VIEW)
+    stored, whole = trunk(views(32))
+    rest = model.part(model.index(cut) + 1, memory_format="channels_last")
+    with torch.no_grad():
+        assert torch.equal(rest(stored).contiguous(), whole)

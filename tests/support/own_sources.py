@@ -1,8 +1,9 @@
-"""Image sources with faults of their own, in a module that loads little: other processes import it."""
+"""Image sources with faults of their own, and a policy, in a module that loads little: other processes import it."""
 
 import os
 import signal
 from dataclasses import dataclass
+from typing import Any
 
 from featstore.images.sources import FolderSource
 
@@ -23,3 +24,11 @@ class Faulty(FolderSource):
 
     def read(self, image: str) -> bytes:
         raise LookupError(f"no drawer for {image}")
+
+
+STRENGTH = 1
+
+
+def darker(image: Any, generator: Any) -> Any:
+    """A policy whose strength is set by whoever imports this."""
+    return image // STRENGTH
