@@ -61,14 +61,19 @@ def completed(ids: tuple[str, ...], held: Found, take: Callable[[tuple[str, ...]
     return Digests(values=held.values, failed=failed, stats=held.stats)
 
 
-def _is_unchanged(then: NDArray[np.int64], now: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """`(N,)` whether each file is certainly the one that was hashed; both `(N, 5)`, as in `Digests.stats`.
+def is_settled(stats: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """`(N,)` whether each file was hashed so long after it was written that a later write shows in its times.
 
     A write within the clock tick of the hash would leave the times as they were; the coarsest tick in use is 2 s (FAT).
     """
-    _, mtime_ns, ctime_ns, _, hashed_at_ns = then.T
-    is_safe = np.maximum(mtime_ns, ctime_ns) <= hashed_at_ns - 2_000_000_000
-    is_unchanged: NDArray[np.bool_] = is_safe & (then[:, :4] == now[:, :4]).all(axis=1)
+    _, mtime_ns, ctime_ns, _, hashed_at_ns = stats.T
+    settled: NDArray[np.bool_] = np.maximum(mtime_ns, ctime_ns) <= hashed_at_ns - 2_000_000_000
+    return settled
+
+
+def _is_unchanged(then: NDArray[np.int64], now: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """`(N,)` whether each file is certainly the one that was hashed; both `(N, 5)`, as in `Digests.stats`."""
+    is_unchanged: NDArray[np.bool_] = is_settled(then) & (then[:, :4] == now[:, :4]).all(axis=1)
     return is_unchanged
 
 

@@ -27,6 +27,7 @@ from featstore.errors import DamagedFileError
 from featstore.files.index import is_among
 from featstore.files.table import Table
 from featstore.images.digests import Digests, DigestTable, KnownDigests
+from featstore.images.hashing import is_settled
 from featstore.images.image_set import ImageSet
 from featstore.images.names import SPLITS
 from featstore.images.sources import AbsentSource
@@ -291,6 +292,22 @@ def table_file(images: ImageSet, columns: Mapping[str, NDArray[Any]], facts: Map
     said = _content_hash({**columns, "stat": columns["stat"][:, :4]}, {"parents": facts["parents"]})
     described = {name: value for name, value in facts.items() if name not in ("content", "parents")}
     return f"{images.name}-{digest_json([said, described])[:8]}.h5"
+
+
+def says_the_same(table: ImageTable, columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> bool:
+    """Whether a table of these columns and facts would tell a later run no more than `table` does.
+
+    When files were hashed tells none more, once each has been hashed long enough after it was written to be trusted:
+    jobs that start at once on the same images leave one table, whatever the order in which they come to file it.
+    """
+    if table.content == facts["content"]:
+        return True
+    then, stat = table.table.columns["stat"], columns["stat"].copy()
+    if then.shape == stat.shape:
+        is_settled_then = is_settled(then)
+        stat[is_settled_then, 4] = then[is_settled_then, 4]
+    own_facts = {name: value for name, value in facts.items() if name != "content"}
+    return table.content == _content_hash({**columns, "stat": stat}, own_facts)
 
 
 def table_content(images: ImageSet, digests: Digests) -> tuple[dict[str, NDArray[Any]], dict[str, Json]]:

@@ -37,6 +37,7 @@ from featstore.store.image_tables import (
     IMAGES,
     ImageTables,
     last_ids,
+    says_the_same,
     table_content,
     table_file,
     table_name,
@@ -350,7 +351,7 @@ class FeatureStore:
         """
         parents = self._tables.newest(lambda name: name == images.name)
         columns, facts = table_content(images, digests)
-        if len(parents) == 1 and parents[0].content == facts["content"]:
+        if len(parents) == 1 and says_the_same(parents[0], columns, facts):
             return None
         facts = {**facts, "parents": sorted(parent.stem for parent in parents)}
         path = self._tables.folder / table_file(images, columns, facts)

@@ -439,6 +439,20 @@ def test_jobs_that_file_the_same_images_at_once_make_one_table(root: Path, tmp_p
     assert paths[0].read_bytes() != paths[1].read_bytes()
 
 
+def test_jobs_that_file_the_same_images_one_after_another_leave_one_table(root: Path) -> None:
+    images = arrays(3)
+    second = 1_000_000_000
+
+    def hashed_at(seconds: int) -> Digests:
+        stats = stat_rows([StatFacts(7, 10 * second, 10 * second, number, seconds * second) for number in range(3)])
+        return replace(images.digests(), stats=stats)
+
+    assert FeatureStore(root).save_images(images, hashed_at(11)) is not None
+    assert FeatureStore(root).save_images(images, hashed_at(60)) is not None  # which tells that nobody wrote meanwhile
+    assert FeatureStore(root).save_images(images, hashed_at(61)) is None
+    assert FeatureStore(root).save_images(labelled("dog", "dog", "cat"), hashed_at(61)) is not None
+
+
 def test_a_table_appears_while_another_store_object_is_open(root: Path) -> None:
     store = FeatureStore(root)
     save(root, labelled("cat"))
