@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -49,6 +50,7 @@ from featstore.words import size_text
 if TYPE_CHECKING:
     from featstore.extraction.extract import ExtractReport
     from featstore.extraction.plan import Plan
+    from featstore.extraction.shards import Shard
     from featstore.models.staged import StagedModel
 
 DOUBTFUL: tuple[Doubtful, ...] = get_args(Doubtful)
@@ -124,10 +126,43 @@ class ExtractFlags(RunFlags):
             help="An image that looks damaged or too dark: name it, or take it as unreadable.",
         ),
     ] = "note"
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N|slurm|kubernetes/N|torchrun",
+            help="Of N jobs that share the images, the one counted I from 0; or as what started the job tells.",
+            show_default="all images; of extract under torchrun, its own",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         one_of("--doubtful", self.doubtful, DOUBTFUL)
+        self.given_shard()
         super().__post_init__()
+
+    def given_shard(self) -> Shard | None:
+        """What --shard says; None without it."""
+        if self.shard is None:
+            return None
+        from featstore.extraction.shards import shard_of
+
+        return shard_of(self.shard, os.environ, flag="--shard")
+
+    def as_started(self) -> ExtractFlags:
+        """These flags; of a process that torchrun started with its shard, GPU and processors where none are given."""
+        is_launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        if self.shard != "torchrun" and (self.shard is not None or not is_launched):
+            return self
+        import torch
+
+        from featstore.extraction.shards import local_device, local_workers
+        from featstore.machine import num_processors
+
+        device = local_device(self.device, os.environ, num_gpus=torch.cuda.device_count())
+        workers = self.workers
+        if workers is None:
+            workers = local_workers(os.environ, num_processors=num_processors())
+        return replace(self, shard="torchrun", device=device, workers=workers)
 
 
 @app.command(epilog=DEFAULTS)
@@ -142,6 +177,7 @@ def extract(
     output: OutputFlags,
 ) -> None:
     """Compute the features that a store lacks, and file them."""
+    how = how.as_started()
     with _steps_told(output):
         planned = _planned(images, model, sets, view, augment, how)
         from featstore.extraction.extract import run_plan
@@ -265,7 +301,7 @@ def doctor(output: OutputFlags) -> None:
 
 
 def _planned(
-    images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFlags, augment: AugmentFlags, how: RunFlags
+    images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFlags, augment: AugmentFlags, how: ExtractFlags
 ) -> Plan:
     """What is asked for, against what is stored; says all that its owner should know about it."""
     augmentation = augment.augmentation()
@@ -290,6 +326,7 @@ def _planned(
         view=view.view(staged.view),
         dtype=sets.dtype,
         precision=one_of("--precision", sets.precision, PRECISIONS),
+        shard=how.given_shard(),
     )
     tell_all(planned.notes())
     return planned
@@ -315,8 +352,9 @@ def _refuse_absent(planned: Plan) -> None:
         moved = "say with --root where a table's paths start"
         if all(map(is_absolute, absent)):
             moved = moved_remedy(absent)
+        num_images = int(planned.is_owned.sum())
         raise IncompleteError(
-            f"{len(absent):,} of {len(planned.images):,} image files {'is' if len(absent) == 1 else 'are'} absent "
+            f"{len(absent):,} of {num_images:,} image files {'is' if len(absent) == 1 else 'are'} absent "
             f"(first: {absent[0]}). Expected all. Bring them back, or {moved}; or "
             "extract the others with --on-error skip."
         )
@@ -335,6 +373,7 @@ def _report(report: ExtractReport, output: OutputFlags) -> None:
                 "seconds": report.seconds,
                 "failures": failures,
                 "doubts": [list(doubt) for doubt in report.doubts],
+                **({} if report.shard is None else {"shard": str(report.shard)}),
             }
         )
     else:

@@ -18,6 +18,7 @@ from featstore.extraction.filed import Filed, merge_parts
 from featstore.extraction.job import refuse_changed
 from featstore.extraction.opening import open_plan
 from featstore.extraction.plan import Plan, plan
+from featstore.extraction.shards import Shard
 from featstore.files.index import is_among
 from featstore.images.image_set import ImageSet
 from featstore.images.render import check_workers
@@ -47,6 +48,7 @@ class ExtractReport:
         notes: sentences about what its owner should know, or that could not be done afterwards; all rows are filed.
         doubts: (image id, reason) of images that were decoded now and may not look as their owner expects: damaged in a
             way that decoders pass over, or 16-bit values that leave the upper bits unused. They have rows all the same.
+        shard: of several jobs the one that this was; all counts are of its images. None for one job.
     """
 
     computed: int
@@ -59,11 +61,13 @@ class ExtractReport:
     failures: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
     doubts: tuple[tuple[str, str], ...] = ()
+    shard: Shard | None = None
 
     def __str__(self) -> str:
         missing = f"{self.missing:,} missing, " if self.missing else ""
+        shard = "" if self.shard is None else f"{self.shard}: "
         done = (
-            f"{self.reused:,} rows reused, {self.computed:,} computed, {self.failed:,} images failed, {missing}"
+            f"{shard}{self.reused:,} rows reused, {self.computed:,} computed, {self.failed:,} images failed, {missing}"
             f"{self.seconds:.1f} s"
         )
         return ". ".join([done, *self.notes])
@@ -86,6 +90,7 @@ def extract(
     batch_size: int | None = None,
     workers: int | None = None,
     progress: bool = False,
+    shard: Shard | str | None = None,
 ) -> ExtractReport:
     """Computes the rows that the store lacks: the evaluation view of all images, and `augment`'s seeds of the training.
 
@@ -108,6 +113,9 @@ def extract(
             else 32 on a CPU and 256 on a GPU.
         workers: threads that read and decode; 0 for none. Default: one a processor, up to 8.
         progress: shows a bar on stderr.
+        shard: of several jobs with the same arguments the one that this is, each of which computes its own images:
+            ``i/n``, or where that is told by the environment ``slurm``, ``kubernetes/n`` or ``torchrun``. Any number of
+            them, and another one next time, leaves the rows of one job; none waits for another. The device is as given.
 
     Raises:
         ImageError: with `raise`, for an image that can't be read, decoded or rendered.
@@ -120,7 +128,16 @@ def extract(
     """
     started = time.perf_counter()
     planned = plan(
-        model, images, store, cuts=cuts, reduce=reduce, augment=augment, view=view, dtype=dtype, precision=precision
+        model,
+        images,
+        store,
+        cuts=cuts,
+        reduce=reduce,
+        augment=augment,
+        view=view,
+        dtype=dtype,
+        precision=precision,
+        shard=shard,
     )
     return run_plan(
         planned,
@@ -205,7 +222,8 @@ def finish(
 
 def _report(planned: Plan, filed: Filed, notes: Sequence[str], seconds: float) -> ExtractReport:
     """What was done."""
-    is_undecoded = is_among(planned.digests.values, digest_rows(filed.failures)) | planned.digests.is_failed
+    is_undecoded = is_among(planned.digests.values, digest_rows(filed.failures))
+    is_undecoded |= planned.is_owned & planned.digests.is_failed
     is_unread = is_among(planned.digests.values, digest_rows(filed.unread)) & ~is_undecoded
     is_unfit = [
         each.is_missing & is_among(planned.digests.values, digest_rows(unfit))
@@ -244,6 +262,7 @@ def _report(planned: Plan, filed: Filed, notes: Sequence[str], seconds: float) -
         ),
         notes=tuple(notes),
         doubts=tuple(filed.doubts.items()),
+        shard=planned.shard,
     )
 
 
@@ -261,9 +280,10 @@ def _reason(planned: Plan, filed: Filed, index: int) -> str:
 
 def _refuse_unreadable(planned: Plan, on_error: str) -> None:
     check_choice("on_error", on_error, get_args(OnError))
-    if planned.digests.failed and on_error == "raise":
-        index, reason = next(iter(planned.digests.failed.items()))
-        raise ImageError(planned.images.ids[index], reason)
+    if on_error == "raise":
+        for index, reason in planned.digests.failed.items():
+            if planned.is_owned[index]:
+                raise ImageError(planned.images.ids[index], reason)
 
 
 def _noted_images(planned: Plan, store: FeatureStore, *, is_needed: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featstore.digest import Json
+from featstore.extraction.shards import Shard, shard_of
 from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.contents import is_changed, lone_formats_note, overlap_note, repeats_note
 from featstore.images.digests import Digests
@@ -58,6 +60,9 @@ class PlannedSet:
 class Plan:
     """What an extraction would do: which rows of which sets are stored and which are missing.
 
+    With a shard it is about the images of that one alone, though all of them are listed; no other is wanted, absent or
+    changed.
+
     Attributes:
         model: whose trunk runs.
         images: in order.
@@ -66,6 +71,8 @@ class Plan:
         is_absent: ``(N,)``, images whose files aren't there.
         is_changed: ``(N,)``, images that the store knew by their ids, with another content.
         stage_digests: cut -> digest of the model up to it.
+        shard: of several jobs the one whose plan this is; None for one job.
+        is_owned: ``(N,)``, the images of the shard; all, without one.
     """
 
     model: StagedModel
@@ -75,6 +82,8 @@ class Plan:
     is_absent: NDArray[np.bool_]
     is_changed: NDArray[np.bool_]
     stage_digests: dict[str, str]
+    shard: Shard | None
+    is_owned: NDArray[np.bool_]
 
     @cached_property
     def is_missing(self) -> NDArray[np.bool_]:
@@ -100,8 +109,8 @@ class Plan:
         to_compute = self._to_compute(on_error)
         missing = _any(to_compute)
         return {
-            "images": len(self.images),
-            "stored": int((~self.is_missing).sum()),
+            "images": int(self.is_owned.sum()),
+            "stored": int((self.is_owned & ~self.is_missing).sum()),
             "missing": int(missing.sum()),
             "changed": int((missing & self.is_changed).sum()),
             "failed": int((self.is_failed & ~missing if on_error == "skip" else self.is_failed).sum()),
@@ -112,8 +121,9 @@ class Plan:
         """One line: ``10,500 images: 10,000 stored, 500 to compute, 13.1 MB in 1 feature set``."""
         status = self.status()
         failed = f" ({status['failed']:,} of them failed before)" if status["failed"] else ""
+        shard = "" if self.shard is None else f"{self.shard}: "
         return (
-            f"{status['images']:,} images: {status['stored']:,} stored, {self.to_compute()}{failed}, "
+            f"{shard}{status['images']:,} images: {status['stored']:,} stored, {self.to_compute()}{failed}, "
             f"{size_text(status['bytes'])} in {len(self.sets)} feature set{'' if len(self.sets) == 1 else 's'}"
         )
 
@@ -157,12 +167,13 @@ def plan(
     view: View | None = None,
     dtype: str = "float16",
     precision: Precision = DEFAULT_PRECISION,
+    shard: Shard | str | None = None,
 ) -> Plan:
     """What `extract` with the same arguments would do. Reads images as far as their digests aren't known.
 
     Raises:
-        ValueError: for an unknown cut, reduction, type or precision, a size the model can't take, no images, or a
-            policy that has changed since it was made.
+        ValueError: for an unknown cut, reduction, type, precision or shard, a size the model can't take, no images, or
+            a policy that has changed since it was made.
         TypeError: for cuts that are a text, not a list.
         ModelError: for a model that can't be keyed.
         DamagedFileError: for a damaged part or image table of what is asked for.
@@ -184,6 +195,10 @@ def plan(
         raise TypeError(f'augment is {augment!r}; expected what Augment("flip", seeds=range(4)) gives.')
     if view is not None and not isinstance(view, View):
         raise TypeError(f"view is {view!r}; expected what model.view.resized(size=64) gives.")
+    if isinstance(shard, str):
+        shard = shard_of(shard, os.environ)
+    if shard is not None and not isinstance(shard, Shard):
+        raise TypeError(f"shard is {shard!r}; expected a text such as '0/4'.")
     if augment is not None:
         augment.policy.check_unchanged()
     staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)
@@ -207,14 +222,14 @@ def plan(
     known = store.known_digests(images)
     with timed("digests of images"):
         digests = images.digests(known)
-    is_absent = _absent(images, digests)
+    is_owned = _owned(images, digests, shard)
+    is_absent = is_owned & _absent(images, digests)
     is_training = images.splits == "train"
-    everything = np.ones(len(images), dtype=bool)
     planned = []
     for spec, output, each in by_key.values():
         request = FeatureRequest(trunk=spec.trunk, pool=spec.pool, view=each, dtype=dtype, precision=precision)
         stored = store.find_one(request)
-        wanted = everything if each.is_evaluation or not is_training.any() else is_training
+        wanted = is_owned if each.is_evaluation or not is_training.any() else is_owned & is_training
         shape = output.pool.shape(viewed.shape(output.cut))
         planned.append(
             PlannedSet(
@@ -235,14 +250,26 @@ def plan(
         digests=digests,
         sets=tuple(planned),
         is_absent=is_absent,
-        is_changed=is_changed(images, digests, known),
+        is_changed=is_owned & is_changed(images, digests, known),
         stage_digests=stage_digests,
+        shard=shard,
+        is_owned=is_owned,
     )
 
 
 def _any(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
     result: NDArray[np.bool_] = np.logical_or.reduce(masks)
     return result
+
+
+def _owned(images: ImageSet, digests: Digests, shard: Shard | None) -> NDArray[np.bool_]:
+    """See `Plan.is_owned`. Images of one content go with the first of them, so that one job alone computes it."""
+    if shard is None:
+        return np.ones(len(images), dtype=bool)
+    is_owned = shard.owned(images.ids)
+    for first, *others in digests.duplicates():
+        is_owned[others] = is_owned[first]
+    return is_owned
 
 
 def _absent(images: ImageSet, digests: Digests) -> NDArray[np.bool_]:

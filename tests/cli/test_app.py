@@ -611,7 +611,7 @@ def test_help_fits_the_flags_of_the_contract(featstore: Program) -> None:
     image = "images root path-column label-column label-sep split-column group-column task valid split-seed"
     image += " top-folders one-hot valid-column suffix strip"
     model = "store backbone weights weights-prefix trust-code cut reduce size resize mean std interpolation"
-    more = "augment seeds dtype precision device batch-size workers on-error doubtful json debug help"
+    more = "augment seeds dtype precision device batch-size workers on-error doubtful shard json debug help"
     expected = {*image.split(), *model.split(), *more.split()}
     for command in ("extract", "status"):
         text = featstore(command, "--help").out

@@ -58,7 +58,10 @@ ROOMS: dict[str, Rooms] = {
         ),
         (
             "extraction",
-            ("defaults", "remedy", "plan", "progress", "narrowing", "filed", "job", "opening", "extract", "adopt"),
+            (
+                "defaults", "remedy", "shards", "plan", "progress", "narrowing", "filed", "job", "opening", "extract",
+                "adopt",
+            ),
         ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
         ("", ("__init__",)),
