@@ -134,11 +134,25 @@ class ExtractFlags(RunFlags):
             show_default="all images; of extract under torchrun, its own",
         ),
     ] = None
+    max_errors: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="With --on-error skip: stop at more images than this that fail.",
+            show_default="any number is left out",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         one_of("--doubtful", self.doubtful, DOUBTFUL)
         self.given_shard()
         super().__post_init__()
+        if self.max_errors is not None and self.on_error == "raise":
+            raise ValueError(
+                f"--max-errors {self.max_errors} is given, but with --on-error raise the first image that fails stops "
+                "the job. Add --on-error skip, or leave out --max-errors."
+            )
 
     def given_shard(self) -> Shard | None:
         """What --shard says; None without it."""
@@ -190,6 +204,7 @@ def extract(
                 planned,
                 open_store(sets.store),
                 on_error=how.on_image_error,
+                max_errors=how.max_errors,
                 doubtful=one_of("--doubtful", how.doubtful, DOUBTFUL),
                 device=how.device,
                 batch_size=sets.batch_size,

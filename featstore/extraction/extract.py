@@ -14,6 +14,13 @@ from torch import nn
 
 from featstore.digest import Json
 from featstore.errors import Doubtful, ImageError, OnError, check_choice
+from featstore.extraction.failures import (
+    Failing,
+    TooManyFailedError,
+    check_max_errors,
+    failures,
+    write_report,
+)
 from featstore.extraction.filed import Filed, merge_parts
 from featstore.extraction.job import refuse_changed
 from featstore.extraction.opening import open_plan
@@ -83,6 +90,7 @@ def extract(
     augment: Augment | None = None,
     view: View | None = None,
     on_error: OnError = "raise",
+    max_errors: int | None = None,
     doubtful: Doubtful = "note",
     dtype: str = "float16",
     precision: Precision = DEFAULT_PRECISION,
@@ -103,7 +111,9 @@ def extract(
         augment: policy and fixed seeds; each seed is a feature set of its own.
         view: geometry and normalisation; default: the model's.
         on_error: what an image that can't be read or decoded does, or one whose values the storage type can't hold:
-            `raise` stops, after filing what is done; `skip` leaves it out and reports it.
+            `raise` stops, after filing what is done; `skip` leaves it out and reports it, beside the store as well.
+        max_errors: with `skip`, more images than this that fail stop the job, after filing what is done; default: any
+            number is left out.
         doubtful: what an image does that is decoded with a doubt: `note` names it; `refuse` treats it as one that can't
             be decoded. Of rows that are stored already nobody knows.
         dtype: of the stored values: float16, float32 or bfloat16.
@@ -124,7 +134,7 @@ def extract(
         FactsDifferError: if the model computes other values than the rows already stored, or is changed meanwhile: then
             nothing is filed of what was computed since the last part.
         FeatureStoreError: for values the storage type can't hold: with `raise`, too large or no numbers; all of them
-            too small.
+            too small. For more than `max_errors` images that fail.
         OSError: as the disk gave it.
     """
     started = time.perf_counter()
@@ -144,6 +154,7 @@ def extract(
         planned,
         store,
         on_error=on_error,
+        max_errors=max_errors,
         doubtful=doubtful,
         device=device,
         batch_size=batch_size,
@@ -158,6 +169,7 @@ def run_plan(
     store: FeatureStore,
     *,
     on_error: OnError = "raise",
+    max_errors: int | None = None,
     doubtful: Doubtful = "note",
     device: torch.device | str = "auto",
     batch_size: int | None = None,
@@ -175,26 +187,34 @@ def run_plan(
     choose_device(device)
     check_batch_size(batch_size)
     check_workers(workers)
+    check_max_errors(max_errors, on_error)
     _refuse_unreadable(planned, on_error)
     with timed("key"):
         refuse_changed(planned)
-    if not planned.is_to_read.any():
-        notes = _noted_images(planned, store, is_needed=bool(planned.is_missing.any()))
-        return _report(planned, Filed.nothing(planned), notes, time.perf_counter() - started)
-    session = open_plan(
-        planned,
-        store,
-        on_error=on_error,
-        doubtful=doubtful,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-    )
-    with session:
-        notes = _noted_images(planned, store, is_needed=True)  # before the first row: it stays of a job that is killed
-        filed = session.run(progress=progress)
-    notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
-    return _report(planned, filed, notes, time.perf_counter() - started)
+    try:
+        filed = Filed.nothing(planned)
+        Failing(planned, max_errors).check(filed)
+        if not planned.is_to_read.any():
+            notes = _noted_images(planned, store, is_needed=bool(planned.is_missing.any()))
+        else:
+            session = open_plan(
+                planned,
+                store,
+                on_error=on_error,
+                max_errors=max_errors,
+                doubtful=doubtful,
+                device=device,
+                batch_size=batch_size,
+                workers=workers,
+            )
+            with session:
+                notes = _noted_images(planned, store, is_needed=True)  # before the first row: it stays if we are killed
+                filed = session.run(progress=progress)
+            notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
+    except TooManyFailedError as error:
+        reported = write_report(planned, store, failures(planned, error.filed or filed))
+        raise TooManyFailedError(" ".join([str(error), *(f"{note}." for note in reported)]), error.filed) from error
+    return _reported(planned, store, filed, notes, started)
 
 
 def finish(
@@ -218,11 +238,13 @@ def finish(
     filed = Filed.together(planned, pieces)
     notes = _noted_images(planned, store, is_needed=True) + filed.notes(planned)
     notes += merge_parts(planned, store, filed, is_shown=progress)
-    return _report(planned, filed, notes, time.perf_counter() - started)
+    return _reported(planned, store, filed, notes, started)
 
 
-def _report(planned: Plan, filed: Filed, notes: Sequence[str], seconds: float) -> ExtractReport:
-    """What was done."""
+def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[str], started: float) -> ExtractReport:
+    """What was done; what was left out is reported beside the store as well."""
+    left_out = failures(planned, filed)
+    notes = [*notes, *write_report(planned, store, left_out)]
     is_undecoded = is_among(planned.digests.values, digest_rows(filed.failures))
     is_undecoded |= planned.is_owned & planned.digests.is_failed
     is_unread = is_among(planned.digests.values, digest_rows(filed.unread)) & ~is_undecoded
@@ -248,35 +270,20 @@ def _report(planned: Plan, filed: Filed, notes: Sequence[str], seconds: float) -
             }
         )
     is_failed = np.logical_or.reduce([is_undecoded, *is_unfit])
-    is_left_out = is_failed | is_unread
+    reasons = {each.image: each.reason for each in reversed(left_out)}  # of one with several the first
     return ExtractReport(
         computed=sum(filed.computed),
         reused=sum(each["reused"] for each in sets),
         failed=int((is_failed & ~planned.is_absent).sum()),
         missing=int((is_unread | planned.is_absent).sum()),
-        seconds=seconds,
+        seconds=time.perf_counter() - started,
         keys=tuple(each.spec.key for each in planned.sets),
         sets=tuple(sets),
-        failures=tuple(
-            (planned.images.ids[index], _reason(planned, filed, index))
-            for index in np.flatnonzero(is_left_out).tolist()
-        ),
+        failures=tuple(reversed(reasons.items())),
         notes=tuple(notes),
         doubts=tuple(filed.doubts.items()),
         shard=planned.shard,
     )
-
-
-def _reason(planned: Plan, filed: Filed, index: int) -> str:
-    digests = planned.digests
-    if index in digests.failed:
-        return digests.failed[index]
-    digest = bytes(digests.values[index]).hex()
-    for failures in (filed.failures, *filed.unfit):
-        if digest in failures:
-            return failures[digest]
-    image, reason = filed.unread[digest]
-    return reason if image == planned.images.ids[index] else f"its content was to be read as {image}: {reason}"
 
 
 def _refuse_unreadable(planned: Plan, on_error: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from featstore.digest import Json
 from featstore.errors import Doubtful, FactsDifferError, FeatureStoreError, ImageError, OnError
+from featstore.extraction.failures import Failing
 from featstore.extraction.filed import Filed
 from featstore.extraction.narrowing import Narrowed, Narrowing
 from featstore.extraction.plan import Plan, PlannedSet
@@ -52,6 +53,7 @@ class Session:
         view_of: for each set the place of its view among those.
         is_needed: ``(V, N)``, for each view the images to render: those without a row in some set, each content once.
         on_error: as in `extract`.
+        max_errors: as in `extract`, of each run.
         doubtful: as in `extract`.
         workers: as in `extract`.
         ahead: how many images are read and rendered ahead of the passes.
@@ -68,6 +70,7 @@ class Session:
     view_of: list[int]
     is_needed: NDArray[np.bool_]
     on_error: OnError
+    max_errors: int | None
     doubtful: Doubtful
     workers: int | None
     ahead: int
@@ -96,20 +99,23 @@ class Session:
 
         Raises:
             ImageError: with `on_error="raise"`, for an image that can't be read, decoded or rendered.
+            TooManyFailedError: for more than `max_errors` of these images that fail; it has what was filed.
             FactsDifferError: if the model was changed meanwhile; nothing of it is filed since the last part.
             FeatureStoreError: for values that the storage type can't hold, with `on_error="raise"`.
             OSError: as the disk gave it.
         """
-        is_needed = self.is_needed
+        is_asked = np.full(len(self.planned.images), rows is None)
         if rows is not None:
             if isinstance(rows, np.ndarray) and rows.dtype == bool:
                 raise TypeError("rows are places, not a mask; give np.flatnonzero(mask).")
-            is_asked = np.zeros(is_needed.shape[1], dtype=bool)
             is_asked[np.fromiter(rows, np.int64)] = True
-            is_needed = is_needed & is_asked
+        is_needed = self.is_needed & is_asked
+        failing = Failing(self.planned, self.max_errors, is_asked)
+        failing.check(Filed.nothing(self.planned))
         try:
             with self.running:
-                return Job(self, is_needed, Progress(int(is_needed.any(axis=0).sum()), is_shown=progress)).run()
+                progressing = Progress(int(is_needed.any(axis=0).sum()), is_shown=progress)
+                return Job(self, is_needed, failing, progressing).run()
         finally:
             if self.renderers is not None and not self.renderers.is_idle:  # ended by an error
                 self.close()
@@ -124,12 +130,13 @@ class Job:
     Args:
         session: whose trunk computes.
         is_needed: ``(V, N)``, for each view the images to render.
+        failing: counts those of its images that fail.
         progress: is told how it goes.
     """
 
-    def __init__(self, session: Session, is_needed: NDArray[np.bool_], progress: Progress) -> None:
+    def __init__(self, session: Session, is_needed: NDArray[np.bool_], failing: Failing, progress: Progress) -> None:
         self.session, self.planned, self.trunk = session, session.planned, session.trunk
-        self.is_needed, self.progress = is_needed, progress
+        self.is_needed, self.failing, self.progress = is_needed, failing, progress
         # Jobs whose views, of those places among the session's, are on their way; they come back in order.
         self.drawn: deque[tuple[ImageJob, list[int]]] = deque()
         self.gathered = [self._nothing(each) for each in self.planned.sets]
@@ -155,6 +162,8 @@ class Job:
                         with self.progress.timing("writing"):
                             self._commit_if_due()
                     self.progress.step()
+                    if self.failing.are_too_many:
+                        break
                 self._launch(batch)
         except ImageError:
             self._launch(batch)  # what is decoded already needn't be read again by the next run
@@ -165,6 +174,7 @@ class Job:
                     self._gather_all(self.launched)
                 finally:
                     self._commit_rest()
+        self.failing.check(self.filed)
         return self.filed
 
     def rendered(self) -> Generator[Rendered]:
@@ -209,6 +219,7 @@ class Job:
     def _record_failure(self, job: ImageJob, rendered: Rendered) -> None:
         """Files what would fail again; an image that can't be read now has done nothing to be left out for good."""
         reason, digest = rendered.failure or "", job.digest.hex()
+        self.failing.add(job.index, reason)
         if not rendered.is_lasting:
             self.filed.unread[digest] = self.planned.images.ids[job.index], reason
             return
@@ -279,6 +290,7 @@ class Job:
             raise FeatureStoreError(
                 f"{self.planned.images.ids[item.index]}: {reason}. Or leave such images out with --on-error skip."
             )
+        self.failing.add(item.index, reason)
         self.filed.unfit[place][item.digest.hex()] = reason
         self._file_failure(place, item.digest.hex(), reason)
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from featstore.errors import Doubtful, FeatureStoreError, OnError
+from featstore.extraction.failures import check_max_errors
 from featstore.extraction.job import Session, refuse_changed
 from featstore.extraction.narrowing import refuse_too_small
 from featstore.extraction.plan import Plan
@@ -36,6 +37,7 @@ def open_plan(
     store: FeatureStore,
     *,
     on_error: OnError = "raise",
+    max_errors: int | None = None,
     doubtful: Doubtful = "note",
     device: torch.device | str = "auto",
     batch_size: int | None = None,
@@ -48,6 +50,7 @@ def open_plan(
     chosen = choose_device(device)
     check_batch_size(batch_size)
     check_workers(workers)
+    check_max_errors(max_errors, on_error)
     batching = batching_for([each.stored for each in planned.sets], chosen.type, batch_size)
     views = list(dict.fromkeys(each.view for each in planned.sets))
     view_of = [views.index(each.view) for each in planned.sets]
@@ -79,6 +82,7 @@ def open_plan(
         view_of=view_of,
         is_needed=is_needed,
         on_error=on_error,
+        max_errors=max_errors,
         doubtful=doubtful,
         workers=workers,
         ahead=ahead,

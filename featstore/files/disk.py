@@ -20,14 +20,19 @@ T = TypeVar("T")
 
 
 @contextmanager
-def whole_or_nothing(path: Path, length: int) -> Iterator[int]:
+def whole_or_nothing(path: Path, length: int, *, replaces: bool = False) -> Iterator[int]:
     """A descriptor to write `length` bytes to; on leaving they are at `path` and synced, or nothing is.
 
+    Args:
+        path: the final name.
+        length: more than 0.
+        replaces: what is at `path`, in one step: for what is no part of the store's format.
+
     Raises:
-        FileExistsError: if `path` is taken.
+        FileExistsError: if `path` is taken, and not to be replaced.
         OSError: as the system gave it; that the disk is full, or may not be written, it says of `path`.
     """
-    if os.path.lexists(path):
+    if not replaces and os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "a written file is never replaced, choose another name", os.fspath(path))
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}")
     try:
@@ -111,7 +116,7 @@ def is_moved_aside(name: str) -> bool:
 _DAMAGED, _REMOVED = ".damaged-", ".removed-"
 
 # Whole names, so that nobody else's hidden file is taken for one of ours.
-_TEMPORARY = re.compile(r"\..+\.h5\.tmp-[0-9a-f]{16}", re.DOTALL)
+_TEMPORARY = re.compile(r"\..+\.(h5|jsonl)\.tmp-[0-9a-f]{16}", re.DOTALL)
 _SET_ASIDE = re.compile(rf"\..+\.h5{re.escape(_DAMAGED)}[0-9a-f]{{16}}", re.DOTALL)
 _MOVED_ASIDE = re.compile(rf"{re.escape(_REMOVED)}[0-9a-f]{{16}}")
 

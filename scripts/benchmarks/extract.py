@@ -29,6 +29,7 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 
 from featstore import FeatureStore, ImageSet, StagedModel, View, backbone, plan
+from featstore.extraction.failures import Failing
 from featstore.extraction.job import Job
 from featstore.extraction.opening import open_plan
 from featstore.extraction.progress import Progress
@@ -130,7 +131,8 @@ class Bench:
         return len(self.images) / elapsed
 
     def _rendered(self) -> Iterator[Rendered]:
-        return Job(self.session, self.session.is_needed, Progress(len(self.images), is_shown=False)).rendered()
+        progress = Progress(len(self.images), is_shown=False)
+        return Job(self.session, self.session.is_needed, Failing(self.planned, None), progress).rendered()
 
 
 def tiny() -> StagedModel:

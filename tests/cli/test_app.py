@@ -5,6 +5,7 @@ Long, since each command is here with the mistakes that people make with it.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ NUM_EACH = 10
 # Interrupts itself at an all-red image: as Ctrl-C does, at a moment that the test chooses. The check of a model has
 # images of its own, white ones among them, and none that is red all over.
 IMPATIENT = """
+import json
 import os
 import signal
 from collections import OrderedDict
@@ -289,6 +291,23 @@ def test_doubtful_images_are_said_and_listed_and_may_be_refused(featstore: Progr
     assert (name, reason[:17]) == ("dog/dim.png", "its 16-bit values")
     wrong = featstore("status", *extract_flags("--doubtful", "maybe"))
     assert (wrong.code, wrong.err) == (2, "--doubtful is 'maybe'. Expected note or refuse.\n")
+
+
+def test_more_failures_than_are_allowed_stop_an_extraction(featstore: Program, here: Path) -> None:
+    for name in ("a", "b"):
+        (here / "photos" / "dog" / f"{name}.jpg").write_bytes(b"no image")
+    skipping = extract_flags("--on-error", "skip", "--max-errors")
+    ran = featstore("extract", *skipping, "1")
+    assert (ran.code, ran.out) == (1, "")
+    assert re.search(r"\n2 images failed \(dog/a\.jpg: .*; dog/b\.jpg: .*\)\. Expected 1 at most\. .*\n$", ran.err)
+    ran = featstore("extract", *skipping, "2")
+    assert ran.code == 0
+    assert "What was left out, and why, is in feats/failures/photos.jsonl\n" in ran.err
+    lines = (here / "feats/failures/photos.jsonl").read_text(encoding="ascii").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["dog/a.jpg", "dog/b.jpg"]
+    wrong = featstore("extract", *extract_flags("--max-errors", "2"))
+    assert wrong.code == 2
+    assert wrong.err.startswith("--max-errors 2 is given, but with --on-error raise the first image that fails stops")
 
 
 @pytest.mark.usefixtures("heeds_signals")
@@ -611,7 +630,7 @@ def test_help_fits_the_flags_of_the_contract(featstore: Program) -> None:
     image = "images root path-column label-column label-sep split-column group-column task valid split-seed"
     image += " top-folders one-hot valid-column suffix strip"
     model = "store backbone weights weights-prefix trust-code cut reduce size resize mean std interpolation"
-    more = "augment seeds dtype precision device batch-size workers on-error doubtful shard json debug help"
+    more = "augment seeds dtype precision device batch-size workers on-error max-errors doubtful shard json debug help"
     expected = {*image.split(), *model.split(), *more.split()}
     for command in ("extract", "status"):
         text = featstore(command, "--help").out

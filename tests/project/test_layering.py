@@ -59,8 +59,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "extraction",
             (
-                "defaults", "remedy", "shards", "plan", "progress", "narrowing", "filed", "job", "opening", "extract",
-                "adopt",
+                "defaults", "remedy", "shards", "plan", "progress", "narrowing", "filed", "failures", "job", "opening",
+                "extract", "adopt",
             ),
         ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
