@@ -71,7 +71,8 @@ Defaults that depend on what is asked for:
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 incomplete: the file of an
 image isn't there; with --on-error skip, which extracts the others all the
 same, also if it vanished or changed meanwhile; or, for status, an image has
-no features yet.
+no features yet; 130 ended by Ctrl-C, 143 by SIGTERM: what was computed is
+filed. Who sends another signal doesn't wait for that.
 """
 
 app = new_app(help=__doc__)

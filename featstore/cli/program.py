@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,8 +24,12 @@ from featstore.errors import FeatureStoreError, ImageError
 from featstore.remedies import Command
 from featstore.words import printable
 
-DONE, FAILED, WRONG_USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit codes of both programs; INCOMPLETE is for `extract` and `status` alone."""
+DONE, FAILED, WRONG_USAGE, INCOMPLETE, SIGNALLED = 0, 1, 2, 3, 128
+"""Exit codes of both programs; INCOMPLETE is for `extract` and `status` alone, and the signal's number is added to
+SIGNALLED, as shells do: 130 for Ctrl-C, 143 for SIGTERM."""
+
+TWICE_SECONDS = 0.25
+"""Two signals in less are one: `timeout` sends its own to the process, and then to the group that it is in."""
 
 MOST_LISTED = 10
 
@@ -69,7 +74,7 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     try:
         if os.environ.get(_completion_variable(name)):  # a shell asks what may come next
             _complete(command, name)
-        with _ended_as_interrupted(), command.make_context(name, arguments) as context:
+        with _ended_as_interrupted(is_own=argv is None), command.make_context(name, arguments) as context:
             command.invoke(context)
         return DONE
     except typer.Exit as end:
@@ -79,7 +84,7 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         with suppress(OSError):  # the terminal may be what ended
             tell(" ".join(["Interrupted.", *getattr(error, "__notes__", ())]))
-        return INTERRUPTED
+        return SIGNALLED + (error.number if isinstance(error, _Interrupt) else signal.SIGINT)
     except Exception as error:
         if "--debug" in arguments:
             tell("".join(traceback.format_exception(error)).rstrip())
@@ -192,25 +197,49 @@ def _completion_variable(name: str) -> str:
     return f"_{name}_COMPLETE".replace("-", "_").upper()
 
 
+class _Interrupt(KeyboardInterrupt):
+    """An interrupt by the signal `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 @contextmanager
-def _ended_as_interrupted() -> Iterator[None]:
-    """Takes SIGTERM and SIGHUP as Ctrl-C: what was computed is filed.
+def _ended_as_interrupted(*, is_own: bool) -> Iterator[None]:
+    """Takes SIGTERM and SIGHUP as Ctrl-C: what was computed is filed. A second signal ends the process at once.
 
     Schedulers send the one at the end of a job's time, a terminal or ssh session that closes sends the other. What
     whoever started the program wants ignored (nohup) stays ignored.
+
+    Args:
+        is_own: whether the process is there for this program alone, and has nothing to do after an interrupt but end.
     """
     if threading.current_thread() is not threading.main_thread():  # no other may set what signals do
         yield
         return
-    ends = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no SIGHUP
+    since: float | None = None
+
+    def end(number: int, _: object) -> None:
+        nonlocal since
+        now = time.monotonic()
+        if since is None:
+            since = now
+            raise _Interrupt(number)
+        if now - since > TWICE_SECONDS:
+            os._exit(SIGNALLED + number)
+
+    # Windows has no SIGHUP.
+    ends = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     before = {each: signal.getsignal(each) for each in ends if signal.getsignal(each) != signal.SIG_IGN}
     for each in before:
-        signal.signal(each, signal.default_int_handler)
+        signal.signal(each, end)
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
+        if since is None or not is_own:  # else the interpreter, too, is ended by a second one without a word
+            for each, handler in before.items():
+                signal.signal(each, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 def _sentence(error: Exception, name: str) -> str:

@@ -173,7 +173,11 @@ class Job:
                 try:
                     self._gather_all(self.launched)
                 finally:
-                    self._commit_rest()
+                    try:
+                        self._commit_rest()
+                    except KeyboardInterrupt:  # which may have come while it waited
+                        self._commit_rest()
+                        raise
         self.failing.check(self.filed)
         return self.filed
 
@@ -315,19 +319,22 @@ class Job:
         self.last_commit = time.monotonic()
 
     def _commit_rest(self) -> None:
-        """Writes all that isn't written, and what could not be once more: an interrupt may have come anywhere."""
-        failed: BaseException | None = None
+        """Has all written that isn't, and what could not be once more: an interrupt may have come anywhere.
+
+        The writer does it, behind what it has: no interrupt comes to a thread.
+        """
+        rest = self.writer.submit(self._write_rest)
         try:
             self._wait_for_writing()
-        except BaseException as error:
-            failed = error
+        finally:
+            rest.result()
+
+    def _write_rest(self) -> None:
         try:
             self._check_model()
         finally:
             for gathered in (self.lot, self.gathered):
                 self._write(gathered)
-        if failed is not None:
-            raise failed
 
     def _write(self, gathered: list[Gathered]) -> None:
         for place, each in enumerate(self.planned.sets):

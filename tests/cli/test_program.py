@@ -141,7 +141,7 @@ def test_a_program_whose_terminal_has_closed_ends_as_interrupted(monkeypatch: py
 
     with monkeypatch.context() as with_terminal:
         with_terminal.setattr(sys, "stderr", terminal)
-        assert run(app, "tool", []) == 130
+        assert run(app, "tool", []) == 128 + signal.SIGHUP
     with pytest.raises(OSError, match="Input/output error"):  # what is said there reaches nobody
         print("anybody?", file=terminal)
     with pytest.raises(OSError, match="Input/output error"):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -612,6 +613,27 @@ def test_rows_are_not_lost_when_writing_them_is_interrupted(
         rows(store, images.select(range(8)), found.key),
         reduced(rows_by_hand(up_to("layer2", net()), images.select(range(8)), VIEW, batch_size=4), "concat"),
     )
+
+
+@pytest.mark.usefixtures("heeds_signals")
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_signal_while_the_last_parts_are_written_loses_no_row_and_writes_none_twice(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    write, writes = FeatureStore.write, iter(range(100))
+
+    def slow(self: FeatureStore, *args: Any, **kwargs: Any) -> Path:
+        if next(writes) == which:
+            time.sleep(0.2)  # the job waits for this by then
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.2)
+        return write(self, *args, **kwargs)
+
+    monkeypatch.setattr(job_module, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(FeatureStore, "write", slow)
+    with pytest.raises(KeyboardInterrupt):
+        run(arrays(6), store, batch_size=4)
+    assert sorted(part.num_rows for part in store.sets()[0].parts) == [2, 4]
 
 
 def test_an_image_changed_while_the_job_ran_is_not_filed(store: FeatureStore, tmp_path: Path) -> None:
