@@ -121,8 +121,8 @@ def extract(
         device: auto, cpu, cuda or cuda:1.
         batch_size: images a pass; part of the profile, not of the key. Default: that of stored rows of the same set,
             else 32 on a CPU and 256 on a GPU.
-        workers: threads that read and decode; 0 for none; more than four of them for many images are processes. Default:
-            one a processor, up to 8; as processes, one a processor but for one.
+        workers: threads that read and decode; 0 for none; more than four of them for many images are processes.
+            Default: one a processor, up to 8; as processes, one a processor but for one.
         progress: shows a bar on stderr.
         shard: of several jobs with the same arguments the one that this is, each of which computes its own images:
             ``i/n``, or where that is told by the environment ``slurm``, ``kubernetes/n`` or ``torchrun``. Any number of
