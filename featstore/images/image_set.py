@@ -223,8 +223,9 @@ class ImageSet:
         `.seg.png`); a column is a member of that suffix, as text, or a field of the member `.json`. The column
         `label` is the member `.cls` as well.
 
-        Without `split_column` the names of the shards say the splits (`train-000`, `val-000`) where they name several;
-        with `split_column=""` there are none. `label_sep`, `task` and `held_out_classes` are those of `from_table`.
+        Without `split_column` the names of the shards say the splits (`train-000`, `val-000`) where they name several,
+        else the samples' column `split`, if the first one has it; with `split_column=""` there are none. `label_sep`,
+        `task` and `held_out_classes` are those of `from_table`.
 
         Raises:
             ValueError: if a shard isn't there, is compressed, damaged or cut off, or samples can't be understood: two

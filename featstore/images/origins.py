@@ -277,12 +277,14 @@ class TarOrigin:
         return "no split in the shards' names"
 
     def found_split(self, images: ImageSet, options: Mapping[str, Any]) -> str | None:
-        """That the shards' names were read."""
-        if images.origin["split_column"] != SHARD or options["split_column"] is not None:
+        """That the shards' names were read, or which column of the samples."""
+        column = images.origin["split_column"]
+        if not column or options["split_column"] is not None:
             return None
         from featstore.images.labels import split_counts
 
-        return f"split by the shards' names: {split_counts(images.splits)} (to deal anew: --split-column '')"
+        what = "the shards' names" if column == SHARD else f"the samples' {column}"
+        return f"split by {what}: {split_counts(images.splits)} (to deal anew: --split-column '')"
 
     def one_class(self, images: ImageSet, name: str) -> str:
         """That the labels must differ."""

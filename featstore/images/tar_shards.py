@@ -40,7 +40,7 @@ from featstore.images.names import IMAGE_SUFFIXES, SHARD, Task, split_hinted, sp
 from featstore.words import counted, listed, some
 
 _CLASS = "cls"  # the member that WebDataset gives a class
-_LABEL = "label"
+_LABEL, _SPLIT = "label", "split"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,6 +211,8 @@ def tar_images(
                 if place is None:
                     skipped.append((sample.key, f"has no image in {path}"))
                     continue
+                if split_column is None and not rows and sample.says(_SPLIT):  # the first one speaks for all
+                    split_column = _SPLIT
                 places.append((number, *place, _header(file, place[0])))
                 row = _row(sample, values, label_sep, split_column, group_column, task)
                 given.update(name for name in values if sample.says(name))

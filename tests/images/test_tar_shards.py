@@ -139,6 +139,20 @@ def test_shards_named_after_splits_are_these_splits(tmp_path: Path) -> None:
     assert only.dealt.startswith("no split in the shards' names: ")
 
 
+def test_a_field_split_of_the_samples_is_their_split_as_a_tables_column_is(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {}
+    for number, split in enumerate(("train", "val", "train", "test")):
+        members |= {f"{number}.png": image_bytes(number), f"{number}.cls": "cat"}
+        members[f"{number}.json"] = json.dumps({"split": split})
+    path = shard(tmp_path / "a.tar", members)
+    given = ImageFlags(images=str(path)).given()
+    assert given.images.splits.tolist() == ["train", "valid", "train", "test"]
+    assert given.about == ("split by the samples' split: train 2, valid 1, test 1 (to deal anew: --split-column '')",)
+    assert ImageSet.from_tar(path, split_column="").splits.tolist() == [""] * 4
+    named = [shard(tmp_path / f"{name}-0.tar", members) for name in ("train", "val")]
+    assert ImageSet.from_tar(named).splits.tolist() == ["train"] * 4 + ["valid"] * 4  # names come first
+
+
 def test_a_folder_of_images_with_a_tar_beside_them_stays_one(tmp_path: Path) -> None:
     folder = photos(tmp_path / "photos", 4)
     shard(folder / "more.tar", samples("cat"))
