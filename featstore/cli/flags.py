@@ -355,8 +355,8 @@ class ComputeFlags:
         typer.Option(
             min=0,
             metavar="N",
-            help="Threads that read and decode; 0: none beside the main one.",
-            show_default="one a processor, up to 8",
+            help="Threads that read and decode; 0: none beside the main one. Many images: processes, from 5 on.",
+            show_default="one a processor, threads up to 8",
         ),
     ] = None
     trust_code: TrustOption = False
