@@ -84,6 +84,14 @@ class CountingUntraced(Counting):
         return values if values.isnan().all() else super().forward(values)
 
 
+class Settling(Counting):
+    """Gives the same from its third run on, so that no search run by run finds it."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.calls = min(self.calls + 1, 3)
+        return values if values.isnan().all() else values * self.calls
+
+
 class CountingLater(Counting):
     """Changes what it computes only after many runs."""
 
@@ -261,6 +269,7 @@ IMPURE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "global list": (Remembering, r"\(Remembering\)"),
     "global list, opaque": (RememberingUntraced, r"\(RememberingUntraced\)"),
     # By time and chance.
+    "settling after three runs": (Settling, r"\(Settling\) gives other values each time it runs"),
     "time": (lambda: Traced(lambda v: v * (time.time() % 1)), r"\(Traced\)"),
     "time, opaque": (lambda: Opaque(lambda v: v * (perf_counter() % 1)), r"\(Opaque\)"),
     "parity of the clock, opaque": (lambda: Opaque(lambda v: v * (int(time.time() * 1e4) % 2)), r"\(Opaque\)"),
