@@ -31,7 +31,7 @@ from torchvision.models import ResNet18_Weights
 import featstore.cli.app
 import training.cli
 from featstore import Augment, FeatureStore, ImageSet, StagedModel
-from featstore.cli.flags import load_model
+from featstore.cli.models import load_model
 from featstore.cli.program import DONE, FAILED, INCOMPLETE, table
 from featstore.digest import Json
 from featstore.models.runs import read_run

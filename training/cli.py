@@ -13,16 +13,15 @@ from featstore.cli.flags import (
     AugmentFlags,
     GivenImages,
     ImageFlags,
-    ModelFlags,
     OutputFlags,
     RunFlags,
     StoreOption,
     ViewFlags,
-    load_model,
     open_store,
     parse_numbers,
     spread,
 )
+from featstore.cli.models import ModelFlags, load_model
 from featstore.cli.program import new_app, one_of, run, show, show_json, table, tell, tell_all
 from featstore.images.names import SPLITS
 from featstore.models.names import REDUCTIONS

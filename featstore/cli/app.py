@@ -16,16 +16,15 @@ from featstore.cli import exchange, store
 from featstore.cli.flags import (
     AugmentFlags,
     ImageFlags,
-    ModelFlags,
     OutputFlags,
     RunFlags,
     StoreOption,
     TrustOption,
     ViewFlags,
-    load_model,
     open_store,
     spread,
 )
+from featstore.cli.models import ModelsFlags, load_model
 from featstore.cli.program import (
     DONE,
     FAILED,
@@ -184,7 +183,7 @@ class ExtractFlags(RunFlags):
 @spread
 def extract(
     images: ImageFlags,
-    model: ModelFlags,
+    model: ModelsFlags,
     sets: SetFlags,
     view: ViewFlags,
     augment: AugmentFlags,
@@ -223,7 +222,7 @@ def extract(
 @spread
 def status(
     images: ImageFlags,
-    model: ModelFlags,
+    model: ModelsFlags,
     sets: SetFlags,
     view: ViewFlags,
     augment: AugmentFlags,
@@ -317,7 +316,7 @@ def doctor(output: OutputFlags) -> None:
 
 
 def _planned(
-    images: ImageFlags, model: ModelFlags, sets: SetFlags, view: ViewFlags, augment: AugmentFlags, how: ExtractFlags
+    images: ImageFlags, model: ModelsFlags, sets: SetFlags, view: ViewFlags, augment: AugmentFlags, how: ExtractFlags
 ) -> Plan:
     """What is asked for, against what is stored; says all that its owner should know about it."""
     augmentation = augment.augmentation()
@@ -330,16 +329,14 @@ def _planned(
     tell_all(given.notes)
     from featstore.extraction.plan import plan  # torch: what was asked for is understood by now
 
-    staged = model.model(sets.cuts, trust_code=how.trust_code)
-    tell_all(view.notes(staged))
+    models = model.models(sets.cuts, trust_code=how.trust_code)
+    tell_all(list(dict.fromkeys(note for staged, _ in models for note in view.notes(staged))))
     planned = plan(
-        staged,
+        [(staged.with_(view=view.view(staged.view)), cuts) for staged, cuts in models],
         given.images,
         open_store(sets.store),
-        cuts=sets.cuts or None,
         reduce=sets.reduce,
         augment=augmentation,
-        view=view.view(staged.view),
         dtype=sets.dtype,
         precision=one_of("--precision", sets.precision, PRECISIONS),
         shard=how.given_shard(),
@@ -393,7 +390,9 @@ def _report(report: ExtractReport, output: OutputFlags) -> None:
             }
         )
     else:
-        show(table([each | {"key": each["key"][:8]} for each in report.sets]))
+        left_out = {"backbone"} if len({each["backbone"] for each in report.sets}) == 1 else set()
+        rows = [{name: each[name] for name in each if name not in left_out} for each in report.sets]
+        show(table([each | {"key": each["key"][:8]} for each in rows]))
 
 
 def _cut_facts(model: StagedModel) -> dict[str, Json]:

@@ -14,13 +14,13 @@ from featstore.cli.flags import (
     GivenImages,
     ImageFlags,
     KeyArgument,
-    ModelFlags,
     OutputFlags,
     StoreOption,
     ViewFlags,
     open_store,
     spread,
 )
+from featstore.cli.models import ModelFlags
 from featstore.cli.program import one_of, show, show_json, tell, tell_all
 from featstore.exchange.names import EXPORT_SUFFIXES
 from featstore.extraction.defaults import NUM_ROWS

@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 
 from featstore.cli.program import one_of
-from featstore.errors import OnError, WeightsError
+from featstore.errors import OnError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.geometry import INTERPOLATIONS
 from featstore.images.names import OWN_SPLITS, Task, TopFolders
 from featstore.images.origins import ORIGINS, Origin, named_by
 from featstore.images.policies import BUILT_IN
 from featstore.images.spelling import completed, read
-from featstore.models.names import WEIGHTS_SUFFIXES, no_weights_file
 from featstore.words import counted
 
 if TYPE_CHECKING:
@@ -197,41 +193,6 @@ class ImageFlags:
                     f"{name} {value} would deal images that bring a split of their own ({images.describe()}). Leave "
                     f"out {name}, or {origin.without_split}."
                 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    """Which backbone, with which weights."""
-
-    backbone: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|FILE.py:FN|RUN_DIR", help="A name (featstore backbones), your own function, or a saved run."
-        ),
-    ]
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEFAULT|ENUM|none|FILE",
-            help="Weights; none: a seeded initialisation.",
-            show_default="DEFAULT for a name, else its own",
-        ),
-    ] = None
-    weights_prefix: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="What tensors' names begin with in a file of several networks, such as teacher."
-        ),
-    ] = None
-
-    def __post_init__(self) -> None:
-        path = Path(self.weights or "").expanduser()
-        if path.suffix in WEIGHTS_SUFFIXES and not path.is_file():  # said before anything is loaded
-            raise WeightsError(no_weights_file(path))
-
-    def model(self, cuts: Sequence[str] = (), *, trust_code: bool = False) -> StagedModel:
-        """The model, see `load_model`."""
-        return load_model(self.backbone, self.weights, cuts, weights_prefix=self.weights_prefix, trust_code=trust_code)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,33 +396,6 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {each.name: each.annotation for each in parameters}
     return called
-
-
-def load_model(
-    source: str,
-    weights: str | None,
-    cuts: Sequence[str] = (),
-    *,
-    weights_prefix: str | None = None,
-    trust_code: bool = False,
-) -> StagedModel:
-    """`backbone(source, weights)` whose tensors fit up to the deepest of `cuts` (``CUT`` or ``CUT:REDUCTION``).
-
-    Raises:
-        ValueError: for an unknown backbone or cut; of a named backbone before any weights are read.
-    """
-    from featstore.models.backbones import backbone, is_named, outline
-
-    names = [cut.partition(":")[0] for cut in cuts]
-    with redirect_stdout(sys.stderr):  # torch.hub announces its downloads there, and a person's file may print
-        if is_named(source):
-            skeleton = outline(source)
-        elif names and weights is not None:
-            skeleton = backbone(source, trust_code=trust_code)
-        else:
-            return backbone(source, weights, weights_prefix=weights_prefix, trust_code=trust_code)
-        deepest = max(names, key=skeleton.index, default=None)
-        return backbone(source, weights, cut=deepest, weights_prefix=weights_prefix, trust_code=trust_code)
 
 
 def open_store(folder: str) -> FeatureStore:

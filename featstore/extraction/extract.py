@@ -10,7 +10,6 @@ from typing import get_args
 
 import numpy as np
 import torch
-from torch import nn
 
 from featstore.digest import Json
 from featstore.errors import Doubtful, ImageError, OnError, check_choice
@@ -24,14 +23,13 @@ from featstore.extraction.failures import (
 from featstore.extraction.filed import Filed, merge_parts
 from featstore.extraction.job import refuse_changed
 from featstore.extraction.opening import open_plan
-from featstore.extraction.plan import Plan, plan
+from featstore.extraction.plan import Models, Plan, plan
 from featstore.extraction.shards import Shard
 from featstore.files.index import is_among
 from featstore.images.image_set import ImageSet
 from featstore.images.render import check_workers
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Precision
-from featstore.models.staged import StagedModel
 from featstore.models.trunk import check_batch_size, choose_device
 from featstore.store.sets import digest_rows
 from featstore.store.store import FeatureStore
@@ -49,8 +47,9 @@ class ExtractReport:
         missing: images asked for that lack a row for another reason: their files are absent, or when their turn came
             they had vanished, had changed or couldn't be read. The next run computes them if it can.
         seconds: wall-clock time.
-        keys: of the sets, in the order of cuts, each with the evaluation view first.
-        sets: one record a set: key, cut, reduce, view, seed, rows (images that have one now), computed, reused, failed.
+        keys: of the sets, in the order of models and cuts, each with the evaluation view first.
+        sets: one record a set: key, backbone, cut, reduce, view, seed, rows (images that have one now), computed,
+            reused, failed.
         failures: (image id, reason) of failed and missing images.
         notes: sentences about what its owner should know, or that could not be done afterwards; all rows are filed.
         doubts: (image id, reason) of images that were decoded now and may not look as their owner expects: damaged in a
@@ -81,7 +80,7 @@ class ExtractReport:
 
 
 def extract(
-    model: StagedModel | nn.Module,
+    model: Models,
     images: ImageSet,
     store: FeatureStore,
     *,
@@ -103,10 +102,11 @@ def extract(
     """Computes the rows that the store lacks: the evaluation view of all images, and `augment`'s seeds of the training.
 
     Args:
-        model: whose trunk runs, in eval mode; never changed.
+        model: whose trunk runs, in eval mode; never changed. Or several, each with its cuts, as ``[(model, ["layer4"]),
+            (other, None)]``: an image is read and decoded once for all of them.
         images: whose features are wanted; without a split, seeds are computed for all of them.
         store: where the features go; its folder is made if needed.
-        cuts: ``CUT`` or ``CUT:REDUCTION`` each; default: the model's default cut.
+        cuts: ``CUT`` or ``CUT:REDUCTION`` each; default: the model's default cut. None beside several models.
         reduce: reduction of the cuts that don't name one: auto, none, avg, max, concat, token or tokens.
         augment: policy and fixed seeds; each seed is a feature set of its own.
         view: geometry and normalisation; default: the model's.
@@ -259,6 +259,7 @@ def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[
         sets.append(
             {
                 "key": each.spec.key,
+                "backbone": each.source.model.name,
                 "cut": each.cut,
                 "reduce": each.spec.reduction,
                 "view": "evaluation" if each.view.policy is None else each.view.policy.label,

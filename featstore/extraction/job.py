@@ -20,7 +20,7 @@ from featstore.errors import Doubtful, FactsDifferError, FeatureStoreError, Imag
 from featstore.extraction.failures import Failing
 from featstore.extraction.filed import Filed
 from featstore.extraction.narrowing import Narrowed, Narrowing
-from featstore.extraction.plan import Plan, PlannedSet
+from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
 from featstore.extraction.progress import Progress
 from featstore.images.processes import CannotShareError, Renderers
 from featstore.images.render import Job as ImageJob
@@ -37,6 +37,38 @@ COMMIT_SECONDS = 60.0
 """A part is written when this much has been gathered, or this long after the last one."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Opened:
+    """A model of a plan, ready to compute.
+
+    Attributes:
+        planned: the model.
+        places: of the plan's sets those that are of it.
+        trunk: what computes their rows.
+        probes: of each output, what is filed with its rows.
+        stages: cut -> the facts of the model's stages up to it.
+    """
+
+    planned: PlannedModel
+    places: list[int]
+    trunk: Trunk
+    probes: dict[Output, Probe]
+    stages: dict[str, list[Json]]
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a trunk is given of an image.
+
+    Attributes:
+        model: the place of an opened model.
+        view: of the image; models with other means share its pixels.
+    """
+
+    model: int
+    view: View
+
+
 @dataclass(kw_only=True, eq=False)
 class Session:
     """What computes the images of a plan, one run at a time. Made by `open_plan`; close it, or use it in a `with`.
@@ -46,12 +78,10 @@ class Session:
     Attributes:
         planned: the plan.
         store: where rows go.
-        trunk: what computes them.
-        probes: of each output, what is filed with its rows.
-        stages: cut -> the facts of the model's stages up to it.
-        views: distinct ones of the plan's sets.
-        view_of: for each set the place of its view among those.
-        is_needed: ``(V, N)``, for each view the images to render: those without a row in some set, each content once.
+        opened: the models that lack rows.
+        inputs: distinct ones of their sets.
+        input_of: set -> the place of its input, of each set of theirs.
+        is_needed: ``(I, N)``, for each input the images to compute: those without a row in some set, each content once.
         on_error: as in `extract`.
         max_errors: as in `extract`, of each run.
         doubtful: as in `extract`.
@@ -63,11 +93,9 @@ class Session:
 
     planned: Plan
     store: FeatureStore
-    trunk: Trunk
-    probes: dict[Output, Probe]
-    stages: dict[str, list[Json]]
-    views: list[View]
-    view_of: list[int]
+    opened: list[Opened]
+    inputs: list[Input]
+    input_of: dict[int, int]
     is_needed: NDArray[np.bool_]
     on_error: OnError
     max_errors: int | None
@@ -125,22 +153,23 @@ class Job:
     """One run over some images of a session's plan.
 
     Three things go on at once: threads render views, the device computes a pass, and a thread writes a part. Rows of
-    a pass are gathered after the next one has been launched, so that a GPU never waits for them.
+    a pass are gathered after the model's next one has been launched, so that a GPU never waits for them.
 
     Args:
-        session: whose trunk computes.
-        is_needed: ``(V, N)``, for each view the images to render.
+        session: whose trunks compute.
+        is_needed: ``(I, N)``, for each input the images to compute.
         failing: counts those of its images that fail.
         progress: is told how it goes.
     """
 
     def __init__(self, session: Session, is_needed: NDArray[np.bool_], failing: Failing, progress: Progress) -> None:
-        self.session, self.planned, self.trunk = session, session.planned, session.trunk
+        self.session, self.planned = session, session.planned
         self.is_needed, self.failing, self.progress = is_needed, failing, progress
-        # Jobs whose views, of those places among the session's, are on their way; they come back in order.
+        # Jobs whose views, for those places among the session's inputs, are on their way; they come back in order.
         self.drawn: deque[tuple[ImageJob, list[int]]] = deque()
         self.gathered = [self._nothing(each) for each in self.planned.sets]
-        self.launched: _Launched | None = None
+        self.batches: list[list[_Item]] = [[] for _ in session.opened]  # of each model those that wait for a pass
+        self.launched: list[_Launched | None] = [None for _ in session.opened]
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="featstore-write")
         self.writing: Future[None] | None = None
         self.lot = self._all_nothing()  # what the writer has, as far as it isn't written
@@ -149,29 +178,24 @@ class Job:
 
     def run(self) -> Filed:
         """Computes what is missing; files what is done also when it ends in an error."""
-        size = self.trunk.batch_size
-        batch: list[_Item] = []
         rendered = self.rendered()
         try:
             with self.progress, closing(rendered):
                 for each in self.progress.timed("reading and decoding", rendered):
-                    batch += self._items(each)
-                    while len(batch) >= size:
-                        self._launch(batch[:size])
-                        batch = batch[size:]
-                        with self.progress.timing("writing"):
-                            self._commit_if_due()
+                    self._take(each)
+                    self._launch_full()
                     self.progress.step()
                     if self.failing.are_too_many:
                         break
-                self._launch(batch)
+                self._launch_rest()
         except ImageError:
-            self._launch(batch)  # what is decoded already needn't be read again by the next run
+            self._launch_rest()  # what is decoded already needn't be read again by the next run
             raise
         finally:
             with self.writer:
                 try:
-                    self._gather_all(self.launched)
+                    for model in range(len(self.launched)):
+                        self._gather_launched(model)
                 finally:
                     try:
                         self._commit_rest()
@@ -199,26 +223,29 @@ class Job:
 
     def _jobs(self) -> Iterator[ImageJob]:
         """Drawn by the renderer as it goes, so that memory doesn't grow with the number of images."""
-        digests, views = self.planned.digests.values, self.session.views
+        digests, pixels = self.planned.digests.values, [each.view.pixels for each in self.session.inputs]
         for index in np.flatnonzero(self.is_needed.any(axis=0)).tolist():
             places = [place for place, is_needed in enumerate(self.is_needed[:, index].tolist()) if is_needed]
-            job = ImageJob(index, digests[index].tobytes(), tuple(views[place] for place in places))
+            views = tuple(dict.fromkeys(pixels[place] for place in places))
+            job = ImageJob(index, digests[index].tobytes(), views)
             self.drawn.append((job, places))
             yield job
 
-    def _items(self, rendered: Rendered) -> list[_Item]:
+    def _take(self, rendered: Rendered) -> None:
+        """Has the views of an image wait for the passes of those models that need them."""
         job, places = self.drawn.popleft()
         assert job.index == rendered.index
         if rendered.views is None:
             self._record_failure(job, rendered)
-            return []
+            return
         if rendered.doubt is not None:
             self.filed.doubts[self.planned.images.ids[job.index]] = rendered.doubt
         self.filed.looks[job.index] = rendered.look
-        return [
-            _Item(job.index, job.digest, place, image, rendered.decoder)
-            for place, image in zip(places, rendered.views, strict=True)
-        ]
+        images = dict(zip(job.views, rendered.views, strict=True))
+        for place in places:
+            given = self.session.inputs[place]
+            item = _Item(job.index, job.digest, place, images[given.view.pixels], rendered.decoder)
+            self.batches[given.model].append(item)
 
     def _record_failure(self, job: ImageJob, rendered: Rendered) -> None:
         """Files what would fail again; an image that can't be read now has done nothing to be left out for good."""
@@ -229,44 +256,63 @@ class Job:
             return
         self.filed.failures[digest] = reason
         for place, each in enumerate(self.planned.sets):
-            if each.view in job.views and each.is_missing[job.index]:
+            if each.view.pixels in job.views and each.is_missing[job.index]:
                 self._file_failure(place, digest, reason)
 
     # ---- passes
 
-    def _launch(self, items: Sequence[_Item]) -> None:
-        """Begins a pass, and gathers the rows of the one before it."""
-        if not items:
-            return
-        with self.progress.timing("the forward pass"):
-            images = self._batch(items)
-            values = dict(zip(self.trunk.outputs, self.trunk(images), strict=True))
-            like = {each.output: each for each in self.planned.sets}
-            narrowing = {output: Narrowing(rows, like[output].spec, output.cut) for output, rows in values.items()}
-            before, self.launched = self.launched, _Launched(items, narrowing)
-            self._gather_all(before)
-            if self.trunk.device.type == "cpu":  # where a pass is over when it has been called
-                before, self.launched = self.launched, None
-                self._gather_all(before)
+    def _launch_full(self) -> None:
+        """Launches what is full, and files what is due."""
+        for model, (opened, batch) in enumerate(zip(self.session.opened, self.batches, strict=True)):
+            size = opened.trunk.batch_size
+            while len(batch) >= size:
+                self._launch(model, batch[:size])
+                del batch[:size]
+                with self.progress.timing("writing"):
+                    self._commit_if_due()
 
-    def _batch(self, items: Sequence[_Item]) -> Tensor:
+    def _launch_rest(self) -> None:
+        for model, batch in enumerate(self.batches):
+            if batch:
+                self._launch(model, batch)
+            self.batches[model] = []
+
+    def _launch(self, model: int, items: Sequence[_Item]) -> None:
+        """Begins a pass, and gathers the rows of the model's one before it."""
+        opened = self.session.opened[model]
+        with self.progress.timing("the forward pass"):
+            images = self._batch(items, opened.trunk.device)
+            values = dict(zip(opened.trunk.outputs, opened.trunk(images), strict=True))
+            like = {self.planned.sets[place].output: self.planned.sets[place].spec for place in opened.places}
+            narrowing = {output: Narrowing(rows, like[output], output.cut) for output, rows in values.items()}
+            launched = _Launched(items, narrowing)
+            self._gather_launched(model)
+            self.launched[model] = launched
+            if opened.trunk.device.type == "cpu":  # where a pass is over when it has been called
+                self._gather_launched(model)
+
+    def _batch(self, items: Sequence[_Item], device: torch.device) -> Tensor:
         first = items[0].image
-        is_pinned = self.trunk.device.type == "cuda"  # which the copy to the device is fast and beside others from
+        is_pinned = device.type == "cuda"  # which the copy to the device is fast and beside others from
         batch = torch.empty((len(items), *first.shape), dtype=first.dtype, pin_memory=is_pinned)
         into = batch.numpy()  # torch would copy with all its threads, which wait for one another where others work
         for place, item in enumerate(items):
             into[place] = item.image.numpy()
         return batch
 
-    def _gather_all(self, launched: _Launched | None) -> None:
-        """Gathers the rows of a pass, once it has computed them."""
+    def _gather_launched(self, model: int) -> None:
+        """Gathers the rows of a model's pass, once it has computed them."""
+        launched, self.launched[model] = self.launched[model], None
         if launched is None:
             return
         found = {output: narrowing.narrowed() for output, narrowing in launched.narrowing.items()}
-        for place, (each, view) in enumerate(zip(self.planned.sets, self.session.view_of, strict=True)):
+        for place in self.session.opened[model].places:
+            each, given = self.planned.sets[place], self.session.input_of[place]
             if each.output not in found:
                 continue
-            places = [at for at, item in enumerate(launched.items) if item.view == view and each.is_missing[item.index]]
+            places = [
+                at for at, item in enumerate(launched.items) if item.given == given and each.is_missing[item.index]
+            ]
             if places:
                 self._gather(place, launched.items, found[each.output], places)
 
@@ -337,10 +383,13 @@ class Job:
                 self._write(gathered)
 
     def _write(self, gathered: list[Gathered]) -> None:
-        for place, each in enumerate(self.planned.sets):
-            if gathered[place].num_rows or gathered[place].failed:
-                self.filed.parts[place].append(gathered[place].write(self.session.store, self._facts(each)))
-                gathered[place] = self._nothing(each)  # only now: who ends the job writes what is left
+        for opened in self.session.opened:
+            for place in opened.places:
+                each = self.planned.sets[place]
+                if gathered[place].num_rows or gathered[place].failed:
+                    path = gathered[place].write(self.session.store, _facts(opened, each))
+                    self.filed.parts[place].append(path)
+                    gathered[place] = self._nothing(each)  # only now: who ends the job writes what is left
 
     def _wait_for_writing(self) -> None:
         if self.writing is not None:
@@ -348,7 +397,8 @@ class Job:
             writing.result()
 
     def _check_model(self) -> None:
-        if not self.trunk.is_live or not any(each.num_rows for each in self.gathered):
+        is_live = any(each.trunk.is_live for each in self.session.opened)
+        if not is_live or not any(each.num_rows for each in self.gathered):
             return
         try:
             refuse_changed(self.planned)
@@ -360,40 +410,44 @@ class Job:
         return [self._nothing(each) for each in self.planned.sets]
 
     def _nothing(self, each: PlannedSet) -> Gathered:
-        stages = self.session.stages[each.cut]
-        return Gathered(each.spec, each.output.pool.shape(tuple(stages[-1]["shape"])))
+        return Gathered(each.spec, each.shape)
 
-    def _facts(self, each: PlannedSet) -> dict[str, Json]:
-        class_tokens, prefix_tokens = self.planned.model.tokens(each.cut)
-        return part_facts(
-            backbone=self.planned.model.name,
-            stages=self.session.stages[each.cut],
-            class_tokens=class_tokens,
-            prefix_tokens=prefix_tokens,
-            profile=self.trunk.profile(),
-            probe=self.session.probes[each.output].facts(),
-        )
+
+def _facts(opened: Opened, each: PlannedSet) -> dict[str, Json]:
+    model = opened.planned.model
+    class_tokens, prefix_tokens = model.tokens(each.cut)
+    return part_facts(
+        backbone=model.name,
+        stages=opened.stages[each.cut],
+        class_tokens=class_tokens,
+        prefix_tokens=prefix_tokens,
+        profile=opened.trunk.profile(),
+        probe=opened.probes[each.output].facts(),
+    )
 
 
 def refuse_changed(planned: Plan) -> None:
-    """Rows are filed under the digests of the plan, so they must be of that model still."""
-    last = max((each.cut for each in planned.sets), key=planned.model.index)
-    for stage, digest in planned.model.up_to(last).digests().items():
-        if digest != planned.stage_digests[stage]:
-            raise FactsDifferError(
-                f"{planned.model.name} was changed after the extraction was planned: up to stage {stage} its digest is "
-                f"{digest[:8]}, expected {planned.stage_digests[stage][:8]}. None of what it computes now was filed. "
-                "Plan and extract anew; what is trained while that runs must be a copy: copy.deepcopy(model)."
-            )
+    """Rows are filed under the digests of the plan, so they must be of those models still."""
+    for source, places in planned.models.items():
+        model = source.model
+        last = max((planned.sets[place].cut for place in places), key=model.index)
+        for stage, digest in model.up_to(last).digests().items():
+            expected = source.stage_digests[stage]
+            if digest != expected:
+                raise FactsDifferError(
+                    f"{model.name} was changed after the extraction was planned: up to stage {stage} its digest is "
+                    f"{digest[:8]}, expected {expected[:8]}. None of what it computes now was filed. "
+                    "Plan and extract anew; what is trained while that runs must be a copy: copy.deepcopy(model)."
+                )
 
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """One view of one image on its way to the trunk; the view by its place among the session's."""
+    """One view of one image on its way to a trunk; `given` is the place of the input among the session's."""
 
     index: int
     digest: bytes
-    view: int
+    given: int
     image: Tensor
     decoder: int
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from featstore.errors import Doubtful, FeatureStoreError, OnError
 from featstore.extraction.failures import check_max_errors
-from featstore.extraction.job import Session, refuse_changed
+from featstore.extraction.job import Input, Opened, Session, refuse_changed
 from featstore.extraction.narrowing import refuse_too_small
-from featstore.extraction.plan import Plan
+from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
 from featstore.files.index import first_places
 from featstore.images.processes import renderers_for
 from featstore.images.render import check_workers
@@ -51,23 +51,37 @@ def open_plan(
     check_batch_size(batch_size)
     check_workers(workers)
     check_max_errors(max_errors, on_error)
-    batching = batching_for([each.stored for each in planned.sets], chosen.type, batch_size)
-    views = list(dict.fromkeys(each.view for each in planned.sets))
-    view_of = [views.index(each.view) for each in planned.sets]
-    is_needed = _needed(planned, view_of, len(views))
-    ahead = _ahead(is_needed, views[0], batching.batch_size or default_batch_size(chosen))
+    lacking = {
+        source: places
+        for source, places in planned.models.items()
+        if any(planned.sets[place].is_missing.any() for place in places)
+    }
+    batching = {
+        source: batching_for([planned.sets[place].stored for place in places], chosen.type, batch_size)
+        for source, places in lacking.items()
+    }
+    input_at = {
+        place: Input(model, planned.sets[place].view)
+        for model, places in enumerate(lacking.values())
+        for place in places
+    }
+    inputs = list(dict.fromkeys(input_at.values()))
+    input_of = {place: inputs.index(each) for place, each in input_at.items()}
+    is_needed = _needed(planned, input_of, len(inputs))
+    most = max(each.batch_size or default_batch_size(chosen) for each in batching.values())
+    ahead = _ahead(is_needed, inputs, most)
     renderers = renderers_for(
         planned.images.source,
-        views,
+        list(dict.fromkeys(each.view.pixels for each in inputs)),
         num_images=int(is_needed.any(axis=0).sum()),
         workers=workers,
         doubtful=doubtful,
         ahead=ahead,
     )
     try:
-        model = planned.model.with_(view=views[0].evaluation)
-        trunk, probes = _judged_trunk(planned, model, chosen, batching)
-        stages = stage_facts(model, planned.stage_digests)
+        opened = [_opened(planned, source, places, chosen, batching[source]) for source, places in lacking.items()]
+        with timed("key"):
+            refuse_changed(planned)  # trunks and probes, too, must be those of the planned models
     except BaseException:
         if renderers is not None:
             renderers.close()
@@ -75,11 +89,9 @@ def open_plan(
     return Session(
         planned=planned,
         store=store,
-        trunk=trunk,
-        probes=probes,
-        stages={each.cut: stages[: model.index(each.cut) + 1] for each in planned.sets},
-        views=views,
-        view_of=view_of,
+        opened=opened,
+        inputs=inputs,
+        input_of=input_of,
         is_needed=is_needed,
         on_error=on_error,
         max_errors=max_errors,
@@ -90,47 +102,59 @@ def open_plan(
     )
 
 
-def _judged_trunk(
-    planned: Plan, model: StagedModel, device: torch.device, batching: Batching
-) -> tuple[Trunk, dict[Output, Probe]]:
-    """The trunk, which is a function of one image, and the probe of each output."""
-    outputs = list(dict.fromkeys(each.output for each in planned.sets))
-    lacking = list(dict.fromkeys(each.output for each in planned.sets if each.is_missing.any()))
+def _opened(planned: Plan, source: PlannedModel, places: list[int], device: torch.device, batching: Batching) -> Opened:
+    """A model with its trunk, which is a function of one image, and the probe of each output."""
+    sets = [planned.sets[place] for place in places]
+    model = source.model.with_(view=sets[0].view.evaluation)
+    outputs = list(dict.fromkeys(each.output for each in sets))
+    lacking = list(dict.fromkeys(each.output for each in sets if each.is_missing.any()))
     trunk = Trunk(
         model,
         lacking,
         view=model.view,
         batching=batching,
-        precision=planned.sets[0].spec.precision,
+        precision=sets[0].spec.precision,
         device=device,
     )
     with timed("purity"):
         last = max((output.cut for output in lacking), key=model.index)
-        if _was_judged(planned, last, trunk):
+        if _was_judged(sets, last, trunk):
             refuse_modes(model, last)
         else:
             check_pure(model, last, batch_size=trunk.batch_size, device=trunk.device)
     with timed("probe"):
-        probes = _checked_probes(planned, model, outputs, trunk)
-    with timed("key"):
-        refuse_changed(planned)  # trunk and probes, too, must be those of the planned model
-    return trunk, probes
+        probes = _checked_probes(sets, model, outputs, trunk)
+    stages = stage_facts(model, source.stage_digests)
+    return Opened(
+        planned=source,
+        places=places,
+        trunk=trunk,
+        probes=probes,
+        stages={each.cut: stages[: model.index(each.cut) + 1] for each in sets},
+    )
 
 
-def _ahead(is_needed: NDArray[np.bool_], view: View, batch_size: int) -> int:
-    num_views = max(1, int(is_needed.sum(axis=0).max(initial=1)))
-    wanted = AHEAD_BATCHES * batch_size // num_views + 1
-    return min(wanted, max(1, AHEAD_BYTES // (num_views * view.channels * view.size**2)))
+def _ahead(is_needed: NDArray[np.bool_], inputs: list[Input], batch_size: int) -> int:
+    """How many images to render ahead: for some passes of the model that gets the fewest of an image."""
+    views: dict[View, NDArray[np.bool_]] = {}
+    for each, needed in zip(inputs, is_needed, strict=True):
+        pixels = each.view.pixels
+        views[pixels] = views[pixels] | needed if pixels in views else needed
+    num_bytes = sum(needed * (each.channels * each.size**2) for each, needed in views.items())
+    of_models = [[each.model == model for each in inputs] for model in range(1 + max(each.model for each in inputs))]
+    fewest = min(int(is_needed[of_model].sum(axis=0).max(initial=1)) for of_model in of_models)
+    wanted = AHEAD_BATCHES * batch_size // max(1, fewest) + 1
+    return min(wanted, max(1, AHEAD_BYTES // int(np.max(num_bytes, initial=1))))
 
 
-def _needed(planned: Plan, view_of: list[int], num_views: int) -> NDArray[np.bool_]:
+def _needed(planned: Plan, input_of: dict[int, int], num_inputs: int) -> NDArray[np.bool_]:
     """See `Session.is_needed`.
 
     The same content in two splits may need seeds in one of them only, so its views may come from two images.
     """
-    needed = np.zeros((num_views, len(planned.images)), dtype=bool)
-    for each, view in zip(planned.sets, view_of, strict=True):
-        needed[view] |= each.is_missing & ~planned.digests.is_failed
+    needed = np.zeros((num_inputs, len(planned.images)), dtype=bool)
+    for place, given in input_of.items():
+        needed[given] |= planned.sets[place].is_missing & ~planned.digests.is_failed
     for row in needed:
         places = np.flatnonzero(row)
         row[places] = False
@@ -138,10 +162,10 @@ def _needed(planned: Plan, view_of: list[int], num_views: int) -> NDArray[np.boo
     return needed
 
 
-def _was_judged(planned: Plan, cut: str, trunk: Trunk) -> bool:
+def _was_judged(sets: list[PlannedSet], cut: str, trunk: Trunk) -> bool:
     """Whether rows of this trunk up to `cut`, computed as it will compute them, are stored: it was judged for those."""
     profile = trunk.profile()
-    stored = [each.stored.parts for each in planned.sets if each.cut == cut and each.stored is not None]
+    stored = [each.stored.parts for each in sets if each.cut == cut and each.stored is not None]
     return any(
         all(part.facts["profile"].get(name) == profile[name] for name in profile if name != "threads")
         for parts in stored
@@ -149,7 +173,9 @@ def _was_judged(planned: Plan, cut: str, trunk: Trunk) -> bool:
     )
 
 
-def _checked_probes(planned: Plan, model: StagedModel, outputs: list[Output], trunk: Trunk) -> dict[Output, Probe]:
+def _checked_probes(
+    sets: list[PlannedSet], model: StagedModel, outputs: list[Output], trunk: Trunk
+) -> dict[Output, Probe]:
     precision = trunk.precision
     taken = take_probes(model, outputs, view=trunk.view, precision=precision, device=trunk.device)
     probes = dict(zip(outputs, taken, strict=True))
@@ -159,7 +185,7 @@ def _checked_probes(planned: Plan, model: StagedModel, outputs: list[Output], tr
                 f"{model.name} at {output.cut}: the activations of the two probe images aren't finite. The weights may "
                 f"be damaged, or {precision} too narrow for this model (--precision fp32)."
             )
-    for each in planned.sets:
+    for each in sets:
         if each.is_missing.any():
             refuse_too_small(probes[each.output], each.spec, name=model.name, cut=each.cut)
         if each.stored is not None:

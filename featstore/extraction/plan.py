@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,10 +30,24 @@ from featstore.words import size_text
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedModel:
+    """One model of a plan.
+
+    Attributes:
+        model: whose trunk runs.
+        stage_digests: cut -> digest of the model up to it, as it was when the plan was made.
+    """
+
+    model: StagedModel
+    stage_digests: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PlannedSet:
     """One feature set of a plan.
 
     Attributes:
+        source: the model that it is of.
         cut: canonical name.
         output: cut and reduction.
         view: evaluation, or with one seed.
@@ -42,9 +56,11 @@ class PlannedSet:
         is_wanted: ``(N,)``, the images that were asked for.
         is_missing: ``(N,)``, those of them without a row.
         is_failed: ``(N,)``, those of them that failed before or can't be read now, though their files are there.
+        shape: of one row.
         row_bytes: size of one row.
     """
 
+    source: PlannedModel
     cut: str
     output: Output
     view: View
@@ -53,6 +69,7 @@ class PlannedSet:
     is_wanted: NDArray[np.bool_]
     is_missing: NDArray[np.bool_]
     is_failed: NDArray[np.bool_]
+    shape: tuple[int, ...]
     row_bytes: int
 
 
@@ -64,26 +81,30 @@ class Plan:
     changed.
 
     Attributes:
-        model: whose trunk runs.
         images: in order.
         digests: of the images.
-        sets: the evaluation view's and each seed's, for every cut; no two of one key.
+        sets: of each model the evaluation view's and each seed's, for every cut; no two of one key.
         is_absent: ``(N,)``, images whose files aren't there.
         is_changed: ``(N,)``, images that the store knew by their ids, with another content.
-        stage_digests: cut -> digest of the model up to it.
         shard: of several jobs the one whose plan this is; None for one job.
         is_owned: ``(N,)``, the images of the shard; all, without one.
     """
 
-    model: StagedModel
     images: ImageSet
     digests: Digests
     sets: tuple[PlannedSet, ...]
     is_absent: NDArray[np.bool_]
     is_changed: NDArray[np.bool_]
-    stage_digests: dict[str, str]
     shard: Shard | None
     is_owned: NDArray[np.bool_]
+
+    @cached_property
+    def models(self) -> dict[PlannedModel, list[int]]:
+        """Each model, in order, with the places of its sets."""
+        models: dict[PlannedModel, list[int]] = {}
+        for place, each in enumerate(self.sets):
+            models.setdefault(each.source, []).append(place)
+        return models
 
     @cached_property
     def is_missing(self) -> NDArray[np.bool_]:
@@ -156,8 +177,12 @@ class Plan:
         return [*notes, *(note for note in found if note is not None)]
 
 
+Models = StagedModel | nn.Module | Sequence[tuple[StagedModel | nn.Module, Sequence[str] | None]]
+"""One model; or several, each with its cuts, or None for its default cut."""
+
+
 def plan(
-    model: StagedModel | nn.Module,
+    model: Models,
     images: ImageSet,
     store: FeatureStore,
     *,
@@ -178,8 +203,8 @@ def plan(
         ModelError: for a model that can't be keyed.
         DamagedFileError: for a damaged part or image table of what is asked for.
     """
+    given = _given_models(model, cuts)
     for name, value, kind, example in (
-        ("model", model, nn.Module, 'backbone("resnet34")'),
         ("images", images, ImageSet, 'ImageSet.from_folder("photos")'),
         ("store", store, FeatureStore, 'FeatureStore("features")'),
     ):
@@ -187,10 +212,6 @@ def plan(
             raise TypeError(f"{name} is {value!r}; expected what {example} gives.")
     if not len(images):
         raise ValueError(f"{images.name} holds no images. Expected some to extract. Give the set that has been dealt.")
-    if isinstance(cuts, str):
-        raise TypeError(f"cuts is {cuts!r}. Expected a list of cuts. Write [{cuts!r}].")
-    if cuts is not None and not (isinstance(cuts, Iterable) and all(isinstance(cut, str) for cut in cuts)):
-        raise TypeError(f"cuts is {cuts!r}. Expected a list of names of cuts, such as ['layer4'].")
     if augment is not None and not isinstance(augment, Augment):
         raise TypeError(f'augment is {augment!r}; expected what Augment("flip", seeds=range(4)) gives.')
     if view is not None and not isinstance(view, View):
@@ -201,24 +222,10 @@ def plan(
         raise TypeError(f"shard is {shard!r}; expected a text such as '0/4'.")
     if augment is not None:
         augment.policy.check_unchanged()
-    staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)
-    geometry = (view or staged.view).evaluation
-    staged.check_view(geometry)
-    viewed = staged.with_(view=geometry)
-    views = [geometry, *(augment.views(geometry) if augment else ())]
-    with timed("key"):
-        stage_digests = viewed.digests()
-    by_key: dict[str, tuple[FeatureSpec, Output, View]] = {}  # a cut named twice, or two of one value, is one set
-    for output in [output_at(viewed, cut, reduce) for cut in cuts or [viewed.default_cut]]:
-        for each in views:
-            spec = FeatureSpec(
-                trunk=stage_digests[output.cut],
-                pool=output.pool.facts(),
-                view=each.facts(),
-                precision=precision,
-                dtype=dtype,
-            )
-            by_key.setdefault(spec.key, (spec, output, each))
+    by_key: dict[str, _Asked] = {}  # a cut named twice, or two of one value, is one set
+    for module, named in given:
+        for key, asked in _asked(module, named, view, augment, reduce=reduce, dtype=dtype, precision=precision):
+            by_key.setdefault(key, asked)
     known = store.known_digests(images)
     with timed("digests of images"):
         digests = images.digests(known)
@@ -226,35 +233,107 @@ def plan(
     is_absent = is_owned & _absent(images, digests)
     is_training = images.splits == "train"
     planned = []
-    for spec, output, each in by_key.values():
+    for asked in by_key.values():
+        spec, each = asked.spec, asked.view
         request = FeatureRequest(trunk=spec.trunk, pool=spec.pool, view=each, dtype=dtype, precision=precision)
         stored = store.find_one(request)
         wanted = is_owned if each.is_evaluation or not is_training.any() else is_owned & is_training
-        shape = output.pool.shape(viewed.shape(output.cut))
         planned.append(
             PlannedSet(
-                cut=output.cut,
-                output=output,
+                source=asked.source,
+                cut=asked.output.cut,
+                output=asked.output,
                 view=each,
                 spec=spec,
                 stored=stored,
                 is_wanted=wanted,
                 is_missing=wanted & store.missing(stored, digests),
                 is_failed=wanted & store.is_failed(stored, digests) & ~is_absent,
-                row_bytes=math.prod(shape) * STORAGE_TYPES[dtype].itemsize,
+                shape=asked.shape,
+                row_bytes=math.prod(asked.shape) * STORAGE_TYPES[dtype].itemsize,
             )
         )
     return Plan(
-        model=staged,
         images=images,
         digests=digests,
         sets=tuple(planned),
         is_absent=is_absent,
         is_changed=is_owned & is_changed(images, digests, known),
-        stage_digests=stage_digests,
         shard=shard,
         is_owned=is_owned,
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Asked:
+    """One set that is asked for."""
+
+    source: PlannedModel
+    output: Output
+    view: View
+    spec: FeatureSpec
+    shape: tuple[int, ...]
+
+
+def _asked(
+    model: StagedModel | nn.Module,
+    cuts: Sequence[str] | None,
+    view: View | None,
+    augment: Augment | None,
+    *,
+    reduce: str,
+    dtype: str,
+    precision: Precision,
+) -> Iterator[tuple[str, _Asked]]:
+    """The sets that are asked for of one model, by their keys."""
+    staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)
+    geometry = (view or staged.view).evaluation
+    staged.check_view(geometry)
+    viewed = staged.with_(view=geometry)
+    with timed("key"):
+        source = PlannedModel(model=staged, stage_digests=viewed.digests())
+    for output in [output_at(viewed, cut, reduce) for cut in cuts or [viewed.default_cut]]:
+        for each in [geometry, *(augment.views(geometry) if augment else ())]:
+            spec = FeatureSpec(
+                trunk=source.stage_digests[output.cut],
+                pool=output.pool.facts(),
+                view=each.facts(),
+                precision=precision,
+                dtype=dtype,
+            )
+            shape = output.pool.shape(viewed.shape(output.cut))
+            yield spec.key, _Asked(source=source, output=output, view=each, spec=spec, shape=shape)
+
+
+def _given_models(
+    given: Models, cuts: Sequence[str] | None
+) -> list[tuple[StagedModel | nn.Module, Sequence[str] | None]]:
+    """Each model with its cuts."""
+    if isinstance(given, nn.Module):
+        _check_cuts(cuts)
+        return [(given, cuts)]
+    example = '[(backbone("resnet34"), ["layer4"]), (backbone("vit_b_16"), None)]'
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    if not is_list or not all(
+        isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], nn.Module) for each in given
+    ):
+        raise TypeError(
+            f'model is {given!r}; expected what backbone("resnet34") gives, or several with their cuts: {example}.'
+        )
+    if not given:
+        raise ValueError(f"No model is given. Expected one, or several with their cuts: {example}.")
+    if cuts is not None:
+        raise TypeError(f"cuts is {cuts!r}. Expected None beside several models, which have each its own: {example}.")
+    for _, own in given:
+        _check_cuts(own)
+    return list(given)
+
+
+def _check_cuts(cuts: Sequence[str] | None) -> None:
+    if isinstance(cuts, str):
+        raise TypeError(f"cuts is {cuts!r}. Expected a list of cuts. Write [{cuts!r}].")
+    if cuts is not None and not (isinstance(cuts, Iterable) and all(isinstance(cut, str) for cut in cuts)):
+        raise TypeError(f"cuts is {cuts!r}. Expected a list of names of cuts, such as ['layer4'].")
 
 
 def _any(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:

@@ -169,6 +169,11 @@ class View:
         """This view without augmentation."""
         return replace(self, policy=None, seed=None)
 
+    @property
+    def pixels(self) -> View:
+        """What stands for all views of these uint8 pixels, whatever their means and deviations: 0 and 1 in its case."""
+        return replace(self, mean=(0.0,) * self.channels, std=(1.0,) * self.channels)
+
     def with_seed(self, policy: GivenPolicy, seed: int) -> View:
         """This view with an augmentation: a policy's name, a person's own function, a `Policy`, or a list of these."""
         return replace(self, policy=_policy(policy), seed=seed)

@@ -93,7 +93,7 @@ class Bench:
             batch_size=options.batch_size,
             workers=options.workers,
         )
-        self.is_gpu = self.session.trunk.device.type == "cuda"
+        self.is_gpu = self.session.opened[0].trunk.device.type == "cuda"
         self.views = torch.stack([each.views[0] for each in self._rendered() if each.views])
 
     def contenders(self) -> dict[str, Callable[[], float]]:
@@ -106,7 +106,8 @@ class Bench:
 
     def forward(self) -> float:
         """Passes over views that lie in memory, their results on the host."""
-        trunk, size = self.session.trunk, self.session.trunk.batch_size
+        trunk = self.session.opened[0].trunk
+        size = trunk.batch_size
         views = self.views[: len(self.views) // size * size or None]
         views = views.pin_memory() if self.is_gpu else views
         started = time.perf_counter()

@@ -670,3 +670,49 @@ def _center(path: Path, resize: int, size: int) -> torch.Tensor:
     pixels = torchvision.transforms.functional.resize(pixels, [resize], antialias=True)
     view: torch.Tensor = torchvision.transforms.functional.center_crop(pixels, [size])
     return view
+
+
+# ---- Several backbones
+
+
+OTHER = """
+from torch import nn
+
+
+def make_other():
+    layers = [nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    return nn.Sequential(*layers)
+"""
+
+
+def test_several_backbones_are_extracted_at_once_and_each_takes_the_cuts_that_it_has(featstore: Program) -> None:
+    Path("other.py").write_text(OTHER, encoding="utf-8")
+    both = [*extract_flags("--cut", "conv2", "--cut", "1:avg"), "--backbone", "other.py:make_other"]
+    ran = featstore("extract", *both)
+    assert ran.code == 0
+    assert "in 2 feature sets" in ran.err
+    first, second = FeatureStore("feats").sets()[0].key, FeatureStore("feats").sets()[1].key
+    assert {line[:8] for line in ran.out.splitlines()[1:]} == {first[:8], second[:8]}
+    assert re.search(r"^\w{8}  tiny +conv2 +concat .*\n\w{8}  other +1 +avg ", ran.out, re.MULTILINE)
+    assert featstore("status", *both).code == 0
+    alone = featstore("extract", *extract_flags("--cut", "conv2"))
+    assert "20 rows reused, 0 computed" in alone.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--cut", "conv2"], "other.py:make_other has none of the cuts conv2. Expected one for each backbone"),
+        (
+            ["--cut", "conv2", "--cut", "1", "--cut", "9x"],
+            "--cut 9x: tiny.py:make_model and other.py:make_other have no",
+        ),
+        (["--weights", "none"], "--weights is given 1 time and --backbone 2 times. Expected one for each"),
+        (["--weights-prefix", "teacher"], "--weights-prefix teacher is given beside 2 backbones"),
+    ],
+)
+def test_what_several_backbones_can_not_share_is_refused(featstore: Program, flags: list[str], sentence: str) -> None:
+    Path("other.py").write_text(OTHER, encoding="utf-8")
+    ran = featstore("extract", *extract_flags(*flags), "--backbone", "other.py:make_other")
+    assert ran.code in (1, 2)
+    assert sentence in " ".join(ran.err.split())

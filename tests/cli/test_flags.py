@@ -13,13 +13,12 @@ from featstore import ImageSet, WeightsError
 from featstore.cli.flags import (
     AugmentFlags,
     ImageFlags,
-    ModelFlags,
     ViewFlags,
-    load_model,
     parse_numbers,
     parse_seeds,
     parse_seeds_or_fresh,
 )
+from featstore.cli.models import ModelFlags, load_model
 from featstore.extraction.remedy import image_flags
 from featstore.images.views import Augment, View
 

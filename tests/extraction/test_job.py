@@ -90,9 +90,9 @@ def test_a_part_is_written_when_enough_rows_have_been_gathered_or_a_minute_after
     now = 0.0
     compute = Job._launch
 
-    def lasting(self: Any, items: Any) -> None:
+    def lasting(self: Any, model: int, items: Any) -> None:
         nonlocal now
-        compute(self, items)
+        compute(self, model, items)
         now += seconds_a_batch
 
     monkeypatch.setattr(job_module, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))

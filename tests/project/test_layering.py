@@ -65,7 +65,7 @@ ROOMS: dict[str, Rooms] = {
         ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
         ("", ("__init__",)),
-        ("cli", ("program", "flags", "store", "exchange", "doctor", "app")),
+        ("cli", ("program", "flags", "models", "store", "exchange", "doctor", "app")),
         ("", ("__main__",)),
     ),
     "training": (
@@ -99,6 +99,7 @@ DOORS = {
     "typer": {
         "featstore.cli.program",
         "featstore.cli.flags",
+        "featstore.cli.models",
         "featstore.cli.store",
         "featstore.cli.exchange",
         "featstore.cli.app",
@@ -111,9 +112,9 @@ DOORS = {
 SURFACE: dict[str, str] = {
     "__init__": "__version__",
     "cli.flags": (
-        "AugmentFlags GivenImages ImageFlags ModelFlags OutputFlags RunFlags StoreOption ViewFlags load_model "
-        "open_store parse_numbers spread"
+        "AugmentFlags GivenImages ImageFlags OutputFlags RunFlags StoreOption ViewFlags open_store parse_numbers spread"
     ),
+    "cli.models": "ModelFlags load_model",
     "cli.program": "new_app one_of run show show_json table tell tell_all",
     "digest": "Json",
     "errors": (
