@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from featstore.extraction.job import Session
     from featstore.extraction.opening import open_plan
     from featstore.extraction.plan import Plan, plan
+    from featstore.extraction.ray_actors import Ray
     from featstore.images.image_set import ImageSet
     from featstore.images.views import Augment, View
     from featstore.models.backbones import backbone, backbone_names
@@ -60,6 +61,7 @@ __all__ = [
     "Output",
     "Plan",
     "Pool",
+    "Ray",
     "Session",
     "StagedModel",
     "Trunk",
@@ -96,6 +98,7 @@ _MODULES = {
     "featstore.extraction.job": ("Session",),
     "featstore.extraction.opening": ("open_plan",),
     "featstore.extraction.plan": ("Plan", "plan"),
+    "featstore.extraction.ray_actors": ("Ray",),
     "featstore.images.image_set": ("ImageSet",),
     "featstore.images.views": ("Augment", "View"),
     "featstore.models.backbones": ("backbone", "backbone_names"),

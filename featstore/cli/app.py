@@ -49,9 +49,11 @@ from featstore.words import size_text
 if TYPE_CHECKING:
     from featstore.extraction.extract import ExtractReport
     from featstore.extraction.plan import Plan
+    from featstore.extraction.ray_actors import Ray
     from featstore.extraction.shards import Shard
     from featstore.models.staged import StagedModel
 
+ENGINES = ("local", "ray")
 DOUBTFUL: tuple[Doubtful, ...] = get_args(Doubtful)
 DEFAULTS = """\b
 Defaults that depend on what is asked for:
@@ -144,8 +146,21 @@ class ExtractFlags(RunFlags):
         ),
     ] = None
 
+    engine: Annotated[
+        str, typer.Option(metavar="|".join(ENGINES), help="What computes: this process, or actors of a Ray cluster.")
+    ] = "local"
+    actors: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of Ray.", show_default=False)] = None
+    gpus_per_actor: Annotated[
+        float | None, typer.Option(min=0, metavar="G", help="Of Ray.", show_default="0: processors")
+    ] = None
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="auto|ray://HOST:PORT", help="Of Ray's cluster.", show_default="one of this machine"),
+    ] = None
+
     def __post_init__(self) -> None:
         one_of("--doubtful", self.doubtful, DOUBTFUL)
+        self.given_engine()
         self.given_shard()
         super().__post_init__()
         if self.max_errors is not None and self.on_error == "raise":
@@ -153,6 +168,23 @@ class ExtractFlags(RunFlags):
                 f"--max-errors {self.max_errors} is given, but with --on-error raise the first image that fails stops "
                 "the job. Add --on-error skip, or leave out --max-errors."
             )
+
+    def given_engine(self) -> Ray | None:
+        """What --engine says; None for this process."""
+        engine = one_of("--engine", self.engine, ENGINES)
+        of_ray = {"--actors": self.actors, "--gpus-per-actor": self.gpus_per_actor, "--ray-address": self.ray_address}
+        given = [flag for flag, value in of_ray.items() if value is not None]
+        if engine == "local":
+            if given:
+                raise ValueError(
+                    f"{given[0]} is given, and it is about Ray's actors. Add --engine ray, or leave it out."
+                )
+            return None
+        if self.actors is None:
+            raise ValueError("--engine ray is given without --actors. Expected how many share the work: --actors 8.")
+        from featstore.extraction.ray_actors import Ray
+
+        return Ray(actors=self.actors, gpus_per_actor=self.gpus_per_actor or 0, address=self.ray_address)
 
     def given_shard(self) -> Shard | None:
         """What --shard says; None without it."""
@@ -210,6 +242,7 @@ def extract(
                 batch_size=sets.batch_size,
                 workers=how.workers,
                 progress=bool(planned.is_missing.any()),
+                engine=how.given_engine(),
             )
         except KeyboardInterrupt as interrupt:
             interrupt.add_note("What was computed is filed; the same command computes the rest.")

@@ -24,6 +24,7 @@ from featstore.extraction.filed import Filed, merge_parts
 from featstore.extraction.job import refuse_changed
 from featstore.extraction.opening import open_plan
 from featstore.extraction.plan import Models, Plan, plan
+from featstore.extraction.ray_actors import Ray, run_by_ray
 from featstore.extraction.shards import Shard
 from featstore.files.index import is_among
 from featstore.images.image_set import ImageSet
@@ -98,6 +99,7 @@ def extract(
     workers: int | None = None,
     progress: bool = False,
     shard: Shard | str | None = None,
+    engine: Ray | None = None,
 ) -> ExtractReport:
     """Computes the rows that the store lacks: the evaluation view of all images, and `augment`'s seeds of the training.
 
@@ -127,6 +129,7 @@ def extract(
         shard: of several jobs with the same arguments the one that this is, each of which computes its own images:
             ``i/n``, or where that is told by the environment ``slurm``, ``kubernetes/n`` or ``torchrun``. Any number of
             them, and another one next time, leaves the rows of one job; none waits for another. The device is as given.
+        engine: actors of a Ray cluster that compute it, ``Ray(actors=8, gpus_per_actor=1)``; default: this process.
 
     Raises:
         ImageError: with `raise`, for an image that can't be read, decoded or rendered.
@@ -161,6 +164,7 @@ def extract(
         workers=workers,
         progress=progress,
         started=started,
+        engine=engine,
     )
 
 
@@ -176,6 +180,7 @@ def run_plan(
     workers: int | None = None,
     progress: bool = False,
     started: float | None = None,
+    engine: Ray | None = None,
 ) -> ExtractReport:
     """Carries out a plan; arguments, result and errors as in `extract`.
 
@@ -196,6 +201,21 @@ def run_plan(
         Failing(planned, max_errors).check(filed)
         if not planned.is_to_read.any():
             notes = _noted_images(planned, store, is_needed=bool(planned.is_missing.any()))
+        elif engine is not None:
+            notes = _noted_images(planned, store, is_needed=True)
+            filed = run_by_ray(
+                engine,
+                planned,
+                store,
+                on_error=on_error,
+                max_errors=max_errors,
+                doubtful=doubtful,
+                device=device,
+                batch_size=batch_size,
+                workers=workers,
+                progress=progress,
+            )
+            notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
         else:
             session = open_plan(
                 planned,

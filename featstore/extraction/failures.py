@@ -96,6 +96,12 @@ class Failing:
             for place in np.flatnonzero(same).tolist():
                 self._reasons.setdefault(place, reason)
 
+    def add_all(self, filed: Filed) -> None:
+        """Counts all that failed of what has come of some images."""
+        if self._most is not None:
+            for each in failures(self._planned, filed):
+                self.add(self._planned.images.ids.index(each.image), each.reason)
+
     @property
     def are_too_many(self) -> bool:
         """Whether the run must stop."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,16 @@ class Filed:
     failures: dict[str, str] = field(default_factory=dict)
     unread: dict[str, tuple[str, str]] = field(default_factory=dict)
     doubts: dict[str, str] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        places = np.flatnonzero(self.looks)  # of a piece of the images alone
+        return vars(self) | {"looks": (len(self.looks), places, self.looks[places])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        count, places, looks = state["looks"]
+        self.looks = np.zeros(count, np.uint64)
+        self.looks[places] = looks
 
     @classmethod
     def nothing(cls, planned: Plan) -> Filed:

@@ -716,3 +716,19 @@ def test_what_several_backbones_can_not_share_is_refused(featstore: Program, fla
     ran = featstore("extract", *extract_flags(*flags), "--backbone", "other.py:make_other")
     assert ran.code in (1, 2)
     assert sentence in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--actors", "2"], "--actors is given, and it is about Ray's actors. Add --engine ray, or leave it out."),
+        (["--engine", "ray"], "--engine ray is given without --actors. Expected how many share the work"),
+        (["--engine", "spark"], "--engine"),
+    ],
+)
+def test_flags_of_an_engine_are_checked_before_anything_is_loaded(
+    featstore: Program, flags: list[str], sentence: str
+) -> None:
+    ran = featstore("extract", *extract_flags(*flags))
+    assert ran.code == 2
+    assert sentence in " ".join(ran.err.split())

@@ -60,7 +60,7 @@ ROOMS: dict[str, Rooms] = {
             "extraction",
             (
                 "defaults", "remedy", "shards", "plan", "progress", "narrowing", "filed", "failures", "job", "opening",
-                "extract", "adopt",
+                "ray_actors", "extract", "adopt",
             ),
         ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
@@ -94,6 +94,7 @@ DOORS = {
     "torchvision.io": {"featstore.images.decode"},
     "torchvision.models": {"featstore.models.torchvision_models"},
     "timm": {"featstore.models.timm_models"},
+    "ray": {"featstore.extraction.ray_actors"},
     "safetensors": {"featstore.models.weights", "featstore.models.runs", "featstore.exchange.feature_files"},
     "pyarrow": {"featstore.exchange.export", "featstore.images.parquet_tables"},
     "typer": {

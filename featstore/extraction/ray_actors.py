@@ -1,0 +1,399 @@
+"""Ray: a plan computed by actors of a Ray cluster, each with a session of its own, that are dealt images in pieces.
+
+Rows never pass through Ray: an actor writes parts of its own into the store, which all nodes reach under one path, and
+sends back what came of a piece (`Filed`). So a piece may be computed twice: of equal rows the store takes one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from featstore.digest import Json
+from featstore.errors import Doubtful, FactsDifferError, FeatureStoreError, ImageError, OnError
+from featstore.extraction.failures import Failing
+from featstore.extraction.filed import Filed
+from featstore.extraction.job import Session
+from featstore.extraction.opening import open_plan
+from featstore.extraction.plan import Plan
+from featstore.extraction.progress import Progress
+from featstore.models import own_file
+from featstore.models.trunk import check_batch_size, choose_device, default_batch_size
+from featstore.store.sets import batching_for
+from featstore.store.store import FeatureStore
+
+PIECES_AN_ACTOR = 8
+"""So many at least, where there are images for them: who ends last keeps the others waiting."""
+
+MOST_PASSES = 16
+"""Of one piece: what is computed again when an actor ends."""
+
+MOST_ENDED = 2
+"""Actors that end at one piece before it is halved, or, with a single image, given up."""
+
+MOST_STARTS = 3
+"""Actors that end one after another while they open the plan before it is given up."""
+
+SECONDS_TO_END = 8.0
+"""An interrupted job waits so long for the pieces that are being computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ray:
+    """Actors of a Ray cluster that share an extraction. Needs the extra ``ray``.
+
+    Attributes:
+        actors: how many.
+        gpus_per_actor: of each, as Ray counts them; with 0 they compute on processors.
+        address: of the cluster, such as ``auto`` or ``ray://head:10001``; None takes the one that this process has
+            joined, or starts one on this machine.
+    """
+
+    actors: int
+    gpus_per_actor: float = 0
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.actors, int) or isinstance(self.actors, bool) or self.actors < 1:
+            raise ValueError(f"actors is {self.actors!r}; expected a number of actors, 1 or more.")
+        if not self.gpus_per_actor >= 0:
+            raise ValueError(f"gpus_per_actor is {self.gpus_per_actor!r}; expected 0, a share of a GPU, or more.")
+
+
+def run_by_ray(
+    engine: Ray,
+    planned: Plan,
+    store: FeatureStore,
+    *,
+    on_error: OnError = "raise",
+    max_errors: int | None = None,
+    doubtful: Doubtful = "note",
+    device: torch.device | str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Filed:
+    """Computes what is missing of a plan, by actors. Arguments are those of `extract`; `workers` are of each actor.
+
+    An actor that ends takes nothing with it but the piece that it was at, which another one computes. A piece at which
+    two have ended is halved, until the image is known: it has failed, and the next run tries it again.
+
+    Raises:
+        ModuleNotFoundError: without Ray.
+        ValueError: for a cluster that hasn't so many GPUs.
+        FactsDifferError: where actors don't compute alike: they have other GPUs, or another torch.
+        FeatureStoreError: where actors can't open the plan.
+        ImageError, TooManyFailedError: as `Session.run`.
+    """
+    check_batch_size(batch_size)
+    chosen = torch.device("cuda") if engine.gpus_per_actor else choose_device(device)
+    rows = np.flatnonzero(planned.is_to_read).tolist()
+    pieces = deque(_dealt(rows, engine.actors, _batch_size(planned, chosen, batch_size)))
+    failing, filed = Failing(planned, max_errors), Filed.nothing(planned)
+    failing.check(filed)
+    with _joined(engine) as ray, Progress(len(rows), is_shown=progress) as shown:
+        num_processors = _processors_each(ray, engine)
+        threads = max(1, int(num_processors))
+        told = _Told(
+            folder=os.getcwd(),
+            sources=_sources(planned),
+            planned=_pickled(planned),
+            store=os.path.abspath(store.root),
+            options={
+                "on_error": on_error,
+                "doubtful": doubtful,
+                "device": chosen,
+                "batch_size": batch_size,
+                "workers": threads if workers is None else workers,
+            },
+            threads=threads,
+        )
+        crew = _Crew(ray, engine, num_processors, told)
+        try:
+            while pieces or crew.is_busy:
+                crew.start(len(pieces))
+                crew.give(pieces)
+                done, answer = crew.next_answer()
+                if isinstance(answer, Exception):
+                    raise answer
+                if answer is None:  # the actor has ended
+                    pieces.extendleft(reversed(done.halves()))
+                    if done.is_given_up:
+                        answer = _given_up(planned, done.rows[0], on_error)
+                if answer is not None:
+                    filed = Filed.together(planned, [filed, answer])
+                    failing.add_all(answer)
+                    failing.check(filed)
+                    for _ in done.rows:
+                        shown.step()
+        except KeyboardInterrupt:
+            crew.wait_for_all(SECONDS_TO_END)  # what they are at is filed when it ends
+            raise
+        finally:
+            crew.end()
+    return filed
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What an actor is told.
+
+    Attributes:
+        folder: the driver's, where relative paths start.
+        sources: ``path/to/file.py:function`` of models that files make, whose classes are known once that is loaded.
+        planned: the plan, pickled.
+        store: path of the store.
+        options: of `open_plan`.
+        threads: of torch's.
+    """
+
+    folder: str
+    sources: tuple[str, ...]
+    planned: bytes
+    store: str
+    options: dict[str, Any]
+    threads: int
+
+
+class _Worker:
+    """What runs as an actor."""
+
+    _session: Session
+
+    def open(self, told: _Told) -> list[Json] | Exception:
+        """Opens the plan: on what its rows are computed, of each model; or the error, which Ray would wrap."""
+        try:
+            os.chdir(told.folder)
+            torch.set_num_threads(told.threads)  # else as many as Ray says, by OMP_NUM_THREADS
+            for source in told.sources:
+                own_file.load(source)
+            self._session = open_plan(_unpickled(told.planned), FeatureStore(told.store), **told.options)
+        except Exception as error:
+            return error
+        return [each.trunk.profile() for each in self._session.opened]
+
+    def run(self, rows: list[int]) -> Filed | Exception:
+        """What came of the images; or the error."""
+        try:
+            return self._session.run(rows)
+        except Exception as error:
+            return error
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Images for one actor; `num_ended` actors have ended at them."""
+
+    rows: list[int]
+    num_ended: int = 0
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether, of a piece at which one more has ended, no more is to be tried."""
+        return len(self.rows) == 1 and self.num_ended + 1 >= MOST_ENDED
+
+    def halves(self) -> list[_Piece]:
+        """What to try next of a piece at which one more has ended."""
+        if self.is_given_up:
+            return []
+        if self.num_ended + 1 < MOST_ENDED:
+            return [_Piece(self.rows, self.num_ended + 1)]
+        middle = len(self.rows) // 2
+        halves = self.rows[:middle], self.rows[middle:]
+        return [_Piece(each, MOST_ENDED - 1 if len(each) > 1 else 0) for each in halves]
+
+
+class _Crew:
+    """The actors, and what each is at."""
+
+    def __init__(self, ray: Any, engine: Ray, num_processors: float, told: _Told) -> None:
+        self._ray, self._engine = ray, engine
+        self._class = ray.remote(_Worker).options(
+            num_cpus=num_processors, num_gpus=engine.gpus_per_actor, max_restarts=0, max_task_retries=0
+        )
+        self._told = ray.put(told)
+        self._idle: list[Any] = []
+        self._opening: dict[Any, Any] = {}  # answer to come -> actor
+        self._computing: dict[Any, tuple[Any, _Piece]] = {}
+        self._profiles: list[Json] | None = None
+        self._num_failed = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a piece is being computed."""
+        return bool(self._computing)
+
+    def start(self, num_pieces: int) -> None:
+        """Starts actors in the place of those that have ended, as far as there are pieces for them."""
+        num_actors = len(self._idle) + len(self._opening) + len(self._computing)
+        for _ in range(min(self._engine.actors, len(self._computing) + num_pieces) - num_actors):
+            actor = self._class.remote()
+            self._opening[actor.open.remote(self._told)] = actor
+
+    def give(self, pieces: deque[_Piece]) -> None:
+        """Gives each actor that waits a piece."""
+        while pieces and self._idle:
+            actor, piece = self._idle.pop(), pieces.popleft()
+            self._computing[actor.run.remote(piece.rows)] = actor, piece
+
+    def next_answer(self) -> tuple[_Piece, Filed | Exception | None]:
+        """A piece, and what came of it; None where the actor ended at it. An empty one for an actor that is ready now.
+
+        Raises:
+            FactsDifferError: for an actor that computes on something else than the others.
+            FeatureStoreError: for actors that end before they are ready.
+        """
+        answers, _ = self._ray.wait([*self._opening, *self._computing], num_returns=1)
+        reference = answers[0]
+        try:
+            answer = self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            if reference in self._computing:
+                return self._computing.pop(reference)[1], None
+            del self._opening[reference]
+            self._num_failed += 1
+            if self._num_failed >= MOST_STARTS:
+                raise FeatureStoreError(
+                    f"{self._num_failed} actors of Ray ended one after another while they opened the plan ({error}). "
+                    "Expected them to live. Look into Ray's logs; memory may be short: use fewer actors."
+                ) from error
+            return _Piece([]), None
+        if reference in self._computing:
+            actor, piece = self._computing.pop(reference)
+            self._idle.append(actor)
+            return piece, answer
+        self._idle.append(self._opening.pop(reference))
+        self._num_failed = 0
+        if isinstance(answer, Exception):
+            return _Piece([]), answer
+        self._check_alike(answer)
+        return _Piece([]), None
+
+    def _check_alike(self, profiles: list[Json]) -> None:
+        if self._profiles is None:
+            self._profiles = profiles
+        if profiles != self._profiles:
+            mine, others = profiles[0], self._profiles[0]
+            found = "; ".join(
+                f"{name} {mine.get(name)}, expected {others.get(name)} as of the first"
+                for name in {**mine, **others}
+                if mine.get(name) != others.get(name)
+            )
+            raise FactsDifferError(
+                f"An actor of Ray doesn't compute as the others do: {found}. One feature set has rows of one kind of "
+                "machine. Let the job have nodes of one kind alone, and continue it with the same command."
+            )
+
+    def wait_for_all(self, seconds: float) -> None:
+        """Waits for the pieces that are being computed."""
+        references = [*self._computing]
+        if references:
+            self._ray.wait(references, num_returns=len(references), timeout=seconds)
+
+    def end(self) -> None:
+        """Ends all actors."""
+        for actor in (*self._idle, *self._opening.values(), *(actor for actor, _ in self._computing.values())):
+            with suppress(Exception):  # it has ended
+                self._ray.kill(actor)
+
+
+@contextmanager
+def _joined(engine: Ray) -> Iterator[Any]:
+    """Ray, with a cluster; one that is started here ends here."""
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise ModuleNotFoundError(
+            "The engine ray needs Ray, which isn't installed. Run pip install 'featstore[ray]'.", name="ray"
+        ) from error
+    if ray.is_initialized():
+        yield ray
+        return
+    # Ray takes the handler of SIGTERM for its own, which ends the process where nothing is filed.
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of this machine reports to nobody
+    ray.init(address=engine.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        if is_main and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _processors_each(ray: Any, engine: Ray) -> float:
+    """Of each actor: all that the cluster has, shared evenly; whole ones where there are enough."""
+    resources = ray.cluster_resources()
+    num_gpus = resources.get("GPU", 0)
+    if engine.actors * engine.gpus_per_actor > num_gpus:
+        raise ValueError(
+            f"{engine.actors} actors with {engine.gpus_per_actor:g} GPUs each want more than the {num_gpus:g} that the "
+            "cluster has. Expected as many at most. Use fewer actors, or a smaller share for each."
+        )
+    share = resources.get("CPU", 1.0) / engine.actors
+    return float(int(share)) if share >= 1 else float(share)
+
+
+def _batch_size(planned: Plan, device: torch.device, batch_size: int | None) -> int:
+    stored = [each.stored for each in planned.sets]
+    return batching_for(stored, device.type, batch_size).batch_size or default_batch_size(device)
+
+
+def _dealt(rows: Sequence[int], num_actors: int, batch_size: int) -> Iterator[_Piece]:
+    """Pieces of whole passes, in order."""
+    passes = len(rows) // (batch_size * num_actors * PIECES_AN_ACTOR)
+    size = batch_size * min(MOST_PASSES, max(1, passes))
+    for start in range(0, len(rows), size):
+        yield _Piece(list(rows[start : start + size]))
+
+
+def _given_up(planned: Plan, index: int, on_error: OnError) -> Filed:
+    """An image at which actors end has failed."""
+    image, reason = planned.images.ids[index], "the process that computed it ended each time, by a crash or for memory"
+    if on_error == "raise":
+        raise ImageError(image, reason)
+    filed = Filed.nothing(planned)
+    filed.unread[planned.digests.values[index].tobytes().hex()] = image, reason
+    return filed
+
+
+def _sources(planned: Plan) -> tuple[str, ...]:
+    made = [source.model.origin.get("architecture") for source in planned.models]
+    return tuple(f"{each['file']}:{each['function']}" for each in made if isinstance(each, dict) and "file" in each)
+
+
+def _pickled(planned: Plan) -> bytes:
+    try:
+        return pickle.dumps(planned)
+    except Exception as error:
+        raise FeatureStoreError(
+            f"What is to be computed can't be told to Ray's actors ({type(error).__name__}: {error}). Expected models, "
+            "policies and image sources of modules that can be imported. Put what you have defined in a script or a "
+            "notebook into a file."
+        ) from error
+
+
+def _unpickled(planned: bytes) -> Plan:
+    try:
+        plan: Plan = pickle.loads(planned)
+    except (AttributeError, ImportError) as error:
+        raise FeatureStoreError(
+            f"Ray's actors can't load what is to be computed ({error}). Expected models, policies and image sources of "
+            "modules that each node can import, and files of models that are the same on each. Put what you have "
+            "defined in a script or a notebook into a file."
+        ) from error
+    return plan

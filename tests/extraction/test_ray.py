@@ -1,0 +1,153 @@
+"""Ray: actors leave the rows of a local run, whatever ends them; an image at which they end is named.
+
+Real actors on a cluster of this machine, started once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.extracting import counts, rows
+from support.tiny import photos
+
+from featstore import (
+    Augment,
+    FactsDifferError,
+    FeatureStore,
+    FeatureStoreError,
+    ImageError,
+    ImageSet,
+    Ray,
+    StagedModel,
+    View,
+    backbone,
+    extract,
+    plan,
+)
+from featstore.extraction import ray_actors
+from featstore.extraction.failures import TooManyFailedError
+
+# Ends the process at an image that is red all over, which none of those is that the check of a model brings.
+DEADLY = """
+import os
+from collections import OrderedDict
+
+from torch import nn
+
+
+class Gate(nn.Module):
+    def fingerprint(self):
+        return "gives back what it gets"
+
+    def forward(self, values):
+        is_red = (values[:, 0].amin((1, 2)) > 2) & (values[:, 1:].amax((1, 2, 3)) < -1)
+        if bool(is_red.any()):
+            os._exit(9)
+        return values
+
+
+def make():
+    layers = [("gate", Gate()), ("conv", nn.Conv2d(3, 8, 3, 2)), ("pool", nn.AdaptiveAvgPool2d(1))]
+    return nn.Sequential(OrderedDict([*layers, ("flat", nn.Flatten()), ("fc", nn.Linear(8, 5))]))
+"""
+ONE, TWO = Ray(actors=1), Ray(actors=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> StagedModel:
+    (tmp_path / "deadly.py").write_text(DEADLY, encoding="utf-8")
+    return backbone(f"{tmp_path}/deadly.py:make").with_(view=View(size=16, resize=20))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return photos(tmp_path / "photos", 22)
+
+
+def test_actors_leave_the_rows_of_a_local_run(model: StagedModel, folder: Path) -> None:
+    images, four = ImageSet.from_folder("photos"), Augment("flip", seeds=[0, 5])
+    report = extract(model, images, FeatureStore("by_ray"), augment=four, batch_size=2, engine=TWO)
+    local = extract(model, images, FeatureStore("local"), augment=four, batch_size=2)
+    assert report.keys == local.keys
+    assert counts(report) == counts(local) == (66, 0, 0)
+    for key in report.keys:
+        assert torch.equal(rows(FeatureStore("by_ray"), images, key), rows(FeatureStore("local"), images, key))
+    assert counts(extract(model, images, FeatureStore("by_ray"), augment=four, engine=TWO)) == (0, 66, 0)
+
+
+def test_an_image_that_ends_its_process_is_found_and_all_others_have_rows(
+    model: StagedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_actors, "MOST_ENDED", 1)  # each one has torch to import
+    red = np.zeros((24, 24, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+    Image.fromarray(red).save(folder / "cat" / "red.png")
+    images, store = ImageSet.from_folder("photos"), FeatureStore("by_ray")
+    report = extract(model, images, store, batch_size=4, on_error="skip", engine=ONE)
+    assert (report.computed, report.missing) == (22, 1)
+    ((image, reason),) = report.failures
+    assert image == "cat/red.png"
+    assert "ended each time" in reason
+    others = images.select([place for place, name in enumerate(images.ids) if name != "cat/red.png"])
+    extract(model, others, FeatureStore("local"), batch_size=4)
+    assert torch.equal(rows(store, others, report.keys[0]), rows(FeatureStore("local"), others, report.keys[0]))
+    with pytest.raises(ImageError, match=r"cat/red\.png: the process that computed it ended each time"):
+        extract(model, images, store, batch_size=4, engine=ONE)
+
+
+def test_what_actors_can_not_do_is_said(model: StagedModel, folder: Path) -> None:
+    images, store = ImageSet.from_folder("photos"), FeatureStore("by_ray")
+    with pytest.raises(ValueError, match="2 actors with 1 GPUs each want more than the 0 that the cluster has"):
+        extract(model, images, store, engine=Ray(actors=2, gpus_per_actor=1))
+    named = plan(model, images, store)
+    (folder / "cat" / "2.jpg").write_bytes(b"no image")
+    with pytest.raises(TooManyFailedError, match=r"1 image failed \(cat/2\.jpg"):
+        ray_actors.run_by_ray(ONE, named, store, on_error="skip", max_errors=0)
+    Path("deadly.py").write_text(DEADLY + "\n# edited\n", encoding="utf-8")
+    with pytest.raises(FeatureStoreError, match=r"actors can't load .* 'deadly__"):
+        ray_actors.run_by_ray(ONE, named, store)
+
+
+def test_pieces_are_whole_passes_and_hold_every_row_once() -> None:
+    for num_rows, num_actors, size in [(1000, 2, 4), (7, 3, 4), (100_000, 8, 32), (1, 1, 256)]:
+        pieces = [each.rows for each in ray_actors._dealt(range(num_rows), num_actors, size)]
+        assert [row for rows in pieces for row in rows] == [*range(num_rows)]
+        assert all(len(rows) % size == 0 for rows in pieces[:-1])
+        assert len(pieces) >= min(num_rows // size, num_actors * ray_actors.PIECES_AN_ACTOR)
+
+
+def test_a_piece_at_which_actors_end_is_tried_again_then_halved_and_a_single_image_given_up() -> None:
+    piece = ray_actors._Piece([3, 4, 5])
+    (again,) = piece.halves()
+    assert again.rows == [3, 4, 5]
+    one, two = again.halves()
+    assert (one.rows, two.rows) == ([3], [4, 5])
+    assert [each.rows for each in two.halves()] == [[4], [5]]
+    assert not one.is_given_up
+    (last,) = one.halves()
+    assert last.is_given_up
+    assert last.halves() == []
+
+
+def test_actors_that_compute_on_another_thing_than_the_first_are_refused() -> None:
+    crew = object.__new__(ray_actors._Crew)
+    crew._profiles = None
+    crew._check_alike([{"gpu": "A", "torch": "2.11"}])
+    crew._check_alike([{"gpu": "A", "torch": "2.11"}])
+    with pytest.raises(FactsDifferError, match="gpu B, expected A as of the first"):
+        crew._check_alike([{"gpu": "B", "torch": "2.11"}])
