@@ -136,9 +136,9 @@ class Bench:
         return Job(self.session, self.session.is_needed, Failing(self.planned, None), progress).rendered()
 
 
-def tiny() -> StagedModel:
+def tiny(width: int = 16) -> StagedModel:
     """A network that takes less time than decoding."""
-    layers = [nn.Conv2d(3, 16, 8, stride=8), nn.ReLU(), nn.Conv2d(16, 64, 3, stride=2), nn.ReLU()]
+    layers = [nn.Conv2d(3, width, 8, stride=8), nn.ReLU(), nn.Conv2d(width, 64, 3, stride=2), nn.ReLU()]
     return StagedModel.from_module(nn.Sequential(*layers).eval(), view=View(), name=TINY)
 
 
