@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
-import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
-from pathlib import Path
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
@@ -27,16 +22,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from featstore.errors import FeatureStoreError
-from featstore.images.decoders import ARRAY, PILLOW, PILLOW_HEIF, POLICY, SIMPLEJPEG, TORCHVISION
-from featstore.images.headers import (
-    JPEG_MARKER,
-    DecodeError,
-    Header,
-    MissingDecoderError,
-    Scan,
-    check_size,
-    read_header,
-)
+from featstore.images import jpeg
+from featstore.images.decoders import ARRAY, PILLOW, PILLOW_HEIF, POLICY
+from featstore.images.headers import DecodeError, Header, MissingDecoderError, check_size, failed, read_header
 from featstore.machine import available_bytes
 from featstore.words import size_text
 
@@ -93,8 +81,8 @@ def decode(
         pixels, orientation, doubt = _by_pillow(data, header, memory)
     else:
         with memory.taken(_bytes_needed(header.format, header.width * header.height), header.format):
-            pixels, decoder, doubt = _by_libjpeg(data)
-        orientation, doubt = _orientation(header.exif), doubt or _jpeg_doubt(data, header)
+            pixels, decoder, doubt = jpeg.read(data)
+        orientation, doubt = _orientation(header.exif), doubt or jpeg.doubt_of(data, header)
     return Decoded(_channels_first(_turned(pixels, orientation) if apply_exif else pixels), decoder, doubt)
 
 
@@ -150,50 +138,6 @@ def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return _gray_to_rgb(array) if array.ndim == 2 else array.copy(order="C")
 
 
-def _by_libjpeg(data: bytes) -> tuple[NDArray[np.uint8], int, str | None]:
-    """Pixels, decoder and doubt of a JPEG. Where libjpeg passes over damage, simplejpeg stops and says what it found.
-
-    What is damaged has the pixels that torchvision.io gives it, or none.
-    """
-    try:
-        return simplejpeg.decode_jpeg(data, "RGB"), SIMPLEJPEG, None
-    except ValueError as error:
-        warning = str(error).strip()
-    return _by_torchvision(data), TORCHVISION, f"libjpeg warns ({warning}): it may not show what was photographed"
-
-
-def _by_torchvision(data: bytes) -> NDArray[np.uint8]:
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    try:
-        # The operator itself: since torchvision 0.29 each call of its Python wrapper warns, to point at torchcodec.
-        image: Tensor = _torchvision_jpeg()(encoded, _RGB, False)
-    except RuntimeError as error:
-        _refuse_lack_of_memory("JPEG", data, error)
-        raise DecodeError(_failure("JPEG", error)) from error
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-
-
-_RGB = 3  # torchvision.io.ImageReadMode.RGB
-
-
-@cache
-def _torchvision_jpeg() -> Callable[[Tensor, int, bool], Tensor]:
-    """The operator that decodes a JPEG, from torchvision's library of image operators alone.
-
-    `import torchvision` brings its models and torch's compiler along, which takes as long as torch itself.
-    """
-    package = importlib.util.find_spec("torchvision")
-    folders = [] if package is None else [Path(each) for each in package.submodule_search_locations or ()]
-    for library in [path for folder in folders for path in sorted(folder.glob("image*.so"))]:
-        with suppress(OSError):  # of another build than this torch
-            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-            break
-    if not hasattr(torch.ops.image, "decode_jpeg"):
-        import torchvision.io  # noqa: F401 - it says what is wrong with its installation, or has it elsewhere
-    operator: Callable[[Tensor, int, bool], Tensor] = torch.ops.image.decode_jpeg
-    return operator
-
-
 def _by_pillow(data: bytes, header: Header, memory: Budget) -> tuple[NDArray[np.uint8], int, str | None]:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise FeatureStoreError(
@@ -210,14 +154,7 @@ def _by_pillow(data: bytes, header: Header, memory: Budget) -> tuple[NDArray[np.
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # on damaged files the plug-ins raise nearly everything, struct.error to AttributeError
-        _refuse_lack_of_memory(header.format, data, error)
-        raise DecodeError(_failure(header.format, error)) from error
-
-
-def _refuse_lack_of_memory(form: str, data: bytes, error: Exception) -> None:
-    """Raises MemoryError where that is what an error says: it is no fault of the image."""
-    if re.search(r"allocate memory|insufficient memory|out of memory", str(error), re.IGNORECASE):
-        raise MemoryError(f"a {form} of {len(data):,} bytes can't be decoded: {error}") from error
+        raise failed(header.format, data, error) from error
 
 
 def _heic_file(data: io.BytesIO) -> ImageFile.ImageFile:
@@ -307,12 +244,6 @@ _RGB_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", 
 _BITS_TAG, _PHOTOMETRIC_TAG, _ORIENTATION_TAG = 0x0102, 0x0106, 0x0112
 
 
-def _failure(format_name: str, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = re.sub(r"^\w+, \S+:\d+, ", "", lines[0])  # torch puts function, file and line of its own source before it
-    return f"can't be decoded as {format_name}: {reason}"
-
-
 # --- what is doubtful about an image that was decoded ---
 
 
@@ -325,67 +256,6 @@ def _range_doubt(largest: int) -> str | None:
         f"its 16-bit values reach {largest:,} of 65,535, as if they had {bits} bits, so that it comes out nearly "
         f"black; scale the values up (times {1 << (16 - bits)}) or save them as 8 bits"
     )
-
-
-def _jpeg_doubt(data: bytes, header: Header) -> str | None:
-    """What is said of a JPEG of which no decoder warns: that it has a hole of zeros, or that scans are missing.
-
-    Where the data fits again behind a hole, by chance, it is as long as its image.
-    """
-    if header.is_progressive:
-        return _progressive_doubt(data, header.scans)
-    scan = header.scans[0]
-    hole = data.find(bytes(_HOLE_BYTES), scan.start, scan.stop)
-    if hole >= 0 and not _zeros_are_flat(data[: scan.start]):
-        return f"its data has a hole of zeros at byte {hole:,}: what follows is not what was photographed"
-    return None
-
-
-_HOLE_BYTES = 256
-
-
-def _zeros_are_flat(tables: bytes) -> bool:
-    """Whether bits of zeros mean blocks of one colour by the Huffman tables in a JPEG's head.
-
-    They do where the first code for a block's mean stands for no change and the first one for its details for none.
-    """
-    firsts: dict[int, set[int]] = {0: set(), 1: set()}
-    position = 2
-    while match := JPEG_MARKER.search(tables, position):
-        length = int.from_bytes(tables[match.end() : match.end() + 2], "big")
-        segment, position = tables[match.end() + 2 : match.end() + length], match.end() + length
-        while match[1][0] == _HUFFMAN_TABLES and len(segment) > 17:
-            firsts[segment[0] >> 4 & 1].add(segment[17])
-            segment = segment[17 + sum(segment[1:17]) :]
-    return firsts == {0: {0}, 1: {0}}
-
-
-_HUFFMAN_TABLES = 0xC4
-
-
-def _progressive_doubt(data: bytes, scans: tuple[Scan, ...]) -> str | None:
-    """What is said of a JPEG of several scans: that some are missing, or that one of details has a hole of zeros.
-
-    Zeros in other scans may be sound, as they are blocks without change or bits of value 0.
-    """
-    for scan in scans:
-        if scan.coefficients.start > 0 and not scan.bits_before:
-            hole = data.find(bytes(_HOLE_BYTES), scan.start, scan.stop)
-            if hole >= 0:
-                return f"its data has a hole of zeros at byte {hole:,}: details are not what was photographed"
-    first = scans[0]
-    if first.coefficients == range(1) and first.bits_after:  # else its scans aren't those of usual encoders
-        components = frozenset.union(*(scan.components for scan in scans))
-        last = {
-            (component, coefficient)
-            for scan in scans
-            if not scan.bits_after
-            for component in scan.components
-            for coefficient in scan.coefficients
-        }
-        if len(last) < 64 * len(components):
-            return "its last scans are missing, so that details are"
-    return None
 
 
 # --- pixels ---

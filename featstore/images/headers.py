@@ -21,6 +21,15 @@ class MissingDecoderError(DecodeError):
     """The library that decodes such images isn't installed: no fault of the image."""
 
 
+def failed(form: str, data: bytes, error: Exception) -> Exception:
+    """What to raise where a decoder raised `error`: MemoryError if that is what it says, as no fault of the image."""
+    if re.search(r"allocate memory|insufficient memory|out of memory", str(error), re.IGNORECASE):
+        return MemoryError(f"a {form} of {len(data):,} bytes can't be decoded: {error}")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = re.sub(r"^\w+, \S+:\d+, ", "", lines[0])  # torch puts function, file and line of its own source before it
+    return DecodeError(f"can't be decoded as {form}: {reason}")
+
+
 class Scan(NamedTuple):
     """One pass of a JPEG over some of its components: its data, and which bits of which coefficients they are."""
 

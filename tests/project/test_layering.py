@@ -35,10 +35,11 @@ ROOMS: dict[str, Rooms] = {
         (
             "images",
             (
-                "names", "decoders", "headers", "decode", "digests", "hashing", "sources", "item_sources", "labels",
-                "found", "folders", "parquet_tables", "csv_tables", "tables", "tar_shards", "datasets", "splitting",
-                "image_set", "fileless", "contents", "origins", "geometry", "draws", "parameters", "warps", "levels",
-                "filters", "canvas", "policies", "spelling", "augmentation", "views", "render", "processes",
+                "names", "decoders", "headers", "jpeg", "decode", "digests", "hashing", "sources", "item_sources",
+                "labels", "found", "folders", "parquet_tables", "csv_tables", "tables", "tar_shards", "datasets",
+                "splitting", "image_set", "fileless", "contents", "origins", "geometry", "draws", "parameters",
+                "warps", "levels", "filters", "canvas", "policies", "spelling", "augmentation", "views", "render",
+                "processes",
             ),
         ),
         (
@@ -88,10 +89,10 @@ CLOSED = {("images", "files"), ("models", "files"), ("exchange", "extraction")}
 DOORS = {
     "h5py": {"featstore.files.hdf5"},
     "PIL": {"featstore.images.decode"},
-    "simplejpeg": {"featstore.images.decode"},
+    "simplejpeg": {"featstore.images.jpeg"},
     "datasets": {"featstore.images.datasets"},
     "pillow_heif": {"featstore.images.decode"},
-    "torchvision.io": {"featstore.images.decode"},
+    "torchvision.io": {"featstore.images.jpeg"},
     "torchvision.models": {"featstore.models.torchvision_models"},
     "timm": {"featstore.models.timm_models"},
     "ray": {"featstore.extraction.ray_actors"},
