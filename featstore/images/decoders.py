@@ -3,13 +3,14 @@
 POLICY = "featstore-decode-1"
 """The name and version of the rules in `decode`. Other values for the same bytes need another name."""
 
-ARRAY, TORCHVISION, PILLOW, SIMPLEJPEG, PILLOW_HEIF = range(5)
+ARRAY, TORCHVISION, PILLOW, SIMPLEJPEG, PILLOW_HEIF, TORCHCODEC = range(6)
 DECODERS: dict[int, str] = {
     ARRAY: "array",
     TORCHVISION: "torchvision.io",
     PILLOW: "pillow",
     SIMPLEJPEG: "simplejpeg",
     PILLOW_HEIF: "pillow-heif",
+    TORCHCODEC: "torchcodec",
 }
 """What the decoder code of a row means."""
 

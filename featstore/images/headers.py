@@ -111,6 +111,16 @@ def _jpeg_header(data: bytes) -> Header:
     return Header("JPEG", components == 4, exif or b"", width, height, tuple(scans), is_progressive)
 
 
+def without_exif(data: bytes) -> bytearray:
+    """A JPEG in which no decoder finds how to turn it: its EXIF lies in segments of a kind that all pass over."""
+    hidden, position = bytearray(data), 2
+    while (match := JPEG_MARKER.search(data, position)) and match[1][0] != _END_OF_IMAGE:
+        if match[1][0] == _APP1:
+            hidden[match.start(1)] = _APP15
+        position = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+    return hidden
+
+
 def _scan(header: bytes, start: int) -> Scan:
     """A scan by its header; where it stops isn't known yet. libjpeg refuses headers that make no sense."""
     count = header[0] if header else 0
@@ -120,7 +130,7 @@ def _scan(header: bytes, start: int) -> Scan:
 
 
 JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # all that are neither data nor without length
-_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
+_START_OF_SCAN, _END_OF_IMAGE, _APP1, _APP15 = 0xDA, 0xD9, 0xE1, 0xEF
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BASELINE_MARKERS = frozenset({0xC0, 0xC1})
 

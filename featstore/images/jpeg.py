@@ -14,39 +14,49 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featstore.images.decoders import SIMPLEJPEG, TORCHVISION
-from featstore.images.headers import JPEG_MARKER, Header, Scan, failed
+from featstore.images.decoders import SIMPLEJPEG, TORCHCODEC, TORCHVISION
+from featstore.images.headers import JPEG_MARKER, Header, MissingDecoderError, Scan, failed, without_exif
 
 
 def read(data: bytes) -> tuple[NDArray[np.uint8], int, str | None]:
     """Pixels, decoder and doubt of a JPEG. Where libjpeg passes over damage, simplejpeg stops and says what it found.
 
-    What is damaged has the pixels that torchvision.io gives it, or none.
+    What is damaged has the pixels that torchvision.io gives it, or none; torchcodec gives the same.
+
+    Raises:
+        DecodeError: where libjpeg gives up; `MissingDecoderError` where neither of the two is there for a damaged one.
     """
     try:
         return simplejpeg.decode_jpeg(data, "RGB"), SIMPLEJPEG, None
     except ValueError as error:
         warning = str(error).strip()
-    return _by_torchvision(data), TORCHVISION, f"libjpeg warns ({warning}): it may not show what was photographed"
-
-
-def _by_torchvision(data: bytes) -> NDArray[np.uint8]:
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    by_torchvision = _torchvision_jpeg()
     try:
-        # The operator itself: since torchvision 0.29 each call of its Python wrapper warns, to point at torchcodec.
-        image: Tensor = _torchvision_jpeg()(encoded, _RGB, False)
+        if by_torchvision is None:
+            image = _by_torchcodec(data)
+        else:
+            image = by_torchvision(torch.frombuffer(bytearray(data), dtype=torch.uint8), _RGB, False)
+    except (ImportError, OSError) as error:
+        raise MissingDecoderError(
+            f"its data is damaged (libjpeg: {warning}), and of the decoders that read such a JPEG torchvision has none "
+            f"any more and torchcodec can't be loaded ({error}); install it with pip install 'featstore[torchcodec]', "
+            "or save the image anew"
+        ) from error
     except RuntimeError as error:
         raise failed("JPEG", data, error) from error
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    doubt = f"libjpeg warns ({warning}): it may not show what was photographed"
+    return pixels, TORCHCODEC if by_torchvision is None else TORCHVISION, doubt
 
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
 @cache
-def _torchvision_jpeg() -> Callable[[Tensor, int, bool], Tensor]:
-    """The operator that decodes a JPEG, from torchvision's library of image operators alone.
+def _torchvision_jpeg() -> Callable[[Tensor, int, bool], Tensor] | None:
+    """The operator that decodes a JPEG, from torchvision's library of image operators alone; None if it has none.
 
+    Its Python wrapper warns at each call from torchvision 0.29 on that torchcodec takes its place. And
     `import torchvision` brings its models and torch's compiler along, which takes as long as torch itself.
     """
     package = importlib.util.find_spec("torchvision")
@@ -56,9 +66,18 @@ def _torchvision_jpeg() -> Callable[[Tensor, int, bool], Tensor]:
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
             break
     if not hasattr(torch.ops.image, "decode_jpeg"):
-        import torchvision.io  # noqa: F401 - it says what is wrong with its installation, or has it elsewhere
-    operator: Callable[[Tensor, int, bool], Tensor] = torch.ops.image.decode_jpeg
+        with suppress(ImportError):
+            import torchvision.io  # noqa: F401 - it says what is wrong with its installation, or has it elsewhere
+    operator: Callable[[Tensor, int, bool], Tensor] | None = getattr(torch.ops.image, "decode_jpeg", None)
     return operator
+
+
+def _by_torchcodec(data: bytes) -> Tensor:
+    """The image as it lies: torchcodec turns it by whatever EXIF it finds, and gives none where that is damaged."""
+    from torchcodec.decoders import decode_jpeg
+
+    image: Tensor = decode_jpeg(torch.frombuffer(without_exif(data), dtype=torch.uint8))
+    return image
 
 
 # --- what is doubtful about pixels that were read ---

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import numpy as np
@@ -15,8 +21,10 @@ from PIL.JpegImagePlugin import JpegImageFile
 from sklearn.datasets import load_sample_images
 from torchvision.io import decode_image
 
+from featstore.images import jpeg
 from featstore.images.decode import decode
-from featstore.images.decoders import SIMPLEJPEG, TORCHVISION
+from featstore.images.decoders import SIMPLEJPEG, TORCHCODEC, TORCHVISION
+from featstore.images.headers import DecodeError
 
 
 def saved(pixels: NDArray[np.uint8] | Image.Image, **options: Any) -> bytes:
@@ -66,6 +74,92 @@ def test_a_damaged_jpeg_has_the_pixels_that_torchvision_gives_it() -> None:
     shown = decode(data)
     assert shown.decoder == TORCHVISION
     assert torch.equal(shown.pixels, decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB"))
+
+
+def shown_by(data: bytes) -> tuple[Any, ...]:
+    """What is shown of a JPEG, its decoder, and its doubt or why nothing is."""
+    try:
+        pixels, decoder, doubt = decode(data)
+    except DecodeError as error:
+        return None, None, str(error)
+    return pixels.numpy().tobytes(), decoder, doubt
+
+
+ODD_EXIF = [b"", b"Exif\0\0" + b"II*\0" + b"\xff" * 20, b"Exif\0\0MM", b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta/>"]
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 1}, {"subsampling": 0}, {"progressive": True}, {"gray": True}])
+def test_torchcodec_shows_of_damaged_jpegs_what_torchvision_does(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = load_sample_images().images[1][:200, :301]
+    image = Image.fromarray(photo).convert("L" if options.pop("gray", False) else "RGB")
+    turned = Image.Exif()
+    odd = [with_segment(saved(image, exif=turned, **options), each) for each in ODD_EXIF if each]
+    for turned[0x0112] in (1, 6, 8):
+        odd.append(saved(image, exif=turned, **options))
+    files = [
+        each
+        for data in odd
+        for tenth in (5, 8)
+        for each in (
+            *(
+                damaged(data, fill, tenth=tenth)
+                for fill in (RANDOM[:100], b"\xff\xd0", b"\xff\xda" * 2, b"\xff\xc4\0\4")
+            ),
+            data[: len(data) * tenth // 10] + b"\xff\xd9",
+            data[: len(data) * tenth // 10],
+        )
+    ]
+    by_torchvision = [shown_by(data) for data in files]
+    monkeypatch.setattr(jpeg, "_torchvision_jpeg", lambda: None)
+    by_torchcodec = [shown_by(data) for data in files]
+
+    assert [(pixels, doubt) for pixels, _, doubt in by_torchcodec] == [
+        (pixels, doubt) for pixels, _, doubt in by_torchvision
+    ]
+    read_by = Counter(zip([each[1] for each in by_torchvision], [each[1] for each in by_torchcodec], strict=True))
+    assert read_by.keys() <= {(TORCHVISION, TORCHCODEC), (SIMPLEJPEG, SIMPLEJPEG), (None, None)}
+    assert read_by[TORCHVISION, TORCHCODEC] > len(files) // 3
+
+
+def with_segment(data: bytes, segment: bytes) -> bytes:
+    return data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
+
+
+WITHOUT_ITS_DECODERS = """
+    import sys
+    from pathlib import Path
+    from featstore.images.decode import decode
+    from featstore.images.headers import MissingDecoderError
+
+    data = Path(sys.argv[1]).read_bytes()
+    sys.modules["torchcodec"] = None
+    try:
+        decode(data)
+    except MissingDecoderError as error:
+        print(error)
+    del sys.modules["torchcodec"]
+    print(decode(data).decoder)
+"""
+
+
+def test_with_a_torchvision_that_decodes_nothing_torchcodec_does_or_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "damaged.jpg").write_bytes(damaged(saved_photo(), RANDOM, tenth=5))
+    (tmp_path / "torchvision" / "io").mkdir(parents=True)
+    for folder in ("torchvision", "torchvision/io"):
+        (tmp_path / folder / "__init__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", dedent(WITHOUT_ITS_DECODERS), tmp_path / "damaged.jpg"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    asked_for, decoder = done.stdout.splitlines()
+    assert re.match(r"its data is damaged \(libjpeg: Corrupt JPEG data: .*\), and of the decoders that read", asked_for)
+    assert "pip install 'featstore[torchcodec]'" in asked_for
+    assert int(decoder) == TORCHCODEC
 
 
 @pytest.mark.parametrize("options", [{}, {"optimize": True}, {"quality": 95, "subsampling": 0}])

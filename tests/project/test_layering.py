@@ -93,6 +93,7 @@ DOORS = {
     "datasets": {"featstore.images.datasets"},
     "pillow_heif": {"featstore.images.decode"},
     "torchvision.io": {"featstore.images.jpeg"},
+    "torchcodec": {"featstore.images.jpeg"},
     "torchvision.models": {"featstore.models.torchvision_models"},
     "timm": {"featstore.models.timm_models"},
     "ray": {"featstore.extraction.ray_actors"},
