@@ -155,7 +155,8 @@ def _plugins() -> Iterator[Finding]:
 
 def _decoders() -> Iterator[Finding]:
     from featstore.images.decode import decode
-    from featstore.images.decoders import DECODERS
+    from featstore.images.decoders import DECODERS, PIXEL_DIGEST, POLICY
+    from featstore.images.pixel_digest import pixel_digest
 
     for name, text in _GRAY.items():
         if name == "HEIC" and importlib.util.find_spec("pillow_heif") is None:
@@ -173,6 +174,15 @@ def _decoders() -> Iterator[Finding]:
             yield Finding(check=name, state=state, found=f"can't be read: {reason}", remedy=remedy)
         else:
             yield Finding(check=name, state="ok", found=f"read by {DECODERS[image.decoder]}")
+    has_policys = pixel_digest() == PIXEL_DIGEST
+    yield Finding(
+        check="pixels",
+        state="ok" if has_policys else "note",
+        found=f"{'those' if has_policys else 'others than those'} of {POLICY}, digest {pixel_digest()[:8]}",
+        remedy=""
+        if has_policys
+        else "pip install --force-reinstall simplejpeg pillow; till then sets of others' are refused",
+    )
 
 
 def _weights() -> Iterator[Finding]:

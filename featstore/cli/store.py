@@ -243,6 +243,8 @@ def _ls_row(facts: dict[str, Json]) -> dict[str, Json]:
 
 
 def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
+    from featstore.store.part_facts import pixels_of
+
     facts = found.facts
     num_superseded, superseded = _superseded(store, found)
     return {
@@ -254,6 +256,7 @@ def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
         **{name: facts[name] for name in ("prefix_tokens",) if name in facts},
         "spec": found.spec.facts(),
         "profile": facts["profile"],
+        **({} if "imported" in facts else {"pixels": pixels_of(facts)}),
         **{name: facts[name] for name in ("imported", "adopted") if name in facts},
         "stages": [{name: stage[name] for name in ("name", "layout", "shape", "digest")} for stage in facts["stages"]],
         "files": [

@@ -24,6 +24,7 @@ from featstore.extraction.defaults import NUM_ROWS
 from featstore.files.index import first_places
 from featstore.files.part import Part
 from featstore.images.image_set import ImageSet
+from featstore.images.pixel_digest import check_pixels, pixel_digest
 from featstore.images.render import Job, render
 from featstore.images.views import View
 from featstore.models.probe import TOLERANCES, Probe, take_probes
@@ -115,6 +116,7 @@ def adopt(
             f"Set {old.key[:8]} was imported from {old.facts['imported']['source']}, and nobody knows from which view "
             "its rows were computed. Expected a set that extract made. Use it by its key."
         )
+    check_pixels(old.pixels, what=f"set {old.key[:8]}")
     candidate = _Candidate.of(old, model, cut=cut, view=view)
     _check_other_facts(old, candidate)
     digests = images.digests(store.known_digests(images))
@@ -194,6 +196,7 @@ class _Candidate:
             prefix_tokens=prefix_tokens,
             profile=trunk.profile(),
             probe=probe.facts(),
+            pixels=pixel_digest(),
         )
 
 

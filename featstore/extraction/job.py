@@ -22,6 +22,7 @@ from featstore.extraction.filed import Filed
 from featstore.extraction.narrowing import Narrowed, Narrowing
 from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
 from featstore.extraction.progress import Progress
+from featstore.images.pixel_digest import pixel_digest
 from featstore.images.processes import CannotShareError, Renderers
 from featstore.images.render import Job as ImageJob
 from featstore.images.render import Rendered, render
@@ -423,6 +424,7 @@ def _facts(opened: Opened, each: PlannedSet) -> dict[str, Json]:
         prefix_tokens=prefix_tokens,
         profile=opened.trunk.profile(),
         probe=opened.probes[each.output].facts(),
+        pixels=pixel_digest(),
     )
 
 

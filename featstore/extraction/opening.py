@@ -14,6 +14,7 @@ from featstore.extraction.job import Input, Opened, Session, refuse_changed
 from featstore.extraction.narrowing import refuse_too_small
 from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
 from featstore.files.index import first_places
+from featstore.images.pixel_digest import check_pixels
 from featstore.images.processes import renderers_for
 from featstore.images.render import check_workers
 from featstore.images.views import View
@@ -51,6 +52,9 @@ def open_plan(
     check_batch_size(batch_size)
     check_workers(workers)
     check_max_errors(max_errors, on_error)
+    for each in planned.sets:
+        if each.stored is not None:
+            check_pixels(each.stored.pixels, what=_named(each))
     lacking = {
         source: places
         for source, places in planned.models.items()
@@ -194,8 +198,12 @@ def _checked_probes(
                 facts["probe"],
                 probes[each.output],
                 precision=precision,
-                what=f"set {each.spec.key[:8]} ({each.cut} {each.spec.reduction})",
+                what=_named(each),
                 profile=facts["profile"],
                 now=trunk.profile(),
             )
     return probes
+
+
+def _named(each: PlannedSet) -> str:
+    return f"set {each.spec.key[:8]} ({each.cut} {each.spec.reduction})"

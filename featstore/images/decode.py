@@ -44,7 +44,12 @@ class Decoded(NamedTuple):
 
 
 def decode(
-    data: bytes | NDArray[np.uint8], *, policy: str = POLICY, apply_exif: bool = True, memory: Budget | None = None
+    data: bytes | NDArray[np.uint8],
+    *,
+    policy: str = POLICY,
+    apply_exif: bool = True,
+    memory: Budget | None = None,
+    is_whole: bool = False,
 ) -> Decoded:
     """The image as uint8 RGB `(3, H, W)`, the code of the decoder that read it, and what is doubtful about it.
 
@@ -63,6 +68,8 @@ def decode(
         policy: must be `decoders.POLICY`, the only one so far.
         apply_exif: whether the EXIF orientation turns and mirrors the image; HEIC is always as its container turns it.
         memory: what all decodings at one time may take, where there are several.
+        is_whole: whether the file is known to be, so that it doesn't matter whether this process lets Pillow take what
+            is truncated for whole.
 
     Raises:
         DecodeError: when the bytes are empty, truncated, too large, or not an image that is read; a
@@ -79,6 +86,8 @@ def decode(
     header, memory = read_header(data), Budget() if memory is None else memory
     if header.is_for_pillow:
         decoder = PILLOW_HEIF if header.format == "HEIC" else PILLOW
+        if not is_whole:
+            _refuse_lenience()
         pixels, orientation, doubt = _by_pillow(data, header, memory)
     else:
         with memory.taken(_bytes_needed(header.format, header.width * header.height), header.format):
@@ -139,12 +148,15 @@ def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return _gray_to_rgb(array) if array.ndim == 2 else array.copy(order="C")
 
 
-def _by_pillow(data: bytes, header: Header, memory: Budget) -> tuple[NDArray[np.uint8], int, str | None]:
+def _refuse_lenience() -> None:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise FeatureStoreError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this process, so that a truncated file would pass for a "
             "whole one. Expected it off, as it is at first. Set it to False."
         )
+
+
+def _by_pillow(data: bytes, header: Header, memory: Budget) -> tuple[NDArray[np.uint8], int, str | None]:
     try:
         # The plug-in's class, not Image.open: the bytes choose the decoder, not the plug-ins that happen to be
         # registered, and Image.open warns about large images, which are this file's business.

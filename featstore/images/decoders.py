@@ -3,6 +3,9 @@
 POLICY = "featstore-decode-1"
 """The name and version of the rules in `decode`. Other values for the same bytes need another name."""
 
+PIXEL_DIGEST = "0eccce17a6d4284f480505c1264779bf50a9c9d907401af4dad073bfd5e22e90"
+"""What `pixel_digest` gives where decoders do as the policy says, and what it would have given for parts without it."""
+
 ARRAY, TORCHVISION, PILLOW, SIMPLEJPEG, PILLOW_HEIF, TORCHCODEC = range(6)
 DECODERS: dict[int, str] = {
     ARRAY: "array",

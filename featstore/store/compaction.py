@@ -28,6 +28,7 @@ from featstore.files import disk
 from featstore.files.index import RowIndex
 from featstore.files.part import Part, write_part
 from featstore.files.provenance import signature
+from featstore.store.part_facts import pixels_of
 from featstore.store.sets import FeatureSet, digest_rows, newest
 from featstore.words import size_text
 
@@ -177,7 +178,7 @@ def _filled(parts: Sequence[Part]) -> Iterator[list[Part]]:
 def _kind(part: Part) -> str:
     """Equal for parts whose facts say the same of all their rows: above all, computed on one profile."""
     others = part.facts.keys() - _OF_THE_NEWEST - _COMBINED
-    return canonical_json({name: part.facts[name] for name in others})
+    return canonical_json({name: part.facts[name] for name in others} | {"pixels": pixels_of(part.facts)})
 
 
 def _has_room_below(name: str) -> bool:

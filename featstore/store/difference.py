@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from featstore.files.index import first_places
 from featstore.files.reading import Places, Plain
 from featstore.store.folders import short_key
+from featstore.store.part_facts import pixels_of
 from featstore.store.sets import FeatureSet
 
 NUM_COMPARED = 1000
@@ -51,7 +52,7 @@ class SetDifference:
         facts: of the specs: (name, in a, in b), in words.
         labels: backbone and cut, where they are called differently: (name, in a, in b).
         stage: of trunks that differ, the first stage of one name where they do; None where no stage tells.
-        profile: of the newest parts: (name, in a, in b).
+        profile: of the newest parts, with their pixel digests: (name, in a, in b).
         num_both: images that have a row in both.
         num_only_a: images that have one in a alone.
         num_only_b: images that have one in b alone.
@@ -88,7 +89,7 @@ def diff(a: FeatureSet, b: FeatureSet) -> SetDifference:
         facts=tuple(a.spec.differences(b.spec)),
         labels=_differing({name: a.facts[name] for name in names}, {name: b.facts[name] for name in names}),
         stage=_first_differing_stage(a, b),
-        profile=_differing(a.facts["profile"], b.facts["profile"]),
+        profile=_differing(*({**each.facts["profile"], "pixels": pixels_of(each.facts)} for each in (a, b))),
         num_both=len(common),
         num_only_a=len(in_a) - len(common),
         num_only_b=len(in_b) - len(common),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from featstore.digest import Json
 from featstore.files.provenance import signature
+from featstore.images.decoders import PIXEL_DIGEST
 from featstore.store.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def part_facts(
     prefix_tokens: int | None = None,
     profile: Json,
     probe: Json,
+    pixels: str | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> dict[str, Json]:
     """What `FeatureStore.write` takes.
@@ -33,6 +35,7 @@ def part_facts(
         prefix_tokens: the same; default: the class tokens.
         profile: on what the rows were computed, `Trunk.profile()`.
         probe: `Probe.facts()`.
+        pixels: `pixel_digest()`, where images were read; default: none were.
         failed: digest (hexadecimal) -> reason, of images that have no row because they failed; default: none.
     """
     return {
@@ -43,6 +46,7 @@ def part_facts(
         **({} if prefix_tokens in (None, class_tokens) else {"prefix_tokens": prefix_tokens}),
         "profile": profile,
         "probe": probe,
+        **({} if pixels is None else {"pixels": pixels}),
         "failed": dict(failed or {}),
     }
 
@@ -82,6 +86,11 @@ FACTS = frozenset(
 """What readers of a part rely on: all that `docs/format.md` lists, which every version of it has had."""
 
 
+def pixels_of(facts: Mapping[str, Json]) -> str:
+    """The pixel digest of the decoders that a part's images were read with."""
+    return str(facts.get("pixels", PIXEL_DIGEST))
+
+
 def check_facts(facts: Mapping[str, Json]) -> None:
     """Checks that the facts which a store relies on are of the kinds that `docs/format.md` gives them.
 
@@ -94,18 +103,20 @@ def check_facts(facts: Mapping[str, Json]) -> None:
         **{name: isinstance(facts[name], dict) for name in mappings},
         "class_tokens": isinstance(facts["class_tokens"], int),
         **{name: isinstance(facts[name], int) for name in ("prefix_tokens",) if name in facts},
+        **{name: _is_digest(facts[name]) for name in ("pixels",) if name in facts},
         "supersedes": _are_texts(facts["supersedes"]),
         "stages": are_stages(facts["stages"]),
     }
     if is_as_expected["failed"]:
         failed = facts["failed"]
-        is_as_expected["failed"] = _are_texts([*failed, *failed.values()]) and all(map(_DIGEST.fullmatch, failed))
+        is_as_expected["failed"] = _are_texts([*failed, *failed.values()]) and all(map(_is_digest, failed))
     for name, is_so in is_as_expected.items():
         if not is_so:
             raise ValueError(f"its fact {name} is {facts[name]!r:.60}, which the format doesn't allow")
 
 
-_DIGEST = re.compile("[0-9a-f]{64}")
+def _is_digest(value: Json) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _are_texts(values: Json) -> bool:

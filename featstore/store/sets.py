@@ -16,9 +16,10 @@ from featstore.errors import DamagedFileError
 from featstore.files.index import RowIndex
 from featstore.files.part import Part
 from featstore.files.storage_types import STORAGE_TYPES
+from featstore.images.decoders import ARRAY
 from featstore.images.views import View
 from featstore.models.names import PRECISIONS, Batching, Precision
-from featstore.store.part_facts import FACTS, check_facts
+from featstore.store.part_facts import FACTS, check_facts, pixels_of
 from featstore.store.spec import FeatureSpec
 
 
@@ -104,6 +105,11 @@ class FeatureSet:
     def facts(self) -> dict[str, Json]:
         """Facts of the newest part: stages, profile, probe, backbone and cut as people call them, who and when."""
         return newest(self.parts).facts
+
+    @cached_property
+    def pixels(self) -> frozenset[str]:
+        """The pixel digests of the decoders that read its rows' images: one; of images that were arrays none counts."""
+        return frozenset(pixels_of(part.facts) for part in self.parts if (part.decoders != ARRAY).any())
 
     def batching_on(self, device_type: str) -> Batching | None:
         """That of the newest part, so that one set has one profile; None where that was computed on another device."""

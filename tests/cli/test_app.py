@@ -24,6 +24,7 @@ from support.processes import AS_A_MODULE, Processes
 from support.programs import Program, Ran, extract_flags
 
 from featstore import FeatureStore, ImageSet, backbone
+from featstore.images.decoders import PIXEL_DIGEST
 
 NUM_EACH = 10
 
@@ -124,6 +125,7 @@ def test_ls_lists_what_show_shows(featstore: Program) -> None:
     assert listed[1].items() <= shown.items()
     found = FeatureStore("feats").set(listed[1]["key"])
     assert shown["spec"] == found.spec.facts()
+    assert shown["pixels"] == PIXEL_DIGEST
     model = backbone("tiny.py:make_model")
     assert {each["name"]: each["digest"] for each in shown["stages"]} == {
         name: model.digest(name) for name in ("conv1", "bn1", "relu1", "conv2")

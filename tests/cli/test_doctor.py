@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from support.decoders import fast, jpegs_by
 from support.programs import Program
 
 from featstore.machine import num_processors
@@ -26,11 +28,21 @@ def test_a_sound_installation_has_nothing_to_mend(featstore: Program, tmp_path: 
     assert found["torch"]["found"] == metadata.version("torch")
     assert found["JPEG"]["found"] == "read by simplejpeg"
     assert found["HEIC"]["found"] == "read by pillow-heif"
+    assert found["pixels"]["state"] == "ok"
+    assert re.match(r"those of featstore-decode-1, digest \w{8}$", found["pixels"]["found"])
     assert found["processors"]["found"].startswith(f"{num_processors()}, torch uses {torch.get_num_threads()};")
     gpus = {name for name in found if name.startswith("cuda:")}
     assert len(gpus) == torch.cuda.device_count()
     shown = featstore("doctor").out.splitlines()
     assert [line.split()[0] for line in shown[1:]] == [each["check"] for each in ran.json]
+
+
+def test_decoders_that_give_other_pixels_are_told(featstore: Program) -> None:
+    with jpegs_by(fast):
+        ran = featstore("doctor", "--json")
+    found = {each["check"]: each for each in ran.json}
+    assert (ran.code, found["JPEG"]["state"], found["pixels"]["state"]) == (0, "ok", "note")
+    assert found["pixels"]["found"].startswith("others than those of featstore-decode-1")
 
 
 def test_a_library_that_cannot_be_imported_is_named_with_its_remedy_and_the_rest_is_checked(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.decoders import fast, jpegs_by
 from support.tiny import VIEW, net, photos, staged
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from featstore import (
 from featstore.exchange.imports import import_features
 from featstore.extraction import adopt as adopt_module
 from featstore.extraction.adopt import AdoptReport, adopt
+from featstore.images.decoders import PIXEL_DIGEST
 from featstore.models.probe import TOLERANCES
 
 
@@ -111,6 +113,16 @@ def test_another_model_is_refused_by_its_probe(images: ImageSet, store: FeatureS
     with pytest.raises(FactsDifferError, match=r"on the probe images they differ by .*fp32 allows 0.0001. Nothing was"):
         adopt(store, key, opaque("second", sharper=1.01), images)
     assert len(store.sets()) == 1
+
+
+def test_rows_of_other_pixels_than_the_decoders_here_give_are_not_adopted(
+    images: ImageSet, store: FeatureStore
+) -> None:
+    key = filed(images, store)
+    with jpegs_by(fast), pytest.raises(FactsDifferError, match=f"images of set {key[:8]} were decoded to other pixels"):
+        adopt(store, key, opaque("second"), images)
+    assert adopt(store, key, opaque("second"), images).rows == 8
+    assert store.sets()[0].pixels == store.sets()[1].pixels == {PIXEL_DIGEST}
 
 
 def test_a_model_that_differs_on_one_image_is_refused_and_the_image_named(tmp_path: Path, store: FeatureStore) -> None:

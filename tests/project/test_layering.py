@@ -35,11 +35,11 @@ ROOMS: dict[str, Rooms] = {
         (
             "images",
             (
-                "names", "decoders", "headers", "jpeg", "decode", "digests", "hashing", "sources", "item_sources",
-                "labels", "found", "folders", "parquet_tables", "csv_tables", "tables", "tar_shards", "datasets",
-                "splitting", "image_set", "fileless", "contents", "origins", "geometry", "draws", "parameters",
-                "warps", "levels", "filters", "canvas", "policies", "spelling", "augmentation", "views", "render",
-                "processes",
+                "names", "decoders", "headers", "jpeg", "decode", "pixel_digest", "digests", "hashing", "sources",
+                "item_sources", "labels", "found", "folders", "parquet_tables", "csv_tables", "tables", "tar_shards",
+                "datasets", "splitting", "image_set", "fileless", "contents", "origins", "geometry", "draws",
+                "parameters", "warps", "levels", "filters", "canvas", "policies", "spelling", "augmentation", "views",
+                "render", "processes",
             ),
         ),
         (
@@ -134,6 +134,7 @@ SURFACE: dict[str, str] = {
     "images.labels": "composed_classes",
     "images.names": "IMAGE_SUFFIXES SPLITS Task",
     "images.origins": "TWO_VALUES made_by",
+    "images.pixel_digest": "check_pixels",
     "images.render": "Job doubts_note render",
     "images.sources": "AbsentSource FolderSource",
     "images.views": "Augment GivenPolicy View",
@@ -439,6 +440,8 @@ def test_a_wheel_holds_just_the_two_packages(tmp_path: Path) -> None:
     expected = {str(path.relative_to(ROOT)) for path in modules().values()}
     assert {name for name in names if name.endswith(".py")} == expected
     assert {"featstore/py.typed", "training/py.typed"} <= set(names)
+    samples = {str(path.relative_to(ROOT)) for path in (ROOT / "featstore/images/samples").iterdir()}
+    assert samples == {name for name in names if "/samples/" in name}
 
 
 def test_the_design_page_lists_the_modules_in_their_order() -> None:

@@ -84,6 +84,8 @@ def test_of_parts_of_two_sets_in_a_folder_the_one_that_it_is_not_named_after_is_
         ("when", 7),
         ("class_tokens", "1"),
         ("backbone", None),
+        ("pixels", None),
+        ("pixels", "0eccce17"),
     ],
 )
 def test_a_part_with_facts_of_another_kind_is_named_and_the_other_set_is_listed(

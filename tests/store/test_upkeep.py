@@ -42,6 +42,7 @@ from featstore import (
 from featstore.exchange.imports import import_file
 from featstore.files import header
 from featstore.files.part import Part, write_part
+from featstore.images.decoders import PIXEL_DIGEST
 from featstore.store import catalogue, compaction, difference
 
 SPEC = FeatureSpec(trunk="0" * 64, pool={"reduction": "none"}, view=VIEW.facts(), precision="fp32", dtype="float32")
@@ -72,6 +73,7 @@ def file(
     failed: dict[int, str] | None = None,
     backbone: str = "net",
     width: int = WIDTH,
+    pixels: str | None = None,
 ) -> Path:
     """Files a part with the rows of some images."""
     return store.write(
@@ -86,6 +88,7 @@ def file(
             "class_tokens": 0,
             "profile": profile,
             "probe": {"values": [[0.0], [0.0]], "largest": 1.0},
+            **({} if pixels is None else {"pixels": pixels}),
             "failed": {DIGESTS[name].tobytes().hex(): reason for name, reason in (failed or {}).items()},
         },
     )
@@ -184,6 +187,18 @@ def test_parts_of_two_profiles_stay_apart(store: FeatureStore) -> None:
     store.compact()
     parts = store.set(KEY).parts
     assert {str(part.facts["profile"]["device"]): part.num_rows for part in parts} == {"cpu": 3, "cuda": 3}
+
+
+def test_parts_of_decoders_with_other_pixels_stay_apart(store: FeatureStore) -> None:
+    """Those that don't say of which are of the policy's."""
+    for name, pixels in enumerate([None, PIXEL_DIGEST, "f" * 64] * 2):
+        file(store, name, pixels=pixels)
+    assert len(store.compact().merges) == 2
+    found = store.set(KEY)
+    assert found.pixels == {PIXEL_DIGEST, "f" * 64}
+    assert sorted(sorted(part.digests[:, 0].tolist()) for part in found.parts) == sorted(
+        sorted(DIGESTS[names, 0].tolist()) for names in ([0, 1, 3, 4], [2, 5])
+    )
 
 
 def test_a_merged_part_says_of_its_rows_what_the_newest_of_its_parts_said(store: FeatureStore) -> None:
@@ -1281,6 +1296,12 @@ def test_threads_share_one_store_while_others_change_it(store: FeatureStore) -> 
 
 
 # ---- difference
+
+
+def test_two_sets_differ_in_the_pixels_of_their_decoders(store: FeatureStore) -> None:
+    file(store, 0)
+    file(store, 0, spec=OTHER, pixels="f" * 64)
+    assert store.diff(KEY[:8], OTHER.key[:8]).profile == (("pixels", PIXEL_DIGEST, "f" * 64),)
 
 
 def test_two_sets_differ_in_facts_images_and_values(store: FeatureStore) -> None:

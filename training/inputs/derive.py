@@ -20,6 +20,7 @@ from featstore.errors import (
 from featstore.extraction.extract import extract
 from featstore.images.image_set import ImageSet
 from featstore.images.origins import made_by
+from featstore.images.pixel_digest import check_pixels
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Batching, Precision
 from featstore.models.probe import check_probe, take_probes
@@ -393,10 +394,12 @@ def _joined(search: Search, sets: Sequence[FeatureSet]) -> tuple[Features, ...]:
 
 
 def _check_probe(situation: Situation, entry: Entry, each: FeatureSet) -> None:
-    """Compares the live trunk with a stored set, once for each set and trunk."""
+    """Compares the live trunk, and the decoders, with a stored set, once for each set and trunk."""
     checked = (each.key, situation.digests[entry.cut])
     if situation.model.is_absent or checked in situation.probed:
         return
+    what = f"set {each.key[:8]} ({entry.cut} {entry.pool.reduction})"
+    check_pixels(each.pixels, what=what)
     output, precision = Output(entry.cut, entry.pool), each.spec.precision
     view, device = situation.view, situation.device
     (live,) = take_probes(situation.model, [output], view=view, precision=precision, device=device)
@@ -404,7 +407,7 @@ def _check_probe(situation: Situation, entry: Entry, each: FeatureSet) -> None:
         each.facts["probe"],
         live,
         precision=precision,
-        what=f"set {each.key[:8]} ({entry.cut} {entry.pool.reduction})",
+        what=what,
         profile=each.facts["profile"],
         now=Trunk(situation.model, [output], view=view, precision=precision, device=device).profile(),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.decoders import fast, jpegs_by
 from support.tiny import VIEW, arrays, jpeg, photos, pixels, staged
 
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, extract
@@ -227,6 +228,16 @@ def test_a_wrong_probe_stops_a_fit_although_all_keys_agree(world: World) -> None
     only.facts["probe"]["values"][0][0] += 1.0  # as if another version of an operator had made the features
     with pytest.raises(FactsDifferError, match="computes other values"):
         world.learner().fit(1, lr=1e-2)
+
+
+def test_decoders_that_give_other_pixels_than_the_rows_were_made_of_stop_a_fit(world: World, tmp_path: Path) -> None:
+    world.images = ImageSet.from_folder(photos(tmp_path / "photos", 12)).split(valid=0.25)
+    (key,) = world.extract("layer2")
+    with jpegs_by(fast):
+        with pytest.raises(FactsDifferError, match=f"images of set {key[:8]} .layer2 concat. were decoded to other"):
+            world.learner().fit(1, lr=1e-2)
+        Learner(world.store.model(key), world.images, world.store, quiet=True).fit(1, lr=1e-2)  # nothing to decode for
+    world.learner().fit(1, lr=1e-2)
 
 
 # -------------------------------------------------------------------------------------------- features or images

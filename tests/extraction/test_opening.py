@@ -1,0 +1,82 @@
+"""A session opens only where what it would file agrees with what is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.decoders import by_pillow, fast, flat, jpegs_by
+from support.extracting import counts, run
+from support.tiny import arrays, photos
+
+from featstore import FactsDifferError, FeatureStore, ImageSet
+from featstore.files.part import Part, write_part
+from featstore.images.decoders import PIXEL_DIGEST
+from featstore.images.pixel_digest import pixel_digest
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageSet:
+    return ImageSet.from_folder(photos(tmp_path / "photos", 6))
+
+
+def forget_pixels(part: Part) -> None:
+    """The part as it was written before parts had a pixel digest."""
+    facts = {name: value for name, value in part.facts.items() if name != "pixels"}
+    features = [part.features.clone()]
+    part.path.unlink()
+    write_part(part.path, features=features, digests=part.digests, decoders=part.decoders, facts=facts)
+
+
+@pytest.mark.parametrize("is_from_before", [False, True])
+def test_decoders_that_give_other_pixels_add_nothing_to_a_set(
+    images: ImageSet, store: FeatureStore, is_from_before: bool
+) -> None:
+    (key,) = run(images.select([0, 1, 2]), store).keys
+    (part,) = store.set(key).parts
+    assert part.facts["pixels"] == PIXEL_DIGEST
+    if is_from_before:
+        forget_pixels(part)
+        store = FeatureStore(store.root)
+    with jpegs_by(fast):
+        with pytest.raises(FactsDifferError) as refused:
+            run(images, store)
+        again = run(images.select([0, 1, 2]), store)  # all that is asked for is there
+    assert counts(again) == (0, 3, 0)
+    assert f"images of set {key[:8]} (layer2 concat) were decoded to other pixels" in str(refused.value)
+    assert "Install those that it was made with, extract into another store, or remove the set" in str(refused.value)
+    assert store.set(key).index.num_images == 3
+    with jpegs_by(by_pillow):  # another library with the same pixels
+        assert counts(run(images, store)) == (3, 3, 0)
+    assert FeatureStore(store.root).set(key).pixels == {PIXEL_DIGEST}
+
+
+def test_what_other_decoders_began_they_go_on_with_alone(images: ImageSet, store: FeatureStore, tmp_path: Path) -> None:
+    with jpegs_by(fast):
+        (key,) = run(images.select([0, 1, 2]), store).keys
+        assert counts(run(images, store)) == (3, 3, 0)
+        assert store.set(key).pixels == {pixel_digest()} != {PIXEL_DIGEST}
+    more = ImageSet.from_folder(photos(tmp_path / "more", 9))
+    for decoder in (flat, by_pillow):
+        with jpegs_by(decoder), pytest.raises(FactsDifferError, match="were decoded to other pixels"):
+            run(more, store)
+
+
+def test_rows_of_two_decoders_that_began_at_once_are_found_whoever_goes_on(
+    images: ImageSet, store: FeatureStore, tmp_path: Path
+) -> None:
+    (key,) = run(images.select([0, 1, 2]), store).keys
+    with jpegs_by(fast):
+        other = FeatureStore(tmp_path / "other")
+        run(images.select([3]), other)
+    (part,) = other.set(key).parts
+    part.path.rename(store.set(key).folder / part.path.name)
+    for decoder in (fast, by_pillow):
+        with jpegs_by(decoder), pytest.raises(FactsDifferError, match=f"was .*{PIXEL_DIGEST[:8]}.*, is "):
+            run(images, FeatureStore(store.root))
+
+
+def test_rows_of_arrays_are_those_of_any_decoder(store: FeatureStore) -> None:
+    run(arrays(4), store)
+    with jpegs_by(fast):
+        assert counts(run(arrays(7), store)) == (3, 4, 0)
