@@ -257,7 +257,7 @@ def _set_facts(store: FeatureStore, found: FeatureSet) -> dict[str, Json]:
         "spec": found.spec.facts(),
         "profile": facts["profile"],
         **({} if "imported" in facts else {"pixels": pixels_of(facts)}),
-        **{name: facts[name] for name in ("imported", "adopted") if name in facts},
+        **{name: facts[name] for name in ("imported", "adopted", "rounding") if name in facts},
         "stages": [{name: stage[name] for name in ("name", "layout", "shape", "digest")} for stage in facts["stages"]],
         "files": [
             {

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # a program's help lists the formats, and waits for nothing t
     import torch
     from torch import Tensor
 
+    from featstore.files.scaled import ScaledRows
     from featstore.images.image_set import ImageSet
     from featstore.store.features import Features
     from featstore.store.sets import FeatureSet
@@ -95,8 +96,10 @@ def export(
     * ``.parquet``: a table with the features as lists of fixed size; needs pyarrow.
 
     bfloat16 stays what it is in HDF5 and safetensors; NumPy lacks it, so ``.npy`` has float32. ``.parquet`` always has
-    float32, since most readers know no shorter type. Memory doesn't grow with the number of rows, but for about 200
-    bytes each. Each block of the set's parts is checked against its checksum before the first row of it is written.
+    float32, since most readers know no shorter type. Of an int8 set HDF5 has the whole numbers and, as the dataset
+    scale, what to multiply each row with; the others have the products. Memory doesn't grow with the number of rows,
+    but for about 200 bytes each. Each block of the set's parts is checked against its checksum before the first row of
+    it is written.
 
     Args:
         store: where the set is.
@@ -160,13 +163,22 @@ class _Rows:
 
     def blocks(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """The features in order, some rows at a time, contiguous and on the CPU."""
+        for some in self._pieces():
+            yield self.features[some].to(dtype or self.features.dtype).contiguous()
+
+    def stored_blocks(self) -> Iterator[Tensor | ScaledRows]:
+        """The features in order, as they are stored."""
+        for some in self._pieces():
+            yield self.features.stored(some)
+
+    def _pieces(self) -> Iterator[slice]:
         step = max(1, _BLOCK_BYTES // max(1, math.prod(self.features.shape[1:]) * 4))
         is_shown = self.shows_progress and sys.stderr.isatty()
         with tqdm(total=len(self), unit="row", disable=not is_shown, file=sys.stderr) as bar:
             for start in range(0, len(self), step):
-                block = self.features[start : start + step]
-                yield block.to(dtype or self.features.dtype).contiguous()
-                bar.update(len(block))
+                stop = min(start + step, len(self))
+                yield slice(start, stop)
+                bar.update(stop - start)
 
     def labels(self, separator: str) -> list[str]:
         """What a person calls each image's targets; empty where there are none."""
@@ -225,13 +237,15 @@ def _write_hdf5(targets: tuple[Path, ...], rows: _Rows) -> _Written:
         columns |= {"target": np.ascontiguousarray(images.targets), "class": _fixed(images.classes, "class")}
     write_part(
         targets[0],
-        features=rows.blocks(),
+        features=rows.stored_blocks(),
         digests=np.ascontiguousarray(rows.digests),
         decoders=_decoders(rows),
         facts=rows.facts,
         columns=columns,
     )
-    return rows.features.dtype, ()
+    stored = rows.features.storage_type
+    scaled = f"{stored.name} stays: the values are /features times /scale, a number a row"
+    return stored.torch_dtype, (scaled,) if stored.is_scaled else ()
 
 
 def _write_npy(targets: tuple[Path, ...], rows: _Rows) -> _Written:
@@ -269,7 +283,8 @@ def _write_safetensors(targets: tuple[Path, ...], rows: _Rows) -> _Written:
     if images.targets is not None:
         kind = {"int64": "I64", "float32": "F32"}[str(images.targets.dtype)]
         tensors["targets"] = (kind, images.targets.shape, images.targets.nbytes)
-    tensors["features"] = (features.storage_type.safetensors, features.shape, features.num_bytes)
+    num_bytes = math.prod(features.shape) * features.dtype.itemsize
+    tensors["features"] = (features.storage_type.safetensors, features.shape, num_bytes)
     tensors["digests"] = ("U8", rows.digests.shape, rows.digests.nbytes)
     # They are known when all is written; until then there is something of their length.
     metadata[CHECKSUMS] = _checksums_text(metadata, dict.fromkeys(tensors, "0" * 64))
@@ -296,7 +311,8 @@ def _write_safetensors(targets: tuple[Path, ...], rows: _Rows) -> _Written:
         metadata[CHECKSUMS] = _checksums_text(metadata, {name: each.hexdigest() for name, each in sums.items()})
         file.seek(8)
         file.write(_safetensors_header(tensors, metadata))  # as long as before
-    return features.dtype, ()
+    stored = features.storage_type
+    return features.dtype, (f"{stored.name} became float32; no value changed",) if stored.is_scaled else ()
 
 
 def _checksums_text(metadata: dict[str, str], of_tensors: dict[str, str]) -> str:
@@ -311,8 +327,8 @@ def _write_parquet(targets: tuple[Path, ...], rows: _Rows) -> _Written:
     width = math.prod(rows.features.shape[1:])
     shape = "x".join(map(str, rows.features.shape[1:]))
     notes = [f"the {shape} features of an image are one list of {width:,} values, row-major"]
-    if rows.features.dtype != torch.float32:
-        notes.append(f"{_name(rows.features.dtype)} became float32; no value changed")
+    if rows.features.storage_type.name != "float32":
+        notes.append(f"{rows.features.storage_type.name} became float32; no value changed")
     is_single = rows.images.task == "single"
     labels = list(map(_shown, rows.labels("\0")))
     columns = {

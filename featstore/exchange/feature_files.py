@@ -28,7 +28,8 @@ from featstore.exchange.checksums import CHECKSUMS, metadata_checksum, tensor_ch
 from featstore.files.hdf5 import opened_hdf5, own_dataset
 from featstore.files.header import is_part
 from featstore.files.part import Part
-from featstore.files.storage_types import STORAGE_TYPES, storage_type_of
+from featstore.files.scaled import ScaledRows
+from featstore.files.storage_types import FLOATS, storage_type_of
 from featstore.images.csv_tables import read_table
 from featstore.images.digests import DigestTable, KnownDigests
 from featstore.images.image_set import ImageSet
@@ -44,7 +45,7 @@ ID_DATASETS = ("id", "ids", "sample_id")
 ID_COLUMNS = ("id", "path")
 
 _BLOCK_BYTES = 8 << 20
-_IN_NUMPY = [each.name for each in STORAGE_TYPES.values() if each.in_numpy == each]
+_IN_NUMPY = [each.name for each in FLOATS.values() if each.in_numpy == each]
 _DOUBLE = torch.float64
 """Read beside the storage types; its numbers are stored as float32."""
 
@@ -319,7 +320,7 @@ def _member(file: Any, name: str, path: Path, flag: str) -> Any:
 
 
 def _found_in_part(path: Path) -> FeatureFile:
-    """An exported file, or a part of a store: its features are checked, and bfloat16 stays bfloat16."""
+    """An exported file, or a part of a store: its features are checked, bfloat16 stays that, int8 becomes float32."""
     part = Part.open(path)
     damaged = part.verify()
     if damaged:
@@ -330,8 +331,8 @@ def _found_in_part(path: Path) -> FeatureFile:
     rows = ForeignRows(
         num_rows=part.num_rows,
         shape=part.shape,
-        dtype=part.dtype,
-        read=lambda start, stop: part.read_rows(np.arange(start, stop)),
+        dtype=part.storage_type.read_as.torch_dtype,
+        read=lambda start, stop: _read(part, start, stop),
     )
     with opened_hdf5(path) as file:
         if "id" not in file:
@@ -347,6 +348,13 @@ def _found_in_part(path: Path) -> FeatureFile:
             groups=list(_texts(own_dataset(file, "group")[()])) if "group" in file else None,
         )
     return FeatureFile(rows=rows, ids=ids, images=images)
+
+
+def _read(part: Part, start: int, stop: int) -> Tensor:
+    rows = part.read_rows(np.arange(start, stop))
+    if part.scales is None:
+        return rows
+    return ScaledRows(rows, torch.from_numpy(part.scales[start:stop])).values()
 
 
 @contextmanager
@@ -367,7 +375,7 @@ def _opened_safetensors(path: Path, dataset: str | None, id_dataset: str | None)
             )
         slices = file.get_slice(wanted)
         shape = tuple(slices.get_shape())
-        kinds = {each.safetensors: each.torch_dtype for each in STORAGE_TYPES.values()} | {"F64": _DOUBLE}
+        kinds = {each.safetensors: each.torch_dtype for each in FLOATS.values()} | {"F64": _DOUBLE}
         dtype = kinds.get(slices.get_dtype())
         if dtype is None:
             raise _wrong_type(slices.get_dtype())
@@ -495,7 +503,7 @@ def _described(
 def _rows_of_array(array: Any) -> ForeignRows:
     """Rows of whatever has shape, dtype and slices like an array: one in memory, a mapped one, a dataset of HDF5."""
     native = array.dtype.name  # whatever its byte order
-    dtype = _DOUBLE if native == "float64" else STORAGE_TYPES[native].torch_dtype if native in _IN_NUMPY else None
+    dtype = _DOUBLE if native == "float64" else FLOATS[native].torch_dtype if native in _IN_NUMPY else None
     if dtype is None:
         raise _wrong_type(str(array.dtype))
     return ForeignRows(
@@ -507,7 +515,7 @@ def _rows_of_array(array: Any) -> ForeignRows:
 
 
 def _wrong_type(found: str) -> TypeError:
-    names = [*_IN_NUMPY, "float64", *(name for name in STORAGE_TYPES if name not in _IN_NUMPY)]
+    names = [*_IN_NUMPY, "float64", *(name for name in FLOATS if name not in _IN_NUMPY)]
     return TypeError(f"The features are {found}. Expected {', '.join(names[:-1])} or {names[-1]}. Convert them.")
 
 

@@ -23,6 +23,8 @@ from featstore.errors import FactsDifferError, FeatureStoreError
 from featstore.extraction.defaults import NUM_ROWS
 from featstore.files.index import first_places
 from featstore.files.part import Part
+from featstore.files.scaled import ScaledRows
+from featstore.files.storage_types import StorageType
 from featstore.images.image_set import ImageSet
 from featstore.images.pixel_digest import check_pixels, pixel_digest
 from featstore.images.render import Job, render
@@ -270,9 +272,7 @@ def _computed(
 
 def _compared(old: FeatureSet, live: Tensor, stored: Tensor, ids: Sequence[str]) -> tuple[float, float]:
     """The largest difference beyond rounding, and the most that is allowed; refused if it is more."""
-    limits = torch.finfo(old.spec.storage_type.torch_dtype)
-    half_a_unit = (stored.abs() * limits.eps).clamp(min=limits.smallest_normal * limits.eps) / 2
-    beyond = ((live - stored).abs() - half_a_unit).clamp(min=0).nan_to_num(nan=math.inf)
+    beyond = ((live - stored).abs() - _half_a_unit(stored, old.spec.storage_type)).clamp(min=0).nan_to_num(nan=math.inf)
     tolerance = TOLERANCES[old.spec.precision] * float(stored.abs().max())
     largest_of_row = beyond.reshape(len(beyond), -1).amax(dim=1)
     if bool((largest_of_row > tolerance).any()):
@@ -284,6 +284,14 @@ def _compared(old: FeatureSet, live: Tensor, stored: Tensor, ids: Sequence[str])
             "differ by more). Nothing was filed. Give the model that the set was made with, or extract anew."
         )
     return float(largest_of_row.max()), tolerance
+
+
+def _half_a_unit(stored: Tensor, storage_type: StorageType) -> Tensor:
+    """The most by which rounding to the storage type has moved a value."""
+    if storage_type.is_scaled:
+        return ScaledRows.of(stored).scales.view(-1, *[1] * (stored.ndim - 1)) / 2
+    limits = torch.finfo(storage_type.torch_dtype)
+    return (stored.abs() * limits.eps).clamp(min=limits.smallest_normal * limits.eps) / 2
 
 
 def _write(store: FeatureStore, old: FeatureSet, spec: FeatureSpec, facts: dict[str, Json], progress: bool) -> int:
@@ -325,8 +333,9 @@ def _written(
 
 
 def _facts(facts: dict[str, Json], part: Part) -> dict[str, Json]:
-    """`facts` for rows of `part`, which were computed on the profile that it records."""
-    return facts | {"adopted": facts["adopted"] | {"profile": part.facts["profile"]}}
+    """`facts` for rows of `part`, which were computed on the profile that it records, and rounded as it says."""
+    rounding = {name: part.facts[name] for name in ("rounding",) if name in part.facts}
+    return facts | rounding | {"adopted": facts["adopted"] | {"profile": part.facts["profile"]}}
 
 
 def _wanted_rows(
@@ -338,7 +347,7 @@ def _wanted_rows(
     if new is not None:
         is_wanted &= new.index.find(part.digests)[0] < 0
     gathered = Gathered(spec, part.shape)
-    for block_rows, block in part.read_blocks(range(len(part.checksums))):
+    for block_rows, block in part.read_chunks(range(len(part.checksums))):
         here = np.flatnonzero(is_wanted[block_rows.start : block_rows.stop])
         if len(here):
             rows = here + block_rows.start

@@ -22,6 +22,7 @@ from featstore.extraction.filed import Filed
 from featstore.extraction.narrowing import Narrowed, Narrowing
 from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
 from featstore.extraction.progress import Progress
+from featstore.extraction.rounding import Rounding
 from featstore.images.pixel_digest import pixel_digest
 from featstore.images.processes import CannotShareError, Renderers
 from featstore.images.render import Job as ImageJob
@@ -48,6 +49,7 @@ class Opened:
         trunk: what computes their rows.
         probes: of each output, what is filed with its rows.
         stages: cut -> the facts of the model's stages up to it.
+        roundings: of each output whose rows are scaled, what is filed with them.
     """
 
     planned: PlannedModel
@@ -55,6 +57,7 @@ class Opened:
     trunk: Trunk
     probes: dict[Output, Probe]
     stages: dict[str, list[Json]]
+    roundings: dict[Output, Rounding]
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,14 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def notes(self) -> list[str]:
+        """What its owner should know before the first row."""
+        return [
+            rounding.note(each.planned.model.name, output, self.planned.sets[each.places[0]].spec.dtype)
+            for each in self.opened
+            for output, rounding in each.roundings.items()
+        ]
 
     def close(self) -> None:
         """Ends the processes that render."""
@@ -417,6 +428,7 @@ class Job:
 def _facts(opened: Opened, each: PlannedSet) -> dict[str, Json]:
     model = opened.planned.model
     class_tokens, prefix_tokens = model.tokens(each.cut)
+    rounding = opened.roundings.get(each.output)
     return part_facts(
         backbone=model.name,
         stages=opened.stages[each.cut],
@@ -425,6 +437,7 @@ def _facts(opened: Opened, each: PlannedSet) -> dict[str, Json]:
         profile=opened.trunk.profile(),
         probe=opened.probes[each.output].facts(),
         pixels=pixel_digest(),
+        rounding=None if rounding is None else rounding.facts(),
     )
 
 

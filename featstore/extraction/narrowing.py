@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from featstore.errors import FeatureStoreError
+from featstore.files.scaled import LARGEST, ScaledRows
 from featstore.models.probe import Probe
 from featstore.store.spec import FeatureSpec
 
@@ -30,13 +31,14 @@ class Narrowed(NamedTuple):
     """A batch of rows in the storage type, on the CPU.
 
     Attributes:
-        rows: `(N, *F)`, in order; those that are unfit hold what can't be stored.
+        rows: `(N, *F)`, in order, or scaled where the type is int8; those that are unfit hold what can't be stored.
         unfit: row of the batch -> why it can't be stored, without the image's name.
-        num_values: `(N,)`, of each row the values that aren't zero before it is narrowed; 0 where the type holds all.
+        num_values: `(N,)`, of each row the values that aren't zero before it is narrowed; 0 where the type holds all,
+            and of scaled rows, of which the error is told (see `Rounding`).
         num_lost: `(N,)`, those of them that are zeros afterwards.
     """
 
-    rows: Tensor
+    rows: Tensor | ScaledRows
     unfit: dict[int, str]
     num_values: Tensor
     num_lost: Tensor
@@ -50,14 +52,20 @@ class Narrowing:
 
     def __init__(self, values: Tensor, spec: FeatureSpec, cut: str) -> None:
         self.spec, self.cut, self._values = spec, cut, values
-        stored = values.to(spec.storage_type.torch_dtype)
-        flat, before = stored.reshape(len(stored), -1), values.reshape(len(values), -1)
-        found = [stored, flat.isfinite().all(dim=1)]
-        if stored.dtype == values.dtype:
-            found += [torch.zeros(len(values), dtype=torch.int64, device=values.device)] * 2
+        nothing = torch.zeros(len(values), dtype=torch.int64, device=values.device)
+        if spec.storage_type.is_scaled:
+            scaled = ScaledRows.of(values)
+            is_fit = (scaled.scales * LARGEST).isfinite()  # the largest value may be rounded up, beyond all
+            found = [scaled.numbers, is_fit, nothing, nothing, scaled.scales]
         else:
-            num_values = before.count_nonzero(dim=1)
-            found += [num_values, num_values - flat.count_nonzero(dim=1)]
+            stored = values.to(spec.storage_type.torch_dtype)
+            flat, before = stored.reshape(len(stored), -1), values.reshape(len(values), -1)
+            found = [stored, flat.isfinite().all(dim=1)]
+            if stored.dtype == values.dtype:
+                found += [nothing, nothing]
+            else:
+                num_values = before.count_nonzero(dim=1)
+                found += [num_values, num_values - flat.count_nonzero(dim=1)]
         self._found = [each.to("cpu", non_blocking=True) for each in found]
         self._is_done = None
         if values.is_cuda:
@@ -68,7 +76,8 @@ class Narrowing:
         """The result."""
         if self._is_done is not None:
             self._is_done.synchronize()
-        rows, is_fit, num_values, num_lost = self._found
+        numbers, is_fit, num_values, num_lost, *scales = self._found
+        rows = ScaledRows(numbers, *scales) if scales else numbers
         unfit = {
             row: _reason(self._values[row], self.spec, self.cut) for row in torch.nonzero(~is_fit).flatten().tolist()
         }
@@ -97,13 +106,14 @@ def refuse_too_small(probe: Probe, spec: FeatureSpec, *, name: str, cut: str) ->
 
 def _smallest_step(spec: FeatureSpec) -> float:
     """The smallest number above zero."""
-    limits = torch.finfo(spec.storage_type.torch_dtype)
-    return math.ldexp(limits.tiny, -spec.storage_type.mantissa_bits)
+    read_as = spec.storage_type.read_as
+    step = math.ldexp(torch.finfo(read_as.torch_dtype).tiny, -read_as.mantissa_bits)
+    return LARGEST * step if spec.storage_type.is_scaled else step  # of rows whose scale is a step
 
 
 def _reason(row: Tensor, spec: FeatureSpec, cut: str) -> str:
     if bool(row.isfinite().all()):
-        limit = torch.finfo(spec.storage_type.torch_dtype).max
+        limit = torch.finfo(spec.storage_type.read_as.torch_dtype).max
         return (
             f"its activations at {cut} reach {float(row.abs().max()):.6g}, more than {spec.dtype} can hold "
             f"({limit:.6g}). Store them as bfloat16 or float32 (--dtype)"

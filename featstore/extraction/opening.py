@@ -13,6 +13,7 @@ from featstore.extraction.failures import check_max_errors
 from featstore.extraction.job import Input, Opened, Session, refuse_changed
 from featstore.extraction.narrowing import refuse_too_small
 from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
+from featstore.extraction.rounding import sampled_roundings
 from featstore.files.index import first_places
 from featstore.images.pixel_digest import check_pixels
 from featstore.images.processes import renderers_for
@@ -83,7 +84,9 @@ def open_plan(
         ahead=ahead,
     )
     try:
-        opened = [_opened(planned, source, places, chosen, batching[source]) for source, places in lacking.items()]
+        opened = [
+            _opened(planned, source, places, chosen, batching[source], workers) for source, places in lacking.items()
+        ]
         with timed("key"):
             refuse_changed(planned)  # trunks and probes, too, must be those of the planned models
     except BaseException:
@@ -106,8 +109,15 @@ def open_plan(
     )
 
 
-def _opened(planned: Plan, source: PlannedModel, places: list[int], device: torch.device, batching: Batching) -> Opened:
-    """A model with its trunk, which is a function of one image, and the probe of each output."""
+def _opened(
+    planned: Plan,
+    source: PlannedModel,
+    places: list[int],
+    device: torch.device,
+    batching: Batching,
+    workers: int | None,
+) -> Opened:
+    """A model with its trunk, which is a function of one image, and of each output the probe and the rounding."""
     sets = [planned.sets[place] for place in places]
     model = source.model.with_(view=sets[0].view.evaluation)
     outputs = list(dict.fromkeys(each.output for each in sets))
@@ -128,6 +138,7 @@ def _opened(planned: Plan, source: PlannedModel, places: list[int], device: torc
             check_pure(model, last, batch_size=trunk.batch_size, device=trunk.device)
     with timed("probe"):
         probes = _checked_probes(sets, model, outputs, trunk)
+    roundings = sampled_roundings(planned, sets, trunk, workers=workers)
     stages = stage_facts(model, source.stage_digests)
     return Opened(
         planned=source,
@@ -135,6 +146,7 @@ def _opened(planned: Plan, source: PlannedModel, places: list[int], device: torc
         trunk=trunk,
         probes=probes,
         stages={each.cut: stages[: model.index(each.cut) + 1] for each in sets},
+        roundings=roundings,
     )
 
 

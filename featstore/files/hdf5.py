@@ -33,6 +33,7 @@ from featstore.files.header import (
     Layout,
     make_user_block,
     read_layout,
+    version_for,
 )
 from featstore.files.plain_reads import damaged, opened
 from featstore.files.storage_types import STORAGE_TYPES, StorageType
@@ -187,6 +188,7 @@ class Frame:
         features = range(features_offset, features_offset + features_bytes)
         layout = Layout(
             kind=kind,
+            version=version_for(is_scaled=rows is not None and rows.storage_type.is_scaled),
             length=max(image.tell(), features.stop),
             features=features,
             regions=dict(sorted(regions, key=lambda region: region[1].start)),
@@ -248,7 +250,9 @@ def _add_dataset(hdf5: h5py.File, name: str, hdf5_type: h5py.h5t.TypeID, shape: 
     return h5py.Dataset(h5py.h5d.create(hdf5.id, name.encode("ascii"), hdf5_type, space, properties))
 
 
-def _hdf5_type(storage_type: StorageType) -> h5py.h5t.TypeFloatID:
+def _hdf5_type(storage_type: StorageType) -> h5py.h5t.TypeID:
+    if storage_type.is_scaled:
+        return h5py.h5t.STD_I8LE
     exponent, mantissa = storage_type.exponent_bits, storage_type.mantissa_bits
     found = h5py.h5t.IEEE_F32LE.copy()
     # The sign's bit; first bit and bits of the exponent, then of the mantissa.

@@ -14,7 +14,13 @@ from featstore.errors import DamagedFileError, NewerFormatError
 from featstore.files.plain_reads import REMEDY, crc_of, damaged, new_buffer, read_at, truncated
 
 FORMAT_VERSION = 2
-"""The version of `docs/format.md` that is written; every version from 1 up to this one can be read."""
+"""The version of `docs/format.md` that is written, but for scaled rows."""
+
+SCALED_VERSION = 3
+"""That of parts with scaled rows, which older readers would take for damage: else as the one before it.
+
+Every version from 1 up to this one can be read.
+"""
 
 USER_BLOCK_BYTES = 4096
 FEATURES_ALIGNMENT = 4096
@@ -39,12 +45,14 @@ class Layout:
 
     Attributes:
         kind: of the file.
+        version: of the format.
         length: of the file, in bytes.
         features: their bytes; none at 0 if there are none.
         regions: the bytes of each dataset beside the features that has any, in the order of the file.
     """
 
     kind: Kind
+    version: int
     length: int
     features: range
     regions: Mapping[str, range]
@@ -70,11 +78,16 @@ class Layout:
         return [extent for extent in found if extent]
 
 
+def version_for(*, is_scaled: bool) -> int:
+    """The version of a new file, by whether its rows are scaled."""
+    return SCALED_VERSION if is_scaled else FORMAT_VERSION
+
+
 def make_user_block(layout: Layout, image: memoryview) -> bytes:
     """The user block of a file that `image` holds, which may end where the features begin, if these lie last."""
     block = bytearray(USER_BLOCK_BYTES)
     extents = (layout.length, layout.features.start, len(layout.features))
-    _FIELDS.pack_into(block, 0, _MAGIC, FORMAT_VERSION, layout.kind.encode(), *extents, 0)
+    _FIELDS.pack_into(block, 0, _MAGIC, layout.version, layout.kind.encode(), *extents, 0)
     _REGION_FIELDS.pack_into(block, _FIELDS.size, 0, _crc_in(image, layout.structure), len(layout.regions))
     for number, (name, extent) in enumerate(layout.regions.items()):
         place = _REGIONS_OFFSET + number * _REGION.size
@@ -96,6 +109,7 @@ def read_layout(path: Path, fd: int, kind: Kind) -> Layout:
         raise damaged(path, f"it has {size} bytes, which its user block contradicts")
     layout = Layout(
         kind=kind,
+        version=version,
         length=length,
         features=range(features_offset, features_offset + features_bytes),
         regions={name: extent for name, extent, _ in read_regions(head)} if version > 1 else {},
@@ -114,9 +128,10 @@ def read_user_block(path: Path, fd: int) -> bytes:
     buffer = bytearray(min(USER_BLOCK_BYTES, os.fstat(fd).st_size))
     read_at(path, fd, [memoryview(buffer)], 0)
     head = bytes(buffer)
-    start = _MAGIC + struct.pack("<I", FORMAT_VERSION)
-    is_sealed = len(head) == USER_BLOCK_BYTES and _fits_own_crc(start + head[len(start) :])
-    if is_sealed and not head.startswith(start):
+    starts = [_MAGIC + struct.pack("<I", version) for version in range(2, SCALED_VERSION + 1)]
+    is_whole = len(head) == USER_BLOCK_BYTES
+    sealed = next((start for start in starts if is_whole and _fits_own_crc(start + head[len(start) :])), None)
+    if sealed is not None and not head.startswith(sealed):
         raise damaged(path, "bytes are altered in its header, in the first line or the version")
     if not head.startswith(_MAGIC[: len(head)]):
         raise DamagedFileError(
@@ -126,12 +141,12 @@ def read_user_block(path: Path, fd: int) -> bytes:
     if len(head) < USER_BLOCK_BYTES:
         raise truncated(path, missing=USER_BLOCK_BYTES - len(head))
     (version,) = struct.unpack_from("<I", head, len(_MAGIC))
-    if not 1 <= version <= FORMAT_VERSION:
+    if not 1 <= version <= SCALED_VERSION:
         raise NewerFormatError(
-            f"{path} has format version {version}; this featstore reads versions up to {FORMAT_VERSION}. "
+            f"{path} has format version {version}; this featstore reads versions up to {SCALED_VERSION}. "
             "Upgrade featstore to read it."
         )
-    if version > 1 and not is_sealed:
+    if version > 1 and sealed is None:
         raise damaged(path, "bytes are altered in its header (it doesn't fit its checksum)")
     return head
 
@@ -162,7 +177,7 @@ def is_part(path: Path) -> bool:
 
 
 _REGION_WORDS: dict[Kind, dict[str, str]] = {
-    "part": {"digest": "digests", "decoder": "decoders", "crc": "checksums", "facts": "facts"},
+    "part": {"digest": "digests", "decoder": "decoders", "crc": "checksums", "scale": "scales", "facts": "facts"},
     "images": {"facts": "facts"},
 }
 

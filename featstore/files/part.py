@@ -26,7 +26,8 @@ from featstore.files import disk
 from featstore.files.hdf5 import BLOCK_BYTES, Frame, StoredRows, check_columns, opened_checked
 from featstore.files.header import MAX_REGIONS
 from featstore.files.plain_reads import MAX_BUFFERS, crc_of, damaged, new_buffer, opened, read_at, truncated
-from featstore.files.storage_types import STORAGE_TYPES, StorageType, storage_type_of
+from featstore.files.scaled import ScaledRows
+from featstore.files.storage_types import FLOATS, STORAGE_TYPES, StorageType, storage_type_of
 from featstore.machine import num_processors
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _MAX_SUMMING = 3  # threads, beside the one that writes
 def write_part(
     path: Path,
     *,
-    features: Tensor | Sequence[Tensor] | Iterator[Tensor],
+    features: Tensor | ScaledRows | Sequence[Tensor | ScaledRows] | Iterator[Tensor | ScaledRows],
     digests: NDArray[np.uint8],
     decoders: NDArray[np.uint8],
     facts: Mapping[str, Json],
@@ -55,9 +56,9 @@ def write_part(
     Args:
         path: the final name, which must be free. The check and the rename are two steps, so names that several
             processes choose need something random in them.
-        features: activations `(n, *F)`, contiguous, on the CPU, float16, float32 or bfloat16; or the same rows in
-            chunks, of which there must be one even if it has no rows. That values are finite is the caller's check.
-            An iterator's chunks are drawn while the file is written, each once the one before it is on its way.
+        features: activations `(n, *F)`, contiguous, on the CPU, float16, float32 or bfloat16, or scaled; or the same
+            rows in chunks, of which there must be one even if it has no rows. That values are finite is the caller's
+            check. An iterator's chunks are drawn while the file is written, each once the one before it is on its way.
         digests: `(n, 32)`, the SHA-256 of each row's image.
         decoders: `(n,)`, which decoder read each row's image.
         facts: everything else there is to say.
@@ -72,18 +73,22 @@ def write_part(
     """
     from torch import Tensor
 
+    scales = np.zeros(len(digests), "<f4")
     chunks: Iterable[Tensor]
     if isinstance(features, Iterator):
         first = list(islice(features, 1))
         rows = _check_features(first, num_rows=len(digests))
-        chunks = _check_drawn(chain(first, features), rows)
+        chunks = _check_drawn(_without_scales(chain(first, features), rows, scales), rows)
     else:
-        chunks = [features] if isinstance(features, Tensor) else features
-        rows = _check_features(chunks)
+        whole = [features] if isinstance(features, Tensor | ScaledRows) else features
+        rows = _check_features(whole)
+        chunks = _without_scales(whole, rows, scales)
     _check_row_facts("digests", digests, (rows.num_rows, _DIGEST_BYTES))
     _check_row_facts("decoders", decoders, (rows.num_rows,))
     checksums = np.zeros(rows.num_blocks, "<u4")
     own: dict[str, NDArray[Any]] = {"digest": digests, "decoder": decoders, "crc": checksums}
+    if rows.storage_type.is_scaled:
+        own["scale"] = scales
     more = dict(columns or {})
     _check_more_columns(more, taken={"features", *own})
     frame = Frame.of("part", {**own, **more}, facts, rows)
@@ -92,6 +97,8 @@ def write_part(
         checksums[:] = _write_features(fd, chunks, layout.features.start, rows.block_rows * rows.row_bytes)
         if rows.num_rows:
             frame.put("crc", checksums)
+            if rows.storage_type.is_scaled:
+                frame.put("scale", scales)
         frame.write(fd)
 
 
@@ -107,6 +114,7 @@ class Part:
         facts: the JSON facts.
         digests: `(n, 32)` uint8, the SHA-256 of each row's image.
         decoders: `(n,)` uint8, which decoder read each row's image.
+        scales: `(n,)` float32, of scaled rows; else None.
         checksums: uint32, the CRC-32 of each block of `block_rows` rows.
         block_rows: rows in a block of features; the last block may have fewer.
         features_offset: where in the file the features begin, in bytes.
@@ -119,6 +127,7 @@ class Part:
     facts: dict[str, Json]
     digests: NDArray[np.uint8]
     decoders: NDArray[np.uint8]
+    scales: NDArray[np.float32] | None
     checksums: NDArray[np.uint32]
     block_rows: int
     features_offset: int
@@ -141,6 +150,7 @@ class Part:
                 facts=structure.facts(),
                 digests=structure.column("digest", "u1", (rows.num_rows, _DIGEST_BYTES)),
                 decoders=structure.column("decoder", "u1", (rows.num_rows,)),
+                scales=structure.column("scale", "<f4", (rows.num_rows,)) if rows.storage_type.is_scaled else None,
                 checksums=structure.column("crc", "<u4", (math.ceil(rows.num_rows / block_rows),)),
                 block_rows=block_rows,
                 features_offset=structure.layout.features.start,
@@ -148,7 +158,7 @@ class Part:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the features: torch.float16, torch.float32 or torch.bfloat16."""
+        """Of the features as they are stored: torch.float16, float32, bfloat16, or int8 of scaled ones."""
         return self.storage_type.torch_dtype
 
     @property
@@ -183,8 +193,20 @@ class Part:
             file_bytes = torch.from_file(name, shared=False, size=self._features_end, dtype=torch.uint8)
         return file_bytes[self.features_offset :].view(self.dtype).view(self.num_rows, *self.shape)
 
+    def read_chunks(self, blocks: Iterable[int]) -> Iterator[tuple[range, Tensor | ScaledRows]]:
+        """As `read_blocks`, checked, and scaled rows with their scales: what `write_part` takes."""
+        import torch
+
+        for rows, numbers in self.read_blocks(blocks):
+            if self.scales is None:
+                yield rows, numbers
+            else:
+                yield rows, ScaledRows(numbers, torch.from_numpy(self.scales[rows.start : rows.stop]))
+
     def read_blocks(self, blocks: Iterable[int], *, verify: bool = True) -> Iterator[tuple[range, Tensor]]:
         """For each of `blocks` the range of its rows and their activations `(rows, *F)`, by plain reads.
+
+        Of scaled rows it is the numbers alone, here as in `features` and `read_rows`.
 
         As `read_block_bytes`, whose arguments and errors these are.
         """
@@ -325,14 +347,15 @@ class Part:
 # ---- what a caller may pass
 
 
-def _check_features(chunks: Sequence[Tensor], *, num_rows: int | None = None) -> StoredRows:
+def _check_features(features: Sequence[Tensor | ScaledRows], *, num_rows: int | None = None) -> StoredRows:
     """What the chunks hold together, or the first of those that `num_rows` rows come in."""
-    if not chunks:
+    if not features:
         raise ValueError("there are no chunks of features, hence no row shape; for a part without rows pass (0, *F)")
+    chunks = [chunk.numbers if isinstance(chunk, ScaledRows) else chunk for chunk in features]
     first = chunks[0]
-    storage_type = storage_type_of(first.dtype)
+    storage_type = STORAGE_TYPES["int8"] if isinstance(features[0], ScaledRows) else storage_type_of(first.dtype)
     if storage_type is None:
-        *names, last = STORAGE_TYPES
+        *names, last = FLOATS
         raise TypeError(f"features of {first.dtype} can't be stored; convert them to {', '.join(names)} or {last}")
     if first.ndim == 0 or 0 in first.shape[1:]:
         raise ValueError(f"features of shape {tuple(first.shape)} are not rows of values; pass (n, *F), no zeros in F")
@@ -353,6 +376,23 @@ def _check_chunk(chunk: Tensor, first: Tensor) -> None:
         )
     if chunk.device.type != "cpu" or not chunk.is_contiguous():
         raise ValueError(f"a chunk of features on {chunk.device} is not contiguous on the CPU; pass a copy that is")
+
+
+def _without_scales(
+    chunks: Iterable[Tensor | ScaledRows], rows: StoredRows, scales: NDArray[np.float32]
+) -> Iterator[Tensor]:
+    """The tensors to write, one a chunk; each chunk's scales are put into `scales` when it is drawn."""
+    start = 0
+    for chunk in chunks:
+        if isinstance(chunk, ScaledRows) != rows.storage_type.is_scaled:
+            raise ValueError("some chunks of features are scaled rows and others aren't; pass all as the first")
+        if isinstance(chunk, ScaledRows):
+            own = chunk.scales.numpy()[: len(scales) - start]  # more rows than there are digests of are refused next
+            scales[start : start + len(own)] = own
+            start += len(own)
+            yield chunk.numbers
+        else:
+            yield chunk
 
 
 def _check_drawn(chunks: Iterator[Tensor], rows: StoredRows) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -51,6 +51,18 @@ class Places:
         """Size of one row."""
         return self.parts[0].row_bytes
 
+    @cached_property
+    def scales(self) -> NDArray[np.float32] | None:
+        """``(N,)``, of scaled rows; else None."""
+        if not self.parts[0].storage_type.is_scaled:
+            return None
+        found = np.empty(len(self), np.float32)
+        for part, where in self.by_part():
+            scales = self.parts[part].scales
+            assert scales is not None
+            found[where] = scales[self.row_in[where]]
+        return found
+
     def of(self, rows: Rows) -> Places:
         """Where some of the rows lie."""
         return Places(parts=self.parts, part_of=self.part_of[rows], row_in=self.row_in[rows])
@@ -65,7 +77,14 @@ class Places:
 
 
 class Source(ABC):
-    """Something that gives rows as bytes; may be used by several threads."""
+    """Something that gives rows as bytes; may be used by several threads.
+
+    Args:
+        places: where they lie.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
 
     @abstractmethod
     def take(self, rows: Rows, out: NDArray[np.uint8]) -> None:
@@ -78,9 +97,10 @@ class Source(ABC):
 
 
 class InMemory(Source):
-    """Rows ``(N, *F)`` that were read before."""
+    """Rows ``(N, *F)``, as they are stored, that were read before."""
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, places: Places, values: Tensor) -> None:
+        super().__init__(places)
         self.values = values
         self._bytes = as_bytes(values)
 
@@ -92,7 +112,7 @@ class InFiles(Source):
     """Rows in parts. A block is checked against its checksum before the first row of it is given, and once only."""
 
     def __init__(self, places: Places) -> None:
-        self.places = places
+        super().__init__(places)
         self._checked = [np.zeros(len(part.checksums), bool) for part in places.parts]
 
     def check(self, part: int, row_in: NDArray[np.int64]) -> None:

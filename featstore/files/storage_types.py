@@ -14,14 +14,16 @@ if TYPE_CHECKING:  # a program's help lists these, and waits for no arrays
 
 @dataclass(frozen=True, kw_only=True)
 class StorageType:
-    """Binary floating-point numbers with one bit for the sign, little-endian, as IEEE 754 lays them out.
+    """Numbers with one bit for the sign, little-endian: binary floating-point as IEEE 754 lays it out, or whole ones.
+
+    A row of whole ones has a scale, a float32: its values are the numbers times it (see `ScaledRows`).
 
     Attributes:
         name: as requests, specs, folders and torch call it.
-        exponent_bits: with a bias of half their range.
+        exponent_bits: with a bias of half their range; none of whole numbers.
         mantissa_bits: stored ones, without the leading one.
         numpy: the name of the narrowest one that numpy has too and that holds each of the values.
-        safetensors: what safetensors files call it.
+        safetensors: what safetensors files call the one that rows are read as.
     """
 
     name: str
@@ -36,14 +38,26 @@ class StorageType:
         return (1 + self.exponent_bits + self.mantissa_bits) // 8
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether it is of whole numbers, which are nothing without their rows' scales."""
+        return self.exponent_bits == 0
+
+    @property
+    def read_as(self) -> StorageType:
+        """That of the rows that readers get: itself, or what holds the products of numbers and scale."""
+        return STORAGE_TYPES["float32"] if self.is_scaled else self
+
+    @property
     def in_numpy(self) -> StorageType:
         """Itself, or the narrowest one that numpy has too and that holds each of the values."""
         return STORAGE_TYPES[self.numpy]
 
-    def numbers(self, rows: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """The values ``(n, values)`` of rows of stored bytes ``(n, row_bytes)``, contiguous."""
+    def numbers(self, rows: NDArray[np.uint8], scales: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
+        """The values ``(n, values)`` of rows of stored bytes ``(n, row_bytes)``, contiguous, and of their scales."""
         import numpy as np
 
+        if scales is not None:
+            return (rows.view(np.int8) * scales[:, None]).astype(np.float64)
         wide = self.in_numpy
         bits = rows.view(f"<u{self.itemsize}")
         if wide != self:  # what numpy lacks has the exponent of a wider one that it has, and fewer bits behind it
@@ -53,7 +67,7 @@ class StorageType:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """As torch's type."""
+        """As torch's type; of whole numbers without their scales."""
         import torch  # only who computes waits for it
 
         dtype: torch.dtype = getattr(torch, self.name)
@@ -66,9 +80,13 @@ STORAGE_TYPES: Mapping[str, StorageType] = {
         StorageType(name="float16", exponent_bits=5, mantissa_bits=10, numpy="float16", safetensors="F16"),
         StorageType(name="float32", exponent_bits=8, mantissa_bits=23, numpy="float32", safetensors="F32"),
         StorageType(name="bfloat16", exponent_bits=8, mantissa_bits=7, numpy="float32", safetensors="BF16"),
+        StorageType(name="int8", exponent_bits=0, mantissa_bits=7, numpy="float32", safetensors="F32"),
     )
 }
 """All of them by name."""
+
+FLOATS: Mapping[str, StorageType] = {name: each for name, each in STORAGE_TYPES.items() if not each.is_scaled}
+"""Those whose numbers are the values."""
 
 DEFAULT_STORAGE_TYPE = "float16"
 """Where nobody says."""
@@ -76,4 +94,4 @@ DEFAULT_STORAGE_TYPE = "float16"
 
 def storage_type_of(dtype: torch.dtype) -> StorageType | None:
     """The storage type of tensors of such a type; None where they can't be stored as they are."""
-    return STORAGE_TYPES.get(str(dtype).removeprefix("torch."))
+    return FLOATS.get(str(dtype).removeprefix("torch."))

@@ -41,6 +41,11 @@ class Output:
     cut: str
     pool: Pool
 
+    @property
+    def label(self) -> str:
+        """As people name it: ``CUT:REDUCTION``."""
+        return f"{self.cut}:{self.pool.reduction}"
+
 
 def output_at(model: StagedModel, cut: str, reduce: str = "auto") -> Output:
     """What ``CUT`` or ``CUT:REDUCTION`` means for a model."""

@@ -28,6 +28,7 @@ from featstore.files import disk
 from featstore.files.index import RowIndex
 from featstore.files.part import Part, write_part
 from featstore.files.provenance import signature
+from featstore.files.scaled import ScaledRows, no_rows
 from featstore.store.part_facts import pixels_of
 from featstore.store.sets import FeatureSet, digest_rows, newest
 from featstore.words import size_text
@@ -145,7 +146,9 @@ _NAME = re.compile(r"part-([0-9a-f]{16})\.h5")
 _STEP = 1 << 40
 """How far below another a name is drawn, at most: 2^64 names leave room for millions of merges of merged parts."""
 
-_OF_THE_NEWEST = frozenset({"backbone", "cut", "stages", "class_tokens", "prefix_tokens", "probe", "who", "when"})
+_OF_THE_NEWEST = frozenset(
+    {"backbone", "cut", "stages", "class_tokens", "prefix_tokens", "probe", "rounding", "who", "when"}
+)
 _COMBINED = frozenset({"failed", "supersedes", "merged"})
 
 
@@ -239,14 +242,14 @@ def _check_rows(part: Part, rows: NDArray[np.int64]) -> None:
         pass
 
 
-def _chunks(parts: Sequence[Part], kept: Sequence[NDArray[np.bool_]]) -> Iterator[Tensor]:
+def _chunks(parts: Sequence[Part], kept: Sequence[NDArray[np.bool_]]) -> Iterator[Tensor | ScaledRows]:
     """The rows that are kept, block by block, each checked; a chunk is good until the next one is drawn."""
     import torch  # only who merges waits for it
 
-    yield torch.empty((0, *parts[0].shape), dtype=parts[0].dtype)  # there may be no other
+    yield no_rows(parts[0].shape, parts[0].storage_type)  # there may be no other
     for part, is_kept in zip(parts, kept, strict=True):
         blocks = np.unique(np.flatnonzero(is_kept) // part.block_rows)
-        for rows, values in part.read_blocks(blocks.tolist()):
+        for rows, values in part.read_chunks(blocks.tolist()):
             chosen = torch.from_numpy(is_kept[rows.start : rows.stop])
             yield values if chosen.all() else values[chosen]
 

@@ -116,9 +116,11 @@ def _compared(a: FeatureSet, b: FeatureSet, digests: NDArray[np.uint8]) -> Value
     stored = [_stored(each, digests) for each in (a, b)]
     num_rows = max(1, _PIECE_BYTES // (8 * math.prod(a.parts[0].shape)))
     for start in range(0, len(digests), num_rows):
-        rows_a, rows_b = (_rows(each, slice(start, start + num_rows)) for each in stored)
+        (rows_a, scales_a), (rows_b, scales_b) = (_rows(each, slice(start, start + num_rows)) for each in stored)
         is_equal = is_equal and np.array_equal(rows_a, rows_b)
-        values_a, values_b = type_a.numbers(rows_a), type_b.numbers(rows_b)
+        if scales_a is not None and scales_b is not None:
+            is_equal = is_equal and np.array_equal(scales_a, scales_b)
+        values_a, values_b = type_a.numbers(rows_a, scales_a), type_b.numbers(rows_b, scales_b)
         with np.errstate(invalid="ignore"):  # the difference of two infinities
             largest = max(largest, float(np.abs(values_a - values_b).max()))
         reached = max(reached, float(np.abs(values_a).max()), float(np.abs(values_b).max()))
@@ -136,11 +138,12 @@ def _stored(found: FeatureSet, digests: NDArray[np.uint8]) -> Plain:
     return Plain(Places(parts=found.index.parts, part_of=part_of, row_in=row_in))
 
 
-def _rows(stored: Plain, which: slice) -> NDArray[np.uint8]:
-    """The bytes of some of the rows."""
+def _rows(stored: Plain, which: slice) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
+    """The bytes of some of the rows, and their scales."""
     rows = np.empty((len(stored.places.row_in[which]), stored.places.row_bytes), np.uint8)
     stored.take(which, rows)
-    return rows
+    scales = stored.places.scales
+    return rows, None if scales is None else scales[which]
 
 
 def _first_differing_stage(a: FeatureSet, b: FeatureSet) -> str | None:

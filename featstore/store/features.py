@@ -36,6 +36,7 @@ from featstore.files.reading import (
     keep_freed_memory,
     load,
 )
+from featstore.files.scaled import ScaledRows
 from featstore.files.storage_types import StorageType
 from featstore.images.image_set import ImageSet
 from featstore.machine import available_bytes, file_system, is_local
@@ -126,12 +127,12 @@ class Features:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As stored: torch.float16, float32 or bfloat16."""
-        return self.storage_type.torch_dtype
+        """Of the rows that are given: as stored, torch.float16, float32 or bfloat16; float32 where that is int8."""
+        return self.storage_type.read_as.torch_dtype
 
     @property
     def num_bytes(self) -> int:
-        """Size of all rows."""
+        """Size of all rows, as stored."""
         return len(self) * self._places.row_bytes
 
     @property
@@ -169,7 +170,7 @@ class Features:
         )
 
     def __getitem__(self, rows: int | slice | Sequence[int] | NDArray[Any] | Tensor) -> Tensor:
-        """Activations of `rows`, which may repeat and come in any order: a new tensor ``(n, *F)`` in the stored type.
+        """Activations of `rows`, which may repeat and come in any order: a new tensor ``(n, *F)`` of `dtype`.
 
         One whole number gives one row ``(*F)``; a slice, a boolean mask and negative numbers mean what they mean in
         numpy.
@@ -181,7 +182,7 @@ class Features:
         if chosen.ndim > 1:
             raise IndexError(f"rows have {chosen.ndim} dimensions; expected whole numbers in one, a slice or a mask.")
         wanted, out = chosen.reshape(-1), self._empty(chosen.size)
-        several = max(1, self._task_bytes // self._places.row_bytes)
+        several = max(1, self._task_bytes // self._given_bytes)
         if len(wanted) < 2 * several:
             self._fill(wanted, out)
         else:
@@ -214,12 +215,18 @@ class Features:
         batches = self._shuffled(batch_size, seed) if shuffle else self._in_order(batch_size)
         return (batch for batch in batches if len(batch[1]) == batch_size) if drop_last else batches
 
+    def stored(self, rows: slice) -> Tensor | ScaledRows:
+        """Rows as they are stored: what another file of the same storage type gets."""
+        num_rows = len(range(*rows.indices(len(self))))
+        numbers, scales = self._taken(rows, self._empty_stored(num_rows))
+        return numbers if scales is None else ScaledRows(numbers, torch.from_numpy(scales))
+
     def dataset(self) -> FeatureDataset:
         """The rows as a `torch.utils.data.Dataset`, for a DataLoader; `batches` is faster."""
         return FeatureDataset(self)
 
     def tensor(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """All activations ``(N, *F)`` in memory, on `device`, in the stored type or in `dtype`.
+        """All activations ``(N, *F)`` in memory, on `device`, in their own type or in `dtype`.
 
         Raises:
             DamagedFileError: for rows that don't fit their checksum.
@@ -233,9 +240,7 @@ class Features:
         return array
 
     def __repr__(self) -> str:
-        return (
-            f"Features({'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}, set {self.key[:4]})"
-        )
+        return f"Features({'x'.join(map(str, self.shape))} {self.storage_type.name}, set {self.key[:4]})"
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = {"_lock", "_memory", "_files", "_chosen", "_local", "_blocks"}
@@ -311,7 +316,7 @@ class Features:
         with self._lock:
             self._asked += num_rows
             if self._way == "memory" and self._asked * _LOAD_SHARE >= len(self) and self._memory is None:
-                self._memory = InMemory(load(self._places, self._empty(len(self))))
+                self._memory = InMemory(self._places, load(self._places, self._empty_stored(len(self))))
             if self._memory is not None:
                 return self._memory
             if self._files is None:
@@ -324,15 +329,52 @@ class Features:
     def _empty(self, num_rows: int) -> Tensor:
         return torch.empty((num_rows, *self.parts[0].shape), dtype=self.dtype)
 
+    def _empty_stored(self, num_rows: int) -> Tensor:
+        return torch.empty((num_rows, *self.parts[0].shape), dtype=self.storage_type.torch_dtype)
+
+    @property
+    def _given_bytes(self) -> int:
+        """Size of a row as it is given."""
+        return math.prod(self.parts[0].shape) * self.dtype.itemsize
+
     def _fill(self, rows: Rows, out: Tensor) -> None:
-        self._retried(lambda: self._source(len(out)).take(rows, as_bytes(out)))
+        if self.storage_type.is_scaled:
+            _give(*self._taken(rows, self._empty_stored(len(out))), out)
+        else:
+            self._taken(rows, out)
+
+    def _taken(self, rows: Rows, out: Tensor) -> tuple[Tensor, NDArray[np.float32] | None]:
+        """`out`, which has rows as they are stored now, and their scales, if they have some."""
+
+        def take() -> NDArray[np.float32] | None:
+            source = self._source(len(out))
+            source.take(rows, as_bytes(out))
+            scales = source.places.scales
+            return None if scales is None else scales[rows]
+
+        return out, self._retried(take)
+
+    def _load(self, rows: Rows, out: Tensor) -> NDArray[np.float32] | None:
+        """Puts rows into `out` as they are stored; gives their scales, if they have some."""
+
+        def read() -> NDArray[np.float32] | None:
+            places = self._places.of(rows)
+            load(places, out)
+            return places.scales
+
+        scales: NDArray[np.float32] | None = self._retried(read)
+        return scales
 
     def _all(self) -> Tensor:
         """All rows, the caller's own."""
-        if self._memory is not None:
-            return self._memory.values.clone()
-        everything = self._empty(len(self))
-        self._retried(lambda: load(self._places, everything))
+        memory, everything = self._memory, self._empty(len(self))
+        if memory is not None:
+            _give(memory.values, memory.places.scales, everything)
+        elif self.storage_type.is_scaled:
+            numbers = self._empty_stored(len(self))
+            _give(numbers, self._load(slice(None), numbers), everything)
+        else:
+            self._load(slice(None), everything)
         return everything
 
     def _retried(self, read: Callable[[], Any]) -> Any:
@@ -389,7 +431,7 @@ class Features:
 
     def _several(self, batch_size: int) -> int:
         """Rows of the batches that one thread takes at once."""
-        return max(1, self._task_bytes // (batch_size * self._places.row_bytes)) * batch_size
+        return max(1, self._task_bytes // (batch_size * self._given_bytes)) * batch_size
 
     @property
     def _by_block(self) -> Blocks:
@@ -410,7 +452,7 @@ class Features:
 
     def _tasks(self, pieces: Iterator[tuple[Rows, NDArray[np.int64]]]) -> Iterator[Callable[[], _Batch | None]]:
         """What threads do: fill the memory of a piece, a few megabytes each; the last of them gives the piece."""
-        step = max(1, self._task_bytes // self._places.row_bytes)
+        step = max(1, self._task_bytes // self._given_bytes)
 
         def fill(rows: Rows, values: Tensor, piece: _Batch | None) -> _Batch | None:
             self._fill(rows, values)
@@ -431,15 +473,16 @@ class Features:
         """Batches out of windows of up to `most` rows, read plainly, each block checked against its checksum."""
         # In two pieces of memory by turns: when the window after the next is begun, this one's rows are in batches.
         # The C library would keep much of what was freed and taken anew for each.
-        memory = cycle([self._empty(most), self._empty(most)])
+        memory = cycle([self._empty_stored(most), self._empty_stored(most)])
         tasks = (partial(self._load_window, rows, next(memory)[: len(rows)]) for rows in windows)
         size, filled = min(batch_size, len(self)), 0
         batch, numbers = self._empty(size), np.empty(size, np.int64)
-        for values, rows in ahead(tasks, depth=2):
+        for stored, scales, rows in ahead(tasks, depth=2):
             first = 0
             while first < len(rows):
                 count = min(size - filled, len(rows) - first)
-                batch[filled : filled + count] = values[first : first + count]
+                some = slice(first, first + count)
+                _give(stored[some], None if scales is None else scales[some], batch[filled : filled + count])
                 numbers[filled : filled + count] = rows[first : first + count]
                 first, filled = first + count, filled + count
                 if filled == size:
@@ -448,9 +491,10 @@ class Features:
         if filled:
             yield batch[:filled], numbers[:filled]
 
-    def _load_window(self, rows: NDArray[np.int64], window: Tensor) -> _Batch:
-        self._retried(lambda: load(self._places.of(rows), window))
-        return window, rows
+    def _load_window(
+        self, rows: NDArray[np.int64], window: Tensor
+    ) -> tuple[Tensor, NDArray[np.float32] | None, NDArray[np.int64]]:
+        return window, self._load(rows, window), rows
 
 
 class FeatureDataset(Dataset[Any]):
@@ -474,6 +518,14 @@ class FeatureDataset(Dataset[Any]):
         if targets is None:
             return list(values)
         return list(zip(values, torch.from_numpy(np.asarray(targets[rows])), strict=True))
+
+
+def _give(stored: Tensor, scales: NDArray[np.float32] | None, out: Tensor) -> None:
+    """Puts the values of rows, as they are stored, into `out`."""
+    if scales is None:
+        out.copy_(stored)
+    else:
+        ScaledRows(stored, torch.from_numpy(scales)).values(out)
 
 
 def _cut(windows: Iterator[NDArray[np.int64]], size: int) -> Iterator[NDArray[np.int64]]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.digest import Json
+from featstore.files.scaled import ScaledRows, no_rows
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
 
@@ -34,9 +34,9 @@ class Gathered:
     shape: tuple[int, ...]
     failed: dict[str, str] = field(default_factory=dict)
     num_bytes: int = 0
-    _chunks: list[tuple[Tensor, NDArray[np.uint8], NDArray[np.uint8]]] = field(default_factory=list)
+    _chunks: list[tuple[Tensor | ScaledRows, NDArray[np.uint8], NDArray[np.uint8]]] = field(default_factory=list)
 
-    def add(self, values: Tensor, digests: NDArray[np.uint8], decoders: NDArray[np.uint8]) -> None:
+    def add(self, values: Tensor | ScaledRows, digests: NDArray[np.uint8], decoders: NDArray[np.uint8]) -> None:
         """Rows with their digests and decoders; in one step, so that no interrupt can leave one without the other."""
         self._chunks.append((values, digests, decoders))
         self.num_bytes += values.nbytes
@@ -56,8 +56,7 @@ class Gathered:
         none = np.zeros((0, 32), np.uint8)
         return store.write(
             self.spec,
-            features=[values for values, _, _ in self._chunks]
-            or [torch.empty((0, *self.shape), dtype=self.spec.storage_type.torch_dtype)],
+            features=[values for values, _, _ in self._chunks] or [no_rows(self.shape, self.spec.storage_type)],
             digests=np.concatenate([none, *(digests for _, digests, _ in self._chunks)]),
             decoders=np.concatenate([none[:, 0], *(decoders for _, _, decoders in self._chunks)]),
             facts={**facts, "failed": self.failed},

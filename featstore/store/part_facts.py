@@ -24,6 +24,7 @@ def part_facts(
     profile: Json,
     probe: Json,
     pixels: str | None = None,
+    rounding: Json = None,
     failed: Mapping[str, str] | None = None,
 ) -> dict[str, Json]:
     """What `FeatureStore.write` takes.
@@ -36,6 +37,7 @@ def part_facts(
         profile: on what the rows were computed, `Trunk.profile()`.
         probe: `Probe.facts()`.
         pixels: `pixel_digest()`, where images were read; default: none were.
+        rounding: of scaled rows what is known of their error, `Rounding.facts()`; else None.
         failed: digest (hexadecimal) -> reason, of images that have no row because they failed; default: none.
     """
     return {
@@ -47,6 +49,7 @@ def part_facts(
         "profile": profile,
         "probe": probe,
         **({} if pixels is None else {"pixels": pixels}),
+        **({} if rounding is None else {"rounding": rounding}),
         "failed": dict(failed or {}),
     }
 

@@ -51,6 +51,7 @@ from featstore.store.verification import VerifyReport, verify
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from featstore.files.scaled import ScaledRows
     from featstore.models.staged import StagedModel
     from featstore.store.features import Features
 
@@ -290,7 +291,7 @@ class FeatureStore:
         self,
         spec: FeatureSpec,
         *,
-        features: Sequence[Tensor],
+        features: Sequence[Tensor | ScaledRows],
         digests: NDArray[np.uint8],
         decoders: NDArray[np.uint8],
         facts: Mapping[str, Json],
@@ -299,7 +300,7 @@ class FeatureStore:
 
         Args:
             spec: the set.
-            features: chunks ``(n, *F)`` in the storage type.
+            features: chunks ``(n, *F)`` in the storage type, scaled ones where that is int8.
             digests: ``(n, 32)``, the images of the rows.
             decoders: ``(n,)``.
             facts: at least `part_facts`.

@@ -469,7 +469,7 @@ def test_without_network_the_sentence_says_which_file_belongs_where(
     ("arguments", "sentence"),
     [
         (["--reduce", "mean"], "--reduce is 'mean'. Expected auto, none, avg, max, concat, token or tokens."),
-        (["--dtype", "float8"], "--dtype is 'float8'. Expected float16, float32 or bfloat16."),
+        (["--dtype", "float8"], "--dtype is 'float8'. Expected float16, float32, bfloat16 or int8."),
         (["--precision", "fp8"], "--precision is 'fp8'. Expected fp32, tf32, bf16 or fp16."),
         (["--task", "ranking"], "--task is 'ranking'. Expected single, multi or regression."),
         (["--on-error", "warn"], "--on-error is 'warn'. Expected raise or skip."),

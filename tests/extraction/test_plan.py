@@ -293,7 +293,7 @@ def test_a_trunk_that_is_no_function_of_one_image_is_refused_before_anything_is_
         ({"workers": 1.5}, TypeError, "workers is 1.5; expected a number of threads"),
         ({"cuts": ["layer2:mean"]}, ValueError, "'mean' is no reduction. The reductions are auto, none, avg"),
         ({"cuts": ["flatten:avg"]}, ValueError, "reduction avg needs activations with positions"),
-        ({"dtype": "int8"}, ValueError, "'int8' is no storage type"),
+        ({"dtype": "int4"}, ValueError, "'int4' is no storage type"),
         ({"precision": "fp8"}, ValueError, "'fp8' is no precision"),
         ({"device": "tpu9"}, ValueError, "'tpu9' is no device"),
         ({"batch_size": 0}, ValueError, "batch size 0 is too small"),

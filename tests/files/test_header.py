@@ -49,11 +49,11 @@ def test_a_newer_version_is_refused_with_the_remedy_whatever_else_it_holds(
     path: Path, edit: Callable[[bytes], bytes]
 ) -> None:
     write(path, random_bits(10))
-    reseal(path, 32, edit(struct.pack("<I", 3)))
+    reseal(path, 32, edit(struct.pack("<I", 4)))
     with pytest.raises(NewerFormatError) as error:
         Part.open(path)
     assert str(error.value) == (
-        f"{path} has format version 3; this featstore reads versions up to 2. Upgrade featstore to read it."
+        f"{path} has format version 4; this featstore reads versions up to 3. Upgrade featstore to read it."
     )
 
 

@@ -28,7 +28,7 @@ ROOMS: dict[str, Rooms] = {
         (
             "files",
             (
-                "storage_types", "disk", "plain_reads", "header", "hdf5", "part", "table", "index", "reading",
+                "storage_types", "scaled", "disk", "plain_reads", "header", "hdf5", "part", "table", "index", "reading",
                 "provenance",
             ),
         ),
@@ -60,8 +60,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "extraction",
             (
-                "defaults", "remedy", "shards", "plan", "progress", "narrowing", "filed", "failures", "job", "opening",
-                "ray_actors", "extract", "adopt",
+                "defaults", "remedy", "shards", "plan", "progress", "narrowing", "rounding", "filed", "failures", "job",
+                "opening", "ray_actors", "extract", "adopt",
             ),
         ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),

@@ -20,14 +20,17 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from support.parts import flip_bit
 from support.processes import Processes
+from support.scaled import unscaled
 from support.tiny import SPEC, arrays, digests_of
 from torch.utils.data import DataLoader
 
 from featstore import DamagedFileError, Features, MissingFeaturesError, machine
 from featstore.files.index import RowIndex
 from featstore.files.part import Part, write_part
+from featstore.files.scaled import ScaledRows
 from featstore.store import features as features_module
 from featstore.store.access import ACCESSES, Access
 
@@ -72,14 +75,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stored(folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Features:
-    way, _, how = request.param.partition(", ")
+    return read_by(request.param, folder, monkeypatch)
+
+
+def read_by(way: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, several: int = 3 << 20) -> Features:
+    """Features that are read in one of the `WAYS`, with windows of `several` bytes."""
+    way, _, how = way.partition(", ")
     if how == "limited":
-        return joined(folder, way, memory_bytes=12 << 20)
+        return joined(folder, way, memory_bytes=4 * several)
     if how == "read plainly":
         monkeypatch.setattr(features_module, "is_local", lambda path: False)
-    monkeypatch.setattr(features_module, "_WINDOW_BYTES", 3 << 20)
-    monkeypatch.setattr(features_module, "_KEPT_BYTES", 3 << 20)
-    monkeypatch.setattr(features_module, "_TASK_BYTES", 3 << 18)
+    monkeypatch.setattr(features_module, "_WINDOW_BYTES", several)
+    monkeypatch.setattr(features_module, "_KEPT_BYTES", several)
+    monkeypatch.setattr(features_module, "_TASK_BYTES", several // 4)
     return joined(folder, way)
 
 
@@ -175,6 +183,81 @@ def test_narrow_types_stay_as_they_are(tmp_path: Path, dtype: torch.dtype, way: 
     assert {values.dtype for values, _ in batches} == {dtype}
     assert torch.equal(torch.cat([values for values, _ in batches]), expected)
     assert torch.equal(stored.tensor(dtype=torch.float32), expected.float())
+
+
+# ---- scaled rows
+
+
+def scaled_rows_of(names: list[int]) -> ScaledRows:
+    """Of each name other numbers, and a scale of its own."""
+    numbers = (torch.arange(64 * 64 * 4).reshape(SHAPE) * 7 + torch.tensor(names).reshape(-1, 1, 1, 1)) % 255 - 127
+    return ScaledRows(numbers.to(torch.int8), 1 / (torch.tensor(names, dtype=torch.float32) + 3))
+
+
+def in_numpy(names: list[int]) -> NDArray[np.float32]:
+    rows = scaled_rows_of(names)
+    return unscaled(rows.numbers.numpy(), rows.scales.numpy())
+
+
+def write_scaled(folder: Path, names: list[int], place: int = 0) -> Path:
+    path = folder / f"part-{place}.h5"
+    decoders = np.zeros(len(names), np.uint8)
+    write_part(path, features=scaled_rows_of(names), digests=digests_of(*names), decoders=decoders, facts={})
+    return path
+
+
+@pytest.fixture(scope="module")
+def scaled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scaled")
+    names = np.random.default_rng(0).permutation(NUM_ROWS).tolist()
+    for place, (start, end) in enumerate([(0, 50), (50, 53), (53, NUM_ROWS)]):
+        write_scaled(folder, names[start:end], place)
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_gives_scaled_rows_as_numpy_multiplies_them(
+    scaled_folder: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = read_by(way, scaled_folder, monkeypatch, several=3 << 18)
+    expected = in_numpy(list(range(NUM_ROWS)))
+    assert (stored.dtype, stored.storage_type.name, stored.num_bytes) == (torch.float32, "int8", expected.size)
+    for given in (stored, pickle.loads(pickle.dumps(stored))):
+        for rows in ([5, 99, 5, 0], list(range(NUM_ROWS))[::-1], [7], []):
+            assert np.array_equal(given[rows].numpy(), expected[rows])
+        for shuffle in (False, True):
+            batches = list(given.batches(7, shuffle=shuffle))
+            assert {values.dtype for values, _ in batches} == {torch.float32}
+            assert all(np.array_equal(values.numpy(), expected[rows]) for values, rows in batches)
+            assert sorted(np.concatenate([rows for _, rows in batches]).tolist()) == list(range(NUM_ROWS))
+        assert np.array_equal(given.tensor().numpy(), expected)
+        assert np.array_equal(given.numpy(), expected)
+        kept = given.stored(slice(3, 90))
+        assert isinstance(kept, ScaledRows)
+        assert torch.equal(kept.numbers, scaled_rows_of(list(range(3, 90))).numbers)
+    assert (stored._memory is not None) == way.startswith("memory")
+    assert stored._memory is None or stored._memory.values.dtype == torch.int8  # the memory is that of the numbers
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scales_are_those_of_the_file_that_the_numbers_came_from(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an image with rows in two parts another one may count once the first is gone."""
+    write_scaled(tmp_path, list(range(NUM_ROWS)))
+    first = read_by(way, tmp_path, monkeypatch, several=3 << 18)
+    stored = joined(tmp_path, first._access, memory_bytes=first._memory_bytes, lookup=partial(index_of, tmp_path))
+    assert np.array_equal(stored[[3]].numpy(), in_numpy([3]))
+    other = scaled_rows_of(list(range(NUM_ROWS)))[list(range(NUM_ROWS))[::-1]]
+    (tmp_path / "part-0.h5").unlink()
+    decoders = np.zeros(NUM_ROWS, np.uint8)
+    digests = digests_of(*range(NUM_ROWS))
+    write_part(tmp_path / "part-1.h5", features=other, digests=digests, decoders=decoders, facts={})
+    stored = pickle.loads(pickle.dumps(stored))
+    expected = in_numpy(list(range(NUM_ROWS))[::-1])
+    for values, rows in stored.batches(9, shuffle=True):
+        assert np.array_equal(values.numpy(), expected[rows])
+    assert np.array_equal(stored.tensor().numpy(), expected)
 
 
 # ---- which way

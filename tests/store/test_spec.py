@@ -85,8 +85,8 @@ def test_facts_that_are_not_understood_are_refused(change: dict[str, Any]) -> No
 def test_an_unknown_precision_or_storage_type_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'fp8' is no precision. The precisions are fp32, tf32, bf16, fp16\."):
         replace(SPEC, precision="fp8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"'int8' is no storage type .* float16, float32, bfloat16\."):
-        replace(SPEC, dtype="int8")
+    with pytest.raises(ValueError, match=r"'int4' is no storage type .* float16, float32, bfloat16, int8\."):
+        replace(SPEC, dtype="int4")
 
 
 def test_equal_specs_have_no_differences() -> None:

@@ -1,7 +1,7 @@
 """One small store in each released format version: what it holds, and how its files were made.
 
 They lie in `tests/data/version-N`, written by the featstore that wrote version N, and stay as they are. When the
-version rises, ``python -m support.released`` in `tests/`` adds a folder.
+version rises, ``python -m support.released`` in `tests/`` adds a folder. Of version 3 are parts with scaled rows alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from featstore.digest import digest_json
 from featstore.files.disk import make_folder
 from featstore.files.header import FORMAT_VERSION
 from featstore.files.part import write_part
+from featstore.files.scaled import ScaledRows
 from featstore.files.table import write_table
 
 DATA = Path(__file__).parents[1] / "data"
@@ -85,6 +86,21 @@ TABLE_FACTS: dict[str, Any] = {
 }
 
 
+NUMBERS = ((torch.arange(NUM_ROWS * 12) * 37) % 255 - 127).view(NUM_ROWS, 3, 2, 2).to(torch.int8)
+SCALES = np.array([0, 1, 0.5, 1 / 3, 1e-40, 3e30, 0.0078125], np.float32)
+SCALED_SPEC: dict[str, Any] = {**SPEC, "dtype": "int8"}
+SCALED_FACTS: dict[str, Any] = {
+    **PART_FACTS,
+    "spec": SCALED_SPEC,
+    "key": digest_json(SCALED_SPEC),
+    "stages": [{"name": "layer2", "layout": "NCHW", "shape": [3, 2, 2], "digest": SPEC["trunk"]}],
+    "rounding": {"error": 0.004, "images": 64},
+}
+SCALED_PART = (
+    DATA / "version-3" / f"net@layer2-{SPEC['trunk'][:12]}" / "none-evaluation-int8" / "part-0123456789abcdef.h5"
+)
+
+
 def store_of(version: int) -> Path:
     """The root of the store that version's files are in."""
     return DATA / f"version-{version}"
@@ -119,6 +135,13 @@ def main() -> None:
     table = table_of(FORMAT_VERSION)
     make_folder(table.parent, root=DATA)
     write_table(table, columns=COLUMNS, facts=TABLE_FACTS)
+
+
+def write_scaled() -> None:
+    """Writes the part with scaled rows, which alone is of its version, once."""
+    make_folder(SCALED_PART.parent, root=DATA)
+    rows = ScaledRows(NUMBERS, torch.from_numpy(SCALES))
+    write_part(SCALED_PART, features=rows, digests=DIGESTS, decoders=DECODERS, facts=SCALED_FACTS)
 
 
 if __name__ == "__main__":
