@@ -277,6 +277,7 @@ def status(
             f"{counts['images']:,} images, {counts['stored']:,} stored, {planned.to_compute(on_error=how.on_error)}"
             f"{failed}, {size_text(counts['bytes'])}"
         )
+        tell_all(planned.sizes(on_error=how.on_error))
     raise typer.Exit(INCOMPLETE if counts["missing"] else DONE)
 
 

@@ -347,3 +347,27 @@ def test_an_image_that_is_in_two_splits_is_named_and_gets_all_its_views(store: F
     report = run(images, store, augment=augment)
     assert [(each["rows"], each["computed"]) for each in report.sets] == [(4, 3), (3, 3)]
     assert len(store.features(images.train, report.keys[1])) == 3
+
+
+# ---- sizes
+
+
+def test_a_plan_tells_the_size_of_each_cut(store: FeatureStore) -> None:
+    images = arrays(10)
+    planned = plan(staged(), images, store, cuts=["layer1:none", "layer2"], dtype="int8")
+    assert planned.describe().splitlines() == [
+        "10 images: 0 stored, 10 to compute, 5,360 bytes in 2 feature sets",
+        "  layer1:none: 8x8x8 int8, 512 bytes a row, 5,120 bytes",
+        "  layer2:concat: 24 int8, 24 bytes a row, 240 bytes",
+    ]
+    run(images, store, cuts=["layer2"], dtype="int8")
+    seeds = Augment("flip", seeds=[0, 1])
+    planned = plan(staged(), images, store, cuts=["layer1:none", "layer2"], dtype="int8", augment=seeds)
+    assert planned.sizes() == [
+        "  layer1:none: 8x8x8 int8, 512 bytes a row, 15,360 bytes",
+        "  layer2:concat: 24 int8, 24 bytes a row, 480 bytes",
+    ]
+    assert planned.status()["bytes"] == 30 * 512 + 20 * 24
+    assert plan(staged(), images, store, cuts=["layer2"], dtype="int8").sizes() == []
+    (only,) = plan(staged(), images, store, cuts=["layer1:none"]).sizes()
+    assert only == "  layer1:none: 8x8x8 float16, 1,024 bytes a row, 10,240 bytes"
