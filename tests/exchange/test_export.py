@@ -16,6 +16,7 @@ import torch
 from support.full_disk import largest_file
 from support.parts import flip_bit
 from support.processes import Processes
+from support.scaled import unscaled
 from support.tiny import arrays, photos, pixels, staged
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from featstore import (
 )
 from featstore.exchange import export as export_module
 from featstore.exchange.export import SUFFIXES, ExportReport, export
+from featstore.exchange.feature_files import opened_features
 from featstore.exchange.imports import import_features
 from featstore.exchange.names import EXPORT_SUFFIXES
 from featstore.files.header import is_part
@@ -78,6 +80,64 @@ def read(path: Path) -> Tensor:
             file["features"].id.get_type().get_ebias() == 127 and file["features"].id.get_type().get_size() == 2
         )
     return values.bfloat16() if is_bfloat16 else values
+
+
+@pytest.mark.parametrize("cut", ["layer2:avg", "layer1:none"])
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "note"),
+    [
+        (".npy", "float32", "int8 became float32, which .npy can hold; no value changed"),
+        (".safetensors", "float32", "int8 became float32; no value changed"),
+        (".h5", "int8", "int8 stays: the values are /features times /scale, a number a row"),
+    ],
+)
+def test_whole_numbers_are_exported_as_their_values_or_with_their_scales(
+    tmp_path: Path, images: ImageSet, store: FeatureStore, cut: str, suffix: str, dtype: str, note: str
+) -> None:
+    key, path = filed(images, store, "int8", cut), tmp_path / f"out{suffix}"
+    chosen = images.select([5, 2, 7, 0, 1])
+    report = export(store, key, path, images=chosen)
+    stored = store.features(chosen, key)[:]
+    if suffix == ".h5":
+        with h5py.File(path) as file:
+            assert file["features"].dtype == np.int8
+            values = torch.from_numpy(unscaled(file["features"][()], file["scale"][()]))
+    else:
+        values = read(path)
+    assert values.dtype == torch.float32
+    assert torch.equal(values, stored)
+    assert (report.dtype, report.notes) == (dtype, (note,))
+    with opened_features(path) as opened:
+        assert (opened.rows.dtype, opened.rows.shape) == (torch.float32, stored.shape[1:])
+        assert torch.equal(opened.rows.read(1, 4), stored[1:4])
+        imported = import_features(store, opened.rows.read(0, 5), chosen, name="again")
+    assert torch.equal(store.features(chosen, imported.key)[:], stored)
+
+
+def test_an_exported_file_of_whole_numbers_is_a_sound_part_of_the_set(
+    tmp_path: Path, images: ImageSet, store: FeatureStore
+) -> None:
+    key = filed(images, store, "int8")
+    other = tmp_path / "other" / "anything@cut-000000000000" / "copied"
+    other.mkdir(parents=True)
+    export(store, key, other / "part-0123456789abcdef.h5")
+    assert Part.open(other / "part-0123456789abcdef.h5").verify() == []
+    assert torch.equal(FeatureStore(tmp_path / "other").features(images, key)[:], store.features(images, key)[:])
+
+
+def test_whole_numbers_of_others_are_no_features(tmp_path: Path, images: ImageSet, store: FeatureStore) -> None:
+    numbers = np.ones((8, 3), np.int8)
+    np.save(tmp_path / "numbers.npy", numbers)
+    safetensors.torch.save_file({"features": torch.from_numpy(numbers)}, tmp_path / "numbers.safetensors")
+    with h5py.File(tmp_path / "numbers.h5", "w") as file:
+        file["features"] = numbers
+    refused = r"The features are (int8|I8)\. Expected float16, .* or bfloat16\. Convert"
+    for features in (numbers, torch.from_numpy(numbers)):
+        with pytest.raises(TypeError, match=refused):
+            import_features(store, features, images, name="numbers")
+    for path in sorted(tmp_path.glob("numbers.*")):
+        with pytest.raises(TypeError, match=refused), opened_features(path):
+            pass
 
 
 def test_hdf5_has_ids_targets_and_classes_as_datasets_that_any_program_reads(
