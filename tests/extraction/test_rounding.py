@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from support.extracting import counts, reduced, rows, run, up_to
 from support.parts import extent, flip_bit
-from support.scaled import unscaled
+from support.scaled import rounded
 from support.tiny import VIEW, arrays, net, photos, rows_by_hand
 from torch import nn
 
@@ -23,13 +23,6 @@ from featstore.files.part import Part
 from featstore.files.scaled import ScaledRows
 from featstore.models.probe import Probe
 from featstore.store.spec import FeatureSpec
-
-
-def in_numpy(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What is read of values that were stored as whole numbers."""
-    flat = values.reshape(len(values), -1)
-    scales = np.abs(flat).max(axis=1) / np.float32(127)
-    return unscaled(np.rint(flat / scales[:, None]), scales).reshape(values.shape)
 
 
 def by_hand(images: ImageSet, cut: str = "layer2", reduction: str = "concat") -> NDArray[np.float32]:
@@ -53,9 +46,9 @@ def test_rows_are_those_that_numpy_rounds_and_their_error_is_said_and_filed(
     exact = by_hand(images, cut, reduction)
     stored = rows(store, images, report.keys[0])
     assert stored.dtype == torch.float32
-    assert np.array_equal(stored.numpy(), in_numpy(exact))
+    assert np.array_equal(stored.numpy(), rounded(exact))
     error = math.sqrt(
-        np.square(in_numpy(exact) - exact, dtype=np.float64).sum() / np.square(exact, dtype=np.float64).sum()
+        np.square(rounded(exact) - exact, dtype=np.float64).sum() / np.square(exact, dtype=np.float64).sum()
     )
     assert 0 < error < 0.02
     (part,) = parts(store, report.keys[0])
@@ -161,7 +154,7 @@ def test_compaction_keeps_numbers_and_scales_whatever_their_jobs_measured(store:
     (part,) = parts(store, key)
     assert part.facts["rounding"]["images"] in (7, 13, 10)
     assert torch.equal(rows(store, images, key), before)
-    assert np.array_equal(before.numpy(), in_numpy(by_hand(images)))
+    assert np.array_equal(before.numpy(), rounded(by_hand(images)))
     assert FeatureStore(store.root).verify().damaged == ()
 
 
@@ -182,7 +175,7 @@ def test_diff_compares_what_is_read(store: FeatureStore) -> None:
     values = by_hand(images)
     assert found.values is not None
     assert found.facts == (("storage type", "float32", "int8"),)
-    assert found.values.largest == np.abs(values.astype(np.float64) - in_numpy(values)).max()
+    assert found.values.largest == np.abs(values.astype(np.float64) - rounded(values)).max()
     same = store.diff(whole, whole).values
     assert same is not None
     assert same.is_equal

@@ -17,6 +17,13 @@ def some_values(num_rows: int, shape: tuple[int, ...] = (5,)) -> NDArray[np.floa
     return values.astype(np.float32)
 
 
+def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What is read of values ``(n, *F)``, of rows that aren't zero, that were stored as whole numbers."""
+    rows = values.reshape(len(values), -1)
+    scales = np.abs(rows).max(axis=1) / np.float32(127)
+    return unscaled(np.rint(rows / scales[:, None]), scales).reshape(values.shape)
+
+
 def unscaled(numbers: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.float32]:
     """The values of whole numbers ``(n, *F)`` and scales ``(n,)``."""
     products: NDArray[np.float32] = numbers.astype(np.float32) * scales.reshape(-1, *[1] * (numbers.ndim - 1))

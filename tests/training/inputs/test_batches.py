@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.scaled import rounded
 from support.tiny import VIEW, photos, pixels, rows_by_hand, staged
 from torch import Tensor, nn
 
@@ -134,6 +135,22 @@ def test_features_and_images_give_the_same_batches(
         live = batches(images, batch_size=batch_size, freeze_to=freeze_to, augment=augment)
         assert (cached.source.kind, live.source.kind) == ("features", "images")
         assert equal(cached, live, epochs=4)
+
+
+@pytest.mark.parametrize("augment", [None, SEEDS], ids=["evaluation", "seeds"])
+def test_batches_of_whole_numbers_are_those_of_images_as_numpy_rounds_them(
+    tmp_path: Path, augment: Augment | None
+) -> None:
+    images, store = numbered(20), FeatureStore(tmp_path)
+    extract(staged(), images, store, cuts=["layer1:none"], augment=augment, dtype="int8", device="cpu", workers=0)
+    cached = batches(images, batch_size=7, freeze_to="layer1", store=store, augment=augment)
+    live = batches(images, batch_size=7, freeze_to="layer1", augment=augment)
+    assert (cached.source.kind, live.source.kind) == ("features", "images")
+    for epoch in range(3):
+        for (inputs, rows), (expected, same) in zip(cached.epoch(0, epoch), live.epoch(0, epoch), strict=True):
+            assert torch.equal(rows, same)
+            assert inputs.dtype == torch.float32
+            assert np.array_equal(inputs.numpy(), rounded(expected.numpy()))
 
 
 def test_images_reach_an_unfrozen_model_as_it_would_see_them_alone() -> None:
