@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from featstore.exchange.export import ExportReport, export
     from featstore.exchange.imports import ImportReport, import_features, import_file
     from featstore.extraction.adopt import AdoptReport, adopt
+    from featstore.extraction.estimate import Estimate, estimate
     from featstore.extraction.extract import ExtractReport, extract, finish
     from featstore.extraction.filed import Filed
     from featstore.extraction.job import Session
     from featstore.extraction.opening import open_plan
     from featstore.extraction.plan import Plan, plan
+    from featstore.extraction.progress import ProgressReport
+    from featstore.extraction.rates import StageRate
     from featstore.extraction.ray_actors import Ray
     from featstore.images.image_set import ImageSet
     from featstore.images.views import Augment, View
@@ -43,6 +46,7 @@ __all__ = [
     "AmbiguousRequestError",
     "Augment",
     "DamagedFileError",
+    "Estimate",
     "ExportReport",
     "ExtractReport",
     "FactsDifferError",
@@ -61,8 +65,10 @@ __all__ = [
     "Output",
     "Plan",
     "Pool",
+    "ProgressReport",
     "Ray",
     "Session",
+    "StageRate",
     "StagedModel",
     "Trunk",
     "View",
@@ -70,6 +76,7 @@ __all__ = [
     "adopt",
     "backbone",
     "backbone_names",
+    "estimate",
     "export",
     "extract",
     "finish",
@@ -93,11 +100,14 @@ _MODULES = {
     "featstore.exchange.export": ("ExportReport", "export"),
     "featstore.exchange.imports": ("ImportReport", "import_features", "import_file"),
     "featstore.extraction.adopt": ("AdoptReport", "adopt"),
+    "featstore.extraction.estimate": ("Estimate", "estimate"),
     "featstore.extraction.extract": ("ExtractReport", "extract", "finish"),
     "featstore.extraction.filed": ("Filed",),
     "featstore.extraction.job": ("Session",),
     "featstore.extraction.opening": ("open_plan",),
     "featstore.extraction.plan": ("Plan", "plan"),
+    "featstore.extraction.progress": ("ProgressReport",),
+    "featstore.extraction.rates": ("StageRate",),
     "featstore.extraction.ray_actors": ("Ray",),
     "featstore.images.image_set": ("ImageSet",),
     "featstore.images.views": ("Augment", "View"),

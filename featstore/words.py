@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def size_text(num_bytes: int) -> str:
@@ -16,6 +17,22 @@ def size_text(num_bytes: int) -> str:
         return f"{num_bytes:,} bytes"
     value, unit = (num_bytes / 1e9, "GB") if num_bytes >= 100_000_000 else (num_bytes / 1e6, "MB")
     return f"{value:.3g} {unit}" if value < 100 else f"{value:,.0f} {unit}"
+
+
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+
+
+def duration_text(seconds: float) -> str:
+    """A stretch of time in the two units that suit it.
+
+    >>> duration_text(4.26), duration_text(45.2), duration_text(754), duration_text(12_000), duration_text(400_000)
+    ('4.3 s', '45 s', '12 min 34 s', '3 h 20 min', '4 d 15 h')
+    """
+    whole = round(seconds)
+    for (unit, size), (smaller, part) in pairwise(_UNITS):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part} {smaller}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
 
 
 def counted(number: int, noun: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -44,9 +45,10 @@ from featstore.errors import Doubtful, ModelError
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE, STORAGE_TYPES
 from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS
 from featstore.timing import step_seconds
-from featstore.words import size_text
+from featstore.words import counted, duration_text, size_text
 
 if TYPE_CHECKING:
+    from featstore.extraction.estimate import Estimate
     from featstore.extraction.extract import ExtractReport
     from featstore.extraction.plan import Plan
     from featstore.extraction.ray_actors import Ray
@@ -281,6 +283,58 @@ def status(
     raise typer.Exit(INCOMPLETE if counts["missing"] else DONE)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EstimateFlags(ExtractFlags):
+    """How an extraction would be done, and on what."""
+
+    devices: Annotated[str, typer.Option(metavar="N,N", help="How many devices to tell the time of.")] = "1,8"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(each.isascii() and each.isdigit() and int(each) for each in self.devices.split(",")):
+            raise ValueError(f"--devices is {self.devices!r}. Expected numbers from 1 on, such as --devices 1,8.")
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of devices."""
+        return [int(each) for each in self.devices.split(",")]
+
+
+@app.command(epilog=DEFAULTS)
+@spread
+def estimate(
+    images: ImageFlags,
+    model: ModelsFlags,
+    sets: SetFlags,
+    view: ViewFlags,
+    augment: AugmentFlags,
+    how: EstimateFlags,
+    output: OutputFlags,
+) -> None:
+    """Say what an extraction would write, how fast each stage of it is, and how long it would take.
+
+    Takes the flags of extract; tries 64 of the missing images, and files nothing.
+    """
+    started = time.perf_counter()
+    with _steps_told(output):
+        planned = _planned(images, model, sets, view, augment, how)
+        from featstore.extraction.estimate import estimate_plan
+
+        tell(planned.describe())
+        found = estimate_plan(
+            planned,
+            open_store(sets.store),
+            on_error=how.on_image_error,
+            max_errors=how.max_errors,
+            doubtful=one_of("--doubtful", how.doubtful, DOUBTFUL),
+            device=how.device,
+            batch_size=sets.batch_size,
+            workers=how.workers,
+            started=started,
+        )
+    _show_estimate(found, how.counts, output)
+
+
 for _name, _command in (store.COMMANDS | exchange.COMMANDS).items():
     app.command(_name)(_command)
 
@@ -420,6 +474,11 @@ def _report(report: ExtractReport, output: OutputFlags) -> None:
                 "seconds": report.seconds,
                 "failures": failures,
                 "doubts": [list(doubt) for doubt in report.doubts],
+                "rates": {
+                    each.stage: {"rate": each.rate, "busy": each.share, "bytes": each.num_bytes}
+                    for each in report.rates
+                },
+                "bound_by": report.bound_by,
                 **({} if report.shard is None else {"shard": str(report.shard)}),
             }
         )
@@ -427,6 +486,50 @@ def _report(report: ExtractReport, output: OutputFlags) -> None:
         left_out = {"backbone"} if len({each["backbone"] for each in report.sets}) == 1 else set()
         rows = [{name: each[name] for name in each if name not in left_out} for each in report.sets]
         show(table([each | {"key": each["key"][:8]} for each in rows]))
+
+
+def _show_estimate(found: Estimate, counts: Sequence[int], output: OutputFlags) -> None:
+    from featstore.extraction.rates import rate_text
+
+    rates = {each.stage: each.rate for each in found.rates}
+    times = [
+        {"devices": n, "machines": machines, "seconds": found.seconds(n, machines=machines)}
+        for n in counts
+        for machines in sorted({1, n})
+    ]
+    if output.json:
+        show_json(
+            {
+                "images": found.images,
+                "sets": list(found.sets),
+                "sample": found.sample,
+                "device": found.device,
+                "start_seconds": found.start_seconds,
+                "rates": rates,
+                "bound_by": found.bound_by,
+                "times": times if found.rates else [],
+            }
+        )
+        return
+    if not found.rates:
+        show("Nothing is to be computed.")
+        return
+    show(table([each | {"key": each["key"][:8], "bytes": size_text(each["bytes"])} for each in found.sets]))
+    named = ", ".join(f"{stage} {rate_text(rate)}" for stage, rate in rates.items() if rate is not None)
+    tried = counted(found.sample, "image")
+    show(f"{named} images a second, each alone, on {found.device} ({tried} tried); {found.bound_by} binds")
+    show(
+        table(
+            [
+                {
+                    "devices": n,
+                    "of this machine": duration_text(found.seconds(n)),
+                    "of as many machines": duration_text(found.seconds(n, machines=n)),
+                }
+                for n in counts
+            ]
+        )
+    )
 
 
 def _cut_facts(model: StagedModel) -> dict[str, Json]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -25,6 +25,8 @@ from featstore.extraction.filed import Filed, merge_parts
 from featstore.extraction.job import refuse_changed
 from featstore.extraction.opening import open_plan
 from featstore.extraction.plan import Models, Plan, plan
+from featstore.extraction.progress import ProgressReport
+from featstore.extraction.rates import StageName, StageRate, bound_by
 from featstore.extraction.ray_actors import Ray, run_by_ray
 from featstore.extraction.shards import Shard
 from featstore.files.index import is_among
@@ -57,6 +59,7 @@ class ExtractReport:
         doubts: (image id, reason) of images that were decoded now and may not look as their owner expects: damaged in a
             way that decoders pass over, or 16-bit values that leave the upper bits unused. They have rows all the same.
         shard: of several jobs the one that this was; all counts are of its images. None for one job.
+        rates: what each stage did, and how long it was busy; empty where nothing was computed.
     """
 
     computed: int
@@ -70,6 +73,12 @@ class ExtractReport:
     notes: tuple[str, ...] = ()
     doubts: tuple[tuple[str, str], ...] = ()
     shard: Shard | None = None
+    rates: tuple[StageRate, ...] = ()
+
+    @property
+    def bound_by(self) -> StageName | None:
+        """The stage that all others waited for; None where nothing was computed."""
+        return bound_by(self.rates)
 
     def __str__(self) -> str:
         missing = f"{self.missing:,} missing, " if self.missing else ""
@@ -99,6 +108,7 @@ def extract(
     batch_size: int | None = None,
     workers: int | None = None,
     progress: bool = False,
+    on_progress: Callable[[ProgressReport], None] | None = None,
     shard: Shard | str | None = None,
     engine: Ray | None = None,
 ) -> ExtractReport:
@@ -127,7 +137,10 @@ def extract(
             else 32 on a CPU and 256 on a GPU.
         workers: threads that read and decode; 0 for none; more than four of them for many images are processes.
             Default: one a processor, up to 8; as processes, one a processor but for one.
-        progress: shows a bar on stderr.
+        progress: shows on stderr how it goes - on a terminal or in a notebook by a bar, else by a line every 30 seconds
+            - and at the end what its time went into.
+        on_progress: called about once a second and at the end, in the caller's thread. An error in it ends the job, as
+            others do, after filing what is done.
         shard: of several jobs with the same arguments the one that this is, each of which computes its own images:
             ``i/n``, or where that is told by the environment ``slurm``, ``kubernetes/n`` or ``torchrun``. Any number of
             them, and another one next time, leaves the rows of one job; none waits for another. The device is as given.
@@ -165,6 +178,7 @@ def extract(
         batch_size=batch_size,
         workers=workers,
         progress=progress,
+        on_progress=on_progress,
         started=started,
         engine=engine,
     )
@@ -181,6 +195,7 @@ def run_plan(
     batch_size: int | None = None,
     workers: int | None = None,
     progress: bool = False,
+    on_progress: Callable[[ProgressReport], None] | None = None,
     started: float | None = None,
     engine: Ray | None = None,
 ) -> ExtractReport:
@@ -216,6 +231,7 @@ def run_plan(
                 batch_size=batch_size,
                 workers=workers,
                 progress=progress,
+                on_progress=on_progress,
             )
             notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
         else:
@@ -235,7 +251,7 @@ def run_plan(
                 if progress:
                     for note in session.notes():
                         print(note, file=sys.stderr)
-                filed = session.run(progress=progress)
+                filed = session.run(progress=progress, on_progress=on_progress)
             notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
     except TooManyFailedError as error:
         reported = write_report(planned, store, failures(planned, error.filed or filed))
@@ -310,6 +326,7 @@ def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[
         notes=tuple(notes),
         doubts=tuple(filed.doubts.items()),
         shard=planned.shard,
+        rates=filed.rates,
     )
 
 

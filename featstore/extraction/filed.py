@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from featstore.extraction.narrowing import lost_note
 from featstore.extraction.plan import Plan
+from featstore.extraction.rates import StageRate, joined
 from featstore.images.contents import looks_note
 from featstore.images.render import doubts_note
 from featstore.store.store import FeatureStore
@@ -36,6 +37,7 @@ class Filed:
         failures: digest -> reason, of images that can't be decoded or rendered.
         unread: digest -> image and reason, of those that couldn't be read.
         doubts: image -> why it may not look as its owner expects, though it was decoded.
+        rates: what each stage did, and how long it was busy.
     """
 
     parts: list[list[Path]]
@@ -47,6 +49,7 @@ class Filed:
     failures: dict[str, str] = field(default_factory=dict)
     unread: dict[str, tuple[str, str]] = field(default_factory=dict)
     doubts: dict[str, str] = field(default_factory=dict)
+    rates: tuple[StageRate, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         places = np.flatnonzero(self.looks)  # of a piece of the images alone
@@ -86,7 +89,13 @@ class Filed:
             whole.failures |= piece.failures
             whole.unread |= piece.unread
             whole.doubts |= piece.doubts
+            whole.rates = joined([whole.rates, piece.rates])
         return whole
+
+    @property
+    def num_failed(self) -> int:
+        """Images, those of equal content once, that were left out of some set."""
+        return len({*self.failures, *self.unread}.union(*self.unfit))
 
     def notes(self, planned: Plan) -> list[str]:
         """What its owner should know, in sentences."""

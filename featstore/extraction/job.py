@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -21,12 +22,13 @@ from featstore.extraction.failures import Failing
 from featstore.extraction.filed import Filed
 from featstore.extraction.narrowing import Narrowed, Narrowing
 from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
-from featstore.extraction.progress import Progress
+from featstore.extraction.progress import Progress, ProgressReport
+from featstore.extraction.rates import Rates, StageName, StageRate
 from featstore.extraction.rounding import Rounding
 from featstore.images.pixel_digest import pixel_digest
 from featstore.images.processes import CannotShareError, Renderers
 from featstore.images.render import Job as ImageJob
-from featstore.images.render import Rendered, render
+from featstore.images.render import Rendered, default_threads, render
 from featstore.images.views import View
 from featstore.models.probe import Probe
 from featstore.models.trunk import Output, Trunk
@@ -129,13 +131,20 @@ class Session:
             self.renderers.close()
             self.renderers = None
 
-    def run(self, rows: Iterable[int] | None = None, *, progress: bool = False) -> Filed:
+    def run(
+        self,
+        rows: Iterable[int] | None = None,
+        *,
+        progress: bool = False,
+        on_progress: Callable[[ProgressReport], None] | None = None,
+    ) -> Filed:
         """Computes images and files them in parts of its own, also when it ends in an error.
 
         Args:
             rows: places among the plan's images; default: all of them. Those that need nothing are passed over, so any
                 way to deal them out gives the same rows; each content is computed where it is met first in the plan.
-            progress: shows a bar on stderr.
+            progress: as in `extract`.
+            on_progress: as in `extract`.
 
         Raises:
             ImageError: with `on_error="raise"`, for an image that can't be read, decoded or rendered.
@@ -154,11 +163,37 @@ class Session:
         failing.check(Filed.nothing(self.planned))
         try:
             with self.running:
-                progressing = Progress(int(is_needed.any(axis=0).sum()), is_shown=progress)
+                progressing = Progress(
+                    int(is_needed.any(axis=0).sum()),
+                    is_shown=progress,
+                    on_progress=on_progress,
+                    rates=Rates(self._an_image(is_needed)),
+                    device=self.opened[0].trunk.device,
+                )
                 return Job(self, is_needed, failing, progressing).run()
         finally:
             if self.renderers is not None and not self.renderers.is_idle:  # ended by an error
                 self.close()
+
+    def rehearse(self, rows: NDArray[np.int64], *, passed: int, num_rows: Sequence[int]) -> tuple[StageRate, ...]:
+        """What each stage does alone, with some of the plan's images: see `Job.rehearse`. Its rows go where `run`'s go.
+
+        Args:
+            rows: places among the plan's images.
+            passed: as in `Job.rehearse`.
+            num_rows: as in `Job.rehearse`.
+        """
+        is_needed = self.is_needed & np.isin(np.arange(len(self.planned.images)), rows)
+        progress = Progress(len(rows), is_shown=False, rates=Rates(self._an_image(is_needed)))
+        Job(self, is_needed, Failing(self.planned, None), progress).rehearse(passed=passed, num_rows=num_rows)
+        return progress.rates.since(progress.rates.start)
+
+    def _an_image(self, is_needed: NDArray[np.bool_]) -> dict[StageName, float]:
+        """How many views of all models, and rows of all sets, are computed of an image, on average."""
+        sets = [(self.planned.sets[place], is_needed[given]) for place, given in self.input_of.items()]
+        num_rows = sum(int((each.is_missing & needed).sum()) for each, needed in sets)
+        num_images = max(1, int(is_needed.any(axis=0).sum()))
+        return {"forward": int(is_needed.sum()) / num_images, "write": num_rows / num_images}
 
 
 class Job:
@@ -171,7 +206,7 @@ class Job:
         session: whose trunks compute.
         is_needed: ``(I, N)``, for each input the images to compute.
         failing: counts those of its images that fail.
-        progress: is told how it goes.
+        progress: is told how it goes, and how long each stage is busy.
     """
 
     def __init__(self, session: Session, is_needed: NDArray[np.bool_], failing: Failing, progress: Progress) -> None:
@@ -193,10 +228,10 @@ class Job:
         rendered = self.rendered()
         try:
             with self.progress, closing(rendered):
-                for each in self.progress.timed("reading and decoding", rendered):
+                for each in rendered:
                     self._take(each)
                     self._launch_full()
-                    self.progress.step()
+                    self.progress.step(self.filed)
                     if self.failing.are_too_many:
                         break
                 self._launch_rest()
@@ -206,24 +241,51 @@ class Job:
         finally:
             with self.writer:
                 try:
-                    for model in range(len(self.launched)):
-                        self._gather_launched(model)
+                    self._gather_rest()
                 finally:
                     try:
                         self._commit_rest()
                     except KeyboardInterrupt:  # which may have come while it waited
                         self._commit_rest()
                         raise
+        self.filed.rates = self.progress.rates.since(self.progress.rates.start)
         self.failing.check(self.filed)
+        self.progress.end(self.filed)
         return self.filed
+
+    def rehearse(self, *, passed: int, num_rows: Sequence[int]) -> None:
+        """Does one stage after the other, each alone: renders its images, runs the trunks, writes the rows.
+
+        Args:
+            passed: images whose views go through the trunks, about: in full passes, and repeated for as many.
+            num_rows: of each set, about how many are written; those that were computed are repeated for as many.
+        """
+        num_rendered = 0
+        for each in self.rendered():
+            self._take(each)
+            num_rendered += each.views is not None
+        for model, (opened, batch) in enumerate(zip(self.session.opened, self.batches, strict=True)):
+            size, views = opened.trunk.batch_size, cycle(batch)
+            for _ in range(max(1, passed * len(batch) // (num_rendered * size)) if batch else 0):
+                self._launch(model, list(islice(views, size)))
+        self._gather_rest()
+        self._write(
+            [
+                gathered.repeated(max(1, wanted // max(1, gathered.num_rows)))
+                for gathered, wanted in zip(self.gathered, num_rows, strict=True)
+            ]
+        )
 
     def rendered(self) -> Generator[Rendered]:
         """The views of its images, in order."""
-        session, images = self.session, self.planned.images
+        session, images, rates = self.session, self.planned.images, self.progress.rates
         if session.renderers is not None:
             with suppress(CannotShareError):
+                rates.workers, rates.room = session.renderers.count, session.renderers.ahead
                 return session.renderers.rendered(images, self._jobs(), on_error=session.on_error)
             session.close()
+        workers = default_threads() if session.workers is None else session.workers
+        rates.workers, rates.room = max(1, workers), max(session.ahead, 2 * workers)
         return render(
             images,
             self._jobs(),
@@ -245,6 +307,7 @@ class Job:
 
     def _take(self, rendered: Rendered) -> None:
         """Has the views of an image wait for the passes of those models that need them."""
+        self.progress.rates.add_cost(rendered.cost)
         job, places = self.drawn.popleft()
         assert job.index == rendered.index
         if rendered.views is None:
@@ -280,8 +343,7 @@ class Job:
             while len(batch) >= size:
                 self._launch(model, batch[:size])
                 del batch[:size]
-                with self.progress.timing("writing"):
-                    self._commit_if_due()
+                self._commit_if_due()
 
     def _launch_rest(self) -> None:
         for model, batch in enumerate(self.batches):
@@ -292,7 +354,7 @@ class Job:
     def _launch(self, model: int, items: Sequence[_Item]) -> None:
         """Begins a pass, and gathers the rows of the model's one before it."""
         opened = self.session.opened[model]
-        with self.progress.timing("the forward pass"):
+        with self.progress.rates.timing("forward", len(items)):
             images = self._batch(items, opened.trunk.device)
             values = dict(zip(opened.trunk.outputs, opened.trunk(images), strict=True))
             like = {self.planned.sets[place].output: self.planned.sets[place].spec for place in opened.places}
@@ -311,6 +373,11 @@ class Job:
         for place, item in enumerate(items):
             into[place] = item.image.numpy()
         return batch
+
+    def _gather_rest(self) -> None:
+        with self.progress.rates.timing("forward", 0):
+            for model in range(len(self.launched)):
+                self._gather_launched(model)
 
     def _gather_launched(self, model: int) -> None:
         """Gathers the rows of a model's pass, once it has computed them."""
@@ -397,10 +464,11 @@ class Job:
     def _write(self, gathered: list[Gathered]) -> None:
         for opened in self.session.opened:
             for place in opened.places:
-                each = self.planned.sets[place]
-                if gathered[place].num_rows or gathered[place].failed:
-                    path = gathered[place].write(self.session.store, _facts(opened, each))
-                    self.filed.parts[place].append(path)
+                each, rows = self.planned.sets[place], gathered[place]
+                if not rows.num_rows and not rows.failed:
+                    continue
+                with self.progress.rates.timing("write", rows.num_rows, rows.num_bytes):
+                    self.filed.parts[place].append(rows.write(self.session.store, _facts(opened, each)))
                     gathered[place] = self._nothing(each)  # only now: who ends the job writes what is left
 
     def _wait_for_writing(self) -> None:

@@ -12,7 +12,7 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from featstore.extraction.filed import Filed
 from featstore.extraction.job import Session
 from featstore.extraction.opening import open_plan
 from featstore.extraction.plan import Plan
-from featstore.extraction.progress import Progress
+from featstore.extraction.progress import Progress, ProgressReport
 from featstore.models import own_file
 from featstore.models.trunk import check_batch_size, choose_device, default_batch_size
 from featstore.store.sets import batching_for
@@ -83,6 +83,7 @@ def run_by_ray(
     batch_size: int | None = None,
     workers: int | None = None,
     progress: bool = False,
+    on_progress: Callable[[ProgressReport], None] | None = None,
 ) -> Filed:
     """Computes what is missing of a plan, by actors. Arguments are those of `extract`; `workers` are of each actor.
 
@@ -102,7 +103,7 @@ def run_by_ray(
     pieces = deque(_dealt(rows, engine.actors, _batch_size(planned, chosen, batch_size)))
     failing, filed = Failing(planned, max_errors), Filed.nothing(planned)
     failing.check(filed)
-    with _joined(engine) as ray, Progress(len(rows), is_shown=progress) as shown:
+    with _joined(engine) as ray, Progress(len(rows), is_shown=progress, on_progress=on_progress) as shown:
         num_processors = _processors_each(ray, engine)
         threads = max(1, int(num_processors))
         told = _Told(
@@ -136,12 +137,13 @@ def run_by_ray(
                     failing.add_all(answer)
                     failing.check(filed)
                     for _ in done.rows:
-                        shown.step()
+                        shown.step(filed)
         except KeyboardInterrupt:
             crew.wait_for_all(SECONDS_TO_END)  # what they are at is filed when it ends
             raise
         finally:
             crew.end()
+    shown.end(filed)
     return filed
 
 

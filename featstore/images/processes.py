@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import Doubtful, FeatureStoreError, OnError
 from featstore.images.decode import Budget
-from featstore.images.render import Job, Readable, Rendered, refusing, rendered_one
+from featstore.images.render import Cost, Job, Readable, Rendered, refusing, rendered_one
 from featstore.images.sources import ImageSource
 from featstore.images.views import View
 from featstore.machine import available_bytes, num_processors
@@ -48,7 +48,7 @@ MOST_WAITING = 16
 _Task = tuple[str, bytes, list[int], int]
 """An image, its digest, the views wanted by their places, and where in the memory they go."""
 
-_Answer = tuple[int, str | None, bool, str | None, int]
+_Answer = tuple[int, str | None, bool, str | None, int, Cost]
 """The fields of `Rendered` from `decoder` on."""
 
 MOST_THREADS = 4
@@ -156,7 +156,7 @@ class Renderers:
             raise CannotShareError(str(error)) from error
         # Of large views few are ahead, so few are handed over at once.
         self._slice = max(1, min(SLICE, ahead // (2 * count))) if ahead else SLICE
-        self.work, self.ahead = work, max(ahead, 2 * self._slice * count)
+        self.work, self.count, self.ahead = work, count, max(ahead, 2 * self._slice * count)
         self._num_slots = 3 * self.ahead
         self._free = list(range(self._num_slots))
         self._answered, self._left_over = False, False
@@ -286,10 +286,10 @@ class Renderers:
 
     def _delivered(self, job: Job, slot: int, answer: _Answer) -> Rendered:
         """The answer with its views, which lie in the shared memory as long as anybody has them."""
-        decoder, failure, is_lasting, doubt, look = answer
+        decoder, failure, is_lasting, doubt, look, cost = answer
         if failure is not None:
             self._free.append(slot)
-            return Rendered(job.index, None, decoder, failure, is_lasting, doubt, look)
+            return Rendered(job.index, None, decoder, failure, is_lasting, doubt, look, cost)
         is_scarce = len(self._free) < self._num_slots // 4  # a caller who keeps what it gets must not stop all
         address = self._address + slot * self.work.slot_bytes
         memory = np.asarray(_Slot(slot, self._free, self._memory, address, self.work.slot_bytes))
@@ -299,7 +299,7 @@ class Renderers:
             array = memory[start : start + num_bytes].reshape(view.channels, view.size, view.size)
             views.append(torch.from_numpy(array.copy() if is_scarce else array))
             start += num_bytes
-        return Rendered(job.index, tuple(views), decoder, None, is_lasting, doubt, look)
+        return Rendered(job.index, tuple(views), decoder, None, is_lasting, doubt, look, cost)
 
 
 class _Slot:
@@ -363,7 +363,8 @@ def _answers(tasks: list[_Task], work: Work, budget: Budget, shared: mmap.mmap) 
                 pixels: NDArray[np.uint8] = view.numpy()
                 np.frombuffer(shared, np.uint8, pixels.size, start).reshape(pixels.shape)[:] = pixels
                 start += pixels.size
-            answers.append((answer.decoder, answer.failure, answer.is_lasting, answer.doubt, answer.look))
+            is_lasting, doubt = answer.is_lasting, answer.doubt
+            answers.append((answer.decoder, answer.failure, is_lasting, doubt, answer.look, answer.cost))
     except Exception as error:
         return _sendable(error)
     return answers

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Protocol, get_args
+from typing import NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,25 @@ class Job:
     views: tuple[View, ...]
 
 
+class Cost(NamedTuple):
+    """What one image took, by the clock of the thread that rendered it.
+
+    Attributes:
+        num_bytes: that were read.
+        read_seconds: for reading and digesting them.
+        decode_seconds: for decoding and rendering.
+        ended: when that was over, as `time.perf_counter` has it, in all processes of a machine.
+    """
+
+    num_bytes: int = 0
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    ended: float = 0.0
+
+
+NOTHING = Cost()
+
+
 @dataclass(frozen=True, eq=False)
 class Rendered:
     """What became of one job.
@@ -66,6 +86,7 @@ class Rendered:
             vanished, can't be read, or was changed, or there was too little memory.
         doubt: why the image may not look as its owner expects, though it was decoded (see `decode`).
         look: of the first view, if that is an evaluation view: equal pixels, equal numbers; else 0.
+        cost: what it took.
     """
 
     index: int
@@ -75,6 +96,7 @@ class Rendered:
     is_lasting: bool = False
     doubt: str | None = None
     look: int = 0
+    cost: Cost = NOTHING
 
 
 def render(
@@ -107,12 +129,16 @@ def render(
     check_choice("on_error", on_error, get_args(OnError))
     check_choice("doubtful", doubtful, get_args(Doubtful))
     check_workers(workers)
-    if workers is None:
-        workers = min(8, num_processors())
+    workers = default_threads() if workers is None else workers
     one = partial(rendered_one, images, memory=Budget(), doubtful=doubtful)
     ahead = max(ahead, 2 * workers)
     rendered = _in_threads(one, jobs, workers, ahead) if workers else (one(job) for job in jobs)
     return refusing(rendered, images) if on_error == "raise" else rendered
+
+
+def default_threads() -> int:
+    """How many threads render where nobody says."""
+    return min(8, num_processors())
 
 
 def check_workers(workers: int | None) -> None:
@@ -168,9 +194,27 @@ def refusing(rendered: Generator[Rendered], images: Readable) -> Generator[Rende
 
 def rendered_one(images: Readable, job: Job, *, memory: Budget, doubtful: Doubtful) -> Rendered:
     """What becomes of one job in this thread; `memory` is what all decodings at one time may take."""
+    started, had = time.perf_counter(), _Had()
+    rendered = _outcome(images, job, memory, doubtful, had)
+    ended = time.perf_counter()
+    read = had.read or ended
+    return replace(rendered, cost=Cost(had.num_bytes, read - started, ended - read, ended))
+
+
+@dataclass
+class _Had:
+    """What was read of an image, and when it was there; 0 until then."""
+
+    num_bytes: int = 0
+    read: float = 0.0
+
+
+def _outcome(images: Readable, job: Job, memory: Budget, doubtful: Doubtful, had: _Had) -> Rendered:
     try:
         data = images.read(job.index)
-        if content_digest(data) != job.digest:
+        is_same = content_digest(data) == job.digest
+        had.num_bytes, had.read = len(data) if isinstance(data, bytes) else data.nbytes, time.perf_counter()
+        if not is_same:
             return Rendered(job.index, None, 0, "it was changed while the job ran; run the job again")
         rendered = _views(data, job, memory)
         if doubtful == "refuse" and rendered.doubt is not None:

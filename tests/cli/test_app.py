@@ -99,8 +99,50 @@ def test_the_same_extraction_again_computes_nothing(featstore: Program) -> None:
         ("conv2", "concat", "flip", 2, 16, 16, 0, 0),
     ]
     assert [(each["computed"], each["reused"]) for each in again.json["sets"]] == [(0, 20), (0, 16), (0, 16)] * 2
-    assert set(again.json) == {"sets", "failed", "missing", "seconds", "failures", "doubts"}
+    assert again.json.keys() == {"sets", "failed", "missing", "seconds", "failures", "doubts", "rates", "bound_by"}
+    assert (again.json["rates"], again.json["bound_by"]) == ({}, None)
+    assert list(first.json["rates"]) == ["read", "decode", "forward", "write"]
+    assert first.json["bound_by"] in first.json["rates"]
+    parts = [part for each in FeatureStore("feats").sets() for part in each.parts]
+    assert first.json["rates"]["write"]["bytes"] == sum(part.num_bytes for part in parts)
     assert (again.json["failed"], again.json["missing"], again.json["failures"]) == (0, 0, [])
+
+
+def test_an_estimate_says_what_would_be_written_and_how_long_it_would_take(featstore: Program, here: Path) -> None:
+    flags = extract_flags("--augment", "flip", "--seeds", "0")
+    found = featstore("estimate", *flags, "--devices", "1,4", "--json")
+    assert found.code == 0
+    assert not (here / "feats").exists()
+    assert list(found.json["rates"]) == ["read", "decode", "forward", "write"]
+    assert (found.json["images"], found.json["sample"], found.json["device"]) == (20, 20, "cpu")
+    assert [(each["devices"], each["machines"]) for each in found.json["times"]] == [(1, 1), (4, 1), (4, 4)]
+
+    shown = featstore("estimate", *flags).out.splitlines()
+    assert shown[0].split() == ["key", "cut", "reduce", "view", "seed", "rows", "bytes"]
+    assert [line.split()[1:] for line in shown[1:3]] == [
+        ["conv2", "concat", "evaluation", "-", "20", "1,280", "bytes"],
+        ["conv2", "concat", "flip", "0", "16", "1,024", "bytes"],
+    ]
+    assert re.fullmatch(
+        r"read \S+, decode \S+, forward \S+, write \S+ images a second, each alone, on cpu \(20 images tried\); "
+        r"(read|decode|forward|write) binds",
+        shown[3],
+    )
+    assert [line.split()[0] for line in shown[4:]] == ["devices", "1", "8"]
+
+    extracted = featstore("extract", *flags, "--json").json["sets"]
+    assert [(each["key"], each["rows"]) for each in found.json["sets"]] == [
+        (each["key"], each["computed"]) for each in extracted
+    ]
+    nothing = featstore("estimate", *flags)
+    assert (nothing.code, nothing.out) == (0, "Nothing is to be computed.\n")
+    assert featstore("estimate", *flags, "--json").json["times"] == []
+
+    wrong = featstore("estimate", *flags, "--devices", "1,0")
+    assert (wrong.code, wrong.err) == (
+        2,
+        "--devices is '1,0'. Expected numbers from 1 on, such as --devices 1,8.\n",
+    )
 
 
 def test_ls_lists_what_show_shows(featstore: Program) -> None:

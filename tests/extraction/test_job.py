@@ -42,7 +42,6 @@ from featstore.extraction import filed as filed_module
 from featstore.extraction import job as job_module
 from featstore.extraction.extract import run_plan
 from featstore.extraction.job import Job
-from featstore.extraction.progress import Progress
 from featstore.files.part import write_part
 from featstore.files.table import Table
 from featstore.models.trunk import Trunk
@@ -733,19 +732,3 @@ def test_large_parts_of_a_job_stay_as_they_are(store: FeatureStore, monkeypatch:
     monkeypatch.setattr(filed_module, "MERGE_BYTES", 1000)
     report = run(arrays(12), store, batch_size=4)
     assert len(store.set(report.keys[0]).parts) == 3
-
-
-# ---- progress
-
-
-def test_progress_without_a_terminal_is_plain_lines(
-    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(Progress, "SECONDS_A_LINE", 0.0)
-    run(arrays(5), store, batch_size=2, progress=True)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5
-    assert lines[-1].startswith("5 of 5 images, ")
-    assert all(word in lines[-1] for word in ("a second; reading and decoding", "the forward pass", "writing"))
-    assert run(arrays(6), store).computed == 1
-    assert capsys.readouterr().err == ""

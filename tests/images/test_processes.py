@@ -65,6 +65,9 @@ def test_processes_give_what_one_thread_gives_in_the_order_of_the_jobs_for_as_lo
     assert [facts(each) for each in found] == alone
     assert [facts(each) for each in again] == alone
     assert [facts(each) for each in small] == alone[:9]  # all still in the memory that was shared
+    sizes = [len(images.read(index)) for index in range(len(images))]
+    assert [each.cost.num_bytes for each in found] == sizes
+    assert all(each.cost.read_seconds > 0 and each.cost.decode_seconds > 0 for each in found)
     assert len(alone) == 75
 
 

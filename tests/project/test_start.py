@@ -61,7 +61,7 @@ def loaded(new_processes: Processes, *command: str, **options: object) -> tuple[
     [
         ("featstore --help", 0),
         ("featstore extract --help", 0),
-        ("featstore status --help", 0),
+        ("featstore estimate --help", 0),
         ("featstore export --help", 0),
         ("featstore extract --no-such-flag", 2),
         ("featstore no-such-command", 2),
@@ -104,6 +104,7 @@ def test_what_is_wrong_with_flags_is_said_without_torch(
         ("featstore", "featstore extract --ba", "--backbone\n--batch-size"),
         ("featstore", "featstore extract --store feats --reduce avg --pre", "--precision"),
         ("featstore", "featstore show 0123 --st", "--store"),
+        ("featstore", "featstore estimate --dev", "--device\n--devices"),
         ("featstore-train", "featstore-train pre", "predict"),
         ("featstore", "featstore extract --augment flip+cut", "flip+cutout"),
         ("featstore-train", "featstore-train head --weights-", "--weights-prefix"),

@@ -1,0 +1,165 @@
+"""What an estimate says an extraction would do, against what the extraction then does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.extracting import run
+from support.tiny import photos, staged
+
+from featstore import (
+    Augment,
+    Estimate,
+    FeatureStore,
+    FeatureStoreError,
+    ImageError,
+    ImageSet,
+    StageRate,
+    Trunk,
+    estimate,
+)
+from featstore.extraction import estimate as estimate_module
+from featstore.extraction.rates import STAGES
+
+TWO_CUTS: dict[str, Any] = {"cuts": ["layer1:none", "layer2"], "augment": Augment("flip", seeds=[0, 1])}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageSet:
+    """Twelve, of which two are copies of the first."""
+    folder = photos(tmp_path / "photos", 10)
+    for name in ("again.png", "and_again.png"):
+        shutil.copy(folder / "cat" / "0.png", folder / "dog" / name)
+    return ImageSet.from_folder(folder).split(valid=0.3, seed=0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return FeatureStore(tmp_path / "feats")
+
+
+def estimated(images: ImageSet, store: FeatureStore, **options: Any) -> Estimate:
+    return estimate(staged(), images, store, **{"workers": 2, "device": "cpu", "dtype": "float32", **options})
+
+
+def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    paths = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def of(read: float, decode: float, forward: float, write: float, *, device: str = "cpu") -> Estimate:
+    """Of 1,000 images, from rates."""
+    rates = tuple(
+        StageRate(stage=stage, images=rate, num_bytes=0, busy_seconds=1.0, seconds=9.0, workers=1)
+        for stage, rate in zip(STAGES, (read, decode, forward, write), strict=True)
+    )
+    return Estimate(images=1000, sets=(), sample=64, device=device, start_seconds=5.0, rates=rates)
+
+
+@pytest.mark.parametrize("stored", [0, 7])
+def test_rows_and_bytes_are_those_that_the_extraction_then_writes(
+    images: ImageSet, store: FeatureStore, stored: int
+) -> None:
+    if stored:
+        run(images.select(range(stored)), store, cuts=["layer2"])
+    before = {part.path for each in store.sets() for part in each.parts} if stored else set()
+    found = estimated(images, store, **TWO_CUTS)
+    assert [each.stage for each in found.rates] == list(STAGES)
+    assert all(each.rate for each in found.rates)
+    assert found.sample == found.images
+    assert found.seconds() > found.start_seconds > 0
+
+    report = run(images, store, **TWO_CUTS)
+    assert [each["key"] for each in found.sets] == list(report.keys)
+    assert [each["rows"] for each in found.sets] == [each["computed"] for each in report.sets]
+    written = [
+        sum(part.num_bytes for part in store.set(each["key"]).parts if part.path not in before) for each in found.sets
+    ]
+    assert [each["bytes"] for each in found.sets] == written
+    assert found.num_bytes == sum(written)
+
+
+def test_an_estimate_leaves_a_store_as_it_was(images: ImageSet, store: FeatureStore) -> None:
+    assert estimated(images, store, cuts=["layer2"]).images == 10
+    assert not store.root.exists()
+    assert {path.name for path in store.folder.parent.iterdir()} == {"photos"}
+    run(images.select(range(3)), store, cuts=["layer1"])
+    before = files(store.folder.parent)
+    estimated(images, store, cuts=["layer2"])
+    assert files(store.folder.parent) == before
+
+
+def test_the_sample_is_spread_over_what_is_missing(
+    images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(images.select(range(4)), store, cuts=["layer2"])
+    monkeypatch.setattr(estimate_module, "SAMPLE", 3)
+    read: list[int] = []
+    reading = ImageSet.read
+
+    def noted(self: ImageSet, index: int) -> Any:
+        read.append(index)
+        return reading(self, index)
+
+    monkeypatch.setattr(ImageSet, "read", noted)
+    assert estimated(images, store, cuts=["layer2"], workers=0).sample == 3
+    missing = [index for index in range(len(images)) if index >= 4 and images.ids[index][-9:] != "again.png"]
+    assert read[-6:] == [missing[0], missing[(len(missing) - 1) // 2], missing[-1]] * 2
+
+
+def test_where_nothing_is_missing_nothing_is_run(
+    images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(images, store, cuts=["layer2"])
+
+    def refused(*_: object) -> None:
+        raise AssertionError("a pass")
+
+    monkeypatch.setattr(Trunk, "__call__", refused)
+    found = estimated(images, store, cuts=["layer2"])
+    assert (found.images, found.sample, found.num_bytes, found.rates) == (0, 0, 0, ())
+    assert (found.seconds(), found.seconds(8, machines=8), found.bound_by) == (0.0, 0.0, None)
+    assert [each["rows"] for each in found.sets] == [0]
+
+
+def test_images_that_can_not_be_decoded_end_it_as_they_end_an_extraction(tmp_path: Path, store: FeatureStore) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jpg").write_bytes(name.encode())
+    images = ImageSet.from_folder(tmp_path)
+    with pytest.raises(ImageError, match=r"a\.jpg"):
+        estimated(images, store)
+    with pytest.raises(FeatureStoreError, match="None of 2 images that were tried could be read and decoded"):
+        estimated(images, store, on_error="skip")
+    assert not store.root.exists()
+
+
+def test_decoding_and_passes_share_a_cpu_and_a_gpu_waits_for_the_slower() -> None:
+    cpu = of(300, 150, 100, 1000)  # 100 read and decoded
+    assert cpu.seconds() == 5 + 1000 / 50
+    assert cpu.seconds(8) == cpu.seconds()  # of one machine's processors
+    assert cpu.seconds(8, machines=8) == 5 + 1000 / 400
+    gpu = of(300, 150, 20, 1000, device="cuda")
+    assert gpu.seconds() == 5 + 1000 / 20
+    assert gpu.seconds(2) == 5 + 1000 / 40
+    assert gpu.seconds(8) == 5 + 1000 / 100  # its processors decode no faster
+    assert gpu.seconds(8, machines=8) == 5 + 1000 / 160
+    assert of(300, 150, 1000, 10, device="cuda").seconds() == 5 + 1000 / 10
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ((300, 150, 100.1, 1000), "decode"),
+        ((150, 300, 101, 1000), "read"),
+        ((300, 150, 99, 1000), "forward"),
+        ((300, 150, 99, 98), "write"),
+    ],
+)
+def test_the_slowest_binds_where_the_same_workers_read_and_decode(
+    rates: tuple[float, float, float, float], expected: str
+) -> None:
+    assert of(*rates).bound_by == expected
