@@ -518,6 +518,7 @@ def _show_estimate(found: Estimate, counts: Sequence[int], output: OutputFlags) 
     named = ", ".join(f"{stage} {rate_text(rate)}" for stage, rate in rates.items() if rate is not None)
     tried = counted(found.sample, "image")
     show(f"{named} images a second, each alone, on {found.device} ({tried} tried); {found.bound_by} binds")
+    show(f"{duration_text(found.start_seconds)} before the first row; in all:")
     show(
         table(
             [

@@ -128,7 +128,8 @@ def test_an_estimate_says_what_would_be_written_and_how_long_it_would_take(feats
         r"(read|decode|forward|write) binds",
         shown[3],
     )
-    assert [line.split()[0] for line in shown[4:]] == ["devices", "1", "8"]
+    assert re.fullmatch(r"\d+\.\d s before the first row; in all:", shown[4])
+    assert [line.split()[0] for line in shown[5:]] == ["devices", "1", "8"]
 
     extracted = featstore("extract", *flags, "--json").json["sets"]
     assert [(each["key"], each["rows"]) for each in found.json["sets"]] == [
