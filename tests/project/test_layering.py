@@ -60,8 +60,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "extraction",
             (
-                "defaults", "remedy", "shards", "plan", "rates", "narrowing", "rounding", "filed", "progress", "failures",
-                "job", "opening", "estimate", "ray_actors", "extract", "adopt",
+                "defaults", "remedy", "shards", "plan", "rates", "narrowing", "rounding", "filed", "progress",
+                "failures", "job", "opening", "estimate", "ray_actors", "extract", "adopt",
             ),
         ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
