@@ -53,14 +53,14 @@ def open_plan(
     check_batch_size(batch_size)
     check_workers(workers)
     check_max_errors(max_errors, on_error)
-    for each in planned.sets:
-        if each.stored is not None:
-            check_pixels(each.stored.pixels, what=_named(each))
     lacking = {
         source: places
         for source, places in planned.models.items()
         if any(planned.sets[place].is_missing.any() for place in places)
     }
+    for each in (planned.sets[place] for places in lacking.values() for place in places):
+        if each.stored is not None:
+            check_pixels(each.stored.pixels, what=_named(each))
     batching = {
         source: batching_for([planned.sets[place].stored for place in places], chosen.type, batch_size)
         for source, places in lacking.items()

@@ -159,9 +159,9 @@ def test_the_format_page_names_each_fact_and_column_that_is_written(store: Featu
     images = ImageSet.from_arrays(pixels(3), ["a", "b", "a"], groups=["p", "q", "p"])
     report = run(images, store, augment=Augment("flip", seeds=[0]))
     facts = store.set(report.keys[1]).facts
-    assert set(facts) == documented("Facts")
+    assert set(facts) == documented("Facts") | {"pixels"}
     assert {*facts["spec"], *facts["spec"]["view"]} == documented("Spec and key")
-    assert documented("Facts", optional=True) == {"prefix_tokens"}
+    assert documented("Facts", optional=True) == {"prefix_tokens", "pixels"}
     rare = View(channels=1, squash=True).facts()
     assert documented("Spec and key", optional=True) == rare.keys() - facts["spec"]["view"].keys()
     (table,) = (Table.open(path) for path in (store.root / "images").iterdir())
