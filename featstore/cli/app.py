@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from featstore.cli import exchange, store
+from featstore.cli import backbones, exchange, store
 from featstore.cli.flags import (
     AugmentFlags,
     ImageFlags,
     OutputFlags,
     RunFlags,
     StoreOption,
-    TrustOption,
     ViewFlags,
     open_store,
     spread,
 )
-from featstore.cli.models import ModelsFlags, load_model
+from featstore.cli.models import ModelsFlags
 from featstore.cli.program import (
     DONE,
     FAILED,
@@ -41,7 +39,7 @@ from featstore.cli.program import (
     tell_all,
 )
 from featstore.digest import Json
-from featstore.errors import Doubtful, ModelError
+from featstore.errors import Doubtful
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE, STORAGE_TYPES
 from featstore.models.names import DEFAULT_PRECISION, PRECISIONS, REDUCTIONS
 from featstore.timing import step_seconds
@@ -53,7 +51,6 @@ if TYPE_CHECKING:
     from featstore.extraction.plan import Plan
     from featstore.extraction.ray_actors import Ray
     from featstore.extraction.shards import Shard
-    from featstore.models.staged import StagedModel
 
 ENGINES = ("local", "ray")
 DOUBTFUL: tuple[Doubtful, ...] = get_args(Doubtful)
@@ -335,54 +332,8 @@ def estimate(
     _show_estimate(found, how.counts, output)
 
 
-for _name, _command in (store.COMMANDS | exchange.COMMANDS).items():
+for _name, _command in (store.COMMANDS | exchange.COMMANDS | backbones.COMMANDS).items():
     app.command(_name)(_command)
-
-
-@app.command()
-@spread
-def backbones(
-    output: OutputFlags,
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[NAME|'PATTERN'|FILE.py:FN|RUN_DIR]", help="One backbone, to see its cuts; or which to list."
-        ),
-    ] = None,
-    trust_code: TrustOption = False,
-) -> None:
-    """List backbones, their sizes and weights; of one, draw its stages with their cuts and layer groups.
-
-    'timm:*resnet*' lists those of timm, 'resnet*' those of torchvision.
-    """
-    from featstore.models.backbones import about, backbone_names, is_named, outline, unlisted
-    from featstore.models.own_file import is_own_file
-
-    if name is None or ({"*", "?", "["} & {*name} and not (is_own_file(name) or Path(name).exists())):
-        known = [about(each) for each in backbone_names(name)]
-        if name is not None and not known:
-            raise ValueError(
-                f"No backbone's name is like {name!r}. Expected a pattern such as 'resnet*', 'timm:*vit*'."
-            )
-        if output.json:
-            show_json(known)
-        else:
-            show(table([{**each, "weights": ", ".join(each["weights"])} for each in known]))
-            tell_all([] if name else unlisted())
-            tell("DEFAULT stands for the first of the weights. The cuts of one: featstore backbones NAME")
-        return
-    model = outline(name) if is_named(name) else load_model(name, None, trust_code=trust_code)
-    facts = _cut_facts(model)
-    if output.json:
-        show_json(facts)
-        return
-    tell(
-        f"{facts['name']}: {facts['parameters']:,} parameters; shapes for images of {facts['size']} pixels, stored as "
-        f"{DEFAULT_STORAGE_TYPE} without a reduction"
-    )
-    groups = [each["group"] for each in facts["cuts"]]
-    is_first = [group != before for group, before in zip(groups, [None, *groups], strict=False)]
-    show(table([_cut_row(each, is_first=first) for each, first in zip(facts["cuts"], is_first, strict=True)]))
 
 
 @app.command()
@@ -483,9 +434,14 @@ def _report(report: ExtractReport, output: OutputFlags) -> None:
             }
         )
     else:
-        left_out = {"backbone"} if len({each["backbone"] for each in report.sets}) == 1 else set()
-        rows = [{name: each[name] for name in each if name not in left_out} for each in report.sets]
-        show(table([each | {"key": each["key"][:8]} for each in rows]))
+        show(_set_table(report.sets))
+
+
+def _set_table(sets: Sequence[dict[str, Json]]) -> str:
+    """A line for each set; without the backbones, where there is one for all."""
+    left_out = {"backbone"} if len({each["backbone"] for each in sets}) == 1 else set()
+    rows = [{name: each[name] for name in each if name not in left_out} for each in sets]
+    return table([each | {"key": each["key"][:8]} for each in rows])
 
 
 def _show_estimate(found: Estimate, counts: Sequence[int], output: OutputFlags) -> None:
@@ -514,7 +470,7 @@ def _show_estimate(found: Estimate, counts: Sequence[int], output: OutputFlags) 
     if not found.rates:
         show("Nothing is to be computed.")
         return
-    show(table([each | {"key": each["key"][:8], "bytes": size_text(each["bytes"])} for each in found.sets]))
+    show(_set_table([each | {"bytes": size_text(each["bytes"])} for each in found.sets]))
     named = ", ".join(f"{stage} {rate_text(rate)}" for stage, rate in rates.items() if rate is not None)
     tried = counted(found.sample, "image")
     show(f"{named} images a second, each alone, on {found.device} ({tried} tried); {found.bound_by} binds")
@@ -531,62 +487,3 @@ def _show_estimate(found: Estimate, counts: Sequence[int], output: OutputFlags) 
             ]
         )
     )
-
-
-def _cut_facts(model: StagedModel) -> dict[str, Json]:
-    from featstore.models.stages import Stage
-
-    default = None
-    with suppress(ModelError):  # a single layer has none
-        default = model.default_cut
-    groups = _body_groups(model, default)
-    cuts = []
-    # Pool and head, behind them, are no cuts.
-    for place, (name, stage) in enumerate(zip(model.cut_points, model.stages, strict=False)):
-        assert isinstance(stage, Stage)
-        cuts.append(
-            {
-                "name": name,
-                "group": next((group for group, places in groups.items() if place in places), None),
-                "shape": list(model.shape(name)),
-                "layout": model.layout(name),
-                "bytes": math.prod(model.shape(name)) * STORAGE_TYPES[DEFAULT_STORAGE_TYPE].itemsize,
-                "parameters": sum(parameter.numel() for parameter in stage.parameters()),
-                "aliases": list(stage.aliases),
-                "is_default": name == default,
-            }
-        )
-    return {
-        "name": model.name,
-        "size": model.view.size,
-        "parameters": sum(each["parameters"] for each in cuts),
-        "default_cut": default,
-        "cuts": cuts,
-    }
-
-
-def _body_groups(model: StagedModel, cut: str | None) -> dict[str, range]:
-    """Name -> places of the layer groups of the body, for a head at `cut`."""
-    if cut is None:
-        return {}
-    from torch import nn
-
-    from featstore.models.layer_groups import layer_groups
-
-    *body, _ = layer_groups(model.with_head(nn.Linear(1, 1), cut=cut, reduction="none"))
-    end = model.index(cut) + 1
-    return {group.name: range(group.stages.start, min(group.stages.stop, end)) for group in body}
-
-
-def _cut_row(cut: dict[str, Json], *, is_first: bool) -> dict[str, Json]:
-    """A line of the drawing; `is_first`: of its layer group."""
-    return {
-        "group": (cut["group"] or "behind") if is_first else "|",
-        "cut": cut["name"],
-        "shape": cut["shape"],
-        "layout": cut["layout"],
-        "an image": size_text(cut["bytes"]),
-        "parameters": cut["parameters"],
-        "": "(default)" if cut["is_default"] else "",
-        "also called": ", ".join(cut["aliases"]),
-    }

@@ -66,7 +66,7 @@ ROOMS: dict[str, Rooms] = {
         ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
         ("", ("__init__",)),
-        ("cli", ("program", "flags", "models", "store", "exchange", "doctor", "app")),
+        ("cli", ("program", "flags", "models", "store", "exchange", "backbones", "doctor", "app")),
         ("", ("__main__",)),
     ),
     "training": (
@@ -105,6 +105,7 @@ DOORS = {
         "featstore.cli.models",
         "featstore.cli.store",
         "featstore.cli.exchange",
+        "featstore.cli.backbones",
         "featstore.cli.app",
         "training.cli",
     },
