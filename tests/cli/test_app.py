@@ -676,10 +676,11 @@ def test_help_fits_the_flags_of_the_contract(featstore: Program) -> None:
     image += " top-folders one-hot valid-column suffix strip"
     model = "store backbone weights weights-prefix trust-code cut reduce size resize mean std interpolation"
     more = "augment seeds dtype precision device batch-size workers on-error max-errors doubtful shard json debug help"
+    more += " engine actors gpus-per-actor ray-address"
     expected = {*image.split(), *model.split(), *more.split()}
-    for command in ("extract", "status"):
+    for command, its_own in (("extract", set()), ("status", set()), ("estimate", {"devices"})):
         text = featstore(command, "--help").out
-        assert set(re.findall(r"^  --([a-z-]+)", text, re.MULTILINE)) == expected
+        assert set(re.findall(r"^  --([a-z-]+)", text, re.MULTILINE)) == expected | its_own
 
 
 def test_the_program_runs_as_a_module_and_in_an_ascii_terminal(here: Path, processes: Processes) -> None:
