@@ -23,6 +23,7 @@ from featstore import (
     FeatureStoreError,
     ImageError,
     ImageSet,
+    ProgressReport,
     Ray,
     StagedModel,
     View,
@@ -82,10 +83,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_actors_leave_the_rows_of_a_local_run(model: StagedModel, folder: Path) -> None:
     images, four = ImageSet.from_folder("photos"), Augment("flip", seeds=[0, 5])
-    report = extract(model, images, FeatureStore("by_ray"), augment=four, batch_size=2, engine=TWO)
+    told: list[ProgressReport] = []
+    report = extract(
+        model, images, FeatureStore("by_ray"), augment=four, batch_size=2, engine=TWO, on_progress=told.append
+    )
     local = extract(model, images, FeatureStore("local"), augment=four, batch_size=2)
     assert report.keys == local.keys
     assert counts(report) == counts(local) == (66, 0, 0)
+    assert [each.images for each in report.rates] == pytest.approx([22] * 4)
+    assert (told[-1].done, told[-1].rates) == (22, report.rates)
     for key in report.keys:
         assert torch.equal(rows(FeatureStore("by_ray"), images, key), rows(FeatureStore("local"), images, key))
     assert counts(extract(model, images, FeatureStore("by_ray"), augment=four, engine=TWO)) == (0, 66, 0)
