@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featstore.errors import WeightsError
-from featstore.models.names import WEIGHTS_SUFFIXES, no_weights_file
+from featstore.models.names import PIXELS, WEIGHTS_SUFFIXES, no_weights_file
 from featstore.words import counted
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ def _own_cuts(source: str, cuts: Sequence[str], *, trust_code: bool) -> list[str
 
 
 def _has(model: StagedModel, cut: str) -> bool:
+    if cut == PIXELS:  # which each model is given
+        return True
     try:
         model.canonical(cut)
     except ValueError:
@@ -167,7 +169,7 @@ def load_model(
     """
     from featstore.models.backbones import backbone, is_named, outline
 
-    names = [cut.partition(":")[0] for cut in cuts]
+    names = [name for name in (cut.partition(":")[0] for cut in cuts) if name != PIXELS]
     with redirect_stdout(sys.stderr):  # torch.hub announces its downloads there, and a person's file may print
         if is_named(source):
             skeleton = outline(source)

@@ -21,6 +21,7 @@ from featstore.errors import Doubtful, FactsDifferError, FeatureStoreError, Imag
 from featstore.extraction.failures import Failing
 from featstore.extraction.filed import Filed
 from featstore.extraction.narrowing import Narrowed, Narrowing
+from featstore.extraction.pixels import PixelTrunk, StoredPixels
 from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
 from featstore.extraction.progress import Progress, ProgressReport
 from featstore.extraction.rates import Rates, StageName, StageRate
@@ -35,6 +36,7 @@ from featstore.models.trunk import Output, Trunk
 from featstore.store.gathering import PART_BYTES, Gathered
 from featstore.store.part_facts import part_facts
 from featstore.store.store import FeatureStore
+from featstore.words import counted
 
 COMMIT_BYTES = PART_BYTES
 COMMIT_SECONDS = 60.0
@@ -56,7 +58,7 @@ class Opened:
 
     planned: PlannedModel
     places: list[int]
-    trunk: Trunk
+    trunk: Trunk | PixelTrunk
     probes: dict[Output, Probe]
     stages: dict[str, list[Json]]
     roundings: dict[Output, Rounding]
@@ -88,6 +90,8 @@ class Session:
         inputs: distinct ones of their sets.
         input_of: set -> the place of its input, of each set of theirs.
         is_needed: ``(I, N)``, for each input the images to compute: those without a row in some set, each content once.
+        stored: the pixels of their views, as far as the store has them.
+        has_pixels: ``(N,)``, images of which all needed views are there: they are read instead of decoded.
         on_error: as in `extract`.
         max_errors: as in `extract`, of each run.
         doubtful: as in `extract`.
@@ -103,6 +107,8 @@ class Session:
     inputs: list[Input]
     input_of: dict[int, int]
     is_needed: NDArray[np.bool_]
+    stored: StoredPixels
+    has_pixels: NDArray[np.bool_]
     on_error: OnError
     max_errors: int | None
     doubtful: Doubtful
@@ -119,11 +125,16 @@ class Session:
 
     def notes(self) -> list[str]:
         """What its owner should know before the first row."""
-        return [
+        roundings = [
             rounding.note(each.planned.model.name, output, self.planned.sets[each.places[0]].spec.dtype)
             for each in self.opened
             for output, rounding in each.roundings.items()
         ]
+        num_stored = int((self.is_needed.any(axis=0) & self.has_pixels).sum())
+        if not num_stored:
+            return roundings
+        keys = ", ".join(each.key[:8] for each in self.stored.sets.values())
+        return [*roundings, f"{counted(num_stored, 'image')} read as stored pixels (set {keys}), not decoded"]
 
     def close(self) -> None:
         """Ends the processes that render."""
@@ -277,28 +288,41 @@ class Job:
         )
 
     def rendered(self) -> Generator[Rendered]:
-        """The views of its images, in order."""
+        """The views of its images: first of those whose pixels are stored, then of the others; each in order."""
+        is_wanted, pixels = self.is_needed.any(axis=0), [each.view.pixels for each in self.session.inputs]
+        is_stored = is_wanted & self.session.has_pixels
+        if is_stored.any():
+            is_read: dict[View, NDArray[np.bool_]] = {}
+            for view, needed in zip(pixels, self.is_needed, strict=True):
+                is_read[view] = is_read.get(view, False) | (needed & is_stored)
+            wanted = {view: np.flatnonzero(each) for view, each in is_read.items()}
+            yield from self.session.stored.rendered(self._jobs(is_stored), wanted)
+        if (is_wanted & ~is_stored).any():
+            with closing(self._decoded(is_wanted & ~is_stored)) as rendered:
+                yield from rendered
+
+    def _decoded(self, is_wanted: NDArray[np.bool_]) -> Generator[Rendered]:
         session, images, rates = self.session, self.planned.images, self.progress.rates
         if session.renderers is not None:
             with suppress(CannotShareError):
                 rates.workers, rates.room = session.renderers.count, session.renderers.ahead
-                return session.renderers.rendered(images, self._jobs(), on_error=session.on_error)
+                return session.renderers.rendered(images, self._jobs(is_wanted), on_error=session.on_error)
             session.close()
         workers = default_threads() if session.workers is None else session.workers
         rates.workers, rates.room = max(1, workers), max(session.ahead, 2 * workers)
         return render(
             images,
-            self._jobs(),
+            self._jobs(is_wanted),
             workers=session.workers,
             on_error=session.on_error,
             doubtful=session.doubtful,
             ahead=session.ahead,
         )
 
-    def _jobs(self) -> Iterator[ImageJob]:
+    def _jobs(self, is_wanted: NDArray[np.bool_]) -> Iterator[ImageJob]:
         """Drawn by the renderer as it goes, so that memory doesn't grow with the number of images."""
         digests, pixels = self.planned.digests.values, [each.view.pixels for each in self.session.inputs]
-        for index in np.flatnonzero(self.is_needed.any(axis=0)).tolist():
+        for index in np.flatnonzero(is_wanted).tolist():
             places = [place for place, is_needed in enumerate(self.is_needed[:, index].tolist()) if is_needed]
             views = tuple(dict.fromkeys(pixels[place] for place in places))
             job = ImageJob(index, digests[index].tobytes(), views)

@@ -12,6 +12,7 @@ from featstore.errors import Doubtful, FeatureStoreError, OnError
 from featstore.extraction.failures import check_max_errors
 from featstore.extraction.job import Input, Opened, Session, refuse_changed
 from featstore.extraction.narrowing import refuse_too_small
+from featstore.extraction.pixels import CUT, NO_PROBE, OUTPUT, PixelTrunk, StoredPixels
 from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
 from featstore.extraction.rounding import sampled_roundings
 from featstore.files.index import first_places
@@ -75,10 +76,15 @@ def open_plan(
     is_needed = _needed(planned, input_of, len(inputs))
     most = max(each.batch_size or default_batch_size(chosen) for each in batching.values())
     ahead = _ahead(is_needed, inputs, most)
+    views = list(dict.fromkeys(each.view.pixels for each in inputs))
+    stored = StoredPixels.of(planned.images, planned.digests.values, store, views)
+    has_pixels = np.logical_and.reduce(
+        [~needed | stored.has(each.view.pixels) for each, needed in zip(inputs, is_needed, strict=True)]
+    )
     renderers = renderers_for(
         planned.images.source,
-        list(dict.fromkeys(each.view.pixels for each in inputs)),
-        num_images=int(is_needed.any(axis=0).sum()),
+        views,
+        num_images=int((is_needed.any(axis=0) & ~has_pixels).sum()),
         workers=workers,
         doubtful=doubtful,
         ahead=ahead,
@@ -100,6 +106,8 @@ def open_plan(
         inputs=inputs,
         input_of=input_of,
         is_needed=is_needed,
+        stored=stored,
+        has_pixels=has_pixels,
         on_error=on_error,
         max_errors=max_errors,
         doubtful=doubtful,
@@ -119,6 +127,15 @@ def _opened(
 ) -> Opened:
     """A model with its trunk, which is a function of one image, and of each output the probe and the rounding."""
     sets = [planned.sets[place] for place in places]
+    if sets[0].spec.is_pixels:
+        return Opened(
+            planned=source,
+            places=places,
+            trunk=PixelTrunk(batching.batch_size or default_batch_size(device)),
+            probes={OUTPUT: NO_PROBE},
+            stages={CUT: stage_facts(source.model, source.stage_digests)},
+            roundings={},
+        )
     model = source.model.with_(view=sets[0].view.evaluation)
     outputs = list(dict.fromkeys(each.output for each in sets))
     lacking = list(dict.fromkeys(each.output for each in sets if each.is_missing.any()))

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featstore.digest import Json
+from featstore.extraction import pixels
 from featstore.extraction.shards import Shard, shard_of
-from featstore.files.storage_types import STORAGE_TYPES
 from featstore.images.contents import is_changed, lone_formats_note, overlap_note, repeats_note
 from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet
@@ -258,8 +258,7 @@ def plan(
     planned = []
     for asked in by_key.values():
         spec, each = asked.spec, asked.view
-        request = FeatureRequest(trunk=spec.trunk, pool=spec.pool, view=each, dtype=dtype, precision=precision)
-        stored = store.find_one(request)
+        stored = store.find_one(FeatureRequest.of(spec))
         wanted = is_owned if each.is_evaluation or not is_training.any() else is_owned & is_training
         planned.append(
             PlannedSet(
@@ -273,7 +272,7 @@ def plan(
                 is_missing=wanted & store.missing(stored, digests),
                 is_failed=wanted & store.is_failed(stored, digests) & ~is_absent,
                 shape=asked.shape,
-                row_bytes=math.prod(asked.shape) * STORAGE_TYPES[dtype].itemsize,
+                row_bytes=math.prod(asked.shape) * spec.storage_type.itemsize,
             )
         )
     return Plan(
@@ -309,6 +308,11 @@ def _asked(
     precision: Precision,
 ) -> Iterator[tuple[str, _Asked]]:
     """The sets that are asked for of one model, by their keys."""
+    if cuts is not None and any(_is_of_pixels(cut, model) for cut in cuts):
+        yield from _asked_pixels(model, view, augment)
+        cuts = [cut for cut in cuts if not _is_of_pixels(cut, model)]
+        if not cuts:
+            return
     staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)
     geometry = (view or staged.view).evaluation
     staged.check_view(geometry)
@@ -326,6 +330,34 @@ def _asked(
             )
             shape = output.pool.shape(viewed.shape(output.cut))
             yield spec.key, _Asked(source=source, output=output, view=each, spec=spec, shape=shape)
+
+
+def _is_of_pixels(cut: str, model: StagedModel | nn.Module) -> bool:
+    """Whether the pixels of views are meant, and no stage of that name.
+
+    Raises:
+        ValueError: for a reduction of them.
+    """
+    name, _, reduction = cut.partition(":")
+    if name != pixels.CUT or (isinstance(model, StagedModel) and name in model.cut_points):
+        return False
+    if reduction not in ("", "none"):
+        raise ValueError(f"{cut!r} asks for a reduction, and pixels have none. Write {pixels.CUT!r}.")
+    return True
+
+
+def _asked_pixels(
+    model: StagedModel | nn.Module, view: View | None, augment: Augment | None
+) -> Iterator[tuple[str, _Asked]]:
+    """The sets of the pixels of a model's views, by their keys."""
+    own = model.view if isinstance(model, StagedModel) else View()
+    geometry = (view or own).evaluation.pixels
+    stand_in = pixels.pixel_model(geometry)
+    source = PlannedModel(model=stand_in, stage_digests=stand_in.digests())
+    shape = stand_in.shape(pixels.CUT)
+    for each in [geometry, *(augment.views(geometry) if augment else ())]:
+        spec = pixels.pixel_spec(each)
+        yield spec.key, _Asked(source=source, output=pixels.OUTPUT, view=each, spec=spec, shape=shape)
 
 
 def _given_models(

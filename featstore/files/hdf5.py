@@ -36,7 +36,7 @@ from featstore.files.header import (
     version_for,
 )
 from featstore.files.plain_reads import damaged, opened
-from featstore.files.storage_types import STORAGE_TYPES, StorageType
+from featstore.files.storage_types import KNOWN_TYPES, StorageType
 
 BLOCK_BYTES = 1 << 20
 """Of the rows that have one checksum, at most, unless one row is larger."""
@@ -188,7 +188,7 @@ class Frame:
         features = range(features_offset, features_offset + features_bytes)
         layout = Layout(
             kind=kind,
-            version=version_for(is_scaled=rows is not None and rows.storage_type.is_scaled),
+            version=version_for(None if rows is None else rows.storage_type),
             length=max(image.tell(), features.stop),
             features=features,
             regions=dict(sorted(regions, key=lambda region: region[1].start)),
@@ -251,8 +251,8 @@ def _add_dataset(hdf5: h5py.File, name: str, hdf5_type: h5py.h5t.TypeID, shape: 
 
 
 def _hdf5_type(storage_type: StorageType) -> h5py.h5t.TypeID:
-    if storage_type.is_scaled:
-        return h5py.h5t.STD_I8LE
+    if not storage_type.is_float:
+        return h5py.h5t.STD_I8LE if storage_type.has_sign else h5py.h5t.STD_U8LE
     exponent, mantissa = storage_type.exponent_bits, storage_type.mantissa_bits
     found = h5py.h5t.IEEE_F32LE.copy()
     # The sign's bit; first bit and bits of the exponent, then of the mantissa.
@@ -305,7 +305,7 @@ class Structure:
         """What the features are, which lie where the user block says."""
         features = self._dataset("features")
         stored_type = features.id.get_type()
-        storage_type = next((each for each in STORAGE_TYPES.values() if stored_type.equal(_hdf5_type(each))), None)
+        storage_type = next((each for each in KNOWN_TYPES.values() if stored_type.equal(_hdf5_type(each))), None)
         if storage_type is None or features.ndim == 0 or 0 in features.shape[1:]:
             raise ValueError(f"/features is {features.dtype} {features.shape}")
         rows = StoredRows(num_rows=features.shape[0], shape=features.shape[1:], storage_type=storage_type)

@@ -8,16 +8,19 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from featstore.errors import DamagedFileError, NewerFormatError
 from featstore.files.plain_reads import REMEDY, crc_of, damaged, new_buffer, read_at, truncated
 
-FORMAT_VERSION = 2
-"""The version of `docs/format.md` that is written, but for scaled rows."""
+if TYPE_CHECKING:
+    from featstore.files.storage_types import StorageType
 
-SCALED_VERSION = 3
-"""That of parts with scaled rows, which older readers would take for damage: else as the one before it.
+FORMAT_VERSION = 2
+"""The version of `docs/format.md` that is written, but for rows of whole numbers."""
+
+WHOLE_VERSION = 3
+"""That of parts with rows of whole numbers, which older readers would take for damage: else as the one before it.
 
 Every version from 1 up to this one can be read.
 """
@@ -78,9 +81,9 @@ class Layout:
         return [extent for extent in found if extent]
 
 
-def version_for(*, is_scaled: bool) -> int:
-    """The version of a new file, by whether its rows are scaled."""
-    return SCALED_VERSION if is_scaled else FORMAT_VERSION
+def version_for(storage_type: StorageType | None) -> int:
+    """The version of a new file, by the type of its rows, where it has some."""
+    return FORMAT_VERSION if storage_type is None or storage_type.is_float else WHOLE_VERSION
 
 
 def make_user_block(layout: Layout, image: memoryview) -> bytes:
@@ -128,7 +131,7 @@ def read_user_block(path: Path, fd: int) -> bytes:
     buffer = bytearray(min(USER_BLOCK_BYTES, os.fstat(fd).st_size))
     read_at(path, fd, [memoryview(buffer)], 0)
     head = bytes(buffer)
-    starts = [_MAGIC + struct.pack("<I", version) for version in range(2, SCALED_VERSION + 1)]
+    starts = [_MAGIC + struct.pack("<I", version) for version in range(2, WHOLE_VERSION + 1)]
     is_whole = len(head) == USER_BLOCK_BYTES
     sealed = next((start for start in starts if is_whole and _fits_own_crc(start + head[len(start) :])), None)
     if sealed is not None and not head.startswith(sealed):
@@ -141,9 +144,9 @@ def read_user_block(path: Path, fd: int) -> bytes:
     if len(head) < USER_BLOCK_BYTES:
         raise truncated(path, missing=USER_BLOCK_BYTES - len(head))
     (version,) = struct.unpack_from("<I", head, len(_MAGIC))
-    if not 1 <= version <= SCALED_VERSION:
+    if not 1 <= version <= WHOLE_VERSION:
         raise NewerFormatError(
-            f"{path} has format version {version}; this featstore reads versions up to {SCALED_VERSION}. "
+            f"{path} has format version {version}; this featstore reads versions up to {WHOLE_VERSION}. "
             "Upgrade featstore to read it."
         )
     if version > 1 and sealed is None:

@@ -44,6 +44,9 @@ class Batching(NamedTuple):
 
 DEFAULT_BATCHING = Batching()
 
+PIXELS = "pixels"
+"""What is asked for in the place of a cut: the views that a model would be given, as they are."""
+
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt")
 """What files of weights end with."""

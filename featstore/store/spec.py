@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from featstore.digest import Json, digest_json
-from featstore.files.storage_types import STORAGE_TYPES, StorageType
+from featstore.files.storage_types import KNOWN_TYPES, PIXELS, STORAGE_TYPES, StorageType
 from featstore.images.views import View
 from featstore.models.names import PRECISIONS, Precision
 
@@ -36,7 +36,7 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"{self.precision!r} is no precision. The precisions are {', '.join(PRECISIONS)}.")
-        if self.dtype not in STORAGE_TYPES:
+        if self.dtype not in KNOWN_TYPES:
             raise ValueError(
                 f"{self.dtype!r} is no storage type for features. The types are {', '.join(STORAGE_TYPES)}."
             )
@@ -82,7 +82,12 @@ class FeatureSpec:
     @property
     def storage_type(self) -> StorageType:
         """Of the stored values."""
-        return STORAGE_TYPES[self.dtype]
+        return KNOWN_TYPES[self.dtype]
+
+    @property
+    def is_pixels(self) -> bool:
+        """Whether its values are views as they are, which no model has computed."""
+        return self.dtype == PIXELS.name
 
     @property
     def reduction(self) -> str:

@@ -9,6 +9,7 @@ Ratios are of speeds: 2 for half the time.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
@@ -30,8 +31,9 @@ TARGETS = {
     "3 backbones against the slowest alone": 1 / 1.15,
     "4 cuts against the deepest alone": 1 / 1.10,
     "bf16 against fp32": 1.8,
+    "stored pixels against 1600x1200 JPEGs": 5.0,
 }
-MEASURES = ("seeds", "backbones", "cuts", "precision")
+MEASURES = ("seeds", "backbones", "cuts", "precision", "pixels")
 
 Contenders = Mapping[str, Callable[[FeatureStore], object]]
 
@@ -60,6 +62,8 @@ def main() -> None:
             compared["4 cuts against the deepest alone"] = _of_cuts(small, options.backbone)
         if "precision" in options.measure and _has_bf16():
             compared["bf16 against fp32"] = _of_precisions(small, options.backbone)
+        if "pixels" in options.measure:
+            compared["stored pixels against 1600x1200 JPEGs"] = _of_pixels(large, folder / "pixels")
         ratios: dict[str, float] = {}
         notes: dict[str, str] = {}
         for name, contenders in compared.items():
@@ -110,6 +114,16 @@ def _of_precisions(images: ImageSet, name: str) -> Contenders:
         _extract(model, images, store, precision=precision)
 
     return {"bf16": partial(run, "bf16"), "fp32": partial(run, "fp32")}
+
+
+def _of_pixels(images: ImageSet, root: Path) -> Contenders:
+    extract(tiny(), images, FeatureStore(root), cuts=["pixels"])
+
+    def stored(store: FeatureStore) -> None:
+        shutil.copytree(root, store.root, copy_function=os.link)
+        _extract(tiny(), images, store)
+
+    return {"from pixels": stored, "from JPEGs": lambda store: _extract(tiny(), images, store)}
 
 
 def _extract(

@@ -297,9 +297,9 @@ def test_jobs_are_drawn_as_they_are_needed(store: FeatureStore, monkeypatch: pyt
     most = 0
     jobs = Job._jobs
 
-    def counted(self: Any) -> Iterator[Any]:
+    def counted(self: Any, is_wanted: Any) -> Iterator[Any]:
         nonlocal most
-        for job in jobs(self):
+        for job in jobs(self, is_wanted):
             most = max(most, len(self.drawn))
             yield job
 

@@ -142,7 +142,7 @@ def test_parts_with_scales_are_of_version_3_which_older_readers_refuse_by_name(
     write(path.with_name("floats.h5"), values, 10)
     for each, version in ((path, 3), (path.with_name("floats.h5"), 2)):
         assert struct.unpack_from("<I", each.read_bytes(), 32) == (version,)
-    monkeypatch.setattr(header, "SCALED_VERSION", 2)  # as a reader of version 2 has it
+    monkeypatch.setattr(header, "WHOLE_VERSION", 2)  # as a reader of version 2 has it
     with pytest.raises(NewerFormatError, match="has format version 3; this featstore reads versions up to 2"):
         Part.open(path)
 

@@ -60,7 +60,7 @@ ROOMS: dict[str, Rooms] = {
         (
             "extraction",
             (
-                "defaults", "remedy", "shards", "plan", "rates", "narrowing", "rounding", "filed", "progress",
+                "defaults", "remedy", "shards", "pixels", "plan", "rates", "narrowing", "rounding", "filed", "progress",
                 "failures", "job", "opening", "estimate", "ray_actors", "extract", "adopt",
             ),
         ),
