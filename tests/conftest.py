@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ import torch
 from support.processes import Processes
 
 if TYPE_CHECKING:  # else each run of a single file would wait for all that the programs import
+    from support.object_server import Proxy
     from support.programs import Run
 
     from featstore import FeatureStore
@@ -42,6 +44,37 @@ def new_processes() -> Iterator[Processes]:
     """Likewise for programs that show what is imported by them: nothing is before."""
     with Processes() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[int]:
+    """The port of an S3 server on this machine."""
+    pytest.importorskip("moto", reason="moto, the S3 server, isn't installed")
+    from support.object_server import served
+
+    with served() as port:
+        yield port
+
+
+@pytest.fixture
+def proxy(object_server: int) -> Iterator[Proxy]:
+    """Before that server."""
+    from support.object_server import proxied
+
+    with proxied(object_server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(object_server: int, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a new bucket in that server, which is asked through the proxy."""
+    from support.object_server import ENVIRONMENT, make_bucket
+
+    name = f"bucket-{secrets.token_hex(8)}"
+    make_bucket(object_server, name)
+    for variable, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}.items():
+        monkeypatch.setenv(variable, value)
+    return f"s3://{name}"
 
 
 @pytest.fixture

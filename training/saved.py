@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -203,14 +204,19 @@ def finite(scored: Mapping[str, float]) -> dict[str, Json]:
 
 
 def store_of(run: Path) -> FeatureStore | None:
-    """The store that a saved run was trained with, if it is still where it was; None also without run.json.
+    """The store that a saved run was trained with, if it is where it was and can be read; None also without run.json.
 
     Raises:
         DamagedFileError: if run.json isn't what was saved.
     """
     content = read_file(run, RUN)
     folder = None if content is None else _parsed(content, run / RUN, "store")
-    return FeatureStore(folder) if folder is not None and Path(folder).is_dir() else None
+    if folder is None or Path(folder).is_file():
+        return None
+    with suppress(FeatureStoreError, OSError):  # an object store may be asked in vain
+        store = FeatureStore(folder)
+        return store if store.folder.is_dir() else None
+    return None
 
 
 def passes_of(facts: Mapping[str, Json], run: Path) -> int:

@@ -22,6 +22,7 @@ from featstore.extraction.plan import Plan
 from featstore.files import disk
 from featstore.files.index import is_among
 from featstore.images.render import MOST_NAMED
+from featstore.objects import names_in
 from featstore.store.sets import digest_rows
 from featstore.store.store import FeatureStore
 from featstore.words import counted
@@ -162,10 +163,11 @@ def write_report(planned: Plan, store: FeatureStore, found: Sequence[Failure]) -
             disk.make_folder(folder, root=store.folder)
             with disk.whole_or_nothing(folder / name, len(content), replaces=True) as fd:
                 disk.write_at(fd, memoryview(content), 0)
-        for path in folder.glob("*.jsonl"):
-            if _is_earlier(path.name, planned) and not (found and path.name == name):
-                with suppress(FileNotFoundError):  # another job took it away
-                    disk.unlink(path)
+        with suppress(FileNotFoundError, NotADirectoryError):  # there is no such folder
+            for earlier in [each for each in names_in(folder) if each.endswith(".jsonl")]:
+                if _is_earlier(earlier, planned) and not (found and earlier == name):
+                    with suppress(FileNotFoundError):  # another job took it away
+                        disk.unlink(folder / earlier)
     except OSError as error:
         return [f"{shown}, which says what was left out, could not be {'written' if found else 'removed'} ({error})"]
     return [f"What was left out, and why, is in {shown}"] if found else []

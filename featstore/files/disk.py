@@ -1,19 +1,25 @@
 """Disk: all that changes files and folders of a store, by operations of which a test can record, fail or stop any.
 
-Each goes through `perform`, and nothing else here or elsewhere in a store writes to the disk.
+Each goes through `perform`, and nothing else here or elsewhere in a store writes to the disk, or to an object store.
+There a put is what a rename is here, and no folders are made or taken away: they are beginnings of names.
 """
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+
+from featstore import objects
+from featstore.objects import ObjectPath
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,6 +38,10 @@ def whole_or_nothing(path: Path, length: int, *, replaces: bool = False) -> Iter
         FileExistsError: if `path` is taken, and not to be replaced.
         OSError: as the system gave it; that the disk is full, or may not be written, it says of `path`.
     """
+    if isinstance(path, ObjectPath):
+        with _put_when_whole(path, length, replaces) as fd:
+            yield fd
+        return
     if not replaces and os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "a written file is never replaced, choose another name", os.fspath(path))
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(8)}")
@@ -57,6 +67,20 @@ def whole_or_nothing(path: Path, length: int, *, replaces: bool = False) -> Iter
     sync_folder(path.parent)
 
 
+@contextmanager
+def _put_when_whole(path: ObjectPath, length: int, replaces: bool) -> Iterator[int]:
+    """`whole_or_nothing` for an object, whose bytes wait in a file of this machine without a name."""
+    with tempfile.TemporaryFile() as file:
+        try:
+            allocate(file.fileno(), length)
+            yield file.fileno()
+        except OSError as error:
+            if error.filename is None and error.errno in _FULL:
+                error.filename = tempfile.gettempdir()
+            raise
+        put(path, file.fileno(), length, replaces)
+
+
 def make_folder(path: Path, *, root: Path) -> None:
     """Makes the folder `path`, and those above it, such that no power loss takes it away with the files in it.
 
@@ -70,6 +94,8 @@ def make_folder(path: Path, *, root: Path) -> None:
     Raises:
         OSError: as the system gave it.
     """
+    if isinstance(path, ObjectPath):
+        return
     for folder in (*reversed(path.parents), path):
         is_new = not folder.is_dir()
         if is_new:
@@ -84,7 +110,12 @@ def make_folder(path: Path, *, root: Path) -> None:
 
 def set_aside(path: Path) -> Path:
     """Gives a damaged file a hidden name in its folder, where nobody reads it, on the disk when this returns."""
-    aside = path.with_name(f".{path.name}{_DAMAGED}{secrets.token_hex(8)}")
+    hidden = f".{path.name}{_DAMAGED}{secrets.token_hex(8)}"
+    if isinstance(path, ObjectPath):
+        copy(path, path.with_name(hidden))
+        unlink(path)
+        return path.with_name(hidden)
+    aside = path.with_name(hidden)
     rename(path, aside)
     sync_folder(path.parent)
     return aside
@@ -175,6 +206,8 @@ def sync(fd: int) -> None:
 @_operation
 def sync_folder(path: Path) -> None:
     """Sees to it that the names in a folder are on the disk."""
+    if isinstance(path, ObjectPath):
+        return
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -193,9 +226,12 @@ def unlink(path: Path) -> None:
     """Deletes a file.
 
     Raises:
-        FileNotFoundError: if it is gone already.
+        FileNotFoundError: if it is gone already, and is no object.
     """
-    os.unlink(path)
+    if isinstance(path, ObjectPath):
+        objects.delete(path)
+    else:
+        os.unlink(path)
 
 
 @_operation
@@ -205,8 +241,22 @@ def mkdir(path: Path) -> None:
 
 
 @_operation
+def put(path: ObjectPath, fd: int, length: int, replaces: bool) -> None:
+    """Makes an object of the first bytes of a file; of a name that must be free, unless it `replaces` what it has."""
+    objects.put(path, mmap.mmap(fd, length, access=mmap.ACCESS_READ), replaces=replaces)
+
+
+@_operation
+def copy(path: ObjectPath, target: ObjectPath) -> None:
+    """Gives what an object holds a second name."""
+    objects.copy(path, target)
+
+
+@_operation
 def remove_folder(path: Path) -> bool:
     """Deletes a folder if it is empty; whether it is gone."""
+    if isinstance(path, ObjectPath):
+        return True
     try:
         os.rmdir(path)
     except FileNotFoundError:

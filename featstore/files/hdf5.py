@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -285,10 +284,10 @@ def opened_checked(path: Path, kind: Kind) -> Iterator[Structure]:
         FileNotFoundError: if there is no such file.
         DamagedFileError: if it is of another kind or a newer version, truncated, or altered outside its features.
     """
-    with opened(path) as fd:
-        layout = read_layout(path, fd, kind)
+    with opened(path) as file:
+        layout = read_layout(file, kind)
         try:
-            with os.fdopen(fd, "rb", closefd=False) as file, h5py.File(file, "r") as hdf5:
+            with file.stream() as stream, h5py.File(stream, "r") as hdf5:
                 yield Structure(layout, hdf5)
         except (KeyError, OSError, RuntimeError, ValueError) as error:
             raise damaged(path, f"its HDF5 structure is not that of the format ({error})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from featstore.errors import DamagedFileError, NewerFormatError
-from featstore.files.plain_reads import REMEDY, crc_of, damaged, new_buffer, read_at, truncated
+from featstore.files.plain_reads import REMEDY, Opened, crc_of, damaged, truncated
 
 if TYPE_CHECKING:
     from featstore.files.storage_types import StorageType
@@ -100,10 +99,10 @@ def make_user_block(layout: Layout, image: memoryview) -> bytes:
     return bytes(block)
 
 
-def read_layout(path: Path, fd: int, kind: Kind) -> Layout:
+def read_layout(file: Opened, kind: Kind) -> Layout:
     """The file's layout, once every byte outside the features is what was written."""
-    head = read_user_block(path, fd)
-    size = os.fstat(fd).st_size
+    head, path = read_user_block(file), file.path
+    size = file.size
     _, version, _, length, features_offset, features_bytes, crc_expected = _FIELDS.unpack_from(head)
     if size < length:
         raise truncated(path, missing=length - size)
@@ -118,18 +117,19 @@ def read_layout(path: Path, fd: int, kind: Kind) -> Layout:
         regions={name: extent for name, extent, _ in read_regions(head)} if version > 1 else {},
     )
     crc = zlib.crc32(head[:_CRC_OFFSET] + bytes(4) + head[_CRC_OFFSET + 4 :])
-    crc = crc_of(path, fd, layout.rest, new_buffer(), crc)
+    file.hold(layout.rest)
+    crc = crc_of(file, layout.rest, file.new_buffer(), crc)
     if crc != crc_expected:
-        where = "outside its features" if version == 1 else f"in its {_altered(path, fd, head, layout)}"
+        where = "outside its features" if version == 1 else f"in its {_altered(file, head, layout)}"
         found = f"the checksum of all outside the features is {crc:08x}, not {crc_expected:08x}"
         raise damaged(path, f"bytes are altered {where} ({found})")
     return layout
 
 
-def read_user_block(path: Path, fd: int) -> bytes:
+def read_user_block(file: Opened) -> bytes:
     """The user block of a file of a version that can be read; from version 2 on it fits its own checksum."""
-    buffer = bytearray(min(USER_BLOCK_BYTES, os.fstat(fd).st_size))
-    read_at(path, fd, [memoryview(buffer)], 0)
+    path, buffer = file.path, bytearray(min(USER_BLOCK_BYTES, file.size))
+    file.read([(0, [memoryview(buffer)])])
     head = bytes(buffer)
     starts = [_MAGIC + struct.pack("<I", version) for version in range(2, WHOLE_VERSION + 1)]
     is_whole = len(head) == USER_BLOCK_BYTES
@@ -185,15 +185,15 @@ _REGION_WORDS: dict[Kind, dict[str, str]] = {
 }
 
 
-def _altered(path: Path, fd: int, user_block: bytes, layout: Layout) -> str:
+def _altered(file: Opened, user_block: bytes, layout: Layout) -> str:
     """What of a file from version 2 on is altered, in words, when all outside the features doesn't fit its checksum."""
-    buffer = new_buffer()
+    buffer = file.new_buffer()
     found = []
     for name, extent, crc in read_regions(user_block):
-        if crc_of(path, fd, [extent], buffer) != crc:
+        if crc_of(file, [extent], buffer) != crc:
             found.append(_REGION_WORDS[layout.kind].get(name, f"column {name}"))
     _, structure_crc, _ = _REGION_FIELDS.unpack_from(user_block, _FIELDS.size)
-    if crc_of(path, fd, layout.structure, buffer) != structure_crc:
+    if crc_of(file, layout.structure, buffer) != structure_crc:
         found.append("structure")
     return " and ".join(found) or "header"  # if all else is sound, the checksum that didn't fit is not
 

@@ -25,7 +25,7 @@ from featstore.digest import Json
 from featstore.files import disk
 from featstore.files.hdf5 import BLOCK_BYTES, Frame, StoredRows, check_columns, opened_checked
 from featstore.files.header import MAX_REGIONS
-from featstore.files.plain_reads import MAX_BUFFERS, crc_of, damaged, new_buffer, opened, read_at, truncated
+from featstore.files.plain_reads import MAX_BUFFERS, Opened, OpenFile, crc_of, damaged, opened
 from featstore.files.scaled import ScaledRows
 from featstore.files.storage_types import FLOATS, STORAGE_TYPES, StorageType, storage_type_of
 from featstore.machine import num_processors
@@ -180,15 +180,18 @@ class Part:
         Raises:
             FileNotFoundError: if the file is gone.
             DamagedFileError: if it has become too short to map.
+            ValueError: for an object of an object store.
         """
         import torch
 
         if not self.num_rows:
             return torch.empty((0, *self.shape), dtype=self.dtype)
-        with self._open_features() as fd:  # and its size checked: touching a page behind the end kills the process
+        with self._open_features() as file:  # and its size checked: touching a page behind the end kills the process
+            if not isinstance(file, OpenFile):
+                raise ValueError(f"{self.path} is no file of this machine and can't be mapped. Read it plainly.")
             # By the descriptor, which a file keeps that has lost its name, and whose name is always text.
-            link = f"/dev/fd/{fd}"
-            name = link if os.path.exists(link) else os.fspath(self.path)
+            link = f"/dev/fd/{file.fd}"
+            name = link if os.path.exists(link) else os.fspath(file.path)
             # A private mapping of torch's is copy-on-write and keeps no descriptor; Python's mmap keeps one a part.
             file_bytes = torch.from_file(name, shared=False, size=self._features_end, dtype=torch.uint8)
         return file_bytes[self.features_offset :].view(self.dtype).view(self.num_rows, *self.shape)
@@ -220,7 +223,7 @@ class Part:
     ) -> Iterator[tuple[range, NDArray[np.uint8]]]:
         """For each of `blocks` the range of its rows and their bytes `(rows, row_bytes)`, by plain reads.
 
-        All arrays are one piece of memory: each holds its block until the next step, and who keeps rows copies them.
+        All arrays share memory: each holds its block until the next step, and who keeps rows copies them.
         The file is opened at the first step, and closed after the last one or with the iterator.
 
         Args:
@@ -233,17 +236,23 @@ class Part:
             DamagedFileError: for a block that doesn't fit its checksum, and bytes that can't be read: it names the
                 rows or bytes; and if the file has become too short.
         """
-        memory = np.empty((min(self.num_rows, self.block_rows), self.row_bytes), np.uint8)
-        with self._open_features() as fd:
-            for block in blocks:
-                if not 0 <= block < len(self.checksums):
-                    raise IndexError(f"there is no block {block} in {self.path}; it has {len(self.checksums)}, from 0")
-                rows, extent = self._rows_of(block), self._extent(block)
-                content = memory[: len(rows)]
-                read_at(self.path, fd, [content.reshape(-1).data], extent.start)
-                if verify and zlib.crc32(content.data) != self.checksums[block]:
-                    raise damaged(self.path, f"its rows {rows.start} to {rows.stop - 1} don't fit their checksum")
-                yield rows, content
+        num_rows, wanted = min(self.num_rows, self.block_rows), iter(blocks)
+        with self._open_features() as file:
+            memory = np.empty((file.blocks_at_once(num_rows * self.row_bytes), num_rows, self.row_bytes), np.uint8)
+            while some := list(islice(wanted, len(memory))):
+                for block in some:
+                    if not 0 <= block < len(self.checksums):
+                        raise IndexError(
+                            f"there is no block {block} in {self.path}; it has {len(self.checksums)}, from 0"
+                        )
+                contents = [content[: len(self._rows_of(block))] for block, content in zip(some, memory, strict=False)]
+                starts = [self._extent(block).start for block in some]
+                file.read([(at, [each.reshape(-1).data]) for at, each in zip(starts, contents, strict=True)])
+                for block, content in zip(some, contents, strict=True):
+                    rows = self._rows_of(block)
+                    if verify and zlib.crc32(content.data) != self.checksums[block]:
+                        raise damaged(self.path, f"its rows {rows.start} to {rows.stop - 1} don't fit their checksum")
+                    yield rows, content
 
     def read_rows(self, rows: NDArray[np.int64], out: Tensor | None = None) -> Tensor:
         """Activations `(n, *F)` of `rows` by plain reads: for files that may shrink, which kills whoever maps them.
@@ -274,10 +283,14 @@ class Part:
             )
         distinct, places, which = np.unique(rows, return_index=True, return_inverse=True)
         memory, row_bytes = out.reshape(-1).data, self.row_bytes
-        with self._open_features() as fd:
-            for row, stretches in _reads(distinct, places):
-                buffers = [memory[each.start * row_bytes : each.stop * row_bytes] for each in stretches]
-                read_at(self.path, fd, buffers, self.features_offset + row * row_bytes)
+        with self._open_features() as file:
+            file.read(
+                (
+                    self.features_offset + row * row_bytes,
+                    [memory[each.start * row_bytes : each.stop * row_bytes] for each in stretches],
+                )
+                for row, stretches in _reads(distinct, places)
+            )
         sources = places[which]
         repeats = np.flatnonzero(sources != np.arange(len(rows)))
         out[repeats] = out[sources[repeats]]
@@ -293,8 +306,8 @@ class Part:
         """
         blocks = range(len(self.checksums))
         shares = [blocks[start : start + _SHARE_BLOCKS] for start in blocks[::_SHARE_BLOCKS]]
-        with self._open_features() as fd, ThreadPoolExecutor(min(4, num_processors())) as pool:
-            damaged = chain.from_iterable(pool.map(partial(self._damaged_among, fd), shares))
+        with self._open_features() as file, ThreadPoolExecutor(file.num_readers) as pool:
+            damaged = chain.from_iterable(pool.map(partial(self._damaged_among, file), shares))
             return [self._rows_of(block) for block in damaged]
 
     @property
@@ -313,22 +326,16 @@ class Part:
         rows, row_bytes = self._rows_of(block), self.row_bytes
         return range(self.features_offset + rows.start * row_bytes, self.features_offset + rows.stop * row_bytes)
 
-    def _damaged_among(self, fd: int, blocks: range) -> list[int]:
-        buffer = new_buffer()
-        return [
-            block for block in blocks if crc_of(self.path, fd, [self._extent(block)], buffer) != self.checksums[block]
-        ]
+    def _damaged_among(self, file: Opened, blocks: range) -> list[int]:
+        buffer = file.new_buffer()
+        return [block for block in blocks if crc_of(file, [self._extent(block)], buffer) != self.checksums[block]]
 
     @contextmanager
-    def _open_features(self) -> Iterator[int]:
-        """A descriptor of the file, which reaches behind its features."""
-        with opened(self.path) as fd:
-            self._check_size(os.fstat(fd).st_size)
-            yield fd
-
-    def _check_size(self, size: int) -> None:
-        if size < self._features_end:
-            raise truncated(self.path, missing=self._features_end - size)
+    def _open_features(self) -> Iterator[Opened]:
+        """The file, which reaches behind its features."""
+        with opened(self.path) as file:
+            file.check_reaches(self._features_end)
+            yield file
 
     def _checked(self, out: Tensor, num_rows: int) -> Tensor:
         """`out`, if it has place for so many rows, and for nothing else."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from featstore.files.part import Part
 from featstore.machine import num_processors
+from featstore.objects import ObjectPath
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -316,6 +317,8 @@ class Blocks:
         part_of = np.searchsorted(self._before, blocks, side="right") - 1
         for part in np.unique(part_of).tolist():
             opened = self.places.parts[part]
+            if isinstance(opened.path, ObjectPath):
+                continue
             block_bytes = opened.block_rows * self.places.row_bytes
             with suppress(OSError), opened.path.open("rb") as file:  # one that has vanished is missed when it is read
                 for start, stop in _stretches(blocks[part_of == part] - self._before[part]):

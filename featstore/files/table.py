@@ -15,7 +15,7 @@ from featstore.digest import Json
 from featstore.files import disk
 from featstore.files.hdf5 import Frame, check_columns, opened_checked
 from featstore.files.header import check_kind, read_regions, read_user_block
-from featstore.files.plain_reads import damaged, opened, read_at
+from featstore.files.plain_reads import damaged, opened
 
 
 def write_table(path: Path, *, columns: Mapping[str, NDArray[Any]], facts: Mapping[str, Json]) -> None:
@@ -72,15 +72,15 @@ class Table:
             FileNotFoundError: if there is no such file.
             DamagedFileError: if it is not an image table, of a newer version, or its facts are truncated or altered.
         """
-        with opened(path) as fd:
-            head = read_user_block(path, fd)
+        with opened(path) as file:
+            head = read_user_block(file)
             check_kind(path, head, "images")
             found = [(extent, crc) for name, extent, crc in read_regions(head) if name == "facts"]
             if not found:  # version 1
                 return cls.open(path).facts
             ((extent, crc),) = found
             text = bytearray(len(extent))
-            read_at(path, fd, [memoryview(text)], extent.start)
+            file.read([(extent.start, [memoryview(text)])])
             if zlib.crc32(text) != crc:
                 raise damaged(path, "bytes are altered in its facts")
             facts: dict[str, Json] = json.loads(text.rstrip(b"\0"))

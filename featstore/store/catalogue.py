@@ -6,7 +6,6 @@ folders were at one moment.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from typing import Any
 
 from featstore.errors import DamagedFileError
 from featstore.files.part import Part
+from featstore.objects import ObjectPath, names_in
 from featstore.store.folders import PART_NAME, is_trunk_folder, key_in, short_key, short_trunk
 from featstore.store.image_tables import IMAGES
 from featstore.store.sets import FeatureSet, SetPart, superseded_names
@@ -248,6 +248,9 @@ def subfolders(folder: Path) -> list[Path]:
     Raises:
         DamagedFileError: if it may not be read.
     """
+    if isinstance(folder, ObjectPath):
+        with permitted(folder):
+            return [folder / name for name in folder.folders() if not name.startswith(".")]
     names = [name for name in listed(folder) if not name.startswith(".")]
     with permitted(folder):
         return [folder / name for name in names if (folder / name).is_dir()]
@@ -277,7 +280,7 @@ def listed(folder: Path) -> list[str]:
     """
     try:
         with permitted(folder):
-            return os.listdir(folder)
+            return names_in(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
 

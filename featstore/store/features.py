@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -40,6 +41,7 @@ from featstore.files.scaled import ScaledRows
 from featstore.files.storage_types import StorageType
 from featstore.images.image_set import ImageSet
 from featstore.machine import available_bytes, file_system, is_local
+from featstore.objects import ObjectPath
 from featstore.remedies import Command
 from featstore.store.access import Access
 from featstore.store.spec import FeatureSpec
@@ -151,7 +153,7 @@ class Features:
         size = size_text(self.num_bytes)
         if self._way == "memory":
             return f"memory: {size}, read once"
-        kinds = {file_system(part.path) or "an unknown file system" for part in self.parts}
+        kinds = {_kind_of_place(part.path) for part in self.parts}
         how = "mapped" if self._is_mapped else f"read plainly from {', '.join(sorted(kinds))}"
         if self._way == "map":
             return f"map: {size}, {how}"
@@ -291,7 +293,7 @@ class Features:
         """Whether each file itself, which may be linked here, is local; asked again of the files that replace them."""
         known, places = self._local, self._places
         if known is None or known[0] is not places:
-            known = self._local = places, all(is_local(part.path) for part in places.parts)
+            known = self._local = places, all(_may_be_mapped(part.path) for part in places.parts)
         return known[1]
 
     @property
@@ -526,6 +528,16 @@ def _give(stored: Tensor, scales: NDArray[np.float32] | None, out: Tensor) -> No
         out.copy_(stored)
     else:
         ScaledRows(stored, torch.from_numpy(scales)).values(out)
+
+
+def _kind_of_place(path: Path) -> str:
+    if isinstance(path, ObjectPath):
+        return path.bucket
+    return file_system(path) or "an unknown file system"
+
+
+def _may_be_mapped(path: Path) -> bool:
+    return not isinstance(path, ObjectPath) and is_local(path)
 
 
 def _cut(windows: Iterator[NDArray[np.int64]], size: int) -> Iterator[NDArray[np.int64]]:

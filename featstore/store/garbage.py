@@ -124,6 +124,8 @@ class _Rubbish:
             return
         for name in names:
             path = folder / name
+            if not (disk.is_temporary(name) or disk.is_set_aside(name) or disk.is_moved_aside(name)):
+                continue
             with suppress(FileNotFoundError):
                 facts = path.lstat()
                 # What was set or moved aside was renamed then; when its content was written doesn't matter.

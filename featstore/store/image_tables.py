@@ -31,6 +31,7 @@ from featstore.images.hashing import is_settled
 from featstore.images.image_set import ImageSet
 from featstore.images.names import SPLITS
 from featstore.images.sources import AbsentSource
+from featstore.objects import names_in
 
 IMAGES = "images"
 """The folder of the image tables."""
@@ -121,7 +122,10 @@ class ImageTables:
 
     def paths(self) -> list[Path]:
         """All of them, in the order of their names."""
-        return sorted(path for path in self.folder.glob("*.h5") if not path.name.startswith("."))
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            names = [name for name in names_in(self.folder) if name.endswith(".h5") and not name.startswith(".")]
+            return [self.folder / name for name in sorted(names)]
+        return []
 
     def open(self, path: Path) -> ImageTable:
         """The table at `path`.

@@ -1,7 +1,8 @@
 """Removal: a whole feature set deleted.
 
 Whenever it stops, each folder of the set is there as a whole or not at all for readers, and no file is deleted before
-all its folders are out of their sight.
+all its folders are out of their sight. An object store has no folders to rename: there readers may find some of the
+rows, until it is done.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.files import disk
 from featstore.files.index import RowIndex
+from featstore.objects import ObjectPath
 from featstore.store.catalogue import Catalogue, UnsoundSet, listed, misplaced, part_paths
 from featstore.store.folders import PART_NAME, short_key
 from featstore.store.sets import superseded_names
@@ -50,6 +52,8 @@ def remove(catalogue: Catalogue, chosen: FeatureSpec | UnsoundSet, folders: Sequ
             if folder.is_symlink():
                 disk.unlink(folder)  # what it leads to is whoever's who made the link
                 disk.sync_folder(folder.parent)
+            elif isinstance(folder, ObjectPath):  # which can't be renamed: readers find fewer and fewer rows
+                clear(folder)
             else:
                 aside.append(disk.move_aside(folder))
     for moved in aside:
@@ -74,15 +78,17 @@ def foreseen(catalogue: Catalogue, chosen: FeatureSpec | UnsoundSet, folders: Se
 
 
 def clear(folder: Path) -> None:
-    """Deletes a folder that was moved aside, and all files in it."""
-    for path in files_in(folder):
+    """Deletes a folder that was moved aside, and all files in it; what others supersede, by larger names, first."""
+    for path in reversed(files_in(folder)):
         with suppress(FileNotFoundError):  # another process clears it as well
             disk.unlink(path)
     disk.remove_folder(folder)
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files that `clear` deletes."""
+    """The files that `clear` deletes, in the order of their names."""
+    if isinstance(folder, ObjectPath):
+        return [folder / name for name in sorted(set(listed(folder)) - set(folder.folders()))]
     return sorted(path for name in listed(folder) if (path := folder / name).is_symlink() or not path.is_dir())
 
 

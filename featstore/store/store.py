@@ -26,6 +26,7 @@ from featstore.files.table import write_table
 from featstore.images.contents import is_changed
 from featstore.images.digests import Digests, KnownDigests
 from featstore.images.image_set import ImageSet
+from featstore.objects import ObjectPath, place_of
 from featstore.store import refusals
 from featstore.store.access import Access, check_access
 from featstore.store.catalogue import Catalogue, UnsoundSet, part_paths, permitted
@@ -62,19 +63,21 @@ _TRIES = 10
 
 
 class FeatureStore:
-    """Feature sets and image sets below the folder `root`.
+    """Feature sets and image sets below the folder `root`, or below a prefix in an object store.
 
     Any number of processes may read and write one store, also while it is compacted, cleared of garbage, or a set
     removed, and any number of threads one object. Files in it never change, so what was opened is kept. Pickles
     without that.
 
     Args:
-        root: the folder; `write` and `save_images` make it.
+        root: the folder; `write` and `save_images` make it. Or an address, ``s3://bucket/prefix``, also of ``gs://``
+            and ``az://`` (extra `s3`): what else they need, such as credentials, is in the environment (``AWS_REGION``,
+            ``AWS_ENDPOINT_URL`` and the like).
         access: how `features` are read: auto, memory, map or stream (see `Features`).
         memory_bytes: most memory that one `Features` of this store may take for rows; default: see there.
 
     Raises:
-        ValueError: if `root` is a file, or for another access or less than 1 byte.
+        ValueError: if `root` is a file or another kind of address, or for another access or less than 1 byte.
     """
 
     def __init__(
@@ -84,14 +87,15 @@ class FeatureStore:
         access: Access | Literal["auto"] = "auto",
         memory_bytes: int | None = None,
     ) -> None:
-        if Path(root).is_file():
+        place = place_of(root)
+        if not isinstance(place, ObjectPath) and place.is_file():
             raise ValueError(f"{root} is a file. Expected the folder of a store, or the name of a new one.")
-        check_access(access)
+        check_access(access, place)
         if memory_bytes is not None and memory_bytes < 1:
             raise ValueError(
                 f"memory_bytes is {memory_bytes}; expected at least 1, or None for a share of what is free."
             )
-        self.root = Path(root)  # as given, for messages
+        self.root = place  # as given, for messages
         self.access = access
         self.memory_bytes = memory_bytes
         self._folder = self.root.absolute()  # parts are read later, maybe from another working directory
@@ -208,7 +212,7 @@ class FeatureStore:
 
         check_choice("on_error", on_error, get_args(OnError))
         way = self.access if access is None else access
-        check_access(way)
+        check_access(way, self._folder)
         chosen = self._chosen(which)
         digests = images.digests(self.known_digests(images))
         part_of, row_in = chosen.index.find(digests.values)

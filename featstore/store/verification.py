@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +13,9 @@ from tqdm import tqdm
 from featstore.errors import DamagedFileError, FeatureStoreError, NewerFormatError
 from featstore.files import disk
 from featstore.files.part import Part
+from featstore.files.plain_reads import opened
 from featstore.files.table import Table
+from featstore.objects import names_in
 from featstore.store.catalogue import Catalogue, dangling, listed, misplaced, part_paths, unreadable
 from featstore.store.folders import key_in, short_key
 from featstore.store.image_tables import ImageTable, ImageTables
@@ -130,7 +131,7 @@ def _listed(catalogue: Catalogue) -> tuple[list[Path], dict[Path, _Checked]]:
 def _closed(folder: Path) -> dict[Path, _Checked]:
     """The folder of the image tables, with the reason, if it can't be listed; it need not be there."""
     try:
-        os.listdir(folder)
+        names_in(folder)
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -206,8 +207,9 @@ _FIRST_WORD = b"featstore"
 
 def _is_of_others(path: Path) -> bool:
     """Whether a file doesn't begin as ours do, nor as damaged ones: with a few bytes altered, or with zeros."""
-    with path.open("rb") as file:
-        head = file.read(len(_FIRST_WORD))
+    with opened(path) as file:
+        head = bytearray(min(len(_FIRST_WORD), file.size))
+        file.read([(0, [memoryview(head)])])
     num_equal = sum(mine == theirs for mine, theirs in zip(_FIRST_WORD, head, strict=False))
     return any(head) and 2 * num_equal < len(head)
 

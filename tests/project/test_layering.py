@@ -24,7 +24,7 @@ Rooms = tuple[tuple[str, tuple[str, ...]], ...]
 
 ROOMS: dict[str, Rooms] = {
     "featstore": (
-        ("", ("remedies", "errors", "words", "timing", "digest", "machine", "source_code", "surroundings",  "plugins")),
+        ("", ("remedies", "errors", "words", "timing", "digest", "machine", "objects", "source_code", "surroundings",  "plugins")),
         (
             "files",
             (
@@ -110,6 +110,7 @@ DOORS = {
         "training.cli",
     },
     "matplotlib": {"training.plots"},
+    "obstore": {"featstore.objects"},
 }
 
 # What training uses of featstore: module -> names. docs/design.md says what may join it.

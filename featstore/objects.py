@@ -1,0 +1,358 @@
+"""Objects: places in an object store, with what a store asks of a path; the one door to obstore.
+
+obstore is imported when a place is first looked at, not before. Addresses, credentials and regions come from the
+environment, as it reads them: ``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ``AWS_ALLOW_HTTP`` and the like.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path, PurePath
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from featstore.errors import FeatureStoreError
+
+SCHEMES = ("s3", "gs", "az", "memory")
+"""What addresses of objects begin with. What lies in ``memory://`` is this process's own."""
+
+
+if TYPE_CHECKING:
+    _LikePath = Path
+else:
+    _LikePath = object
+
+
+class ObjectPath(_LikePath):
+    """The name of an object, or of what a folder of objects would be; what there is of it is as in `pathlib.Path`.
+
+    To who checks types it is a `Path`, so that whatever handles the files of a store says what it always said. It is
+    none: what a store never asks of a path isn't there, and nothing takes its name for one on the disk.
+
+    Args:
+        bucket: with its scheme: ``s3://bucket``.
+        key: names with ``/`` between them; empty for the bucket.
+    """
+
+    def __init__(self, bucket: str, key: str) -> None:
+        self.bucket, self.key = bucket, key
+
+    def __str__(self) -> str:
+        return f"{self.bucket}/{self.key}".rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"ObjectPath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectPath) and (self.bucket, self.key) == (other.bucket, other.key)
+
+    def __hash__(self) -> int:
+        return hash((self.bucket, self.key))
+
+    def __lt__(self, other: PurePath) -> bool:
+        return str(self) < str(other)
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> ObjectPath:
+        return ObjectPath(self.bucket, "/".join([*filter(None, [self.key]), *PurePath(name).parts]))
+
+    def __reduce__(self) -> tuple[type[ObjectPath], tuple[str, str]]:
+        return ObjectPath, (self.bucket, self.key)
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return self.key.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:  # noqa: D102
+        return PurePath(self.name).stem
+
+    @property
+    def parent(self) -> ObjectPath:  # noqa: D102
+        return ObjectPath(self.bucket, self.key.rpartition("/")[0])
+
+    def with_name(self, name: str) -> ObjectPath:  # noqa: D102
+        return self.parent / name
+
+    def absolute(self) -> ObjectPath:  # noqa: D102
+        return self
+
+    def is_symlink(self) -> bool:  # noqa: D102
+        return False
+
+    def is_file(self) -> bool:
+        """Whether there is such an object."""
+        try:
+            self.stat()
+        except FileNotFoundError:
+            return False
+        return True
+
+    exists = is_file
+
+    def is_dir(self) -> bool:
+        """Whether there are objects below."""
+        with _told(self):
+            return any(_obstore().list(_client(self.bucket), prefix=self.key or None, chunk_size=1))
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """Size, and when it was put, by the clock of the object store; all else is 0.
+
+        Raises:
+            FileNotFoundError: if there is no such object.
+        """
+        with _told(self):
+            found = _obstore().head(_client(self.bucket), self.key)
+        when = int(found["last_modified"].timestamp())
+        return os.stat_result((0, 0, 0, 0, 0, 0, found["size"], when, when, when))
+
+    lstat = stat
+
+    def folders(self) -> list[str]:
+        """Names of what would be folders in this one."""
+        return _names(self._listed()["common_prefixes"])
+
+    def names(self) -> list[str]:
+        """Names of all that would be in this folder; none where there is nothing."""
+        found = self._listed()
+        return _names([*found["common_prefixes"], *(each["path"] for each in found["objects"])])
+
+    def _listed(self) -> Any:
+        with _told(self):
+            return _obstore().list_with_delimiter(_client(self.bucket), self.key or None)
+
+
+def place_of(text: str | Path) -> Path:
+    """What `text` names: an address of objects, ``file://`` and a path, or a path.
+
+    Raises:
+        ValueError: for another kind of address, and one that names no bucket or a name that no object may have.
+    """
+    found = re.match(r"([a-z][a-z0-9+.-]*)://(.*)", text, re.DOTALL) if isinstance(text, str) else None
+    if found is None:
+        return Path(text) if isinstance(text, str) else text
+    scheme, rest = found.groups()
+    if scheme == "file" and rest.startswith("/"):
+        return Path(unquote(rest))
+    bucket, *names = rest.split("/")
+    if scheme not in SCHEMES or not bucket or {".", ".."} & set(names):
+        raise ValueError(
+            f"{text} is no address of a place. Expected one of {', '.join(f'{each}://' for each in SCHEMES)} with a "
+            "bucket and a prefix, such as s3://bucket/features, or a folder."
+        )
+    return ObjectPath(f"{scheme}://{bucket}", "/".join(filter(None, names)))
+
+
+def names_in(folder: Path) -> list[str]:
+    """All names in a folder, in no order.
+
+    Raises:
+        OSError: as the system gave it; of objects no folder is missing.
+    """
+    return folder.names() if isinstance(folder, ObjectPath) else os.listdir(folder)
+
+
+# ---- reading
+
+
+def start_of(path: ObjectPath, num_bytes: int) -> tuple[memoryview, int]:
+    """The first bytes of an object, or all it has, and its size, by one request.
+
+    Raises:
+        FileNotFoundError: if there is no such object.
+        OSError: if the object store doesn't give it.
+    """
+    try:
+        with _told(path):
+            found = _obstore().get(_client(path.bucket), path.key, options={"range": (0, num_bytes)})
+            return memoryview(found.bytes()), int(found.meta["size"])
+    except FileNotFoundError:
+        raise
+    except OSError:  # no range of an empty object can be had
+        if path.stat().st_size:
+            raise
+        return memoryview(b""), 0
+
+
+def ranges_of(path: ObjectPath, extents: Sequence[range]) -> list[memoryview]:
+    """Bytes of an object, some requests at once; one for what lies side by side. A range past the end is cut short.
+
+    Raises:
+        FileNotFoundError: if there is no such object.
+        OSError: if the object store doesn't give them.
+    """
+    starts, ends = [each.start for each in extents], [each.stop for each in extents]
+    try:
+        with _told(path):
+            found = _obstore().get_ranges(_client(path.bucket), path.key, starts=starts, ends=ends, coalesce=1 << 16)
+    except FileNotFoundError:
+        raise
+    except OSError:  # some say so of ranges past the end
+        size = path.stat().st_size
+        if size >= max(ends, default=0):
+            raise
+        return [memoryview(b"") for _ in extents]
+    return [memoryview(each) for each in found]
+
+
+# ---- changing
+
+
+def put(path: ObjectPath, content: Any, *, replaces: bool = False) -> None:
+    """Makes an object of the bytes `content`, whole or not at all; tried again where no reply came.
+
+    Args:
+        path: its name, which must be free unless it `replaces` what is there.
+        content: a buffer.
+        replaces: whatever the object was.
+
+    Raises:
+        FileExistsError: if there is another object of that name.
+        OSError: if the object store doesn't take it.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            with _told(path):
+                _obstore().put(
+                    _client(path.bucket, _PUT_SECONDS),
+                    path.key,
+                    content,
+                    mode="overwrite" if replaces else "create",
+                    use_multipart=False,  # those that are never finished are paid for
+                )
+            return
+        except FileExistsError:
+            if not _is(path, memoryview(content)):  # it may be this one: its reply was lost, and it was tried again
+                raise
+            return
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError:
+            if not tries_left:
+                raise
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _is(path: ObjectPath, content: memoryview) -> bool:
+    """Whether an object has this content, by its size and its beginning, where our files have their checksums."""
+    start, size = start_of(path, _USER_BLOCK_BYTES)
+    return size == len(content) and start == content[: len(start)]
+
+
+def copy(path: ObjectPath, target: ObjectPath) -> None:
+    """Makes another object of the same content."""
+    with _told(path):
+        _obstore().copy(_client(path.bucket), path.key, target.key)
+
+
+def delete(path: ObjectPath) -> None:
+    """Deletes an object, which may be gone already."""
+    with _told(path):
+        _obstore().delete(_client(path.bucket), path.key)
+
+
+# ---- the client
+
+_TRIES, _PAUSE_SECONDS = 3, 1.0
+_GET_SECONDS, _PUT_SECONDS = 120, 3600
+"""For one request, a large part's among them; of the second no more is known than that a part has been sent whole."""
+
+_RETRIES, _RETRY_SECONDS = 6, 60
+_USER_BLOCK_BYTES = 4096
+
+_clients: dict[tuple[str, int], Any] = {}
+_lock = threading.Lock()
+_is_forked = False
+
+
+def _client(bucket: str, seconds: int = _GET_SECONDS) -> Any:
+    obstore = _obstore()
+    in_memory = bucket.startswith("memory:")
+    with _lock:
+        if _is_forked and not in_memory:
+            raise FeatureStoreError(
+                f"{bucket} can't be asked from here: this process was forked from one that had asked an object store, "
+                "and lacks the threads of its client. Expected a process that was started anew: for a DataLoader "
+                'multiprocessing_context="spawn", or num_workers=0.'
+            )
+        key = bucket, 0 if in_memory else seconds
+        if key not in _clients:
+            _clients[key] = obstore.store.MemoryStore() if in_memory else _connected(bucket, seconds)
+        return _clients[key]
+
+
+def _connected(bucket: str, seconds: int) -> Any:
+    from_url, failed = _obstore().store.from_url, _obstore().exceptions.BaseError
+    is_plain = any(value.lower() in ("1", "true") for name, value in os.environ.items() if name.endswith("_ALLOW_HTTP"))
+    try:
+        return from_url(
+            bucket,
+            client_options={"timeout": timedelta(seconds=seconds), "allow_http": is_plain},
+            retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},
+        )
+    except failed as error:
+        raise FeatureStoreError(
+            f"{bucket} can't be reached: {_reason(error)}. Expected what it needs in the environment, such as "
+            "AWS_REGION and AWS_ACCESS_KEY_ID, or AZURE_STORAGE_ACCOUNT_NAME. Set it."
+        ) from error
+
+
+def _obstore() -> ModuleType:
+    try:
+        import obstore
+        import obstore.store
+    except ImportError as error:
+        raise FeatureStoreError(
+            "A place in an object store needs obstore, which isn't installed. Install it with pip install "
+            "'featstore[s3]', or give a folder."
+        ) from error
+    return obstore
+
+
+@contextmanager
+def _told(path: ObjectPath) -> Iterator[None]:
+    """Makes of obstore's errors those that the system gives of files."""
+    failed = _obstore().exceptions
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    except (failed.AlreadyExistsError, failed.PreconditionError) as error:
+        raise FileExistsError(
+            errno.EEXIST, "a written file is never replaced, choose another name", str(path)
+        ) from error
+    except (PermissionError, failed.PermissionDeniedError, failed.UnauthenticatedError) as error:
+        raise PermissionError(
+            errno.EACCES, "the object store doesn't allow it with the credentials in the environment", str(path)
+        ) from error
+    except failed.BaseError as error:
+        raise OSError(errno.EIO, f"the object store failed ({_reason(error)})", str(path)) from error
+
+
+def _names(keys: Sequence[str]) -> list[str]:
+    return [key.rstrip("/").rpartition("/")[2] for key in keys]
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says before it shows the server's answer, and the code in that."""
+    code = re.search(r"<Code>(\w+)</Code>", str(error))
+    said = re.split(r":? *(?:\n|<)", str(error), maxsplit=1)[0].strip()
+    return f"{said}: {code[1]}" if code else said
+
+
+def _start_in_child() -> None:
+    """Notes in a forked child that the clients' threads are its parent's."""
+    global _lock, _is_forked
+    _lock = threading.Lock()
+    _is_forked = _is_forked or any(not bucket.startswith("memory:") for bucket, _ in _clients)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_in_child)

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import os
+import pickle
+import secrets
+import sys
+from pathlib import Path, PurePosixPath
+
+import pytest
+from support.object_server import Proxy
+
+from featstore import FeatureStoreError, objects
+from featstore.objects import ObjectPath, copy, delete, names_in, place_of, put, ranges_of, start_of
+
+
+def objects_below(text: str) -> ObjectPath:
+    place = place_of(text)
+    assert isinstance(place, ObjectPath)
+    return place
+
+
+def start(path: ObjectPath, num_bytes: int) -> tuple[bytes, int]:
+    content, size = start_of(path, num_bytes)
+    return bytes(content), size
+
+
+def ranges(path: ObjectPath, extents: list[range]) -> list[bytes]:
+    return [bytes(each) for each in ranges_of(path, extents)]
+
+
+@pytest.fixture(params=["memory", "s3"])
+def root(request: pytest.FixtureRequest) -> ObjectPath:
+    """A prefix without objects, of this process and in a server."""
+    if request.param == "memory":
+        return objects_below(f"memory://{secrets.token_hex(8)}/some/prefix")
+    return objects_below(f"{request.getfixturevalue('bucket')}/some/prefix")
+
+
+@pytest.mark.parametrize(
+    ("text", "bucket", "key"),
+    [
+        ("s3://bucket/a/b", "s3://bucket", "a/b"),
+        ("s3://bucket//a/", "s3://bucket", "a"),
+        ("gs://bucket", "gs://bucket", ""),
+        ("az://container/a", "az://container", "a"),
+        ("memory://x/y", "memory://x", "y"),
+    ],
+)
+def test_an_address_names_a_bucket_and_a_key(text: str, bucket: str, key: str) -> None:
+    assert place_of(text) == ObjectPath(bucket, key)
+
+
+def test_what_has_no_scheme_is_a_path_and_so_is_an_address_of_a_file(tmp_path: Path) -> None:
+    assert place_of("some/folder") == Path("some/folder")
+    assert place_of(tmp_path) == tmp_path
+    assert place_of("file:///some/a%20folder") == Path("/some/a folder")
+
+
+@pytest.mark.parametrize("text", ["http://host/a", "s3://", "s3:///a", "s3://bucket/../a", "file://host/a"])
+def test_another_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no address of a place\. Expected one of s3://"):
+        place_of(text)
+
+
+@pytest.mark.parametrize("key", ["a", "a/b.h5", "a/.b.c.h5", "a/b/c"])
+def test_the_parts_of_a_name_are_those_of_a_path(key: str) -> None:
+    path, like = ObjectPath("s3://bucket", key), PurePosixPath("/", key)
+    assert (path.name, path.stem) == (like.name, like.stem)
+    assert f"/{path.parent.key}" == str(like.parent)
+    assert f"/{path.with_name('x').key}" == str(like.with_name("x"))
+    assert f"/{(path / 'x' / Path('y', 'z')).key}" == str(like / "x" / "y/z")
+    assert {path: 1}[pickle.loads(pickle.dumps(path))] == 1
+    assert not isinstance(path, os.PathLike)  # else it would be opened as a file of this machine
+
+
+def test_what_was_put_is_listed_and_read_as_it_was(root: ObjectPath) -> None:
+    content = secrets.token_bytes(5000)
+    assert not root.is_dir()
+    assert names_in(root) == []
+    put(root / "a" / "b c.h5", content)
+    put(root / "d", b"")
+    assert root.is_dir()
+    assert sorted(names_in(root)) == ["a", "d"]
+    assert root.folders() == ["a"]
+    assert names_in(root / "a") == ["b c.h5"]
+    path = root / "a" / "b c.h5"
+    assert path.stat().st_size == 5000
+    assert start(path, 100) == (content[:100], 5000)
+    assert start(path, 10_000) == (content, 5000)
+    assert start(root / "d", 100) == (b"", 0)
+    assert ranges(path, [range(7, 9), range(9, 4000), range(10)]) == [content[7:9], content[9:4000], content[:10]]
+
+
+def test_a_range_past_the_end_is_cut_short(root: ObjectPath) -> None:
+    put(root / "a", b"12345")
+    assert ranges(root / "a", [range(3, 9)]) == [b"45"]
+    assert ranges(root / "a", [range(7, 9)]) == [b""]
+
+
+def test_an_object_that_is_not_there_is_missed_by_its_address(root: ObjectPath) -> None:
+    path = root / "a"
+    for ask in (path.stat, lambda: start_of(path, 1), lambda: ranges_of(path, [range(1)])):
+        with pytest.raises(FileNotFoundError) as error:
+            ask()
+        assert error.value.filename == str(path)
+    delete(path)  # which may have been tried before
+    assert not path.exists()
+
+
+def test_an_object_is_never_replaced_unless_that_is_asked_for(root: ObjectPath) -> None:
+    path = root / "a"
+    put(path, b"first")
+    with pytest.raises(FileExistsError):
+        put(path, b"other")
+    assert start(path, 9) == (b"first", 5)
+    put(path, b"other", replaces=True)
+    assert start(path, 9) == (b"other", 5)
+
+
+def test_a_copy_has_the_content_and_a_deletion_takes_one_name(root: ObjectPath) -> None:
+    put(root / "a", b"12345")
+    copy(root / "a", root / "b")
+    delete(root / "a")
+    assert start(root / "b", 9) == (b"12345", 5)
+    assert names_in(root) == ["b"]
+
+
+def test_a_put_whose_reply_is_lost_meets_its_own_object_and_is_done(bucket: str, proxy: Proxy) -> None:
+    path, content = objects_below(bucket) / "a", secrets.token_bytes(5000)
+    proxy.losing["PUT"] = 1
+    put(path, content)
+    assert proxy.losing["PUT"] == 0
+    assert proxy.count("PUT") == 2
+    assert start(path, 5000) == (content, 5000)
+
+
+def test_a_put_whose_reply_is_lost_still_meets_another_object(bucket: str, proxy: Proxy) -> None:
+    path = objects_below(bucket) / "a"
+    put(path, b"first")
+    proxy.losing["PUT"] = 1
+    with pytest.raises(FileExistsError):
+        put(path, b"other")
+    assert start(path, 9) == (b"first", 5)
+
+
+def test_a_bucket_that_is_not_there_is_the_servers_word(bucket: str) -> None:
+    with pytest.raises(OSError, match=f"the object store failed .*NoSuchBucket.*{bucket}-other/a"):
+        (objects_below(f"{bucket}-other") / "a").is_dir()
+
+
+def test_a_server_that_is_not_there_is_an_error_of_the_system(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(objects, "_RETRIES", 0)
+    with pytest.raises(OSError, match=r"the object store failed \(.*127\.0\.0\.1:1"):
+        (objects_below(bucket) / "a").stat()
+
+
+def test_a_forked_process_is_refused_and_does_not_wait_for_ever(bucket: str) -> None:
+    path = objects_below(bucket) / "a"
+    put(path, b"12345")
+    reads, writes = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            path.stat()
+        except FeatureStoreError as error:
+            os.write(writes, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as answer:
+        assert 'multiprocessing_context="spawn"' in answer.read()
+    os.waitpid(child, 0)
+    assert path.stat().st_size == 5
+
+
+def test_without_obstore_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(FeatureStoreError, match=r"pip install 'featstore\[s3\]'"):
+        objects_below("memory://without").is_dir()
