@@ -24,7 +24,13 @@ Rooms = tuple[tuple[str, tuple[str, ...]], ...]
 
 ROOMS: dict[str, Rooms] = {
     "featstore": (
-        ("", ("remedies", "errors", "words", "timing", "digest", "machine", "objects", "source_code", "surroundings",  "plugins")),
+        (
+            "",
+            (
+                "remedies", "errors", "words", "timing", "digest", "machine", "objects", "source_code", "surroundings",
+                "plugins",
+            ),
+        ),
         (
             "files",
             (
