@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path, PurePath
@@ -99,6 +99,8 @@ class ObjectPath(_LikePath):
 
     def is_dir(self) -> bool:
         """Whether there are objects below."""
+        if (seen := _seen(self)) is not None:
+            return self.key in seen.folders
         with _told(self):
             return any(_obstore().list(_client(self.bucket), prefix=self.key or None, chunk_size=1))
 
@@ -108,25 +110,32 @@ class ObjectPath(_LikePath):
         Raises:
             FileNotFoundError: if there is no such object.
         """
-        with _told(self):
-            found = _obstore().head(_client(self.bucket), self.key)
-        when = int(found["last_modified"].timestamp())
-        return os.stat_result((0, 0, 0, 0, 0, 0, found["size"], when, when, when))
+        if (seen := _seen(self)) is not None:
+            if self.key not in seen.facts:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+            size, when = seen.facts[self.key]
+        else:
+            with _told(self):
+                size, when = _facts(_obstore().head(_client(self.bucket), self.key))
+        return os.stat_result((0, 0, 0, 0, 0, 0, size, when, when, when))
 
     lstat = stat
 
     def folders(self) -> list[str]:
         """Names of what would be folders in this one."""
-        return _names(self._listed()["common_prefixes"])
+        return self._listed()[0]
 
     def names(self) -> list[str]:
         """Names of all that would be in this folder; none where there is nothing."""
-        found = self._listed()
-        return _names([*found["common_prefixes"], *(each["path"] for each in found["objects"])])
+        folders, objects = self._listed()
+        return [*folders, *objects]
 
-    def _listed(self) -> Any:
+    def _listed(self) -> tuple[list[str], list[str]]:
+        if (seen := _seen(self)) is not None:
+            return sorted(seen.folders.get(self.key, ())), seen.objects.get(self.key, [])
         with _told(self):
-            return _obstore().list_with_delimiter(_client(self.bucket), self.key or None)
+            found = _obstore().list_with_delimiter(_client(self.bucket), self.key or None)
+        return _names(found["common_prefixes"]), _names(each["path"] for each in found["objects"])
 
 
 def place_of(text: str | Path) -> Path:
@@ -157,6 +166,87 @@ def names_in(folder: Path) -> list[str]:
         OSError: as the system gave it; of objects no folder is missing.
     """
     return folder.names() if isinstance(folder, ObjectPath) else os.listdir(folder)
+
+
+# ---- many names at once
+
+
+@contextmanager
+def seen_at_once(root: Path) -> Iterator[None]:
+    """Within this, names below `root`, and what is known of them, are as they were when it was entered.
+
+    That takes two requests a thousand objects, where each folder would take several. It holds for this thread; what
+    objects contain is asked for as ever. On a disk, which answers at once, it does nothing.
+    """
+    earlier = _seen_now()
+    if not isinstance(root, ObjectPath) or _seen(root) is not None:
+        yield
+        return
+    _thread.seen = _look(root) or earlier
+    try:
+        yield
+    finally:
+        _thread.seen = earlier
+
+
+def look_again() -> None:
+    """Has names answered as they are, until `seen_at_once` is entered anew: something is gone that was seen."""
+    _thread.seen = None
+
+
+class _Seen:
+    """What lay below a prefix at one moment."""
+
+    def __init__(self, root: ObjectPath, facts: Mapping[str, tuple[int, int]]) -> None:
+        self.root, self.facts = root, facts
+        self.folders: dict[str, set[str]] = {}
+        self.objects: dict[str, list[str]] = {}
+        for key in facts:
+            folder, _, name = key.rpartition("/")
+            if folder not in self.objects:
+                self.folders.setdefault(folder, set())
+                above = folder
+                while above != root.key and above:
+                    above, _, below = above.rpartition("/")
+                    self.folders.setdefault(above, set()).add(below)
+            self.objects.setdefault(folder, []).append(name)
+
+
+_thread = threading.local()
+
+
+def _seen_now() -> _Seen | None:
+    found: _Seen | None = getattr(_thread, "seen", None)
+    return found
+
+
+def _seen(path: ObjectPath) -> _Seen | None:
+    """What was seen, if `path` lies there."""
+    seen = _seen_now()
+    if seen is None or seen.root.bucket != path.bucket:
+        return None
+    return seen if f"{path.key}/".startswith(f"{seen.root.key}/".removeprefix("/")) else None
+
+
+def _look(root: ObjectPath) -> _Seen | None:
+    """What two listings one after the other agree on; None where others change it all the time.
+
+    One of several pages isn't taken at one moment: it may miss an object put behind its page, and what that replaces,
+    deleted before its own.
+    """
+    found = None
+    for _ in range(_LOOKS):
+        with _told(root):
+            pages = _obstore().list(_client(root.bucket), prefix=root.key or None)
+            again = {each["path"]: _facts(each) for page in pages for each in page}
+        if again == found:
+            return _Seen(root, again)
+        found = again
+    return None
+
+
+def _facts(found: Any) -> tuple[int, int]:
+    return found["size"], int(found["last_modified"].timestamp())
 
 
 # ---- reading
@@ -261,6 +351,7 @@ def delete(path: ObjectPath) -> None:
 # ---- the client
 
 _TRIES, _PAUSE_SECONDS = 3, 1.0
+_LOOKS = 4
 _GET_SECONDS, _PUT_SECONDS = 120, 3600
 """For one request, a large part's among them; of the second no more is known than that a part has been sent whole."""
 
@@ -336,7 +427,7 @@ def _told(path: ObjectPath) -> Iterator[None]:
         raise OSError(errno.EIO, f"the object store failed ({_reason(error)})", str(path)) from error
 
 
-def _names(keys: Sequence[str]) -> list[str]:
+def _names(keys: Iterable[str]) -> list[str]:
     return [key.rstrip("/").rpartition("/")[2] for key in keys]
 
 

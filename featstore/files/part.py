@@ -118,6 +118,7 @@ class Part:
         checksums: uint32, the CRC-32 of each block of `block_rows` rows.
         block_rows: rows in a block of features; the last block may have fewer.
         features_offset: where in the file the features begin, in bytes.
+        length: of the file, in bytes.
     """
 
     path: Path
@@ -131,6 +132,7 @@ class Part:
     checksums: NDArray[np.uint32]
     block_rows: int
     features_offset: int
+    length: int
 
     @classmethod
     def open(cls, path: Path) -> Part:
@@ -154,6 +156,7 @@ class Part:
                 checksums=structure.column("crc", "<u4", (math.ceil(rows.num_rows / block_rows),)),
                 block_rows=block_rows,
                 features_offset=structure.layout.features.start,
+                length=structure.layout.length,
             )
 
     @property

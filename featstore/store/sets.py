@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,12 +149,8 @@ class FeatureSet:
 
     @property
     def num_bytes(self) -> int:
-        """Size of its files, as far as they haven't been replaced by a merged one since."""
-        num_bytes = 0
-        for part in self.parts:
-            with suppress(FileNotFoundError):
-                num_bytes += part.path.stat().st_size
-        return num_bytes
+        """Size of its files, some of which may have been replaced by a merged one since."""
+        return sum(part.length for part in self.parts)
 
     def describe(self) -> dict[str, Json]:
         """What `ls` lists."""

@@ -26,7 +26,7 @@ from featstore.files.table import write_table
 from featstore.images.contents import is_changed
 from featstore.images.digests import Digests, KnownDigests
 from featstore.images.image_set import ImageSet
-from featstore.objects import ObjectPath, place_of
+from featstore.objects import ObjectPath, place_of, seen_at_once
 from featstore.store import refusals
 from featstore.store.access import Access, check_access
 from featstore.store.catalogue import Catalogue, UnsoundSet, part_paths, permitted
@@ -120,11 +120,14 @@ class FeatureStore:
         Raises:
             FeatureStoreError: if there is no store.
         """
-        self.check_exists()
         found = []
-        for spec, folders in self._catalogue.specs(self._catalogue.folders(trunk)):
-            with suppress(DamagedFileError):
-                found.append(self._catalogue.set_of(spec, folders))
+        with seen_at_once(self._folder):
+            self.check_exists()
+            everything = self._catalogue.folders(trunk)
+            self._catalogue.open_ahead(everything)
+            for spec, folders in self._catalogue.specs(everything):
+                with suppress(DamagedFileError):
+                    found.append(self._catalogue.set_of(spec, folders))
         return [each for each in found if each and trunk in (None, each.spec.trunk)]
 
     def damaged(self) -> list[DamagedFileError]:
@@ -133,18 +136,20 @@ class FeatureStore:
         They are opened; `verify` looks at the features as well.
         """
         errors: dict[str, DamagedFileError] = {}
-        folders = self._catalogue.folders()
-        for folder in folders:
-            with _collected(errors):
-                for path in part_paths(folder):
-                    with _collected(errors):
-                        self._catalogue.part(path)
-        for spec, holding in self._catalogue.specs(folders):
-            with _collected(errors):  # sound files in the wrong place
-                self._catalogue.set_of(spec, holding)
-        for path in self._tables.paths():
-            with _collected(errors), permitted(path):
-                self._tables.open(path)
+        with seen_at_once(self._folder):
+            folders = self._catalogue.folders()
+            self._catalogue.open_ahead(folders)
+            for folder in folders:
+                with _collected(errors):
+                    for path in part_paths(folder):
+                        with _collected(errors):
+                            self._catalogue.part(path)
+            for spec, holding in self._catalogue.specs(folders):
+                with _collected(errors):  # sound files in the wrong place
+                    self._catalogue.set_of(spec, holding)
+            for path in self._tables.paths():
+                with _collected(errors), permitted(path):
+                    self._tables.open(path)
         return list(errors.values())
 
     def find(self, request: FeatureRequest) -> list[FeatureSet]:
@@ -400,8 +405,9 @@ class FeatureStore:
             FeatureStoreError: if there is no store.
             OSError: with `repair`, if a damaged file can't be renamed.
         """
-        self.check_exists()
-        return verify(self._catalogue, self._tables, repair=repair, progress=progress)
+        with seen_at_once(self._folder):
+            self.check_exists()
+            return verify(self._catalogue, self._tables, repair=repair, progress=progress)
 
     def diff(self, a: str, b: str) -> SetDifference:
         """In what two sets differ: facts, images, and values of up to 1,000 images that both have.
@@ -483,8 +489,9 @@ class FeatureStore:
             ValueError: for a negative time.
             OSError: as the disk gave it.
         """
-        self.check_exists()
-        return gc(self._catalogue, older_than=older_than, dry_run=dry_run)
+        with seen_at_once(self._folder):
+            self.check_exists()
+            return gc(self._catalogue, older_than=older_than, dry_run=dry_run)
 
     def remove(self, key: str) -> RemoveReport:
         """Deletes a whole set, wherever it lies; image tables stay.

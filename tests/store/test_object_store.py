@@ -300,3 +300,36 @@ def test_few_requests_are_made(bucket: str, proxy: Proxy) -> None:
     proxy.requests.clear()
     assert len(features[:]) == 10
     assert proxy.count("GET") == len(proxy.requests) == 1
+
+
+def test_a_store_is_listed_twice_however_many_sets_and_parts_it_has(bucket: str, proxy: Proxy) -> None:
+    store = FeatureStore(bucket)
+    for seed in range(2):
+        run(arrays(2, seed), store, cuts=["layer1", "layer2"])
+    proxy.requests.clear()
+    found = FeatureStore(bucket)
+    listed = [each.describe()["parts"] for each in found.sets()]
+    assert listed == [2, 2]
+    is_listing = ["list-type" in path for _, path in proxy.requests]
+    assert (sum(is_listing), len(is_listing)) == (2, 2 + 4)
+    proxy.requests.clear()
+    assert found.damaged() == []
+    assert len(proxy.requests) == 2 + 2  # and the image tables
+
+
+def test_a_part_that_is_deleted_while_sets_are_looked_at_is_found_where_it_went(bucket: str, proxy: Proxy) -> None:
+    store, other = FeatureStore(bucket), FeatureStore(bucket)
+    run(arrays(), store)
+    run(arrays(4, seed=1), store)
+    merged: list[int] = []
+
+    def merge(method: str, path: str) -> None:
+        if proxy.count("GET") == 2 and not merged:  # it has been listed twice
+            merged.append(other.compact().replaced)
+            merged.append(other.gc(older_than=0).files)
+
+    proxy.requests.clear()
+    proxy.after = merge
+    (found,) = store.sets()
+    assert merged == [2, 2]
+    assert (len(found.parts), found.index.num_images) == (1, 14)
