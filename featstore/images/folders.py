@@ -12,15 +12,26 @@ from typing import NamedTuple
 from featstore.errors import FeatureStoreError
 from featstore.images.labels import Row
 from featstore.images.names import IMAGE_SUFFIXES, SPLITS, TopFolders, split_hinted, split_named
+from featstore.objects import ObjectPath, facts_below, place_of
 from featstore.words import counted, listed
 
 StrPath = str | os.PathLike[str]
 
 
+def absolute(root: StrPath) -> str:
+    """The absolute path of a folder, or the address of objects."""
+    place = place_of(os.fspath(root))
+    return str(place) if isinstance(place, ObjectPath) else os.path.abspath(place)
+
+
 def existing_folder(root: StrPath) -> str:
-    """The absolute path of a folder; `ValueError` if there is none."""
-    folder = os.path.abspath(root)
-    if not os.path.isdir(folder):
+    """The absolute path of a folder, or the address of objects; `ValueError` if there is none."""
+    folder = absolute(root)
+    place = place_of(folder)
+    if isinstance(place, ObjectPath):
+        if not place.is_dir():
+            raise ValueError(f"There are no objects below {place}. Expected a prefix of images. Correct the address.")
+    elif not os.path.isdir(folder):
         is_file = os.path.exists(folder)
         raise ValueError(
             f"{os.fspath(root)} is {'a file' if is_file else 'not there'} (looked for {folder}). Expected a folder of "
@@ -31,7 +42,8 @@ def existing_folder(root: StrPath) -> str:
 
 def folder_rows(folder: str, top_folders: TopFolders) -> tuple[list[Row], tuple[tuple[str, str], ...], tuple[str, ...]]:
     """A row for each image below `folder`, sorted by path; what is left out; notes. See `ImageSet.from_folder`."""
-    listing = _without_stores(_list(folder))
+    place = place_of(folder)
+    listing = _without_stores(_list_objects(place) if isinstance(place, ObjectPath) else _list(folder))
     split_of = _split_folders(listing, folder, top_folders)
     rows, beside = _arrange(listing, folder, split_of)
     notes = _split_notes(split_of) + _one_class_notes(rows, folder, 2 if split_of else 1)
@@ -52,6 +64,7 @@ _STORE_FILE = re.compile(
     re.DOTALL,
 )  # an image table or a part, see docs/format.md
 _STORE, _OF_STORE = "a feature store", "of a feature store"
+_NO_IMAGE = "not an image by its suffix"
 _LITTER = ("__macosx", "thumbs.db", "desktop.ini")
 
 
@@ -79,6 +92,22 @@ def _list(folder: str) -> _Listing:
                 "Expected to read every folder of the image set. Allow it, or move it away."
             ) from error
     return listing
+
+
+def _list_objects(place: ObjectPath) -> _Listing:
+    """Everything below a prefix, whose folders are what names have before their last part."""
+    folders, images, skipped = set(), [], {}
+    for name in facts_below(place):
+        parts = name.split("/")
+        hidden = next((at for at, part in enumerate(parts) if _is_hidden(part)), len(parts))
+        folders |= {"/".join(parts[:end]) for end in range(1, min(hidden + 1, len(parts)))}
+        if hidden < len(parts):
+            skipped["/".join(parts[: hidden + 1])] = "hidden"
+        elif name.lower().endswith(IMAGE_SUFFIXES):
+            images.append(name)
+        else:
+            skipped[name] = _NO_IMAGE
+    return _Listing(images, sorted(folders), [each for each in skipped.items() if each[0] not in folders])
 
 
 def _without_stores(listing: _Listing) -> _Listing:
@@ -122,14 +151,18 @@ def _arrange(listing: _Listing, folder: str, split_of: dict[str, str]) -> tuple[
 
 
 def _reason_to_skip(entry: os.DirEntry[str], above: tuple[_Identity, ...]) -> str | None:
-    if entry.name.startswith(".") or entry.name.lower() in _LITTER:
+    if _is_hidden(entry.name):
         return "hidden"
     if _is_folder(entry):
         return "links back to a folder above it" if _identity(entry.stat()) in above else None
     if not entry.name.lower().endswith(IMAGE_SUFFIXES):
-        return "not an image by its suffix"
+        return _NO_IMAGE
     # A link to nothing counts as an image: its absence must be reported by whoever reads it, not swallowed here.
     return None if entry.is_symlink() or entry.is_file() else "not a file"
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LITTER
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from featstore.digest import Json
 from featstore.images.datasets import dataset_images, iterable_images, labelled_rows
 from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo
-from featstore.images.folders import StrPath, existing_folder, folder_rows
+from featstore.images.folders import StrPath, absolute, existing_folder, folder_rows
 from featstore.images.found import FoundImages, safe_name
 from featstore.images.labels import (
     HELD_OUT,
@@ -31,6 +31,7 @@ from featstore.images.labels import (
     targets_of,
 )
 from featstore.images.names import Task, TopFolders
+from featstore.images.object_source import source_below
 from featstore.images.sources import ArraySource, FolderSource, ImageSource, without_start
 from featstore.images.splitting import check_test_groups, fold_of_each, split_of_each
 from featstore.images.tables import table_images
@@ -103,6 +104,8 @@ class ImageSet:
     ) -> ImageSet:
         """The images below a folder, sorted by path; the first folder of each path is its class.
 
+        Or those below an address such as ``s3://bucket/photos`` (extra `s3`), whose names are taken for paths.
+
         Classes are sorted, by value if all are plain integers; two Unicode spellings of one name are one class.
 
         Where all folders are called as splits are (`train`, `valid`, `test` and the other words of `SPLIT_WORDS`, in
@@ -127,7 +130,7 @@ class ImageSet:
         return cls.of(
             FoundImages(
                 rows=rows,
-                source=FolderSource(root=folder),
+                source=source_below(folder),
                 name=name or os.path.basename(folder),
                 held_out_classes=held_out_classes,
                 instead=HELD_OUT,
@@ -417,19 +420,23 @@ class ImageSet:
         """The same images, read from another folder (on another machine, say); ids stay.
 
         Args:
-            root: the folder. Tar shards lie in it as they did below the folder that all were in.
+            root: the folder, or an address such as ``s3://bucket/photos``. Tar shards lie in a folder as they did
+                below the one that all were in.
             strip: what is cut off the paths that begin with it: of absolute ones, which lie below no root otherwise.
 
         Raises:
             ValueError: if there is no such folder, the images are arrays, or no path begins with `strip`.
         """
-        moved = self.source.moved(os.path.abspath(root))
+        folder = absolute(root)
+        moved = self.source.moved(folder)
         if moved is None:
             raise ValueError(
                 f"the images of {self.name} are arrays in memory or a data set's. Expected an image set of files for "
                 "with_root. Use the set as it is, or make one of the files with ImageSet.from_folder or from_table."
             )
         existing_folder(root)
+        if isinstance(moved, FolderSource):
+            moved = source_below(folder, strip=moved.strip)
         origin = {**self.origin, "root": os.fspath(root)} if "root" in self.origin else {}
         if strip is not None:
             if all(without_start(image, strip) == image for image in self.ids):
@@ -438,7 +445,7 @@ class ImageSet:
                     f"no path of {self.name} begins with {strip}{first}. Expected what is to be cut off paths. Correct "
                     "strip, or leave it out."
                 )
-            moved = FolderSource(root=os.path.abspath(root), strip=strip)
+            moved = source_below(folder, strip=strip)
             origin = {}  # the flag --strip would change ids too, and with them the split
         # The files are others, so what was hashed tells nothing; a store's digests come with facts to compare.
         memo = Memo(KnownDigests.of(self.source.known))

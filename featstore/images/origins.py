@@ -12,10 +12,11 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from featstore.images.names import IMAGE_SUFFIXES, OWN_SPLITS, SHARD, split_hinted, split_named
+from featstore.objects import place_of
 from featstore.plugins import SOURCES, plugged_in
 from featstore.words import some
 
@@ -129,7 +130,7 @@ class FolderOrigin:
         inside = sorted(
             {parts[len(place)] for parts in folders for place in places if parts[: len(place)] == place != parts}
         )
-        root = Path(images.origin["root"])
+        root = place_of(str(images.origin["root"]))
         is_below = read != [f"{name}/"]  # in folders of splits
         told = f"Read as a class below {root}: {some(read)}"
         if len(inside) < 2:

@@ -12,7 +12,7 @@ from featstore.images.folders import StrPath, existing_folder
 from featstore.images.found import FoundImages
 from featstore.images.labels import HELD_OUT, composed, one_label_notes, one_spelling
 from featstore.images.names import Task
-from featstore.images.sources import FolderSource
+from featstore.images.object_source import source_below
 
 
 def table_images(
@@ -73,7 +73,7 @@ def table_images(
     rows, spellings = one_spelling(found)
     return FoundImages(
         rows=rows,
-        source=FolderSource(root=folder),
+        source=source_below(folder),
         name=name or os.path.splitext(os.path.basename(file))[0],
         task=task,
         is_labelled=label_column is not None or one_hot is not None,

@@ -42,10 +42,10 @@ ROOMS: dict[str, Rooms] = {
             "images",
             (
                 "names", "decoders", "headers", "jpeg", "decode", "pixel_digest", "digests", "hashing", "sources",
-                "item_sources", "labels", "found", "folders", "parquet_tables", "csv_tables", "tables", "tar_shards",
-                "datasets", "splitting", "image_set", "fileless", "contents", "origins", "geometry", "draws",
-                "parameters", "warps", "levels", "filters", "canvas", "policies", "spelling", "augmentation", "views",
-                "render", "processes",
+                "object_source", "item_sources", "labels", "found", "folders", "parquet_tables", "csv_tables",
+                "tables", "tar_shards", "datasets", "splitting", "image_set", "fileless", "contents", "origins",
+                "geometry", "draws", "parameters", "warps", "levels", "filters", "canvas", "policies", "spelling",
+                "augmentation", "views", "render", "processes",
             ),
         ),
         (

@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
+
+from featstore.objects import ObjectPath, put
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -109,3 +112,10 @@ def proxied(port: int) -> Iterator[Proxy]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def upload(folder: Path, place: ObjectPath) -> None:
+    """Makes an object of each file in a folder, named as the file below it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            put(place / path.relative_to(folder), path.read_bytes())

@@ -1,0 +1,156 @@
+"""Images in an object store: as those of a folder with the same files, and read once."""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support.extracting import counts, run
+from support.object_server import Proxy, upload
+from support.programs import Run
+from support.tiny import photos
+
+from featstore import FeatureStore, ImageError, ImageSet
+from featstore.images import object_source
+from featstore.objects import ObjectPath, delete, place_of, put
+
+
+@pytest.fixture(params=["memory", "s3"])
+def place(request: pytest.FixtureRequest) -> ObjectPath:
+    """A prefix called as a folder of photographs may be."""
+    root = "memory://" + secrets.token_hex(8) if request.param == "memory" else request.getfixturevalue("bucket")
+    found = place_of(f"{root}/some/photos")
+    assert isinstance(found, ObjectPath)
+    return found
+
+
+@pytest.fixture
+def in_memory() -> ObjectPath:
+    return ObjectPath("memory://" + secrets.token_hex(8), "some/photos")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that may be listed wrongly in many ways."""
+    root = photos(tmp_path / "photos")
+    shutil.copytree(root / "cat", root / ".hidden" / "cat")
+    shutil.copy(root / "cat" / "0.png", root / "0.png")
+    shutil.copy(root / "cat" / "0.png", root / "cat" / ".0.png")
+    (root / "cat" / "deeper").mkdir()
+    shutil.copy(root / "dog" / "1.jpg", root / "cat" / "deeper" / "ä %41 (1).JPG")
+    (root / "notes.txt").write_text("none")
+    (root / "__MACOSX").mkdir()
+    (root / "__MACOSX" / "1.jpg").write_text("none")
+    stored = root / "feats" / "net@pool-0123456789ab" / "avg-evaluation-float16-01234567"
+    stored.mkdir(parents=True)
+    (stored / "part-0123456789abcdef.h5").write_text("none")
+    return root
+
+
+def test_images_of_objects_are_those_of_the_files(place: ObjectPath, folder: Path) -> None:
+    upload(folder, place)
+    own, like = ImageSet.from_folder(str(place)), ImageSet.from_folder(folder)
+    assert (own.name, own.ids, own.classes, own.skipped, own.notes) == (
+        like.name,
+        like.ids,
+        like.classes,
+        like.skipped,
+        like.notes,
+    )
+    assert own.targets is not None
+    assert like.targets is not None
+    assert (own.targets == like.targets).all()
+    assert (own.digests().values == like.digests().values).all()
+    assert [own.read(index) for index in range(len(own))] == [like.read(index) for index in range(len(own))]
+    assert [pickle.loads(pickle.dumps(own)).read(index) for index in (0, 1)] == [own.read(0), own.read(1)]
+
+
+def test_folders_called_as_splits_are_the_splits(in_memory: ObjectPath, tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        photos(tmp_path / "photos" / split)
+    upload(tmp_path / "photos", in_memory)
+    own, like = ImageSet.from_folder(str(in_memory)), ImageSet.from_folder(tmp_path / "photos")
+    assert (own.splits == like.splits).all()
+    assert own.ids == like.ids
+
+
+def test_a_prefix_without_images_is_refused(in_memory: ObjectPath) -> None:
+    with pytest.raises(ValueError, match=f"There are no objects below {in_memory}"):
+        ImageSet.from_folder(str(in_memory))
+    put(in_memory / "notes.txt", b"none")
+    with pytest.raises(ValueError, match="holds no images: found 0 folders and 1 other file"):
+        ImageSet.from_folder(str(in_memory))
+
+
+def test_an_object_that_is_gone_is_an_image_that_failed(in_memory: ObjectPath, folder: Path) -> None:
+    upload(folder, in_memory)
+    images = ImageSet.from_folder(str(in_memory))
+    delete(in_memory / images.ids[0])
+    assert images.digests().failed == {0: f"there is no such object below {in_memory}; {REMEDY}"}
+    with pytest.raises(ImageError, match="there is no such object below"):
+        images.read(0)
+
+
+REMEDY = "give the images' address or folder with --root (in Python: images.with_root(...))"
+
+
+def test_objects_are_read_again_only_if_they_have_changed(
+    bucket: str, proxy: Proxy, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = place_of(f"{bucket}/photos")
+    assert isinstance(place, ObjectPath)
+    upload(folder, place)
+    # What was written within the last two seconds is never trusted.
+    monkeypatch.setattr(object_source, "time", SimpleNamespace(time_ns=lambda: time.time_ns() + 10_000_000_000))
+    store = FeatureStore(tmp_path / "features")
+    images = ImageSet.from_folder(str(place))
+    run(images, store)
+    proxy.requests.clear()
+    images = ImageSet.from_folder(str(place))
+    assert counts(run(images, store)) == (0, len(images), 0)
+    assert not [path for _, path in proxy.requests if "list-type" not in path]
+    put(place / images.ids[0], (folder / images.ids[-1]).read_bytes(), replaces=True)
+    digests = ImageSet.from_folder(str(place)).digests(store.known_digests(images)).values
+    assert (digests[0] == digests[-1]).all()
+    assert proxy.count("GET") == sum("list-type" in path for _, path in proxy.requests) + 1
+
+
+def test_a_set_of_files_goes_on_with_objects_and_back(in_memory: ObjectPath, folder: Path, store: FeatureStore) -> None:
+    upload(folder, in_memory)
+    files = ImageSet.from_folder(folder)
+    run(files, store)
+    moved = ImageSet.from_store(store).with_root(str(in_memory))
+    assert moved.read(0) == files.read(0)
+    assert (moved.digests().values == files.digests().values).all()
+    assert moved.with_root(folder).read(1) == files.read(1)
+    stripped = ImageSet.from_store(store).with_root(str(in_memory / "cat"), strip="cat")
+    assert stripped.read(0) == files.read(0)
+
+
+def test_a_table_may_name_objects(in_memory: ObjectPath, folder: Path) -> None:
+    upload(folder, in_memory)
+    files = ImageSet.from_folder(folder)
+    lines = [f"{name},{name.partition('/')[0]}" for name in files.ids if " " not in name]
+    table = folder.with_name("table.csv")
+    table.write_text("\n".join(["path,label", *lines]), encoding="utf-8")
+    own, like = (ImageSet.from_table(table, root=root) for root in (str(in_memory), folder))
+    assert np.array_equal(own.digests().values, like.digests().values)
+    assert own.ids == like.ids
+
+
+def test_the_program_reads_images_and_files_features_there(bucket: str, run: Run, here: Path) -> None:
+    place = place_of(f"{bucket}/photos")
+    assert isinstance(place, ObjectPath)
+    upload(here / "photos", place)
+    flags = ["--images", f"{bucket}/photos", "--store", f"{bucket}/features"]
+    model = ["--backbone", "tiny.py:make_model", "--size", "32", "--cut", "pool"]
+    ran = run("featstore", "extract", *flags, *model)
+    assert ran.code == 0, ran.err
+    assert run("featstore", "status", *flags, *model).code == 0
+    assert run("featstore", "extract", "--images", f"{bucket}/table.csv", *flags[2:], *model).code != 0
