@@ -367,7 +367,9 @@ class OutputFlags:
 KeyArgument = Annotated[
     str, typer.Argument(metavar="KEY", help="A feature set's key, or the start of it (featstore ls).")
 ]
-StoreOption = Annotated[str, typer.Option("--store", metavar="DIR", help="Where features are filed.")]
+StoreOption = Annotated[
+    str, typer.Option("--store", metavar="DIR|s3://BUCKET/PREFIX", help="Where features are filed.")
+]
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

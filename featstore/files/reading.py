@@ -190,10 +190,19 @@ class Plain(InFiles):
     def take(self, rows: Rows, out: NDArray[np.uint8]) -> None:  # noqa: D102
         wanted = self.places.of(rows)
         for part, where in wanted.by_part():
-            self._read(part, wanted.row_in[where], _as_slice(where), out)
+            row_in = wanted.row_in[where]
+            blocks = row_in // self.places.parts[part].block_rows
+            is_checked = self._checked[part][blocks]
+            if not is_checked.all():
+                # With the blocks that are read to be checked their rows are here.
+                is_new = ~is_checked
+                unknown = np.unique(blocks[is_new])
+                _load_blocks(self.places.parts[part], unknown, row_in[is_new], where[is_new], out)
+                self._checked[part][unknown] = True
+            if is_checked.any():
+                self._read(part, row_in[is_checked], _as_slice(where[is_checked]), out)
 
     def _read(self, part: int, row_in: NDArray[np.int64], where: Rows, out: NDArray[np.uint8]) -> None:
-        self.check(part, row_in)
         opened = self.places.parts[part]
         if isinstance(where, slice):
             opened.read_row_bytes(row_in, out[where])

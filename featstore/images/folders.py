@@ -24,6 +24,15 @@ def absolute(root: StrPath) -> str:
     return str(place) if isinstance(place, ObjectPath) else os.path.abspath(place)
 
 
+def check_is_here(path: StrPath, what: str) -> None:
+    """ValueError for an address of objects where `what` is read from files of this machine alone."""
+    if isinstance(place_of(os.fspath(path)), ObjectPath):
+        raise ValueError(
+            f"{os.fspath(path)} lies in an object store, from where {what} can't be read. Expected a file of this "
+            "machine. Copy it here."
+        )
+
+
 def existing_folder(root: StrPath) -> str:
     """The absolute path of a folder, or the address of objects; `ValueError` if there is none."""
     folder = absolute(root)

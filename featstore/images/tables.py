@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from featstore.images.csv_tables import Reading, classes_of, own_splits, read_table, table_rows
-from featstore.images.folders import StrPath, existing_folder
+from featstore.images.folders import StrPath, check_is_here, existing_folder
 from featstore.images.found import FoundImages
 from featstore.images.labels import HELD_OUT, composed, one_label_notes, one_spelling
 from featstore.images.names import Task
@@ -33,6 +33,7 @@ def table_images(
     name: str | None,
 ) -> FoundImages:
     """The images that a table names; arguments and errors are those of `ImageSet.from_table`."""
+    check_is_here(path, "a table")
     file = os.path.abspath(path)
     if label_sep is not None and task != "multi":
         raise ValueError(

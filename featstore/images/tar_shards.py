@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from featstore.digest import Json
 from featstore.errors import ImageError
 from featstore.images.digests import Digests, KnownDigests, Memo, no_stats
-from featstore.images.folders import StrPath
+from featstore.images.folders import StrPath, check_is_here
 from featstore.images.found import FoundImages
 from featstore.images.hashing import (
     NO_FACTS,
@@ -295,6 +295,7 @@ def shard_paths(shards: StrPath | Sequence[StrPath]) -> list[str]:
     asked = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
     found: list[str] = []
     for path in (str(os.fspath(each)) for each in asked):
+        check_is_here(path, "a shard")
         for each in [path] if os.path.exists(path) else _braced(path):
             if os.path.isdir(each):
                 found += sorted(glob.glob(os.path.join(glob.escape(each), "*.tar")))

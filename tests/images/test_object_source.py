@@ -144,6 +144,13 @@ def test_a_table_may_name_objects(in_memory: ObjectPath, folder: Path) -> None:
     assert own.ids == like.ids
 
 
+def test_tables_and_shards_are_files_of_this_machine() -> None:
+    with pytest.raises(ValueError, match=r"lies in an object store, from where a table can't be read"):
+        ImageSet.from_table("s3://bucket/table.csv")
+    with pytest.raises(ValueError, match=r"lies in an object store, from where a shard can't be read"):
+        ImageSet.from_tar("s3://bucket/train-{000..003}.tar")
+
+
 def test_the_program_reads_images_and_files_features_there(bucket: str, run: Run, here: Path) -> None:
     place = place_of(f"{bucket}/photos")
     assert isinstance(place, ObjectPath)
@@ -153,4 +160,3 @@ def test_the_program_reads_images_and_files_features_there(bucket: str, run: Run
     ran = run("featstore", "extract", *flags, *model)
     assert ran.code == 0, ran.err
     assert run("featstore", "status", *flags, *model).code == 0
-    assert run("featstore", "extract", "--images", f"{bucket}/table.csv", *flags[2:], *model).code != 0

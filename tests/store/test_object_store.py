@@ -300,6 +300,11 @@ def test_few_requests_are_made(bucket: str, proxy: Proxy) -> None:
     proxy.requests.clear()
     assert len(features[:]) == 10
     assert proxy.count("GET") == len(proxy.requests) == 1
+    features = store.features(images, the_set(store), access="stream")
+    for _ in range(2):  # the rows come with the block that is checked; then alone
+        proxy.requests.clear()
+        assert len(features[[3, 1]]) == 2
+        assert len(proxy.requests) == 1
 
 
 def test_a_store_is_listed_twice_however_many_sets_and_parts_it_has(bucket: str, proxy: Proxy) -> None:
