@@ -157,6 +157,9 @@ class ObjectFacts(NamedTuple):
         return cls(found["size"], int(found["last_modified"].timestamp()), found["e_tag"] or "")
 
 
+_SCHEMES_IN_PATHS = [(f"{each}:",) for each in SCHEMES]
+
+
 def place_of(text: str | Path) -> Path:
     """What `text` names: an address of objects, ``file://`` and a path, or a path.
 
@@ -164,6 +167,11 @@ def place_of(text: str | Path) -> Path:
         ValueError: for another kind of address, and one that names no bucket or a name that no object may have.
     """
     found = re.match(r"([a-z][a-z0-9+.-]*)://(.*)", text, re.DOTALL) if isinstance(text, str) else None
+    if isinstance(text, Path) and not isinstance(text, ObjectPath) and text.parts[:1] in _SCHEMES_IN_PATHS:
+        raise ValueError(
+            f"{text!r} is an address that was made a path, which lost one of its slashes. Expected it as text. Give it "
+            "so, without Path()."
+        )
     if found is None:
         return Path(text) if isinstance(text, str) else text
     scheme, rest = found.groups()

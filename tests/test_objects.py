@@ -62,6 +62,12 @@ def test_another_address_is_refused(text: str) -> None:
         place_of(text)
 
 
+def test_an_address_that_was_made_a_path_is_refused_where_a_folder_would_be_made() -> None:
+    with pytest.raises(ValueError, match=r"is an address that was made a path, .* without Path\(\)"):
+        place_of(Path("s3://bucket/a"))
+    assert place_of(Path("s3/bucket")) == Path("s3/bucket")
+
+
 @pytest.mark.parametrize("key", ["a", "a/b.h5", "a/.b.c.h5", "a/b/c"])
 def test_the_parts_of_a_name_are_those_of_a_path(key: str) -> None:
     path, like = ObjectPath("s3://bucket", key), PurePosixPath("/", key)

@@ -110,7 +110,7 @@ def run_by_ray(
             folder=os.getcwd(),
             sources=_sources(planned),
             planned=_pickled(planned),
-            store=os.path.abspath(store.root),
+            store=str(store.folder),
             options={
                 "on_error": on_error,
                 "doubtful": doubtful,
@@ -155,7 +155,7 @@ class _Told:
         folder: the driver's, where relative paths start.
         sources: ``path/to/file.py:function`` of models that files make, whose classes are known once that is loaded.
         planned: the plan, pickled.
-        store: path of the store.
+        store: path or address of the store.
         options: of `open_plan`.
         threads: of torch's.
     """

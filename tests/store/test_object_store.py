@@ -23,6 +23,7 @@ from featstore.files.index import RowIndex
 from featstore.files.part import Part, write_part
 from featstore.objects import ObjectPath, delete, put, start_of
 from training import train_head
+from training.saved import store_of
 
 KINDS = ["memory", "s3"]
 
@@ -103,15 +104,20 @@ def test_rows_of_many_blocks_and_parts_are_read_in_any_order(memory: FeatureStor
             assert torch.equal(block[:, 0, 0, 0], torch.arange(extent.start, extent.stop) + 45.0 * place)
 
 
-def test_a_head_trained_from_objects_is_that_trained_from_files(memory: FeatureStore, store: FeatureStore) -> None:
+def test_a_head_trained_from_objects_is_that_trained_from_files(
+    memory: FeatureStore, store: FeatureStore, tmp_path: Path
+) -> None:
     images = arrays(24).split(valid=0.25)
-    heads = []
+    heads: list[Any] = []
     for each in (store, memory):
         run(images, each)
         torch.manual_seed(0)
-        learn = train_head(staged(), images, each, epochs=2, lr=1e-2, quiet=True)
+        learn = train_head(staged(), images, each, epochs=2, lr=1e-2, out=tmp_path / f"run{len(heads)}", quiet=True)
         heads.append(learn.predict(images.valid))
     assert heads[0] == heads[1]
+    found = store_of(tmp_path / "run1")
+    assert found is not None
+    assert found.folder == memory.folder
 
 
 def test_the_programs_work_on_a_store_of_objects(bucket: str, run: Run, here: Path) -> None:
@@ -173,6 +179,7 @@ def test_damage_is_named_set_aside_and_made_good(memory: FeatureStore) -> None:
     assert not part.path.exists()
     assert counts(run(images, store)) == (10, 0, 0)
     assert torch.equal(rows(store, images), expected)
+    assert store.gc().paths == ()
     assert store.gc(older_than=0).paths == (bad.set_aside,)
     assert not bad.set_aside.exists()
 
