@@ -45,9 +45,9 @@ class ObjectSource:
         """Whether the object is there."""
         return (self._place / self._name(image)).exists()
 
-    def moved(self, root: str) -> ImageSource:
-        """The images of the same names below `root`, an address or a folder."""
-        return source_below(root, strip=self.strip)
+    def moved(self, root: str) -> ImageSource | None:
+        """The images of the same names below `root`, an address or a folder; None of those in this process's memory."""
+        return None if self.root.startswith("memory:") else source_below(root, strip=self.strip)
 
     @property
     def _place(self) -> ObjectPath:

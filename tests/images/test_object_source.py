@@ -18,6 +18,8 @@ from support.tiny import photos
 
 from featstore import FeatureStore, ImageError, ImageSet
 from featstore.images import object_source
+from featstore.images.object_source import ObjectSource
+from featstore.images.sources import FolderSource
 from featstore.objects import ObjectPath, delete, place_of, put
 
 
@@ -121,14 +123,19 @@ def test_objects_are_read_again_only_if_they_have_changed(
     assert proxy.count("GET") == sum("list-type" in path for _, path in proxy.requests) + 1
 
 
-def test_a_set_of_files_goes_on_with_objects_and_back(in_memory: ObjectPath, folder: Path, store: FeatureStore) -> None:
+def test_a_set_of_files_goes_on_with_objects_and_objects_with_files(
+    in_memory: ObjectPath, folder: Path, store: FeatureStore
+) -> None:
     upload(folder, in_memory)
     files = ImageSet.from_folder(folder)
     run(files, store)
     moved = ImageSet.from_store(store).with_root(str(in_memory))
     assert moved.read(0) == files.read(0)
     assert (moved.digests().values == files.digests().values).all()
-    assert moved.with_root(folder).read(1) == files.read(1)
+    assert moved.source.moved(str(folder)) is None  # another process would look for them in vain
+    elsewhere = ObjectSource(root="s3://bucket/photos")
+    assert elsewhere.moved("gs://bucket/photos") == ObjectSource(root="gs://bucket/photos")
+    assert elsewhere.moved(str(folder)) == FolderSource(root=str(folder))
     stripped = ImageSet.from_store(store).with_root(str(in_memory / "cat"), strip="cat")
     assert stripped.read(0) == files.read(0)
 

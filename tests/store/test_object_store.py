@@ -263,33 +263,34 @@ def environment(proxy: Proxy) -> dict[str, str]:
 
 
 EXTRACTION = """
-    import os, sys
+    import sys
     from support.extracting import run
     from support.tiny import arrays
     from featstore import FeatureStore
     from featstore.extraction import job
     job.COMMIT_BYTES = 1
-    print(os.getpid(), flush=True)
-    run(arrays(20), FeatureStore(sys.argv[1]), batch_size=4)
+    run(arrays(32), FeatureStore(sys.argv[1]), batch_size=4)
 """
 
 
 def test_an_extraction_that_is_killed_goes_on_where_it_was(bucket: str, proxy: Proxy, processes: Processes) -> None:
-    started: list[int] = []
+    store, images = FeatureStore(bucket), arrays(32)
+    there = 0
+    for _ in range(2):
+        running = processes.start(EXTRACTION, bucket, environment=environment(proxy))
+        proxy.requests.clear()
+        proxy.losing["PUT"] = 1
 
-    def kill(method: str, path: str) -> None:
-        if method == "PUT" and sum("/part-" in each for put, each in proxy.requests if put == "PUT") == 3:
-            os.kill(started[0], signal.SIGKILL)
+        def kill(method: str, path: str, pid: int = running.pid) -> None:
+            if sum("/part-" in each for put, each in proxy.requests if put == "PUT") == 3:  # one of them twice
+                os.kill(pid, signal.SIGKILL)
 
-    proxy.after = kill
-    program = processes.start(EXTRACTION, bucket, environment=environment(proxy))
-    started.append(program.pid)
-    assert processes.end(program).returncode == -signal.SIGKILL
-    proxy.after = None
-    store, images = FeatureStore(bucket), arrays(20)
-    there = sum(part.num_rows for part in the_set(store).parts)
-    assert 8 <= there < 20
-    assert counts(run(images, store, batch_size=4)) == (20 - there, there, 0)
+        proxy.after = kill
+        assert processes.end(running).returncode == -signal.SIGKILL
+        proxy.after = None
+        before, there = there, sum(part.num_rows for part in the_set(store).parts)
+        assert before < there < 32
+    assert counts(run(images, store, batch_size=4)) == (32 - there, there, 0)
     whole = FeatureStore(f"memory://{secrets.token_hex(8)}")
     run(images, whole, batch_size=4)
     assert torch.equal(rows(store, images), rows(whole, images))

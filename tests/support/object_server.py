@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import http.client
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -64,6 +65,12 @@ class Proxy:
         return sum(each == method for each, _ in self.requests)
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # who asked may be gone
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def proxied(port: int) -> Iterator[Proxy]:
     """A proxy before the server at `port`."""
@@ -86,10 +93,6 @@ def proxied(port: int) -> Iterator[Proxy]:
                 proxy.losing[self.command] -= 1
                 self.close_connection = True
                 return
-            with suppress(ConnectionError):  # who asked may be gone
-                self.answer(answer, content)
-
-        def answer(self, answer: http.client.HTTPResponse, content: bytes) -> None:
             self.send_response_only(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in ("transfer-encoding", "connection"):
@@ -103,7 +106,7 @@ def proxied(port: int) -> Iterator[Proxy]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     proxy.port = server.server_address[1]
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
