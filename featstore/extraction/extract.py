@@ -247,7 +247,6 @@ def run_plan(
             )
             with session:
                 notes = _noted_images(planned, store, is_needed=True)  # before the first row: it stays if we are killed
-                notes += session.notes()
                 if progress:
                     for note in session.notes():
                         print(note, file=sys.stderr)

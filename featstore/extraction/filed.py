@@ -38,6 +38,7 @@ class Filed:
         unread: digest -> image and reason, of those that couldn't be read.
         doubts: image -> why it may not look as its owner expects, though it was decoded.
         rates: what each stage did, and how long it was busy.
+        said: what its owner should know before the first row, by each session.
     """
 
     parts: list[list[Path]]
@@ -50,6 +51,7 @@ class Filed:
     unread: dict[str, tuple[str, str]] = field(default_factory=dict)
     doubts: dict[str, str] = field(default_factory=dict)
     rates: tuple[StageRate, ...] = ()
+    said: list[str] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
         places = np.flatnonzero(self.looks)  # of a piece of the images alone
@@ -90,6 +92,7 @@ class Filed:
             whole.unread |= piece.unread
             whole.doubts |= piece.doubts
             whole.rates = joined([whole.rates, piece.rates])
+            whole.said = list(dict.fromkeys([*whole.said, *piece.said]))
         return whole
 
     @property
@@ -103,7 +106,7 @@ class Filed:
             lost_note(each.spec, each.cut, num_values, num_lost)
             for each, num_values, num_lost in zip(planned.sets, self.num_values, self.num_lost, strict=True)
         ]
-        notes = (doubts_note(self.doubts), looks_note(planned.images, self.looks), *lost)
+        notes = (*self.said, doubts_note(self.doubts), looks_note(planned.images, self.looks), *lost)
         return list(dict.fromkeys(note for note in notes if note is not None))
 
 

@@ -232,6 +232,7 @@ class Job:
         self.writing: Future[None] | None = None
         self.lot = self._all_nothing()  # what the writer has, as far as it isn't written
         self.filed = Filed.nothing(self.planned)
+        self.filed.said = session.notes()
         self.last_commit = time.monotonic()
 
     def run(self) -> Filed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 from support.extracting import counts, reduced, rows, run, up_to
 from support.parts import extent, flip_bit
 from support.scaled import rounded
-from support.tiny import VIEW, arrays, net, photos, rows_by_hand
+from support.tiny import VIEW, arrays, net, photos, rows_by_hand, staged
 from torch import nn
 
-from featstore import Augment, FeatureStore, FeatureStoreError, ImageSet, StagedModel, adopt
+from featstore import Augment, FeatureStore, FeatureStoreError, ImageSet, StagedModel, adopt, finish, open_plan, plan
 from featstore.extraction.job import Session
 from featstore.extraction.narrowing import Narrowing, refuse_too_small
 from featstore.files.part import Part
@@ -97,6 +98,19 @@ def test_of_images_that_all_cannot_be_read_nothing_is_said(store: FeatureStore, 
     report = run(ImageSet.from_folder(folder), store, dtype="int8", on_error="skip")
     assert (report.failed, counts(report)) == (4, (0, 0, 4))
     assert not any("error" in note for note in report.notes)
+
+
+def test_pieces_of_one_plan_say_their_error_once(store: FeatureStore) -> None:
+    images = arrays(10)
+    planned = plan(staged(), images, store, cuts=["layer2"], dtype="int8")
+    pieces = []
+    for some in (range(4), range(4, 10)):
+        with open_plan(planned, store, device="cpu", workers=0) as session:
+            pieces.append(pickle.loads(pickle.dumps(session.run(some))))
+    report = finish(planned, store, pieces)
+    assert report.computed == 10
+    (note,) = report.notes
+    assert note.endswith("against float32 (10 images)")
 
 
 def test_floats_have_no_such_fact(store: FeatureStore) -> None:
