@@ -190,6 +190,7 @@ def estimate_plan(
             ]
             cold = session.rehearse(places[sample], passed=1, num_rows=[1] * len(sets))
             warm = session.rehearse(places[sample], passed=passed, num_rows=written)
+    start_seconds += cold[0].seconds - sum(each.busy_seconds / each.workers for each in cold)  # processes start, too
     rates = tuple(cold[:1] + warm[1:])  # files are read but once; all else has a first time that counts for little
     if not warm[-1].images:
         raise FeatureStoreError(
