@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -164,32 +164,30 @@ def estimate_plan(
     sets = tuple(_described(each, count) for each, count in zip(planned.sets, num_rows, strict=True))
     if not planned.is_to_read.any():
         return Estimate(images=0, sets=sets, sample=0, device="", start_seconds=0.0, rates=())
-    with _beside(store) as beside:
-        session = open_plan(
-            planned,
-            beside,
-            on_error=on_error,
-            max_errors=max_errors,
-            doubtful=doubtful,
-            device=device,
-            batch_size=batch_size,
-            workers=workers,
-        )
-        with session:
-            start_seconds = time.perf_counter() - started
-            places = np.flatnonzero(session.is_needed.any(axis=0))
-            most = max(SAMPLE, 2 * SLICE * session.renderers.count) if session.renderers else SAMPLE
-            sample = np.unique(np.linspace(0, len(places) - 1, most).astype(int))
-            trunks = [each.trunk for each in session.opened]
-            device_type = trunks[0].device.type
-            passed = max(SAMPLE, PASSES.get(device_type, 2) * max(each.batch_size for each in trunks))
-            passed = passed * len(trunks) * len(places) // int(session.is_needed.sum())  # of several views fewer images
-            written = [
-                min(count, WRITTEN_BYTES // (len(sets) * each.row_bytes))
-                for each, count in zip(planned.sets, num_rows, strict=True)
-            ]
-            cold = session.rehearse(places[sample], passed=1, num_rows=[1] * len(sets))
-            warm = session.rehearse(places[sample], passed=passed, num_rows=written)
+    opened = open_plan(
+        planned,
+        store,
+        on_error=on_error,
+        max_errors=max_errors,
+        doubtful=doubtful,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    with _beside(store) as beside, replace(opened, store=beside) as session:
+        start_seconds = time.perf_counter() - started
+        places = np.flatnonzero(session.is_needed.any(axis=0))
+        most = max(SAMPLE, 2 * SLICE * session.renderers.count) if session.renderers else SAMPLE
+        sample = np.unique(np.linspace(0, len(places) - 1, most).astype(int))
+        sizes, device_type = [each.trunk.batch_size for each in session.opened], session.device.type
+        passed = max(SAMPLE, PASSES.get(device_type, 2) * max(sizes))
+        passed = passed * len(sizes) * len(places) // int(session.is_needed.sum())  # of several views fewer images
+        written = [
+            min(count, WRITTEN_BYTES // (len(sets) * each.row_bytes))
+            for each, count in zip(planned.sets, num_rows, strict=True)
+        ]
+        cold = session.rehearse(places[sample], passed=1, num_rows=[1] * len(sets))
+        warm = session.rehearse(places[sample], passed=passed, num_rows=written)
     start_seconds += cold[0].seconds - sum(each.busy_seconds / each.workers for each in cold)  # processes start, too
     rates = tuple(cold[:1] + warm[1:])  # files are read but once; all else has a first time that counts for little
     if not warm[-1].images:

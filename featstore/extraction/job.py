@@ -136,6 +136,11 @@ class Session:
         keys = ", ".join(each.key[:8] for each in self.stored.sets.values())
         return [*roundings, f"{counted(num_stored, 'image')} read as stored pixels (set {keys}), not decoded"]
 
+    @property
+    def device(self) -> torch.device:
+        """What passes run on; the GPU where some do."""
+        return max((each.trunk.device for each in self.opened), key=lambda device: device.type == "cuda")
+
     def close(self) -> None:
         """Ends the processes that render."""
         if self.renderers is not None:
@@ -179,7 +184,7 @@ class Session:
                     is_shown=progress,
                     on_progress=on_progress,
                     rates=Rates(self._an_image(is_needed)),
-                    device=self.opened[0].trunk.device,
+                    device=self.device,
                 )
                 return Job(self, is_needed, failing, progressing).run()
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from featstore.digest import Json
 from featstore.files import storage_types
 from featstore.images.image_set import ImageSet
 from featstore.images.pixel_digest import pixel_digest
+from featstore.images.render import Cost, Rendered
 from featstore.images.render import Job as ImageJob
-from featstore.images.render import Rendered
 from featstore.images.views import View
 from featstore.models.names import PIXELS
 from featstore.models.pool import Pool
@@ -120,8 +121,11 @@ class StoredPixels:
         """
         rows = {view: self._rows(view, places) for view, places in wanted.items() if len(places)}
         for job in jobs:
+            started = time.perf_counter()
             found = [next(rows[view]) for view in job.views]
-            yield Rendered(job.index, tuple(view for view, _ in found), found[-1][1], None)
+            views, ended = tuple(view for view, _ in found), time.perf_counter()
+            cost = Cost(sum(view.nbytes for view in views), ended - started, 0.0, ended)
+            yield Rendered(job.index, views, found[-1][1], None, cost=cost)
 
     def _rows(self, view: View, places: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[Tensor, int]]:
         """Each row with the code of its decoder."""

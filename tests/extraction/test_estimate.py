@@ -21,6 +21,7 @@ from featstore import (
     StageRate,
     Trunk,
     estimate,
+    extract,
 )
 from featstore.extraction import estimate as estimate_module
 from featstore.extraction.rates import STAGES
@@ -81,6 +82,20 @@ def test_rows_and_bytes_are_those_that_the_extraction_then_writes(
     ]
     assert [each["bytes"] for each in found.sets] == written
     assert found.num_bytes == sum(written)
+
+
+def test_where_pixels_are_stored_an_estimate_reads_those_as_the_extraction_does(
+    images: ImageSet, store: FeatureStore
+) -> None:
+    report = extract(staged(), images, store, cuts=["pixels"], device="cpu")
+    pixels = store.set(report.keys[0]).parts[0]
+    found = estimated(images, store, cuts=["layer2"])
+    read, decode, forward, _ = found.rates
+    assert (read.num_bytes, decode.rate) == (pixels.num_bytes, None)
+    assert forward.queue is not None
+    assert forward.queue < 1  # they wait for a moment
+    assert found.seconds() > found.start_seconds
+    assert run(images, store).rates[0].num_bytes == pixels.num_bytes
 
 
 def test_an_estimate_leaves_a_store_as_it_was(images: ImageSet, store: FeatureStore) -> None:
