@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,13 @@ from featstore.extraction.opening import open_plan
 from featstore.extraction.plan import Models, Plan, PlannedSet, plan
 from featstore.extraction.rates import RENDERING, StageName, StageRate
 from featstore.extraction.shards import Shard
+from featstore.files import disk
 from featstore.files.index import first_places
 from featstore.images.image_set import ImageSet
 from featstore.images.processes import SLICE
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Precision
+from featstore.objects import ObjectPath, facts_below
 from featstore.store.store import FeatureStore
 from featstore.words import counted
 
@@ -226,6 +229,14 @@ def _described(each: PlannedSet, num_rows: int) -> dict[str, Json]:
 @contextmanager
 def _beside(store: FeatureStore) -> Iterator[FeatureStore]:
     """A store of its own in the same file system, in a hidden folder, where nobody looks; gone afterwards."""
+    if isinstance(store.folder, ObjectPath):
+        beside = store.folder / f".estimate-{secrets.token_hex(8)}"
+        try:
+            yield FeatureStore(beside)
+        finally:
+            for name in facts_below(beside):
+                disk.unlink(beside / name)
+        return
     there = next(folder for folder in (store.folder, *store.folder.parents) if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".estimate-", dir=there) as folder:
         yield FeatureStore(folder)

@@ -18,10 +18,10 @@ from support.processes import Processes
 from support.programs import Run
 from support.tiny import arrays, digests_of, staged
 
-from featstore import DamagedFileError, FeatureSet, FeatureStore, FeatureStoreError, ImageSet
+from featstore import DamagedFileError, FeatureSet, FeatureStore, FeatureStoreError, ImageSet, estimate
 from featstore.files.index import RowIndex
 from featstore.files.part import Part, write_part
-from featstore.objects import ObjectPath, delete, put, start_of
+from featstore.objects import ObjectPath, delete, facts_below, put, start_of
 from training import train_head
 from training.saved import store_of
 
@@ -102,6 +102,24 @@ def test_rows_of_many_blocks_and_parts_are_read_in_any_order(memory: FeatureStor
         assert part.verify() == []
         for extent, block in part.read_blocks(reversed(range(len(part.checksums)))):
             assert torch.equal(block[:, 0, 0, 0], torch.arange(extent.start, extent.stop) + 45.0 * place)
+
+
+def test_rows_with_scales_are_those_of_files(memory: FeatureStore, store: FeatureStore) -> None:
+    for each in (memory, store):
+        run(arrays(), each, dtype="int8")
+    for access in ("memory", "stream"):
+        assert torch.equal(rows(memory, arrays(), access=access), rows(store, arrays()))
+
+
+def test_an_estimate_leaves_a_store_as_it_was(root: str) -> None:
+    store = FeatureStore(root)
+    run(arrays(), store)
+    place = store.folder
+    assert isinstance(place, ObjectPath)
+    before = facts_below(place)
+    found = estimate(staged(), arrays(20, seed=1), store, workers=0, device="cpu", dtype="float32")
+    assert (found.images, len(found.rates)) == (20, 4)
+    assert facts_below(place) == before
 
 
 def test_a_head_trained_from_objects_is_that_trained_from_files(
