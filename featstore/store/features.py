@@ -502,7 +502,8 @@ class Features:
 class FeatureDataset(Dataset[Any]):
     """`(activations (*F), target)` of each image, or activations alone where the images have no labels.
 
-    A DataLoader takes all rows of a batch at once. Works in worker processes however they are started.
+    A DataLoader takes all rows of a batch at once. Works in worker processes however they are started; where rows lie
+    in an object store, and this process has asked it, they must be spawned.
     """
 
     def __init__(self, features: Features) -> None:
