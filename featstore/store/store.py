@@ -159,11 +159,12 @@ class FeatureStore:
             DamagedFileError: for a damaged file of such a set. Other sets' files don't matter, but in a renamed folder
                 that holds nothing else: it may be of such a set.
         """
-        folders = self._catalogue.folders(request.trunk)
-        digits = {"", *map(short_key, request.keys)}
-        asked = [folder for folder in folders if key_in(folder.name) in digits]
-        specs = self._catalogue.specs(folders, asked=asked)
-        found = [self._catalogue.set_of(spec, holding) for spec, holding in specs if request.accepts(spec)]
+        with seen_at_once(self._folder):
+            folders = self._catalogue.folders(request.trunk)
+            digits = {"", *map(short_key, request.keys)}
+            asked = [folder for folder in folders if key_in(folder.name) in digits]
+            specs = self._catalogue.specs(folders, asked=asked)
+            found = [self._catalogue.set_of(spec, holding) for spec, holding in specs if request.accepts(spec)]
         return [each for each in found if each]
 
     def find_one(self, request: FeatureRequest, key: str | None = None) -> FeatureSet | None:
@@ -186,7 +187,8 @@ class FeatureStore:
             AmbiguousRequestError: if there are several.
             DamagedFileError: for a damaged file of that set.
         """
-        found = self._catalogue.set_of(*self._located(key))
+        with seen_at_once(self._folder):
+            found = self._catalogue.set_of(*self._located(key))
         if found is None:
             raise refusals.holds_no_set(self.root, key)
         return found

@@ -18,7 +18,7 @@ from support.processes import Processes
 from support.programs import Run
 from support.tiny import arrays, digests_of, staged
 
-from featstore import DamagedFileError, FeatureSet, FeatureStore, FeatureStoreError, ImageSet, estimate
+from featstore import DamagedFileError, FeatureRequest, FeatureSet, FeatureStore, FeatureStoreError, ImageSet, estimate
 from featstore.files.index import RowIndex
 from featstore.files.part import Part, write_part
 from featstore.objects import ObjectPath, delete, facts_below, put, start_of
@@ -339,10 +339,15 @@ def test_a_store_is_listed_twice_however_many_sets_and_parts_it_has(bucket: str,
         run(arrays(2, seed), store, cuts=["layer1", "layer2"])
     proxy.requests.clear()
     found = FeatureStore(bucket)
-    listed = [each.describe()["parts"] for each in found.sets()]
-    assert listed == [2, 2]
+    described = [each.describe() for each in found.sets()]
+    assert [each["parts"] for each in described] == [2, 2]
+    key = described[0]["key"]
     is_listing = ["list-type" in path for _, path in proxy.requests]
     assert (sum(is_listing), len(is_listing)) == (2, 2 + 4)
+    for look in (lambda: found.set(key), lambda: found.find(FeatureRequest.of(found.set(key).spec))):
+        proxy.requests.clear()
+        assert look()
+        assert len(proxy.requests) <= 4
     proxy.requests.clear()
     assert found.damaged() == []
     assert len(proxy.requests) == 2 + 2  # and the image tables
