@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from featstore.extraction.extract import ExtractReport, extract, finish
     from featstore.extraction.filed import Filed
     from featstore.extraction.job import Session
+    from featstore.extraction.map_batches import MapBatches
     from featstore.extraction.opening import open_plan
     from featstore.extraction.plan import Plan, plan
     from featstore.extraction.progress import ProgressReport
@@ -60,6 +61,7 @@ __all__ = [
     "ImageError",
     "ImageSet",
     "ImportReport",
+    "MapBatches",
     "MissingFeaturesError",
     "ModelError",
     "Output",
@@ -104,6 +106,7 @@ _MODULES = {
     "featstore.extraction.extract": ("ExtractReport", "extract", "finish"),
     "featstore.extraction.filed": ("Filed",),
     "featstore.extraction.job": ("Session",),
+    "featstore.extraction.map_batches": ("MapBatches",),
     "featstore.extraction.opening": ("open_plan",),
     "featstore.extraction.plan": ("Plan", "plan"),
     "featstore.extraction.progress": ("ProgressReport",),

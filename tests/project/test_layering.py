@@ -67,7 +67,7 @@ ROOMS: dict[str, Rooms] = {
             "extraction",
             (
                 "defaults", "remedy", "shards", "pixels", "plan", "rates", "narrowing", "rounding", "filed", "progress",
-                "failures", "job", "opening", "estimate", "ray_actors", "extract", "adopt",
+                "failures", "job", "opening", "estimate", "ray_actors", "extract", "adopt", "map_batches",
             ),
         ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
