@@ -574,7 +574,9 @@ def _equal(one: Any, other: Any) -> bool:
     """Whether two results are the same to the last bit; not-a-number is the same as itself."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return True
-    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return torch.equal(one, other) or (
+        one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+    )
 
 
 def _close(one: Any, other: Any) -> bool:
