@@ -113,7 +113,7 @@ class ModelsFlags:
                 f"has. See: featstore backbones {self.backbone[0]}"
             )
         for (source, _), found in zip(given, own, strict=True):
-            if cuts and not found:
+            if {*cuts} - {PIXELS} and not {*found} - {PIXELS}:
                 raise ValueError(
                     f"{source} has none of the cuts {', '.join(cuts)}. Expected one for each backbone, or none at all "
                     f"for their default cuts. See: featstore backbones {source}"

@@ -328,6 +328,8 @@ def _found_in_part(path: Path) -> FeatureFile:
             f"{path} is damaged: the features of rows {damaged[0].start:,} to {damaged[0].stop - 1:,} aren't those "
             "that were written. Nothing was imported. Export it again."
         )
+    if not part.storage_type.read_as.is_float:
+        raise _wrong_type(part.storage_type.name)
     rows = ForeignRows(
         num_rows=part.num_rows,
         shape=part.shape,

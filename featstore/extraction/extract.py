@@ -120,6 +120,8 @@ def extract(
         images: whose features are wanted; without a split, seeds are computed for all of them.
         store: where the features go; its folder is made if needed.
         cuts: ``CUT`` or ``CUT:REDUCTION`` each; default: the model's default cut. None beside several models.
+            ``pixels`` stands for the views that the model is given, stored as uint8 whatever `dtype` and `reduce` say;
+            later extractions of the same views read these.
         reduce: reduction of the cuts that don't name one: auto, none, avg, max, concat, token or tokens.
         augment: policy and fixed seeds; each seed is a feature set of its own.
         view: geometry and normalisation; default: the model's.

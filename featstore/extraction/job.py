@@ -295,17 +295,30 @@ class Job:
 
     def rendered(self) -> Generator[Rendered]:
         """The views of its images: first of those whose pixels are stored, then of the others; each in order."""
-        is_wanted, pixels = self.is_needed.any(axis=0), [each.view.pixels for each in self.session.inputs]
+        is_wanted = np.logical_or.reduce(self.is_needed)
         is_stored = is_wanted & self.session.has_pixels
         if is_stored.any():
-            is_read: dict[View, NDArray[np.bool_]] = {}
-            for view, needed in zip(pixels, self.is_needed, strict=True):
-                is_read[view] = is_read.get(view, False) | (needed & is_stored)
-            wanted = {view: np.flatnonzero(each) for view, each in is_read.items()}
-            yield from self.session.stored.rendered(self._jobs(is_stored), wanted)
-        if (is_wanted & ~is_stored).any():
-            with closing(self._decoded(is_wanted & ~is_stored)) as rendered:
+            try:
+                for each in self._read(is_stored):
+                    yield each
+                    is_wanted[each.index] = False
+            except (OSError, FeatureStoreError) as error:
+                self.drawn.clear()  # of what has not come
+                left = int((is_wanted & is_stored).sum())
+                self.filed.said.append(
+                    f"Stored pixels can't be read ({error}): {counted(left, 'image')} decoded instead"
+                )
+        if is_wanted.any():
+            with closing(self._decoded(is_wanted)) as rendered:
                 yield from rendered
+
+    def _read(self, is_stored: NDArray[np.bool_]) -> Generator[Rendered]:
+        is_read: dict[View, NDArray[np.bool_]] = {}
+        for given, needed in zip(self.session.inputs, self.is_needed, strict=True):
+            pixels = given.view.pixels
+            is_read[pixels] = is_read.get(pixels, False) | (needed & is_stored)
+        wanted = {view: np.flatnonzero(each) for view, each in is_read.items()}
+        return self.session.stored.rendered(self._jobs(is_stored), wanted)
 
     def _decoded(self, is_wanted: NDArray[np.bool_]) -> Generator[Rendered]:
         session, images, rates = self.session, self.planned.images, self.progress.rates

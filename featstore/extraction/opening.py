@@ -77,7 +77,9 @@ def open_plan(
     most = max(each.batch_size or default_batch_size(chosen) for each in batching.values())
     ahead = _ahead(is_needed, inputs, most)
     views = list(dict.fromkeys(each.view.pixels for each in inputs))
-    stored = StoredPixels.of(planned.images, planned.digests.values, store, views)
+    # Who refuses doubtful images must have them decoded: pixels don't tell.
+    usable = views if doubtful == "note" else []
+    stored = StoredPixels.of(planned.images, planned.digests.values, store, usable)
     has_pixels = np.logical_and.reduce(
         [~needed | stored.has(each.view.pixels) for each, needed in zip(inputs, is_needed, strict=True)]
     )

@@ -17,7 +17,7 @@ from featstore.digest import Json
 from featstore.files import storage_types
 from featstore.images.image_set import ImageSet
 from featstore.images.pixel_digest import pixel_digest
-from featstore.images.render import Cost, Rendered
+from featstore.images.render import Cost, Rendered, look_of
 from featstore.images.render import Job as ImageJob
 from featstore.images.views import View
 from featstore.models.names import PIXELS
@@ -87,11 +87,13 @@ class StoredPixels:
     Attributes:
         images: whose views they are.
         digests: ``(N, 32)``, of the images.
+        store: which has them.
         sets: of each view that has pixels stored.
     """
 
     images: ImageSet
     digests: NDArray[np.uint8]
+    store: FeatureStore
     sets: dict[View, FeatureSet]
 
     @classmethod
@@ -102,7 +104,7 @@ class StoredPixels:
         found = {view: store.find_one(FeatureRequest.of(pixel_spec(view))) for view in views}
         mine = {pixel_digest()}
         sets = {view: each for view, each in found.items() if each is not None and each.pixels <= mine}
-        return cls(images=images, digests=digests, sets=sets)
+        return cls(images=images, digests=digests, store=store, sets=sets)
 
     def has(self, view: View) -> NDArray[np.bool_]:
         """``(N,)``: which images have their view here."""
@@ -113,11 +115,15 @@ class StoredPixels:
         return is_there
 
     def rendered(self, jobs: Iterable[ImageJob], wanted: dict[View, NDArray[np.int64]]) -> Generator[Rendered]:
-        """The views of each job, as `render` gives them, but without any look; nothing is decoded.
+        """The views of each job, as `render` gives them; nothing is decoded.
 
         Args:
             jobs: in order.
             wanted: of each view the places of the images that the jobs want it of, in order.
+
+        Raises:
+            FeatureStoreError: for rows that are damaged, or gone meanwhile.
+            OSError: as the disk gave it.
         """
         rows = {view: self._rows(view, places) for view, places in wanted.items() if len(places)}
         for job in jobs:
@@ -125,13 +131,22 @@ class StoredPixels:
             found = [next(rows[view]) for view in job.views]
             views, ended = tuple(view for view, _ in found), time.perf_counter()
             cost = Cost(sum(view.nbytes for view in views), ended - started, 0.0, ended)
-            yield Rendered(job.index, views, found[-1][1], None, cost=cost)
+            look = look_of(views[0]) if job.views[0].is_evaluation else 0
+            yield Rendered(job.index, views, found[-1][1], None, look=look, cost=cost)
 
     def _rows(self, view: View, places: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[Tensor, int]]:
         """Each row with the code of its decoder."""
         chosen = self.sets[view]
         part_of, row_in = chosen.index.find(self.digests[places])
-        features = Features(self.images.select(places), chosen.spec, chosen.index, part_of, row_in, access="stream")
+        features = Features(
+            self.images.select(places),
+            chosen.spec,
+            chosen.index,
+            part_of,
+            row_in,
+            access="stream",
+            lookup=lambda: self.store.set(chosen.key).index,
+        )
         decoders = np.zeros(len(places), np.uint8)
         for part in np.unique(part_of):
             is_here = part_of == part

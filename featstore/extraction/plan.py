@@ -23,7 +23,7 @@ from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, output_at
 from featstore.store.sets import FeatureRequest, FeatureSet
-from featstore.store.spec import FeatureSpec
+from featstore.store.spec import FeatureSpec, check_dtype
 from featstore.store.store import FeatureStore
 from featstore.timing import timed
 from featstore.words import size_text
@@ -227,6 +227,7 @@ def plan(
         DamagedFileError: for a damaged part or image table of what is asked for.
     """
     given = _given_models(model, cuts)
+    check_dtype(dtype)
     for name, value, kind, example in (
         ("images", images, ImageSet, 'ImageSet.from_folder("photos")'),
         ("store", store, FeatureStore, 'FeatureStore("features")'),
@@ -308,18 +309,23 @@ def _asked(
     precision: Precision,
 ) -> Iterator[tuple[str, _Asked]]:
     """The sets that are asked for of one model, by their keys."""
-    if cuts is not None and any(_is_of_pixels(cut, model) for cut in cuts):
-        yield from _asked_pixels(model, view, augment)
-        cuts = [cut for cut in cuts if not _is_of_pixels(cut, model)]
-        if not cuts:
-            return
-    staged = model if isinstance(model, StagedModel) else StagedModel.from_module(model, view=view and view.evaluation)
-    geometry = (view or staged.view).evaluation
-    staged.check_view(geometry)
-    viewed = staged.with_(view=geometry)
-    with timed("key"):
-        source = PlannedModel(model=staged, stage_digests=viewed.digests())
-    for output in [output_at(viewed, cut, reduce) for cut in cuts or [viewed.default_cut]]:
+    asked = [(cut, _is_of_pixels(cut, model)) for cut in cuts or [""]]
+    if not all(is_of_pixels for _, is_of_pixels in asked):
+        module = (
+            StagedModel.from_module(model, view=view and view.evaluation)
+            if not isinstance(model, StagedModel)
+            else model
+        )
+        geometry = (view or module.view).evaluation
+        module.check_view(geometry)
+        viewed = module.with_(view=geometry)
+        with timed("key"):
+            source = PlannedModel(model=module, stage_digests=viewed.digests())
+    for cut, is_of_pixels in asked:
+        if is_of_pixels:
+            yield from _asked_pixels(model, view, augment)
+            continue
+        output = output_at(viewed, cut or viewed.default_cut, reduce)
         for each in [geometry, *(augment.views(geometry) if augment else ())]:
             spec = FeatureSpec(
                 trunk=source.stage_digests[output.cut],

@@ -242,10 +242,10 @@ def _views(data: bytes | NDArray[np.uint8], job: Job, memory: Budget) -> Rendere
     last = next(reversed(decoded.values()), None)
     if last is None:
         return Rendered(job.index, (), 0, None)
-    look = _look(views[0]) if job.views[0].is_evaluation else 0
+    look = look_of(views[0]) if job.views[0].is_evaluation else 0
     return Rendered(job.index, tuple(views), last.decoder, None, doubt=last.doubt, look=look)
 
 
-def _look(view: Tensor) -> int:
+def look_of(view: Tensor) -> int:
     """A number that differs for views that differ, but for one pair in 2 ** 64; not 0."""
     return int.from_bytes(hashlib.sha256(view.numpy().data).digest()[:8]) or 1

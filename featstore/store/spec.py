@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,12 @@ from featstore.models.names import PRECISIONS, Precision
 
 VERSION = 1
 """Raised when the same facts come to mean other values."""
+
+
+def check_dtype(dtype: str, known: Collection[str] = STORAGE_TYPES) -> None:
+    """ValueError for what is no type to store features as."""
+    if dtype not in known:
+        raise ValueError(f"{dtype!r} is no storage type for features. The types are {', '.join(STORAGE_TYPES)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +43,7 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"{self.precision!r} is no precision. The precisions are {', '.join(PRECISIONS)}.")
-        if self.dtype not in KNOWN_TYPES:
-            raise ValueError(
-                f"{self.dtype!r} is no storage type for features. The types are {', '.join(STORAGE_TYPES)}."
-            )
+        check_dtype(self.dtype, KNOWN_TYPES)
 
     @cached_property
     def key(self) -> str:

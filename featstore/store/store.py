@@ -22,6 +22,7 @@ from featstore.files.disk import make_folder
 from featstore.files.index import RowIndex, is_among
 from featstore.files.part import write_part
 from featstore.files.provenance import signature
+from featstore.files.storage_types import PIXELS
 from featstore.files.table import write_table
 from featstore.images.contents import is_changed
 from featstore.images.digests import Digests, KnownDigests
@@ -566,7 +567,8 @@ class FeatureStore:
         if found is None:
             self.check_exists()
             sets = self.sets()
-            raise refusals.none_fits(self.root, which, sets, [] if sets else self.damaged())
+            alike = [each for each in sets if each.spec.is_pixels == (which.dtype == PIXELS.name)]
+            raise refusals.none_fits(self.root, which, alike, [] if sets else self.damaged())
         return found
 
 

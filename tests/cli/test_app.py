@@ -749,6 +749,7 @@ def test_several_backbones_are_extracted_at_once_and_each_takes_the_cuts_that_it
     ("flags", "sentence"),
     [
         (["--cut", "conv2"], "other.py:make_other has none of the cuts conv2. Expected one for each backbone"),
+        (["--cut", "conv2", "--cut", "pixels"], "other.py:make_other has none of the cuts conv2, pixels. Expected one"),
         (
             ["--cut", "conv2", "--cut", "1", "--cut", "9x"],
             "--cut 9x: tiny.py:make_model and other.py:make_other have no",

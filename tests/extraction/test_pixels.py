@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 import torch
 from support.extracting import counts, rows, run
-from support.tiny import VIEW, net, photos, staged
+from support.tiny import VIEW, jpeg, net, photos, staged
 
-from featstore import Augment, FeatureStore, ImageSet, MissingFeaturesError, StagedModel, extract, plan
+from featstore import (
+    Augment,
+    FactsDifferError,
+    FeatureRequest,
+    FeatureStore,
+    ImageSet,
+    MissingFeaturesError,
+    StagedModel,
+    extract,
+    open_plan,
+    plan,
+)
 from featstore.extraction.pixels import pixel_spec
 from featstore.files.part import Part
 from featstore.images import render as render_module
@@ -141,3 +152,59 @@ def test_pixels_have_no_reduction(images: ImageSet, store: FeatureStore) -> None
 def test_models_of_one_geometry_share_their_pixels(images: ImageSet, store: FeatureStore, other: StagedModel) -> None:
     report = extract([(staged(), ["pixels"]), (other, ["pixels", "layer2"])], images, store)
     assert [each["cut"] for each in report.sets] == ["pixels", "layer2"]
+
+
+def test_keys_come_in_the_order_of_cuts(images: ImageSet, store: FeatureStore) -> None:
+    report = run(images, store, cuts=["layer2", "pixels", "layer1"])
+    assert [each["cut"] for each in report.sets] == ["layer2", "pixels", "layer1"]
+    assert [store.set(key).facts["cut"] for key in report.keys] == ["layer2", "pixels", "layer1"]
+
+
+def test_who_refuses_doubtful_images_has_them_decoded(images: ImageSet, store: FeatureStore, tmp_path: Path) -> None:
+    damaged = bytearray(jpeg(50))
+    damaged[-60:-20] = bytes(40)
+    (tmp_path / "photos" / "dog" / "damaged.jpg").write_bytes(damaged)
+    images = ImageSet.from_folder(tmp_path / "photos")
+    assert [name for name, _ in run(images, store, cuts=["pixels"]).doubts] == ["dog/damaged.jpg"]
+    report = run(images, store, doubtful="refuse", on_error="skip")
+    assert (report.computed, [name for name, _ in report.failures]) == (11, ["dog/damaged.jpg"])
+
+
+@pytest.mark.parametrize("loss", ["merged", "removed", "damaged"])
+def test_pixels_that_are_gone_when_their_turn_comes_are_decoded_instead(
+    images: ImageSet, store: FeatureStore, tmp_path: Path, loss: str
+) -> None:
+    for some in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10]):
+        run(images.select(some), store, cuts=["pixels"])
+    (found,) = store.sets()
+    planned = plan(staged(), images, store, cuts=["layer2"], dtype="float32")
+    with open_plan(planned, store, device="cpu", workers=0) as session:
+        if loss == "merged":
+            store.compact()
+            store.gc(older_than=0)
+        elif loss == "removed":
+            store.remove(found.key)
+        else:
+            part = found.parts[-1]
+            content = bytearray(part.path.read_bytes())
+            content[part.features_offset + 100] ^= 1
+            part.path.chmod(0o644)
+            part.path.write_bytes(content)
+        filed = session.run()
+    is_said = [note for note in filed.notes(planned) if "can't be read" in note]
+    assert bool(is_said) == (loss != "merged")
+    plain = FeatureStore(tmp_path / "plain")
+    (key,) = run(images, plain).keys
+    assert torch.equal(rows(store, images, key), rows(plain, images, key))
+
+
+def test_a_model_has_no_storage_type_of_pixels(images: ImageSet, store: FeatureStore) -> None:
+    with pytest.raises(ValueError, match=r"'uint8' is no storage type for features\. The types are float16, float32"):
+        plan(staged(), images, store, cuts=["layer2"], dtype="uint8")
+
+
+def test_pixels_are_no_features_that_nearly_fit(images: ImageSet, store: FeatureStore) -> None:
+    run(images, store, cuts=["pixels"])
+    request = plan(staged(), images, store).sets[0].spec
+    with pytest.raises(FactsDifferError, match="holds no features yet"):
+        store.features(images, FeatureRequest.of(request))

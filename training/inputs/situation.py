@@ -151,8 +151,9 @@ class Situation:
 
     @cached_property
     def sets(self) -> list[FeatureSet]:
-        """All sets of the store; none where there is no folder yet."""
-        return self.store.sets() if self.store is not None and self.store.folder.is_dir() else []
+        """All sets of features in the store; none where there is no folder yet."""
+        stored = self.store.sets() if self.store is not None and self.store.folder.is_dir() else []
+        return [each for each in stored if not each.spec.is_pixels]
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
