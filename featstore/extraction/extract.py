@@ -141,8 +141,8 @@ def extract(
             Default: one a processor, up to 8; as processes, one a processor but for one.
         progress: shows on stderr how it goes - on a terminal or in a notebook by a bar, else by a line every 30 seconds
             - and at the end what its time went into.
-        on_progress: called about once a second and at the end, in the caller's thread. An error in it ends the job, as
-            others do, after filing what is done.
+        on_progress: called about once a second and at the end, in the caller's thread (with an `engine`, when a piece
+            has been computed). An error in it ends the job, as others do, after filing what is done.
         shard: of several jobs with the same arguments the one that this is, each of which computes its own images:
             ``i/n``, or where that is told by the environment ``slurm``, ``kubernetes/n`` or ``torchrun``. Any number of
             them, and another one next time, leaves the rows of one job; none waits for another. The device is as given.
@@ -208,7 +208,8 @@ def run_plan(
     one image was checked then.
     """
     started = time.perf_counter() if started is None else started
-    choose_device(device)
+    if engine is None:  # whose actors have devices of their own
+        choose_device(device)
     check_batch_size(batch_size)
     check_workers(workers)
     check_max_errors(max_errors, on_error)

@@ -99,6 +99,7 @@ class Session:
         ahead: how many images are read and rendered ahead of the passes.
         renderers: processes that render, where there are some; else threads do, of each run.
         running: held by the run under way.
+        stopping: set where that is to end.
     """
 
     planned: Plan
@@ -116,6 +117,7 @@ class Session:
     ahead: int
     renderers: Renderers | None
     running: threading.Lock = field(default_factory=threading.Lock)
+    stopping: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Session:
         return self
@@ -140,6 +142,10 @@ class Session:
     def device(self) -> torch.device:
         """What passes run on; the GPU where some do."""
         return max((each.trunk.device for each in self.opened), key=lambda device: device.type == "cuda")
+
+    def stop(self) -> None:
+        """Has the run under way, in another thread, end after the image at hand; what is computed is filed."""
+        self.stopping.set()
 
     def close(self) -> None:
         """Ends the processes that render."""
@@ -249,7 +255,7 @@ class Job:
                     self._take(each)
                     self._launch_full()
                     self.progress.step(self.filed)
-                    if self.failing.are_too_many:
+                    if self.failing.are_too_many or self.session.stopping.is_set():
                         break
                 self._launch_rest()
         except ImageError:

@@ -10,9 +10,10 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +30,10 @@ from featstore.extraction.opening import open_plan
 from featstore.extraction.plan import Plan
 from featstore.extraction.progress import Progress, ProgressReport
 from featstore.models import own_file
-from featstore.models.trunk import check_batch_size, choose_device, default_batch_size
+from featstore.models.trunk import check_batch_size, default_batch_size
 from featstore.store.sets import batching_for
 from featstore.store.store import FeatureStore
+from featstore.words import counted
 
 PIECES_AN_ACTOR = 8
 """So many at least, where there are images for them: who ends last keeps the others waiting."""
@@ -46,7 +48,10 @@ MOST_STARTS = 3
 """Actors that end one after another while they open the plan before it is given up."""
 
 SECONDS_TO_END = 8.0
-"""An interrupted job waits so long for the pieces that are being computed."""
+"""A job that fails or is interrupted waits so long for actors to file what they have computed."""
+
+SECONDS_TO_BE_PLACED = 30.0
+"""After so many without any actor it is said what they wait for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +97,15 @@ def run_by_ray(
 
     Raises:
         ModuleNotFoundError: without Ray.
-        ValueError: for a cluster that hasn't so many GPUs.
+        ValueError: for a cluster that hasn't so many GPUs, and a store that actors can't reach.
         FactsDifferError: where actors don't compute alike: they have other GPUs, or another torch.
         FeatureStoreError: where actors can't open the plan.
         ImageError, TooManyFailedError: as `Session.run`.
     """
     check_batch_size(batch_size)
-    chosen = torch.device("cuda") if engine.gpus_per_actor else choose_device(device)
+    chosen = _device(engine, device)
+    if str(store.folder).startswith("memory://"):
+        raise ValueError(f"{store.folder} lies in this process, where no actor reaches it. Take another store for Ray.")
     rows = np.flatnonzero(planned.is_to_read).tolist()
     pieces = deque(_dealt(rows, engine.actors, _batch_size(planned, chosen, batch_size)))
     failing, filed = Failing(planned, max_errors), Filed.nothing(planned)
@@ -125,7 +132,10 @@ def run_by_ray(
             while pieces or crew.is_busy:
                 crew.start(len(pieces))
                 crew.give(pieces)
-                done, answer = crew.next_answer()
+                found = crew.next_answer()
+                if found is None:
+                    continue
+                done, answer = found
                 if isinstance(answer, Exception):
                     raise answer
                 if answer is None:  # the actor has ended
@@ -138,9 +148,6 @@ def run_by_ray(
                     failing.check(filed)
                     for _ in done.rows:
                         shown.step(filed)
-        except KeyboardInterrupt:
-            crew.wait_for_all(SECONDS_TO_END)  # what they are at is filed when it ends
-            raise
         finally:
             crew.end()
     shown.end(filed)
@@ -176,7 +183,8 @@ class _Worker:
     def open(self, told: _Told) -> list[Json] | Exception:
         """Opens the plan: on what its rows are computed, of each model; or the error, which Ray would wrap."""
         try:
-            os.chdir(told.folder)
+            with suppress(FileNotFoundError):  # which only relative paths need
+                os.chdir(told.folder)
             torch.set_num_threads(told.threads)  # else as many as Ray says, by OMP_NUM_THREADS
             for source in told.sources:
                 own_file.load(source)
@@ -191,6 +199,10 @@ class _Worker:
             return self._session.run(rows)
         except Exception as error:
             return error
+
+    def stop(self) -> None:
+        """Ends the run under way, beside it: what is computed is filed."""
+        self._session.stop()
 
 
 @dataclass(frozen=True)
@@ -222,8 +234,13 @@ class _Crew:
     def __init__(self, ray: Any, engine: Ray, num_processors: float, told: _Told) -> None:
         self._ray, self._engine = ray, engine
         self._class = ray.remote(_Worker).options(
-            num_cpus=num_processors, num_gpus=engine.gpus_per_actor, max_restarts=0, max_task_retries=0
+            num_cpus=num_processors,
+            num_gpus=engine.gpus_per_actor,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=2,  # `stop` comes beside `run`
         )
+        self._wanted = {"CPU": num_processors, "GPU": engine.gpus_per_actor}
         self._told = ray.put(told)
         self._idle: list[Any] = []
         self._opening: dict[Any, Any] = {}  # answer to come -> actor
@@ -249,15 +266,14 @@ class _Crew:
             actor, piece = self._idle.pop(), pieces.popleft()
             self._computing[actor.run.remote(piece.rows)] = actor, piece
 
-    def next_answer(self) -> tuple[_Piece, Filed | Exception | None]:
-        """A piece, and what came of it; None where the actor ended at it. An empty one for an actor that is ready now.
+    def next_answer(self) -> tuple[_Piece, Filed | Exception | None] | None:
+        """A piece, and what came of it, which is None where the actor ended at it; None where an actor is ready now.
 
         Raises:
             FactsDifferError: for an actor that computes on something else than the others.
-            FeatureStoreError: for actors that end before they are ready.
+            FeatureStoreError: for actors that can't open the plan, or end before they have.
         """
-        answers, _ = self._ray.wait([*self._opening, *self._computing], num_returns=1)
-        reference = answers[0]
+        reference = self._next()
         try:
             answer = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
@@ -270,7 +286,7 @@ class _Crew:
                     f"{self._num_failed} actors of Ray ended one after another while they opened the plan ({error}). "
                     "Expected them to live. Look into Ray's logs; memory may be short: use fewer actors."
                 ) from error
-            return _Piece([]), None
+            return None
         if reference in self._computing:
             actor, piece = self._computing.pop(reference)
             self._idle.append(actor)
@@ -278,36 +294,51 @@ class _Crew:
         self._idle.append(self._opening.pop(reference))
         self._num_failed = 0
         if isinstance(answer, Exception):
-            return _Piece([]), answer
+            raise answer
         self._check_alike(answer)
-        return _Piece([]), None
+        return None
+
+    def _next(self) -> Any:
+        """The next answer that has come; says it where none comes since no actor finds a place."""
+        while True:
+            patience = SECONDS_TO_BE_PLACED if self._opening and not self._computing else None
+            answers, _ = self._ray.wait([*self._opening, *self._computing], num_returns=1, timeout=patience)
+            if answers:
+                return answers[0]
+            print(
+                f"{counted(len(self._opening), 'actor')} of Ray not ready yet. Each wants {self._wanted}; free in the "
+                f"cluster: {self._ray.available_resources()}",
+                file=sys.stderr,
+            )
 
     def _check_alike(self, profiles: list[Json]) -> None:
         if self._profiles is None:
             self._profiles = profiles
         if profiles != self._profiles:
-            mine, others = profiles[0], self._profiles[0]
-            found = "; ".join(
-                f"{name} {mine.get(name)}, expected {others.get(name)} as of the first"
+            found = {
+                f"{name} {mine.get(name)}, expected {others.get(name)} as of the first": None
+                for mine, others in zip(profiles, self._profiles, strict=True)
                 for name in {**mine, **others}
                 if mine.get(name) != others.get(name)
-            )
+            }
             raise FactsDifferError(
-                f"An actor of Ray doesn't compute as the others do: {found}. One feature set has rows of one kind of "
-                "machine. Let the job have nodes of one kind alone, and continue it with the same command."
+                f"An actor of Ray doesn't compute as the others do: {'; '.join(found)}. One feature set has rows of "
+                "one kind of machine. Let the job have nodes of one kind alone, and continue it with the same command."
             )
-
-    def wait_for_all(self, seconds: float) -> None:
-        """Waits for the pieces that are being computed."""
-        references = [*self._computing]
-        if references:
-            self._ray.wait(references, num_returns=len(references), timeout=seconds)
 
     def end(self) -> None:
-        """Ends all actors."""
+        """Ends all actors; those that compute file what they have first."""
+        references = [*self._computing]
+        if references:
+            for actor, _ in self._computing.values():
+                actor.stop.remote()
+            self._ray.wait(references, num_returns=len(references), timeout=SECONDS_TO_END)
         for actor in (*self._idle, *self._opening.values(), *(actor for actor, _ in self._computing.values())):
             with suppress(Exception):  # it has ended
                 self._ray.kill(actor)
+
+
+_REPORTS = "RAY_USAGE_STATS_ENABLED"
 
 
 @contextmanager
@@ -327,8 +358,13 @@ def _joined(engine: Ray) -> Iterator[Any]:
     # Ray takes the handler of SIGTERM for its own, which ends the process where nothing is filed.
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of this machine reports to nobody
-    ray.init(address=engine.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    said = os.environ.get(_REPORTS)
+    os.environ.setdefault(_REPORTS, "0")  # a cluster of this machine reports to nobody
+    try:
+        ray.init(address=engine.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    finally:
+        if said is None:
+            del os.environ[_REPORTS]
     try:
         if is_main and handler is not None:
             signal.signal(signal.SIGTERM, handler)
@@ -338,16 +374,35 @@ def _joined(engine: Ray) -> Iterator[Any]:
 
 
 def _processors_each(ray: Any, engine: Ray) -> float:
-    """Of each actor: all that the cluster has, shared evenly; whole ones where there are enough."""
-    resources = ray.cluster_resources()
-    num_gpus = resources.get("GPU", 0)
-    if engine.actors * engine.gpus_per_actor > num_gpus:
+    """Of each actor: as many as leave room for all of them on the cluster's nodes; shares of one where need be."""
+    nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]
+    num_gpus = sum(each.get("GPU", 0) for each in nodes)
+    if engine.gpus_per_actor and _num_placed(nodes, 0, engine.gpus_per_actor) < engine.actors:
         raise ValueError(
             f"{engine.actors} actors with {engine.gpus_per_actor:g} GPUs each want more than the {num_gpus:g} that the "
             "cluster has. Expected as many at most. Use fewer actors, or a smaller share for each."
         )
-    share = resources.get("CPU", 1.0) / engine.actors
-    return float(int(share)) if share >= 1 else float(share)
+    most = int(max((each.get("CPU", 0) for each in nodes), default=0))
+    shares = [*map(float, range(most, 0, -1)), *(1 / part for part in range(2, 65))]
+    return next((each for each in shares if _num_placed(nodes, each, engine.gpus_per_actor) >= engine.actors), 0.0)
+
+
+def _num_placed(nodes: Sequence[Mapping[str, float]], processors: float, gpus: float) -> int:
+    """How many actors find a place, each on one node."""
+    wanted = {name: share for name, share in (("CPU", processors), ("GPU", gpus)) if share}
+    return sum(min(int(node.get(name, 0) / share + 1e-6) for name, share in wanted.items()) for node in nodes)
+
+
+def _device(engine: Ray, device: torch.device | str) -> torch.device:
+    """Where actors compute: Ray gives each its GPUs, and those without any see none."""
+    kind = str(device).partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda") or (kind == "cpu" and engine.gpus_per_actor):
+        raise ValueError(
+            f"device is {device}, and actors have {engine.gpus_per_actor:g} GPUs each. Leave the device out."
+        )
+    if kind == "cuda" and not engine.gpus_per_actor:
+        raise ValueError(f"device is {device}, and actors have no GPUs. Give them some: gpus_per_actor=1.")
+    return torch.device("cuda" if engine.gpus_per_actor else "cpu")
 
 
 def _batch_size(planned: Plan, device: torch.device, batch_size: int | None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,10 +30,13 @@ from featstore import (
     View,
     backbone,
     extract,
+    open_plan,
     plan,
 )
 from featstore.extraction import ray_actors
 from featstore.extraction.failures import TooManyFailedError
+from featstore.extraction.job import Job
+from featstore.images.render import Rendered
 
 # Ends the process at an image that is red all over, which none of those is that the check of a model brings.
 DEADLY = """
@@ -157,3 +161,52 @@ def test_actors_that_compute_on_another_thing_than_the_first_are_refused() -> No
     crew._check_alike([{"gpu": "A", "torch": "2.11"}])
     with pytest.raises(FactsDifferError, match="gpu B, expected A as of the first"):
         crew._check_alike([{"gpu": "B", "torch": "2.11"}])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "engine", "expected"),
+    [
+        ([8], Ray(actors=2), 4.0),
+        ([8, 8, 8], Ray(actors=2), 8.0),  # no node has a half of them all
+        ([1, 1], Ray(actors=1), 1.0),
+        ([2], Ray(actors=5), 1 / 3),
+        ([16], Ray(actors=4, gpus_per_actor=0.5), 4.0),
+    ],
+)
+def test_an_actor_wants_no_more_than_a_node_has(nodes: list[int], engine: Ray, expected: float) -> None:
+    alive = [{"Alive": True, "Resources": {"CPU": float(each), "GPU": 2.0}} for each in nodes]
+    gone = {"Alive": False, "Resources": {"CPU": 64.0}}
+    assert ray_actors._processors_each(SimpleNamespace(nodes=lambda: [*alive, gone]), engine) == expected
+
+
+def test_where_actors_compute_follows_from_the_gpus_that_they_are_given(
+    model: StagedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # of the driver, which doesn't matter
+    assert ray_actors._device(ONE, "auto") == torch.device("cpu")
+    assert ray_actors._device(Ray(actors=1, gpus_per_actor=1), "auto") == torch.device("cuda")
+    for engine, device in ((ONE, "cuda"), (Ray(actors=1, gpus_per_actor=1), "cpu"), (ONE, "tpu")):
+        with pytest.raises(ValueError, match=f"device is {device}"):
+            ray_actors._device(engine, device)
+    images = ImageSet.from_folder("photos")
+    with pytest.raises(ValueError, match="lies in this process, where no actor reaches it"):
+        extract(model, images, FeatureStore("memory://bucket/store"), engine=ONE)
+
+
+def test_a_session_that_is_stopped_files_what_it_has(
+    model: StagedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, store = ImageSet.from_folder("photos"), FeatureStore("store")
+    planned = plan(model, images, store)
+    with open_plan(planned, store, device="cpu", batch_size=4, workers=0) as session:
+        take = Job._take
+
+        def stopping(self: Job, rendered: Rendered) -> None:
+            take(self, rendered)
+            if rendered.index == 8:
+                session.stop()
+
+        monkeypatch.setattr(Job, "_take", stopping)
+        filed = session.run()
+    assert filed.computed == [9]
+    assert store.sets()[0].index.num_images == 9
