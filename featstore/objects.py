@@ -157,7 +157,8 @@ class ObjectFacts(NamedTuple):
         return cls(found["size"], int(found["last_modified"].timestamp()), found["e_tag"] or "")
 
 
-_SCHEMES_IN_PATHS = [(f"{each}:",) for each in SCHEMES]
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL | re.IGNORECASE)
+_ONCE_AN_ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}|file):(/(?!/)|$)", re.IGNORECASE)
 
 
 def place_of(text: str | Path) -> Path:
@@ -166,15 +167,18 @@ def place_of(text: str | Path) -> Path:
     Raises:
         ValueError: for another kind of address, and one that names no bucket or a name that no object may have.
     """
-    found = re.match(r"([a-z][a-z0-9+.-]*)://(.*)", text, re.DOTALL) if isinstance(text, str) else None
-    if isinstance(text, Path) and not isinstance(text, ObjectPath) and text.parts[:1] in _SCHEMES_IN_PATHS:
+    if isinstance(text, ObjectPath):
+        return text
+    text = os.fspath(text)
+    if _ONCE_AN_ADDRESS.match(text):
         raise ValueError(
-            f"{text!r} is an address that was made a path, which lost one of its slashes. Expected it as text. Give it "
-            "so, without Path()."
+            f"{text!r} is an address that was made a path, which lost some of its slashes. Expected it as text, such "
+            "as s3://bucket/features. Give it so, without Path()."
         )
+    found = _ADDRESS.match(text)
     if found is None:
-        return Path(text) if isinstance(text, str) else text
-    scheme, rest = found.groups()
+        return Path(text)
+    scheme, rest = found[1].lower(), found[2]
     if scheme == "file" and rest.startswith("/"):
         return Path(unquote(rest))
     bucket, *names = rest.split("/")

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from support.object_server import Proxy
 
-from featstore import FeatureStoreError, objects
+from featstore import FeatureStoreError, ImageSet, objects
 from featstore.objects import ObjectPath, copy, delete, names_in, place_of, put, ranges_of, start_of
 
 
@@ -45,6 +45,7 @@ def root(request: pytest.FixtureRequest) -> ObjectPath:
         ("az://container/a", "az://container", "a"),
         ("memory://x/y", "memory://x", "y"),
     ],
+        ("S3://bucket/A", "s3://bucket", "A"),
 )
 def test_an_address_names_a_bucket_and_a_key(text: str, bucket: str, key: str) -> None:
     assert place_of(text) == ObjectPath(bucket, key)
@@ -53,7 +54,7 @@ def test_an_address_names_a_bucket_and_a_key(text: str, bucket: str, key: str) -
 def test_what_has_no_scheme_is_a_path_and_so_is_an_address_of_a_file(tmp_path: Path) -> None:
     assert place_of("some/folder") == Path("some/folder")
     assert place_of(tmp_path) == tmp_path
-    assert place_of("file:///some/a%20folder") == Path("/some/a folder")
+    assert place_of("file:///some/a%20folder") == place_of("FILE:///some/a%20folder") == Path("/some/a folder")
 
 
 @pytest.mark.parametrize("text", ["http://host/a", "s3://", "s3:///a", "s3://bucket/../a", "file://host/a"])
@@ -62,10 +63,18 @@ def test_another_address_is_refused(text: str) -> None:
         place_of(text)
 
 
-def test_an_address_that_was_made_a_path_is_refused_where_a_folder_would_be_made() -> None:
+@pytest.mark.parametrize("text", ["s3://bucket/a", "S3://bucket/a", "memory://", "file:///a"])
+@pytest.mark.parametrize("kind", [Path, str])
+def test_an_address_that_was_made_a_path_is_refused_where_a_folder_would_be_made(text: str, kind: type) -> None:
     with pytest.raises(ValueError, match=r"is an address that was made a path, .* without Path\(\)"):
-        place_of(Path("s3://bucket/a"))
-    assert place_of(Path("s3/bucket")) == Path("s3/bucket")
+        place_of(kind(Path(text)))
+    with pytest.raises(ValueError, match="is an address that was made a path"):
+        ImageSet.from_folder(kind(Path(text)))
+
+
+@pytest.mark.parametrize("path", ["s3/bucket", "./s3:/bucket", "s3:a", "c:/a"])
+def test_another_path_is_one(path: str) -> None:
+    assert place_of(path) == Path(path)
 
 
 @pytest.mark.parametrize("key", ["a", "a/b.h5", "a/.b.c.h5", "a/b/c"])
