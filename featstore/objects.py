@@ -61,7 +61,12 @@ class ObjectPath(_LikePath):
         return str(self) < str(other)
 
     def __truediv__(self, name: str | os.PathLike[str]) -> ObjectPath:
-        return ObjectPath(self.bucket, "/".join([*filter(None, [self.key]), *PurePath(name).parts]))
+        below = PurePath(name)
+        if below.is_absolute():
+            raise ValueError(
+                f"{str(below)!r} is an absolute path. Expected a name below {self}. Leave out its first '/'."
+            )
+        return ObjectPath(self.bucket, "/".join([*filter(None, [self.key]), *below.parts]))
 
     def __reduce__(self) -> tuple[type[ObjectPath], tuple[str, str]]:
         return ObjectPath, (self.bucket, self.key)
@@ -135,7 +140,8 @@ class ObjectPath(_LikePath):
             return sorted(seen.folders.get(self.key, ())), seen.objects.get(self.key, [])
         with _told(self):
             found = _obstore().list_with_delimiter(_client(self.bucket), self.key or None)
-        return _names(found["common_prefixes"]), _names(each["path"] for each in found["objects"])
+        objects = (each["path"] for each in found["objects"])
+        return _names(found["common_prefixes"]), _names(key for key in objects if key != self.key)  # see `_facts_below`
 
 
 class ObjectFacts(NamedTuple):
@@ -282,7 +288,15 @@ def facts_below(root: ObjectPath) -> dict[str, ObjectFacts]:
 def _facts_below(root: ObjectPath) -> dict[str, ObjectFacts]:
     with _told(root):
         pages = _obstore().list(_client(root.bucket), prefix=root.key or None)
-        return {each["path"]: ObjectFacts.of(each) for page in pages for each in page}
+        found = {each["path"]: ObjectFacts.of(each) for page in pages for each in page}
+    # Consoles make empty objects for folders; obstore leaves out the slash that their names end with.
+    folders = {root.key}
+    for key in found:
+        folder = key.rpartition("/")[0]
+        while folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    return {key: facts for key, facts in found.items() if key != root.key and (facts.size or key not in folders)}
 
 
 # ---- reading
@@ -297,8 +311,9 @@ def whole(path: ObjectPath, check: Callable[[int], None]) -> tuple[bytes, Object
     """
     with _told(path):
         found = _obstore().get(_client(path.bucket), path.key)
-        facts = ObjectFacts.of(found.meta)
-        check(facts.size)
+    facts = ObjectFacts.of(found.meta)
+    check(facts.size)
+    with _told(path):
         return bytes(found.bytes()), facts
 
 
@@ -438,7 +453,7 @@ def _connected(bucket: str, seconds: int) -> Any:
             client_options={"timeout": timedelta(seconds=seconds), "allow_http": is_plain},
             retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},
         )
-    except failed as error:
+    except (failed, ValueError) as error:
         raise FeatureStoreError(
             f"{bucket} can't be reached: {_reason(error)}. Expected what it needs in the environment, such as "
             "AWS_REGION and AWS_ACCESS_KEY_ID, or AZURE_STORAGE_ACCOUNT_NAME. Set it."
@@ -465,6 +480,10 @@ def _told(path: ObjectPath) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    except ValueError as error:  # a key that it doesn't ask a server for
+        raise FileNotFoundError(errno.ENOENT, "no object can be called so", str(path)) from error
+    except failed.InvalidPathError as error:
+        raise FeatureStoreError(_unlisted(path, error)) from error
     except (failed.AlreadyExistsError, failed.PreconditionError) as error:
         raise FileExistsError(
             errno.EEXIST, "a written file is never replaced, choose another name", str(path)
@@ -479,6 +498,16 @@ def _told(path: ObjectPath) -> Iterator[None]:
 
 def _names(keys: Iterable[str]) -> list[str]:
     return [key.rstrip("/").rpartition("/")[2] for key in keys]
+
+
+def _unlisted(path: ObjectPath, error: BaseException) -> str:
+    """What is said of an object whose name obstore refuses: no listing goes on behind it."""
+    found = re.search(r'Path "(.*?)"(?: contained|: Encountered)', str(error), re.DOTALL)
+    return (
+        f"{path} can't be listed, for an object there is called {found[1] if found else _reason(error)!r}. Expected no "
+        "name with an empty part (//), with '.' or '..' for a part, or with a control character. Rename or delete it, "
+        "with a tool of the object store."
+    )
 
 
 def _reason(error: BaseException) -> str:

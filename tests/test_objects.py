@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import secrets
 import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
-from support.object_server import Proxy
+from support.object_server import Proxy, put_called
 
 from featstore import FeatureStoreError, ImageSet, objects
-from featstore.objects import ObjectPath, copy, delete, names_in, place_of, put, ranges_of, start_of
+from featstore.objects import ObjectPath, copy, delete, facts_below, names_in, place_of, put, ranges_of, start_of
 
 
 def objects_below(text: str) -> ObjectPath:
@@ -44,8 +45,8 @@ def root(request: pytest.FixtureRequest) -> ObjectPath:
         ("gs://bucket", "gs://bucket", ""),
         ("az://container/a", "az://container", "a"),
         ("memory://x/y", "memory://x", "y"),
-    ],
         ("S3://bucket/A", "s3://bucket", "A"),
+    ],
 )
 def test_an_address_names_a_bucket_and_a_key(text: str, bucket: str, key: str) -> None:
     assert place_of(text) == ObjectPath(bucket, key)
@@ -158,9 +159,50 @@ def test_a_put_whose_reply_is_lost_still_meets_another_object(bucket: str, proxy
     assert start(path, 9) == (b"first", 5)
 
 
+def test_an_absolute_path_is_below_no_address(root: ObjectPath) -> None:
+    with pytest.raises(ValueError, match=f"'/a' is an absolute path. Expected a name below {root}"):
+        root / "/a"
+
+
+@pytest.mark.parametrize("name", ["a//b", "../b", "a\nb", "a\udc80"])
+def test_of_a_name_that_no_object_may_have_there_is_none(root: ObjectPath, name: str) -> None:
+    path = ObjectPath(root.bucket, f"{root.key}/{name}")
+    assert not path.exists()
+    with pytest.raises(FileNotFoundError, match="no object can be called so"):
+        put(path, b"")
+
+
+@pytest.mark.parametrize("name", ["a//b.jpg", "a/../b.jpg", "a/./b.jpg", "a\tb.jpg"])
+def test_an_object_of_a_name_that_can_not_be_listed_is_named(object_server: int, bucket: str, name: str) -> None:
+    root = objects_below(f"{bucket}/photos")
+    put_called(object_server, f"{root}/{name}", b"")
+    sentence = re.escape(
+        f"{root} can't be listed, for an object there is called {f'photos/{name}'!r}. Expected no name"
+    )
+    for look in (root.is_dir, lambda: facts_below(root)):
+        with pytest.raises(FeatureStoreError, match=f"^{sentence} .* Rename or delete it, with a tool"):
+            look()
+
+
+def test_objects_that_stand_for_folders_are_not_among_those_below(object_server: int, bucket: str) -> None:
+    root = objects_below(f"{bucket}/photos")
+    for name in ("", "a/", "a/b/", "a/b/c.jpg", "d", "e/"):
+        put_called(object_server, f"{root}/{name}", b"")
+    assert sorted(facts_below(root)) == ["a/b/c.jpg", "d", "e"]
+    assert sorted(root.names()) == ["a", "d", "e"]
+    assert (root / "a" / "b").names() == ["c.jpg"]
+    with objects.seen_at_once(root):
+        assert (root.names(), (root / "a").names(), (root / "a" / "b").names()) == (["a", "d", "e"], ["b"], ["c.jpg"])
+
+
 def test_a_bucket_that_is_not_there_is_the_servers_word(bucket: str) -> None:
     with pytest.raises(OSError, match=f"the object store failed .*NoSuchBucket.*{bucket}-other/a"):
         (objects_below(f"{bucket}-other") / "a").is_dir()
+
+
+def test_a_bucket_that_can_not_be_called_so_is_one_that_can_not_be_reached() -> None:
+    with pytest.raises(FeatureStoreError, match="s3://a b can't be reached: invalid domain character"):
+        objects_below("s3://a b/c").exists()
 
 
 def test_a_server_that_is_not_there_is_an_error_of_the_system(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

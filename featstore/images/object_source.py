@@ -43,7 +43,10 @@ class ObjectSource:
 
     def has(self, image: str) -> bool:
         """Whether the object is there."""
-        return (self._place / self._name(image)).exists()
+        try:
+            return (self._place / self._name(image)).exists()
+        except ValueError:  # an absolute path
+            return False
 
     def moved(self, root: str) -> ImageSource | None:
         """The images of the same names below `root`, an address or a folder; None of those in this process's memory."""

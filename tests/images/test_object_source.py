@@ -151,6 +151,21 @@ def test_a_table_may_name_objects(in_memory: ObjectPath, folder: Path) -> None:
     assert own.ids == like.ids
 
 
+@pytest.mark.parametrize("odd", ["/data/b.jpg", "../b.jpg", "b//c.jpg", "b\nc.jpg"])
+def test_an_image_that_no_object_can_be_is_missing_as_it_is_in_a_folder(
+    in_memory: ObjectPath, tmp_path: Path, store: FeatureStore, odd: str
+) -> None:
+    photo = photos(tmp_path / "photos", 1) / "cat" / "0.png"
+    put(in_memory / photo.name, photo.read_bytes())
+    table = tmp_path / "table.csv"
+    table.write_text(f'path,label\n0.png,x\n"{odd}",x\n')
+    own, like = (ImageSet.from_table(table, root=root) for root in (str(in_memory), photo.parent))
+    assert own.absent() == [1]
+    assert list(own.digests().failed) == list(like.digests().failed) == [1]
+    report = run(own, store, on_error="skip")
+    assert (counts(report), report.missing) == ((1, 0, 0), 1)
+
+
 def test_tables_and_shards_are_files_of_this_machine() -> None:
     with pytest.raises(ValueError, match=r"lies in an object store, from where a table can't be read"):
         ImageSet.from_table("s3://bucket/table.csv")

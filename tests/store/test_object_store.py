@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.extracting import counts, run
-from support.object_server import ENVIRONMENT, Proxy
+from support.object_server import ENVIRONMENT, Proxy, put_called
 from support.operations import watch
 from support.processes import Processes
 from support.programs import Run
@@ -261,6 +261,17 @@ def test_what_else_lies_in_a_sets_folder_is_not_removed(memory: FeatureStore) ->
         memory.remove(found.key)
     delete(other)
     memory.remove(found.key)
+
+
+def test_objects_that_stand_for_folders_stop_no_removal(object_server: int, bucket: str) -> None:
+    store = FeatureStore(f"{bucket}/features")
+    run(arrays(), store)
+    found = the_set(store)
+    for folder in (store.folder, found.folder.parent, found.folder):
+        put_called(object_server, f"{folder}/", b"")
+    assert len(rows(store, arrays())) == 10
+    assert store.remove(found.key).rows == 10
+    assert FeatureStore(str(store.root)).sets() == []
 
 
 def test_features_of_objects_are_read_in_another_process(bucket: str, proxy: Proxy, processes: Processes) -> None:

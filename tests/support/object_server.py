@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import quote
 
 from featstore.objects import ObjectPath, put
 
@@ -41,6 +42,14 @@ def served() -> Iterator[int]:
 def make_bucket(port: int, name: str) -> None:
     client = http.client.HTTPConnection("127.0.0.1", port)
     client.request("PUT", f"/{name}")
+    assert client.getresponse().status == 200
+    client.close()
+
+
+def put_called(port: int, address: str, content: bytes) -> None:
+    """Makes an object of a name that featstore would give to none."""
+    client = http.client.HTTPConnection("127.0.0.1", port)
+    client.request("PUT", "/" + quote(address.removeprefix("s3://")), content)
     assert client.getresponse().status == 200
     client.close()
 
