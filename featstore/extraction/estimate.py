@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import secrets
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -167,17 +166,19 @@ def estimate_plan(
     sets = tuple(_described(each, count) for each, count in zip(planned.sets, num_rows, strict=True))
     if not planned.is_to_read.any():
         return Estimate(images=0, sets=sets, sample=0, device="", start_seconds=0.0, rates=())
-    opened = open_plan(
-        planned,
-        store,
-        on_error=on_error,
-        max_errors=max_errors,
-        doubtful=doubtful,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-    )
-    with _beside(store) as beside, replace(opened, store=beside) as session:
+    with ExitStack() as stack:
+        beside = stack.enter_context(_beside(store))  # which may be refused, before there are processes that render
+        opened = open_plan(
+            planned,
+            store,
+            on_error=on_error,
+            max_errors=max_errors,
+            doubtful=doubtful,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+        )
+        session = stack.enter_context(replace(opened, store=beside))
         start_seconds = time.perf_counter() - started
         places = np.flatnonzero(session.is_needed.any(axis=0))
         most = max(SAMPLE, 2 * SLICE * session.renderers.count) if session.renderers else SAMPLE
@@ -229,14 +230,19 @@ def _described(each: PlannedSet, num_rows: int) -> dict[str, Json]:
 @contextmanager
 def _beside(store: FeatureStore) -> Iterator[FeatureStore]:
     """A store of its own in the same file system, in a hidden folder, where nobody looks; gone afterwards."""
+    name = disk.estimate_name()
     if isinstance(store.folder, ObjectPath):
-        beside = store.folder / f".estimate-{secrets.token_hex(8)}"
+        beside = store.folder / name
         try:
             yield FeatureStore(beside)
         finally:
-            for name in facts_below(beside):
-                disk.unlink(beside / name)
+            for each in facts_below(beside):
+                disk.unlink(beside / each)
         return
     there = next(folder for folder in (store.folder, *store.folder.parents) if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".estimate-", dir=there) as folder:
-        yield FeatureStore(folder)
+    disk.mkdir(there / name)
+    try:
+        yield FeatureStore(there / name)
+    finally:
+        with suppress(FileNotFoundError):  # by `gc`, while it was at work
+            shutil.rmtree(there / name)

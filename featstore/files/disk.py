@@ -129,6 +129,11 @@ def move_aside(folder: Path) -> Path:
     return aside
 
 
+def estimate_name() -> str:
+    """A hidden name for what an estimate writes, and deletes again."""
+    return f"{_ESTIMATE}{secrets.token_hex(8)}"
+
+
 def is_temporary(name: str) -> bool:
     """Whether a file is called as those that writers rename when they are whole."""
     return _TEMPORARY.fullmatch(name) is not None
@@ -144,12 +149,18 @@ def is_moved_aside(name: str) -> bool:
     return _MOVED_ASIDE.fullmatch(name) is not None
 
 
-_DAMAGED, _REMOVED = ".damaged-", ".removed-"
+def is_of_estimate(name: str) -> bool:
+    """Whether `estimate_name` has named a folder."""
+    return _OF_ESTIMATE.fullmatch(name) is not None
+
+
+_DAMAGED, _REMOVED, _ESTIMATE = ".damaged-", ".removed-", ".estimate-"
 
 # Whole names, so that nobody else's hidden file is taken for one of ours.
 _TEMPORARY = re.compile(r"\..+\.(h5|jsonl)\.tmp-[0-9a-f]{16}", re.DOTALL)
 _SET_ASIDE = re.compile(rf"\..+\.h5{re.escape(_DAMAGED)}[0-9a-f]{{16}}", re.DOTALL)
 _MOVED_ASIDE = re.compile(rf"{re.escape(_REMOVED)}[0-9a-f]{{16}}")
+_OF_ESTIMATE = re.compile(rf"{re.escape(_ESTIMATE)}[0-9a-f]{{16}}")
 
 # ---- the operations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from featstore.errors import DamagedFileError
 from featstore.files import disk
 from featstore.files.index import RowIndex
 from featstore.files.part import Part
+from featstore.objects import ObjectPath, facts_below
 from featstore.store.catalogue import Catalogue, listed, part_paths
 from featstore.store.compaction import LeftAlone
 from featstore.store.folders import is_trunk_folder, key_in
@@ -117,13 +119,15 @@ class _Rubbish:
                     self._take(each.part.path)
 
     def take_leftovers(self, folder: Path) -> None:
-        """Deletes what killed writers, repairs and removals have left in a folder."""
+        """Deletes what killed writers, estimates, repairs and removals have left in a folder."""
         try:
             names = sorted(listed(folder))
         except DamagedFileError:  # not to be read here: `verify` tells about it
             return
         for name in names:
             path = folder / name
+            if disk.is_of_estimate(name):
+                self._take_estimate(path)
             if not (disk.is_temporary(name) or disk.is_set_aside(name) or disk.is_moved_aside(name)):
                 continue
             with suppress(FileNotFoundError):
@@ -137,6 +141,19 @@ class _Rubbish:
                         self._take(path)
                     else:
                         self._take_folder(path)
+
+    def _take_estimate(self, folder: Path) -> None:
+        """Deletes what an estimate that was killed has left, if all of it is old."""
+        if folder.is_symlink():
+            return
+        paths, folders = _everything_below(folder)
+        with suppress(FileNotFoundError, PermissionError):  # it ends just now, or is somebody else's
+            if any(each.lstat().st_mtime > self.oldest for each in [*paths, *folders]):
+                return
+            for path in paths:
+                self._take(path)
+            for each in reversed(folders if not self.is_dry else []):
+                disk.remove_folder(each)
 
     def _take_folder(self, folder: Path) -> None:
         for path in files_in(folder):
@@ -155,6 +172,14 @@ class _Rubbish:
         """Makes the names of files safe that take another's place: who published them may have died just before."""
         for folder in folders if not self.is_dry else ():
             disk.sync_folder(folder)
+
+
+def _everything_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """All files below a folder, and all folders, itself first; an object store has none of these."""
+    if isinstance(folder, ObjectPath):
+        return [folder / name for name in facts_below(folder)], []
+    found = [(Path(above), names) for above, _, names in os.walk(folder)]
+    return [above / name for above, names in found for name in names], [above for above, _ in found]
 
 
 def _opened(folders: Sequence[Path]) -> Iterator[SetPart]:

@@ -478,7 +478,7 @@ class FeatureStore:
         return report
 
     def gc(self, *, older_than: float = DAY_SECONDS, dry_run: bool = False) -> GcReport:
-        """Deletes files that nobody reads: superseded parts, what killed writers, repairs and removals have left.
+        """Deletes files that nobody reads: superseded parts, what killed writers, estimates, repairs and removals left.
 
         A superseded part goes only if all its rows are in parts that every checksum fits. Image tables stay.
 

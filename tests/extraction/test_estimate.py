@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.extracting import run
+from support.operations import replace_operation
 from support.tiny import photos, staged
 
 from featstore import (
@@ -24,6 +25,8 @@ from featstore import (
     extract,
 )
 from featstore.extraction import estimate as estimate_module
+from featstore.extraction.job import Session
+from featstore.extraction.opening import open_plan
 from featstore.extraction.rates import STAGES
 
 TWO_CUTS: dict[str, Any] = {"cuts": ["layer1:none", "layer2"], "augment": Augment("flip", seeds=[0, 1])}
@@ -106,6 +109,26 @@ def test_an_estimate_leaves_a_store_as_it_was(images: ImageSet, store: FeatureSt
     before = files(store.folder.parent)
     estimated(images, store, cuts=["layer2"])
     assert files(store.folder.parent) == before
+
+
+def test_where_nothing_can_be_written_nothing_is_opened(
+    images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Session] = []
+
+    def noted(*arguments: Any, **options: Any) -> Session:
+        opened.append(open_plan(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(estimate_module, "open_plan", noted)
+    replace_operation(monkeypatch, "mkdir", refused)
+    with pytest.raises(PermissionError):
+        estimated(images, store, cuts=["layer2"])
+    assert opened == []
+
+
+def refused(operation: Any, path: Path) -> None:
+    raise PermissionError(13, "Permission denied", str(path))
 
 
 def test_the_sample_is_spread_over_what_is_missing(

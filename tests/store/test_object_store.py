@@ -274,6 +274,18 @@ def test_objects_that_stand_for_folders_stop_no_removal(object_server: int, buck
     assert FeatureStore(str(store.root)).sets() == []
 
 
+def test_what_a_killed_estimate_left_is_deleted_once_it_is_old(memory: FeatureStore) -> None:
+    run(arrays(), memory)
+    left = memory.folder / ".estimate-0123456789abcdef" / "net@pool-0123456789ab" / "part-1.h5"
+    mine = memory.folder / ".estimate-costs" / "part-1.h5"
+    for path in (left, mine):
+        assert isinstance(path, ObjectPath)
+        put(path, b"123")
+    assert memory.gc().paths == ()
+    assert memory.gc(older_than=0, dry_run=True).paths == memory.gc(older_than=0).paths == (left,)
+    assert (left.exists(), mine.exists(), len(the_set(memory).parts)) == (False, True, 1)
+
+
 def test_features_of_objects_are_read_in_another_process(bucket: str, proxy: Proxy, processes: Processes) -> None:
     images, store = arrays(), FeatureStore(bucket)
     run(images, store)

@@ -684,6 +684,26 @@ def test_what_killed_writers_repairs_and_removals_left_goes_and_nothing_else(sto
     assert store.gc(older_than=0).paths == ()
 
 
+def test_what_a_killed_estimate_left_goes_once_all_of_it_is_old(store: FeatureStore, tmp_path: Path) -> None:
+    path = file(store, 0)
+    left, mine = store.root / ".estimate-0123456789abcdef", store.root / ".estimate-invoices"
+    link = store.root / ".estimate-fedcba9876543210"
+    for folder in (left / "trunk" / "set", mine, tmp_path / "mine"):
+        folder.mkdir(parents=True)
+        (folder / "part-1.h5").touch()
+    link.symlink_to(tmp_path / "mine")
+    assert store.gc(older_than=50).paths == ()
+    for each in (left, left / "trunk", left / "trunk" / "set"):
+        aged(each)
+    assert store.gc(older_than=50).paths == ()
+    aged(left / "trunk" / "set" / "part-1.h5")
+    assert store.gc(older_than=50, dry_run=True).files == 1
+    assert store.gc(older_than=50).paths == (left / "trunk" / "set" / "part-1.h5",)
+    assert not left.exists()
+    assert all((folder / "part-1.h5").exists() for folder in (mine, link, tmp_path / "mine"))
+    assert path.exists()
+
+
 def test_of_a_link_that_a_removal_has_left_nothing_but_the_link_goes(store: FeatureStore, tmp_path: Path) -> None:
     file(store, 0)
     (tmp_path / "mine").mkdir()
