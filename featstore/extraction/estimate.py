@@ -35,7 +35,8 @@ PASSES = {"cpu": 2, "cuda": 8}
 """Of a model, with one view an image; a GPU's are short."""
 
 WRITTEN_BYTES = 64 << 20
-"""That are written at most, of all sets together: what a part takes beside its rows then hardly counts."""
+"""That are written at most, of all sets together, or a row of each: what a part takes beside its rows then hardly
+counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +188,7 @@ def estimate_plan(
         passed = max(SAMPLE, PASSES.get(device_type, 2) * max(sizes))
         passed = passed * len(sizes) * len(places) // int(session.is_needed.sum())  # of several views fewer images
         written = [
-            min(count, WRITTEN_BYTES // (len(sets) * each.row_bytes))
+            max(1, min(count, WRITTEN_BYTES // (len(sets) * each.row_bytes)))
             for each, count in zip(planned.sets, num_rows, strict=True)
         ]
         cold = session.rehearse(places[sample], passed=1, num_rows=[1] * len(sets))

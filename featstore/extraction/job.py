@@ -281,7 +281,8 @@ class Job:
 
         Args:
             passed: images whose views go through the trunks, about: in full passes, and repeated for as many.
-            num_rows: of each set, about how many are written; those that were computed are repeated for as many.
+            num_rows: of each set, how many are written: those that were computed first, repeated for as many. Beside
+                these, rows of one pass of each model are in memory at most.
         """
         num_rendered = 0
         for each in self.rendered():
@@ -291,13 +292,11 @@ class Job:
             size, views = opened.trunk.batch_size, cycle(batch)
             for _ in range(max(1, passed * len(batch) // (num_rendered * size)) if batch else 0):
                 self._launch(model, list(islice(views, size)))
+                for place in opened.places:
+                    if self.gathered[place].num_rows > num_rows[place]:
+                        self.gathered[place] = self.gathered[place].sized(num_rows[place])
         self._gather_rest()
-        self._write(
-            [
-                gathered.repeated(max(1, wanted // max(1, gathered.num_rows)))
-                for gathered, wanted in zip(self.gathered, num_rows, strict=True)
-            ]
-        )
+        self._write([gathered.sized(wanted) for gathered, wanted in zip(self.gathered, num_rows, strict=True)])
 
     def rendered(self) -> Generator[Rendered]:
         """The views of its images: first of those whose pixels are stored, then of the others; each in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,15 @@ class Gathered:
         self._chunks.append((values, digests, decoders))
         self.num_bytes += values.nbytes
 
-    def repeated(self, times: int) -> Gathered:
-        """The same rows so many times, in no more memory: what it takes to write many is seen with a few."""
-        return Gathered(self.spec, self.shape, num_bytes=times * self.num_bytes, _chunks=times * self._chunks)
+    def sized(self, num_rows: int) -> Gathered:
+        """So many of the same rows, each as often as it takes, in no more memory; none of none."""
+        found = Gathered(self.spec, self.shape)
+        for values, digests, decoders in cycle(chunk for chunk in self._chunks if len(chunk[0])):
+            if num_rows <= 0:
+                break
+            found.add(values[:num_rows], digests[:num_rows], decoders[:num_rows])
+            num_rows -= len(values)
+        return found
 
     @property
     def num_rows(self) -> int:

@@ -28,6 +28,7 @@ from featstore.extraction import estimate as estimate_module
 from featstore.extraction.job import Session
 from featstore.extraction.opening import open_plan
 from featstore.extraction.rates import STAGES
+from featstore.store.gathering import Gathered
 
 TWO_CUTS: dict[str, Any] = {"cuts": ["layer1:none", "layer2"], "augment": Augment("flip", seeds=[0, 1])}
 
@@ -109,6 +110,35 @@ def test_an_estimate_leaves_a_store_as_it_was(images: ImageSet, store: FeatureSt
     before = files(store.folder.parent)
     estimated(images, store, cuts=["layer2"])
     assert files(store.folder.parent) == before
+
+
+def test_rows_are_kept_and_written_up_to_a_bound_whatever_the_passes(
+    images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    written: list[int] = []
+    add, write = Gathered.add, Gathered.write
+
+    def added(self: Gathered, *rows: Any) -> None:
+        add(self, *rows)
+        kept.append(self.num_rows)
+
+    def wrote(self: Gathered, *where: Any) -> Path:
+        written.append(self.num_rows)
+        return write(self, *where)
+
+    monkeypatch.setattr(Gathered, "add", added)
+    monkeypatch.setattr(Gathered, "write", wrote)
+    (wanted,) = estimated(images, store, cuts=["layer2"], batch_size=4).sets
+    assert wanted["rows"] == 10
+    assert (written, max(kept)) == ([1, 10], 10 + 4)
+    for num_bytes, num_rows in ((3 * wanted["bytes"] // 10, 3), (0, 1)):
+        monkeypatch.setattr(estimate_module, "WRITTEN_BYTES", num_bytes)
+        kept.clear()
+        written.clear()
+        found = estimated(images, store, cuts=["layer2"], batch_size=4)
+        assert (written, max(kept)) == ([1, num_rows], num_rows + 4)
+        assert found.rates[2].images >= estimate_module.SAMPLE  # as many passes as ever
 
 
 def test_where_nothing_can_be_written_nothing_is_opened(
