@@ -238,7 +238,7 @@ def finetune_command(
             f"--cut {name} --reduce {reduction}) and go on with its run: --from RUN_DIR."
         )
     if start is not None and view != ViewFlags():
-        raise ValueError("--size, --resize, --mean, --std and --interpolation come with the run of --from.")
+        raise ValueError("--size, --resize, --mean, --std, --interpolation and --decode come with the run of --from.")
     rate = _learning_rate(lr)
     from training.recipes import finetune  # torch: what was asked for is understood by now
 

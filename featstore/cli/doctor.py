@@ -155,7 +155,7 @@ def _plugins() -> Iterator[Finding]:
 
 def _decoders() -> Iterator[Finding]:
     from featstore.images.decode import decode
-    from featstore.images.decoders import DECODERS, PIXEL_DIGEST, POLICY
+    from featstore.images.decoders import DECODERS, PIXEL_DIGESTS, POLICIES
     from featstore.images.pixel_digest import pixel_digest
 
     for name, text in _GRAY.items():
@@ -174,15 +174,17 @@ def _decoders() -> Iterator[Finding]:
             yield Finding(check=name, state=state, found=f"can't be read: {reason}", remedy=remedy)
         else:
             yield Finding(check=name, state="ok", found=f"read by {DECODERS[image.decoder]}")
-    has_policys = pixel_digest() == PIXEL_DIGEST
-    yield Finding(
-        check="pixels",
-        state="ok" if has_policys else "note",
-        found=f"{'those' if has_policys else 'others than those'} of {POLICY}, digest {pixel_digest()[:8]}",
-        remedy=""
-        if has_policys
-        else "pip install --force-reinstall simplejpeg pillow; till then sets of others' are refused",
-    )
+    for word, policy in POLICIES.items():
+        digest = pixel_digest(policy)
+        has_policys = digest == PIXEL_DIGESTS[policy]
+        yield Finding(
+            check="pixels" if word == "full" else f"pixels:{word}",
+            state="ok" if has_policys else "note",
+            found=f"{'those' if has_policys else 'others than those'} of {policy}, digest {digest[:8]}",
+            remedy=""
+            if has_policys
+            else "pip install --force-reinstall simplejpeg pillow; till then sets of others' are refused",
+        )
 
 
 def _weights() -> Iterator[Finding]:

@@ -18,6 +18,7 @@ import typer
 from featstore.cli.program import one_of
 from featstore.errors import OnError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
+from featstore.images.decoders import POLICIES as DECODE_POLICIES
 from featstore.images.geometry import INTERPOLATIONS
 from featstore.images.names import OWN_SPLITS, Task, TopFolders
 from featstore.images.origins import ORIGINS, Origin, named_by
@@ -226,10 +227,20 @@ class ViewFlags:
         str | None,
         typer.Option(metavar="|".join(INTERPOLATIONS), help="", show_default="the weights', else bilinear"),
     ] = None
+    decode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(DECODE_POLICIES),
+            help="reduced: JPEGs at a half, a quarter or an eighth, their shorter side twice --resize or more.",
+            show_default="the weights', else full",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.interpolation is not None:
             one_of("--interpolation", self.interpolation, INTERPOLATIONS)
+        if self.decode is not None:
+            one_of("--decode", self.decode, tuple(DECODE_POLICIES))
 
     def view(self, own: View) -> View:
         """The view `own` of a model with these flags applied to it.
@@ -242,7 +253,9 @@ class ViewFlags:
             view = replace(view, mean=_by_channel("--mean", self.mean, own.channels))
         if self.std is not None:
             view = replace(view, std=_by_channel("--std", self.std, own.channels))
-        return view if self.interpolation is None else replace(view, interpolation=self.interpolation)
+        if self.interpolation is not None:
+            view = replace(view, interpolation=self.interpolation)
+        return view if self.decode is None else replace(view, decode=self.decode)
 
     def notes(self, model: StagedModel) -> tuple[str, ...]:
         """The model's notes; of what is assumed of its view, that alone which these flags leave open."""

@@ -118,7 +118,7 @@ def adopt(
             f"Set {old.key[:8]} was imported from {old.facts['imported']['source']}, and nobody knows from which view "
             "its rows were computed. Expected a set that extract made. Use it by its key."
         )
-    check_pixels(old.pixels, what=f"set {old.key[:8]}")
+    check_pixels(old.pixels, policy=old.spec.rendered.decode, what=f"set {old.key[:8]}")
     candidate = _Candidate.of(old, model, cut=cut, view=view)
     _check_other_facts(old, candidate)
     digests = images.digests(store.known_digests(images))
@@ -198,7 +198,7 @@ class _Candidate:
             prefix_tokens=prefix_tokens,
             profile=trunk.profile(),
             probe=probe.facts(),
-            pixels=pixel_digest(),
+            pixels=pixel_digest(self.view.decode),
         )
 
 

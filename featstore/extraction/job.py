@@ -552,7 +552,7 @@ def _facts(opened: Opened, each: PlannedSet) -> dict[str, Json]:
         prefix_tokens=prefix_tokens,
         profile=opened.trunk.profile(),
         probe=opened.probes[each.output].facts(),
-        pixels=pixel_digest(),
+        pixels=pixel_digest(each.view.decode),
         rounding=None if rounding is None else rounding.facts(),
     )
 

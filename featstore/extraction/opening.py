@@ -61,7 +61,7 @@ def open_plan(
     }
     for each in (planned.sets[place] for places in lacking.values() for place in places):
         if each.stored is not None:
-            check_pixels(each.stored.pixels, what=_named(each))
+            check_pixels(each.stored.pixels, policy=each.view.decode, what=_named(each))
     batching = {
         source: batching_for([planned.sets[place].stored for place in places], chosen.type, batch_size)
         for source, places in lacking.items()

@@ -102,8 +102,11 @@ class StoredPixels:
     ) -> StoredPixels:
         """Those of `views`, which are `View.pixels`, as far as today's decoders give the same."""
         found = {view: store.find_one(FeatureRequest.of(pixel_spec(view))) for view in views}
-        mine = {pixel_digest()}
-        sets = {view: each for view, each in found.items() if each is not None and each.pixels <= mine}
+        sets = {
+            view: each
+            for view, each in found.items()
+            if each is not None and each.pixels <= {pixel_digest(view.decode)}
+        }
         return cls(images=images, digests=digests, store=store, sets=sets)
 
     def has(self, view: View) -> NDArray[np.bool_]:

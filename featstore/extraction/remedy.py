@@ -10,6 +10,7 @@ from featstore.digest import Json
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE
 from featstore.images.augmentation import Policy
+from featstore.images.decoders import POLICIES
 from featstore.images.image_set import ImageSet
 from featstore.images.origins import made_by
 from featstore.images.views import Augment, View
@@ -84,15 +85,17 @@ def view_flags(view: View, default: View) -> list[str] | None:
     """The flags that turn the evaluation view `default` into `view`'s, or None where no flags can."""
     wanted, start = view.evaluation, default.evaluation
     turned = replace(start, interpolation=wanted.interpolation)  # the nearest pixel has no antialiasing
-    unflagged = (start.decode, start.apply_exif, turned.antialias, start.channels, start.squash)
-    if (wanted.decode, wanted.apply_exif, wanted.antialias, wanted.channels, wanted.squash) != unflagged:
+    unflagged = (start.apply_exif, turned.antialias, start.channels, start.squash)
+    if (wanted.apply_exif, wanted.antialias, wanted.channels, wanted.squash) != unflagged:
         return None
     flags = _unless("--size", wanted.size, start.size)
     scaled = start.resized(size=wanted.size) if wanted.size != start.size else start
     flags += _unless("--resize", wanted.resize, scaled.resize)
     flags += _unless("--mean", _numbers(wanted.mean), _numbers(start.mean))
     flags += _unless("--std", _numbers(wanted.std), _numbers(start.std))
-    return flags + _unless("--interpolation", wanted.interpolation, start.interpolation)
+    flags += _unless("--interpolation", wanted.interpolation, start.interpolation)
+    words = {policy: word for word, policy in POLICIES.items()}
+    return flags + _unless("--decode", words[wanted.decode], words[start.decode])
 
 
 def seed_ranges(seeds: Sequence[int]) -> str:

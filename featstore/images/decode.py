@@ -23,7 +23,7 @@ from torch import Tensor
 
 from featstore.errors import FeatureStoreError
 from featstore.images import jpeg
-from featstore.images.decoders import ARRAY, PILLOW, PILLOW_HEIF, POLICY
+from featstore.images.decoders import ARRAY, PILLOW, PILLOW_HEIF, POLICIES, POLICY, REDUCED, SIMPLEJPEG
 from featstore.images.headers import DecodeError, Header, MissingDecoderError, check_size, failed, read_header
 from featstore.machine import available_bytes
 from featstore.words import size_text
@@ -48,6 +48,7 @@ def decode(
     *,
     policy: str = POLICY,
     apply_exif: bool = True,
+    resize: int | None = None,
     memory: Budget | None = None,
     is_whole: bool = False,
 ) -> Decoded:
@@ -63,10 +64,14 @@ def decode(
     first is read. Alpha is dropped, 16 bits lose their low eight, colour profiles are not applied. The suffix of the
     file's name plays no part.
 
+    By the policy `decoders.REDUCED` a JPEG that simplejpeg would read has 1/8, 1/4 or 1/2 of its size, rounded up: the
+    least whose shorter side is twice `resize` or more. Damaged ones are read by Pillow then, to equal pixels.
+
     Args:
         data: the encoded file, or an array `(H, W)` or `(H, W, 3)`.
-        policy: must be `decoders.POLICY`, the only one so far.
+        policy: one of `decoders.POLICIES`' values.
         apply_exif: whether the EXIF orientation turns and mirrors the image; HEIC is always as its container turns it.
+        resize: that of the view which is wanted; without it nothing is reduced.
         memory: what all decodings at one time may take, where there are several.
         is_whole: whether the file is known to be, so that it doesn't matter whether this process lets Pillow take what
             is truncated for whole.
@@ -79,8 +84,9 @@ def decode(
     Pillow reports odd metadata of a TIFF, and a TIFF or GIF larger than its own ``Image.MAX_IMAGE_PIXELS``, as Python
     warnings, which this function lets through: to suppress them is to change the filters of all threads.
     """
-    if policy != POLICY:
-        raise ValueError(f"decode policy {policy!r} is unknown to this version of featstore, which has {POLICY!r}")
+    if policy not in POLICIES.values():
+        known = " and ".join(map(repr, POLICIES.values()))
+        raise ValueError(f"decode policy {policy!r} is unknown to this version of featstore, which has {known}")
     if isinstance(data, np.ndarray):
         return Decoded(_channels_first(_from_array(data)), ARRAY)
     header, memory = read_header(data), Budget() if memory is None else memory
@@ -90,8 +96,8 @@ def decode(
             _refuse_lenience()
         pixels, orientation, doubt = _by_pillow(data, header, memory)
     else:
-        with memory.taken(_bytes_needed(header.format, header.width * header.height), header.format):
-            pixels, decoder, doubt = jpeg.read(data)
+        scale = jpeg.scale(header, resize) if policy == REDUCED and resize is not None else 1
+        pixels, decoder, doubt = _jpeg(data, header, scale, memory)
         orientation, doubt = _orientation(header.exif), doubt or jpeg.doubt_of(data, header)
     return Decoded(_channels_first(_turned(pixels, orientation) if apply_exif else pixels), decoder, doubt)
 
@@ -148,6 +154,18 @@ def _from_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return _gray_to_rgb(array) if array.ndim == 2 else array.copy(order="C")
 
 
+def _jpeg(data: bytes, header: Header, scale: int, memory: Budget) -> tuple[NDArray[np.uint8], int, str | None]:
+    with memory.taken(_bytes_needed(header.format, header.width * header.height), header.format):
+        if scale == 1:
+            return jpeg.read(data)
+        try:
+            return jpeg.read_reduced(data, header, scale), SIMPLEJPEG, None
+        except ValueError as error:
+            warning = str(error).strip()
+    _refuse_lenience()
+    return _by_pillow(data, header, memory, scale)[0], PILLOW, jpeg.warned(warning)
+
+
 def _refuse_lenience() -> None:
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise FeatureStoreError(
@@ -156,13 +174,17 @@ def _refuse_lenience() -> None:
         )
 
 
-def _by_pillow(data: bytes, header: Header, memory: Budget) -> tuple[NDArray[np.uint8], int, str | None]:
+def _by_pillow(
+    data: bytes, header: Header, memory: Budget, scale: int = 1
+) -> tuple[NDArray[np.uint8], int, str | None]:
     try:
         # The plug-in's class, not Image.open: the bytes choose the decoder, not the plug-ins that happen to be
         # registered, and Image.open warns about large images, which are this file's business.
         with _PLUGINS[header.format](io.BytesIO(data)) as image:
             check_size(*image.size)
             with memory.taken(_bytes_needed(header.format, image.width * image.height), header.format):
+                if scale > 1:
+                    image.draft("RGB", (image.width // scale, image.height // scale))
                 return _decoded(image, header)
     except (DecodeError, MemoryError):
         raise

@@ -51,6 +51,7 @@ class Header(NamedTuple):
     height: int = 0
     scans: tuple[Scan, ...] = ()  # of a JPEG
     is_progressive: bool = False
+    has_blocks: bool = False  # of a JPEG: whether it holds coefficients of blocks; a lossless one holds differences
 
 
 def read_header(data: bytes) -> Header:
@@ -108,7 +109,9 @@ def _jpeg_header(data: bytes) -> Header:
     if bits != 8 or components not in (1, 3, 4):
         raise DecodeError(f"a JPEG of {components} components with {bits} bits each; 1, 3 or 4 with 8 bits are read")
     is_progressive = kind not in _BASELINE_MARKERS or num_scans > 1
-    return Header("JPEG", components == 4, exif or b"", width, height, tuple(scans), is_progressive)
+    return Header(
+        "JPEG", components == 4, exif or b"", width, height, tuple(scans), is_progressive, kind in _BLOCK_MARKERS
+    )
 
 
 def without_exif(data: bytes) -> bytearray:
@@ -133,6 +136,7 @@ JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # all t
 _START_OF_SCAN, _END_OF_IMAGE, _APP1, _APP15 = 0xDA, 0xD9, 0xE1, 0xEF
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BASELINE_MARKERS = frozenset({0xC0, 0xC1})
+_BLOCK_MARKERS = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
 
 
 def _png_header(data: bytes) -> Header:

@@ -45,8 +45,29 @@ def read(data: bytes) -> tuple[NDArray[np.uint8], int, str | None]:
     except RuntimeError as error:
         raise failed("JPEG", data, error) from error
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    doubt = f"libjpeg warns ({warning}): it may not show what was photographed"
-    return pixels, TORCHCODEC if by_torchvision is None else TORCHVISION, doubt
+    return pixels, TORCHCODEC if by_torchvision is None else TORCHVISION, warned(warning)
+
+
+def scale(header: Header, resize: int) -> int:
+    """By how much a JPEG is reduced for a view's `resize`: by 8, 4 or 2, or by 1, which is not at all.
+
+    By as much as leaves its shorter side, rounded up, twice `resize` and 4 pixels (of fewer, simplejpeg's other scales
+    leave as many). Lossless ones have no blocks to make fewer pixels of: libjpeg would write all pixels, beyond the
+    memory that simplejpeg has for a reduced image.
+    """
+    if not header.has_blocks:
+        return 1
+    shorter, needed = min(header.width, header.height), max(2 * resize, 4)
+    return next((each for each in (8, 4, 2) if -(-shorter // each) >= needed), 1)
+
+
+def read_reduced(data: bytes, header: Header, scale: int) -> NDArray[np.uint8]:
+    """The pixels by libjpeg's inverse transform to 4, 2 or 1 pixels of a block's 8; ValueError where it would warn."""
+    height, width = (-(-side // scale) for side in (header.height, header.width))
+    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+        data, "RGB", min_height=height, min_width=width, min_factor=scale
+    )
+    return pixels
 
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
@@ -81,6 +102,11 @@ def _by_torchcodec(data: bytes) -> Tensor:
 
 
 # --- what is doubtful about pixels that were read ---
+
+
+def warned(warning: str) -> str:
+    """What is said of a JPEG of which a decoder warns."""
+    return f"libjpeg warns ({warning}): it may not show what was photographed"
 
 
 def doubt_of(data: bytes, header: Header) -> str | None:

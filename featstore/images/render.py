@@ -19,6 +19,7 @@ from torch import Tensor
 
 from featstore.errors import Doubtful, ImageError, OnError, check_choice
 from featstore.images.decode import Budget, Decoded, decode
+from featstore.images.decoders import REDUCED
 from featstore.images.digests import content_digest
 from featstore.images.headers import DecodeError, MissingDecoderError
 from featstore.images.views import RenderError, View
@@ -232,12 +233,13 @@ def _outcome(images: Readable, job: Job, memory: Budget, doubtful: Doubtful, had
 
 
 def _views(data: bytes | NDArray[np.uint8], job: Job, memory: Budget) -> Rendered:
-    decoded: dict[tuple[str, bool], Decoded] = {}
+    decoded: dict[tuple[str, bool, int | None], Decoded] = {}
     views = []
     for view in job.views:
-        rules = view.decode, view.apply_exif
+        resize = view.resize if view.decode == REDUCED else None  # one decode in full serves all
+        rules = view.decode, view.apply_exif, resize
         if rules not in decoded:
-            decoded[rules] = decode(data, policy=view.decode, apply_exif=view.apply_exif, memory=memory)
+            decoded[rules] = decode(data, policy=view.decode, apply_exif=view.apply_exif, resize=resize, memory=memory)
         views.append(view.render(decoded[rules].pixels, job.digest))
     last = next(reversed(decoded.values()), None)
     if last is None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from featstore.digest import Json
 from featstore.images.augmentation import NONE, GivenPolicy, OwnPolicy, Policy, policy
+from featstore.images.decoders import POLICIES as DECODE_POLICIES
 from featstore.images.decoders import POLICY as DECODE_POLICY
 from featstore.images.geometry import INTERPOLATIONS, SMOOTH, Geometry, RenderError
 from featstore.images.levels import grey
@@ -45,7 +46,7 @@ class View:
         channels: 3 for R, G and B; 1 for gray, which the finished square is made at the end as Pillow's "L" does.
         mean: of each channel in 0 ... 1, subtracted by `normalise`.
         std: of each channel, which `normalise` then divides by.
-        decode: the decode policy, see `featstore.images.decode`.
+        decode: the decode policy, see `featstore.images.decode`; also "full" or "reduced", afterwards always its name.
         apply_exif: whether the EXIF orientation is obeyed.
         policy: augmentation; None in the evaluation view.
         seed: which of the policy's results, from 0 to `MAX_SEED`; None in the evaluation view.
@@ -81,8 +82,12 @@ class View:
             )
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation {self.interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
-        if self.decode != DECODE_POLICY:
-            raise ValueError(f"decode policy {self.decode!r} is unknown here; this featstore has {DECODE_POLICY!r}")
+        for word, name in DECODE_POLICIES.items():
+            if self.decode == word:
+                object.__setattr__(self, "decode", name)
+        if self.decode not in DECODE_POLICIES.values():
+            known = ", ".join(f"{name!r} ({word})" for word, name in DECODE_POLICIES.items())
+            raise ValueError(f"decode policy {self.decode!r} is unknown here; this featstore has {known}")
         if self.interpolation not in SMOOTH:
             object.__setattr__(self, "antialias", False)  # equal values, hence equal facts
         object.__setattr__(self, "channels", _integer("channels", self.channels, 1))

@@ -36,7 +36,7 @@ def part_facts(
         prefix_tokens: the same; default: the class tokens.
         profile: on what the rows were computed, `Trunk.profile()`.
         probe: `Probe.facts()`.
-        pixels: `pixel_digest()`, where images were read; default: none were.
+        pixels: `pixel_digest` by the view's decode policy, where images were read; default: none were.
         rounding: of scaled rows what is known of their error, `Rounding.facts()`; else None.
         failed: digest (hexadecimal) -> reason, of images that have no row because they failed; default: none.
     """

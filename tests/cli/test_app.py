@@ -108,6 +108,19 @@ def test_the_same_extraction_again_computes_nothing(featstore: Program) -> None:
     assert (again.json["failed"], again.json["missing"], again.json["failures"]) == (0, 0, [])
 
 
+def test_features_of_images_decoded_at_reduced_scale_have_a_key_of_their_own(featstore: Program) -> None:
+    small = extract_flags("--size", "16")
+    keys = []
+    for decoded in ("full", "reduced"):
+        assert featstore("status", *small, "--decode", decoded).code == 3
+        keys.append(featstore("extract", *small, "--decode", decoded, "--json").json["sets"][0]["key"])
+        assert featstore("status", *small, "--decode", decoded).code == 0
+    assert featstore("status", *small).code == 0
+    shown = featstore("show", keys[1], "--store", "feats").out
+    assert re.search("decode.*featstore-decode-1-reduced", shown)
+    assert len({*keys}) == 2
+
+
 def test_an_estimate_says_what_would_be_written_and_how_long_it_would_take(featstore: Program, here: Path) -> None:
     flags = extract_flags("--augment", "flip", "--seeds", "0")
     found = featstore("estimate", *flags, "--devices", "1,4", "--json")
@@ -517,6 +530,7 @@ def test_without_network_the_sentence_says_which_file_belongs_where(
         (["--task", "ranking"], "--task is 'ranking'. Expected single, multi or regression."),
         (["--on-error", "warn"], "--on-error is 'warn'. Expected raise or skip."),
         (["--device", "abacus"], "'abacus' is no device. Expected auto, cpu, cuda or cuda:1."),
+        (["--decode", "half"], "--decode is 'half'. Expected full or reduced."),
         (
             ["--interpolation", "lanczos"],
             "--interpolation is 'lanczos'. Expected bilinear, bicubic, nearest or nearest-exact.",
@@ -674,7 +688,7 @@ def test_help_shows_every_default(featstore: Program) -> None:
 def test_help_fits_the_flags_of_the_contract(featstore: Program) -> None:
     image = "images root path-column label-column label-sep split-column group-column task valid split-seed"
     image += " top-folders one-hot valid-column suffix strip"
-    model = "store backbone weights weights-prefix trust-code cut reduce size resize mean std interpolation"
+    model = "store backbone weights weights-prefix trust-code cut reduce size resize mean std interpolation decode"
     more = "augment seeds dtype precision device batch-size workers on-error max-errors doubtful shard json debug help"
     more += " engine actors gpus-per-actor ray-address"
     expected = {*image.split(), *model.split(), *more.split()}

@@ -30,6 +30,8 @@ def test_a_sound_installation_has_nothing_to_mend(featstore: Program, tmp_path: 
     assert found["HEIC"]["found"] == "read by pillow-heif"
     assert found["pixels"]["state"] == "ok"
     assert re.match(r"those of featstore-decode-1, digest \w{8}$", found["pixels"]["found"])
+    assert found["pixels:reduced"]["state"] == "ok"
+    assert found["pixels:reduced"]["found"].startswith("those of featstore-decode-1-reduced, digest ")
     assert found["processors"]["found"].startswith(f"{num_processors()}, torch uses {torch.get_num_threads()};")
     gpus = {name for name in found if name.startswith("cuda:")}
     assert len(gpus) == torch.cuda.device_count()

@@ -276,6 +276,9 @@ def test_a_set_is_listed_with_the_parameters_that_were_asked_for(featstore: Prog
 
 
 def test_size_alone_takes_resize_along() -> None:
+    assert ViewFlags(decode="reduced").view(View()) == View(decode="reduced")
+    assert ViewFlags().view(View(decode="reduced")) == View(decode="reduced")
+    assert ViewFlags(decode="full").view(View(decode="reduced")) == View()
     assert ViewFlags(size=112).view(View()) == View(size=112, resize=128)
     assert ViewFlags(size=112, resize=120, interpolation="bicubic", std="1,1,1").view(View()) == View(
         size=112, resize=120, interpolation="bicubic", std=(1.0, 1.0, 1.0)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from support.decoders import by_pillow, fast, flat, jpegs_by
-from support.extracting import counts, run
-from support.tiny import arrays, photos
+from support.extracting import counts, reduced, rows, run, up_to
+from support.programs import photographs
+from support.tiny import VIEW, arrays, net, photos, rows_by_hand
 
-from featstore import FactsDifferError, FeatureStore, ImageSet
+from featstore import Augment, FactsDifferError, FeatureStore, ImageSet
 from featstore.files.part import Part, write_part
-from featstore.images.decoders import PIXEL_DIGEST
+from featstore.images.decode import decode
+from featstore.images.decoders import PIXEL_DIGEST, PIXEL_DIGESTS, POLICY, REDUCED
 from featstore.images.pixel_digest import pixel_digest
+
+AUGMENT = Augment("flip", seeds=[0])
+HALF = replace(VIEW, decode="reduced")
 
 
 @pytest.fixture
@@ -80,3 +88,26 @@ def test_rows_of_arrays_are_those_of_any_decoder(store: FeatureStore) -> None:
     run(arrays(4), store)
     with jpegs_by(fast):
         assert counts(run(arrays(7), store)) == (3, 4, 0)
+
+
+def test_features_of_both_decode_policies_lie_side_by_side(store: FeatureStore, tmp_path: Path) -> None:
+    images = ImageSet.from_folder(photographs(tmp_path / "photos", 3))
+    keys = {view.decode: run(images, store, view=view, augment=AUGMENT).keys for view in (VIEW, HALF)}
+    assert len({*keys[POLICY], *keys[REDUCED]}) == 4
+    for policy, (key, augmented) in keys.items():
+        decoded = [decode(images.read(place), policy=policy, resize=VIEW.resize) for place in range(len(images))]
+        as_arrays = ImageSet.from_arrays(np.stack([np.asarray(each.pixels.permute(1, 2, 0)) for each in decoded]))
+        by_hand = reduced(rows_by_hand(up_to("layer2", net()), as_arrays, VIEW), "concat")
+        assert torch.equal(rows(store, images, key), by_hand)
+        assert store.set(augmented).pixels == store.set(key).pixels == {PIXEL_DIGESTS[policy]}
+    assert not torch.equal(rows(store, images, keys[POLICY][0]), rows(store, images, keys[REDUCED][0]))
+    assert counts(run(images, store, view=HALF, augment=AUGMENT)) == (0, 12, 0)
+
+
+def test_decoders_that_give_other_reduced_pixels_add_nothing_to_their_sets(
+    images: ImageSet, store: FeatureStore
+) -> None:
+    run(images.select([0, 1, 2]), store, view=HALF)
+    with jpegs_by(flat), pytest.raises(FactsDifferError, match=f"they give the pixels of {REDUCED}"):
+        run(images, store, view=HALF)
+    assert counts(run(images, store, view=HALF)) == (3, 3, 0)

@@ -120,7 +120,7 @@ def test_pixels_that_other_decoders_gave_are_left_alone(
     images: ImageSet, store: FeatureStore, other: StagedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(images, store, cuts=["pixels"])
-    monkeypatch.setattr("featstore.extraction.pixels.pixel_digest", lambda: "0" * 64)
+    monkeypatch.setattr("featstore.extraction.pixels.pixel_digest", lambda policy: "0" * 64)
     refuse_decoding(monkeypatch)
     with pytest.raises(AssertionError, match="an image was decoded"):
         run(images, store, model=other)

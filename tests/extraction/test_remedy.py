@@ -24,7 +24,8 @@ EXTRACT_FLAGS = {
     "--images", "--top-folders", "--root", "--path-column", "--label-column", "--label-sep", "--split-column",
     "--group-column", "--task", "--valid", "--split-seed", "--store", "--backbone", "--weights", "--cut", "--reduce",
     "--size", "--resize", "--one-hot", "--valid-column", "--suffix", "--strip", "--mean", "--std", "--interpolation",
-    "--augment", "--seeds", "--dtype", "--precision", "--device", "--batch-size", "--workers", "--on-error", "--json",
+    "--decode", "--augment", "--seeds", "--dtype", "--precision", "--device", "--batch-size", "--workers",
+    "--on-error", "--json",
 }  # fmt: skip
 
 
@@ -275,6 +276,8 @@ def test_a_size_takes_resize_along_as_the_flag_does() -> None:
     assert view_flags(replace(view, apply_exif=False), view) is None
     assert view_flags(replace(view, antialias=False), view) is None
     assert view_flags(replace(view, interpolation="nearest"), view) == ["--interpolation", "nearest"]
+    assert view_flags(replace(view, decode="reduced"), view) == ["--decode", "reduced"]
+    assert view_flags(view, replace(view, decode="reduced")) == ["--decode", "full"]
 
 
 def test_numbers_come_back_exactly() -> None:

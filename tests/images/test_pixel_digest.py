@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import decoder_samples
 
 from featstore import FactsDifferError
-from featstore.images.decoders import PIXEL_DIGEST
+from featstore.images.decoders import PIXEL_DIGEST, PIXEL_DIGESTS, POLICY, REDUCED
 from featstore.images.pixel_digest import SAMPLES, check_pixels, pixel_digest
 
 FORMAT_PAGE = Path(__file__).parents[2] / "docs" / "format.md"
@@ -51,14 +53,22 @@ def by_torchcodec(path: Path) -> Pixels:
     return np.asarray(torchcodec.decode_image(path.read_bytes(), mode="RGB").permute(1, 2, 0))
 
 
-def digest_by(decode: Callable[[Path], Pixels]) -> str:
+def drafted(path: Path, scale: int) -> Pixels:
+    image = Image.open(path)
+    if scale > 1:
+        image.draft("RGB", (image.width // scale, image.height // scale))
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def digest_by(*decoders: Callable[[Path], Pixels]) -> str:
     """As the format page spells it."""
 
     def compact(value: Any) -> bytes:
         return json.dumps(value, separators=(",", ":")).encode()
 
+    names = ("subsampled.jpg", "progressive.jpg", "turned.jpg", "transparent.png")
     digests = []
-    for name in ("subsampled.jpg", "progressive.jpg", "turned.jpg", "transparent.png"):
+    for decode, name in itertools.product(decoders, names):
         planes = decode(SAMPLES[0].with_name(name)).transpose(2, 0, 1)
         head = compact(["torch.uint8", list(planes.shape)])
         digests.append(hashlib.sha256(head + planes.tobytes()).hexdigest())
@@ -73,16 +83,30 @@ def test_decoders_of_all_libraries_give_the_pixels_of_the_policy(decode: Callabl
     assert PIXEL_DIGEST in FORMAT_PAGE.read_text()
 
 
+def test_pillow_gives_the_pixels_of_the_reduced_policy() -> None:
+    digest = digest_by(*(partial(drafted, scale=scale) for scale in (1, 2, 4, 8)))
+    assert digest == pixel_digest(REDUCED) == PIXEL_DIGESTS[REDUCED]
+    assert digest in FORMAT_PAGE.read_text()
+
+
+def test_reduced_pixels_that_others_gave_are_refused_by_the_name_of_their_policy() -> None:
+    check_pixels([PIXEL_DIGESTS[REDUCED]], policy=REDUCED, what="set 7c41")
+    with pytest.raises(FactsDifferError, match=f"they give the pixels of {REDUCED}"):
+        check_pixels([PIXEL_DIGEST], policy=REDUCED, what="set 7c41")
+    with jpegs_by(flat):
+        assert pixel_digest(REDUCED) != PIXEL_DIGESTS[REDUCED]
+
+
 @pytest.mark.parametrize("decoder", [fast, flat])
 def test_a_decoder_that_rounds_otherwise_gives_another_digest_and_is_refused(decoder: Decoder) -> None:
-    check_pixels([PIXEL_DIGEST], what="set 7c41")
+    check_pixels([PIXEL_DIGEST], policy=POLICY, what="set 7c41")
     with jpegs_by(decoder):
         assert pixel_digest() != PIXEL_DIGEST
-        check_pixels([pixel_digest()], what="set 7c41")
-        check_pixels([], what="set 7c41")
+        check_pixels([pixel_digest()], policy=POLICY, what="set 7c41")
+        check_pixels([], policy=POLICY, what="set 7c41")
         for stored in ({PIXEL_DIGEST}, {PIXEL_DIGEST, pixel_digest()}):
             with pytest.raises(FactsDifferError, match=f"images of set 7c41 were .* {PIXEL_DIGEST[:8]}"):
-                check_pixels(stored, what="set 7c41")
+                check_pixels(stored, policy=POLICY, what="set 7c41")
     assert pixel_digest() == PIXEL_DIGEST
 
 

@@ -297,6 +297,7 @@ def test_missing_rows_of_unreadable_images_are_not_to_be_computed_but_left_out(w
         ({"view": View(size=24, resize=24)}, "--cut layer2 --size 24 --resize 24"),
         ({"view": View(mean=(0.5, 0.25, 0.0), std=(1, 1, 0.5), size=32)}, "--cut layer2 --size 32 --resize 256 --mean"),
         ({"view": View(size=16, resize=18, interpolation="nearest")}, "--size 16 --interpolation nearest"),
+        ({"view": View(size=16, resize=18, decode="reduced")}, "--size 16 --decode reduced"),
     ],
 )
 def test_a_command_has_every_flag_that_is_not_its_default(world: World, change: dict[str, Any], flags: str) -> None:

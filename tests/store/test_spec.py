@@ -29,6 +29,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mean": {"view": replace(VIEW, mean=(0.5, 0.5, 0.5)).facts()},
     "std": {"view": replace(VIEW, std=(0.5, 0.5, 0.5)).facts()},
     "EXIF orientation": {"view": replace(VIEW, apply_exif=False).facts()},
+    "decode policy": {"view": replace(VIEW, decode="reduced").facts()},
     "policy": {"view": VIEW.with_seed("flip", 0).facts()},
     "seed": {"view": VIEW.with_seed("flip", 1).facts()},
 }
@@ -51,6 +52,13 @@ def test_the_key_is_the_sha_256_of_the_facts_as_canonical_json() -> None:
 def test_the_key_stays_the_same_from_release_to_release() -> None:
     # Of version 1 for ever: another value here means that every stored feature is out of reach.
     assert SPEC.key == "13051b3be93db0f9883bb0ef2cfe4b9ecbd3afa9b3705a6b82add40ae1a2dcc2"
+
+
+def test_the_key_of_a_reduced_decode_stays_too() -> None:
+    assert (
+        replace(SPEC, **OTHERS["decode policy"]).key
+        == "cda46b5e1eaa2d4902405e1c218aefb519b1fa26d28533f8042a4f3fcc263d42"
+    )
 
 
 def test_the_key_is_the_same_in_every_process(processes: Processes) -> None:

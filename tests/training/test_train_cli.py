@@ -18,7 +18,7 @@ from typer.models import OptionInfo
 
 import featstore.cli.app
 import training.cli
-from featstore import FeatureStore, ImageSet, backbone
+from featstore import FeatureStore, ImageSet, View, backbone
 from training import Learner
 
 EPOCHS = ["--epochs", "2"]
@@ -130,6 +130,16 @@ def test_inputs_are_what_training_read_also_where_validation_is_stored(run: Run)
     head(run)
     fresh = head(run, "--augment", "flip", "--seeds", "fresh", "--json", out="runs/fresh").json
     assert fresh["inputs"] == "images"
+
+
+def test_a_run_keeps_how_its_images_are_decoded(run: Run, here: Path) -> None:
+    trained = head(run, "--size", "16", "--decode", "reduced", "--json").json
+    assert trained["inputs"] == "features"
+    assert Learner.load("runs/head", quiet=True).view == View(size=16, resize=18, decode="reduced")
+    shutil.rmtree("feats")
+    evaluated = run("featstore-train", "evaluate", "--model", "runs/head", "--images", "photos", "--json").json
+    assert evaluated["inputs"] == "images"
+    assert evaluated["valid"] == pytest.approx(trained["valid"], rel=1e-3)  # its features were stored as float16
 
 
 def test_several_labels_report_map_and_f1(run: Run, here: Path) -> None:
@@ -334,7 +344,7 @@ def test_a_command_at_the_end_of_a_message_is_pasted_to_the_end_of_the_line(run:
         ),
         (
             ["--from", "runs/head", "--size", "48"],
-            "--size, --resize, --mean, --std and --interpolation come with the run of --from.",
+            "--size, --resize, --mean, --std, --interpolation and --decode come with the run of --from.",
         ),
         (
             ["--backbone", "tiny.py:make_model", "--cut", "conv2:avg"],
@@ -406,7 +416,7 @@ def test_debug_adds_the_traceback(run: Run, here: Path) -> None:
 def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     image = _words("images root path-column label-column label-sep split-column group-column task valid split-seed")
     image |= _words("top-folders one-hot valid-column suffix strip")
-    view = _words("size resize mean std interpolation")
+    view = _words("size resize mean std interpolation decode")
     how = _words("device batch-size workers on-error trust-code debug json help")
     more = _words(
         "seed overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights weights-prefix"

@@ -399,7 +399,7 @@ def _check_probe(situation: Situation, entry: Entry, each: FeatureSet) -> None:
     if situation.model.is_absent or checked in situation.probed:
         return
     what = f"set {each.key[:8]} ({entry.cut} {entry.pool.reduction})"
-    check_pixels(each.pixels, what=what)
+    check_pixels(each.pixels, policy=situation.view.decode, what=what)
     output, precision = Output(entry.cut, entry.pool), each.spec.precision
     view, device = situation.view, situation.device
     (live,) = take_probes(situation.model, [output], view=view, precision=precision, device=device)
