@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
         ("extract", ["--backbone", "tiny", "--images", "4", "--sizes", "64x48", "--rounds", "1"]),
         ("sharing", ["--backbone", "squeezenet1_1", "--images", "2", "--sizes", "64x48", "80x60", "--rounds", "1"]),
         ("jobs", ["--backbone", "resnet18", "--images", "2", "--many", "4", "--rounds", "1"]),
+        ("reduced", ["--backbone", "tiny", "--images", "2", "--sizes", "64x48", "--rounds", "1"]),
         ("rounding", ["--images", "2", "--cuts", "stem:none", "maps:concat", "--rounds", "1"]),
     ],
 )
