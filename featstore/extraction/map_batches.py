@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from featstore.errors import ImageError
-from featstore.images.decode import decode
 from featstore.images.digests import content_digest
 from featstore.images.headers import DecodeError
+from featstore.images.render import decode_for
 from featstore.images.views import RenderError
 from featstore.models.backbones import backbone
 from featstore.models.names import DEFAULT_PRECISION, Batching, Precision
@@ -83,6 +83,6 @@ class MapBatches:
 
     def _view(self, image: bytes | NDArray[np.uint8], name: str) -> torch.Tensor:
         try:
-            return self.view.render(decode(image, apply_exif=self.view.apply_exif).pixels, content_digest(image))
+            return self.view.render(decode_for(self.view, image).pixels, content_digest(image))
         except (DecodeError, RenderError) as error:
             raise ImageError(name, str(error)) from error

@@ -71,7 +71,7 @@ def decode(
         data: the encoded file, or an array `(H, W)` or `(H, W, 3)`.
         policy: one of `decoders.POLICIES`' values.
         apply_exif: whether the EXIF orientation turns and mirrors the image; HEIC is always as its container turns it.
-        resize: that of the view which is wanted; without it nothing is reduced.
+        resize: that of the view which is wanted, for the reduced policy, which needs it.
         memory: what all decodings at one time may take, where there are several.
         is_whole: whether the file is known to be, so that it doesn't matter whether this process lets Pillow take what
             is truncated for whole.
@@ -87,6 +87,8 @@ def decode(
     if policy not in POLICIES.values():
         known = " and ".join(map(repr, POLICIES.values()))
         raise ValueError(f"decode policy {policy!r} is unknown to this version of featstore, which has {known}")
+    if policy == REDUCED and resize is None:
+        raise ValueError(f"decode policy {policy!r} needs the resize of a view; give resize=, or decode in full")
     if isinstance(data, np.ndarray):
         return Decoded(_channels_first(_from_array(data)), ARRAY)
     header, memory = read_header(data), Budget() if memory is None else memory

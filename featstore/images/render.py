@@ -137,6 +137,11 @@ def render(
     return refusing(rendered, images) if on_error == "raise" else rendered
 
 
+def decode_for(view: View, data: bytes | NDArray[np.uint8], memory: Budget | None = None) -> Decoded:
+    """An image decoded as a view of it asks for; otherwise as `decode`."""
+    return decode(data, policy=view.decode, apply_exif=view.apply_exif, resize=view.resize, memory=memory)
+
+
 def default_threads() -> int:
     """How many threads render where nobody says."""
     return min(8, num_processors())
@@ -239,7 +244,7 @@ def _views(data: bytes | NDArray[np.uint8], job: Job, memory: Budget) -> Rendere
         resize = view.resize if view.decode == REDUCED else None  # one decode in full serves all
         rules = view.decode, view.apply_exif, resize
         if rules not in decoded:
-            decoded[rules] = decode(data, policy=view.decode, apply_exif=view.apply_exif, resize=resize, memory=memory)
+            decoded[rules] = decode_for(view, data, memory)
         views.append(view.render(decoded[rules].pixels, job.digest))
     last = next(reversed(decoded.values()), None)
     if last is None:

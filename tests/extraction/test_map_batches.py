@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from support.programs import BACKBONE
 from support.tiny import jpeg, pixels
 
@@ -30,6 +32,24 @@ def test_rows_are_those_of_an_extraction(source: str, store: FeatureStore) -> No
     ).keys[0]
     assert (found["features"] == store.features(as_stored, key)[:].numpy()).all()
     assert mapped({"image": images[:0]})["features"].shape == (0, 16)
+
+
+def test_images_are_decoded_as_the_models_view_says(source: str, store: FeatureStore, tmp_path: Path) -> None:
+    text = f"""{BACKBONE}
+def make_reduced():
+    from featstore import StagedModel, View
+    view = View(size=32, resize=37, decode="reduced")
+    return StagedModel.from_module(make_model(), view=view, name="tiny")
+"""
+    (tmp_path / "tiny.py").write_text(text, encoding="utf-8")
+    file = f"{tmp_path}/tiny.py:make_reduced"
+    photograph = Image.fromarray(load_sample_images().images[0])
+    (tmp_path / "photos").mkdir()
+    photograph.save(tmp_path / "photos" / "flower.jpg")
+    images = ImageSet.from_folder(tmp_path / "photos")
+    (key,) = extract(backbone(file), images, store, cuts=["conv2:avg"], dtype="float32", device="cpu").keys
+    found = MapBatches(file, cut="conv2:avg", device="cpu")({"bytes": np.array([images.read(0)], dtype=object)})
+    assert (found["features"] == store.features(images, key)[:].numpy()).all()
 
 
 def test_an_image_that_is_none_is_named(source: str) -> None:

@@ -119,7 +119,11 @@ def test_all_other_images_are_decoded_in_full() -> None:
     files += [PHOTO, saved(Image.fromarray(PHOTO).convert("CMYK")), saved(PHOTO[:39])]
     for file in files:
         assert np.array_equal(reduced(file, 20), in_full(file))
-    assert torch.equal(decode(files[0], policy=REDUCED).pixels, decode(files[0]).pixels)
+
+
+def test_without_a_views_resize_nothing_is_reduced_by_a_guess() -> None:
+    with pytest.raises(ValueError, match="'featstore-decode-1-reduced' needs the resize of a view"):
+        decode(saved(PHOTO), policy=REDUCED)
 
 
 def lossless(width: int, height: int) -> bytes:
