@@ -239,6 +239,10 @@ def changed_weight(bit: bool) -> StagedModel:
         (lambda: request(staged(), view=replace(VIEW, mean=(0.5, 0.5, 0.5))), "mean .stored 0.485"),
         (lambda: request(staged(), view=replace(VIEW, std=(0.25, 0.25, 0.25))), "std .stored 0.229"),
         (lambda: request(staged(), view=replace(VIEW, apply_exif=False)), "EXIF orientation"),
+        (
+            lambda: request(staged(), view=replace(VIEW, decode="reduced")),
+            "decode policy .stored featstore-decode-1, yours",
+        ),
         (lambda: request(staged(), view=VIEW.with_seed("flip", 0)), "augmentation"),
         (lambda: request(staged(), dtype="float16"), "storage type .stored float32, yours float16"),
         (lambda: request(staged(), precision="bf16"), "precision .stored fp32, yours bf16"),
