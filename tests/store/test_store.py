@@ -646,7 +646,8 @@ def test_features_of_another_decode_policy_are_refused_with_its_name_and_hold_up
     store = FeatureStore(root)
     sentence = (
         r"part-0000000000000000\.h5 can't be used by this featstore: decode policy 'rgb8-v9' is unknown here; this "
-        r"featstore has '[\w-]+'\. If a newer one wrote it, upgrade"
+        r"featstore has 'featstore-decode-1' \(full\), 'featstore-decode-1-reduced' \(reduced\)\. If a newer one wrote "
+        r"it, upgrade"
     )
     with pytest.raises(DamagedFileError, match=sentence):
         store.set(other)
