@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from featstore.models.staged import StagedModel
 
 
+PrefixOption = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="What tensors' names begin with in a file of several networks, such as teacher."),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
     """Which backbone, with which weights."""
@@ -37,12 +43,7 @@ class ModelFlags:
             show_default="DEFAULT for a name, else its own",
         ),
     ] = None
-    weights_prefix: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="What tensors' names begin with in a file of several networks, such as teacher."
-        ),
-    ] = None
+    weights_prefix: PrefixOption = None
 
     def __post_init__(self) -> None:
         _check_file(self.weights)
@@ -72,12 +73,7 @@ class ModelsFlags:
             show_default="DEFAULT for a name, else its own",
         ),
     ] = None
-    weights_prefix: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="What tensors' names begin with in a file of several networks, such as teacher."
-        ),
-    ] = None
+    weights_prefix: PrefixOption = None
 
     def __post_init__(self) -> None:
         num_models, num_weights = len(self.backbone), len(self.weights or [])
