@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from featstore.extraction.ray_actors import Ray
     from featstore.images.image_set import ImageSet
     from featstore.images.views import Augment, View
+    from featstore.machine import keep_freed_memory
     from featstore.models.backbones import backbone, backbone_names
     from featstore.models.pool import Pool
     from featstore.models.staged import StagedModel
@@ -84,6 +85,7 @@ __all__ = [
     "finish",
     "import_features",
     "import_file",
+    "keep_freed_memory",
     "open_plan",
     "plan",
 ]
@@ -114,6 +116,7 @@ _MODULES = {
     "featstore.extraction.ray_actors": ("Ray",),
     "featstore.images.image_set": ("ImageSet",),
     "featstore.images.views": ("Augment", "View"),
+    "featstore.machine": ("keep_freed_memory",),
     "featstore.models.backbones": ("backbone", "backbone_names"),
     "featstore.models.pool": ("Pool",),
     "featstore.models.staged": ("StagedModel",),

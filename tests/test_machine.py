@@ -23,6 +23,24 @@ def test_processors_are_those_that_this_process_may_use(processes: Processes) ->
     assert processes.answer(program) == "1"
 
 
+@pytest.mark.skipif(not hasattr(os, "confstr") or not sys.platform.startswith("linux"), reason="malloc isn't glibc's")
+def test_freed_memory_is_kept_where_that_was_asked_for(processes: Processes) -> None:
+    program = (
+        "import numpy\n"
+        "from featstore.machine import keep_freed_memory\n"
+        "def held(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "before = held()\n"
+        "{}\n"
+        "values = numpy.ones(10_000_000)\n"
+        "del values\n"
+        "print(held() - before > 70_000_000)"
+    )
+    assert processes.answer(program.format("")) == "False"
+    assert processes.answer(program.format("assert keep_freed_memory()")) == "True"
+    own = "import os; os.environ['MALLOC_ARENA_MAX'] = '2'; assert not keep_freed_memory()"
+    assert processes.answer(program.format(own)) == "False"
+
+
 def test_available_memory_is_some_and_no_more_than_there_is() -> None:
     assert 0 < available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -21,6 +21,7 @@ import typer.main
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ImageError
+from featstore.machine import keep_freed_memory
 from featstore.remedies import Command
 from featstore.words import printable
 
@@ -71,6 +72,8 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = typer.main.get_command(app)
+    if argv is None:  # else the process is another program's
+        keep_freed_memory()
     try:
         if os.environ.get(_completion_variable(name)):  # a shell asks what may come next
             _complete(command, name)

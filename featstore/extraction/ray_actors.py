@@ -29,6 +29,7 @@ from featstore.extraction.job import Session
 from featstore.extraction.opening import open_plan
 from featstore.extraction.plan import Plan
 from featstore.extraction.progress import Progress, ProgressReport
+from featstore.machine import keep_freed_memory
 from featstore.models import own_file
 from featstore.models.trunk import check_batch_size, default_batch_size
 from featstore.store.sets import batching_for
@@ -185,6 +186,7 @@ class _Worker:
         try:
             with suppress(FileNotFoundError):  # which only relative paths need
                 os.chdir(told.folder)
+            keep_freed_memory()
             torch.set_num_threads(told.threads)  # else as many as Ray says, by OMP_NUM_THREADS
             for source in told.sources:
                 own_file.load(source)

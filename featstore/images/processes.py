@@ -37,7 +37,7 @@ from featstore.images.decode import Budget
 from featstore.images.render import Cost, Job, Readable, Rendered, refusing, rendered_one
 from featstore.images.sources import ImageSource
 from featstore.images.views import View
-from featstore.machine import available_bytes, num_processors
+from featstore.machine import available_bytes, keep_freed_memory, num_processors
 
 SLICE = 8
 """Images that are handed over at once."""
@@ -330,6 +330,7 @@ def serve(pipes: list[int], memory: int, caller: int) -> None:
         connections[0].send(problem)
     if problem is not None:
         return
+    keep_freed_memory()
     torch.set_num_threads(1)  # each of them has a processor
     shared = mmap.mmap(memory, os.fstat(memory).st_size)
     for number, connection in enumerate(connections):
