@@ -123,6 +123,7 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.planned.images.contents.clear()
         self.close()
 
     def notes(self) -> list[str]:

@@ -6,6 +6,7 @@ Making an object for each of a million images takes seconds and half a gigabyte,
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.digest import canonical_json
+from featstore.machine import available_bytes
 
 
 class StatFacts(NamedTuple):
@@ -188,6 +190,40 @@ class KnownDigests(Mapping[str, KnownDigest]):
         return len(set().union(*(table.ids for table in self.tables)))
 
 
+class Contents:
+    """What was read to be hashed and waits to be decoded, so that images of another machine come over once.
+
+    It has a limit: a quarter of the memory that was free when the first came, and 4 GB; what is more is read again.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, bytes] = {}
+        self._room: int | None = None
+        self._lock = threading.Lock()
+
+    def keep(self, image: str, content: bytes) -> None:
+        """Holds the content of an image, if there is room."""
+        with self._lock:
+            if self._room is None:
+                self._room = min(available_bytes() // 4, _MOST_HELD_BYTES)
+            if len(content) <= self._room and image not in self._held:
+                self._held[image] = content
+                self._room -= len(content)
+
+    def taken(self, image: str) -> bytes | None:
+        """The content of an image, which is no longer held; None where it wasn't."""
+        with self._lock:
+            content = self._held.pop(image, None)
+            if content is not None and self._room is not None:
+                self._room += len(content)
+            return content
+
+    def clear(self) -> None:
+        """Holds nothing any more."""
+        with self._lock:
+            self._held, self._room = {}, None
+
+
 @dataclass(eq=False)
 class Memo:
     """What one process has learned of an image set's contents, so that it hashes no image twice.
@@ -195,10 +231,12 @@ class Memo:
     Attributes:
         known: digests that others took.
         taken: digests that it took itself; these count first.
+        contents: of images that are slow to read.
     """
 
     known: KnownDigests = field(default_factory=KnownDigests)
     taken: KnownDigests = field(default_factory=KnownDigests)
+    contents: Contents = field(default_factory=Contents)
 
     def trust(self, known: KnownDigests) -> None:
         """Keeps digests that others took, some of which still hold."""
@@ -230,6 +268,7 @@ def content_digest(data: bytes | NDArray[np.uint8]) -> bytes:
 
 
 _MOST_TABLES = 8
+_MOST_HELD_BYTES = 4_000_000_000
 
 
 def _in_few_tables(known: KnownDigests) -> KnownDigests:

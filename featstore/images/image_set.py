@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from featstore.digest import Json
 from featstore.images.datasets import dataset_images, iterable_images, labelled_rows
-from featstore.images.digests import Digests, KnownDigest, KnownDigests, Memo
+from featstore.images.digests import Contents, Digests, KnownDigest, KnownDigests, Memo
 from featstore.images.folders import StrPath, absolute, existing_folder, folder_rows
 from featstore.images.found import FoundImages, safe_name
 from featstore.images.labels import (
@@ -525,7 +526,13 @@ class ImageSet:
         Raises:
             ImageError: with id and reason, if the file is absent or can't be read.
         """
-        return self.source.read(self.ids[index])
+        held = self.contents.taken(self.ids[index])
+        return self.source.read(self.ids[index]) if held is None else held
+
+    @property
+    def contents(self) -> Contents:
+        """What has been read, and not been decoded since."""
+        return self._memo.contents
 
     def digests(self, known: Mapping[str, KnownDigest] | None = None) -> Digests:
         """The content digest of every image: SHA-256 of the file's bytes (see `content_digest` for arrays).
@@ -538,13 +545,8 @@ class ImageSet:
 
     def absent(self, limit: int | None = None) -> list[int]:
         """Indices of the images whose files are not there, at most `limit`; nothing is read."""
-        found: list[int] = []
-        for index, image in enumerate(self.ids):
-            if len(found) == limit:
-                break
-            if not self.source.has(image):
-                found.append(index)
-        return found
+        is_absent = (index for index, image in enumerate(self.ids) if not self.source.has(image))
+        return list(islice(is_absent, limit))
 
     def describe(self) -> str:
         """One line for people: how many images, classes, images in each split, files skipped."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from featstore.errors import ImageError
-from featstore.images.digests import Digests, KnownDigests, Memo, StatFacts, stat_rows
+from featstore.images.digests import Contents, Digests, KnownDigests, Memo, StatFacts, stat_rows
 from featstore.images.hashing import NO_FACTS, check_file_size, file_digests, in_threads
 from featstore.images.sources import FolderSource, ImageSource, without_start
 from featstore.objects import ObjectFacts, ObjectPath, facts_below, place_of, whole
@@ -39,7 +40,7 @@ class ObjectSource:
         there = facts_below(self._place)
         facts = [there.get(self._name(image)) for image in ids]
         now = stat_rows([None if each is None else _as_of_file(each, hashed_at_ns=0) for each in facts])
-        return file_digests(ids, now, self._take, memo, known)
+        return file_digests(ids, now, partial(self._take, memo.contents), memo, known)
 
     def has(self, image: str) -> bool:
         """Whether the object is there."""
@@ -75,14 +76,15 @@ class ObjectSource:
                 image, f"the object can't be read ({getattr(error, 'strerror', None) or error})"
             ) from error
 
-    def _take(self, ids: tuple[str, ...]) -> Digests:
-        taken, failed = in_threads(self._hash, ids, otherwise=bytes(32) + NO_FACTS)
+    def _take(self, contents: Contents, ids: tuple[str, ...]) -> Digests:
+        taken, failed = in_threads(partial(self._hash, contents), ids, otherwise=bytes(32) + NO_FACTS)
         values, stats = np.ascontiguousarray(taken[:, :32]), np.ascontiguousarray(taken[:, 32:])
         return Digests(values=values, failed=failed, stats=stats.view(np.int64))
 
-    def _hash(self, image: str) -> bytes:
+    def _hash(self, contents: Contents, image: str) -> bytes:
         hashed_at_ns = time.time_ns()
         content, facts = self._got(image)
+        contents.keep(image, content)
         return hashlib.sha256(content).digest() + stat_rows([_as_of_file(facts, hashed_at_ns)]).tobytes()
 
 

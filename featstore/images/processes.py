@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 
 from featstore.errors import Doubtful, FeatureStoreError, OnError
 from featstore.images.decode import Budget
-from featstore.images.render import Cost, Job, Readable, Rendered, refusing, rendered_one
+from featstore.images.image_set import ImageSet
+from featstore.images.render import Cost, Job, Rendered, refusing, rendered_one
 from featstore.images.sources import ImageSource
 from featstore.images.views import View
 from featstore.machine import available_bytes, keep_freed_memory, num_processors
@@ -45,7 +46,7 @@ SLICE = 8
 MOST_WAITING = 16
 """Slices with each process: their messages have room in its pipe, so that nobody waits for the other to read."""
 
-_Task = tuple[str, bytes, list[int], int]
+_Task = tuple[str, bytes | None, bytes, list[int], int]
 """An image, its digest, the views wanted by their places, and where in the memory they go."""
 
 _Answer = tuple[int, str | None, bool, str | None, int, Cost]
@@ -210,7 +211,7 @@ class Renderers:
         """Whether all that was handed over has come back: else they can't be used again."""
         return not self._left_over
 
-    def rendered(self, images: Readable, jobs: Iterable[Job], *, on_error: OnError = "raise") -> Generator[Rendered]:
+    def rendered(self, images: ImageSet, jobs: Iterable[Job], *, on_error: OnError = "raise") -> Generator[Rendered]:
         """The views of each job, in the order of the jobs, which are drawn as they are needed: as `render`.
 
         Args:
@@ -233,7 +234,7 @@ class Renderers:
                 "These processes are still with what another iterator asked for. Close them, start others."
             )
         self._left_over = True
-        found = self._rendered(images.ids, iter(jobs))
+        found = self._rendered(images, iter(jobs))
         return refusing(found, images) if on_error == "raise" else found
 
     def _problem(self) -> str | None:
@@ -243,7 +244,7 @@ class Renderers:
             return "the process ended"
         return problem
 
-    def _rendered(self, names: Sequence[str], jobs: Iterator[Job]) -> Generator[Rendered]:
+    def _rendered(self, images: ImageSet, jobs: Iterator[Job]) -> Generator[Rendered]:
         under_way, number = deque[tuple[int, list[Job], list[int]]](), 0
         while True:
             most = min(self.ahead // self._slice, MOST_WAITING * len(self._pipes))
@@ -254,19 +255,20 @@ class Renderers:
                 slots = [self._free.pop() for _ in some]
                 who = number % len(self._pipes)
                 number += 1
-                self._hand(who, names, some, slots)
+                self._hand(who, images, some, slots)
                 under_way.append((who, some, slots))
             if not under_way:
                 self._left_over = False
                 return
             who, some, slots = under_way.popleft()
-            for job, slot, answer in zip(some, slots, self._answers(who, some, names), strict=True):
+            for job, slot, answer in zip(some, slots, self._answers(who, some, images.ids), strict=True):
                 yield self._delivered(job, slot, answer)
 
-    def _hand(self, who: int, names: Sequence[str], jobs: list[Job], slots: list[int]) -> None:
+    def _hand(self, who: int, images: ImageSet, jobs: list[Job], slots: list[int]) -> None:
+        names = [images.ids[job.index] for job in jobs]
         tasks = [
-            (names[job.index], job.digest, [self.work.views.index(view) for view in job.views], slot)
-            for job, slot in zip(jobs, slots, strict=True)
+            (name, images.contents.taken(name), job.digest, [self.work.views.index(view) for view in job.views], slot)
+            for name, job, slot in zip(names, jobs, slots, strict=True)
         ]
         with suppress(OSError):  # it has ended, which shows when its answer is asked for
             self._pipes[who].send(tasks)
@@ -356,9 +358,9 @@ def serve(pipes: list[int], memory: int, caller: int) -> None:
 def _answers(tasks: list[_Task], work: Work, budget: Budget, shared: mmap.mmap) -> list[_Answer] | Exception:
     answers: list[_Answer] = []
     try:
-        for name, digest, numbers, slot in tasks:
+        for name, content, digest, numbers, slot in tasks:
             job = Job(0, digest, tuple(work.views[number] for number in numbers))
-            answer = rendered_one(_Named(work.source, [name]), job, memory=budget, doubtful=work.doubtful)
+            answer = rendered_one(_Named(work.source, [name], content), job, memory=budget, doubtful=work.doubtful)
             start = slot * work.slot_bytes
             for view in answer.views or ():
                 pixels: NDArray[np.uint8] = view.numpy()
@@ -373,13 +375,14 @@ def _answers(tasks: list[_Task], work: Work, budget: Budget, shared: mmap.mmap) 
 
 @dataclass(frozen=True, eq=False)
 class _Named:
-    """Some images of a source, by place."""
+    """An image of a source; its content, where the caller had it."""
 
     source: ImageSource
     ids: Sequence[str]
+    content: bytes | None
 
     def read(self, index: int) -> bytes | NDArray[np.uint8]:
-        return self.source.read(self.ids[index])
+        return self.source.read(self.ids[index]) if self.content is None else self.content
 
 
 def _sendable(error: Exception) -> Exception:

@@ -112,7 +112,8 @@ def test_objects_are_read_again_only_if_they_have_changed(
     monkeypatch.setattr(object_source, "time", SimpleNamespace(time_ns=lambda: time.time_ns() + 10_000_000_000))
     store = FeatureStore(tmp_path / "features")
     images = ImageSet.from_folder(str(place))
-    run(images, store)
+    assert counts(run(images, store)) == (len(images) - 1, 0, 0)  # two have one content
+    assert proxy.count("GET") == sum("list-type" in path for _, path in proxy.requests) + len(images)
     proxy.requests.clear()
     images = ImageSet.from_folder(str(place))
     assert counts(run(images, store)) == (0, len(images), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,20 @@ def test_processes_give_what_one_thread_gives_in_the_order_of_the_jobs_for_as_lo
     assert [each.cost.num_bytes for each in found] == sizes
     assert all(each.cost.read_seconds > 0 and each.cost.decode_seconds > 0 for each in found)
     assert len(alone) == 75
+
+
+def test_what_the_caller_has_read_is_not_read_again(images: ImageSet, tmp_path: Path) -> None:
+    gone = replace(images, source=FolderSource(root=str(tmp_path)))
+    for index in range(3):
+        content = images.read(index)
+        assert isinstance(content, bytes)
+        gone.contents.keep(images.ids[index], content)
+    with started(gone.source) as renderers:
+        found = list(renderers.rendered(gone, jobs(images)[:4], on_error="skip"))
+    wanted = [facts(each) for each in render(images, jobs(images)[:3], workers=0)]
+    assert [facts(each) for each in found[:3]] == wanted
+    assert "no such file" in (found[3].failure or "")
+    assert gone.contents.taken(images.ids[0]) is None
 
 
 def test_the_first_image_that_fails_is_named_and_nobody_stays_behind(images: ImageSet) -> None:
