@@ -136,7 +136,7 @@ def extract(
         precision: of the arithmetic: fp32, tf32, bf16 or fp16.
         device: auto, cpu, cuda or cuda:1.
         batch_size: images a pass; part of the profile, not of the key. Default: that of stored rows of the same set,
-            else 32 on a CPU and 256 on a GPU.
+            else 32 on a CPU and 256 on a GPU. Of a new set it is halved, which is noted, until memory has room.
         workers: threads that read and decode; 0 for none; more than four of them for many images are processes.
             Default: one a processor, up to 8; as processes, one a processor but for one.
         progress: shows on stderr how it goes - on a terminal or in a notebook by a bar, else by a line every 30 seconds
@@ -154,7 +154,8 @@ def extract(
         FactsDifferError: if the model computes other values than the rows already stored, or is changed meanwhile: then
             nothing is filed of what was computed since the last part.
         FeatureStoreError: for values the storage type can't hold: with `raise`, too large or no numbers; all of them
-            too small. For more than `max_errors` images that fail.
+            too small. For more than `max_errors` images that fail. For memory without room for a pass of the size that
+            rows of the set have, or that jobs share.
         OSError: as the disk gave it.
     """
     started = time.perf_counter()

@@ -16,65 +16,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from featstore.digest import Json
 from featstore.errors import Doubtful, FactsDifferError, FeatureStoreError, ImageError, OnError
 from featstore.extraction.failures import Failing
 from featstore.extraction.filed import Filed
 from featstore.extraction.narrowing import Narrowed, Narrowing
-from featstore.extraction.pixels import PixelTrunk, StoredPixels
-from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
+from featstore.extraction.opened import Input, Opened
+from featstore.extraction.pixels import StoredPixels
+from featstore.extraction.plan import Plan, PlannedSet
 from featstore.extraction.progress import Progress, ProgressReport
 from featstore.extraction.rates import Rates, StageName, StageRate
-from featstore.extraction.rounding import Rounding
-from featstore.images.pixel_digest import pixel_digest
 from featstore.images.processes import CannotShareError, Renderers
 from featstore.images.render import Job as ImageJob
 from featstore.images.render import Rendered, default_threads, render
 from featstore.images.views import View
-from featstore.models.probe import Probe
-from featstore.models.trunk import Output, Trunk
+from featstore.models.trunk import Output
 from featstore.store.gathering import PART_BYTES, Gathered
-from featstore.store.part_facts import part_facts
 from featstore.store.store import FeatureStore
 from featstore.words import counted
 
 COMMIT_BYTES = PART_BYTES
 COMMIT_SECONDS = 60.0
 """A part is written when this much has been gathered, or this long after the last one."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Opened:
-    """A model of a plan, ready to compute.
-
-    Attributes:
-        planned: the model.
-        places: of the plan's sets those that are of it.
-        trunk: what computes their rows.
-        probes: of each output, what is filed with its rows.
-        stages: cut -> the facts of the model's stages up to it.
-        roundings: of each output whose rows are scaled, what is filed with them.
-    """
-
-    planned: PlannedModel
-    places: list[int]
-    trunk: Trunk | PixelTrunk
-    probes: dict[Output, Probe]
-    stages: dict[str, list[Json]]
-    roundings: dict[Output, Rounding]
-
-
-@dataclass(frozen=True)
-class Input:
-    """What a trunk is given of an image.
-
-    Attributes:
-        model: the place of an opened model.
-        view: of the image; models with other means share its pixels.
-    """
-
-    model: int
-    view: View
 
 
 @dataclass(kw_only=True, eq=False)
@@ -128,16 +90,17 @@ class Session:
 
     def notes(self) -> list[str]:
         """What its owner should know before the first row."""
-        roundings = [
+        notes = [each.lowering.note for each in self.opened if each.lowering.note is not None]
+        notes += [
             rounding.note(each.planned.model.name, output, self.planned.sets[each.places[0]].spec.dtype)
             for each in self.opened
             for output, rounding in each.roundings.items()
         ]
         num_stored = int((self.is_needed.any(axis=0) & self.has_pixels).sum())
         if not num_stored:
-            return roundings
+            return notes
         keys = ", ".join(each.key[:8] for each in self.stored.sets.values())
-        return [*roundings, f"{counted(num_stored, 'image')} read as stored pixels (set {keys}), not decoded"]
+        return [*notes, f"{counted(num_stored, 'image')} read as stored pixels (set {keys}), not decoded"]
 
     @property
     def device(self) -> torch.device:
@@ -244,7 +207,6 @@ class Job:
         self.writing: Future[None] | None = None
         self.lot = self._all_nothing()  # what the writer has, as far as it isn't written
         self.filed = Filed.nothing(self.planned)
-        self.filed.said = session.notes()
         self.last_commit = time.monotonic()
 
     def run(self) -> Filed:
@@ -272,6 +234,7 @@ class Job:
                     except KeyboardInterrupt:  # which may have come while it waited
                         self._commit_rest()
                         raise
+        self.filed.said = [*self.session.notes(), *self.filed.said]
         self.filed.rates = self.progress.rates.since(self.progress.rates.start)
         self.failing.check(self.filed)
         self.progress.end(self.filed)
@@ -388,8 +351,7 @@ class Job:
     def _launch_full(self) -> None:
         """Launches what is full, and files what is due."""
         for model, (opened, batch) in enumerate(zip(self.session.opened, self.batches, strict=True)):
-            size = opened.trunk.batch_size
-            while len(batch) >= size:
+            while len(batch) >= (size := opened.trunk.batch_size):
                 self._launch(model, batch[:size])
                 del batch[:size]
                 self._commit_if_due()
@@ -401,7 +363,22 @@ class Job:
             self.batches[model] = []
 
     def _launch(self, model: int, items: Sequence[_Item]) -> None:
-        """Begins a pass, and gathers the rows of the model's one before it."""
+        """Begins a pass, and gathers the rows of the model's one before it; smaller ones where memory has no room."""
+        opened = self.session.opened[model]
+        try:
+            self._begin(model, items)
+            return
+        except torch.OutOfMemoryError as error:
+            opened.lowering.lower(error)
+        # Behind the except clause, since an error keeps what its pass had in memory.
+        items = [*self._taken_back(model), *items]
+        self.progress.rates.add("forward", -len(items), 0.0)  # which have been counted
+        opened.lowering.fitted(opened.lowering.judge)
+        size = opened.trunk.batch_size
+        for start in range(0, len(items), size):
+            self._launch(model, items[start : start + size])
+
+    def _begin(self, model: int, items: Sequence[_Item]) -> None:
         opened = self.session.opened[model]
         with self.progress.rates.timing("forward", len(items)):
             images = self._batch(items, opened.trunk.device)
@@ -413,6 +390,11 @@ class Job:
             self.launched[model] = launched
             if opened.trunk.device.type == "cpu":  # where a pass is over when it has been called
                 self._gather_launched(model)
+
+    def _taken_back(self, model: int) -> Sequence[_Item]:
+        """What a pass under way, of a size that has been lowered since, was to compute."""
+        launched, self.launched[model] = self.launched[model], None
+        return () if launched is None else launched.items
 
     def _batch(self, items: Sequence[_Item], device: torch.device) -> Tensor:
         first = items[0].image
@@ -434,6 +416,7 @@ class Job:
         if launched is None:
             return
         found = {output: narrowing.narrowed() for output, narrowing in launched.narrowing.items()}
+        self.session.opened[model].lowering.fix()
         for place in self.session.opened[model].places:
             each, given = self.planned.sets[place], self.session.input_of[place]
             if each.output not in found:
@@ -517,7 +500,7 @@ class Job:
                 if not rows.num_rows and not rows.failed:
                     continue
                 with self.progress.rates.timing("write", rows.num_rows, rows.num_bytes):
-                    self.filed.parts[place].append(rows.write(self.session.store, _facts(opened, each)))
+                    self.filed.parts[place].append(rows.write(self.session.store, opened.facts(each)))
                     gathered[place] = self._nothing(each)  # only now: who ends the job writes what is left
 
     def _wait_for_writing(self) -> None:
@@ -540,22 +523,6 @@ class Job:
 
     def _nothing(self, each: PlannedSet) -> Gathered:
         return Gathered(each.spec, each.shape)
-
-
-def _facts(opened: Opened, each: PlannedSet) -> dict[str, Json]:
-    model = opened.planned.model
-    class_tokens, prefix_tokens = model.tokens(each.cut)
-    rounding = opened.roundings.get(each.output)
-    return part_facts(
-        backbone=model.name,
-        stages=opened.stages[each.cut],
-        class_tokens=class_tokens,
-        prefix_tokens=prefix_tokens,
-        profile=opened.trunk.profile(),
-        probe=opened.probes[each.output].facts(),
-        pixels=pixel_digest(each.view.decode),
-        rounding=None if rounding is None else rounding.facts(),
-    )
 
 
 def refuse_changed(planned: Plan) -> None:

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from featstore.errors import Doubtful, FeatureStoreError, OnError
 from featstore.extraction.failures import check_max_errors
-from featstore.extraction.job import Input, Opened, Session, refuse_changed
+from featstore.extraction.job import Session, refuse_changed
+from featstore.extraction.lowering import Lowering
 from featstore.extraction.narrowing import refuse_too_small
+from featstore.extraction.opened import Input, Opened
 from featstore.extraction.pixels import CUT, NO_PROBE, OUTPUT, PixelTrunk, StoredPixels
 from featstore.extraction.plan import Plan, PlannedModel, PlannedSet
-from featstore.extraction.rounding import sampled_roundings
+from featstore.extraction.rounding import Rounding, sampled_roundings
 from featstore.files.index import first_places
 from featstore.images.pixel_digest import check_pixels
 from featstore.images.processes import renderers_for
@@ -22,7 +24,6 @@ from featstore.images.render import check_workers
 from featstore.images.views import View
 from featstore.models.names import Batching
 from featstore.models.probe import Probe, check_probe, take_probes
-from featstore.models.purity import check_pure, refuse_modes
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, Trunk, check_batch_size, choose_device, default_batch_size
 from featstore.store.part_facts import stage_facts
@@ -45,11 +46,14 @@ def open_plan(
     device: torch.device | str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
+    is_alone: bool = True,
 ) -> Session:
     """Makes the trunk of a plan with something to compute, and judges it: once for all that the session then runs.
 
-    Arguments and errors are those of `extract`.
+    Arguments and errors are those of `extract`. `is_alone` says that no other session computes other images of the
+    plan: only then, and for no shard, is a batch size lowered where memory has no room for it, since all need one.
     """
+    is_alone = is_alone and planned.shard is None
     chosen = choose_device(device)
     check_batch_size(batch_size)
     check_workers(workers)
@@ -93,7 +97,8 @@ def open_plan(
     )
     try:
         opened = [
-            _opened(planned, source, places, chosen, batching[source], workers) for source, places in lacking.items()
+            _opened(planned, source, places, chosen, batching[source], workers, is_alone=is_alone)
+            for source, places in lacking.items()
         ]
         with timed("key"):
             refuse_changed(planned)  # trunks and probes, too, must be those of the planned models
@@ -126,14 +131,18 @@ def _opened(
     device: torch.device,
     batching: Batching,
     workers: int | None,
+    *,
+    is_alone: bool,
 ) -> Opened:
     """A model with its trunk, which is a function of one image, and of each output the probe and the rounding."""
     sets = [planned.sets[place] for place in places]
     if sets[0].spec.is_pixels:
+        pixel_trunk = PixelTrunk(batching.batch_size or default_batch_size(device))
         return Opened(
             planned=source,
             places=places,
-            trunk=PixelTrunk(batching.batch_size or default_batch_size(device)),
+            trunk=pixel_trunk,
+            lowering=Lowering(source.model, sets, pixel_trunk, is_alone=is_alone),
             probes={OUTPUT: NO_PROBE},
             stages={CUT: stage_facts(source.model, source.stage_digests)},
             roundings={},
@@ -149,20 +158,22 @@ def _opened(
         precision=sets[0].spec.precision,
         device=device,
     )
-    with timed("purity"):
-        last = max((output.cut for output in lacking), key=model.index)
-        if _was_judged(sets, last, trunk):
-            refuse_modes(model, last)
-        else:
-            check_pure(model, last, batch_size=trunk.batch_size, device=trunk.device)
-    with timed("probe"):
-        probes = _checked_probes(sets, model, outputs, trunk)
-    roundings = sampled_roundings(planned, sets, trunk, workers=workers)
+    lowering = Lowering(model, sets, trunk, is_alone=is_alone)
+
+    def judged() -> tuple[dict[Output, Probe], dict[Output, Rounding]]:
+        with timed("purity"):
+            lowering.judge()
+        with timed("probe"):
+            probes = _checked_probes(sets, model, outputs, trunk)
+        return probes, sampled_roundings(planned, sets, trunk, workers=workers)
+
+    probes, roundings = lowering.fitted(judged)
     stages = stage_facts(model, source.stage_digests)
     return Opened(
         planned=source,
         places=places,
         trunk=trunk,
+        lowering=lowering,
         probes=probes,
         stages={each.cut: stages[: model.index(each.cut) + 1] for each in sets},
         roundings=roundings,
@@ -195,17 +206,6 @@ def _needed(planned: Plan, input_of: dict[int, int], num_inputs: int) -> NDArray
         row[places] = False
         row[places[first_places(planned.digests.values[places])]] = True
     return needed
-
-
-def _was_judged(sets: list[PlannedSet], cut: str, trunk: Trunk) -> bool:
-    """Whether rows of this trunk up to `cut`, computed as it will compute them, are stored: it was judged for those."""
-    profile = trunk.profile()
-    stored = [each.stored.parts for each in sets if each.cut == cut and each.stored is not None]
-    return any(
-        all(part.facts["profile"].get(name) == profile[name] for name in profile if name != "threads")
-        for parts in stored
-        for part in parts
-    )
 
 
 def _checked_probes(

@@ -125,6 +125,7 @@ def run_by_ray(
                 "device": chosen,
                 "batch_size": batch_size,
                 "workers": threads if workers is None else workers,
+                "is_alone": False,
             },
             threads=threads,
         )

@@ -66,8 +66,9 @@ ROOMS: dict[str, Rooms] = {
         (
             "extraction",
             (
-                "defaults", "remedy", "shards", "pixels", "plan", "rates", "narrowing", "rounding", "filed", "progress",
-                "failures", "job", "opening", "estimate", "ray_actors", "extract", "adopt", "map_batches",
+                "defaults", "remedy", "shards", "pixels", "plan", "rates", "narrowing", "rounding", "lowering",
+                "opened", "filed", "progress", "failures", "job", "opening", "estimate", "ray_actors", "extract",
+                "adopt", "map_batches",
             ),
         ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),

@@ -116,12 +116,7 @@ def photos(root: Path, count: int = 6) -> Path:
 
 def rows_by_hand(model: nn.Module, images: ImageSet, view: View, *, batch_size: int = 32) -> Tensor:
     """What the plain `model` gives for each image alone in rendering, in full batches: `(N, *F)` float32."""
-
-    rendered = []
-    for index in range(len(images)):
-        data = images.read(index)
-        rendered.append(view.render(decode(data)[0], content_digest(data)))
-    batch = torch.stack(rendered)
+    batch = views_by_hand(images, view)
     mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (view.mean, view.std))
     results = []
     for start in range(0, len(batch), batch_size):
@@ -131,6 +126,12 @@ def rows_by_hand(model: nn.Module, images: ImageSet, view: View, *, batch_size: 
             values = ((padded.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
             results.append(model(values)[: len(piece)].contiguous())
     return torch.cat(results)
+
+
+def views_by_hand(images: ImageSet, view: View) -> Tensor:
+    """Each image alone, read, decoded and rendered: `(N, C, S, S)` uint8."""
+    contents = (images.read(index) for index in range(len(images)))
+    return torch.stack([view.render(decode(data)[0], content_digest(data)) for data in contents])
 
 
 def digests_of(*names: int) -> NDArray[np.uint8]:
