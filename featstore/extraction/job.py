@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import cycle, islice
 
 import numpy as np
@@ -186,7 +187,8 @@ class Job:
     """One run over some images of a session's plan.
 
     Three things go on at once: threads render views, the device computes a pass, and a thread writes a part. Rows of
-    a pass are gathered after the model's next one has been launched, so that a GPU never waits for them.
+    a pass are gathered after the model's next one has been launched, so that a GPU never waits for them; the batch of
+    that one is copied to it meanwhile.
 
     Args:
         session: whose trunks compute.
@@ -398,12 +400,28 @@ class Job:
 
     def _batch(self, items: Sequence[_Item], device: torch.device) -> Tensor:
         first = items[0].image
-        is_pinned = device.type == "cuda"  # which the copy to the device is fast and beside others from
-        batch = torch.empty((len(items), *first.shape), dtype=first.dtype, pin_memory=is_pinned)
+        is_copied = device.type == "cuda"  # from pinned memory, while the device computes
+        batch = torch.empty((len(items), *first.shape), dtype=first.dtype, pin_memory=is_copied)
         into = batch.numpy()  # torch would copy with all its threads, which wait for one another where others work
         for place, item in enumerate(items):
             into[place] = item.image.numpy()
-        return batch
+        return self._copied(batch, device) if is_copied else batch
+
+    @cached_property
+    def _copying(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.session.device)  # type: ignore[no-untyped-call]
+
+    def _copied(self, batch: Tensor, device: torch.device) -> Tensor:
+        """On the device, by a stream of its own: a copy in that of the passes would wait for the one under way.
+
+        Nobody keeps the pinned batch: torch gives its memory to another one only when the copy is done.
+        """
+        passes = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self._copying):
+            copied = batch.to(device, non_blocking=True)
+        passes.wait_stream(self._copying)
+        copied.record_stream(passes)  # whose pass reads it after it is freed here
+        return copied
 
     def _gather_rest(self) -> None:
         with self.progress.rates.timing("forward", 0):

@@ -82,6 +82,20 @@ def test_a_row_on_a_gpu_depends_on_its_image_alone(model: StagedModel) -> None:
     assert torch.equal(trunk(IMAGES[order])[0], trunk(IMAGES)[0][order])
 
 
+def test_rows_of_many_passes_are_those_of_passes_with_nothing_under_way(model: StagedModel, tmp_path: Path) -> None:
+    pixels = torch.randint(0, 256, (900, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    images, store = ImageSet.from_arrays(pixels.numpy()), FeatureStore(tmp_path)
+    options = {"cuts": ["layer1:none", "layer4"], "dtype": "float32", "device": "cuda", "batch_size": 16}
+    keys = extract(model, images, store, **options).keys  # type: ignore[arg-type]
+    outputs = [Output("layer1", model.pool("layer1", "none")), Output("layer4", model.pool("layer4"))]
+    trunk = Trunk(model, outputs, view=model.view, device="cuda", batching=Batching(16))
+    expected = []
+    for views in pixels.permute(0, 3, 1, 2).split(16):  # type: ignore[no-untyped-call]
+        expected.append([rows.cpu() for rows in trunk(views)])
+    for key, passes in zip(keys, zip(*expected, strict=True), strict=True):
+        assert torch.equal(store.features(images, key)[:], torch.cat(passes))
+
+
 def test_a_head_trains_on_a_gpu_from_features_as_with_the_live_trunk(
     model: StagedModel, images: ImageSet, tmp_path: Path
 ) -> None:
