@@ -194,16 +194,22 @@ class ExtractFlags(RunFlags):
         return shard_of(self.shard, os.environ, flag="--shard")
 
     def as_started(self) -> ExtractFlags:
-        """These flags; of a process that torchrun started with its shard, GPU and processors where none are given."""
+        """These flags; of a process that torchrun started with its shard, GPU and processors where none are given.
+
+        Torch then computes with its share of the processors; beside a GPU these decode, and torch is left alone.
+        """
         is_launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         if self.shard != "torchrun" and (self.shard is not None or not is_launched):
             return self
         import torch
 
-        from featstore.extraction.shards import local_device, local_workers
+        from featstore.extraction.shards import local_device, local_threads, local_workers
         from featstore.machine import num_processors
 
         device = local_device(self.device, os.environ, num_gpus=torch.cuda.device_count())
+        threads = local_threads(device, os.environ, num_processors=num_processors())
+        if threads is not None:
+            torch.set_num_threads(threads)
         workers = self.workers
         if workers is None:
             workers = local_workers(os.environ, num_processors=num_processors())

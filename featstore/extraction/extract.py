@@ -145,7 +145,8 @@ def extract(
             has been computed). An error in it ends the job, as others do, after filing what is done.
         shard: of several jobs with the same arguments the one that this is, each of which computes its own images:
             ``i/n``, or where that is told by the environment ``slurm``, ``kubernetes/n`` or ``torchrun``. Any number of
-            them, and another one next time, leaves the rows of one job; none waits for another. The device is as given.
+            them, and another one next time, leaves the rows of one job; none waits for another. The device is as given,
+            and so are torch's threads.
         engine: actors of a Ray cluster that compute it, ``Ray(actors=8, gpus_per_actor=1)``; default: this process.
 
     Raises:

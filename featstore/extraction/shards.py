@@ -86,6 +86,20 @@ def local_workers(environment: Mapping[str, str], *, num_processors: int) -> int
     return max(1, num_processors // int(count)) if _is_number(count) and int(count) > 1 else None
 
 
+def local_threads(device: str, environment: Mapping[str, str], *, num_processors: int) -> int | None:
+    """Threads of torch, as many as `local_workers`; None beside a GPU, and where somebody has said how many there are.
+
+    A 1 in OMP_NUM_THREADS is what torchrun sets for processes beside others, where nobody has said another number. Who
+    wants a single thread says so by MKL_NUM_THREADS, which torch heeds and torchrun sets for nobody.
+    """
+    given = environment.get("OMP_NUM_THREADS")
+    is_torchruns = given == "1" and "TORCHELASTIC_RUN_ID" in environment
+    is_said = environment.get("MKL_NUM_THREADS") or (given and not is_torchruns)
+    if is_said or device.startswith("cuda"):
+        return None
+    return local_workers(environment, num_processors=num_processors)
+
+
 @dataclass(frozen=True)
 class _Variables:
     """The environment of a launcher, and how an error about it begins."""

@@ -18,7 +18,9 @@ from support.programs import Program, Run, extract_flags
 from support.tiny import jpeg, pixels, staged
 
 from featstore import Augment, ExtractReport, FeatureStore, ImageError, ImageSet, plan
-from featstore.extraction.shards import Shard, local_device, local_workers, shard_of
+from featstore.cli.app import ExtractFlags
+from featstore.extraction.shards import Shard, local_device, local_threads, local_workers, shard_of
+from featstore.machine import num_processors
 
 SLURM = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in {"ID": 5, "MIN": 3, "MAX": 6, "COUNT": 4}.items()}
 
@@ -104,6 +106,47 @@ def test_each_rank_of_a_machine_has_a_gpu_of_its_own(device: str, rank: str, num
 @pytest.mark.parametrize(("local_size", "expected"), [("4", 4), ("32", 1), ("1", None), ("", None)])
 def test_the_ranks_of_a_machine_share_its_processors(local_size: str, expected: int | None) -> None:
     assert local_workers({"LOCAL_WORLD_SIZE": local_size}, num_processors=16) == expected
+
+
+TORCHRUNS = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}
+"""What torchrun sets where nobody has said how many threads there are."""
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (TORCHRUNS, 4),
+        ({}, 4),  # another launcher's, which says nothing of threads
+        (TORCHRUNS | {"OMP_NUM_THREADS": "2"}, None),
+        ({"OMP_NUM_THREADS": "1"}, None),  # which only torchrun sets for others
+        (TORCHRUNS | {"MKL_NUM_THREADS": "1"}, None),
+        (TORCHRUNS | {"LOCAL_WORLD_SIZE": "1"}, None),
+        (TORCHRUNS | {"LOCAL_WORLD_SIZE": "32"}, 1),
+    ],
+)
+def test_the_ranks_of_a_machine_compute_with_its_processors_unless_somebody_has_said_how_many(
+    environment: dict[str, str], expected: int | None
+) -> None:
+    assert local_threads("cpu", {"LOCAL_WORLD_SIZE": "4", **environment}, num_processors=16) == expected
+
+
+def test_torch_is_left_alone_beside_a_gpu() -> None:
+    environment = {"LOCAL_WORLD_SIZE": "4", **TORCHRUNS}
+    assert local_threads("cpu", environment, num_processors=16) == local_threads("auto", environment, num_processors=16)
+    assert local_threads("cuda:3", environment, num_processors=16) is None
+
+
+def test_a_rank_decodes_and_computes_with_its_share_of_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **TORCHRUNS}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    before, share = torch.get_num_threads(), max(1, num_processors() // 2)
+    try:
+        torch.set_num_threads(share + 2)
+        assert ExtractFlags(device="cpu").as_started().workers == share
+        assert torch.get_num_threads() == share
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- Any number of jobs
