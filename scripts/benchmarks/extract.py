@@ -1,40 +1,44 @@
 """How fast an extraction is against its own parts: decoding alone, and the forward pass alone.
 
     .venv/bin/python scripts/benchmarks/extract.py [--backbone resnet50] [--images 256] [--sizes 500x375 1600x1200]
-        [--device auto] [--precision fp32] [--rounds 5]
+        [--device auto] [--precision fp32] [--rounds 5] [--pixels]
 
 Images are JPEGs (quality 90) put together from pieces of scikit-image's photographs at their own scale. Where both
 parts share the processors, the reference is 1 / (1/a + 1/b) of their rates, each alone on all of them; where a GPU
-computes, it is the smaller of the two.
+computes, it is the smaller of the two. From stored pixels it is the forward pass alone. Of a GPU it is also told how
+much of a job's time some kernel ran, and what memory torch took.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import math
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import skimage.data
 import torch
-from measuring import report, speeds
+from measuring import ratio, report, speeds
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
 
-from featstore import FeatureStore, ImageSet, StagedModel, View, backbone, plan
+from featstore import FeatureStore, ImageSet, StagedModel, View, backbone, extract, plan
 from featstore.extraction.failures import Failing
-from featstore.extraction.job import Job
+from featstore.extraction.job import Job, Session
 from featstore.extraction.opening import open_plan
 from featstore.extraction.progress import Progress
 from featstore.images.render import Rendered
 from featstore.models.names import PRECISIONS, Precision
+from featstore.words import size_text
 
 PIECE = 250  # pixels, of photographs at their own scale
 DISTINCT = 512  # pictures; further files have the same pixels and other bytes
@@ -52,6 +56,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken; default: 5")
+    parser.add_argument("--pixels", action="store_true", help="also from stored pixels, of the first size")
     options = parser.parse_args()
     ratios: dict[str, float] = {}
     targets: dict[str, float] = {}
@@ -62,7 +67,9 @@ def main() -> None:
             images = photographs(Path(folder) / size, options.images, width, height)
             for name in options.backbone or ["resnet50", TINY]:
                 model = tiny() if name == TINY else backbone(name, "none")
-                bench = Bench(model, images, Path(folder) / "store", options)
+                bench = Bench(
+                    model, images, Path(folder), options, has_pixels=options.pixels and size == options.sizes[0]
+                )
                 found = speeds(bench.contenders(), rounds=options.rounds)
                 entry = f"{name}, {size}"
                 reference = [bench.reference(*pair) for pair in zip(found["forward"], found["decode"], strict=True)]
@@ -75,6 +82,17 @@ def main() -> None:
                 )
                 rates = {what: statistics.median(values) for what, values in found.items()}
                 notes[entry] = ", ".join(f"{what} {value:,.1f}" for what, value in rates.items()) + " images a second"
+                if bench.is_gpu:
+                    notes[entry] += f"; {bench.gpu_use(bench.together)}"
+                print(f"{entry}: {ratios[entry]:.2f}; {notes[entry]}", flush=True)
+                if bench.from_pixels is None:
+                    continue
+                entry = f"{name}, stored pixels"
+                ratios[entry] = ratio(found, "from pixels", "forward")
+                notes[entry] = "against forward alone"
+                if bench.is_gpu:
+                    targets[entry] = TARGETS["cuda"]
+                    notes[entry] += f"; {bench.gpu_use(bench.together_from_pixels)}"
                 print(f"{entry}: {ratios[entry]:.2f}; {notes[entry]}", flush=True)
     report("extract", ratios, targets, notes)
 
@@ -82,23 +100,26 @@ def main() -> None:
 class Bench:
     """One network over one folder of images."""
 
-    def __init__(self, model: StagedModel, images: ImageSet, root: Path, options: argparse.Namespace) -> None:
-        self.images, self.root, self.options = images, root, options
+    def __init__(
+        self, model: StagedModel, images: ImageSet, folder: Path, options: argparse.Namespace, *, has_pixels: bool
+    ) -> None:
+        self.images, self.root, self.options = images, folder / "store", options
         precision: Precision = options.precision
-        self.planned = plan(model, images, FeatureStore(root), precision=precision)
-        self.session = open_plan(
-            self.planned,
-            FeatureStore(root),
-            device=options.device,
-            batch_size=options.batch_size,
-            workers=options.workers,
-        )
-        self.is_gpu = self.session.opened[0].trunk.device.type == "cuda"
+        self.planned = plan(model, images, FeatureStore(self.root), precision=precision)
+        self.session = self._opened(FeatureStore(self.root))
+        self.is_gpu = self.session.device.type == "cuda"
+        self.from_pixels: Session | None = None
+        if has_pixels:
+            pixels = FeatureStore(folder / "pixels")
+            extract(model, images, pixels, cuts=["pixels"])
+            self.from_pixels = replace(self._opened(pixels), store=FeatureStore(self.root))
+            assert self.from_pixels.has_pixels.all()
         self.views = torch.stack([each.views[0] for each in self._rendered() if each.views])
 
     def contenders(self) -> dict[str, Callable[[], float]]:
         """Each gives images a second."""
-        return {"forward": self.forward, "decode": self.decode, "together": self.together}
+        alone = {"forward": self.forward, "decode": self.decode, "together": self.together}
+        return alone if self.from_pixels is None else alone | {"from pixels": self.together_from_pixels}
 
     def reference(self, forward: float, decode: float) -> float:
         """The best rate that two parts allow."""
@@ -124,8 +145,38 @@ class Bench:
 
     def together(self) -> float:
         """All of it, and the rows filed."""
+        return self._run(self.session)
+
+    def together_from_pixels(self) -> float:
+        """The same, from pixels that are stored."""
+        assert self.from_pixels is not None
+        return self._run(self.from_pixels)
+
+    def gpu_use(self, run: Callable[[], float]) -> str:
+        """How much of the time of one run the GPU computes, and the most memory that torch has of it."""
+        torch.cuda.reset_peak_memory_stats()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            seconds = len(self.images) / run()
+        kernels = [
+            (each.time_range.start, each.time_range.end)
+            for each in profiler.events() or ()
+            if each.device_type.name == "CUDA" and not each.name.startswith(("Memcpy", "Memset"))
+        ]
+        memory = size_text(torch.cuda.max_memory_reserved())
+        return f"GPU busy {100 * covered(kernels) / (1e6 * seconds):.0f} % of the time, {memory} of its memory"
+
+    def _opened(self, store: FeatureStore) -> Session:
+        return open_plan(
+            self.planned,
+            store,
+            device=self.options.device,
+            batch_size=self.options.batch_size,
+            workers=self.options.workers,
+        )
+
+    def _run(self, session: Session) -> float:
         started = time.perf_counter()
-        filed = self.session.run()
+        filed = session.run()
         elapsed = time.perf_counter() - started
         assert sum(filed.computed) == len(self.images)
         shutil.rmtree(self.root)
@@ -134,6 +185,19 @@ class Bench:
     def _rendered(self) -> Iterator[Rendered]:
         progress = Progress(len(self.images), is_shown=False)
         return Job(self.session, self.session.is_needed, Failing(self.planned, None), progress).rendered()
+
+
+def covered(stretches: Iterable[tuple[float, float]]) -> float:
+    """The length of what some stretch covers.
+
+    >>> covered([(5, 7), (0, 2), (1, 3)])
+    5.0
+    """
+    whole, end = 0.0, -math.inf
+    for start, stop in sorted(stretches):
+        whole += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return whole
 
 
 def tiny(width: int = 16) -> StagedModel:

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
         ("start", ["--sets", "3", "--rounds", "1", "--folder"]),
         ("heads", ["--seeds", "2", "--scale", "0.01", "--problems", "4", "--folder"]),
         ("models", ["squeezenet1_1", "--rounds", "1", "--batch", "1"]),
-        ("extract", ["--backbone", "tiny", "--images", "4", "--sizes", "64x48", "--rounds", "1"]),
+        ("extract", ["--backbone", "tiny", "--images", "4", "--sizes", "64x48", "--rounds", "1", "--pixels"]),
         ("sharing", ["--backbone", "squeezenet1_1", "--images", "2", "--sizes", "64x48", "80x60", "--rounds", "1"]),
         ("jobs", ["--backbone", "resnet18", "--images", "2", "--many", "4", "--rounds", "1"]),
         ("reduced", ["--backbone", "tiny", "--images", "2", "--sizes", "64x48", "--rounds", "1"]),
