@@ -65,7 +65,8 @@ Defaults that depend on what is asked for:
   --valid       0.2 of images without a split of their own, by --split-seed 0
   --precision   fp32 is true float32 on every device; tf32, bf16 and fp16
                 are other values and other features
-  --batch-size  that of rows already stored, else 32 on a CPU, 256 on a GPU
+  --batch-size  that of rows already stored, else 32 on a CPU, 256 on a GPU;
+                of a new set halved, and noted, where memory has no room
 
 \b
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 incomplete: the file of an
