@@ -117,7 +117,12 @@ class RecordingSGD(SGD):
         super().step(closure)
 
 
-def test_the_rates_of_each_step_are_those_of_one_cycle_by_hand(stored: tuple[ImageSet, FeatureStore]) -> None:
+@pytest.mark.parametrize("num_processes", [1, 8])
+def test_the_rates_of_each_step_are_those_of_one_cycle_by_hand_on_any_number_of_devices(
+    stored: tuple[ImageSet, FeatureStore], monkeypatch: pytest.MonkeyPatch, num_processes: int
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # as a launcher tells each of its processes, with one device each
+        monkeypatch.setenv(name, str(num_processes))
     images, _ = stored
     made: list[RecordingSGD] = []
 
