@@ -13,16 +13,14 @@ import argparse
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from extract import photographs
-from measuring import ratio, report, speeds
+from measuring import Ran, ratio, report, run, speeds
 
 RECIPE = """
 import sys
@@ -88,12 +86,12 @@ def _against_recipe(folder: Path, options: argparse.Namespace, ratios: dict[str,
     recipe = [sys.executable, str(script), str(images), options.backbone]
 
     def ours() -> float:
-        seconds = _run(_extract(images, store, options.backbone, "layer4:avg")).seconds
+        seconds = run(_extract(images, store, options.backbone, "layer4:avg")).seconds
         shutil.rmtree(store)
         return 1 / seconds
 
     def theirs(workers: int) -> float:
-        return 1 / _run([*recipe, str(workers), str(folder / "features.npy")]).seconds
+        return 1 / run([*recipe, str(workers), str(folder / "features.npy")]).seconds
 
     choices = sorted({0, 1, 2, max(1, len(os.sched_getaffinity(0)) - 1), len(os.sched_getaffinity(0))})
     best = max(choices, key=theirs) if options.rounds > 1 else 0
@@ -114,10 +112,10 @@ def _of_many(folder: Path, options: argparse.Namespace, ratios: dict[str, float]
         images, store = folder / f"many{count}", folder / f"store{count}"
         photographs(images, count, 80, 60)
         command = [*_extract(images, store, f"{folder / 'tiny.py'}:make", "relu:avg"), "--size", "64"]
-        ran[count] = _run(command)
+        ran[count] = run(command)
     few, many = ran.values()
     ratios[MEMORY] = few.most_bytes / many.most_bytes
-    again = _run(command)
+    again = run(command)
     ratios["a job with nothing to do against the first"] = many.seconds / again.seconds
     notes["memory"] = ", ".join(f"{each.most_bytes >> 20:,} MiB for {count:,} images" for count, each in ran.items())
     notes["seconds"] = f"{many.seconds:.1f} for {options.many:,} images, {again.seconds:.1f} with nothing to do"
@@ -127,30 +125,6 @@ def _extract(images: Path, store: Path, backbone: str, cut: str) -> list[str]:
     program = [sys.executable, "-m", "featstore", "extract", "--images", str(images), "--store", str(store)]
     weights = [] if ":" in backbone else ["--weights", "none"]
     return [*program, "--backbone", backbone, *weights, "--cut", cut, "--dtype", "float32", "--device", "cpu"]
-
-
-class Ran:
-    """What a process took.
-
-    Attributes:
-        seconds: by the clock.
-        most_bytes: of memory that it had at one time.
-    """
-
-    def __init__(self, seconds: float, most_bytes: int) -> None:
-        self.seconds, self.most_bytes = seconds, most_bytes
-
-
-def _run(command: Sequence[str]) -> Ran:
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {said}")
-    return Ran(time.perf_counter() - started, usage.ru_maxrss << 10)
 
 
 if __name__ == "__main__":

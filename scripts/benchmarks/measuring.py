@@ -6,8 +6,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +36,18 @@ def ratio(measured: Mapping[str, list[float]], ours: str, theirs: str) -> float:
     return statistics.median(our / their for our, their in zip(measured[ours], measured[theirs], strict=True))
 
 
+def rates_beyond_start(many: Iterable[float], few: Iterable[float], more: int) -> list[float]:
+    """Images a second, round by round, without what a job takes to start.
+
+    Args:
+        many: speeds of whole jobs.
+        few: those of the same with `more` images less.
+        more: how many.
+    """
+    seconds = [1 / slow - 1 / fast for slow, fast in zip(many, few, strict=True)]
+    return [more / max(each, 1e-3) for each in seconds]  # of so few images that starts differ by more, any number
+
+
 def rate(batches: Iterable[object], *, seconds: float = 60.0) -> float:
     """Batches a second, of all or of as many as come in `seconds`."""
     started, count = time.perf_counter(), 0
@@ -43,6 +56,31 @@ def rate(batches: Iterable[object], *, seconds: float = 60.0) -> float:
         if time.perf_counter() - started > seconds:
             break
     return count / (time.perf_counter() - started)
+
+
+class Ran:
+    """What a process took.
+
+    Attributes:
+        seconds: by the clock.
+        most_bytes: of memory that it had at one time.
+    """
+
+    def __init__(self, seconds: float, most_bytes: int) -> None:
+        self.seconds, self.most_bytes = seconds, most_bytes
+
+
+def run(command: Sequence[str]) -> Ran:
+    """Runs a program; RuntimeError, with what it said, if it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {said}")
+    return Ran(time.perf_counter() - started, usage.ru_maxrss << 10)
 
 
 def report(

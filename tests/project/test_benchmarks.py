@@ -21,6 +21,8 @@ FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
         ("extract", ["--backbone", "tiny", "--images", "4", "--sizes", "64x48", "--rounds", "1", "--pixels"]),
         ("sharing", ["--backbone", "squeezenet1_1", "--images", "2", "--sizes", "64x48", "80x60", "--rounds", "1"]),
         ("jobs", ["--backbone", "resnet18", "--images", "2", "--many", "4", "--rounds", "1"]),
+        ("ranks", ["--measure=ranks", "--backbone=tiny", "--ranks=1", "--images=4", "--few=0", "--rounds=1"]),
+        ("peers", ["--networks=tiny", "--peers=nowhere", "--of=thingsvision", "--images=4", "--few=2", "--rounds=1"]),
         ("reduced", ["--backbone", "tiny", "--images", "2", "--sizes", "64x48", "--rounds", "1"]),
         ("rounding", ["--images", "2", "--cuts", "stem:none", "maps:concat", "--rounds", "1"]),
     ],
