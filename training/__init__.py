@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from training.inputs.derive import Inputs
     from training.learner import Learner
     from training.lr_find import LearningRates
+    from training.outcomes import Outcomes
     from training.predict import Prediction
     from training.recipes import finetune, train_head
 
@@ -21,6 +22,7 @@ __all__ = [
     "Inputs",
     "Learner",
     "LearningRates",
+    "Outcomes",
     "Prediction",
     "build_head",
     "concat_head",
@@ -37,6 +39,7 @@ _MODULES = {
     "training.inputs.derive": ("Inputs",),
     "training.learner": ("Learner",),
     "training.lr_find": ("LearningRates",),
+    "training.outcomes": ("Outcomes",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
 }

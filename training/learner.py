@@ -50,6 +50,7 @@ from training.inputs.situation import (
     views_words,
 )
 from training.lr_find import LearningRates, find_lr
+from training.outcomes import Outcomes
 from training.placement import Placement, reduction_of, with_head
 from training.predict import Prediction, as_images, outputs_words, predictions, probabilities
 from training.splits import PastSplit, present_split
@@ -366,6 +367,14 @@ class Learner:
         if len(ids) < len(source.images):
             self._say(f"{len(source.images) - len(ids):,} of {len(source.images):,} images can't be read, left out")
         return self._scored(logits, targets)
+
+    def outcomes(self, split: str = "valid") -> Outcomes:
+        """What the model says of each labelled image of a split: where it is wrong, how sure, what it confuses."""
+        source, ids, logits, targets = self._split_outputs(split)
+        self.read_from = source.kind
+        place_of = {image: place for place, image in enumerate(source.images.ids)}
+        images = source.images.select([place_of[each] for each in ids])
+        return Outcomes.of(images, logits, targets, probabilities(logits, self.task))
 
     def predict(self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Prediction]:
         """One record an image (label, probability, top; of regression values), in order.

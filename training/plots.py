@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -17,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from featstore.images.image_set import ImageSet
 from featstore.images.render import Job, render
 from featstore.images.views import Augment, GivenPolicy, View
+from training.outcomes import Order, Outcomes
 
 
 class Plot(Figure):
@@ -125,11 +127,71 @@ def history(records: Sequence[Mapping[str, object]]) -> Plot:
     return figure
 
 
+def confusion_matrix(outcomes: Outcomes) -> Plot:
+    """How many images of each class (a row) were taken for each (a column); in numbers too, up to 20 classes."""
+    counts, classes = outcomes.confusion(), [_short(name) for name in outcomes.classes]
+    size = max(3.2, min(12.0, 1.6 + 0.45 * len(classes)))
+    figure = Plot(figsize=(size + 0.8, size), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(counts, cmap="Blues", vmin=0)
+    figure.colorbar(drawn, ax=axes, shrink=0.7, label="images")
+    places = range(len(classes))
+    axes.set_xticks(places, classes, rotation=90, parse_math=False)
+    axes.set_yticks(places, classes, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="actual")
+    if len(classes) <= _MOST_WRITTEN:
+        for row, column in np.ndindex(counts.shape):
+            is_dark = counts[row, column] > counts.max() / 2
+            axes.text(
+                column, row, f"{counts[row, column]}", ha="center", va="center", color="white" if is_dark else "black"
+            )
+    return figure
+
+
+def samples(
+    outcomes: Outcomes, view: View, *, by: Order = "loss", is_right: bool | None = None, num_images: int = 9
+) -> Plot:
+    """Images with what was said of them: those with the largest loss, or the least or most sure ones.
+
+    The pixels are those that the model gets, before normalisation. Of a learner:
+    ``samples(learn.outcomes(), learn.view)``.
+
+    Args:
+        outcomes: of the images.
+        view: what is shown of each.
+        by: ``loss``, ``uncertain`` or ``sure``, as in `Outcomes.places`.
+        is_right: only of those that were predicted rightly (True) or wrongly (False).
+        num_images: at most so many.
+
+    Raises:
+        ImageError: naming the first image that can't be read or rendered.
+    """
+    places = outcomes.places(by, is_right=is_right)[:num_images]
+    if not len(places):
+        raise ValueError("There is no such image to show: none was predicted so, or num_images is 0.")
+    shown = outcomes.images.select(places)
+    jobs = [Job(at, digest.tobytes(), (view.evaluation,)) for at, digest in enumerate(shown.digests().values)]
+    num_columns = math.ceil(math.sqrt(len(shown)))
+    num_rows = math.ceil(len(shown) / num_columns)
+    figure = Plot(figsize=(2.4 * num_columns, 2.7 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, place, rendered in zip(grid, places.tolist(), render(shown, jobs, workers=0), strict=False):
+        assert rendered.views is not None  # render raises for an image that fails
+        axes.imshow(rendered.views[0].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        said = f"{_short(outcomes.images.ids[place])}\n{outcomes.words(place)}"
+        axes.set_title(said, fontsize="x-small", parse_math=False)
+    return figure
+
+
 def _short(image_id: str) -> str:
     """The end of an id, as long as a panel is high; what is no valid text in it becomes a question mark."""
     text = image_id.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= 28 else f"…{text[-27:]}"
 
+
+_MOST_WRITTEN = 20
 
 _NOT_METRICS = frozenset({"epoch", "train_loss", "valid_loss", "seconds", "images", "lr"})
 

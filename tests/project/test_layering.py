@@ -77,7 +77,7 @@ ROOMS: dict[str, Rooms] = {
         ("", ("__main__",)),
     ),
     "training": (
-        ("", ("metrics", "choices", "schedules", "plots", "heads")),
+        ("", ("metrics", "choices", "schedules", "outcomes", "plots", "heads")),
         ("inputs", ("situation", "search", "explain", "derive", "batches")),
         (
             "",

@@ -1,0 +1,162 @@
+"""Outcomes: what a model said of labelled images, image by image - to find where it is wrong, and how sure it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from featstore.images.image_set import ImageSet
+
+Order = Literal["loss", "uncertain", "sure"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcomes:
+    """What a model said of N labelled images; made by `Learner.outcomes`.
+
+    Attributes:
+        images: these images, in order.
+        classes: column k of `probabilities` is of class k.
+        probabilities: ``(N, K)``; of regression the numbers.
+        targets: ``(N,)`` class numbers; ``(N, K)`` of several labels or numbers.
+        losses: ``(N,)``, each image's own loss by the task: cross-entropy; its mean over the classes for several
+            labels; of regression the mean squared error over the columns, in their units.
+    """
+
+    images: ImageSet
+    classes: tuple[str, ...]
+    probabilities: NDArray[np.float64]
+    targets: NDArray[np.float64] | NDArray[np.int64]
+    losses: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, images: ImageSet, logits: Tensor, targets: Tensor, said: NDArray[np.float64]) -> Outcomes:
+        """Those of all `images` by logits ``(N, K)``, targets, and the probabilities (or numbers) that these are."""
+        wide, wanted = logits.cpu().double(), targets.cpu()
+        if images.task == "single":
+            losses = F.cross_entropy(wide, wanted, reduction="none")
+        elif images.task == "multi":
+            losses = F.binary_cross_entropy_with_logits(wide, wanted.double(), reduction="none").mean(1)
+        else:
+            losses = F.mse_loss(wide, wanted.double(), reduction="none").mean(1)
+        return cls(
+            images=images,
+            classes=images.classes,
+            probabilities=said,
+            targets=wanted.numpy(),
+            losses=losses.numpy(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def __repr__(self) -> str:
+        if self.images.task != "single":
+            return f"Outcomes({len(self):,} images, mean loss {self.losses.mean():.4g})"
+        return f"Outcomes({len(self):,} images, {int((~self.is_right).sum()):,} wrong)"
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """``(N,)`` the most probable class of each, of the task "single"."""
+        self._single("what was predicted")
+        most: NDArray[np.int64] = self.probabilities.argmax(1)
+        return most
+
+    @property
+    def is_right(self) -> NDArray[np.bool_]:
+        """``(N,)`` whether that is its class."""
+        right: NDArray[np.bool_] = self.predicted == self.targets
+        return right
+
+    def confusion(self) -> NDArray[np.int64]:
+        """``(K, K)``: how many images of class i (the row) were taken for class j, as scikit-learn counts them."""
+        from sklearn.metrics import confusion_matrix
+
+        counts: NDArray[np.int64] = confusion_matrix(self.targets, self.predicted, labels=range(len(self.classes)))
+        return counts
+
+    def most_confused(self, least: int = 1) -> list[tuple[str, str, int]]:
+        """(class, what it was taken for, how often) for each pair that happened so often, the commonest first."""
+        counts = self.confusion()
+        np.fill_diagonal(counts, 0)
+        pairs = [(int(counts[at]), at) for at in zip(*np.nonzero(counts >= max(1, least)), strict=True)]
+        pairs.sort(key=lambda each: (-each[0], each[1]))
+        return [(self.classes[actual], self.classes[taken], count) for count, (actual, taken) in pairs]
+
+    def by_class(self) -> dict[str, dict[str, float]]:
+        """Class -> precision, recall, f1 and support (how many images it has), as scikit-learn computes them.
+
+        What is 0 / 0 counts as 0.
+        """
+        from sklearn.metrics import precision_recall_fscore_support
+
+        taken = self.predicted if self.images.task == "single" else None
+        if taken is None:
+            self._labels("scores by class")
+        columns = precision_recall_fscore_support(
+            self.targets if taken is not None else self.targets > 0,
+            taken if taken is not None else self.probabilities > 0.5,
+            labels=range(len(self.classes)),
+            zero_division=0,
+        )
+        names = ("precision", "recall", "f1", "support")
+        return {
+            name: {column: float(value) for column, value in zip(names, row, strict=True)}
+            for name, row in zip(self.classes, zip(*columns, strict=True), strict=True)
+        }
+
+    def calibration_error(self, bins: int = 15) -> float:
+        """The expected calibration error of the most probable class, 0 to 1: Guo et al., arXiv:1706.04599, section 2.
+
+        Of images in `bins` ranges of probability, equally wide, how far the share that is right lies from the mean
+        probability; the mean over the images.
+        """
+        if bins < 1:
+            raise ValueError(f"bins is {bins}; expected at least 1.")
+        sure = self.probabilities.max(1)
+        place = np.minimum(np.ceil(sure * bins).astype(int) - 1, bins - 1)  # (0, 1/bins], ..., as there
+        gap = np.abs(np.bincount(place, self.is_right - sure, minlength=bins))
+        return float(gap.sum() / len(self))
+
+    def places(self, by: Order = "loss", *, is_right: bool | None = None) -> NDArray[np.int64]:
+        """The images' places, ordered.
+
+        Args:
+            by: ``loss``: the largest first; ``uncertain``: the least probability of what was predicted first; ``sure``:
+                the greatest first.
+            is_right: only of those that were predicted rightly (True) or wrongly (False).
+        """
+        if by not in ("loss", "uncertain", "sure"):
+            raise ValueError(f"{by!r} is no order. Expected loss, uncertain or sure.")
+        if by == "loss":
+            key = -self.losses
+        else:
+            self._single(f"the order {by!r}")
+            key = self.probabilities.max(1) * (1 if by == "uncertain" else -1)
+        places = np.argsort(key, kind="stable")
+        return places if is_right is None else places[self.is_right[places] == is_right]
+
+    def words(self, place: int) -> str:
+        """What was said of an image: ``dog for cat, 0.93, loss 2.66``."""
+        loss = f"loss {self.losses[place]:.3g}"
+        if self.images.task != "single":
+            return loss
+        actual, taken = self.classes[self.targets[place]], self.classes[self.predicted[place]]
+        said = actual if actual == taken else f"{taken} for {actual}"
+        return f"{said}, {self.probabilities[place].max():.2f}, {loss}"
+
+    def _single(self, what: str) -> None:
+        if self.images.task != "single":
+            raise ValueError(
+                f"{what[0].upper()}{what[1:]} is of images with one class each, and these are {self.images.task}. "
+                "Look at places('loss'), probabilities and targets."
+            )
+
+    def _labels(self, what: str) -> None:
+        if self.images.task == "regression":
+            raise ValueError(f"{what[0].upper()}{what[1:]} are of labels, and these images have numbers.")
