@@ -77,6 +77,17 @@ def bucket(object_server: int, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) ->
     return f"s3://{name}"
 
 
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """Of C++; a test that compiles a model is left out where there is none."""
+    from featstore.models.compiled import check_compiler
+
+    try:
+        check_compiler(torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> FeatureStore:
     """One that nothing has been filed in."""

@@ -14,7 +14,7 @@ import torch
 
 from featstore.digest import Json
 from featstore.errors import Doubtful, FeatureStoreError, OnError
-from featstore.extraction.opening import open_plan
+from featstore.extraction.opening import check_can_compile, open_plan
 from featstore.extraction.plan import Models, Plan, PlannedSet, plan
 from featstore.extraction.rates import RENDERING, StageName, StageRate
 from featstore.extraction.shards import Shard
@@ -50,6 +50,7 @@ class Estimate:
         device: what passes run on, `cpu` or `cuda`; none were run where nothing is missing.
         start_seconds: what it takes before the first row: digests of images that the store doesn't know, and judging
             the model.
+        compile_seconds: how much of that is compiling; 0 where nothing is compiled.
         rates: of each stage, alone on the machine. The files of the sample may be in memory, from when they were read
             to see what is missing.
     """
@@ -60,6 +61,7 @@ class Estimate:
     device: str
     start_seconds: float
     rates: tuple[StageRate, ...]
+    compile_seconds: float = 0.0
 
     @property
     def num_bytes(self) -> int:
@@ -115,6 +117,7 @@ def estimate(
     precision: Precision = DEFAULT_PRECISION,
     device: torch.device | str = "auto",
     batch_size: int | None = None,
+    compile: bool | None = None,
     workers: int | None = None,
     shard: Shard | str | None = None,
 ) -> Estimate:
@@ -124,6 +127,7 @@ def estimate(
     Arguments and errors are those of `extract`.
     """
     started = time.perf_counter()
+    check_can_compile(compile, device)
     planned = plan(
         model,
         images,
@@ -144,6 +148,7 @@ def estimate(
         doubtful=doubtful,
         device=device,
         batch_size=batch_size,
+        compile=compile,
         workers=workers,
         started=started,
     )
@@ -158,6 +163,7 @@ def estimate_plan(
     doubtful: Doubtful = "note",
     device: torch.device | str = "auto",
     batch_size: int | None = None,
+    compile: bool | None = None,
     workers: int | None = None,
     started: float | None = None,
 ) -> Estimate:
@@ -177,6 +183,7 @@ def estimate_plan(
             doubtful=doubtful,
             device=device,
             batch_size=batch_size,
+            compile=compile,
             workers=workers,
         )
         session = stack.enter_context(replace(opened, store=beside))
@@ -207,6 +214,7 @@ def estimate_plan(
         device=device_type,
         start_seconds=start_seconds,
         rates=rates,
+        compile_seconds=sum(each.compile_seconds for each in session.opened),
     )
 
 

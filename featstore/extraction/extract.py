@@ -23,7 +23,7 @@ from featstore.extraction.failures import (
 )
 from featstore.extraction.filed import Filed, merge_parts
 from featstore.extraction.job import refuse_changed
-from featstore.extraction.opening import open_plan
+from featstore.extraction.opening import check_can_compile, open_plan
 from featstore.extraction.plan import Models, Plan, plan
 from featstore.extraction.progress import ProgressReport
 from featstore.extraction.rates import StageName, StageRate, bound_by
@@ -106,6 +106,7 @@ def extract(
     precision: Precision = DEFAULT_PRECISION,
     device: torch.device | str = "auto",
     batch_size: int | None = None,
+    compile: bool | None = None,
     workers: int | None = None,
     progress: bool = False,
     on_progress: Callable[[ProgressReport], None] | None = None,
@@ -137,6 +138,9 @@ def extract(
         device: auto, cpu, cuda or cuda:1.
         batch_size: images a pass; part of the profile, not of the key. Default: that of stored rows of the same set,
             else 32 on a CPU and 256 on a GPU. Of a new set it is halved, which is noted, until memory has room.
+        compile: whether the trunk runs as compiled code, up to twice as fast, which takes up to a minute to make: it
+            pays for thousands of images. Part of the profile, not of the key. Default: as stored rows of the same set
+            were computed, else not.
         workers: threads that read and decode; 0 for none; more than four of them for many images are processes.
             Default: one a processor, up to 8; as processes, one a processor but for one.
         progress: shows on stderr how it goes - on a terminal or in a notebook by a bar, else by a line every 30 seconds
@@ -151,7 +155,7 @@ def extract(
 
     Raises:
         ImageError: with `raise`, for an image that can't be read, decoded or rendered.
-        ModelError: for a model that can't be keyed or isn't a function of one image.
+        ModelError: for a model that can't be keyed, isn't a function of one image, or is to be compiled and can't be.
         FactsDifferError: if the model computes other values than the rows already stored, or is changed meanwhile: then
             nothing is filed of what was computed since the last part.
         FeatureStoreError: for values the storage type can't hold: with `raise`, too large or no numbers; all of them
@@ -160,6 +164,8 @@ def extract(
         OSError: as the disk gave it.
     """
     started = time.perf_counter()
+    if engine is None:
+        check_can_compile(compile, device)
     planned = plan(
         model,
         images,
@@ -180,6 +186,7 @@ def extract(
         doubtful=doubtful,
         device=device,
         batch_size=batch_size,
+        compile=compile,
         workers=workers,
         progress=progress,
         on_progress=on_progress,
@@ -197,6 +204,7 @@ def run_plan(
     doubtful: Doubtful = "note",
     device: torch.device | str = "auto",
     batch_size: int | None = None,
+    compile: bool | None = None,
     workers: int | None = None,
     progress: bool = False,
     on_progress: Callable[[ProgressReport], None] | None = None,
@@ -210,8 +218,9 @@ def run_plan(
     one image was checked then.
     """
     started = time.perf_counter() if started is None else started
-    if engine is None:  # whose actors have devices of their own
+    if engine is None:  # whose actors have devices and compilers of their own
         choose_device(device)
+        check_can_compile(compile, device)
     check_batch_size(batch_size)
     check_workers(workers)
     check_max_errors(max_errors, on_error)
@@ -234,6 +243,7 @@ def run_plan(
                 doubtful=doubtful,
                 device=device,
                 batch_size=batch_size,
+                compile=compile,
                 workers=workers,
                 progress=progress,
                 on_progress=on_progress,
@@ -248,6 +258,7 @@ def run_plan(
                 doubtful=doubtful,
                 device=device,
                 batch_size=batch_size,
+                compile=compile,
                 workers=workers,
             )
             with session:

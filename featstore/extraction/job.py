@@ -92,6 +92,7 @@ class Session:
     def notes(self) -> list[str]:
         """What its owner should know before the first row."""
         notes = [each.lowering.note for each in self.opened if each.lowering.note is not None]
+        notes += [f"{each.planned.model.name} runs as compiled code" for each in self.opened if each.compile_seconds]
         notes += [
             rounding.note(each.planned.model.name, output, self.planned.sets[each.places[0]].spec.dtype)
             for each in self.opened

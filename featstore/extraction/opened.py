@@ -28,6 +28,7 @@ class Opened:
         probes: of each output, what is filed with its rows.
         stages: cut -> the facts of the model's stages up to it.
         roundings: of each output whose rows are scaled, what is filed with them.
+        compile_seconds: what it took to compile it; 0 where it isn't compiled.
     """
 
     planned: PlannedModel
@@ -37,6 +38,7 @@ class Opened:
     probes: dict[Output, Probe]
     stages: dict[str, list[Json]]
     roundings: dict[Output, Rounding]
+    compile_seconds: float = 0.0
 
     def facts(self, each: PlannedSet) -> dict[str, Json]:
         """Those of a part of one of its sets."""

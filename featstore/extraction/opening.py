@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ from featstore.images.pixel_digest import check_pixels
 from featstore.images.processes import renderers_for
 from featstore.images.render import check_workers
 from featstore.images.views import View
+from featstore.models.compiled import check_compiler
 from featstore.models.names import Batching
-from featstore.models.probe import Probe, check_probe, take_probes
+from featstore.models.probe import Probe, check_compiled, check_probe, take_probes
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Output, Trunk, check_batch_size, choose_device, default_batch_size
 from featstore.store.part_facts import stage_facts
@@ -45,6 +47,7 @@ def open_plan(
     doubtful: Doubtful = "note",
     device: torch.device | str = "auto",
     batch_size: int | None = None,
+    compile: bool | None = None,
     workers: int | None = None,
     is_alone: bool = True,
 ) -> Session:
@@ -67,7 +70,7 @@ def open_plan(
         if each.stored is not None:
             check_pixels(each.stored.pixels, policy=each.view.decode, what=_named(each))
     batching = {
-        source: batching_for([planned.sets[place].stored for place in places], chosen.type, batch_size)
+        source: batching_for([planned.sets[place].stored for place in places], chosen.type, batch_size, compile)
         for source, places in lacking.items()
     }
     input_at = {
@@ -124,6 +127,12 @@ def open_plan(
     )
 
 
+def check_can_compile(compile: bool | None, device: torch.device | str) -> None:
+    """Raises ValueError where compiled code is asked for and can't be made here, before anything is read."""
+    if compile:
+        check_compiler(choose_device(device))
+
+
 def _opened(
     planned: Plan,
     source: PlannedModel,
@@ -152,19 +161,27 @@ def _opened(
     lacking = list(dict.fromkeys(each.output for each in sets if each.is_missing.any()))
     trunk = Trunk(
         model,
-        lacking,
+        # Compiled code depends on all cuts that are taken: who goes on with a job gets the same rows.
+        outputs if batching.compiled else lacking,
         view=model.view,
         batching=batching,
         precision=sets[0].spec.precision,
         device=device,
     )
     lowering = Lowering(model, sets, trunk, is_alone=is_alone)
+    compile_seconds = 0.0
 
     def judged() -> tuple[dict[Output, Probe], dict[Output, Rounding]]:
+        nonlocal compile_seconds
         with timed("purity"):
             lowering.judge()
         with timed("probe"):
             probes = _checked_probes(sets, model, outputs, trunk)
+        if batching.compiled:
+            started = time.perf_counter()
+            with timed("compile"):
+                check_compiled(trunk, probes, name=model.name)
+            compile_seconds = time.perf_counter() - started
         return probes, sampled_roundings(planned, sets, trunk, workers=workers)
 
     probes, roundings = lowering.fitted(judged)
@@ -177,6 +194,7 @@ def _opened(
         probes=probes,
         stages={each.cut: stages[: model.index(each.cut) + 1] for each in sets},
         roundings=roundings,
+        compile_seconds=compile_seconds,
     )
 
 

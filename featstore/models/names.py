@@ -36,10 +36,12 @@ class Batching(NamedTuple):
     Attributes:
         batch_size: B, the images of each pass; None: what the device takes by default.
         memory_format: how a batch of them lies in memory.
+        compiled: whether compiled code runs instead of one operation after the other.
     """
 
     batch_size: int | None = None
     memory_format: MemoryFormat = "channels_last"
+    compiled: bool = False
 
 
 DEFAULT_BATCHING = Batching()

@@ -5,6 +5,7 @@ It is the net under what no key can see: a changed operator in another library v
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from featstore.digest import Json
-from featstore.errors import FactsDifferError
+from featstore.errors import FactsDifferError, ModelError
 from featstore.images.views import View
 from featstore.models.names import Batching, Precision
 from featstore.models.staged import StagedModel
@@ -90,6 +91,34 @@ def check_probe(stored: Json, live: Probe, *, precision: Precision, what: str, p
         f"{'; '.join(changed) or 'No recorded setting differs'}. Restore those versions or settings, or extract into "
         "another store."
     )
+
+
+def check_compiled(trunk: Trunk, probes: Mapping[Output, Probe], *, name: str) -> None:
+    """Compiles a trunk, by its first pass, and compares what it then computes with `probes`, which aren't compiled.
+
+    Raises:
+        ModelError: for a model that can't be compiled, that differs then by more than the precision's tolerance, or
+            that gives an image another row in another place of a batch.
+    """
+    size = trunk.view.size
+    pair = probe_images(size, trunk.view.channels)
+    images = torch.cat([pair.roll(step, dims=3) for step in range((trunk.batch_size + 1) // 2)])
+    found = trunk(images)
+    turned = trunk(images.flip(0))
+    without = "Compute without: --no-compile (in Python: compile=False)."
+    for output, values, others in zip(trunk.outputs, found, turned, strict=True):
+        if not torch.equal(values, others.flip(0)):
+            raise ModelError(
+                f"Compiled, {name} gives an image another row at {output.label} in another place of a batch of "
+                f"{trunk.batch_size}. Expected the same. Take another batch size (--batch-size). {without}"
+            )
+        difference = probes[output].difference(_probe(values[:2]))
+        if not difference <= TOLERANCES[trunk.precision]:
+            raise ModelError(
+                f"Compiled, {name} computes other values at {output.label}: on the probe images they differ by "
+                f"{difference:.2g} of the largest value; {trunk.precision} allows {TOLERANCES[trunk.precision]:g}. "
+                f"{without}"
+            )
 
 
 def _probe(values: Tensor) -> Probe:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from featstore.digest import Json
 from featstore.errors import ModelError
 from featstore.images.views import View
+from featstore.models.compiled import Compiled
 from featstore.models.modes import eval_mode, numerics
 from featstore.models.names import (
     DEFAULT_BATCHING,
@@ -65,7 +66,8 @@ class Trunk:
         view: gives the normalisation; its geometry has been applied already.
         batching: the fixed number of images a pass, by default 32 on a CPU and 256 on a GPU (a shorter batch is padded
             by repeating its last image), and how they lie in memory: convolutions are faster with channels last, and a
-            model that only runs on others (its forward calls view() on a map) gets those.
+            model that only runs on others (its forward calls view() on a map) gets those. Where they are compiled, the
+            first pass takes up to a minute.
         precision: `fp32` is IEEE float32 (TF32 and other shortcuts off), `tf32` allows TF32 where the device has it,
             `bf16` and `fp16` cast weights and images. Weights of another type are cast, for `fp32` too.
         device: where to run.
@@ -97,7 +99,9 @@ class Trunk:
         self.precision: Precision = precision
         self.outputs = tuple(outputs)
         self.view = view
-        self._model, self.is_live = self._prepared(model)
+        self._model, self.is_live = self._prepared(model, is_fixed=batching.compiled)
+        cuts = [output.cut for output in self.outputs]
+        self._compiled = Compiled(self._model, cuts, self.device) if batching.compiled else None
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Activations ``(N, *F)`` of uint8 views ``(N, C, S, S)``, one tensor per output: float32, contiguous."""
@@ -118,6 +122,8 @@ class Trunk:
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__,
         }
+        if self._compiled is not None:
+            profile["compiled"] = list(self._compiled.cuts)
         if self.device.type == "cuda":
             profile["gpu"] = torch.cuda.get_device_name(self.device)
         return profile
@@ -131,11 +137,17 @@ class Trunk:
         with eval_mode(self._model), torch.no_grad(), numerics(self.precision, self.device):
             values = self.view.normalise(images.to(self.device))
             values = values.to(_DTYPES[self.precision], memory_format=FORMATS[self.memory_format])
-            activations = self._model.activations(values, cuts)
+            activations = self._activations(values, cuts)
             for cut in cuts:
                 check_activations(activations[cut], name=self._model.name, cut=cut)
                 self._check_rows(cut, activations[cut])
             return [output.pool(activations[output.cut])[:rows] for output in self.outputs]
+
+    def _activations(self, values: Tensor, cuts: Sequence[str]) -> dict[str, Tensor]:
+        if self._compiled is None:
+            return self._model.activations(values, cuts)
+        found = self._compiled(values)
+        return {cut: found[self._model.canonical(cut)] for cut in cuts}
 
     def _check_rows(self, cut: str, values: Tensor) -> None:
         if values.ndim == 0 or len(values) != self.batch_size:
@@ -145,13 +157,13 @@ class Trunk:
                 "dimensions takes the images' own away where a pass has one)."
             )
 
-    def _prepared(self, model: StagedModel) -> tuple[StagedModel, bool]:
-        """The stages to run, and whether they are `model`'s own."""
+    def _prepared(self, model: StagedModel, *, is_fixed: bool) -> tuple[StagedModel, bool]:
+        """The stages to run, and whether they are `model`'s own: never where they are to stay as they are."""
         last = max(model.index(output.cut) for output in self.outputs)
         stages = [model.stages[index] for index in range(last + 1)]
         dtype = _DTYPES[self.precision]
         tensors = [tensor for stage in stages for tensor in (*stage.parameters(), *stage.buffers())]
-        is_live = all(
+        is_live = not is_fixed and all(
             each.device == self.device and (each.dtype == dtype or not each.is_floating_point()) for each in tensors
         )
         if not is_live:

@@ -115,7 +115,9 @@ class FeatureSet:
         profile = self.facts["profile"]
         if profile["device"] != device_type:
             return None
-        return Batching(int(profile["batch_size"]), profile.get("memory_format", "contiguous"))
+        return Batching(
+            int(profile["batch_size"]), profile.get("memory_format", "contiguous"), bool(profile.get("compiled"))
+        )
 
     @cached_property
     def index(self) -> RowIndex:
@@ -218,17 +220,22 @@ class SetPart:
         return names
 
 
-def batching_for(sets: Iterable[FeatureSet | None], device_type: str, batch_size: int | None) -> Batching:
+def batching_for(
+    sets: Iterable[FeatureSet | None], device_type: str, batch_size: int | None, compile: bool | None = None
+) -> Batching:
     """That of the first of `sets` which has rows computed on such a device, so that one set has one profile.
 
     Args:
         sets: those that exist.
         device_type: cpu or cuda.
         batch_size: the images of a pass, where someone has said.
+        compile: whether they are compiled, where someone has said.
     """
     stored = (each.batching_on(device_type) for each in sets if each is not None)
     batching = next((each for each in stored if each is not None), Batching())
-    return batching if batch_size is None else batching._replace(batch_size=batch_size)
+    if batch_size is not None:
+        batching = batching._replace(batch_size=batch_size)
+    return batching if compile is None else batching._replace(compiled=compile)
 
 
 def newest(parts: Iterable[Part]) -> Part:

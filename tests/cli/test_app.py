@@ -233,6 +233,20 @@ def test_a_named_backbone_is_cut_at_its_default(featstore: Program) -> None:
     assert FeatureStore("feats").sets()[0].parts[0].shape == (1024,)
 
 
+@pytest.mark.usefixtures("compiler")
+def test_code_is_compiled_where_it_is_asked_for(featstore: Program) -> None:
+    from torch._inductor import config as inductor
+
+    found = featstore("estimate", *extract_flags(), "--compile").out
+    assert re.search(r"\d s before the first row \([\d.]+ s of it compiling\); in all:", found)
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        ran = featstore("extract", *extract_flags(), "--compile")
+        assert (ran.code, ran.out) == (2, "")
+        assert "there is no C++ compiler" in ran.err
+        assert featstore("extract", *extract_flags(), "--no-compile").code == 0
+    assert "compiled" not in FeatureStore("feats").sets()[0].facts["profile"]
+
+
 # ---- Images that can't be read
 
 
@@ -688,7 +702,9 @@ def test_help_shows_every_default(featstore: Program) -> None:
 def test_help_fits_the_flags_of_the_contract(featstore: Program) -> None:
     image = "images root path-column label-column label-sep split-column group-column task valid split-seed"
     image += " top-folders one-hot valid-column suffix strip"
-    model = "store backbone weights weights-prefix trust-code cut reduce size resize mean std interpolation decode"
+    model = (
+        "store backbone weights weights-prefix trust-code cut reduce size resize mean std interpolation decode compile"
+    )
     more = "augment seeds dtype precision device batch-size workers on-error max-errors doubtful shard json debug help"
     more += " engine actors gpus-per-actor ray-address"
     expected = {*image.split(), *model.split(), *more.split()}

@@ -101,6 +101,32 @@ def test_actors_leave_the_rows_of_a_local_run(model: StagedModel, folder: Path) 
     assert counts(extract(model, images, FeatureStore("by_ray"), augment=four, engine=TWO)) == (0, 66, 0)
 
 
+@pytest.mark.usefixtures("compiler")
+def test_an_actor_that_is_told_to_compile_does(model: StagedModel, folder: Path) -> None:
+    planned = plan(model, ImageSet.from_folder("photos"), FeatureStore("by_ray"))
+    told = ray_actors._Told(
+        folder=str(folder.parent),
+        sources=ray_actors._sources(planned),
+        planned=ray_actors._pickled(planned),
+        store="by_ray",
+        options={"device": "cpu", "batch_size": 2, "compile": True, "workers": 0},
+        threads=torch.get_num_threads(),
+    )
+    profiles = ray_actors._Worker().open(told)
+    assert isinstance(profiles, list)
+    assert [profile["compiled"] for profile in profiles] == [["conv"]]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_actors_compile_as_a_local_run_does(model: StagedModel, folder: Path) -> None:
+    images, stores = ImageSet.from_folder("photos").select(range(6)), (FeatureStore("by_ray"), FeatureStore("local"))
+    for store, engine in zip(stores, (ONE, None), strict=True):
+        report = extract(model, images, store, batch_size=2, compile=True, engine=engine)
+        assert store.set(report.keys[0]).facts["profile"]["compiled"] == ["conv"]
+    assert torch.equal(*(rows(store, images, report.keys[0]) for store in stores))
+
+
 def test_an_image_that_ends_its_process_is_found_and_all_others_have_rows(
     model: StagedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,8 +52,8 @@ ROOMS: dict[str, Rooms] = {
             "models",
             (
                 "names", "modes", "kept", "wrappers", "adapters", "tracing", "graph", "pool", "digests", "stages",
-                "shapes", "staged", "layer_groups", "trunk", "weights", "runs", "trust", "torchvision_models",
-                "timm_models", "own_file", "backbones", "probe", "batch_mixing", "purity",
+                "shapes", "staged", "layer_groups", "compiled", "trunk", "weights", "runs", "trust",
+                "torchvision_models", "timm_models", "own_file", "backbones", "probe", "batch_mixing", "purity",
             ),
         ),
         (

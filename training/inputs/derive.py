@@ -326,7 +326,14 @@ def live_precision(situation: Situation) -> Precision:
 
 
 def stored_batching(situation: Situation) -> Batching:
-    """That of the newest part of this model's features in the store, so that a live trunk gives the same bits."""
+    """That of the newest part of this model's features in the store, so that a live trunk gives the same bits.
+
+    Not of compiled ones: each fit would wait for its code, which has other bits beside other cuts. That is said.
+    """
+    return _newest_batching(situation)._replace(compiled=False)
+
+
+def _newest_batching(situation: Situation) -> Batching:
     digests = set(situation.digests.values())
     fitting = [each for each in situation.sets if each.spec.trunk in digests]
     on_device = [each for each in fitting if each.batching_on(situation.device.type)]
@@ -437,7 +444,11 @@ def _live(situation: Situation, images: ImageSet, augment: Augment | None) -> Im
     if augment is not None:
         views = augment if augment.is_fresh else augment.views(situation.view)
     frozen = frozen_words(model)
-    runs = f"; {frozen} {run_or_runs(frozen)} on them{_in_words(live_precision(situation))}" if model.num_frozen else ""
+    runs = ""
+    if model.num_frozen:
+        runs = f"; {frozen} {run_or_runs(frozen)} on them{_in_words(live_precision(situation))}"
+        if _newest_batching(situation).compiled:
+            runs += ", not compiled as what is stored was"
     can_be_read = ~digests.is_failed
     return ImageSource(
         images=images if can_be_read.all() else images.select(can_be_read),

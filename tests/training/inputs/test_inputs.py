@@ -15,6 +15,7 @@ from support.tiny import VIEW, arrays, jpeg, photos, pixels, staged
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, extract
 from featstore.errors import AmbiguousRequestError, FactsDifferError, FeatureStoreError, MissingFeaturesError
 from featstore.images.decode import decode
+from featstore.models.names import Batching
 from featstore.models.trunk import Output, Trunk
 from training import Learner
 from training.inputs.batches import Batches
@@ -173,6 +174,21 @@ def test_a_live_trunk_and_what_continues_features_run_at_their_precision(world: 
         source = find(situation, part, None) if on == "features" else _live(situation, part, None)
         ((values, _),) = list(Batches(source, situation, batch_size=4, workers=0).in_order())
         assert torch.equal(values, rows)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_live_trunk_beside_compiled_features_is_not_compiled_and_says_so(world: World) -> None:
+    world.extract("layer2", dtype="float32", device="cpu", compile=True, batch_size=4)
+    stored, live = (world.learner(device="cpu", augment=each) for each in (None, Augment("flip", seeds="fresh")))
+    assert "not compiled" not in str(stored.inputs)
+    assert "layer2 run on them, not compiled as what is stored was" in str(live.inputs)
+    uint8 = torch.stack([VIEW.render(decode(world.images.read(place))[0], b"") for place in range(4)])
+    output = Output("layer2", world.model.pool("layer2", "concat"))
+    (rows,) = Trunk(world.model, [output], view=VIEW, batching=Batching(4))(uint8)
+    situation = replace(stored._situation(), on_missing="images")
+    source = _live(situation, world.images.select(range(4)), None)
+    ((values, _),) = list(Batches(source, situation, batch_size=4, workers=0).in_order())
+    assert torch.equal(values, rows)
 
 
 def reads_of(learn: Learner) -> type:
