@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,17 +55,16 @@ class Compiled:
                 dynamo.patch(
                     suppress_errors=False, fail_on_recompile_limit_hit=True, accumulated_recompile_limit=2**31
                 ),
-                warnings.catch_warnings(),
+                nullcontext() if self._is_made else _without_warnings(),
             ):
-                if not self._is_made:
-                    warnings.filterwarnings("ignore", module="torch")  # such as that float32 isn't TF32
                 values = self._function(images)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             if self._is_made and not isinstance(error, TorchDynamoException):
                 raise
-            raise self._refusal(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+            inner = getattr(error, "inner_exception", error)  # what the backend raised, which dynamo wraps
+            raise self._refusal(f"{type(inner).__name__}: {str(inner).splitlines()[0]}") from error
         self._is_made = self._is_made or _made.count > num_before
         if not self._is_made:
             raise self._refusal("nothing of it was compiled, as where TORCH_COMPILE_DISABLE is set")
@@ -97,6 +97,14 @@ def check_compiler(device: torch.device) -> None:
             f"A model can't be compiled for {torch.cuda.get_device_name(device)} here: there is no Triton for it. "
             f"Expected a GPU of compute capability 7.0 or more and the package triton. Install that, {without}."
         )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Of torch's, such as that float32 isn't TF32."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")
+        yield
 
 
 class _Made(threading.local):
