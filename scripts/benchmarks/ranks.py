@@ -10,6 +10,7 @@ take more is the time of their images alone, and such rates are compared as well
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="and as many actors; default: 2")
     parser.add_argument("--rounds", type=int, default=3, help="of which medians are taken; default: 3")
     options = parser.parse_args()
+    os.environ |= {"RAY_worker_niceness": "0"}  # else whatever else runs on the machine comes before actors
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         counts = [options.images, *([options.few] if options.few else [])]
