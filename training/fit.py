@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from featstore.errors import FeatureStoreError
 from featstore.models.modes import mode_of
 from training.inputs.batches import Batches
 from training.metrics import Loss, Metric, loss_value, metric_values
+from training.schedules import Course
 
 Record = dict[str, float]
 """What is known of one epoch: epoch (from 1), train_loss, valid_loss, the metrics, lr (of the last group), seconds."""
@@ -84,10 +84,9 @@ def run_epochs(
     valid: Batches | None,
     *,
     optimizer: Optimizer,
-    scheduler: LRScheduler,
+    course: Course,
     loss: Loss,
     metrics: Mapping[str, Metric],
-    epochs: int,
     seed: int,
     first_epoch: int,
     keep: Literal["last", "best"] = "last",
@@ -102,10 +101,9 @@ def run_epochs(
         train: batches to learn from.
         valid: batches to score, or None.
         optimizer: of the tail's parameters.
-        scheduler: stepped between two batches.
+        course: the epochs, and the rates of their steps.
         loss: of logits and targets.
         metrics: by name, over all rows at once.
-        epochs: how many.
         seed: of order, views and dropout.
         first_epoch: number of epochs on record, after which these are counted.
         keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
@@ -118,13 +116,15 @@ def run_epochs(
     history = History()
     best: dict[str, Tensor] | None = None
     lowest = math.inf
-    for number in range(epochs):
+    begun = 0  # steps before the cycle
+    for number in range(course.num_epochs):
         started = time.perf_counter()
         losses = []
+        if course.begins_cycle(number):
+            begun = len(history.losses)
         with seeded(seed, train.pass_before(number), train.device), training_mode(tail):
             for inputs, targets in train.epoch(seed, number):
-                if history.losses:
-                    scheduler.step()  # between steps, so that the rate on record is the one that was used
+                course.set(optimizer, number, len(history.losses) - begun)
                 history.losses.append(step(tail, inputs, targets, loss, optimizer))
                 losses.append((history.losses[-1], len(targets)))
         check_any(len(losses), train)

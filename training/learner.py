@@ -272,7 +272,7 @@ class Learner:
             epochs: of one pass over the training images each; of up to four where a linear head trains alone on few.
             lr: one rate, one a layer group, or (low, high); with one_cycle the highest. Default: what `lr_find`
                 suggests, printed as a number.
-            schedule: a key of `schedules.SCHEDULES`: one_cycle (torch's defaults) or constant.
+            schedule: a key of `schedules.SCHEDULES`: one_cycle (torch's defaults), cosine, constant, and more.
             weight_decay: of every parameter; `optim.build` says what it is of a linear head.
             on_epoch_end: gets each epoch's record.
             keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
@@ -298,7 +298,7 @@ class Learner:
             self._say(found.in_words())
         optimizer = optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
-        scheduler = schedules.build(schedule, optimizer, rates, epochs * len(train))
+        course = schedules.Course(schedule=schedule, max_lrs=rates, cycles=(epochs,), num_steps=len(train))
         self.read_from, self._trained_on = inputs.train.kind, str(inputs)
         # Before the first step: a fit may be interrupted.
         self._seen, self._passes = self._split(situation).over(self._seen), train.pass_before(epochs)
@@ -313,10 +313,9 @@ class Learner:
             train,
             valid,
             optimizer=optimizer,
-            scheduler=scheduler,
+            course=course,
             loss=self._criterion(),
             metrics=self._scores(),
-            epochs=epochs,
             seed=self.seed,
             first_epoch=len(self.history.records),
             keep=keep,
