@@ -1,6 +1,9 @@
-"""Choices: names that a program offers where the table they are keys of would load torch."""
+"""Choices: names that a program needs where what they belong to would load torch."""
 
 from __future__ import annotations
 
 HEADS = ("concat", "linear", "mlp")
 """The keys of `heads.HEADS`; a test holds them equal."""
+
+CHECKPOINT = ".checkpoint"
+"""What the name of a run ends in where its fit is kept until it is saved."""

@@ -54,7 +54,14 @@ Defaults that depend on what is asked for:
   a linear head that trains alone on few of them, up to four.
 
 \b
-Exit codes: 0 done; 1 failed; 2 wrong usage.
+Until a run is saved its fit is kept beside it, in RUN_DIR.checkpoint, after
+each epoch and where Ctrl-C or SIGTERM ends it (after the step that is under
+way; a second one ends it at once). The same command with --resume goes on
+from there, to what it would have come to.
+
+\b
+Exit codes: 0 done; 1 failed; 2 wrong usage; 130 ended by Ctrl-C, 143 by
+SIGTERM.
 """
 
 _SCORES = {"map": "mAP", "f1": "F1", "mae": "mean absolute error", "rmse": "RMSE", "r2": "R2", "loss": "loss"}
@@ -78,15 +85,23 @@ class TrainingFlags:
     """How a model is trained, and where it goes."""
 
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the run that is saved.")]
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in that folder.")] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run in that folder, or a fit that was interrupted.")
+    ] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a fit that was interrupted.")] = False
     allow_leak: Annotated[
         bool, typer.Option("--allow-leak", help="Train also on images that an earlier run held out.")
     ] = False
 
     def __post_init__(self) -> None:
-        from featstore.models.runs import check_free
+        from featstore.models.runs import check_free, located
 
-        check_free(Path(self.out), overwrite=self.overwrite)  # before anything is downloaded, read or computed
+        # Before anything is downloaded, read or computed; what would load torch, only if there is something to say.
+        check_free(Path(self.out), overwrite=self.overwrite)
+        if not self.overwrite and not self.resume and located(Path(f"{Path(self.out)}{choices.CHECKPOINT}")).exists():
+            from training.recipes import check_out
+
+            check_out(self.out, overwrite=False, resume=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +198,7 @@ def head(
         lr=rate,
         out=training.out,
         overwrite=training.overwrite,
+        resume=training.resume,
         allow_leak=training.allow_leak,
         **how.options(),
     )
@@ -271,6 +287,7 @@ def finetune_command(
         augment=augment.augmentation(),
         out=training.out,
         overwrite=training.overwrite,
+        resume=training.resume,
         allow_leak=training.allow_leak,
         trust_code=how.trust_code,
         **options,

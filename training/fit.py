@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -78,6 +78,31 @@ class History:
         return {name: [record.get(name, math.nan) for record in self.records] for name in names}
 
 
+@dataclass(eq=False, kw_only=True)
+class Progress:
+    """How far a fit is: all that its next step depends on, but for the tensors of model and optimizer.
+
+    Attributes:
+        epoch: under way, from 0; as many are done.
+        history: of the epochs that are done, and of all steps.
+        epoch_losses: loss and number of images of each step of the epoch under way.
+        cycle_start: number of steps before the present cycle.
+        lowest: validation loss so far; infinite before there was one.
+        best: the tail's tensors at that epoch, if they are kept.
+        random: states of the generators that dropout draws from, as `random_states` gives them; none between epochs.
+        seconds: that the epoch under way has taken.
+    """
+
+    epoch: int = 0
+    history: History = field(default_factory=History)
+    epoch_losses: list[tuple[float, int]] = field(default_factory=list)
+    cycle_start: int = 0
+    lowest: float = math.inf
+    best: dict[str, Tensor] | None = None
+    random: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+
+
 def run_epochs(
     tail: nn.Module,
     train: Batches,
@@ -91,6 +116,9 @@ def run_epochs(
     first_epoch: int,
     keep: Literal["last", "best"] = "last",
     on_epoch_end: Callable[[Record], Any] | None = None,
+    progress: Progress | None = None,
+    save: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> History:
     """Trains `tail` for some epochs and scores it after each.
 
@@ -108,29 +136,36 @@ def run_epochs(
         first_epoch: number of epochs on record, after which these are counted.
         keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
         on_epoch_end: gets each record.
+        progress: where to go on, with tail and optimizer as they were there; default: at the start.
+        save: gets the progress after each epoch, before its record is told, and where the fit stops within one.
+        should_stop: asked after each step and each epoch; once it says so the fit ends there.
 
     Raises:
         FloatingPointError: when the loss is no longer finite.
         FeatureStoreError: when not one image of an epoch could be read.
     """
-    history = History()
-    best: dict[str, Tensor] | None = None
-    lowest = math.inf
-    begun = 0  # steps before the cycle
-    for number in range(course.num_epochs):
-        started = time.perf_counter()
-        losses = []
-        if course.begins_cycle(number):
-            begun = len(history.losses)
-        with seeded(seed, train.pass_before(number), train.device), training_mode(tail):
-            for inputs, targets in train.epoch(seed, number):
-                course.set(optimizer, number, len(history.losses) - begun)
+    at = progress or Progress()
+    history = at.history
+    while at.epoch < course.num_epochs:
+        started = time.perf_counter() - at.seconds
+        if course.begins_cycle(at.epoch) and not at.epoch_losses:
+            at.cycle_start = len(history.losses)
+        with seeded(seed, train.pass_before(at.epoch), train.device), training_mode(tail):
+            put_random_states(at.random, train.device)
+            for inputs, targets in train.epoch(seed, at.epoch, skip=len(at.epoch_losses)):
+                course.set(optimizer, at.epoch, len(history.losses) - at.cycle_start)
                 history.losses.append(step(tail, inputs, targets, loss, optimizer))
-                losses.append((history.losses[-1], len(targets)))
-        check_any(len(losses), train)
+                at.epoch_losses.append((history.losses[-1], len(targets)))
+                if should_stop is not None and should_stop():
+                    at.random, at.seconds = random_states(train.device), time.perf_counter() - started
+                    if save is not None:
+                        save(at)
+                    return history
+        check_any(len(at.epoch_losses), train)
         record: Record = {
-            "epoch": first_epoch + number + 1,
-            "train_loss": sum(value * count for value, count in losses) / sum(count for _, count in losses),
+            "epoch": first_epoch + at.epoch + 1,
+            "train_loss": sum(value * count for value, count in at.epoch_losses)
+            / sum(count for _, count in at.epoch_losses),
             "lr": float(optimizer.param_groups[-1]["lr"]),
         }
         if valid is not None:
@@ -139,15 +174,20 @@ def run_epochs(
             record |= metric_values(metrics, logits, targets)
         record["seconds"] = time.perf_counter() - started
         history.records.append(record)
-        if valid is None or history.best_epoch < 0 or record["valid_loss"] < lowest:
+        if valid is None or history.best_epoch < 0 or record["valid_loss"] < at.lowest:
             # A loss that isn't a number is above any other, so that a later epoch can be better.
-            lowest = math.inf if valid is None or math.isnan(record["valid_loss"]) else record["valid_loss"]
-            history.best_epoch = number
-            best = copied_tensors(tail) if keep == "best" and valid is not None else None
+            at.lowest = math.inf if valid is None or math.isnan(record["valid_loss"]) else record["valid_loss"]
+            history.best_epoch = at.epoch
+            at.best = copied_tensors(tail) if keep == "best" and valid is not None else None
+        at.epoch, at.epoch_losses, at.random, at.seconds = at.epoch + 1, [], [], 0.0
+        if save is not None:
+            save(at)
         if on_epoch_end is not None:
             on_epoch_end(dict(record))
-    if best is not None:
-        put_back(tail, best)
+        if should_stop is not None and should_stop():
+            return history
+    if at.best is not None:
+        put_back(tail, at.best)
     return history
 
 
@@ -249,24 +289,39 @@ def seeded(seed: int, number: int, device: torch.device) -> Iterator[None]:
     """
     state = (seed * 1_000_003 + number) % 2**63
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(state)
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index].manual_seed(state)
+        for generator in _generators(device):
+            generator.manual_seed(state)
         yield
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """States of the generators that `seeded` seeds: the CPU's, and that of a GPU."""
+    return [each.get_state() for each in _generators(device)]
+
+
+def put_random_states(states: Sequence[Tensor], device: torch.device) -> None:
+    """Puts back what `random_states` gave; nothing where there are none."""
+    for state, generator in zip(states, _generators(device), strict=False):
+        generator.set_state(state)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    return [torch.default_generator, *([torch.cuda.default_generators[device.index]] if device.type == "cuda" else [])]
 
 
 def copied_tensors(module: nn.Module) -> dict[str, Tensor]:
     """A copy of each parameter and buffer, those that are never saved among them."""
-    return {name: tensor.detach().clone() for name, tensor in _tensors(module)}
+    return {name: tensor.detach().clone() for name, tensor in tensors_of(module)}
 
 
 def put_back(module: nn.Module, copied: Mapping[str, Tensor]) -> None:
     """Writes what `copied_tensors` copied into the module's own tensors."""
     with torch.no_grad():
-        for name, tensor in _tensors(module):
+        for name, tensor in tensors_of(module):
             tensor.copy_(copied[name])
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter and buffer by name, those that are never saved among them."""
     yield from module.named_parameters()
     yield from module.named_buffers()

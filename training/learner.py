@@ -1,4 +1,7 @@
-"""Learner: one model, one image set, maybe one store; what is frozen and which augmentation decide what a fit reads."""
+"""Learner: one model, one image set, maybe one store; what is frozen and which augmentation decide what a fit reads.
+
+Long, since all that a person does with a model is one class; what it does is in modules of one concept each.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +29,7 @@ from featstore.store.store import FeatureStore
 from featstore.words import printable
 from training import metrics as scores
 from training import optim, saved, schedules, settings
+from training.checkpoints import fit_facts, interruptible, read_fit
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
 from training.fit import (
     History,
@@ -52,6 +57,7 @@ from training.inputs.situation import (
 from training.lr_find import LearningRates, find_lr
 from training.outcomes import Outcomes
 from training.placement import Placement, reduction_of, with_head
+from training.plan import Plan
 from training.predict import Prediction, as_images, outputs_words, predictions, probabilities
 from training.splits import PastSplit, present_split
 
@@ -131,14 +137,7 @@ class Learner:
         allow_leak: bool = False,
     ) -> None:
         """Makes the model with its head; nothing is trained or extracted. The class describes the arguments."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f'model is {model!r}; expected a model, backbone("resnet34") for example.')
-        if not isinstance(images, ImageSet):
-            raise TypeError(
-                f'images are {images!r}; expected an image set, ImageSet.from_folder("photos") for example.'
-            )
-        if store is not None and not isinstance(store, FeatureStore):
-            raise TypeError(f'store is {store!r}; expected a store, FeatureStore("features") for example.')
+        settings.check_given(model, images, store)
         backbone = model if isinstance(model, StagedModel) else StagedModel.from_module(model)
         self._past = saved.past_split(backbone)
         self._seen: PastSplit | None = None  # of this learner's own fits
@@ -265,6 +264,8 @@ class Learner:
         weight_decay: float = 0.01,
         on_epoch_end: Callable[[Record], Any] | None = None,
         keep: Literal["last", "best"] = "last",
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
     ) -> History:
         """Trains what isn't frozen.
 
@@ -276,51 +277,75 @@ class Learner:
             weight_decay: of every parameter; `optim.build` says what it is of a linear head.
             on_epoch_end: gets each epoch's record.
             keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
+            checkpoint: a folder that the fit is kept in, after each epoch and where Ctrl-C, SIGTERM or SIGHUP ends it
+                (after the step; a second signal ends it at once). It stays when the fit is done: delete it.
+            resume: goes on from the checkpoint, if there is one, to the weights and history, bit for bit on a CPU,
+                that the fit would have come to without interruption.
 
         Raises:
-            FeatureStoreError: if the inputs can't be had; nothing is trained then.
+            FeatureStoreError: if the inputs can't be had, or the checkpoint is of another fit; nothing is trained then.
             ValueError: if nothing is left to train.
         """
-        epochs, keep = settings.checked("epochs", epochs), settings.checked("keep", keep)
-        weight_decay = settings.checked("weight_decay", weight_decay)
+        plan = Plan(
+            cycles=(epochs,),
+            lr=lr,
+            schedule=schedule,
+            weight_decay=weight_decay,
+            keep=keep,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
+        return self._fit(plan, on_epoch_end)
+
+    def _fit(self, plan: Plan, on_epoch_end: Callable[[Record], Any] | None) -> History:
         on_epoch_end = settings.checked("on_epoch_end", on_epoch_end)
-        schedules.check(schedule)
-        if lr is not None:  # what is wrong with it is said before anything is computed
-            optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
+        build = partial(optim.build, self.model, optimizer=self.optimizer, weight_decay=plan.weight_decay)
+        if plan.lr is not None:  # what is wrong with it is said before anything is computed
+            build(plan.lr)
+        kept = None if plan.folder is None else read_fit(plan.folder, resume=plan.resume)
         situation, inputs = self._ready()
         assert inputs.train is not None
         train = self._training_batches(inputs.train, situation)
         valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
-        standardise(self._tail(), (rows for rows, _ in train.in_order()), train.targets)
-        if lr is None:
-            found = self._found(train, weight_decay, needs_curve=False)
-            lr = found.rate
-            self._say(found.in_words())
-        optimizer = optim.build(self.model, lr, optimizer=self.optimizer, weight_decay=weight_decay)
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        course = schedules.Course(schedule=schedule, max_lrs=rates, cycles=(epochs,), num_steps=len(train))
+        tail, facts, progress = self._tail(), plan.facts(), None
+        if plan.folder is not None:
+            own = {"seed": self.seed, "optimizer": self.optimizer, "loss": self._loss, "classes": self.classes}
+            facts = fit_facts(facts, tail, train, valid, **own)
+        if kept is not None:
+            kept.check(facts, tail)
+            optimizer, train.first_pass = build(1.0), kept.first_pass
+            progress, rates = kept.put_into(tail, optimizer, train, valid), kept.lrs
+            self._say(f"going on from {kept.path}: {kept.in_words()} done")
+        else:
+            standardise(tail, (rows for rows, _ in train.in_order()), train.targets)
+            optimizer = build(self._suggested(train, plan.weight_decay) if plan.lr is None else plan.lr)
+            rates = [float(group["lr"]) for group in optimizer.param_groups]
+        course = schedules.Course(schedule=plan.schedule, max_lrs=rates, cycles=plan.cycles, num_steps=len(train))
         self.read_from, self._trained_on = inputs.train.kind, str(inputs)
         # Before the first step: a fit may be interrupted.
-        self._seen, self._passes = self._split(situation).over(self._seen), train.pass_before(epochs)
+        self._seen, self._passes = self._split(situation).over(self._seen), train.pass_before(course.num_epochs)
 
         def told(record: Record) -> None:
             self._say(record_line(record))
             if on_epoch_end is not None:
                 on_epoch_end(record)
 
-        history = run_epochs(
-            self._tail(),
-            train,
-            valid,
-            optimizer=optimizer,
-            course=course,
-            loss=self._criterion(),
-            metrics=self._scores(),
-            seed=self.seed,
-            first_epoch=len(self.history.records),
-            keep=keep,
-            on_epoch_end=told,
-        )
+        with interruptible(plan.folder, facts, tail, optimizer, rates, train, valid) as keeping:
+            history = run_epochs(
+                tail,
+                train,
+                valid,
+                optimizer=optimizer,
+                course=course,
+                loss=self._criterion(),
+                metrics=self._scores(),
+                seed=self.seed,
+                first_epoch=len(self.history.records),
+                keep=plan.keep,
+                on_epoch_end=told,
+                progress=progress,
+                **keeping,
+            )
         self._say(left_out_note(train, valid))
         self._say(doubtful_note(train, valid))
         self.history.extend(history)
@@ -341,6 +366,11 @@ class Learner:
         if found.note is not None:
             self._say(found.note)
         return found
+
+    def _suggested(self, train: Batches, weight_decay: float) -> float:
+        found = self._found(train, weight_decay, needs_curve=False)
+        self._say(found.in_words())
+        return found.rate
 
     def _found(self, train: Batches, weight_decay: float, *, needs_curve: bool) -> LearningRates:
         return find_lr(

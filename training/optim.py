@@ -75,7 +75,7 @@ def spread(lr: LearningRate, num_groups: int) -> list[float]:
     Raises:
         ValueError: for a rate that isn't positive, or a number of rates that is neither 1, 2 nor `num_groups`.
     """
-    rates = _numbers(lr)
+    rates = numbers(lr)
     if not rates or any(not 0 < rate < math.inf for rate in rates):
         raise ValueError(f"lr is {lr!r}; expected positive numbers, for example 3e-3 or (1e-5, 1e-3).")
     if len(rates) == 1:
@@ -146,7 +146,12 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
     return (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)(parameter_groups)
 
 
-def _numbers(lr: LearningRate) -> list[float]:
+def numbers(lr: LearningRate) -> list[float]:
+    """The rates that `lr` names.
+
+    Raises:
+        ValueError: if it isn't of numbers.
+    """
     try:
         return [float(lr)] if isinstance(lr, Real | str) else [float(rate) for rate in lr]  # type: ignore[union-attr]
     except (TypeError, ValueError) as error:

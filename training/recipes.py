@@ -12,6 +12,8 @@ from featstore.images.views import Augment
 from featstore.models.runs import check_free
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
+from training.checkpoints import delete_fit, read_fit
+from training.choices import CHECKPOINT
 from training.learner import Learner
 from training.optim import LearningRate
 
@@ -26,21 +28,19 @@ def train_head(
     lr: LearningRate | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     **options: Any,
 ) -> Learner:
     """Trains a head (and the stages behind `freeze_to`, if given) and keeps the epoch with the lowest validation loss.
 
-    The function behind ``featstore-train head``. `options` are those of `Learner`; `out` names a run folder.
+    The function behind ``featstore-train head``. `options` are those of `Learner`; `out` names a run folder. The fit
+    is kept beside it until the run is saved (`checkpoint_of`), and `resume` goes on from there.
     """
-    if out is not None:
-        check_free(Path(out), overwrite=overwrite)
+    check_out(out, overwrite=overwrite, resume=resume)
     learn = Learner(model, images, store, **options)
     if freeze_to is not None:
         learn.freeze_to(freeze_to)
-    learn.fit(epochs, lr, keep="best")
-    if out is not None:
-        learn.save(out, overwrite=overwrite)
-    return learn
+    return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
 
 
 def finetune(
@@ -54,6 +54,7 @@ def finetune(
     augment: Augment | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     trust_code: bool = False,
     **options: Any,
 ) -> Learner:
@@ -69,13 +70,13 @@ def finetune(
         epochs: as in `Learner.fit`.
         lr: one rate, one a layer group, or (low, high).
         augment: of the training images.
-        out: run folder to save.
+        out: run folder to save; the fit is kept beside it until then.
         overwrite: replaces a run there.
+        resume: goes on with the fit that is kept there, if there is one.
         trust_code: as in `Learner.load`.
         options: further arguments of `Learner`.
     """
-    if out is not None:
-        check_free(Path(out), overwrite=overwrite)
+    check_out(out, overwrite=overwrite, resume=resume)
     settings = {"augment": augment, "on_missing": "images", **options}
     if isinstance(model_or_run, str | Path):
         learn = Learner.load(model_or_run, images, store, trust_code=trust_code, **settings)
@@ -85,7 +86,42 @@ def finetune(
         learn.unfreeze()
     else:
         learn.freeze_to(freeze_to)
-    learn.fit(epochs, lr, keep="best")
-    if out is not None:
+    return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
+
+
+def checkpoint_of(out: str | Path) -> Path:
+    """Where the fit of the run `out` is kept until it is saved: beside it."""
+    return Path(f"{Path(out)}{CHECKPOINT}")
+
+
+def check_out(out: str | Path | None, *, overwrite: bool, resume: bool) -> None:
+    """Checks that a run can be saved as `out`, and deletes the fit that is kept there if it is to be begun anew.
+
+    Raises:
+        FeatureStoreError: if there is a run, or a fit, that is neither to be replaced nor gone on with.
+    """
+    if out is None:
+        if resume:
+            raise ValueError("resume goes on with what is kept beside a run. Give the run: out=.")
+        return
+    check_free(Path(out), overwrite=overwrite)
+    if overwrite and not resume:
+        delete_fit(checkpoint_of(out))
+    if not resume:
+        read_fit(checkpoint_of(out), resume=False)
+
+
+def _fitted(
+    learn: Learner, epochs: int, lr: LearningRate | None, out: str | Path | None, *, overwrite: bool, resume: bool
+) -> Learner:
+    checkpoint = None if out is None else checkpoint_of(out)
+    try:
+        learn.fit(epochs, lr, keep="best", checkpoint=checkpoint, resume=resume)
+    except FloatingPointError:  # from the checkpoint it would come to the same again
+        if checkpoint is not None:
+            delete_fit(checkpoint)
+        raise
+    if out is not None and checkpoint is not None:
         learn.save(out, overwrite=overwrite)
+        delete_fit(checkpoint)
     return learn

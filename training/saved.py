@@ -95,8 +95,14 @@ def check_facts(facts: Mapping[str, Json], folder: Path) -> None:
     Their checksum says that they are as somebody wrote them, not that a learner did.
 
     Raises:
+        FeatureStoreError: if it is the checkpoint of a fit.
         DamagedFileError: names the first one that isn't.
     """
+    if "checkpoint" in facts:
+        raise FeatureStoreError(
+            f"{folder} is a checkpoint of a fit that isn't done, and no saved run. Go on with the fit: --resume (in "
+            "Python: resume=True); or give the folder that --out named."
+        )
     for name, is_so in _FACTS.items():
         value: Json = facts
         for part in name.split("."):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+from os import PathLike
 from typing import Any, get_args
 
+from torch import nn
+
 from featstore.errors import OnError, check_choice
+from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
 from featstore.store.store import FeatureStore
 
@@ -19,7 +23,7 @@ _CHOICES = {
     "on_error": get_args(OnError),
     "keep": ("last", "best"),
 }
-_MAY_BE_NONE = ("store", "augment", "workers", "loss", "on_epoch_end")
+_MAY_BE_NONE = ("store", "augment", "workers", "loss", "on_epoch_end", "checkpoint")
 _KINDS: dict[str, tuple[Any, str]] = {
     "store": (FeatureStore, 'a store, FeatureStore("features")'),
     "augment": (Augment, 'an augmentation with its seeds, Augment("flip", seeds=range(4))'),
@@ -27,6 +31,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "loss": (Callable, "a function of (logits, targets), torch.nn.functional.cross_entropy for example"),
     "optimizer": ((str, Callable), "adamw, adam, sgd, or a function that takes parameter groups"),
     "on_epoch_end": (Callable, "a function that takes an epoch's record"),
+    "checkpoint": ((str, PathLike), "a folder's name"),
     "batch_size": (Integral, "a number of images"),
     "epochs": (Integral, "a number of epochs"),
     "seed": (Integral, "a whole number"),
@@ -35,6 +40,20 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 _LOWEST = {"batch_size": 1, "epochs": 1, "seed": 0, "workers": 0, "weight_decay": 0}
 _HIGHEST = {"seed": 2**63 - 1}  # that torch's generators take
+
+
+def check_given(model: object, images: object, store: object) -> None:
+    """Checks what a learner is made of.
+
+    Raises:
+        TypeError: names what is of another kind.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model is {model!r}; expected a model, backbone("resnet34") for example.')
+    if not isinstance(images, ImageSet):
+        raise TypeError(f'images are {images!r}; expected an image set, ImageSet.from_folder("photos") for example.')
+    if store is not None and not isinstance(store, FeatureStore):
+        raise TypeError(f'store is {store!r}; expected a store, FeatureStore("features") for example.')
 
 
 def unknown(name: str, known: Iterable[str]) -> AttributeError:

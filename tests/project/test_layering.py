@@ -82,8 +82,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "class_tables", "splits", "optim", "fit", "lr_find", "predict", "placement", "settings", "saved",
-                "learner", "recipes", "__init__", "cli", "__main__",
+                "class_tables", "splits", "optim", "interrupts", "fit", "checkpoints", "lr_find", "predict",
+                "placement", "settings", "plan", "saved", "learner", "recipes", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -128,7 +128,7 @@ SURFACE: dict[str, str] = {
     ),
     "cli.models": "ModelFlags load_model",
     "cli.program": "new_app one_of run show show_json table tell tell_all",
-    "digest": "Json",
+    "digest": "Json digest_bytes digest_json digest_tensor",
     "errors": (
         "AmbiguousRequestError DamagedFileError FactsDifferError FeatureStoreError ImageError MissingFeaturesError "
         "ModelError OnError check_choice"
@@ -154,7 +154,7 @@ SURFACE: dict[str, str] = {
     "models.names": "Batching DEFAULT_PRECISION Precision REDUCTIONS",
     "models.pool": "Pool",
     "models.probe": "check_probe take_probes",
-    "models.runs": "FACTS Run check_free new_run read_file read_run write_run",
+    "models.runs": "FACTS Run check_free located new_run read_file read_run write_run",
     "models.staged": "StagedModel",
     "models.stages": "HeadStage PoolStage Stage has_weights",
     "models.trunk": "Output Trunk choose_device default_batch_size",

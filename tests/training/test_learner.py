@@ -297,7 +297,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     weight_decay: Any = np.float32(0.01)
     epochs: Any = np.int64(1)
     learn = learner(seed=np.int64(1), batch_size=np.int32(4), workers=np.int64(0))
-    learn.fit(epochs, lr=1e-3, weight_decay=weight_decay)
+    learn.fit(epochs, lr=1e-3, weight_decay=weight_decay, checkpoint=tmp_path / "fit")
     learn.save(tmp_path / "run")
 
 

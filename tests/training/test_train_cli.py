@@ -6,7 +6,10 @@ import json
 import re
 import shlex
 import shutil
+import signal
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -394,7 +397,7 @@ def test_a_loss_that_is_no_longer_finite_is_a_sentence(run: Run, here: Path) -> 
     ran = head(run, "--epochs", "30", "--head", "linear", lr="1e38")
     assert (ran.code, ran.out) == (1, "")
     assert re.match(r"The training loss became (nan|inf)\. Lower the learning rate \(--lr\)", ran.last_words)
-    assert not (here / "runs/head").exists()
+    assert not any(here.glob("runs/head*"))  # nor what it would fail from again
 
 
 def test_an_interrupted_training_leaves_no_run(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,6 +408,67 @@ def test_an_interrupted_training_leaves_no_run(run: Run, here: Path, monkeypatch
     ran = head(run)
     assert (ran.code, ran.out, ran.last_words) == (130, "", "Interrupted.")
     assert not (here / "runs" / "head").exists()
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, by: signal.Signals, *, at: int) -> None:
+    """The optimizer's step number `at` of all that follow is interrupted; it and later ones are done."""
+    step, calls = torch.optim.AdamW.step, count(1)
+
+    def interrupted(optimizer: torch.optim.AdamW, closure: Any = None) -> Any:
+        if next(calls) == at:
+            signal.raise_signal(by)
+        return step(optimizer, closure)
+
+    monkeypatch.setattr("torch.optim.AdamW.step", interrupted)
+
+
+def run_files(folder: Path) -> tuple[bytes, bytes, list[dict[str, str]]]:
+    """Tensors, scores, and the history without the time it took."""
+    with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
+        rows = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+    return (folder / "model.safetensors").read_bytes(), (folder / "metrics.json").read_bytes(), rows
+
+
+def test_an_interrupted_command_goes_on_with_resume_and_saves_what_it_would_have(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--batch-size", "8"]  # two steps an epoch
+    head(run, *more, out="runs/unbroken")
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM, at=3)
+        ran = head(run, *more)
+    kept = "The fit so far is in runs/head.checkpoint: the same again with --resume (in Python: resume=True) goes on "
+    assert (ran.code, ran.last_words) == (143, f"Interrupted. {kept}from there.")
+    assert not (here / "runs/head").exists()
+    refused = head(run, *more)
+    assert refused.code == 1
+    assert refused.last_words.startswith("runs/head.checkpoint holds a fit, 1 of 2 epochs and 1 steps done. Go on ")
+    ran = head(run, *more, "--resume", lr="2e-2")
+    assert (ran.code, "it differs in: lr ([0.01] there, [0.02] here)" in ran.last_words) == (1, True)
+    ran = head(run, *more, "--resume")
+    assert (ran.code, "\ngoing on from runs/head.checkpoint: 1 of 2 epochs and 1 steps done\n" in ran.err) == (0, True)
+    assert run_files(here / "runs/head") == run_files(here / "runs/unbroken")
+    assert not (here / "runs/head.checkpoint").exists()
+
+
+def test_an_interrupted_finetune_goes_on_with_resume_too(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head(run)
+    more = ["--batch-size", "8", "--augment", "side_on", "--seeds", "fresh"]
+    run("featstore-train", *tune_flags(*more, out="runs/unbroken"))
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGINT, at=1)
+        assert run("featstore-train", *tune_flags(*more)).code == 130
+    assert run("featstore-train", *tune_flags(*more, "--resume")).code == 0
+    assert run_files(here / "runs/tuned") == run_files(here / "runs/unbroken")
+
+
+def test_overwrite_begins_an_interrupted_fit_anew(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGINT, at=1)
+        assert head(run).code == 130
+    assert (here / "runs/head.checkpoint").exists()
+    ran = head(run, "--overwrite", lr="2e-2")
+    assert (ran.code, "going on" in ran.err, (here / "runs/head.checkpoint").exists()) == (0, False, False)
 
 
 def test_debug_adds_the_traceback(run: Run, here: Path) -> None:
@@ -422,8 +486,8 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
         "seed overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights weights-prefix"
     )
     contract = {
-        "head": image | view | how | more | {"head", "features", "extract", "reduce"},
-        "finetune": image | view | how | more | {"from"},
+        "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume"},
+        "finetune": image | view | how | more | {"from", "resume"},
         "evaluate": image | how | {"model", "split"},
         "predict": how | {"model", "csv"},
     }

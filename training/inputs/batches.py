@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,11 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches an epoch in training."""
-        return self.passes * num_batches(self.num_images, self.batch_size)
+        return self.passes * self._a_pass
+
+    @property
+    def _a_pass(self) -> int:
+        return num_batches(self.num_images, self.batch_size)
 
     @property
     def num_images(self) -> int:
@@ -79,18 +84,45 @@ class Batches:
         """How many passes were made before an epoch, counted from 0, of these batches."""
         return self.first_pass + epoch * self.passes
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, seed: int, epoch: int, *, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch of (inputs ``(n, *F)`` float32, targets ``(n,)`` or ``(n, K)``), on the device, each pass shuffled.
 
         Order and views depend on seed and pass alone. With several fixed views each image goes through all of them,
-        in a random order, before it sees one again.
+        in a random order, before it sees one again. The first `skip` batches are left out; the others are what they
+        would be, to the bit.
         """
         if self.targets is None:
             raise ValueError("These images have no labels, so there is nothing to train on.")
         for number in range(self.pass_before(epoch), self.pass_before(epoch + 1)):
+            unread = self._unread(skip)
+            skip -= unread
+            if unread == self._a_pass:
+                continue
             order = np.random.default_rng([seed, number, 0]).permutation(self.num_images)
-            for inputs, rows in self._batched(self._chunks(order, self._views(seed, number)), merge_single=True):
-                yield inputs, self.targets[rows].to(self.device)
+            chunks = self._chunks(order[unread * self.batch_size :], self._views(seed, number))
+            for inputs, rows in self._batched(chunks, merge_single=True):
+                if skip:
+                    skip -= 1
+                else:
+                    yield inputs, self.targets[rows].to(self.device)
+
+    def _unread(self, skip: int) -> int:
+        """How many of the batches that a pass is to skip needn't be read for that, as later ones don't depend on them.
+
+        The frozen part runs over so many rows at a time, which are to lie in the same passes. Images that can't be read
+        leave gaps, so that where a batch begins shows in reading alone.
+        """
+        if self.failures:
+            return 0
+        if skip >= self._a_pass:
+            return self._a_pass
+        together = math.lcm(self.batch_size, self._chunk_size) // self.batch_size
+        return skip // together * together
+
+    @property
+    def _chunk_size(self) -> int:
+        """Rows that are read, and run through the frozen part, at a time."""
+        return self.batch_size if self._trunk is None and self._rest is None else self.fixed_size
 
     def in_order(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         """One pass over the first view, in the order of the images: (inputs, row numbers)."""
@@ -123,9 +155,8 @@ class Batches:
     def _from_features(
         self, source: FeatureSource, order: NDArray[np.int64], views: NDArray[np.int64]
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        size = self.batch_size if self._rest is None else self.fixed_size
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
+        for start in range(0, len(order), self._chunk_size):
+            rows = order[start : start + self._chunk_size]
             values = self._gathered(source, rows, views[rows]).to(self.device).float()
             yield (values if self._rest is None else self._rest(values, self.fixed_size)), rows
 
@@ -151,7 +182,6 @@ class Batches:
             Job(int(row), bytes(source.digests[row]), (self._view_of(views if isinstance(views, int) else views[row]),))
             for row in order
         )
-        size = self.batch_size if self._trunk is None else self.fixed_size
         pending: list[tuple[Tensor, int]] = []
         for rendered in render(source.images, jobs, workers=self.workers, on_error=self.on_error):
             if rendered.views is None:
@@ -160,7 +190,7 @@ class Batches:
                 if rendered.doubt is not None:
                     self.doubts[source.images.ids[rendered.index]] = rendered.doubt
                 pending.append((rendered.views[0], rendered.index))
-            if len(pending) == size:
+            if len(pending) == self._chunk_size:
                 yield self._run(pending)
                 pending = []
         if pending:

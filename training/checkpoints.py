@@ -1,0 +1,336 @@
+"""Checkpoints: a fit as it was after one of its steps, from which it goes on to the same bits.
+
+A checkpoint is a folder, written as a saved run is: whole or not at all, with checksums, the earlier one there until
+the later one is. It holds the tensors that train, the optimizer's, the history, and where in which epoch the fit was;
+order, views and rates follow from that. It says what the fit is of, and only the same fit goes on from it. Frozen
+stages aren't in it, only their digest.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from featstore.digest import Json, digest_bytes, digest_json, digest_tensor
+from featstore.errors import FactsDifferError, FeatureStoreError
+from featstore.models.runs import check_free, located, new_run, read_run, write_run
+from featstore.words import printable
+from training.fit import History, Progress, put_back, tensors_of
+from training.inputs.batches import Batches
+from training.inputs.derive import FeatureSource
+from training.inputs.situation import training_words
+from training.interrupts import held_back
+
+VERSION = 1
+
+_START = "starting weights"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SavedFit:
+    """What a checkpoint holds.
+
+    Attributes:
+        path: of its folder.
+        facts: what the fit is of, by names for people.
+        state: the rest of it that isn't tensors.
+        tensors: by name.
+    """
+
+    path: Path
+    facts: Mapping[str, Json]
+    state: Mapping[str, Json]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def lrs(self) -> list[float]:
+        """The highest rate of each parameter group."""
+        return list(self.state["lrs"])
+
+    @property
+    def first_pass(self) -> int:
+        """Passes over training images that were made before the fit."""
+        return int(self.state["first_pass"])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no epoch is left to do."""
+        return bool(self.state["epoch"] == sum(self.facts["epochs"]))
+
+    def in_words(self) -> str:
+        """How far it is."""
+        done, all_ = self.state["epoch"], sum(self.facts["epochs"])
+        steps = len(self.state["epoch_losses"])
+        return f"{done:,} of {all_:,} epochs{f' and {steps:,} steps' * (steps > 0)}"
+
+    def check(self, facts: Mapping[str, Json], tail: nn.Module) -> None:
+        """Checks that a fit of `facts` is this one.
+
+        The tail may also be as the checkpoint has it: its owner was interrupted, and goes on.
+
+        Raises:
+            FactsDifferError: names the facts that differ.
+        """
+        own = {name.removeprefix("tail."): each for name, each in self.tensors.items() if name.startswith("tail.")}
+        is_there = not self.is_whole and _digest(own) == _digest(dict(tensors_of(tail)))
+        differing = [
+            f"{name} ({_shown(self.facts.get(name))} there, {_shown(facts.get(name))} here)"
+            for name in dict.fromkeys((*self.facts, *facts))
+            if self.facts.get(name) != facts.get(name) and not (name == _START and is_there)
+        ]
+        if differing:
+            raise FactsDifferError(
+                f"The checkpoint {self.path} is of another fit than this one; it differs in: {'; '.join(differing)}. "
+                "Ask for the fit as it was begun, or delete the checkpoint to begin anew."
+            )
+
+    def put_into(self, tail: nn.Module, optimizer: Optimizer, train: Batches, valid: Batches | None) -> Progress:
+        """Puts tensors and notes back where they were; the result is where to go on."""
+        state = self.state
+        put_back(tail, self._part("tail."))
+        _put_into(optimizer, state["optimizer"], self._part("optimizer."))
+        for batches, left_out in zip((train, valid), state["left_out"], strict=True):
+            if batches is not None:
+                batches.failures |= left_out["failures"]
+                batches.doubts |= left_out["doubts"]
+        return Progress(
+            epoch=state["epoch"],
+            history=History(
+                records=state["records"], best_epoch=state["best_epoch"], losses=self.tensors["losses"].tolist()
+            ),
+            epoch_losses=[(loss, count) for loss, count in state["epoch_losses"]],
+            cycle_start=state["cycle_start"],
+            lowest=state["lowest"],
+            best=self._part("best.") or None,
+            random=[*self._part("random.").values()],
+            seconds=state["seconds"],
+        )
+
+    def _part(self, prefix: str) -> dict[str, Tensor]:
+        found = {name.removeprefix(prefix): each for name, each in self.tensors.items() if name.startswith(prefix)}
+        return dict(sorted(found.items()))
+
+
+def read_fit(path: Path, *, resume: bool) -> SavedFit | None:
+    """The fit to go on with, which the checkpoint `path` holds; None if there is no checkpoint.
+
+    Long work should learn first that it can't be written.
+
+    Raises:
+        FeatureStoreError: if there is one and it isn't to be gone on with, or something else lies there.
+        DamagedFileError: if it isn't what was saved.
+    """
+    place = located(path)
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        check_free(path, overwrite=False)
+        return None
+    run = read_run(path)
+    if "checkpoint" not in run.facts:
+        raise FeatureStoreError(f"{path} is a saved run and no checkpoint. Choose another place for the checkpoint.")
+    if run.facts["checkpoint"] > VERSION:
+        raise FeatureStoreError(
+            f"{path} is a checkpoint of version {run.facts['checkpoint']}; this featstore reads up to {VERSION}. "
+            "Upgrade featstore."
+        )
+    saved = SavedFit(path=path, facts=run.facts["fit"], state=json.loads(run.facts["state"]), tensors=run.tensors)
+    if not resume:
+        raise FeatureStoreError(
+            f"{path} holds a fit, {saved.in_words()} done. Go on with it: --resume (in Python: resume=True); or delete "
+            "it to begin anew."
+        )
+    check_free(path, overwrite=True)
+    return saved
+
+
+def delete_fit(path: Path) -> None:
+    """Deletes the checkpoint `path`, if there is one; anything else that lies there stays."""
+    place = located(path)
+    if place.is_dir() and any(place.iterdir()) and "checkpoint" in read_run(path).facts:
+        shutil.rmtree(place)
+
+
+@contextmanager
+def interruptible(
+    path: Path | None,
+    facts: Mapping[str, Json],
+    tail: nn.Module,
+    optimizer: Optimizer,
+    lrs: list[float],
+    train: Batches,
+    valid: Batches | None,
+) -> Iterator[dict[str, Any]]:
+    """How `run_epochs` keeps a fit in the checkpoint `path`: its arguments `save` and `should_stop`.
+
+    Without a path there are none, and signals do what they did.
+    """
+    if path is None:
+        yield {}
+        return
+
+    def save(progress: Progress) -> None:
+        write_fit(path, facts, progress, tail=tail, optimizer=optimizer, lrs=lrs, train=train, valid=valid)
+
+    note = f"The fit so far is in {path}: the same again with --resume (in Python: resume=True) goes on from there."
+    with held_back(note) as signal:
+        yield {"save": save, "should_stop": signal.is_there}
+
+
+def fit_facts(
+    asked: Mapping[str, Json],
+    tail: nn.Module,
+    train: Batches,
+    valid: Batches | None,
+    *,
+    seed: int,
+    optimizer: object,
+    loss: object,
+    classes: tuple[str, ...],
+) -> dict[str, Json]:
+    """What decides every bit of a fit, by names for people.
+
+    Args:
+        asked: what the fit was given, its `epochs` among it.
+        tail: what trains, before the fit moves it.
+        train: batches of the fit, before the first of them.
+        valid: or None.
+        seed: of order, views and dropout.
+        optimizer: a name, or what makes it.
+        loss: a person's own, or None.
+        classes: in order.
+    """
+    model = train.situation.model
+    frozen = model.ordered[model.num_frozen - 1].name if model.num_frozen else None
+    return {
+        **asked,
+        "classes": list(classes),
+        "training images": _images_fact(train),
+        "validation images": None if valid is None else _images_fact(valid),
+        "trained stages": training_words(model),
+        _START: _digest(dict(tensors_of(tail))),
+        "frozen weights": None if frozen is None else model.digest(frozen)[:16],
+        "rows a frozen pass": None if frozen is None else train.fixed_size,
+        "optimizer": _name(optimizer),
+        "loss": None if loss is None else _name(loss),
+        "batch_size": train.batch_size,
+        "seed": seed,
+        "device": train.device.type,
+    }
+
+
+def write_fit(
+    path: Path,
+    facts: Mapping[str, Json],
+    progress: Progress,
+    *,
+    tail: nn.Module,
+    optimizer: Optimizer,
+    lrs: list[float],
+    train: Batches,
+    valid: Batches | None,
+) -> None:
+    """Writes the checkpoint `path`, in the place of the one before.
+
+    Raises:
+        FeatureStoreError: if the optimizer keeps what can't be written.
+    """
+    kept, tensors = _kept_by(optimizer)
+    state = {
+        "epoch": progress.epoch,
+        "records": progress.history.records,
+        "best_epoch": progress.history.best_epoch,
+        "epoch_losses": progress.epoch_losses,
+        "cycle_start": progress.cycle_start,
+        "lowest": progress.lowest,
+        "seconds": progress.seconds,
+        "lrs": lrs,
+        "first_pass": train.first_pass,
+        "left_out": [
+            {"failures": {}, "doubts": {}} if each is None else {"failures": each.failures, "doubts": each.doubts}
+            for each in (train, valid)
+        ],
+        "optimizer": kept,
+    }
+    tensors |= {f"tail.{name}": tensor for name, tensor in tensors_of(tail)}
+    tensors |= {f"best.{name}": tensor for name, tensor in (progress.best or {}).items()}
+    tensors |= {f"random.{place}": each for place, each in enumerate(progress.random)}
+    tensors["losses"] = torch.tensor(progress.history.losses, dtype=torch.float64)
+    with new_run(path, overwrite=True) as made:
+        # As text, since a loss may be infinite or no number, for which a run's facts have no form.
+        write_run(made, {"checkpoint": VERSION, "fit": dict(facts), "state": json.dumps(state)}, tensors)
+
+
+def _kept_by(optimizer: Optimizer) -> tuple[dict[str, Json], dict[str, Tensor]]:
+    """What an optimizer keeps: values, and tensors under names of ours."""
+    found = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Json]] = {}
+    for place, kept in found["state"].items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{place}.{name}"] = value
+            else:
+                values.setdefault(str(place), {})[name] = value
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in found["param_groups"]]
+    try:
+        json.dumps([values, groups])
+    except TypeError as error:
+        raise FeatureStoreError(
+            f"The optimizer {type(optimizer).__name__} keeps what a checkpoint can't hold ({error}). Expected tensors, "
+            "numbers and texts. Fit without a checkpoint, or with another optimizer."
+        ) from error
+    return {"values": values, "groups": groups}, tensors
+
+
+def _put_into(optimizer: Optimizer, kept: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Any]] = {int(place): dict(values) for place, values in kept["values"].items()}
+    for each, tensor in tensors.items():
+        place, _, name = each.partition(".")
+        state.setdefault(int(place), {})[name] = tensor
+    groups = [
+        {
+            name: tuple(saved[name]) if isinstance(value, tuple) else saved.get(name, value)
+            for name, value in group.items()
+        }
+        for group, saved in zip(optimizer.state_dict()["param_groups"], kept["groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _images_fact(batches: Batches) -> str:
+    """How many, and a digest of their contents, targets and views, in order."""
+    source = batches.source
+    images = source.images
+    contents = images.digests(batches.situation.known).values
+    targets = b"" if images.targets is None else images.targets.tobytes()
+    views: Json = source.words
+    if not isinstance(source, FeatureSource):
+        own = batches.situation.view
+        shown = source.views if isinstance(source.views, tuple) else (own.with_seed(source.views.policy, 0),)
+        views = [views, [view.facts() for view in shown]]
+    whole = digest_json([digest_bytes(contents.tobytes() + targets), views])
+    return f"{len(images):,} images from {source.words}, {whole[:16]}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    return digest_json({name: digest_tensor(tensor) for name, tensor in tensors.items()})[:16]
+
+
+def _name(value: object) -> str:
+    return value if isinstance(value, str) else str(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def _shown(value: Json) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return printable(text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}...", is_one_line=True)
+
+
+_MOST_SHOWN = 120
