@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featstore.images.views import Augment
+    from training.ensembles import Ensemble
     from training.fit import History
     from training.heads import build_head, concat_head, linear_head, mlp_head
     from training.inputs.derive import Inputs
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Augment",
+    "Ensemble",
     "History",
     "Inputs",
     "Learner",
@@ -34,6 +36,7 @@ __all__ = [
 
 _MODULES = {
     "featstore.images.views": ("Augment",),
+    "training.ensembles": ("Ensemble",),
     "training.fit": ("History",),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.inputs.derive": ("Inputs",),

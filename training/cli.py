@@ -334,7 +334,10 @@ def evaluate(
 @app.command()
 @spread
 def predict(
-    model: ModelOption,
+    model: Annotated[
+        list[str],
+        typer.Option(metavar="RUN_DIR", help="Folder of a saved run; given several times, their mean predicts."),
+    ],
     how: ScoringFlags,
     output: OutputFlags,
     items: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", show_default=False)],
@@ -347,11 +350,11 @@ def predict(
     ] = None,
 ) -> None:
     """Name the class of images, with probabilities; or their numbers."""
-    from training.learner import Learner
+    from training.ensembles import Ensemble
     from training.predict import as_images, predictions, write_csv
 
     images = as_images(items)  # a path that isn't there is said before the model is loaded
-    learn = Learner.load(model, trust_code=how.trust_code, **how.options())
+    learn = Ensemble.load(model, trust_code=how.trust_code, **how.options())
     ids, values = learn.scored(images)
     are_scored = set(ids)
     left_out = [name for name in images.ids if name not in are_scored]

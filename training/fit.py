@@ -62,6 +62,12 @@ class History:
         if not start or not mine < others:
             self.best_epoch = start + later.best_epoch
 
+    def joined(self, later: History) -> History:
+        """These epochs and those of a later fit, in a history of its own."""
+        both = History(records=[*self.records], best_epoch=self.best_epoch, losses=[*self.losses])
+        both.extend(later)
+        return both
+
     @property
     def last(self) -> Record:
         """The last epoch's record."""

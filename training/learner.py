@@ -33,6 +33,7 @@ from training.checkpoints import fit_facts, interruptible, read_fit
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
 from training.fit import (
     History,
+    Progress,
     Record,
     check_norms,
     copied_tensors,
@@ -297,11 +298,56 @@ class Learner:
         )
         return self._fit(plan, on_epoch_end)
 
+    def fit_cycles(
+        self,
+        num_cycles: int,
+        lr: optim.LearningRate | None = None,
+        *,
+        cycle_len: int = 1,
+        cycle_mult: int = 1,
+        schedule: str = "cosine",
+        weight_decay: float = 0.01,
+        on_epoch_end: Callable[[Record], Any] | None = None,
+        keep: Literal["last", "best"] = "last",
+        snapshot: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+    ) -> History:
+        """Trains what isn't frozen in cycles, at each of which the rate starts anew: SGDR.
+
+        Args:
+            num_cycles: how many.
+            lr: as in `fit`, and so are the arguments that aren't described here.
+            cycle_len: epochs of the first cycle.
+            cycle_mult: times so long as the one before is each that follows.
+            schedule: as in `fit`, gone through once a cycle.
+            weight_decay: as in `fit`.
+            on_epoch_end: as in `fit`.
+            keep: as in `fit`.
+            snapshot: a folder in which a run is saved at the end of each cycle, after its last step: cycle-1, cycle-2
+                and so on. `Ensemble.load` takes their mean.
+            checkpoint: as in `fit`.
+            resume: as in `fit`.
+        """
+        length, factor = settings.checked("cycle_len", cycle_len), settings.checked("cycle_mult", cycle_mult)
+        plan = Plan(
+            cycles=schedules.cycle_lengths(settings.checked("num_cycles", num_cycles), length, factor),
+            lr=lr,
+            schedule=schedule,
+            weight_decay=weight_decay,
+            keep=keep,
+            checkpoint=checkpoint,
+            resume=resume,
+            snapshot=snapshot,
+        )
+        return self._fit(plan, on_epoch_end)
+
     def _fit(self, plan: Plan, on_epoch_end: Callable[[Record], Any] | None) -> History:
         on_epoch_end = settings.checked("on_epoch_end", on_epoch_end)
         build = partial(optim.build, self.model, optimizer=self.optimizer, weight_decay=plan.weight_decay)
         if plan.lr is not None:  # what is wrong with it is said before anything is computed
             build(plan.lr)
+        plan.check_snapshots()
         kept = None if plan.folder is None else read_fit(plan.folder, resume=plan.resume)
         situation, inputs = self._ready()
         assert inputs.train is not None
@@ -331,6 +377,8 @@ class Learner:
                 on_epoch_end(record)
 
         with interruptible(plan.folder, facts, tail, optimizer, rates, train, valid) as keeping:
+            if plan.snapshot is not None:
+                keeping["save"] = self._at_cycle_ends(plan, course, train, then=keeping.get("save"))
             history = run_epochs(
                 tail,
                 train,
@@ -350,6 +398,28 @@ class Learner:
         self._say(doubtful_note(train, valid))
         self.history.extend(history)
         return history
+
+    def _at_cycle_ends(
+        self, plan: Plan, course: schedules.Course, train: Batches, *, then: Callable[[Progress], None] | None
+    ) -> Callable[[Progress], None]:
+        """What saves snapshots, each before a checkpoint says that its epoch is done."""
+
+        def save(progress: Progress) -> None:
+            cycle = course.cycle_ended(progress.epoch)
+            if cycle is not None and not progress.epoch_losses:
+                whole = self.history, self._passes
+                try:
+                    self.history, self._passes = (
+                        self.history.joined(progress.history),
+                        train.pass_before(progress.epoch),
+                    )
+                    self._say(f"snapshot: {self.save(plan.run_of(cycle), overwrite=True)}")
+                finally:
+                    self.history, self._passes = whole
+            if then is not None:
+                then(progress)
+
+        return save
 
     def lr_find(self, *, weight_decay: float = 0.01) -> LearningRates:
         """Tries rising learning rates on what would train now; weights, statistics and random state come back."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from featstore.digest import Json
+from featstore.models.runs import check_free
 from training import schedules, settings
 from training.optim import LearningRate, numbers
 
@@ -24,6 +25,7 @@ class Plan:
         keep: the weights that remain.
         checkpoint: folder that the fit is kept in, or None.
         resume: whether it goes on from there, if there is something.
+        snapshot: folder of the runs that are saved at the ends of cycles, or None.
     """
 
     cycles: tuple[int, ...]
@@ -33,11 +35,12 @@ class Plan:
     keep: Literal["last", "best"]
     checkpoint: str | os.PathLike[str] | None = None
     resume: bool = False
+    snapshot: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cycles", tuple(settings.checked("epochs", each) for each in self.cycles))
         object.__setattr__(self, "weight_decay", float(settings.checked("weight_decay", self.weight_decay)))
-        for name in ("keep", "checkpoint"):
+        for name in ("keep", "checkpoint", "snapshot"):
             settings.checked(name, getattr(self, name))
         schedules.check(self.schedule)
         if self.resume and self.checkpoint is None:
@@ -47,6 +50,21 @@ class Plan:
     def folder(self) -> Path | None:
         """Of the checkpoint."""
         return None if self.checkpoint is None else Path(self.checkpoint)
+
+    def run_of(self, cycle: int) -> Path:
+        """Where the snapshot at the end of a cycle, from 1, is saved."""
+        assert self.snapshot is not None
+        return Path(self.snapshot) / f"cycle-{cycle}"
+
+    def check_snapshots(self) -> None:
+        """Checks that they can be saved; what a fit that goes on has saved before may be there.
+
+        Raises:
+            FeatureStoreError: if runs are there.
+        """
+        if self.snapshot is not None:
+            for cycle in range(1, len(self.cycles) + 1):
+                check_free(self.run_of(cycle), overwrite=self.resume)
 
     def facts(self) -> dict[str, Json]:
         """What of it decides values, as JSON values."""

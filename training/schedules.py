@@ -178,9 +178,14 @@ class Course:
         """Of all cycles."""
         return sum(self.cycles)
 
+    def cycle_ended(self, epoch: int) -> int | None:
+        """The number, from 1, of the cycle that ends with so many epochs done; None if none does."""
+        ends = [*accumulate(self.cycles)]
+        return ends.index(epoch) + 1 if epoch in ends else None
+
     def begins_cycle(self, epoch: int) -> bool:
-        """Whether an epoch, from 0, is the first of a cycle; the one behind the last counts as one."""
-        return epoch in (0, *accumulate(self.cycles))
+        """Whether an epoch, from 0, is the first of a cycle."""
+        return epoch == 0 or self.cycle_ended(epoch) is not None
 
     def at(self, epoch: int, step: int) -> list[Setting]:
         """What each group runs at in the `step` of its cycle, from 0, in an epoch, from 0."""

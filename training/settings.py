@@ -23,7 +23,7 @@ _CHOICES = {
     "on_error": get_args(OnError),
     "keep": ("last", "best"),
 }
-_MAY_BE_NONE = ("store", "augment", "workers", "loss", "on_epoch_end", "checkpoint")
+_MAY_BE_NONE = ("store", "augment", "workers", "loss", "on_epoch_end", "checkpoint", "snapshot")
 _KINDS: dict[str, tuple[Any, str]] = {
     "store": (FeatureStore, 'a store, FeatureStore("features")'),
     "augment": (Augment, 'an augmentation with its seeds, Augment("flip", seeds=range(4))'),
@@ -32,13 +32,26 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "optimizer": ((str, Callable), "adamw, adam, sgd, or a function that takes parameter groups"),
     "on_epoch_end": (Callable, "a function that takes an epoch's record"),
     "checkpoint": ((str, PathLike), "a folder's name"),
+    "snapshot": ((str, PathLike), "a folder's name"),
+    "num_cycles": (Integral, "a number of cycles"),
+    "cycle_len": (Integral, "a number of epochs"),
+    "cycle_mult": (Integral, "a whole number"),
     "batch_size": (Integral, "a number of images"),
     "epochs": (Integral, "a number of epochs"),
     "seed": (Integral, "a whole number"),
     "workers": (Integral, "a number of threads"),
     "weight_decay": (Real, "a number, 0.01 for example"),
 }
-_LOWEST = {"batch_size": 1, "epochs": 1, "seed": 0, "workers": 0, "weight_decay": 0}
+_LOWEST = {
+    "batch_size": 1,
+    "epochs": 1,
+    "num_cycles": 1,
+    "cycle_len": 1,
+    "cycle_mult": 1,
+    "seed": 0,
+    "workers": 0,
+    "weight_decay": 0,
+}
 _HIGHEST = {"seed": 2**63 - 1}  # that torch's generators take
 
 

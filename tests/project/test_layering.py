@@ -83,7 +83,8 @@ ROOMS: dict[str, Rooms] = {
             "",
             (
                 "class_tables", "splits", "optim", "interrupts", "fit", "checkpoints", "lr_find", "predict",
-                "placement", "settings", "plan", "saved", "learner", "recipes", "__init__", "cli", "__main__",
+                "placement", "settings", "plan", "saved", "learner", "ensembles", "recipes", "__init__", "cli",
+                "__main__",
             ),
         ),
     ),
