@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +43,9 @@ _LOWER = 3.0
 class LearningRates:
     """What the finder saw.
 
+    `suggestion` alone has been tried. `minimum`, `steepest` and `valley` are rules that others use, read off the curve
+    as it is; the fit at such a rate may diverge. They are None without a curve.
+
     Attributes:
         lrs: the rate of each step, of the last layer group.
         losses: the training loss of each step.
@@ -62,6 +65,34 @@ class LearningRates:
     def rate(self) -> float:
         """The suggestion, rounded to what is shown."""
         return float(f"{self.suggestion:.2g}")
+
+    @property
+    def minimum(self) -> float | None:
+        """A tenth of the rate where the smoothed loss is lowest."""
+        return self.lrs[self.smoothed.index(min(self.smoothed))] / 10 if self.lrs else None
+
+    @property
+    def steepest(self) -> float | None:
+        """The rate from which the smoothed loss falls most until the next."""
+        falls = [before - after for before, after in pairwise(self.smoothed)]  # the rates are equally far apart
+        return self.lrs[falls.index(max(falls))] if falls else None
+
+    @property
+    def valley(self) -> float | None:
+        """The rate in the middle of the longest valley of the smoothed loss, as fastai 2 has it.
+
+        A valley is a sequence of falling losses with or without higher ones in between; it is taken to be as many
+        steps long as it has losses.
+        """
+        if not self.lrs:
+            return None
+        longest: list[int] = []  # sequence of falling losses that ends at each step
+        for place, loss in enumerate(self.smoothed):
+            before = [longest[each] for each in range(place) if loss < self.smoothed[each]]
+            longest.append(1 + max(before, default=0))
+        length = max(longest)
+        third = length / 3
+        return self.lrs[max(longest.index(length) - length, 0) + int(third) + int(third / 2)]
 
     def in_words(self) -> str:
         """The rate, where it comes from, and how to use it again."""

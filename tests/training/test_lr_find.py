@@ -21,7 +21,7 @@ from training.heads import SPREAD
 from training.inputs.batches import Batches
 from training.inputs.derive import find
 from training.inputs.situation import Situation
-from training.lr_find import find_lr
+from training.lr_find import LearningRates, find_lr
 
 
 class Head(nn.Module):
@@ -130,6 +130,38 @@ def test_the_suggestion_is_a_tenth_of_the_rate_where_the_smoothed_loss_is_lowest
     assert found.smoothed == pytest.approx(expected, rel=1e-6)
     assert found.suggestion == found.lrs[int(np.argmin(expected))] / 10
     assert 60 < int(np.argmin(expected)) < 75, "smoothing should lag, and not by much"
+
+
+def fastais_valley(lrs: list[float], losses: list[float]) -> float:
+    """fastai 2's `valley` (fastai/callback/schedule.py), its names and loops; a valley begins on the curve."""
+    n = len(losses)
+    max_start, max_end = 0, 0
+    lds = [1] * n
+    for i in range(1, n):
+        for j in range(i):
+            if (losses[i] < losses[j]) and (lds[i] < lds[j] + 1):
+                lds[i] = lds[j] + 1
+            if lds[max_end] < lds[i]:
+                max_end = i
+                max_start = max_end - lds[max_end]
+    sections = (max_end - max_start) / 3
+    return lrs[max(max_start, 0) + int(sections) + int(sections / 2)]
+
+
+def test_the_rules_of_others_are_read_off_the_curve() -> None:
+    lrs = [float(lr) for lr in np.geomspace(1e-5, 10, 100)]
+    random_ = np.random.default_rng(0)
+    for noise in (0.0, 0.02, 0.2):
+        losses = [2 - math.tanh((step - 50) / 12) + max(0, step - 70) / 10 for step in range(100)]
+        losses = [float(loss + noise * random_.standard_normal()) for loss in losses]
+        found = LearningRates(lrs=tuple(lrs), losses=(), smoothed=tuple(losses), suggestion=1e-3)
+        assert found.valley == fastais_valley(lrs, losses)
+        assert found.steepest == lrs[int(np.argmin(np.diff(losses) / np.diff(np.log(lrs))))]
+        assert found.minimum == lrs[int(np.argmin(losses))] / 10
+        if not noise:
+            assert lrs[49] <= found.steepest <= lrs[50]
+    without = LearningRates(lrs=(), losses=(), smoothed=(), suggestion=1e-3)
+    assert (without.minimum, without.steepest, without.valley) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -317,3 +349,18 @@ def test_the_first_epoch_at_the_suggestion_is_no_worse_than_the_start(
             learn.freeze_to("layer1") if part == "tail" else learn.unfreeze()
         start = learn.evaluate("valid")["loss"]
         assert learn.fit(1).last["valid_loss"] <= start, part
+
+
+@pytest.mark.parametrize(("count_", "batch_size"), [(4, 64), (80, 512)], ids=["a_handful", "a_huge_batch"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_fit_at_the_suggestion_does_not_diverge_where_there_is_nothing_to_learn(
+    optimizer: str, count_: int, batch_size: int
+) -> None:
+    images = ImageSet.from_arrays(pixels(count_), [row % 2 for row in range(count_)])
+    learn = Learner(
+        staged(), images, cut="layer2", optimizer=optimizer, batch_size=batch_size, device="cpu", workers=0, quiet=True
+    )
+    learn.unfreeze()
+    start = learn.evaluate("train")["loss"]
+    learn.fit(8)  # eight steps
+    assert learn.evaluate("train")["loss"] < 1.5 * start  # at a rate of 1: up to 5,000 times
