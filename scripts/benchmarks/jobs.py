@@ -1,10 +1,12 @@
 """Whole jobs as processes: against the plain recipe, their memory as images grow, and one with nothing to do.
 
     .venv/bin/python scripts/benchmarks/jobs.py [--measure recipe many] [--images 400] [--many 100000] [--rounds 5]
+    .venv/bin/python scripts/benchmarks/jobs.py --measure compile [--images 4000] [--rounds 3]
 
 `recipe` runs `featstore extract` against the loop that one would write (ImageFolder, DataLoader with as many workers as
-serve it best, channels as torch has them, `numpy.save`), each a process with all that it imports. `many` extracts many
-small images and a hundredth of them by a tiny network, and looks at the most memory that each process had.
+serve it best, channels as torch has them, `numpy.save`), each a process with all that it imports; `compile` likewise
+`featstore extract --compile`, each time with nothing compiled before. `many` extracts many small images and a hundredth
+of them by a tiny network, and looks at the most memory that each process had.
 """
 
 from __future__ import annotations
@@ -55,15 +57,22 @@ def make():
 """
 
 RECIPE_NAME, MEMORY = "a job against the plain recipe", "memory of few images against that of many"
-TARGETS = {RECIPE_NAME: 1.4, MEMORY: 1 / 1.1}
-MEASURES = ("recipe", "many")
+COMPILED_NAME = "a compiled job against the plain recipe"
+TARGETS = {RECIPE_NAME: 1.4, COMPILED_NAME: 1.9, MEMORY: 1 / 1.1}
+AGAINST_RECIPE: dict[str, tuple[str, int, list[str]]] = {
+    "recipe": (RECIPE_NAME, 400, []),
+    "compile": (COMPILED_NAME, 4000, ["--compile"]),
+}
+MEASURES = (*AGAINST_RECIPE, "many")
+TRIED = 400
+"""Images by which the best number of workers is found."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=MEASURES)
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=("recipe", "many"))
     parser.add_argument("--backbone", default="resnet50", help="of torchvision, with a layer fc; default: resnet50")
-    parser.add_argument("--images", type=int, default=400, help="for the recipe, of 500x375; default: 400")
+    parser.add_argument("--images", type=int, help="for recipe and compile, of 500x375; default: 400 and 4,000")
     parser.add_argument("--many", type=int, default=100_000, help="small ones; default: 100,000")
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken; default: 5")
     options = parser.parse_args()
@@ -71,36 +80,43 @@ def main() -> None:
     notes: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if "recipe" in options.measure:
-            _against_recipe(folder, options, ratios, notes)
+        for measure, (measured, num_images, flags) in AGAINST_RECIPE.items():
+            if measure in options.measure:
+                count = options.images or num_images
+                ratios[measured], notes[measured] = _against_recipe(folder / measure, options, count, flags)
         if "many" in options.measure:
             _of_many(folder, options, ratios, notes)
         report("jobs", ratios, {name: TARGETS[name] for name in ratios if name in TARGETS}, notes)
 
 
-def _against_recipe(folder: Path, options: argparse.Namespace, ratios: dict[str, float], notes: dict[str, str]) -> None:
-    images = folder / "photos"
-    photographs(images / "all", options.images, 500, 375)
+def _against_recipe(
+    folder: Path, options: argparse.Namespace, num_images: int, flags: Sequence[str]
+) -> tuple[float, str]:
+    images, tried = folder / "photos", folder / "tried"
+    photographs(images / "all", num_images, 500, 375)
+    photographs(tried / "all", min(num_images, TRIED), 500, 375)
     store, script = folder / "store", folder / "recipe.py"
+    code = folder / "compiled"  # new each time
     script.write_text(RECIPE, encoding="utf-8")
-    recipe = [sys.executable, str(script), str(images), options.backbone]
 
     def ours() -> float:
-        seconds = run(_extract(images, store, options.backbone, "layer4:avg")).seconds
+        command = [*_extract(images, store, options.backbone, "layer4:avg"), *flags]
+        seconds = run(command, TORCHINDUCTOR_CACHE_DIR=str(code)).seconds
         shutil.rmtree(store)
+        shutil.rmtree(code, ignore_errors=True)
         return 1 / seconds
 
-    def theirs(workers: int) -> float:
-        return 1 / run([*recipe, str(workers), str(folder / "features.npy")]).seconds
+    def theirs(workers: int, images: Path = images) -> float:
+        command = [sys.executable, str(script), str(images), options.backbone, str(workers)]
+        return 1 / run([*command, str(folder / "features.npy")]).seconds
 
     choices = sorted({0, 1, 2, max(1, len(os.sched_getaffinity(0)) - 1), len(os.sched_getaffinity(0))})
-    best = max(choices, key=theirs) if options.rounds > 1 else 0
+    best = max(choices, key=lambda workers: theirs(workers, tried)) if options.rounds > 1 else 0
     contenders: dict[str, Callable[[], float]] = {"featstore": ours, "the recipe": partial(theirs, best)}
     found = speeds(contenders, rounds=options.rounds)
-    ratios[RECIPE_NAME] = ratio(found, "featstore", "the recipe")
     seconds = {name: 1 / statistics.median(values) for name, values in found.items()}
-    notes[RECIPE_NAME] = (
-        f"{options.backbone}, {options.images:,} images, {best} workers for the recipe; "
+    return ratio(found, "featstore", "the recipe"), (
+        f"{options.backbone}, {num_images:,} images, {best} workers for the recipe; "
         f"{', '.join(f'{name} {value:.1f} s' for name, value in seconds.items())}"
     )
 

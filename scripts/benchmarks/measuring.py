@@ -70,10 +70,12 @@ class Ran:
         self.seconds, self.most_bytes = seconds, most_bytes
 
 
-def run(command: Sequence[str]) -> Ran:
-    """Runs a program; RuntimeError, with what it said, if it fails."""
+def run(command: Sequence[str], **environment: str) -> Ran:
+    """Runs a program, with these variables beside those there are; RuntimeError, with what it said, if it fails."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
     assert process.stderr is not None
     said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
