@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from support.processes import AS_A_SCRIPT, Processes
 
-FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+FOLDER = SCRIPTS / "benchmarks"
+OF_DIGITS = ["--backbone", f"{SCRIPTS / 'digits_backbone.py'}:make_model"]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,7 @@ FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
         ("ranks", ["--measure=ranks", "--backbone=tiny", "--ranks=1", "--images=4", "--few=0", "--rounds=1"]),
         ("peers", ["--networks=tiny", "--peers=nowhere", "--of=thingsvision", "--images=4", "--few=2", "--rounds=1"]),
         ("reduced", ["--backbone", "tiny", "--images", "2", "--sizes", "64x48", "--rounds", "1"]),
-        ("rounding", ["--images", "2", "--cuts", "stem:none", "maps:concat", "--rounds", "1"]),
+        ("rounding", [*OF_DIGITS, "--images", "2", "--cuts", "layer1:none", "layer3:concat", "--rounds", "1"]),
     ],
 )
 def test_a_benchmark_ends_in_its_ratios_and_targets(
