@@ -7,3 +7,6 @@ HEADS = ("concat", "linear", "mlp")
 
 CHECKPOINT = ".checkpoint"
 """What the name of a run ends in where its fit is kept until it is saved."""
+
+EXPORTS: dict[str, tuple[str, ...]] = {"pt2": (".pt2",), "onnx": (".onnx",), "state-dict": (".safetensors", ".pth")}
+"""Format of an exported model -> how its file's name may end."""

@@ -1,4 +1,4 @@
-"""The `featstore-train` program: train a head, fine-tune, evaluate, predict."""
+"""The `featstore-train` program: train a head, fine-tune, evaluate, predict, export."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from featstore.cli.flags import (
     OutputFlags,
     RunFlags,
     StoreOption,
+    TrustOption,
     ViewFlags,
     open_store,
     parse_numbers,
@@ -372,6 +373,51 @@ def predict(
         show(table([{"image": each.image, "label": each.label, "probability": each.probability} for each in records]))
     else:
         tell(f"{len(records):,} predictions in {csv}")
+
+
+@app.command()
+@spread
+def export(
+    model: ModelOption,
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(f"FILE{each}" for endings in choices.EXPORTS.values() for each in endings),
+            help="The new file; FILE.json beside it says how its input is prepared, and its classes.",
+        ),
+    ],
+    output: OutputFlags,
+    trust_code: TrustOption = False,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--format", metavar="|".join(choices.EXPORTS), help="Of the file.", show_default="what its ending says"
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of these names.")] = False,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMAGE|FOLDER", help="Images to compare outputs on.", show_default="pixels drawn at random"
+        ),
+    ] = None,
+) -> None:
+    """Write a saved model for other programs, from uint8 images to logits, once its outputs were compared.
+
+    The state-dict holds the backbone's tensors under their own names, and FILE.head beside it the head's.
+    """
+    if kind is not None:
+        one_of("--format", kind, list(choices.EXPORTS))
+    from training.learner import Learner
+    from training.predict import as_images
+
+    given = None if images is None else as_images(images)
+    learn = Learner.load(model, given, device="cpu", trust_code=trust_code, quiet=True)
+    report = learn.export(out, format=kind, overwrite=overwrite)
+    if output.json:
+        show_json(report.facts())
+    else:
+        show(str(report))
 
 
 def _labelled(flags: ImageFlags, *, for_new_head: bool) -> GivenImages:

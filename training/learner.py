@@ -31,6 +31,7 @@ from training import metrics as scores
 from training import optim, saved, schedules, settings
 from training.checkpoints import fit_facts, interruptible, read_fit
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
+from training.export import ExportReport, exported
 from training.fit import (
     History,
     Progress,
@@ -59,7 +60,7 @@ from training.lr_find import LearningRates, find_lr
 from training.outcomes import Outcomes
 from training.placement import Placement, reduction_of, with_head
 from training.plan import Plan
-from training.predict import Prediction, as_images, outputs_words, predictions, probabilities
+from training.predict import Items, Prediction, as_images, outputs_words, predictions, probabilities
 from training.splits import PastSplit, present_split
 
 
@@ -475,7 +476,7 @@ class Learner:
         images = source.images.select([place_of[each] for each in ids])
         return Outcomes.of(images, logits, targets, probabilities(logits, self.task))
 
-    def predict(self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Prediction]:
+    def predict(self, items: Items) -> list[Prediction]:
         """One record an image (label, probability, top; of regression values), in order.
 
         Args:
@@ -484,15 +485,11 @@ class Learner:
         ids, values = self.scored(items)
         return predictions(ids, values, self.classes, self.task)
 
-    def predict_proba(
-        self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-    ) -> NDArray[np.float64]:
+    def predict_proba(self, items: Items) -> NDArray[np.float64]:
         """Probabilities ``(N, K)``, columns in the order of `classes`; of regression the numbers."""
         return self.scored(items)[1]
 
-    def scored(
-        self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-    ) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    def scored(self, items: Items) -> tuple[tuple[str, ...], NDArray[np.float64]]:
         """Ids and probabilities ``(N, K)``, without images that can't be read where ``on_error`` is ``skip``."""
         images = as_images(items)
         situation, source = find_to_score(self._situation(), images, say=self._say)
@@ -530,6 +527,10 @@ class Learner:
             origin = {"backbone": str(folder), "architecture": made_by}
             self._origins.append(Origin(origin, self.model.digests(), self.view))
         return folder
+
+    def export(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> ExportReport:
+        """Writes the whole model as pt2, onnx or state-dict for other programs: see `training.export`."""
+        return exported(self.model, path, format=format, overwrite=overwrite, view=self.view, images=self.images)
 
     @classmethod
     def load(

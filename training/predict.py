@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from featstore.images.image_set import ImageSet
 from featstore.images.names import IMAGE_SUFFIXES
 from featstore.images.sources import FolderSource
 from featstore.words import printable
+
+Items: TypeAlias = ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+"""What can be predicted: an image set, or files and folders."""
 
 NUM_TOP = 5
 THRESHOLD = 0.5
@@ -100,7 +104,7 @@ def _as_text(name: str) -> str:
     return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
-def as_images(items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> ImageSet:
+def as_images(items: Items) -> ImageSet:
     """An unlabelled image set of files and folders, in the order given; a folder's images at any depth, sorted.
 
     Hidden files and folders inside a folder are left out. What is named twice comes once, at its first place.

@@ -83,8 +83,8 @@ ROOMS: dict[str, Rooms] = {
             "",
             (
                 "class_tables", "splits", "optim", "interrupts", "fit", "checkpoints", "lr_find", "predict",
-                "placement", "settings", "plan", "saved", "learner", "ensembles", "recipes", "__init__", "cli",
-                "__main__",
+                "placement", "settings", "plan", "saved", "export", "learner", "ensembles", "recipes", "__init__",
+                "cli", "__main__",
             ),
         ),
     ),
@@ -105,7 +105,12 @@ DOORS = {
     "torchvision.models": {"featstore.models.torchvision_models"},
     "timm": {"featstore.models.timm_models"},
     "ray": {"featstore.extraction.ray_actors"},
-    "safetensors": {"featstore.models.weights", "featstore.models.runs", "featstore.exchange.feature_files"},
+    "safetensors": {
+        "featstore.models.weights",
+        "featstore.models.runs",
+        "featstore.exchange.feature_files",
+        "training.export",
+    },
     "pyarrow": {"featstore.exchange.export", "featstore.images.parquet_tables"},
     "typer": {
         "featstore.cli.program",
@@ -119,13 +124,15 @@ DOORS = {
     },
     "matplotlib": {"training.plots"},
     "obstore": {"featstore.objects"},
+    "onnxruntime": {"training.export"},
 }
 
 # What training uses of featstore: module -> names. docs/design.md says what may join it.
 SURFACE: dict[str, str] = {
     "__init__": "__version__",
     "cli.flags": (
-        "AugmentFlags GivenImages ImageFlags OutputFlags RunFlags StoreOption ViewFlags open_store parse_numbers spread"
+        "AugmentFlags GivenImages ImageFlags OutputFlags RunFlags StoreOption TrustOption ViewFlags open_store "
+        "parse_numbers spread"
     ),
     "cli.models": "ModelFlags load_model",
     "cli.program": "new_app one_of run show show_json table tell tell_all",
@@ -159,6 +166,7 @@ SURFACE: dict[str, str] = {
     "models.staged": "StagedModel",
     "models.stages": "HeadStage PoolStage Stage has_weights",
     "models.trunk": "Output Trunk choose_device default_batch_size",
+    "models.weights": "read_tensors",
     "remedies": "Call Command Remedy Steps",
     "store.features": "Features",
     "store.part_facts": "are_stages stage_facts",
