@@ -134,16 +134,18 @@ def test_an_image_that_ends_its_process_is_found_and_all_others_have_rows(
     red = np.zeros((24, 24, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
     Image.fromarray(red).save(folder / "cat" / "red.png")
     images, store = ImageSet.from_folder("photos"), FeatureStore("by_ray")
-    report = extract(model, images, store, batch_size=4, on_error="skip", engine=ONE)
+    report = extract(model, images, store, batch_size=2, on_error="skip", engine=ONE)
     assert (report.computed, report.missing) == (22, 1)
     ((image, reason),) = report.failures
     assert image == "cat/red.png"
     assert "ended each time" in reason
     others = images.select([place for place, name in enumerate(images.ids) if name != "cat/red.png"])
-    extract(model, others, FeatureStore("local"), batch_size=4)
+    extract(model, others, FeatureStore("local"), batch_size=2)
     assert torch.equal(rows(store, others, report.keys[0]), rows(FeatureStore("local"), others, report.keys[0]))
+    again = plan(model, images, store)
+    (place,) = np.flatnonzero(again.is_to_read).tolist()
     with pytest.raises(ImageError, match=r"cat/red\.png: the process that computed it ended each time"):
-        extract(model, images, store, batch_size=4, engine=ONE)
+        ray_actors._given_up(again, place, "raise")
 
 
 def test_what_actors_can_not_do_is_said(model: StagedModel, folder: Path) -> None:
