@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,12 @@ from featstore.models.runs import Run, new_run, read_run, write_run
 
 
 def resnet18(classes: int = 1000) -> dict[str, Tensor]:
-    """A state dict of torchvision's own resnet18, drawn anew."""
+    """A state dict of torchvision's own resnet18, whose tensors are not to be written to."""
+    return dict(_drawn(classes))
+
+
+@cache
+def _drawn(classes: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         return dict(torchvision.models.resnet18(weights=None, num_classes=classes).state_dict())
