@@ -341,7 +341,7 @@ def predict(
     ],
     how: ScoringFlags,
     output: OutputFlags,
-    items: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", show_default=False)],
+    items: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER|SHARD.tar...", show_default=False)],
     csv: Annotated[
         str | None,
         typer.Option(

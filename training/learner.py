@@ -480,7 +480,7 @@ class Learner:
         """One record an image (label, probability, top; of regression values), in order.
 
         Args:
-            items: an image set, or files and folders.
+            items: an image set; files, folders or tar files; or images in memory, called by their places: 0, 1, ...
         """
         ids, values = self.scored(items)
         return predictions(ids, values, self.classes, self.task)

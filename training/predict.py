@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from featstore.digest import Json
 from featstore.images.image_set import ImageSet
+from featstore.images.item_sources import content_of, described
 from featstore.images.names import IMAGE_SUFFIXES
+from featstore.images.origins import named_by
 from featstore.images.sources import FolderSource
-from featstore.words import printable
 
-Items: TypeAlias = ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-"""What can be predicted: an image set, or files and folders."""
+Items: TypeAlias = Any
+"""What can be predicted: an image set; files, folders and tar files by their paths; or images in memory: PIL images,
+arrays uint8 ``(H, W[, 3])`` or ``(N, H, W, 3)``, tensors uint8 ``(3, H, W)`` or ``(N, 3, H, W)``."""
 
 NUM_TOP = 5
 THRESHOLD = 0.5
@@ -107,23 +109,29 @@ def _as_text(name: str) -> str:
 def as_images(items: Items) -> ImageSet:
     """An unlabelled image set of files and folders, in the order given; a folder's images at any depth, sorted.
 
-    Hidden files and folders inside a folder are left out. What is named twice comes once, at its first place.
+    Hidden files and folders inside a folder are left out. What is named twice comes once, at its first place. The
+    samples of tar files have their own ids; images in memory are called by their places: 0, 1, ...
 
     Raises:
-        TypeError: for what is neither a path nor an image set.
+        TypeError: for what is no path, image or image set.
         ValueError: if there is no image, or a path doesn't exist.
     """
     if isinstance(items, ImageSet):
         return items
-    is_several = isinstance(items, Iterable) and not isinstance(items, str | os.PathLike)
-    paths: list[str | os.PathLike[str]] = list(items) if is_several else [items]  # type: ignore[arg-type, list-item]
-    wrong = [item for item in paths if not isinstance(item, str | os.PathLike)]
+    is_several = isinstance(items, Iterable) and not isinstance(items, str | os.PathLike) and not _is_one(items)
+    given: list[Any] = list(items) if is_several else [items]
+    if given and all(map(_has_pixels, given)):
+        return ImageSet.from_iterable(((str(place), each) for place, each in enumerate(given)), name="predict")
+    wrong = [item for item in given if not isinstance(item, str | os.PathLike)]
     if wrong:
-        shown = printable(f"{wrong[0]!r:.60}", is_one_line=True)
         raise TypeError(
-            f"Images to predict are {type(items).__name__}{' of' * is_several} {shown}; expected files and folders by "
-            "their paths, or an image set. Pixels in an array are one by ImageSet.from_arrays(array)."
+            f"Images to predict are {'several, among them ' * is_several}{described(wrong[0])}; expected files and "
+            "folders by their paths, or PIL images or uint8 of one or three channels, or an image set. Give such, "
+            "paths and images apart."
         )
+    paths: list[str | os.PathLike[str]] = given
+    if paths and all(named_by(os.fspath(path)).constructor == "from_tar" for path in paths):
+        return ImageSet.from_tar(paths, label_column=None, split_column="")
     found: list[str] = []
     for item in paths:
         path = Path(item)
@@ -151,6 +159,18 @@ def as_images(items: Items) -> ImageSet:
         task="single",
         source=FolderSource(root=os.getcwd()),
     )
+
+
+def _is_one(items: Any) -> bool:
+    """Whether it is one image in memory, through whose rows Python could go."""
+    return getattr(items, "ndim", 4) < 4
+
+
+def _has_pixels(item: Any) -> bool:
+    try:
+        return not isinstance(item, bytes | bytearray | memoryview | Mapping) and content_of(item) is not None
+    except TypeError:
+        return False
 
 
 def _is_shown(file: Path, below: Path) -> bool:

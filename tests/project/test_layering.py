@@ -148,6 +148,7 @@ SURFACE: dict[str, str] = {
     "images.contents": "is_changed overlap_note",
     "images.digests": "Digests KnownDigest KnownDigests",
     "images.image_set": "ImageSet",
+    "images.item_sources": "content_of described",
     "images.labels": "composed_classes",
     "images.names": "IMAGE_SUFFIXES SPLITS Task",
     "images.origins": "TWO_VALUES made_by",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import math
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,39 @@ def test_doubtful_images_are_said_by_fits_and_predictions(tmp_path: Path, capsys
     assert "doubts" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("items", [3, None, np.zeros((2, 2)), [1, 2], b"x.jpg", ["x.jpg", None]])
+def test_images_in_memory_are_predicted_as_their_files_are(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", 6)
+    learn = Learner(staged(), ImageSet.from_folder(root), cut="layer2", head="mlp", device="cpu", workers=0, quiet=True)
+    paths = [root / name for name in learn.images.ids]
+    expected = learn.predict_proba(paths)
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    arrays = [np.array(picture) for picture in pictures]
+    np.testing.assert_array_equal(learn.predict_proba(pictures), expected)
+    np.testing.assert_array_equal(learn.predict_proba(arrays), expected)
+    np.testing.assert_array_equal(learn.predict_proba(np.stack(arrays)), expected)
+    np.testing.assert_array_equal(learn.predict_proba(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)), expected)
+    assert [each.image for each in learn.predict(pictures)] == ["0", "1", "2", "3", "4", "5"]
+    for one in (pictures[2], arrays[2], torch.from_numpy(arrays[2]).permute(2, 0, 1)):
+        np.testing.assert_allclose(learn.predict_proba(one), expected[2:3], rtol=1e-6)  # a batch of one
+        assert [each.image for each in learn.predict(one)] == ["0"]
+
+
+def test_samples_of_tar_files_are_predicted_without_their_labels(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", 6)
+    images = ImageSet.from_folder(root)
+    learn = Learner(staged(), images, cut="layer2", head="mlp", device="cpu", workers=0, quiet=True)
+    with tarfile.open(tmp_path / "inbox-000.tar", "w") as tar:
+        for place, name in enumerate(images.ids):
+            tar.add(root / name, f"{place:03}{Path(name).suffix}")
+    found = learn.predict(tmp_path / "inbox-000.tar")
+    assert [each.image for each in found] == ["000", "001", "002", "003", "004", "005"]
+    expected = learn.predict([root / name for name in images.ids])
+    assert [(each.label, each.probability) for each in found] == [(each.label, each.probability) for each in expected]
+
+
+@pytest.mark.parametrize(
+    "items", [3, None, np.zeros((2, 2)), [1, 2], [np.zeros((4, 4, 3), np.uint8), "x.jpg"], b"x.jpg", ["x.jpg", None]]
+)
 def test_what_is_no_path_cannot_be_predicted(items: Any) -> None:
     with pytest.raises(TypeError, match=r"Images to predict are .*; expected files and folders by their paths"):
         as_images(items)
