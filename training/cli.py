@@ -25,6 +25,7 @@ from featstore.cli.flags import (
 from featstore.cli.models import ModelFlags, load_model
 from featstore.cli.program import new_app, one_of, run, show, show_json, table, tell, tell_all
 from featstore.images.names import SPLITS
+from featstore.images.origins import as_cells, named_by
 from featstore.models.names import REDUCTIONS
 from training import choices
 
@@ -275,6 +276,7 @@ def finetune_command(
         options = {"cut": cut, "view": view.view(source.view)}
     else:
         assert start is not None
+        images = _labelled_as(start, images)
         given = _for_run(start, images, _labelled(images, for_new_head=False))
         source, notes = start, [*given.notes]
     tell_all(notes)
@@ -314,6 +316,7 @@ def evaluate(
     from training.learner import Learner
     from training.saved import finite
 
+    images = _labelled_as(model, images)
     given = _for_run(model, images, images.given())
     tell_all(given.notes)
     # The features it was trained on give its scores again exactly; images give them to the storage type's precision.
@@ -467,6 +470,23 @@ def _for_run(run: str | None, flags: ImageFlags, given: GivenImages) -> GivenIma
     if "split" in images.origin and flags.valid is None and flags.split_seed is None:
         return replace(given, images=images.with_splits([""] * len(images)), dealt=None)
     return given
+
+
+def _labelled_as(run: str, flags: ImageFlags) -> ImageFlags:
+    """`flags` with the task of `run`, and the columns of its numbers, where they leave both as they are unasked."""
+    default = ImageFlags(images=flags.images)
+    has_task = {"task", "label_column"} <= {*named_by(flags.images).options}
+    if not has_task or flags.task != default.task:
+        return flags
+    from featstore.models.runs import read_facts
+    from training.saved import check_facts
+
+    facts = read_facts(Path(run))
+    check_facts(facts, Path(run))
+    has_names = facts["task"] == "regression" and flags.label_column == default.label_column
+    return replace(
+        flags, task=facts["task"], label_column=as_cells(facts["classes"]) if has_names else flags.label_column
+    )
 
 
 def _view(model: StagedModel, store: FeatureStore, flags: ViewFlags, key: str | None) -> View:

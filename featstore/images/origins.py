@@ -304,7 +304,7 @@ def _flags(images: ImageSet, defaults: Mapping[str, Any]) -> list[str]:
         if name == "label_column" and value is not None and images.task == "regression":
             value = list(images.classes)
         if isinstance(value, list):
-            value = _as_cells(value)
+            value = as_cells(value)
         if name == "label_column" and value is None:
             value = ""  # nothing is labelled
         if value is not None and value != default:
@@ -312,8 +312,8 @@ def _flags(images: ImageSet, defaults: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def _as_cells(names: list[str]) -> str:
-    """Names between commas, quoted where they hold one."""
+def as_cells(names: list[str]) -> str:
+    """Names between commas, quoted where they hold one, as ``--label-column`` and ``--one-hot`` take them."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="").writerow(names)
     return stream.getvalue()

@@ -150,6 +150,11 @@ def read_run(folder: Path) -> Run:
     return _of_one_run(folder, read)
 
 
+def read_facts(folder: Path) -> dict[str, Json]:
+    """The facts of the run in `folder` alone, without its tensors; errors as of `read_run`."""
+    return _of_one_run(folder, _read_facts)
+
+
 def read_file(folder: Path, name: str, *, identity: str | None = None) -> bytes | None:
     """The content of another file of a run; None if the run has none of that name.
 

@@ -155,6 +155,8 @@ def test_the_whole_way_on_the_command_line(run: Run, here: Path) -> None:
     assert {"mae", "rmse", "r2", "loss", "images"} == {*saved}
     evaluated = run("featstore-train", "evaluate", "--model", "run", *given, "--json").json
     assert evaluated["valid"] == saved
+    evaluated = run("featstore-train", "evaluate", "--model", "run", *given[:4], "--json").json
+    assert evaluated["valid"] == saved, "the run knows its task and its numbers' names"
     predicted = run("featstore-train", "predict", "--model", "run", "0.png", "--csv", "p.csv", "--json").json
     with open("p.csv", encoding="utf-8", newline="") as file:
         ((name, *cells),) = list(csv.reader(file))[1:]
