@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import FeatureStoreError
 from featstore.images.image_set import ImageSet
+from featstore.models.runs import FACTS
 from training.learner import Learner
 from training.predict import Prediction, as_images, predictions
 
@@ -41,8 +42,24 @@ class Ensemble:
                 )
 
     @classmethod
-    def load(cls, runs: Iterable[str | Path], **options: Any) -> Ensemble:
-        """The ensemble of saved runs; `options` are further arguments of `Learner.load`."""
+    def load(cls, runs: str | os.PathLike[str] | Iterable[str | Path], **options: Any) -> Ensemble:
+        """The ensemble of saved runs.
+
+        Args:
+            runs: their folders; or one folder that holds them, as `Learner.fit_cycles` fills one with snapshots.
+            options: further arguments of `Learner.load`.
+
+        Raises:
+            ValueError: for a folder without runs.
+        """
+        if isinstance(runs, str | os.PathLike):
+            folder = Path(runs)
+            runs = sorted(file.parent for file in folder.glob(f"*/{FACTS}"))
+            if not runs:
+                raise ValueError(
+                    f"{folder} holds no saved runs. Expected a folder of runs, such as fit_cycles(snapshot=...) fills, "
+                    "or a list of runs' folders."
+                )
         return cls([Learner.load(run, **options) for run in runs])
 
     def predict(self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Prediction]:

@@ -457,21 +457,12 @@ class Learner:
 
     def evaluate(self, split: str = "valid") -> dict[str, float]:
         """Loss, metrics and number of the labelled images of a split: train, valid or test, in the evaluation view."""
-        source, ids, logits, targets = self._split_outputs(split)
-        self.read_from = source.kind
-        if split != "train":
-            self._say_trained(source.images)
-            if self._past is not None:
-                digests = self.images.digests(self._situation().known)
-                self._say(self._past.unseen_note(self.images, digests, split))
-        if len(ids) < len(source.images):
-            self._say(f"{len(source.images) - len(ids):,} of {len(source.images):,} images can't be read, left out")
+        _, _, logits, targets = self._asked_outputs(split)
         return self._scored(logits, targets)
 
     def outcomes(self, split: str = "valid") -> Outcomes:
         """What the model says of each labelled image of a split: where it is wrong, how sure, what it confuses."""
-        source, ids, logits, targets = self._split_outputs(split)
-        self.read_from = source.kind
+        source, ids, logits, targets = self._asked_outputs(split)
         place_of = {image: place for place, image in enumerate(source.images.ids)}
         images = source.images.select([place_of[each] for each in ids])
         return Outcomes.of(images, logits, targets, probabilities(logits, self.task))
@@ -658,6 +649,19 @@ class Learner:
         self._say(overlap_note(self.images, self.images.digests(situation.known)))
         self._say(inputs.left_out_note(self.images))
         return situation, inputs
+
+    def _asked_outputs(self, split: str) -> tuple[Source, tuple[str, ...], torch.Tensor, torch.Tensor]:
+        """As `_split_outputs`; and says what should be known of scores of these images."""
+        source, ids, logits, targets = self._split_outputs(split)
+        self.read_from = source.kind
+        if split != "train":
+            self._say_trained(source.images)
+            if self._past is not None:
+                digests = self.images.digests(self._situation().known)
+                self._say(self._past.unseen_note(self.images, digests, split))
+        if len(ids) < len(source.images):
+            self._say(f"{len(source.images) - len(ids):,} of {len(source.images):,} images can't be read, left out")
+        return source, ids, logits, targets
 
     def _split_outputs(self, split: str) -> tuple[Source, tuple[str, ...], torch.Tensor, torch.Tensor]:
         """Where a split's labelled images were read from; ids, logits ``(N, K)`` and targets of those that could be."""

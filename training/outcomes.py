@@ -95,15 +95,15 @@ class Outcomes:
         """
         from sklearn.metrics import precision_recall_fscore_support
 
-        taken = self.predicted if self.images.task == "single" else None
-        if taken is None:
+        labels = list(range(len(self.classes)))
+        if self.images.task == "single":
+            columns = precision_recall_fscore_support(self.targets, self.predicted, labels=labels, zero_division=0)
+        else:
             self._labels("scores by class")
-        columns = precision_recall_fscore_support(
-            self.targets if taken is not None else self.targets > 0,
-            taken if taken is not None else self.probabilities > 0.5,
-            labels=range(len(self.classes)),
-            zero_division=0,
-        )
+            actual, taken = self.targets > 0, self.probabilities > 0.5
+            if len(labels) == 1:  # of one column scikit-learn scores the labels 0 and 1
+                actual, taken, labels = actual.ravel(), taken.ravel(), [1]
+            columns = precision_recall_fscore_support(actual, taken, labels=labels, zero_division=0)
         names = ("precision", "recall", "f1", "support")
         return {
             name: {column: float(value) for column, value in zip(names, row, strict=True)}

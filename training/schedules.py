@@ -194,7 +194,7 @@ class Course:
         return [SCHEDULES[self.schedule](lr, step, num_steps) for lr in self.max_lrs]
 
     def set(self, optimizer: Optimizer, epoch: int, step: int) -> None:
-        """Gives the optimizer's groups what they run at; one without momentum gets its rate alone.
+        """Gives the optimizer's groups what they run at; one without momentum, or with one of 0, gets its rate alone.
 
         Raises:
             ValueError: for another number of groups than of rates.
@@ -211,5 +211,5 @@ class Course:
                 continue
             if "betas" in group:
                 group["betas"] = (momentum, *group["betas"][1:])
-            elif "momentum" in group:
+            elif group.get("momentum"):
                 group["momentum"] = momentum

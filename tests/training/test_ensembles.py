@@ -117,6 +117,10 @@ def test_an_ensemble_predicts_by_the_mean_of_probabilities(
     one, other = (loaded(run).predict_proba(stored[0]) for run in runs)
     assert np.abs(one - other).max() > 1e-4
     ensemble = Ensemble.load(runs, module=staged(), device="cpu", workers=0, quiet=True)
+    below = Ensemble.load(runs[0].parent, module=staged(), device="cpu", workers=0, quiet=True)
+    assert len(below.learners) == len(runs)
+    with pytest.raises(ValueError, match="holds no saved runs"):
+        Ensemble.load(str(runs[0]))
     mean = ensemble.predict_proba(stored[0])
     assert np.array_equal(mean, (one + other) / 2)
     best = [ensemble.classes[place] for place in mean.argmax(axis=1)]

@@ -22,7 +22,8 @@ CLASSES = ("ant", "bee", "$cow$")
 
 def of(task: Task, logits: torch.Tensor, targets: torch.Tensor) -> Outcomes:
     pixels = np.random.default_rng(0).integers(0, 256, (len(logits), 12, 12, 3), dtype=np.uint8)
-    images = ImageSet.from_arrays(pixels, targets.numpy(), classes=CLASSES, task=task)
+    classes = CLASSES[: logits.shape[1]]
+    images = ImageSet.from_arrays(pixels, targets.numpy(), classes=classes, task=task)
     assert images.task == task
     return Outcomes.of(images, logits, targets, probabilities(logits, task))
 
@@ -86,6 +87,9 @@ def test_several_labels_and_numbers_have_losses_and_what_is_theirs() -> None:
     assert_allclose(many.losses, expected)
     report = classification_report(labels, logits > 0, target_names=CLASSES, output_dict=True, zero_division=0)
     assert many.by_class()["bee"]["f1"] == report["bee"]["f1-score"]
+    one = of("multi", logits[:, :1], labels[:, :1])
+    column = report["ant"]
+    assert one.by_class()["ant"] == {name.removesuffix("-score"): value for name, value in column.items()}
     numbers = of("regression", logits, labels.double() * 2.5)
     assert_allclose(numbers.losses, ((logits.double() - labels * 2.5) ** 2).mean(1))
     for found in (many, numbers):
@@ -114,14 +118,21 @@ def test_the_plots_show_the_counts_and_the_very_images(single: Outcomes) -> None
         plots.samples(single, view, num_images=0)
 
 
-def test_a_learner_gives_the_outcomes_of_what_it_can_read(tmp_path: Path) -> None:
+def test_a_learner_gives_the_outcomes_of_what_it_can_read_and_says_what_evaluate_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = photos(tmp_path / "photos")
     images = ImageSet.from_folder(root).split(valid=0.5, seed=0)
-    learn = Learner(staged(), images, quiet=True, on_error="skip", device="cpu")
+    learn = Learner(staged(), images, on_error="skip", device="cpu")
     gone = images.valid.ids[0]
     (root / gone).write_bytes(b"none")
     learn.images = ImageSet.from_folder(root).with_splits(images.splits)
     found = learn.outcomes()
+    capsys.readouterr()
     assert found.images.ids == images.valid.ids[1:]
     scores = learn.evaluate()
+    said = capsys.readouterr().err
+    learn.outcomes()
+    assert said == capsys.readouterr().err
+    assert "can't be read, left out" in said
     assert_allclose([found.is_right.mean(), found.losses.mean()], [scores["accuracy"], scores["loss"]], rtol=1e-6)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -184,11 +185,13 @@ def test_constant_stays_at_the_highest_rate_and_keeps_momentum() -> None:
     assert steps == [[(lr, (0.9, 0.999)) for lr in MAX_LRS]] * 7
 
 
-def test_one_cycle_of_an_optimizer_without_momentum_cycles_the_rate_alone() -> None:
-    optimizer, with_momentum = Adagrad(three_parameters(), lr=1.0), SGD(three_parameters(), lr=1.0)
+@pytest.mark.parametrize("make", [Adagrad, SGD])  # which has a momentum, of 0
+def test_one_cycle_of_an_optimizer_without_momentum_cycles_the_rate_alone(make: Any) -> None:
+    optimizer, with_momentum = make(three_parameters(), lr=1.0), SGD(three_parameters(), lr=1.0, momentum=0.9)
     ours = gone_through(optimizer, course("one_cycle", 1, num_steps=10, max_lrs=[1e-2]))
     expected = stepped(with_momentum, OneCycleLR(with_momentum, 1e-2, total_steps=10), 10)
     assert [group[0][0] for group in ours] == [group[0][0] for group in expected]
+    assert not optimizer.param_groups[0].get("momentum")
 
 
 def test_what_does_not_fit_is_refused() -> None:
