@@ -45,8 +45,9 @@ def keep_freed_memory() -> bool:
     The maps of one pass take hundreds of megabytes, which glibc's malloc returns to the system and fetches again, page
     by page, for the next pass: on two processors of a virtual machine that was a quarter to a third of resnet50's time.
     The process then stays as large as it once was. Programs of featstore do this when they start; a process of your own
-    is left as it is until you call this. Nothing happens where malloc is another one, or was set by ``MALLOC_...`` or
-    ``GLIBC_TUNABLES`` in the environment. See ``mallopt(3)``.
+    is left as it is until you call this. Nothing happens where the C library isn't glibc, or its malloc was set by
+    ``MALLOC_...`` or ``GLIBC_TUNABLES`` in the environment; a malloc that was loaded before it doesn't mind. See
+    ``mallopt(3)``.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False

@@ -66,7 +66,7 @@ Defaults that depend on what is asked for:
   --precision   fp32 is true float32 on every device; tf32, bf16 and fp16
                 are other values and other features
   --batch-size  that of rows already stored, else 32 on a CPU, 256 on a GPU;
-                of a new set halved, and noted, where memory has no room
+                of a new set halved, and noted, where a GPU has no room
   --compile     as rows already stored were computed, else not
 
 \b

@@ -137,7 +137,7 @@ def extract(
         precision: of the arithmetic: fp32, tf32, bf16 or fp16.
         device: auto, cpu, cuda or cuda:1.
         batch_size: images a pass; part of the profile, not of the key. Default: that of stored rows of the same set,
-            else 32 on a CPU and 256 on a GPU. Of a new set it is halved, which is noted, until memory has room.
+            else 32 on a CPU and 256 on a GPU, where that of a new set is halved, which is noted, until memory has room.
         compile: whether the trunk runs as compiled code, up to twice as fast, which takes up to a minute to make: it
             pays for thousands of images. Part of the profile, not of the key. Default: as stored rows of the same set
             were computed, else not.
@@ -233,6 +233,7 @@ def run_plan(
         if not planned.is_to_read.any():
             notes = _noted_images(planned, store, is_needed=bool(planned.is_missing.any()))
         elif engine is not None:
+            planned.images.contents.clear()  # which no actor has
             notes = _noted_images(planned, store, is_needed=True)
             filed = run_by_ray(
                 engine,
@@ -271,6 +272,8 @@ def run_plan(
     except TooManyFailedError as error:
         reported = write_report(planned, store, failures(planned, error.filed or filed))
         raise TooManyFailedError(" ".join([str(error), *(f"{note}." for note in reported)]), error.filed) from error
+    finally:
+        planned.images.contents.clear()
     return _reported(planned, store, filed, notes, started)
 
 

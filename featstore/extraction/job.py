@@ -431,10 +431,11 @@ class Job:
 
     def _gather_launched(self, model: int) -> None:
         """Gathers the rows of a model's pass, once it has computed them."""
-        launched, self.launched[model] = self.launched[model], None
+        launched = self.launched[model]
         if launched is None:
             return
         found = {output: narrowing.narrowed() for output, narrowing in launched.narrowing.items()}
+        self.launched[model] = None  # only now: it is computed again where that takes more memory than there is
         self.session.opened[model].lowering.fix()
         for place in self.session.opened[model].places:
             each, given = self.planned.sets[place], self.session.input_of[place]

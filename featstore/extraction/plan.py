@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -251,7 +252,8 @@ def plan(
         for key, asked in _asked(module, named, view, augment, reduce=reduce, dtype=dtype, precision=precision):
             by_key.setdefault(key, asked)
     known = store.known_digests(images)
-    with timed("digests of images"):
+    own = None if shard is None else set(compress(images.ids, shard.owned(images.ids).tolist()))
+    with timed("digests of images"), images.contents.kept(lambda image: own is None or image in own):
         digests = images.digests(known)
     is_owned = _owned(images, digests, shard)
     is_absent = is_owned & _absent(images, digests)
@@ -276,6 +278,8 @@ def plan(
                 row_bytes=math.prod(asked.shape) * spec.storage_type.itemsize,
             )
         )
+    is_missing = _any([each.is_missing for each in planned])
+    images.contents.keep_only(list(compress(images.ids, is_missing.tolist())))
     return Plan(
         images=images,
         digests=digests,

@@ -252,7 +252,7 @@ def ahead(tasks: Iterable[Callable[[], T]], *, depth: int) -> Iterator[T]:
 
 
 @cache
-def keep_freed_memory() -> None:
+def keep_freed_batches() -> None:
     """Lets the C library keep up to 62 MB that batches free, for the next ones.
 
     It would give them back to the system, which zeroes every page anew: a third of the time of a batch of 13 MB. glibc

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, compress, repeat
@@ -193,20 +194,32 @@ class KnownDigests(Mapping[str, KnownDigest]):
 class Contents:
     """What was read to be hashed and waits to be decoded, so that images of another machine come over once.
 
-    It has a limit: a quarter of the memory that was free when the first came, and 4 GB; what is more is read again.
+    It has a limit: a quarter of the memory that was free when it was opened, and 4 GB; what is more is read again.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, bytes] = {}
-        self._room: int | None = None
+        self._room = 0
+        self._is_wanted: Callable[[str], bool] | None = None  # None: nobody will decode what is hashed now
         self._lock = threading.Lock()
 
+    @contextmanager
+    def kept(self, is_wanted: Callable[[str], bool]) -> Iterator[None]:
+        """What is read within, to be hashed, of images that are wanted is held, and nothing that was before."""
+        self.clear()
+        self._room, self._is_wanted = min(available_bytes() // 4, _MOST_HELD_BYTES), is_wanted
+        try:
+            yield
+        finally:
+            self._is_wanted = None
+
     def keep(self, image: str, content: bytes) -> None:
-        """Holds the content of an image, if there is room."""
+        """Holds the content of an image that is wanted, if there is room, in the place of an earlier one."""
+        if self._is_wanted is None or not self._is_wanted(image):
+            return
+        self.taken(image)
         with self._lock:
-            if self._room is None:
-                self._room = min(available_bytes() // 4, _MOST_HELD_BYTES)
-            if len(content) <= self._room and image not in self._held:
+            if len(content) <= self._room:
                 self._held[image] = content
                 self._room -= len(content)
 
@@ -214,14 +227,19 @@ class Contents:
         """The content of an image, which is no longer held; None where it wasn't."""
         with self._lock:
             content = self._held.pop(image, None)
-            if content is not None and self._room is not None:
+            if content is not None:
                 self._room += len(content)
             return content
+
+    def keep_only(self, images: Collection[str]) -> None:
+        """Holds nothing of other images any more."""
+        for image in self._held.keys() - set(images):
+            self.taken(image)
 
     def clear(self) -> None:
         """Holds nothing any more."""
         with self._lock:
-            self._held, self._room = {}, None
+            self._held = {}
 
 
 @dataclass(eq=False)

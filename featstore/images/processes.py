@@ -38,7 +38,7 @@ from featstore.images.image_set import ImageSet
 from featstore.images.render import Cost, Job, Rendered, refusing, rendered_one
 from featstore.images.sources import ImageSource
 from featstore.images.views import View
-from featstore.machine import available_bytes, keep_freed_memory, num_processors
+from featstore.machine import available_bytes, num_processors
 
 SLICE = 8
 """Images that are handed over at once."""
@@ -46,8 +46,9 @@ SLICE = 8
 MOST_WAITING = 16
 """Slices with each process: their messages have room in its pipe, so that nobody waits for the other to read."""
 
-_Task = tuple[str, bytes | None, bytes, list[int], int]
-"""An image, its digest, the views wanted by their places, and where in the memory they go."""
+_Task = tuple[str, int, bytes, list[int], int]
+"""An image, the length of its content if that lies in the memory, its digest, the places of its views, and where in the
+memory they go."""
 
 _Answer = tuple[int, str | None, bool, str | None, int, Cost]
 """The fields of `Rendered` from `decoder` on."""
@@ -265,13 +266,24 @@ class Renderers:
                 yield self._delivered(job, slot, answer)
 
     def _hand(self, who: int, images: ImageSet, jobs: list[Job], slots: list[int]) -> None:
-        names = [images.ids[job.index] for job in jobs]
-        tasks = [
-            (name, images.contents.taken(name), job.digest, [self.work.views.index(view) for view in job.views], slot)
-            for name, job, slot in zip(names, jobs, slots, strict=True)
-        ]
+        tasks = []
+        for job, slot in zip(jobs, slots, strict=True):
+            name = images.ids[job.index]
+            length = self._put(images.contents.taken(name), slot)
+            tasks.append((name, length, job.digest, [self.work.views.index(view) for view in job.views], slot))
         with suppress(OSError):  # it has ended, which shows when its answer is asked for
             self._pipes[who].send(tasks)
+
+    def _put(self, content: bytes | None, slot: int) -> int:
+        """Puts what the caller has of an image where its views will lie; its length, 0 where it has to be read there.
+
+        A pipe has no room for it, so that the caller would wait.
+        """
+        if content is None or len(content) > self.work.slot_bytes:
+            return 0
+        start = slot * self.work.slot_bytes
+        self._memory[start : start + len(content)] = np.frombuffer(content, np.uint8)
+        return len(content)
 
     def _answers(self, who: int, jobs: list[Job], names: Sequence[str]) -> list[_Answer]:
         try:
@@ -332,7 +344,6 @@ def serve(pipes: list[int], memory: int, caller: int) -> None:
         connections[0].send(problem)
     if problem is not None:
         return
-    keep_freed_memory()
     torch.set_num_threads(1)  # each of them has a processor
     shared = mmap.mmap(memory, os.fstat(memory).st_size)
     for number, connection in enumerate(connections):
@@ -358,10 +369,11 @@ def serve(pipes: list[int], memory: int, caller: int) -> None:
 def _answers(tasks: list[_Task], work: Work, budget: Budget, shared: mmap.mmap) -> list[_Answer] | Exception:
     answers: list[_Answer] = []
     try:
-        for name, content, digest, numbers, slot in tasks:
+        for name, length, digest, numbers, slot in tasks:
             job = Job(0, digest, tuple(work.views[number] for number in numbers))
-            answer = rendered_one(_Named(work.source, [name], content), job, memory=budget, doubtful=work.doubtful)
             start = slot * work.slot_bytes
+            content = shared[start : start + length] or None
+            answer = rendered_one(_Named(work.source, [name], content), job, memory=budget, doubtful=work.doubtful)
             for view in answer.views or ():
                 pixels: NDArray[np.uint8] = view.numpy()
                 np.frombuffer(shared, np.uint8, pixels.size, start).reshape(pixels.shape)[:] = pixels

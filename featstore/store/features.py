@@ -34,7 +34,7 @@ from featstore.files.reading import (
     Source,
     ahead,
     as_bytes,
-    keep_freed_memory,
+    keep_freed_batches,
     load,
 )
 from featstore.files.scaled import ScaledRows
@@ -461,7 +461,7 @@ class Features:
             return piece
 
         if self._memory_bytes is None:
-            keep_freed_memory()
+            keep_freed_batches()
         for rows, numbers in pieces:
             # Made here and not in the threads, whose memory goes back to the system and comes zeroed each time.
             values = self._empty(len(numbers))

@@ -14,9 +14,9 @@ import pytest
 from support.extracting import counts, run
 from support.object_server import Proxy, upload
 from support.programs import Run
-from support.tiny import photos
+from support.tiny import photos, staged
 
-from featstore import FeatureStore, ImageError, ImageSet
+from featstore import FeatureStore, ImageError, ImageSet, plan
 from featstore.images import object_source
 from featstore.images.object_source import ObjectSource
 from featstore.images.sources import FolderSource
@@ -183,3 +183,24 @@ def test_the_program_reads_images_and_files_features_there(bucket: str, run: Run
     ran = run("featstore", "extract", *flags, *model)
     assert ran.code == 0, ran.err
     assert run("featstore", "status", *flags, *model).code == 0
+
+
+def test_what_is_read_for_a_plan_is_held_for_its_images_alone_and_no_longer_than_they_need_it(
+    in_memory: ObjectPath, folder: Path, tmp_path: Path
+) -> None:
+    upload(folder, in_memory)
+    store = FeatureStore(tmp_path / "features")
+    images = ImageSet.from_folder(str(in_memory))
+    images.digests()
+    assert all(images.contents.taken(image) is None for image in images.ids)
+    planned = plan(staged(), images, store, shard="0/2")
+    held = [image for image in images.ids if images.contents.taken(image) is not None]
+    assert held == [image for image, owned in zip(images.ids, planned.is_owned, strict=True) if owned]
+    changed = ImageSet.from_folder(str(in_memory))
+    plan(staged(), changed, store)
+    put(in_memory / images.ids[0], (folder / images.ids[-1]).read_bytes(), replaces=True)
+    assert counts(run(changed, store)) == (5, 0, 0)  # of seven images five have a content of their own
+    assert all(changed.contents.taken(image) is None for image in images.ids)
+    plan(staged(), changed, store)
+    assert counts(run(changed, store)) == (0, 7, 0)
+    assert all(changed.contents.taken(image) is None for image in images.ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +71,26 @@ def test_processes_give_what_one_thread_gives_in_the_order_of_the_jobs_for_as_lo
     assert len(alone) == 75
 
 
-def test_what_the_caller_has_read_is_not_read_again(images: ImageSet, tmp_path: Path) -> None:
-    gone = replace(images, source=FolderSource(root=str(tmp_path)))
-    for index in range(3):
-        content = images.read(index)
-        assert isinstance(content, bytes)
-        gone.contents.keep(images.ids[index], content)
-    with started(gone.source) as renderers:
-        found = list(renderers.rendered(gone, jobs(images)[:4], on_error="skip"))
-    wanted = [facts(each) for each in render(images, jobs(images)[:3], workers=0)]
-    assert [facts(each) for each in found[:3]] == wanted
-    assert "no such file" in (found[3].failure or "")
-    assert gone.contents.taken(images.ids[0]) is None
+def test_what_the_caller_has_read_is_not_read_again_where_it_has_room(tmp_path: Path) -> None:
+    for number, colour in enumerate(["red", "green", "blue"]):
+        Image.new("RGB", (30, 20), colour).save(tmp_path / f"{number}.png")
+    Image.fromarray(pixels(1)[0]).resize((200, 200)).save(tmp_path / "3.png")
+    images = ImageSet.from_folder(tmp_path)
+    contents = [images.read(index) for index in range(4)]
+    asked = jobs(images)
+    wanted = [facts(each) for each in render(images, asked, workers=0)]
+    for name in images.ids:
+        (tmp_path / name).unlink()
+    with images.contents.kept(lambda image: image != "1.png"):
+        for name, content in zip(images.ids, contents, strict=True):
+            assert isinstance(content, bytes)
+            images.contents.keep(name, content)
+    with started(images.source) as renderers:
+        found = list(renderers.rendered(images, asked, on_error="skip"))
+    assert len(contents[0]) < renderers.work.slot_bytes < len(contents[3])
+    assert [facts(found[place]) for place in (0, 2)] == [wanted[place] for place in (0, 2)]
+    assert all("no such file" in (found[place].failure or "") for place in (1, 3))
+    assert images.contents.taken("0.png") is None
 
 
 def test_the_first_image_that_fails_is_named_and_nobody_stays_behind(images: ImageSet) -> None:
