@@ -376,7 +376,7 @@ class Job:
         # Behind the except clause, since an error keeps what its pass had in memory.
         items = [*self._taken_back(model), *items]
         self.progress.rates.add("forward", -len(items), 0.0)  # which have been counted
-        opened.lowering.fitted(opened.lowering.judge)
+        opened.lowering.fitted(opened.judge)
         size = opened.trunk.batch_size
         for start in range(0, len(items), size):
             self._launch(model, items[start : start + size])

@@ -11,7 +11,7 @@ from featstore.extraction.plan import PlannedModel, PlannedSet
 from featstore.extraction.rounding import Rounding
 from featstore.images.pixel_digest import pixel_digest
 from featstore.images.views import View
-from featstore.models.probe import Probe
+from featstore.models.probe import Probe, check_compiled
 from featstore.models.trunk import Output, Trunk
 from featstore.store.part_facts import part_facts
 
@@ -39,6 +39,12 @@ class Opened:
     stages: dict[str, list[Json]]
     roundings: dict[Output, Rounding]
     compile_seconds: float = 0.0
+
+    def judge(self) -> None:
+        """Raises ModelError unless the trunk is a function of one image in passes of this size, compiled ones too."""
+        self.lowering.judge()
+        if self.compile_seconds and isinstance(self.trunk, Trunk):
+            check_compiled(self.trunk, self.probes, name=self.planned.model.name)
 
     def facts(self, each: PlannedSet) -> dict[str, Json]:
         """Those of a part of one of its sets."""

@@ -95,7 +95,7 @@ class Trunk:
             batching.memory_format if model.takes(batching.memory_format) else "contiguous"
         )
         self.device = exact_device(device)
-        self.batch_size = batching.batch_size or default_batch_size(self.device)
+        self._batch_size = batching.batch_size or default_batch_size(self.device)
         self.precision: Precision = precision
         self.outputs = tuple(outputs)
         self.view = view
@@ -111,6 +111,17 @@ class Trunk:
         if not parts:
             parts = [[values[:0] for values in self._pass(images.new_zeros((1, *images.shape[1:])))]]
         return [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+    @property
+    def batch_size(self) -> int:
+        """The images of a pass."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, images: int) -> None:
+        self._batch_size = images
+        if self._compiled is not None:  # code takes one shape: that of the other passes goes, with its weights
+            self._compiled = Compiled(self._model, self._compiled.cuts, self.device)
 
     def profile(self) -> Json:
         """What may move the last bits of a feature without being part of its key."""

@@ -110,6 +110,28 @@ def test_a_model_that_mixes_images_in_the_smaller_passes_is_refused(store: Featu
     assert not store.root.exists()
 
 
+@pytest.mark.usefixtures("compiler")
+def test_compiled_code_of_the_smaller_passes_is_compared_before_a_row_is_filed(store: FeatureStore) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def check_room(num: int) -> None:
+        if num > Limited.room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    class Shifted(Limited):
+        def forward(self, values: Tensor) -> Tensor:
+            check_room(len(values))
+            is_shifted = torch.compiler.is_compiling() and len(values) == 4
+            return values.mean((2, 3)) + int(is_shifted)
+
+    model = StagedModel.from_stages({"shifted": Shifted(), "end": nn.Identity()}, view=VIEW, name="shifted")
+    planned = plan(model, IMAGES, store, cuts=["shifted"])
+    with open_plan(planned, store, device="cpu", batch_size=8, compile=True, workers=0) as session:
+        Limited.room = 7
+        with pytest.raises(ModelError, match=r"^Compiled, shifted computes other values at shifted"):
+            session.run()
+    assert not store.root.exists()
+
+
 def test_each_of_several_models_has_a_batch_size_of_its_own(store: FeatureStore) -> None:
     class Small(nn.Module):
         def fingerprint(self) -> str:

@@ -100,6 +100,20 @@ def test_any_number_of_trunks_of_one_model_run_as_compiled_code() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
+def test_another_batch_size_has_code_of_its_own_and_that_of_the_other_goes() -> None:
+    trunk, expected = trunk_of(telling()), VIEW.normalise(views(4)).flatten(1)
+    with dynamo.patch(recompile_limit=1):
+        assert torch.equal(trunk(views(4))[0], expected + 1)
+        left = weakref.ref(trunk._compiled)
+        for size in (2, 1):
+            trunk.batch_size = size
+            assert torch.equal(trunk(views(4))[0], expected + 1)
+    gc.collect()
+    assert left() is None
+    assert trunk.profile()["compiled"] == ["1"]
+
+
+@pytest.mark.usefixtures("compiler")
 def test_a_trunk_that_is_let_go_leaves_no_weights_behind() -> None:
     model = staged()
 
