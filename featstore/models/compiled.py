@@ -64,7 +64,10 @@ class Compiled:
             if self._is_made and not isinstance(error, TorchDynamoException):
                 raise
             inner = getattr(error, "inner_exception", error)  # what the backend raised, which dynamo wraps
-            raise self._refusal(f"{type(inner).__name__}: {str(inner).splitlines()[0]}") from error
+            if isinstance(inner, torch.OutOfMemoryError):  # by folding weights, say: smaller passes may have room
+                raise inner from error
+            text = (str(inner).splitlines() or [""])[0]
+            raise self._refusal(f"{type(inner).__name__}: {text}" if text else type(inner).__name__) from error
         self._is_made = self._is_made or _made.count > num_before
         if not self._is_made:
             raise self._refusal("nothing of it was compiled, as where TORCH_COMPILE_DISABLE is set")

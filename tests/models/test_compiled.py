@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.tiny import VIEW, net, staged
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo
+from torch._inductor import compile_fx
 from torch._inductor import config as inductor
 
 from featstore import ModelError, Output, StagedModel, Trunk
@@ -184,6 +185,25 @@ def test_what_can_not_be_compiled_is_refused_by_name(tmp_path: Path) -> None:
         )
     words = r"^telling can't be compiled \(nothing of it was compiled, as where TORCH_COMPILE_DISABLE is set\)"
     with dynamo.patch(disable=True), pytest.raises(ModelError, match=words):
+        trunk_of(telling())(views(4))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("raised", "expected", "words"),
+    [
+        (AssertionError(), ModelError, r"^telling can't be compiled \(AssertionError\)\. "),
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError, r"^CUDA out of memory\.$"),
+    ],
+)
+def test_errors_without_words_are_named_and_memory_that_is_short_is_told_as_such(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: type[Exception], words: str
+) -> None:
+    def failing(graph: fx.GraphModule, inputs: list[Tensor]) -> None:
+        raise raised
+
+    monkeypatch.setattr(compile_fx, "compile_fx", failing)
+    with pytest.raises(expected, match=words):
         trunk_of(telling())(views(4))
 
 
