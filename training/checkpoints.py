@@ -8,12 +8,16 @@ stages aren't in it, only their digest.
 
 from __future__ import annotations
 
+import dis
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from torch.optim import Optimizer
 from featstore.digest import Json, digest_bytes, digest_json, digest_tensor
 from featstore.errors import FactsDifferError, FeatureStoreError
 from featstore.models.runs import check_free, located, new_run, read_run, write_run
+from featstore.source_code import closure_of
 from featstore.words import printable
 from training.fit import History, Progress, put_back, tensors_of
 from training.inputs.batches import Batches
@@ -191,8 +196,9 @@ def fit_facts(
     valid: Batches | None,
     *,
     seed: int,
-    optimizer: object,
+    optimizer: Optimizer,
     loss: object,
+    metrics: Iterable[str],
     classes: tuple[str, ...],
 ) -> dict[str, Json]:
     """What decides every bit of a fit, by names for people.
@@ -203,8 +209,9 @@ def fit_facts(
         train: batches of the fit, before the first of them.
         valid: or None.
         seed: of order, views and dropout.
-        optimizer: a name, or what makes it.
+        optimizer: a new one, of whatever rate and weight decay: these are in `asked`.
         loss: a person's own, or None.
+        metrics: names.
         classes: in order.
     """
     model = train.situation.model
@@ -215,11 +222,14 @@ def fit_facts(
         "training images": _images_fact(train),
         "validation images": None if valid is None else _images_fact(valid),
         "trained stages": training_words(model),
+        "trained modules": digest_json(_without_places(repr(tail)))[:16],
+        "trained parameters": _parameters_fact(tail, optimizer),
         _START: _digest(dict(tensors_of(tail))),
         "frozen weights": None if frozen is None else model.digest(frozen)[:16],
         "rows a frozen pass": None if frozen is None else train.fixed_size,
-        "optimizer": _name(optimizer),
-        "loss": None if loss is None else _name(loss),
+        "optimizer": _optimizer_fact(optimizer),
+        "loss": None if loss is None else _code_fact(loss),
+        "metrics": list(metrics),
         "batch_size": train.batch_size,
         "seed": seed,
         "device": train.device.type,
@@ -324,8 +334,75 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest_json({name: digest_tensor(tensor) for name, tensor in tensors.items()})[:16]
 
 
-def _name(value: object) -> str:
-    return value if isinstance(value, str) else str(getattr(value, "__qualname__", type(value).__qualname__))
+def _parameters_fact(tail: nn.Module, optimizer: Optimizer) -> str:
+    """How many the optimizer moves, and a digest of their names, group by group."""
+    names = {id(parameter): name for name, parameter in tail.named_parameters()}
+    groups = [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
+    return f"{sum(map(len, groups)):,} in {len(groups)} groups, {digest_json(groups)[:16]}"
+
+
+def _optimizer_fact(optimizer: Optimizer) -> str:
+    """Its class, and a digest of the settings of its groups."""
+    kind = type(optimizer)
+    return f"{kind.__qualname__}, {digest_json([kind.__module__, _without_places(repr(optimizer))])[:16]}"
+
+
+def _code_fact(value: object) -> str:
+    """The name of a person's own function or object, and a digest of code and settings."""
+    named: Any = value
+    while isinstance(named, partial):
+        named = named.func
+    return f"{getattr(named, '__qualname__', type(named).__qualname__)}, {digest_json(_parts(value, ()))[:16]}"
+
+
+def _parts(value: object, around: tuple[object, ...]) -> Json:
+    """What tells a function or module from another of its name, as JSON.
+
+    Left out are globals, what a function assigns itself, and what objects hold that aren't modules: they may count.
+    """
+    if any(value is each for each in around):
+        return "around"
+    around = (*around, value)
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return digest_tensor(value)
+    if isinstance(value, list | tuple):
+        return [_parts(each, around) for each in value]
+    if isinstance(value, dict):
+        return [[repr(name), _parts(each, around)] for name, each in value.items()]
+    if isinstance(value, partial):
+        return [_parts(each, around) for each in (value.func, value.args, value.keywords)]
+    if isinstance(value, MethodType):
+        return [_parts(each, around) for each in (value.__func__, value.__self__)]
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, nn.Module):  # torch's losses don't show their settings
+        settings = [{key: each for key, each in vars(module).items() if key[0] != "_"} for module in value.modules()]
+        return [name, _without_places(repr(value)), _digest(dict(tensors_of(value))), _parts(settings, around)]
+    if isinstance(value, FunctionType):
+        code = value.__code__
+        assigned = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_DEREF"}
+        taken = {each: held for each, held in closure_of(value) if each not in assigned}
+        return [name, _code_parts(code), _parts([value.__defaults__, value.__kwdefaults__, taken], around)]
+    return name
+
+
+def _code_parts(code: CodeType) -> Json:
+    constants = [
+        _code_parts(each)
+        if isinstance(each, CodeType)
+        else sorted(map(repr, each))  # whose order differs from process to process
+        if isinstance(each, frozenset)
+        else repr(each)
+        for each in code.co_consts
+    ]
+    return [code.co_code.hex(), list(code.co_names), constants]
+
+
+def _without_places(text: str) -> str:
+    """A `repr` without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def _shown(value: Json) -> str:

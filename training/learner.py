@@ -356,10 +356,11 @@ class Learner:
         valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
         tail, facts, progress = self._tail(), plan.facts(), None
         if plan.folder is not None:
-            own = {"seed": self.seed, "optimizer": self.optimizer, "loss": self._loss, "classes": self.classes}
-            facts = fit_facts(facts, tail, train, valid, **own)
+            own = {"seed": self.seed, "loss": self._loss, "metrics": self._scores(), "classes": self.classes}
+            facts = fit_facts(facts, tail, train, valid, optimizer=build(1.0, weight_decay=1.0), **own)
         if kept is not None:
             kept.check(facts, tail)
+            facts = dict(kept.facts)  # the tail may have moved since the fit began
             optimizer, train.first_pass = build(1.0), kept.first_pass
             progress, rates = kept.put_into(tail, optimizer, train, valid), kept.lrs
             self._say(f"going on from {kept.path}: {kept.in_words()} done")

@@ -169,6 +169,7 @@ SURFACE: dict[str, str] = {
     "models.trunk": "Output Trunk choose_device default_batch_size",
     "models.weights": "read_tensors",
     "remedies": "Call Command Remedy Steps",
+    "source_code": "closure_of",
     "store.features": "Features",
     "store.part_facts": "are_stages stage_facts",
     "store.sets": "FeatureRequest FeatureSet",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from support.tiny import photos, pixels, staged
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from featstore import Augment, FeatureStore, FeatureStoreError, ImageSet, extract
 from featstore.errors import DamagedFileError, FactsDifferError
@@ -190,6 +191,22 @@ def test_the_learner_that_was_interrupted_goes_on_itself(stored: tuple[ImageSet,
         learn.fit(3, lr=1e-2, checkpoint=tmp_path / "fit", resume=True)
 
 
+def test_what_its_own_learner_went_on_with_another_can_go_on_with(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    expected = learner(*stored, loss=Interrupting())
+    all_of_it = expected.fit(3, lr=1e-2)
+    loss = Interrupting(2)
+    learn = learner(*stored, loss=loss)
+    for at in (2, 5):
+        loss.at = at
+        with pytest.raises(KeyboardInterrupt):
+            learn.fit(3, lr=1e-2, checkpoint=tmp_path / "fit", resume=True)
+    for _ in range(2):  # from within an epoch, and from the end
+        learn = learner(*stored, loss=Interrupting())
+        assert_same(learn, learn.fit(3, lr=1e-2, checkpoint=tmp_path / "fit", resume=True), expected, all_of_it)
+
+
 def test_images_that_cannot_be_read_are_left_out_of_the_same_batches(tmp_path: Path) -> None:
     images = ImageSet.from_folder(photos(tmp_path / "photos", 14)).split(valid=0.25, seed=0)
     ids = list(images.train.ids)
@@ -292,6 +309,62 @@ def test_what_differs_from_the_fit_that_was_begun_is_named(
     refused("starting weights", learner(images, store, **same, head=other))
     learn = learner(images, store, loss=Interrupting())
     learn.fit(3, lr=1e-2, checkpoint=path, resume=True)
+
+
+def smoothed(by: float) -> Any:
+    return lambda logits, targets: F.cross_entropy(logits, targets, label_smoothing=by)
+
+
+def with_dropout(rate: float) -> Head:
+    head = Head()
+    head.dropout.p = rate
+    return head
+
+
+def hits(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.argmax(1) == targets).float().mean()
+
+
+@pytest.mark.parametrize(
+    ("fact", "begun", "asked"),
+    [
+        ("loss", {"loss": smoothed(0.1)}, {"loss": smoothed(0.5)}),
+        (
+            "loss",
+            {"loss": partial(F.cross_entropy, label_smoothing=0.1)},
+            {"loss": partial(F.cross_entropy, label_smoothing=0.5)},
+        ),
+        ("loss", {"loss": nn.CrossEntropyLoss()}, {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}),
+        ("loss", {"loss": nn.CrossEntropyLoss()}, {"loss": nn.CrossEntropyLoss(weight=torch.ones(3))}),
+        ("loss", {"loss": lambda a, b: F.cross_entropy(a, b)}, {"loss": lambda a, b: F.cross_entropy(2 * a, b)}),
+        ("optimizer", {"optimizer": lambda groups: AdamW(groups)}, {"optimizer": lambda groups: SGD(groups)}),
+        (
+            "optimizer",
+            {"optimizer": partial(AdamW, betas=(0.8, 0.9))},
+            {"optimizer": partial(AdamW, betas=(0.9, 0.9))},
+        ),
+        ("trained modules", {}, {"head": with_dropout(0.1)}),
+        ("metrics", {}, {"metrics": [hits]}),
+    ],
+)
+def test_fits_of_other_code_or_settings_are_told_apart(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path, fact: str, begun: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    def fit(options: dict[str, Any]) -> None:
+        learner(*stored, **options).fit(1, lr=1e-3, checkpoint=tmp_path / "fit", resume=True)
+
+    fit(begun)
+    with pytest.raises(FactsDifferError, match=rf"it differs in: {fact} \([^;]*$"):
+        fit(asked)
+    fit(begun)
+
+
+def test_parameters_without_gradients_are_another_fit(stored: tuple[ImageSet, FeatureStore], tmp_path: Path) -> None:
+    learner(*stored).fit(1, lr=1e-3, checkpoint=tmp_path / "fit")
+    learn = learner(*stored)
+    next(learn.model.stages[-1].parameters()).requires_grad_(False)
+    with pytest.raises(FactsDifferError, match=r"it differs in: trained parameters \(4 in 1 groups, .* there"):
+        learn.fit(1, lr=1e-3, checkpoint=tmp_path / "fit", resume=True)
 
 
 def test_frozen_weights_are_part_of_what_a_fit_is(tmp_path: Path) -> None:
