@@ -30,11 +30,6 @@ if TYPE_CHECKING:  # else each run of a single file would wait for all that the 
     from featstore import FeatureStore
 
 
-# What runs in the background of a script ignores Ctrl-C, and so do its children; tests interrupt programs and themselves.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Processes]:
     """Runs programs in a process of their own, of which all tests together wait once for what they import."""

@@ -20,6 +20,8 @@ from featstore import Augment, FeatureStore, FeatureStoreError, ImageSet, extrac
 from featstore.errors import DamagedFileError, FactsDifferError
 from training import History, Learner
 
+pytestmark = pytest.mark.usefixtures("heeds_signals")
+
 TRAIN, VALID = 21, 6
 
 Change = Callable[[], Learner]

@@ -69,6 +69,7 @@ def test_a_snapshot_of_a_fit_on_features_is_fine_tuned_from_images(
     assert not torch.equal(learn.model.tensors()["layer1.0.weight"], before["layer1.0.weight"])
 
 
+@pytest.mark.usefixtures("heeds_signals")
 def test_cycles_that_were_interrupted_leave_the_same_snapshots(
     stored: tuple[ImageSet, FeatureStore], tmp_path: Path
 ) -> None:

@@ -429,6 +429,7 @@ def run_files(folder: Path) -> tuple[bytes, bytes, list[dict[str, str]]]:
     return (folder / "model.safetensors").read_bytes(), (folder / "metrics.json").read_bytes(), rows
 
 
+@pytest.mark.usefixtures("heeds_signals")
 def test_an_interrupted_command_goes_on_with_resume_and_saves_what_it_would_have(
     run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +452,7 @@ def test_an_interrupted_command_goes_on_with_resume_and_saves_what_it_would_have
     assert not (here / "runs/head.checkpoint").exists()
 
 
+@pytest.mark.usefixtures("heeds_signals")
 def test_an_interrupted_finetune_goes_on_with_resume_too(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head(run)
     more = ["--batch-size", "8", "--augment", "side_on", "--seeds", "fresh"]
@@ -462,6 +464,7 @@ def test_an_interrupted_finetune_goes_on_with_resume_too(run: Run, here: Path, m
     assert run_files(here / "runs/tuned") == run_files(here / "runs/unbroken")
 
 
+@pytest.mark.usefixtures("heeds_signals")
 def test_overwrite_begins_an_interrupted_fit_anew(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         signalled(patch, signal.SIGINT, at=1)
