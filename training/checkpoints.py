@@ -38,6 +38,7 @@ from training.interrupts import held_back
 VERSION = 1
 
 _START = "starting weights"
+_AS_BEGUN = "Ask for the fit as it was begun"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,9 +94,11 @@ class SavedFit:
             if self.facts.get(name) != facts.get(name) and not (name == _START and is_there)
         ]
         if differing:
+            is_moved = len(differing) == 1 and differing[0].startswith(_START)
+            remedy = "Make the learner anew (or load its run), then resume=True" if is_moved else _AS_BEGUN
             raise FactsDifferError(
                 f"The checkpoint {self.path} is of another fit than this one; it differs in: {'; '.join(differing)}. "
-                "Ask for the fit as it was begun, or delete the checkpoint to begin anew."
+                f"{remedy}, or delete the checkpoint to begin anew."
             )
 
     def put_into(self, tail: nn.Module, optimizer: Optimizer, train: Batches, valid: Batches | None) -> Progress:
@@ -109,6 +112,7 @@ class SavedFit:
                 batches.doubts |= left_out["doubts"]
         return Progress(
             epoch=state["epoch"],
+            first_epoch=state["first_epoch"],
             history=History(
                 records=state["records"], best_epoch=state["best_epoch"], losses=self.tensors["losses"].tolist()
             ),
@@ -184,6 +188,7 @@ def interruptible(
     def save(progress: Progress) -> None:
         write_fit(path, facts, progress, tail=tail, optimizer=optimizer, lrs=lrs, train=train, valid=valid)
 
+    _kept_by(optimizer)  # what can't be written is said before the first step
     note = f"The fit so far is in {path}: the same again with --resume (in Python: resume=True) goes on from there."
     with held_back(note) as signal:
         yield {"save": save, "should_stop": signal.is_there}
@@ -255,6 +260,7 @@ def write_fit(
     kept, tensors = _kept_by(optimizer)
     state = {
         "epoch": progress.epoch,
+        "first_epoch": progress.first_epoch,
         "records": progress.history.records,
         "best_epoch": progress.history.best_epoch,
         "epoch_losses": progress.epoch_losses,

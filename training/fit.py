@@ -90,6 +90,7 @@ class Progress:
 
     Attributes:
         epoch: under way, from 0; as many are done.
+        first_epoch: number of epochs on record before the fit, after which its own are counted.
         history: of the epochs that are done, and of all steps.
         epoch_losses: loss and number of images of each step of the epoch under way.
         cycle_start: number of steps before the present cycle.
@@ -100,6 +101,7 @@ class Progress:
     """
 
     epoch: int = 0
+    first_epoch: int = 0
     history: History = field(default_factory=History)
     epoch_losses: list[tuple[float, int]] = field(default_factory=list)
     cycle_start: int = 0
@@ -119,7 +121,6 @@ def run_epochs(
     loss: Loss,
     metrics: Mapping[str, Metric],
     seed: int,
-    first_epoch: int,
     keep: Literal["last", "best"] = "last",
     on_epoch_end: Callable[[Record], Any] | None = None,
     progress: Progress | None = None,
@@ -139,12 +140,11 @@ def run_epochs(
         loss: of logits and targets.
         metrics: by name, over all rows at once.
         seed: of order, views and dropout.
-        first_epoch: number of epochs on record, after which these are counted.
         keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
         on_epoch_end: gets each record.
         progress: where to go on, with tail and optimizer as they were there; default: at the start.
         save: gets the progress after each epoch, before its record is told, and where the fit stops within one.
-        should_stop: asked after each step and each epoch; once it says so the fit ends there.
+        should_stop: asked after each step and each epoch but the last; once it says so the fit ends there.
 
     Raises:
         FloatingPointError: when the loss is no longer finite.
@@ -169,7 +169,7 @@ def run_epochs(
                     return history
         check_any(len(at.epoch_losses), train)
         record: Record = {
-            "epoch": first_epoch + at.epoch + 1,
+            "epoch": at.first_epoch + at.epoch + 1,
             "train_loss": sum(value * count for value, count in at.epoch_losses)
             / sum(count for _, count in at.epoch_losses),
             "lr": float(optimizer.param_groups[-1]["lr"]),
@@ -190,7 +190,7 @@ def run_epochs(
             save(at)
         if on_epoch_end is not None:
             on_epoch_end(dict(record))
-        if should_stop is not None and should_stop():
+        if at.epoch < course.num_epochs and should_stop is not None and should_stop():
             return history
     if at.best is not None:
         put_back(tail, at.best)

@@ -43,7 +43,7 @@ def held_back(note: str) -> Iterator[Held]:
     since = 0.0
 
     def restore() -> None:
-        for each, handler in before.items():
+        for each, handler in reversed(before.items()):  # SIGINT last: it may raise in here
             signal.signal(each, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
     def hold(number: int, _: object) -> None:
@@ -54,18 +54,19 @@ def held_back(note: str) -> Iterator[Held]:
             restore()
             signal.raise_signal(number)
 
-    for each in before:
-        signal.signal(each, hold)
     has_ended_well = False
     try:
+        for each in before:
+            signal.signal(each, hold)
         yield held
         has_ended_well = True
     finally:
         restore()
-        if held.number is not None and has_ended_well:
+        if held.number is not None:
             try:
                 signal.raise_signal(held.number)
                 raise KeyboardInterrupt
             except KeyboardInterrupt as interrupt:
-                interrupt.add_note(note)
+                if has_ended_well:
+                    interrupt.add_note(note)
                 raise

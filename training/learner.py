@@ -348,13 +348,14 @@ class Learner:
         build = partial(optim.build, self.model, optimizer=self.optimizer, weight_decay=plan.weight_decay)
         if plan.lr is not None:  # what is wrong with it is said before anything is computed
             build(plan.lr)
-        plan.check_snapshots()
         kept = None if plan.folder is None else read_fit(plan.folder, resume=plan.resume)
+        plan.check_snapshots(goes_on=kept is not None)
         situation, inputs = self._ready()
         assert inputs.train is not None
         train = self._training_batches(inputs.train, situation)
         valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
-        tail, facts, progress = self._tail(), plan.facts(), None
+        tail, facts = self._tail(), plan.facts()
+        progress = Progress(first_epoch=len(self.history.records))
         if plan.folder is not None:
             own = {"seed": self.seed, "loss": self._loss, "metrics": self._scores(), "classes": self.classes}
             facts = fit_facts(facts, tail, train, valid, optimizer=build(1.0, weight_decay=1.0), **own)
@@ -390,15 +391,15 @@ class Learner:
                 loss=self._criterion(),
                 metrics=self._scores(),
                 seed=self.seed,
-                first_epoch=len(self.history.records),
                 keep=plan.keep,
                 on_epoch_end=told,
                 progress=progress,
                 **keeping,
             )
+            if len(history.records) == course.num_epochs:  # else an interrupt ends the block
+                self.history.extend(history)
         self._say(left_out_note(train, valid))
         self._say(doubtful_note(train, valid))
-        self.history.extend(history)
         return history
 
     def _at_cycle_ends(

@@ -56,7 +56,7 @@ class Plan:
         assert self.snapshot is not None
         return Path(self.snapshot) / f"cycle-{cycle}"
 
-    def check_snapshots(self) -> None:
+    def check_snapshots(self, *, goes_on: bool) -> None:
         """Checks that they can be saved; what a fit that goes on has saved before may be there.
 
         Raises:
@@ -64,7 +64,7 @@ class Plan:
         """
         if self.snapshot is not None:
             for cycle in range(1, len(self.cycles) + 1):
-                check_free(self.run_of(cycle), overwrite=self.resume)
+                check_free(self.run_of(cycle), overwrite=goes_on)
 
     def facts(self) -> dict[str, Json]:
         """What of it decides values, as JSON values."""

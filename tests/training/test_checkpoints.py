@@ -19,6 +19,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from featstore import Augment, FeatureStore, FeatureStoreError, ImageSet, extract
 from featstore.errors import DamagedFileError, FactsDifferError
 from training import History, Learner
+from training.interrupts import held_back
 
 pytestmark = pytest.mark.usefixtures("heeds_signals")
 
@@ -189,7 +190,9 @@ def test_the_learner_that_was_interrupted_goes_on_itself(stored: tuple[ImageSet,
     history = learn.fit(3, lr=1e-2, checkpoint=tmp_path / "fit", resume=True)
     assert_same(learn, history, expected, all_of_it)
     assert [record["epoch"] for record in learn.history.records] == [1, 2, 3, 4]
-    with pytest.raises(FactsDifferError, match="starting weights"):  # it would count the epochs twice
+    with pytest.raises(
+        FactsDifferError, match=r"starting weights .* Make the learner anew \(or load"
+    ):  # it would count the epochs twice
         learn.fit(3, lr=1e-2, checkpoint=tmp_path / "fit", resume=True)
 
 
@@ -441,7 +444,7 @@ def test_what_an_optimizer_keeps_in_its_groups_goes_on_too(
     assert_same(learn, learn.fit(2, lr=0.1, checkpoint=tmp_path / "fit", resume=True), expected, all_of_it)
     with pytest.raises(FeatureStoreError, match="Counting keeps what a checkpoint can't hold"):
         learner(*stored, optimizer=lambda groups: Counting(groups, kept=object())).fit(
-            1, lr=0.1, checkpoint=tmp_path / "other"
+            1, lr=0.1, checkpoint=tmp_path / "other", on_epoch_end=lambda _: pytest.fail("it has trained")
         )
 
 
@@ -452,3 +455,48 @@ def test_a_loss_that_is_no_number_is_kept_as_it_is(stored: tuple[ImageSet, Featu
     learner(*stored, loss=loss).fit(1, lr=1e-2, checkpoint=tmp_path / "fit", keep="best")
     history = learner(*stored, loss=loss).fit(1, lr=1e-2, checkpoint=tmp_path / "fit", resume=True, keep="best")
     assert math.isnan(history.last["valid_loss"])
+
+
+def test_a_signal_in_the_last_validation_leaves_the_learner_whole(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        if not logits.requires_grad:
+            signal.raise_signal(signal.SIGINT)
+        return F.cross_entropy(logits, targets)
+
+    learn, expected = learner(*stored, loss=loss), learner(*stored, loss=Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, lr=1e-2, checkpoint=tmp_path / "fit", keep="best")
+    assert_same(learn, learn.history, expected, expected.fit(1, lr=1e-2, keep="best"))
+
+
+def test_epochs_are_counted_from_where_the_fit_began(stored: tuple[ImageSet, FeatureStore], tmp_path: Path) -> None:
+    loss = Interrupting(8)
+    learn = learner(*stored, loss=loss)
+    learn.fit(1, lr=1e-2)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(3, lr=1e-2, checkpoint=tmp_path / "fit")
+    learn.history = History()  # as of a learner that was loaded from a run
+    history = learn.fit(3, lr=1e-2, checkpoint=tmp_path / "fit", resume=True)
+    assert [record["epoch"] for record in history.records] == [2, 3, 4]
+
+
+def test_resume_without_a_checkpoint_replaces_no_snapshots(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    learner(*stored).fit_cycles(1, lr=1e-2, snapshot=tmp_path / "cycles")
+    with pytest.raises(FeatureStoreError, match="cycle-1 holds a saved run already"):
+        learner(*stored).fit_cycles(1, lr=1e-2, snapshot=tmp_path / "cycles", checkpoint=tmp_path / "fit", resume=True)
+
+
+def test_a_signal_is_not_lost_where_the_block_ends_by_an_error() -> None:
+    def end() -> None:
+        with held_back("kept"):
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError("another")
+
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        end()
+    assert isinstance(interrupt.value.__context__, ValueError)
+    assert not hasattr(interrupt.value, "__notes__")
