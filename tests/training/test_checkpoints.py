@@ -443,9 +443,11 @@ def test_what_an_optimizer_keeps_in_its_groups_goes_on_too(
     learn = learner(*stored, optimizer=Counting, loss=Interrupting())
     assert_same(learn, learn.fit(2, lr=0.1, checkpoint=tmp_path / "fit", resume=True), expected, all_of_it)
     with pytest.raises(FeatureStoreError, match="Counting keeps what a checkpoint can't hold"):
-        learner(*stored, optimizer=lambda groups: Counting(groups, kept=object())).fit(
-            1, lr=0.1, checkpoint=tmp_path / "other", on_epoch_end=lambda _: pytest.fail("it has trained")
-        )
+        learner(
+            *stored,
+            optimizer=lambda groups: Counting(groups, kept=object()),
+            loss=lambda *_: pytest.fail("it has trained"),
+        ).fit(1, lr=0.1, checkpoint=tmp_path / "other")
 
 
 def test_a_loss_that_is_no_number_is_kept_as_it_is(stored: tuple[ImageSet, FeatureStore], tmp_path: Path) -> None:
