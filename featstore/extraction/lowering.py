@@ -85,12 +85,13 @@ class Lowering:
         if self._has_rows:
             raise FeatureStoreError(
                 f"{what}, and rows are filed in passes of that size, which a set has one of. {free}. Or have the rest "
-                f"computed in smaller ones, whose last bits may differ: --batch-size {size // 2}."
+                f"computed in smaller ones, whose last bits may differ: featstore extract --batch-size "
+                f"{size // 2}."
             ) from error
         if not self._is_alone:
             raise FeatureStoreError(
                 f"{what}, and other jobs may compute rows of the same set, which has passes of one size. Give all of "
-                f"them a smaller one: --batch-size {size // 2}."
+                f"them a smaller one: featstore extract --batch-size {size // 2}."
             ) from error
         self._trunk.batch_size = size // 2
 

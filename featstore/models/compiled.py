@@ -75,8 +75,8 @@ class Compiled:
 
     def _refusal(self, why: str) -> ModelError:
         return ModelError(
-            f"{self._name} can't be compiled ({why}). Expected a model that torch.compile takes. Compute without: "
-            "--no-compile (in Python: compile=False)."
+            f"{self._name} can't be compiled ({why}). Expected a model that torch.compile takes, and a compiler "
+            "that builds its code. Compute without: featstore extract --no-compile (in Python: compile=False)."
         )
 
 
@@ -86,7 +86,7 @@ def check_compiler(device: torch.device) -> None:
     from torch._inductor.exc import InvalidCxxCompiler
     from torch.utils._triton import has_triton
 
-    without = "or compute without: --no-compile (in Python: compile=False)"
+    without = "or compute without: featstore extract --no-compile (in Python: compile=False)"
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:

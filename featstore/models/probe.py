@@ -105,12 +105,13 @@ def check_compiled(trunk: Trunk, probes: Mapping[Output, Probe], *, name: str) -
     images = torch.cat([pair.roll(step, dims=3) for step in range((trunk.batch_size + 1) // 2)])
     found = trunk(images)
     turned = trunk(images.flip(0))
-    without = "Compute without: --no-compile (in Python: compile=False)."
+    without = "Compute without: featstore extract --no-compile (in Python: compile=False)."
     for output, values, others in zip(trunk.outputs, found, turned, strict=True):
         if not torch.equal(values, others.flip(0)):
             raise ModelError(
                 f"Compiled, {name} gives an image another row at {output.label} in another place of a batch of "
-                f"{trunk.batch_size}. Expected the same. Take another batch size (--batch-size). {without}"
+                f"{trunk.batch_size}. Expected the same. Take another batch size (featstore extract "
+                f"--batch-size). {without}"
             )
         difference = probes[output].difference(_probe(values[:2]))
         if not difference <= TOLERANCES[trunk.precision]:

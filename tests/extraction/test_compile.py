@@ -9,9 +9,10 @@ import pytest
 import torch
 from support.extracting import counts, reduced, rows, run, up_to
 from support.tiny import VIEW, arrays, net, rows_by_hand, staged
+from torch import Tensor, nn
 from torch._inductor import config as inductor
 
-from featstore import Augment, FeatureStore, estimate, extract
+from featstore import Augment, FeatureStore, StagedModel, adopt, estimate, extract
 from featstore.models.probe import TOLERANCES
 
 TWO_CUTS: dict[str, Any] = {"cuts": ["layer1:none", "layer2:none"], "batch_size": 8}
@@ -71,9 +72,31 @@ def test_an_estimate_tells_what_compiling_takes(store: FeatureStore) -> None:
     assert estimate(staged(), arrays(20), store, cuts=["layer2"], device="cpu").compile_seconds == 0
 
 
+@pytest.mark.usefixtures("compiler")
+def test_adopting_compiled_rows_compiles_nothing(store: FeatureStore) -> None:
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = net().layer1
+
+        def fingerprint(self) -> str:
+            return "layer1 by another digest"
+
+        def forward(self, values: Tensor) -> Tensor:
+            maps: Tensor = self.layer(values)
+            return maps
+
+    other = StagedModel.from_stages({"layer1": Renamed(), "end": nn.Identity()}, view=VIEW)
+    (key,) = run(arrays(3), store, compile=True, cuts=["layer1:none"]).keys
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert adopt(store, key, other, arrays(3), device="cpu", workers=0).rows == 3
+
+
 def test_without_a_compiler_nothing_is_read(store: FeatureStore, tmp_path: Path) -> None:
     with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
         for function in (extract, estimate):
-            with pytest.raises(ValueError, match=r"there is no C\+\+ compiler .* compute without: --no-compile"):
+            with pytest.raises(
+                ValueError, match=r"there is no C\+\+ compiler .* compute without: featstore extract --no-compile"
+            ):
                 function(staged(), arrays(3), store, compile=True, augment=Augment("flip", seeds=[0]), device="cpu")
     assert not store.root.exists()

@@ -166,7 +166,9 @@ def test_stored_rows_keep_their_batch_size_and_the_advice_computes_the_rest_in_s
 ) -> None:
     (key,) = run_limited(store, images=IMAGES.select(range(10)), batch_size=8).keys
     Limited.room = 5
-    with pytest.raises(FeatureStoreError, match=r"images through net4 \(.*, and rows are filed .*--batch-size 4\.$"):
+    with pytest.raises(
+        FeatureStoreError, match=r"images through net4 \(.*, and rows are filed .*featstore extract --batch-size 4\.$"
+    ):
         run_limited(store)
     assert batch_sizes(store, key) == [8]
     assert run_limited(store, batch_size=4).computed == 11  # the advice
@@ -178,7 +180,7 @@ def test_memory_that_is_short_behind_the_first_rows_leaves_those_filed(store: Fe
     with open_plan(planned, store, device="cpu", batch_size=8, workers=0) as session:
         session.run(range(8))
         Limited.room = 5
-        with pytest.raises(FeatureStoreError, match=r"cpu has no memory for a pass of 8 .*--batch-size 4\.$"):
+        with pytest.raises(FeatureStoreError, match=r"cpu has no memory for a pass of 8 .*extract --batch-size 4\.$"):
             session.run()
     (found,) = store.sets()
     assert (batch_sizes(store, found.key), found.index.num_images) == ([8], 8)
@@ -188,7 +190,10 @@ def test_memory_that_is_short_behind_the_first_rows_leaves_those_filed(store: Fe
 def test_jobs_that_share_a_set_are_told_to_take_one_batch_size(store: FeatureStore, how: str) -> None:
     planned = plan(limited(), IMAGES, store, cuts=["limited"], shard="0/2" if how == "a shard" else None)
     Limited.room = 20
-    with pytest.raises(FeatureStoreError, match=r"other jobs may .*Give all of them a smaller one: --batch-size 16\.$"):
+    with pytest.raises(
+        FeatureStoreError,
+        match=r"other jobs may .*Give all of them a smaller one: featstore extract --batch-size 16\.$",
+    ):
         open_plan(planned, store, device="cpu", workers=0, is_alone=how == "a shard")
     open_plan(planned, store, device="cpu", workers=0, batch_size=16, is_alone=False).close()  # the advice
 

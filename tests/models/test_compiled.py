@@ -153,7 +153,7 @@ def test_a_model_that_compiles_in_pieces_gives_its_values() -> None:
     [
         (
             1.0,
-            r"^Compiled, telling computes other values at 1:none: .* fp32 allows 0\.0001\. Compute without: --no-com",
+            r"^Compiled, telling computes other values at 1:none: .* fp32 allows 0\.0001\. Compute without: featstore ",
         ),
         (
             torch.arange(4.0).reshape(4, 1) * 1e-6,
@@ -177,7 +177,8 @@ def test_what_can_not_be_compiled_is_refused_by_name(tmp_path: Path) -> None:
     )
     compiler.chmod(0o755)
     words = (
-        r"^net can't be compiled \(.*\)\. Expected a model that torch\.compile takes\. Compute without: --no-compile"
+        r"^net can't be compiled \(.*\)\. Expected a model that torch\.compile takes, and a compiler that "
+        r"builds its code\. Compute without: featstore extract --no-compile"
     )
     with inductor.patch({"cpp.cxx": (str(compiler),)}), pytest.raises(ModelError, match=words):
         Trunk(staged(), [Output("layer1", Pool("none", "NCHW"))], view=VIEW, batching=Batching(3, compiled=True))(
