@@ -102,7 +102,11 @@ def test_actors_leave_the_rows_of_a_local_run(model: StagedModel, folder: Path) 
 
 
 @pytest.mark.usefixtures("compiler")
-def test_an_actor_that_is_told_to_compile_does(model: StagedModel, folder: Path) -> None:
+def test_an_actor_that_is_told_to_compile_does(
+    model: StagedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An actor is a process of its own; this one would keep what it frees, under tests that measure memory.
+    monkeypatch.setattr(ray_actors, "keep_freed_memory", lambda: False)
     planned = plan(model, ImageSet.from_folder("photos"), FeatureStore("by_ray"))
     told = ray_actors._Told(
         folder=str(folder.parent),
