@@ -357,7 +357,8 @@ def _listen() -> None:
 
 
 def _heard(event: str, args: tuple[Any, ...]) -> None:
-    if event not in _EVENTS or getattr(_here, "found", None) is None:
+    # An interpreter that ends has emptied this module.
+    if _EVENTS is None or event not in _EVENTS or getattr(_here, "found", None) is None:
         return
     found, _here.found = _here.found, None  # what follows isn't the block's
     try:
