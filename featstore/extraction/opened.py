@@ -43,7 +43,7 @@ class Opened:
     def judge(self) -> None:
         """Raises ModelError unless the trunk is a function of one image in passes of this size, compiled ones too."""
         self.lowering.judge()
-        if self.compile_seconds and isinstance(self.trunk, Trunk):
+        if isinstance(self.trunk, Trunk) and self.trunk.is_compiled:
             check_compiled(self.trunk, self.probes, name=self.planned.model.name)
 
     def facts(self, each: PlannedSet) -> dict[str, Json]:

@@ -113,6 +113,11 @@ class Trunk:
         return [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in zip(*parts, strict=True)]
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether compiled code runs."""
+        return self._compiled is not None
+
+    @property
     def batch_size(self) -> int:
         """The images of a pass."""
         return self._batch_size
