@@ -252,10 +252,11 @@ def plan(
         for key, asked in _asked(module, named, view, augment, reduce=reduce, dtype=dtype, precision=precision):
             by_key.setdefault(key, asked)
     known = store.known_digests(images)
-    own = None if shard is None else set(compress(images.ids, shard.owned(images.ids).tolist()))
-    with timed("digests of images"), images.contents.kept(lambda image: own is None or image in own):
+    is_owned = np.ones(len(images), dtype=bool) if shard is None else shard.owned(images.ids)
+    own = None if shard is None else set(compress(images.ids, is_owned.tolist()))
+    with timed("digests of images"), images.contents.kept(own):
         digests = images.digests(known)
-    is_owned = _owned(images, digests, shard)
+    is_owned = _with_contents_together(is_owned, digests)
     is_absent = is_owned & _absent(images, digests)
     is_training = images.splits == "train"
     planned = []
@@ -278,9 +279,7 @@ def plan(
                 row_bytes=math.prod(asked.shape) * spec.storage_type.itemsize,
             )
         )
-    is_missing = _any([each.is_missing for each in planned])
-    images.contents.keep_only(list(compress(images.ids, is_missing.tolist())))
-    return Plan(
+    made = Plan(
         images=images,
         digests=digests,
         sets=tuple(planned),
@@ -289,6 +288,8 @@ def plan(
         shard=shard,
         is_owned=is_owned,
     )
+    images.contents.keep_only(compress(images.ids, made.is_missing.tolist()))
+    return made
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -406,14 +407,14 @@ def _any(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
     return result
 
 
-def _owned(images: ImageSet, digests: Digests, shard: Shard | None) -> NDArray[np.bool_]:
+def _with_contents_together(is_owned: NDArray[np.bool_], digests: Digests) -> NDArray[np.bool_]:
     """See `Plan.is_owned`. Images of one content go with the first of them, so that one job alone computes it."""
-    if shard is None:
-        return np.ones(len(images), dtype=bool)
-    is_owned = shard.owned(images.ids)
+    if is_owned.all():
+        return is_owned
+    together = is_owned.copy()
     for first, *others in digests.duplicates():
-        is_owned[others] = is_owned[first]
-    return is_owned
+        together[others] = together[first]
+    return together
 
 
 def _absent(images: ImageSet, digests: Digests) -> NDArray[np.bool_]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -200,22 +200,24 @@ class Contents:
     def __init__(self) -> None:
         self._held: dict[str, bytes] = {}
         self._room = 0
-        self._is_wanted: Callable[[str], bool] | None = None  # None: nobody will decode what is hashed now
+        self._is_open = False  # else nobody will decode what is hashed now
+        self._wanted: Set[str] | None = None
         self._lock = threading.Lock()
 
     @contextmanager
-    def kept(self, is_wanted: Callable[[str], bool]) -> Iterator[None]:
-        """What is read within, to be hashed, of images that are wanted is held, and nothing that was before."""
+    def kept(self, wanted: Set[str] | None) -> Iterator[None]:
+        """What is read within, to be hashed, of these images (None: of all) is held, and nothing that was before."""
         self.clear()
-        self._room, self._is_wanted = min(available_bytes() // 4, _MOST_HELD_BYTES), is_wanted
+        self._room, self._wanted = min(available_bytes() // 4, _MOST_HELD_BYTES), wanted
+        self._is_open = True
         try:
             yield
         finally:
-            self._is_wanted = None
+            self._is_open, self._wanted = False, None
 
     def keep(self, image: str, content: bytes) -> None:
         """Holds the content of an image that is wanted, if there is room, in the place of an earlier one."""
-        if self._is_wanted is None or not self._is_wanted(image):
+        if not self._is_open or (self._wanted is not None and image not in self._wanted):
             return
         self.taken(image)
         with self._lock:
@@ -231,10 +233,11 @@ class Contents:
                 self._room += len(content)
             return content
 
-    def keep_only(self, images: Collection[str]) -> None:
+    def keep_only(self, images: Iterable[str]) -> None:
         """Holds nothing of other images any more."""
-        for image in self._held.keys() - set(images):
-            self.taken(image)
+        if self._held:
+            for image in self._held.keys() - set(images):
+                self.taken(image)
 
     def clear(self) -> None:
         """Holds nothing any more."""
