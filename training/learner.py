@@ -281,8 +281,8 @@ class Learner:
             keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
             checkpoint: a folder that the fit is kept in, after each epoch and where Ctrl-C, SIGTERM or SIGHUP ends it
                 (after the step; a second signal ends it at once). It stays when the fit is done: delete it.
-            resume: goes on from the checkpoint, if there is one, to the weights and history, bit for bit on a CPU,
-                that the fit would have come to without interruption.
+            resume: goes on from the checkpoint, if there is one, to the weights and history that the fit would have
+                come to without interruption: bit for bit on the same CPU, with as many threads and the same torch.
 
         Raises:
             FeatureStoreError: if the inputs can't be had, or the checkpoint is of another fit; nothing is trained then.
