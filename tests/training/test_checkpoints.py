@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tiny import photos, pixels, staged
+from support.tiny import NormedHead, photos, pixels, staged
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -42,26 +42,6 @@ def some_images(first_class: int = 0) -> ImageSet:
     return ImageSet.from_arrays(pixels(TRAIN + VALID), classes, splits=["train"] * TRAIN + ["valid"] * VALID)
 
 
-class Head(nn.Module):
-    """Batch norm, dropout, and a counter that no run would hold; the same numbers each time."""
-
-    calls: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(5)
-            self.fc = nn.Linear(24, 3)
-        self.norm, self.dropout = nn.BatchNorm1d(24), nn.Dropout(0.5)
-        self.register_buffer("calls", torch.zeros(()), persistent=False)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        if self.training:
-            self.calls += 1
-        logits: Tensor = self.fc(self.dropout(self.norm(rows)))
-        return logits
-
-
 class Interrupting:
     """Cross-entropy, in whose call number `at` somebody presses Ctrl-C."""
 
@@ -78,7 +58,7 @@ class Interrupting:
 def learner(
     images: ImageSet, store: FeatureStore | None = None, *, freeze_to: str = "layer2", **options: Any
 ) -> Learner:
-    settings: dict[str, Any] = {"cut": "layer2", "head": Head(), "batch_size": 8, **options}
+    settings: dict[str, Any] = {"cut": "layer2", "head": NormedHead(3, dropout=0.5), "batch_size": 8, **options}
     learn = Learner(staged(), images, store, device="cpu", workers=0, quiet=True, **settings)
     learn.freeze_to(freeze_to)
     return learn
@@ -308,7 +288,7 @@ def test_what_differs_from_the_fit_that_was_begun_is_named(
     refused("training images", learner(some_images(first_class=2), store, **same))
     refused("training images", learner(images, store, **same, augment=Augment("flip", seeds=range(3))))
     refused("validation images", learner(images.select([*range(TRAIN), TRAIN + 2]), store, **same))
-    other = Head()
+    other = NormedHead(3, dropout=0.5)
     with torch.no_grad():
         other.fc.bias[0] += 1e-3
     refused("starting weights", learner(images, store, **same, head=other))
@@ -318,12 +298,6 @@ def test_what_differs_from_the_fit_that_was_begun_is_named(
 
 def smoothed(by: float) -> Any:
     return lambda logits, targets: F.cross_entropy(logits, targets, label_smoothing=by)
-
-
-def with_dropout(rate: float) -> Head:
-    head = Head()
-    head.dropout.p = rate
-    return head
 
 
 def hits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -348,7 +322,7 @@ def hits(logits: Tensor, targets: Tensor) -> Tensor:
             {"optimizer": partial(AdamW, betas=(0.8, 0.9))},
             {"optimizer": partial(AdamW, betas=(0.9, 0.9))},
         ),
-        ("trained modules", {}, {"head": with_dropout(0.1)}),
+        ("trained modules", {}, {"head": NormedHead(3, dropout=0.1)}),
         ("metrics", {}, {"metrics": [hits]}),
     ],
 )
@@ -374,7 +348,12 @@ def test_parameters_without_gradients_are_another_fit(stored: tuple[ImageSet, Fe
 
 def test_frozen_weights_are_part_of_what_a_fit_is(tmp_path: Path) -> None:
     def made(seed: int, at: int | None = None) -> Learner:
-        settings: dict[str, Any] = {"cut": "layer2", "head": Head(), "batch_size": 8, "loss": Interrupting(at)}
+        settings: dict[str, Any] = {
+            "cut": "layer2",
+            "head": NormedHead(3, dropout=0.5),
+            "batch_size": 8,
+            "loss": Interrupting(at),
+        }
         return Learner(staged(seed), some_images(), device="cpu", workers=0, quiet=True, **settings)
 
     with pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tiny import VIEW, pixels, staged
+from support.tiny import VIEW, NormedHead, pixels, staged
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -24,26 +24,6 @@ from training.inputs.situation import Situation
 from training.lr_find import LearningRates, find_lr
 
 
-class Head(nn.Module):
-    """Batch norm, dropout, and a counter that no file would hold; the same numbers each time."""
-
-    calls: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(5)
-            self.fc = nn.Linear(24, 2)
-        self.norm, self.dropout = nn.BatchNorm1d(24), nn.Dropout(0.3)
-        self.register_buffer("calls", torch.zeros(1), persistent=False)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        if self.training:
-            self.calls += 1
-        logits: Tensor = self.fc(self.dropout(self.norm(rows)))
-        return logits
-
-
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, FeatureStore]:
     images = ImageSet.from_arrays(pixels(20), [row % 2 for row in range(20)])
@@ -53,7 +33,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, FeatureS
 
 
 def learner(stored: tuple[ImageSet, FeatureStore], **options: Any) -> Learner:
-    settings = {"cut": "layer2", "head": Head(), "batch_size": 8, "quiet": True, **options}
+    settings = {"cut": "layer2", "head": NormedHead(2, dropout=0.3), "batch_size": 8, "quiet": True, **options}
     return Learner(staged(), *stored, device="cpu", workers=0, **settings)
 
 
@@ -104,7 +84,7 @@ def test_the_steps_use_the_rates_and_keep_the_proportions_of_groups(stored: tupl
             used.append([group["lr"] for group in self.param_groups])
             super().step(closure)
 
-    model = staged().with_head(Head(), cut="layer2", reduction="concat")
+    model = staged().with_head(NormedHead(2, dropout=0.3), cut="layer2", reduction="concat")
     model.unfreeze()
 
     def make() -> Optimizer:
@@ -240,7 +220,7 @@ def test_a_first_loss_that_is_no_number_is_an_error_and_not_an_empty_curve(
 
 @pytest.mark.parametrize("wrong", [{"start": 0.0}, {"start": 1.0, "end": 0.1}, {"steps": 1}])
 def test_rates_that_do_not_rise_are_refused(stored: tuple[ImageSet, FeatureStore], wrong: dict[str, Any]) -> None:
-    model = staged().with_head(Head(), cut="layer2", reduction="concat")
+    model = staged().with_head(NormedHead(2, dropout=0.3), cut="layer2", reduction="concat")
     train = batches(model, stored[0])
     with pytest.raises(ValueError, match="The finder needs 0 < start < end and 2 or more steps"):
         find_lr(nn.Sequential(), train, lambda: SGD(model.parameters(), lr=1.0), loss=bounded, seed=0, **wrong)
