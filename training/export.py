@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -244,7 +245,9 @@ _Run = Callable[[Tensor], Tensor]
 
 def _write_pt2(path: Path, plain: _Plain) -> _Run:
     torch.export.save(_program(plain, "pt2"), path, extra_files={f"{_METADATA}.json": _json(plain.about)})
-    return torch.export.load(path).module()
+    with warnings.catch_warnings():  # torch 2.11 says so of what it has read itself
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.export.load(path).module()
 
 
 def _write_onnx(path: Path, plain: _Plain) -> _Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import torch
 from support.tiny import VIEW, net, staged
 from torch import Tensor, fx, nn
 from torch._dynamo import config as dynamo
-from torch._inductor import compile_fx
 from torch._inductor import config as inductor
 
 from featstore import ModelError, Output, StagedModel, Trunk
@@ -19,6 +19,10 @@ from featstore.models.compiled import check_compiler
 from featstore.models.names import Batching, Precision
 from featstore.models.pool import Pool
 from featstore.models.probe import TOLERANCES, check_compiled, take_probes
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch 2.11 imports what it deprecates itself
+    from torch._inductor import compile_fx
 
 CPU = torch.device("cpu")
 COMPILED = Batching(4, compiled=True)
