@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from training.learner import Learner
     from training.lr_find import LearningRates
     from training.outcomes import Outcomes
+    from training.plan import FitOptions
     from training.predict import Prediction
     from training.recipes import finetune, train_head
 
 __all__ = [
     "Augment",
     "Ensemble",
+    "FitOptions",
     "History",
     "Inputs",
     "Learner",
@@ -43,6 +45,7 @@ _MODULES = {
     "training.learner": ("Learner",),
     "training.lr_find": ("LearningRates",),
     "training.outcomes": ("Outcomes",),
+    "training.plan": ("FitOptions",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ from training.inputs.situation import (
 from training.lr_find import LearningRates, find_lr
 from training.outcomes import Outcomes
 from training.placement import Placement, reduction_of, with_head
-from training.plan import Plan
+from training.plan import FitOptions, Plan, check_options, takes_fit_options
 from training.predict import Items, Prediction, as_images, outputs_words, predictions, probabilities
 from training.splits import PastSplit, present_split
 
@@ -257,48 +257,25 @@ class Learner:
 
     # ---------------------------------------------------------------------------------------------------- training
 
-    def fit(
-        self,
-        epochs: int,
-        lr: optim.LearningRate | None = None,
-        *,
-        schedule: str = "one_cycle",
-        weight_decay: float = 0.01,
-        on_epoch_end: Callable[[Record], Any] | None = None,
-        keep: Literal["last", "best"] = "last",
-        checkpoint: str | os.PathLike[str] | None = None,
-        resume: bool = False,
-    ) -> History:
+    @takes_fit_options()
+    def fit(self, epochs: int, lr: optim.LearningRate | None = None, **options: Unpack[FitOptions]) -> History:
         """Trains what isn't frozen.
 
         Args:
             epochs: of one pass over the training images each; of up to four where a linear head trains alone on few.
             lr: one rate, one a layer group, or (low, high); with one_cycle the highest. Default: what `lr_find`
                 suggests, printed as a number.
-            schedule: a key of `schedules.SCHEDULES`: one_cycle (torch's defaults), cosine, constant, and more.
-            weight_decay: of every parameter; `optim.build` says what it is of a linear head.
-            on_epoch_end: gets each epoch's record.
-            keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
-            checkpoint: a folder that the fit is kept in, after each epoch and where Ctrl-C, SIGTERM or SIGHUP ends it
-                (after the step; a second signal ends it at once). It stays when the fit is done: delete it.
-            resume: goes on from the checkpoint, if there is one, to the weights and history that the fit would have
-                come to without interruption: bit for bit on the same CPU, with as many threads and the same torch.
+            options: as `FitOptions` describes them.
 
         Raises:
             FeatureStoreError: if the inputs can't be had, or the checkpoint is of another fit; nothing is trained then.
             ValueError: if nothing is left to train.
+            TypeError: for an option that there isn't.
         """
-        plan = Plan(
-            cycles=(epochs,),
-            lr=lr,
-            schedule=schedule,
-            weight_decay=weight_decay,
-            keep=keep,
-            checkpoint=checkpoint,
-            resume=resume,
-        )
-        return self._fit(plan, on_epoch_end)
+        check_options({**options})
+        return self._fit(Plan(cycles=(epochs,), lr=lr, **options))
 
+    @takes_fit_options(schedule="cosine")
     def fit_cycles(
         self,
         num_cycles: int,
@@ -306,45 +283,27 @@ class Learner:
         *,
         cycle_len: int = 1,
         cycle_mult: int = 1,
-        schedule: str = "cosine",
-        weight_decay: float = 0.01,
-        on_epoch_end: Callable[[Record], Any] | None = None,
-        keep: Literal["last", "best"] = "last",
         snapshot: str | os.PathLike[str] | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        resume: bool = False,
+        **options: Unpack[FitOptions],
     ) -> History:
         """Trains what isn't frozen in cycles, at each of which the rate starts anew: SGDR.
 
         Args:
             num_cycles: how many.
-            lr: as in `fit`, and so are the arguments that aren't described here.
+            lr: as in `fit`.
             cycle_len: epochs of the first cycle.
             cycle_mult: times so long as the one before is each that follows.
-            schedule: as in `fit`, gone through once a cycle.
-            weight_decay: as in `fit`.
-            on_epoch_end: as in `fit`.
-            keep: as in `fit`.
             snapshot: a folder in which a run is saved at the end of each cycle, after its last step: cycle-1, cycle-2
                 and so on. `Ensemble.load` takes their mean.
-            checkpoint: as in `fit`.
-            resume: as in `fit`.
+            options: as `FitOptions` describes them.
         """
+        check_options({**options})
+        options.setdefault("schedule", "cosine")
         length, factor = settings.checked("cycle_len", cycle_len), settings.checked("cycle_mult", cycle_mult)
-        plan = Plan(
-            cycles=schedules.cycle_lengths(settings.checked("num_cycles", num_cycles), length, factor),
-            lr=lr,
-            schedule=schedule,
-            weight_decay=weight_decay,
-            keep=keep,
-            checkpoint=checkpoint,
-            resume=resume,
-            snapshot=snapshot,
-        )
-        return self._fit(plan, on_epoch_end)
+        cycles = schedules.cycle_lengths(settings.checked("num_cycles", num_cycles), length, factor)
+        return self._fit(Plan(cycles=cycles, lr=lr, snapshot=snapshot, **options))
 
-    def _fit(self, plan: Plan, on_epoch_end: Callable[[Record], Any] | None) -> History:
-        on_epoch_end = settings.checked("on_epoch_end", on_epoch_end)
+    def _fit(self, plan: Plan) -> History:
         build = partial(optim.build, self.model, optimizer=self.optimizer, weight_decay=plan.weight_decay)
         if plan.lr is not None:  # what is wrong with it is said before anything is computed
             build(plan.lr)
@@ -367,7 +326,7 @@ class Learner:
             self._say(f"going on from {kept.path}: {kept.in_words()} done")
         else:
             standardise(tail, (rows for rows, _ in train.in_order()), train.targets)
-            optimizer = build(self._suggested(train, plan.weight_decay) if plan.lr is None else plan.lr)
+            optimizer = build(self._suggested(train, plan) if plan.lr is None else plan.lr)
             rates = [float(group["lr"]) for group in optimizer.param_groups]
         course = schedules.Course(schedule=plan.schedule, max_lrs=rates, cycles=plan.cycles, num_steps=len(train))
         self.read_from, self._trained_on = inputs.train.kind, str(inputs)
@@ -376,8 +335,8 @@ class Learner:
 
         def told(record: Record) -> None:
             self._say(record_line(record))
-            if on_epoch_end is not None:
-                on_epoch_end(record)
+            if plan.on_epoch_end is not None:
+                plan.on_epoch_end(record)
 
         with interruptible(plan.folder, facts, tail, optimizer, rates, train, valid) as keeping:
             if plan.snapshot is not None:
@@ -424,32 +383,38 @@ class Learner:
 
         return save
 
-    def lr_find(self, *, weight_decay: float = 0.01) -> LearningRates:
-        """Tries rising learning rates on what would train now; weights, statistics and random state come back."""
-        weight_decay = settings.checked("weight_decay", weight_decay)
+    @takes_fit_options()
+    def lr_find(self, **options: Unpack[FitOptions]) -> LearningRates:
+        """Tries rising learning rates on what would train now; weights, statistics and random state come back.
+
+        Args:
+            options: those that the fit will be given; what doesn't change a single step is as if it weren't there.
+        """
+        check_options({**options})
+        plan = Plan(**options)
         situation, inputs = self._ready()
         assert inputs.train is not None
         train, tail = self._training_batches(inputs.train, situation), self._tail()
         before = copied_tensors(tail)
         try:
             standardise(tail, (rows for rows, _ in train.in_order()), train.targets)
-            found = self._found(train, weight_decay, needs_curve=True)
+            found = self._found(train, plan, needs_curve=True)
         finally:
             put_back(tail, before)
         if found.note is not None:
             self._say(found.note)
         return found
 
-    def _suggested(self, train: Batches, weight_decay: float) -> float:
-        found = self._found(train, weight_decay, needs_curve=False)
+    def _suggested(self, train: Batches, plan: Plan) -> float:
+        found = self._found(train, plan, needs_curve=False)
         self._say(found.in_words())
         return found.rate
 
-    def _found(self, train: Batches, weight_decay: float, *, needs_curve: bool) -> LearningRates:
+    def _found(self, train: Batches, plan: Plan, *, needs_curve: bool) -> LearningRates:
         return find_lr(
             self._tail(),
             train,
-            lambda: optim.build(self.model, 1.0, optimizer=self.optimizer, weight_decay=weight_decay),
+            lambda: optim.build(self.model, 1.0, optimizer=self.optimizer, weight_decay=plan.weight_decay),
             loss=self._criterion(),
             seed=self.seed,
             needs_curve=needs_curve,

@@ -1,46 +1,76 @@
-"""Plan: what one fit is asked for, checked before anything is read or computed."""
+"""Plan: what one fit is asked for, checked before anything is read or computed.
+
+A new option is a line of `FitOptions` and a field of `Plan`: `Learner.fit`, `fit_cycles` and `lr_find` take it then.
+"""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from featstore.digest import Json
 from featstore.models.runs import check_free
 from training import schedules, settings
 from training.optim import LearningRate, numbers
 
+if TYPE_CHECKING:
+    from training.fit import Record
+
+AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
+
+
+class FitOptions(TypedDict, total=False):
+    """How a fit is done, beside its epochs and its rate; `Learner.lr_find` takes the same, and heeds what changes it.
+
+    Attributes:
+        schedule: a key of `schedules.SCHEDULES`: one_cycle (torch's defaults), cosine, constant, and more; gone through
+            once a cycle. Default: one_cycle of `Learner.fit`, cosine of `Learner.fit_cycles`.
+        weight_decay: of every parameter, 0.01; `optim.build` says what it is of a linear head.
+        on_epoch_end: gets each epoch's record.
+        keep: the weights that remain: of the ``last`` epoch, or of the ``best``, with the lowest validation loss.
+        checkpoint: a folder that the fit is kept in, after each epoch and where Ctrl-C, SIGTERM or SIGHUP ends it
+            (after the step; a second signal ends it at once). It stays when the fit is done: delete it.
+        resume: goes on from the checkpoint, if there is one, to the weights and history that the fit would have
+            come to without interruption: bit for bit on the same CPU, with as many threads and the same torch.
+    """
+
+    schedule: str
+    weight_decay: float
+    on_epoch_end: Callable[[Record], Any] | None
+    keep: Literal["last", "best"]
+    checkpoint: str | os.PathLike[str] | None
+    resume: bool
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `Learner.fit` describes.
+    """What a fit is asked for. What isn't described here is as in `FitOptions`.
 
     Attributes:
         cycles: epochs of each cycle; a fit without cycles is one.
         lr: None: what the finder suggests.
-        schedule: gone through once a cycle.
-        weight_decay: of every parameter.
-        keep: the weights that remain.
-        checkpoint: folder that the fit is kept in, or None.
-        resume: whether it goes on from there, if there is something.
         snapshot: folder of the runs that are saved at the ends of cycles, or None.
     """
 
-    cycles: tuple[int, ...]
-    lr: LearningRate | None
-    schedule: str
-    weight_decay: float
-    keep: Literal["last", "best"]
+    cycles: tuple[int, ...] = (1,)
+    lr: LearningRate | None = None
+    snapshot: str | os.PathLike[str] | None = None
+    schedule: str = "one_cycle"
+    weight_decay: float = 0.01
+    on_epoch_end: Callable[[Record], Any] | None = None
+    keep: Literal["last", "best"] = "last"
     checkpoint: str | os.PathLike[str] | None = None
     resume: bool = False
-    snapshot: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cycles", tuple(settings.checked("epochs", each) for each in self.cycles))
         object.__setattr__(self, "weight_decay", float(settings.checked("weight_decay", self.weight_decay)))
-        for name in ("keep", "checkpoint", "snapshot"):
+        for name in ("keep", "checkpoint", "snapshot", "on_epoch_end"):
             settings.checked(name, getattr(self, name))
         schedules.check(self.schedule)
         if self.resume and self.checkpoint is None:
@@ -75,3 +105,41 @@ class Plan:
             "weight_decay": self.weight_decay,
             "keep": self.keep,
         }
+
+
+def takes_fit_options(**defaults: object) -> Callable[[AnyCallable], AnyCallable]:
+    """Gives a method that takes `FitOptions` the signature that says so: notebooks complete names by it.
+
+    `defaults` are those that the method has and `Plan` hasn't.
+    """
+    options = [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(each.name, each.default),
+            annotation=each.type,
+        )
+        for each in fields(Plan)
+        if each.name in FitOptions.__annotations__
+    ]
+
+    def told(method: AnyCallable) -> AnyCallable:
+        own = [each for each in inspect.signature(method).parameters.values() if each.kind is not each.VAR_KEYWORD]
+        method.__signature__ = inspect.Signature([*own, *options], return_annotation=method.__annotations__["return"])  # type: ignore[attr-defined]
+        return method
+
+    return told
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Checks that each of `options` is one that a fit has.
+
+    Raises:
+        TypeError: names what isn't, and what may have been meant.
+    """
+    known = [*FitOptions.__annotations__]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(f"A fit has no option {name!r}.{hint} Its options are {', '.join(known)}.")

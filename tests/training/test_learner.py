@@ -6,8 +6,11 @@ Long, since what a Learner does is told in the order in which a person does it, 
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, backbone, extract
 from featstore.digest import digest_json
 from featstore.errors import DamagedFileError, FeatureStoreError
-from training import Learner, build_head, finetune, train_head
+from training import FitOptions, Learner, build_head, finetune, train_head
 from training.metrics import accuracy
 
 State = dict[str, tuple[Tensor, bool, bool]]
@@ -291,6 +294,31 @@ def test_what_a_fit_cannot_use_is_said_before_anything_is_computed(
     if "weight_decay" in arguments:
         with pytest.raises((TypeError, ValueError), match=message):
             learn.lr_find(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("shedule", "A fit has no option 'shedule'. Did you mean schedule?"),
+        ("use_clr", "A fit has no option 'use_clr'. Its"),
+    ],
+)
+def test_an_option_that_a_fit_lacks_is_refused(option: str, message: str) -> None:
+    learn = learner()
+    for call in (partial(learn.fit, 1), partial(learn.fit_cycles, 1), learn.lr_find):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            call(**{option: True})
+
+
+def test_a_fit_shows_its_options_with_their_defaults() -> None:
+    for method, schedule in (
+        (Learner.fit, "one_cycle"),
+        (Learner.fit_cycles, "cosine"),
+        (Learner.lr_find, "one_cycle"),
+    ):
+        shown = inspect.signature(method).parameters
+        assert [*shown][-len(FitOptions.__annotations__) :] == [*FitOptions.__annotations__]
+        assert (shown["schedule"].default, shown["schedule"].annotation) == (schedule, "str")
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
