@@ -78,7 +78,7 @@ ROOMS: dict[str, Rooms] = {
     ),
     "training": (
         ("", ("metrics", "choices", "schedules", "outcomes", "plots", "heads")),
-        ("inputs", ("situation", "search", "explain", "derive", "batches")),
+        ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
             (

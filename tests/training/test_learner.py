@@ -305,9 +305,10 @@ def test_what_a_fit_cannot_use_is_said_before_anything_is_computed(
 )
 def test_an_option_that_a_fit_lacks_is_refused(option: str, message: str) -> None:
     learn = learner()
+    options: Any = {option: True}
     for call in (partial(learn.fit, 1), partial(learn.fit_cycles, 1), learn.lr_find):
         with pytest.raises(TypeError, match=re.escape(message)):
-            call(**{option: True})
+            call(**options)
 
 
 def test_a_fit_shows_its_options_with_their_defaults() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from featstore.models.modes import eval_mode, numerics
 from featstore.models.names import Batching, Precision
 from featstore.models.trunk import default_batch_size
 from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batching
+from training.inputs.resident import resident
 from training.inputs.situation import Situation
 
 _CAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -157,18 +159,30 @@ class Batches:
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         for start in range(0, len(order), self._chunk_size):
             rows = order[start : start + self._chunk_size]
-            values = self._gathered(source, rows, views[rows]).to(self.device).float()
+            values = self._gathered(source, rows, views[rows]).float()
             yield (values if self._rest is None else self._rest(values, self.fixed_size)), rows
 
     def _gathered(self, source: FeatureSource, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
+        """Of each row the view that it has, on the device."""
         used = np.unique(views)
         if len(used) == 1:
-            return source.features[int(used[0])][rows]
-        gathered = torch.empty((len(rows), *source.features[0].shape[1:]))  # float32 holds every stored type
+            return self._rows(source, int(used[0]), rows)
+        # float32 holds every stored type
+        gathered = torch.empty((len(rows), *source.features[0].shape[1:]), device=self.device)
         for view in used:
             here = np.flatnonzero(views == view)
-            gathered[torch.from_numpy(here)] = source.features[int(view)][rows[here]].float()
+            gathered[torch.from_numpy(here).to(self.device)] = self._rows(source, int(view), rows[here]).float()
         return gathered
+
+    def _rows(self, source: FeatureSource, view: int, rows: NDArray[np.int64]) -> Tensor:
+        if self._resident is None:
+            return source.features[view][rows].to(self.device)
+        return self._resident[view][torch.from_numpy(rows).to(self.device)]
+
+    @cached_property
+    def _resident(self) -> tuple[Tensor, ...] | None:
+        """All stored rows on a GPU that has room for them."""
+        return resident(self.source.features, self.device) if isinstance(self.source, FeatureSource) else None
 
     def _from_images(
         self, order: NDArray[np.int64], views: NDArray[np.int64] | int

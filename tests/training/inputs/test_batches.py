@@ -16,7 +16,8 @@ from featstore import Augment, FeatureStore, ImageError, ImageSet, StagedModel, 
 from featstore.errors import OnError
 from training import Learner
 from training.inputs.batches import Batches, fresh_seed
-from training.inputs.derive import find
+from training.inputs.derive import FeatureSource, find
+from training.inputs.resident import resident, rows_on
 from training.inputs.situation import Situation
 
 SEEDS = Augment("random_resized_crop", seeds=range(3))
@@ -151,6 +152,34 @@ def test_batches_of_whole_numbers_are_those_of_images_as_numpy_rounds_them(
             assert torch.equal(rows, same)
             assert inputs.dtype == torch.float32
             assert np.array_equal(inputs.numpy(), rounded(expected.numpy()))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("augment", [None, SEEDS])
+def test_rows_that_lie_on_the_device_give_the_same_batches(
+    stored: tuple[ImageSet, FeatureStore], augment: Augment | None, device: str
+) -> None:
+    images, store = stored
+    some, others = (batches(images, batch_size=7, freeze_to="layer2", store=store, augment=augment) for _ in range(2))
+    assert isinstance(others.source, FeatureSource)
+    where = torch.device(device)
+    rows = tuple(rows_on(where, each) for each in others.source.features)
+    assert all(torch.equal(mine.cpu(), each.tensor()) for mine, each in zip(rows, others.source.features, strict=True))
+    others.__dict__["_resident"], others.device = rows, where
+    for (inputs, targets), (expected, labels) in zip(some.epoch(0, 0), others.epoch(0, 0), strict=True):
+        assert torch.equal(inputs, expected.cpu())
+        assert torch.equal(targets, labels.cpu())
+    assert resident(others.source.features, torch.device("cpu")) is None
+
+
+@pytest.mark.cuda
+def test_rows_lie_on_a_gpu_that_has_room_for_them(stored: tuple[ImageSet, FeatureStore]) -> None:
+    images, store = stored
+    source = batches(images, batch_size=7, freeze_to="layer2", store=store).source
+    assert isinstance(source, FeatureSource)
+    (rows,) = resident(source.features, torch.device("cuda", 0)) or (None,)
+    assert rows is not None
+    assert rows.device.type == "cuda"
 
 
 def test_images_reach_an_unfrozen_model_as_it_would_see_them_alone() -> None:
