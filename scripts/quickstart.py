@@ -36,7 +36,7 @@ from featstore.cli.program import DONE, FAILED, INCOMPLETE, table
 from featstore.digest import Json
 from featstore.models.runs import read_run
 from training import Learner, plots
-from training.fit import Record
+from training.history import Record
 from training.predict import as_images
 
 BACKBONE = Path(__file__).with_name("efficientnet_lite0.py")

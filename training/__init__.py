@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featstore.images.views import Augment
     from training.ensembles import Ensemble
-    from training.fit import History
     from training.heads import build_head, concat_head, linear_head, mlp_head
+    from training.history import History
     from training.inputs.derive import Inputs
     from training.learner import Learner
     from training.lr_find import LearningRates
@@ -39,8 +39,8 @@ __all__ = [
 _MODULES = {
     "featstore.images.views": ("Augment",),
     "training.ensembles": ("Ensemble",),
-    "training.fit": ("History",),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
+    "training.history": ("History",),
     "training.inputs.derive": ("Inputs",),
     "training.learner": ("Learner",),
     "training.lr_find": ("LearningRates",),

@@ -29,7 +29,8 @@ from featstore.errors import FactsDifferError, FeatureStoreError
 from featstore.models.runs import check_free, located, new_run, read_run, write_run
 from featstore.source_code import closure_of
 from featstore.words import printable
-from training.fit import History, Progress, put_back, tensors_of
+from training.fit import Progress, put_back, tensors_of
+from training.history import History
 from training.inputs.batches import Batches
 from training.inputs.derive import FeatureSource
 from training.inputs.situation import training_words

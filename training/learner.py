@@ -33,18 +33,16 @@ from training.checkpoints import fit_facts, interruptible, read_fit
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
 from training.export import ExportReport, exported
 from training.fit import (
-    History,
     Progress,
-    Record,
     check_norms,
     copied_tensors,
     outputs,
     predicted,
     put_back,
-    record_line,
     run_epochs,
 )
 from training.heads import ValueHead, passes_an_epoch, standardise
+from training.history import History, Record, record_line
 from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, find_to_score, labelled, to_score, to_train
 from training.inputs.situation import (

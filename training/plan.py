@@ -19,7 +19,7 @@ from training import schedules, settings
 from training.optim import LearningRate, numbers
 
 if TYPE_CHECKING:
-    from training.fit import Record
+    from training.history import Record
 
 AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 

@@ -34,8 +34,8 @@ from featstore.store.part_facts import are_stages, stage_facts
 from featstore.store.store import FeatureStore
 from featstore.words import printable
 from training.class_tables import with_classes
-from training.fit import History
 from training.heads import LinearHead, unstandardised
+from training.history import History
 from training.metrics import TASKS
 from training.placement import reduction_of
 from training.predict import write_csv

@@ -77,7 +77,7 @@ ROOMS: dict[str, Rooms] = {
         ("", ("__main__",)),
     ),
     "training": (
-        ("", ("metrics", "choices", "schedules", "outcomes", "plots", "heads")),
+        ("", ("metrics", "choices", "schedules", "history", "outcomes", "plots", "heads")),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
