@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featstore.images.views import Augment
+    from training.averages import EMA, SWA
     from training.ensembles import Ensemble
     from training.heads import build_head, concat_head, linear_head, mlp_head
     from training.history import History
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from training.recipes import finetune, train_head
 
 __all__ = [
+    "EMA",
+    "SWA",
     "Augment",
     "Ensemble",
     "FitOptions",
@@ -38,6 +41,7 @@ __all__ = [
 
 _MODULES = {
     "featstore.images.views": ("Augment",),
+    "training.averages": ("EMA", "SWA"),
     "training.ensembles": ("Ensemble",),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),

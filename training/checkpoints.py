@@ -29,12 +29,17 @@ from featstore.errors import FactsDifferError, FeatureStoreError
 from featstore.models.runs import check_free, located, new_run, read_run, write_run
 from featstore.source_code import closure_of
 from featstore.words import printable
-from training.fit import Progress, put_back, tensors_of
+from training.averages import Average
+from training.copies import put_back, tensors_of
+from training.fit import Progress
 from training.history import History
 from training.inputs.batches import Batches
 from training.inputs.derive import FeatureSource
 from training.inputs.situation import training_words
 from training.interrupts import held_back
+from training.monitor import Monitor
+from training.ranks import Ranks
+from training.steps import Steps
 
 VERSION = 1
 
@@ -102,7 +107,9 @@ class SavedFit:
                 f"{remedy}, or delete the checkpoint to begin anew."
             )
 
-    def put_into(self, tail: nn.Module, optimizer: Optimizer, train: Batches, valid: Batches | None) -> Progress:
+    def put_into(
+        self, tail: nn.Module, optimizer: Optimizer, train: Batches, valid: Batches | None, monitor: Monitor
+    ) -> Progress:
         """Puts tensors and notes back where they were; the result is where to go on."""
         state = self.state
         put_back(tail, self._part("tail."))
@@ -115,7 +122,10 @@ class SavedFit:
             epoch=state["epoch"],
             first_epoch=state["first_epoch"],
             history=History(
-                records=state["records"], best_epoch=state["best_epoch"], losses=self.tensors["losses"].tolist()
+                records=state["records"],
+                best_epoch=state["best_epoch"],
+                losses=self.tensors["losses"].tolist(),
+                monitor=monitor,
             ),
             epoch_losses=[(loss, count) for loss, count in state["epoch_losses"]],
             cycle_start=state["cycle_start"],
@@ -124,6 +134,12 @@ class SavedFit:
             random=[*self._part("random.").values()],
             seconds=state["seconds"],
         )
+
+    def put_beside(self, steps: Steps, average: Average | None) -> None:
+        """Puts back what is kept beside weights and optimizer."""
+        steps.put_back(self.state.get("scale", {}))
+        if average is not None:
+            average.put_back(self._part("average."))
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
         found = {name.removeprefix(prefix): each for name, each in self.tensors.items() if name.startswith(prefix)}
@@ -173,26 +189,30 @@ def interruptible(
     path: Path | None,
     facts: Mapping[str, Json],
     tail: nn.Module,
-    optimizer: Optimizer,
+    steps: Steps,
+    average: Average | None,
     lrs: list[float],
     train: Batches,
     valid: Batches | None,
+    ranks: Ranks | None = None,
 ) -> Iterator[dict[str, Any]]:
     """How `run_epochs` keeps a fit in the checkpoint `path`: its arguments `save` and `should_stop`.
 
-    Without a path there are none, and signals do what they did.
+    Without a path there are none, and signals do what they did. Of several processes the first one writes, and all stop
+    where one is to.
     """
     if path is None:
         yield {}
         return
 
     def save(progress: Progress) -> None:
-        write_fit(path, facts, progress, tail=tail, optimizer=optimizer, lrs=lrs, train=train, valid=valid)
+        if ranks is None or not ranks.rank:
+            write_fit(path, facts, progress, tail=tail, steps=steps, average=average, lrs=lrs, train=train, valid=valid)
 
-    _kept_by(optimizer)  # what can't be written is said before the first step
+    _kept_by(steps.optimizer)  # what can't be written is said before the first step
     note = f"The fit so far is in {path}: the same again with --resume (in Python: resume=True) goes on from there."
     with held_back(note) as signal:
-        yield {"save": save, "should_stop": signal.is_there}
+        yield {"save": save, "should_stop": signal.is_there if ranks is None else lambda: ranks.any(signal.is_there())}
 
 
 def fit_facts(
@@ -248,7 +268,8 @@ def write_fit(
     progress: Progress,
     *,
     tail: nn.Module,
-    optimizer: Optimizer,
+    steps: Steps,
+    average: Average | None,
     lrs: list[float],
     train: Batches,
     valid: Batches | None,
@@ -258,7 +279,7 @@ def write_fit(
     Raises:
         FeatureStoreError: if the optimizer keeps what can't be written.
     """
-    kept, tensors = _kept_by(optimizer)
+    kept, tensors = _kept_by(steps.optimizer)
     state = {
         "epoch": progress.epoch,
         "first_epoch": progress.first_epoch,
@@ -275,9 +296,12 @@ def write_fit(
             for each in (train, valid)
         ],
         "optimizer": kept,
+        "scale": steps.scale(),
     }
     tensors |= {f"tail.{name}": tensor for name, tensor in tensors_of(tail)}
     tensors |= {f"best.{name}": tensor for name, tensor in (progress.best or {}).items()}
+    if average is not None:
+        tensors |= {f"average.{name}": tensor.detach() for name, tensor in average.tensors().items()}
     tensors |= {f"random.{place}": each for place, each in enumerate(progress.random)}
     tensors["losses"] = torch.tensor(progress.history.losses, dtype=torch.float64)
     with new_run(path, overwrite=True) as made:

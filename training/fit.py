@@ -7,18 +7,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from featstore.errors import FeatureStoreError
 from featstore.models.modes import mode_of
+from training.averages import Average
+from training.copies import copied_tensors, put_back, tensors_of
 from training.history import History, Record
 from training.inputs.batches import Batches
 from training.metrics import Loss, Metric, loss_value, metric_values
+from training.ranks import Ranks
 from training.schedules import Course
+from training.steps import Steps, check_finite, settled
 
 
 @dataclass(eq=False, kw_only=True)
@@ -29,9 +33,9 @@ class Progress:
         epoch: under way, from 0; as many are done.
         first_epoch: number of epochs on record before the fit, after which its own are counted.
         history: of the epochs that are done, and of all steps.
-        epoch_losses: loss and number of images of each step of the epoch under way.
+        epoch_losses: loss and number of images of each batch of the epoch under way.
         cycle_start: number of steps before the present cycle.
-        lowest: validation loss so far; infinite before there was one.
+        lowest: the monitored number of the best epoch, turned so that less is better; infinite before there was one.
         best: the tail's tensors at that epoch, if they are kept.
         random: states of the generators that dropout draws from, as `random_states` gives them; none between epochs.
         seconds: that the epoch under way has taken.
@@ -47,18 +51,26 @@ class Progress:
     random: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0
 
+    def is_over(self, course: Course, patience: int | None) -> bool:
+        """Whether all epochs are done, or as many as `patience` since the best."""
+        since_best = self.epoch - 1 - self.history.best_epoch
+        return self.epoch >= course.num_epochs or (patience is not None and self.epoch > 0 and since_best >= patience)
+
 
 def run_epochs(
     tail: nn.Module,
     train: Batches,
     valid: Batches | None,
     *,
-    optimizer: Optimizer,
+    steps: Steps,
     course: Course,
     loss: Loss,
     metrics: Mapping[str, Metric],
     seed: int,
     keep: Literal["last", "best"] = "last",
+    patience: int | None = None,
+    average: Average | None = None,
+    ranks: Ranks | None = None,
     on_epoch_end: Callable[[Record], Any] | None = None,
     progress: Progress | None = None,
     save: Callable[[Progress], None] | None = None,
@@ -72,12 +84,15 @@ def run_epochs(
         tail: the stages that aren't frozen.
         train: batches to learn from.
         valid: batches to score, or None.
-        optimizer: of the tail's parameters.
+        steps: makes the tail's steps.
         course: the epochs, and the rates of their steps.
-        loss: of logits and targets.
+        loss: of logits and targets, on record.
         metrics: by name, over all rows at once.
         seed: of order, views and dropout.
-        keep: the weights that remain: of the last epoch, or of the one with the lowest validation loss.
+        keep: the weights that remain: of the last epoch, or of the best by the history's monitor.
+        patience: ends the fit after so many epochs that weren't better than the best.
+        average: the mean of the weights, which is scored and remains.
+        ranks: the processes that share the work.
         on_epoch_end: gets each record.
         progress: where to go on, with tail and optimizer as they were there; default: at the start.
         save: gets the progress after each epoch, before its record is told, and where the fit stops within one.
@@ -89,71 +104,126 @@ def run_epochs(
     """
     at = progress or Progress()
     history = at.history
-    while at.epoch < course.num_epochs:
+    while not at.is_over(course, patience):
         started = time.perf_counter() - at.seconds
         if course.begins_cycle(at.epoch) and not at.epoch_losses:
             at.cycle_start = len(history.losses)
         with seeded(seed, train.pass_before(at.epoch), train.device), training_mode(tail):
             put_random_states(at.random, train.device)
-            for inputs, targets in train.epoch(seed, at.epoch, skip=len(at.epoch_losses)):
-                course.set(optimizer, at.epoch, len(history.losses) - at.cycle_start)
-                history.losses.append(step(tail, inputs, targets, loss, optimizer))
-                at.epoch_losses.append((history.losses[-1], len(targets)))
-                if should_stop is not None and should_stop():
-                    at.random, at.seconds = random_states(train.device), time.perf_counter() - started
-                    if save is not None:
-                        save(at)
-                    return history
+            batches = train.epoch(seed, at.epoch, skip=len(at.epoch_losses))
+            is_whole = _run_epoch(batches, at, tail, steps, course, average=average, should_stop=should_stop)
+            if not is_whole:
+                at.random, at.seconds = random_states(train.device), time.perf_counter() - started
+                if save is not None:
+                    save(at)
+                return history
         check_any(len(at.epoch_losses), train)
+        scored = _scored(tail, train, average, at.epoch, course.num_epochs, seed, ranks)
         record: Record = {
             "epoch": at.first_epoch + at.epoch + 1,
-            "train_loss": sum(value * count for value, count in at.epoch_losses)
-            / sum(count for _, count in at.epoch_losses),
-            "lr": float(optimizer.param_groups[-1]["lr"]),
+            "train_loss": _mean(at.epoch_losses),
+            "lr": float(steps.optimizer.param_groups[-1]["lr"]),
         }
         if valid is not None:
-            logits, targets, _ = outputs(tail, valid)
+            logits, targets, _ = outputs(scored, valid, ranks)
             record["valid_loss"] = float(loss_value(loss, logits, targets))
             record |= metric_values(metrics, logits, targets)
         record["seconds"] = time.perf_counter() - started
         history.records.append(record)
-        if valid is None or history.best_epoch < 0 or record["valid_loss"] < at.lowest:
-            # A loss that isn't a number is above any other, so that a later epoch can be better.
-            at.lowest = math.inf if valid is None or math.isnan(record["valid_loss"]) else record["valid_loss"]
-            history.best_epoch = at.epoch
-            at.best = copied_tensors(tail) if keep == "best" and valid is not None else None
+        number = history.monitor.loss(record)
+        if history.monitor.name not in record or history.best_epoch < 0 or number < at.lowest:
+            # What isn't a number is worse than any other, so that a later epoch can be better.
+            at.lowest, history.best_epoch = number, at.epoch
+            is_kept = keep == "best" and history.monitor.name in record
+            at.best = copied_tensors(scored) if is_kept else None
         at.epoch, at.epoch_losses, at.random, at.seconds = at.epoch + 1, [], [], 0.0
         if save is not None:
             save(at)
         if on_epoch_end is not None:
             on_epoch_end(dict(record))
-        if at.epoch < course.num_epochs and should_stop is not None and should_stop():
+        if not at.is_over(course, patience) and should_stop is not None and should_stop():
             return history
     if at.best is not None:
         put_back(tail, at.best)
+    elif average is not None:
+        put_back(tail, dict(tensors_of(average.model.module)))
     return history
 
 
-def step(tail: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, optimizer: Optimizer) -> float:
-    """One step of gradient descent; returns the loss before it, and leaves no gradient.
+def _run_epoch(
+    batches: Iterator[tuple[Tensor, Tensor]],
+    at: Progress,
+    tail: nn.Module,
+    steps: Steps,
+    course: Course,
+    *,
+    average: Average | None,
+    should_stop: Callable[[], bool] | None,
+) -> bool:
+    """The steps of an epoch, or of what is left of it; whether it came to its end.
 
-    Raises:
-        FloatingPointError: before anything moves, if the loss isn't finite.
+    Losses are numbers when it returns, and not before where they are deferred.
     """
-    value = loss_value(loss, tail(inputs), targets)
-    number = float(value.detach())
-    if not math.isfinite(number):
-        raise FloatingPointError(
-            f"The training loss became {number}. Lower the learning rate (--lr), or find one: lr_find()."
-        )
-    optimizer.zero_grad(set_to_none=True)
-    value.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return number
+    first, num_steps = len(at.epoch_losses), len(at.history.losses) - at.cycle_start
+    losses: list[tuple[float | Tensor, int]] = []
+    sizes: list[int] = []  # batches of each step
+
+    def made() -> None:
+        sizes.append(steps.num_batches)
+        steps.make()
+        if average is not None:
+            average.after_step(tail)
+
+    is_whole = True
+    for inputs, targets in batches:
+        if not steps.num_batches:
+            course.set(steps.optimizer, at.epoch, num_steps + len(sizes))
+        losses.append(steps.add(inputs, targets))
+        if steps.is_whole:
+            made()
+            if should_stop is not None and should_stop():
+                is_whole = False
+                break
+    if steps.num_batches:
+        made()
+    at.epoch_losses[first:] = settled(losses)
+    check_finite(*(loss for loss, _ in at.epoch_losses[first:]))
+    own = iter(at.epoch_losses[first:])
+    at.history.losses += [_mean([*islice(own, size)]) for size in sizes]
+    return is_whole
 
 
-def outputs(tail: nn.Module, batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
+def _scored(
+    tail: nn.Module,
+    train: Batches,
+    average: Average | None,
+    epoch: int,
+    num_epochs: int,
+    seed: int,
+    ranks: Ranks | None,
+) -> nn.Module:
+    """What is scored after an epoch, from 0: the tail, or the mean of its weights."""
+    scored = tail
+    if average is not None:
+        average.after_epoch(tail, epoch, num_epochs)
+        if average.is_ready(epoch, num_epochs):
+            scored = average.model.module
+            if epoch == num_epochs - 1:
+                with seeded(seed, train.pass_before(epoch), train.device):
+                    average.with_statistics(inputs for inputs, _ in train.epoch(seed, epoch))
+    if ranks is not None:
+        ranks.share_buffers(scored)
+    return scored
+
+
+def _mean(losses: Sequence[tuple[float, int]]) -> float:
+    """Of losses, each of so many rows."""
+    if len(losses) == 1:
+        return losses[0][0]
+    return sum(value * count for value, count in losses) / sum(count for _, count in losses)
+
+
+def outputs(tail: nn.Module, batches: Batches, ranks: Ranks | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Logits ``(N, K)``, targets and row numbers ``(N,)`` of all images that can be read, in eval mode.
 
     Logits and targets lie on the device of the batches, where a loss with class weights has these too.
@@ -163,12 +233,14 @@ def outputs(tail: nn.Module, batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
     """
     if batches.targets is None:
         raise ValueError("These images have no labels, so they can't be scored.")
-    logits, rows = predicted(tail, batches)
+    logits, rows = predicted(tail, batches, ranks)
     return logits.to(batches.device), batches.targets[rows].to(batches.device), rows
 
 
-def predicted(tail: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
+def predicted(tail: nn.Module, batches: Batches, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
     """Logits ``(N, K)`` float32 and the row numbers ``(N,)`` they belong to, on the CPU.
+
+    Several processes share the rows, and all get all of them.
 
     Raises:
         FeatureStoreError: if there is no image, or not one could be read.
@@ -176,10 +248,12 @@ def predicted(tail: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     logits: list[Tensor] = []
     rows: list[Tensor] = []
     with torch.no_grad(), mode_of(tail, training=False):
-        for inputs, numbers in batches.in_order():
+        for inputs, numbers in batches.in_order(share=(0, 1) if ranks is None else (ranks.rank, ranks.count)):
             logits.append(tail(inputs).float().cpu())
             rows.append(torch.from_numpy(numbers))
     check_any(len(rows), batches)
+    if ranks is not None:
+        return ranks.joined(torch.cat(logits), torch.cat(rows))
     return torch.cat(logits), torch.cat(rows)
 
 
@@ -250,21 +324,3 @@ def put_random_states(states: Sequence[Tensor], device: torch.device) -> None:
 
 def _generators(device: torch.device) -> list[torch.Generator]:
     return [torch.default_generator, *([torch.cuda.default_generators[device.index]] if device.type == "cuda" else [])]
-
-
-def copied_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of each parameter and buffer, those that are never saved among them."""
-    return {name: tensor.detach().clone() for name, tensor in tensors_of(module)}
-
-
-def put_back(module: nn.Module, copied: Mapping[str, Tensor]) -> None:
-    """Writes what `copied_tensors` copied into the module's own tensors."""
-    with torch.no_grad():
-        for name, tensor in tensors_of(module):
-            tensor.copy_(copied[name])
-
-
-def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter and buffer by name, those that are never saved among them."""
-    yield from module.named_parameters()
-    yield from module.named_buffers()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from training.monitor import Monitor
 
 Record = dict[str, float]
 """What is known of one epoch: epoch (from 1), train_loss, valid_loss, the metrics, lr (of the last group), seconds."""
@@ -21,14 +23,16 @@ class History:
 
     Attributes:
         records: one an epoch.
-        best_epoch: place in `records`, from 0, of the epoch with the lowest validation loss; of the last one without
-            validation.
+        best_epoch: place in `records`, from 0, of the epoch that is best by `monitor`; of the last one where that isn't
+            on record.
         losses: of each training step.
+        monitor: the number that epochs are judged by; of several fits the last one's.
     """
 
     records: list[Record] = field(default_factory=list)
     best_epoch: int = -1
     losses: list[float] = field(default_factory=list)
+    monitor: Monitor = field(default_factory=Monitor)
 
     def __repr__(self) -> str:
         if not self.records:
@@ -42,15 +46,15 @@ class History:
         self.records += later.records
         self.losses += later.losses
         mine, others = (
-            math.inf if math.isnan(loss := record.get("valid_loss", math.inf)) else loss
-            for record in (self.records[self.best_epoch], self.records[start + later.best_epoch])
+            later.monitor.loss(self.records[place]) for place in (self.best_epoch, start + later.best_epoch)
         )
-        if not start or not mine < others:
+        if not start or self.monitor != later.monitor or not mine < others:
             self.best_epoch = start + later.best_epoch
+        self.monitor = later.monitor
 
     def joined(self, later: History) -> History:
         """These epochs and those of a later fit, in a history of its own."""
-        both = History(records=[*self.records], best_epoch=self.best_epoch, losses=[*self.losses])
+        both = replace(self, records=[*self.records], losses=[*self.losses])
         both.extend(later)
         return both
 

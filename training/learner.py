@@ -5,6 +5,7 @@ Long, since all that a person does with a model is one class; what it does is in
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -29,16 +30,16 @@ from featstore.store.store import FeatureStore
 from featstore.words import printable
 from training import metrics as scores
 from training import optim, saved, schedules, settings
+from training.averages import Average, averaged
 from training.checkpoints import fit_facts, interruptible, read_fit
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
+from training.copies import copied_tensors, put_back
 from training.export import ExportReport, exported
 from training.fit import (
     Progress,
     check_norms,
-    copied_tensors,
     outputs,
     predicted,
-    put_back,
     run_epochs,
 )
 from training.heads import ValueHead, passes_an_epoch, standardise
@@ -54,12 +55,16 @@ from training.inputs.situation import (
     images_words,
     views_words,
 )
+from training.losses import smoothed_or_weighted
 from training.lr_find import LearningRates, find_lr
+from training.monitor import Monitor
 from training.outcomes import Outcomes
 from training.placement import Placement, reduction_of, with_head
 from training.plan import FitOptions, Plan, check_options, takes_fit_options
 from training.predict import Items, Prediction, as_images, outputs_words, predictions, probabilities
+from training.ranks import Ranks
 from training.splits import PastSplit, present_split
+from training.steps import Steps
 
 
 class Learner:
@@ -305,14 +310,19 @@ class Learner:
         build = partial(optim.build, self.model, optimizer=self.optimizer, weight_decay=plan.weight_decay)
         if plan.lr is not None:  # what is wrong with it is said before anything is computed
             build(plan.lr)
+        monitor = Monitor.of(plan.monitor, self._scores())
         kept = None if plan.folder is None else read_fit(plan.folder, resume=plan.resume)
         plan.check_snapshots(goes_on=kept is not None)
         situation, inputs = self._ready()
         assert inputs.train is not None
         train = self._training_batches(inputs.train, situation)
         valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
+        if valid is None and plan.patience is not None and monitor.name != "train_loss":
+            raise ValueError(
+                f"patience waits for a better {monitor.name}, and there are no validation images. Give some."
+            )
         tail, facts = self._tail(), plan.facts()
-        progress = Progress(first_epoch=len(self.history.records))
+        progress = Progress(first_epoch=len(self.history.records), history=History(monitor=monitor))
         if plan.folder is not None:
             own = {"seed": self.seed, "loss": self._loss, "metrics": self._scores(), "classes": self.classes}
             facts = fit_facts(facts, tail, train, valid, optimizer=build(1.0, weight_decay=1.0), **own)
@@ -320,13 +330,24 @@ class Learner:
             kept.check(facts, tail)
             facts = dict(kept.facts)  # the tail may have moved since the fit began
             optimizer, train.first_pass = build(1.0), kept.first_pass
-            progress, rates = kept.put_into(tail, optimizer, train, valid), kept.lrs
+            progress, rates = kept.put_into(tail, optimizer, train, valid, monitor), kept.lrs
             self._say(f"going on from {kept.path}: {kept.in_words()} done")
         else:
             standardise(tail, (rows for rows, _ in train.in_order()), train.targets)
             optimizer = build(self._suggested(train, plan) if plan.lr is None else plan.lr)
             rates = [float(group["lr"]) for group in optimizer.param_groups]
-        course = schedules.Course(schedule=plan.schedule, max_lrs=rates, cycles=plan.cycles, num_steps=len(train))
+        ranks = Ranks.present(self.device)
+        if ranks is not None:  # from here on: the finder sees whole batches
+            train.share_with(ranks.rank, ranks.count)
+            rates = [ranks.firsts(rate) for rate in rates]
+        num_steps = math.ceil(len(train) / plan.accumulate)
+        course = schedules.Course(schedule=plan.schedule, max_lrs=rates, cycles=plan.cycles, num_steps=num_steps)
+        steps = Steps(
+            tail, optimizer, self._descended(train, plan), device=self.device, options=plan.steps, ranks=ranks
+        )
+        average = None if plan.average is None else Average(plan.average, tail)
+        if kept is not None:
+            kept.put_beside(steps, average)
         self.read_from, self._trained_on = inputs.train.kind, str(inputs)
         # Before the first step: a fit may be interrupted.
         self._seen, self._passes = self._split(situation).over(self._seen), train.pass_before(course.num_epochs)
@@ -336,31 +357,43 @@ class Learner:
             if plan.on_epoch_end is not None:
                 plan.on_epoch_end(record)
 
-        with interruptible(plan.folder, facts, tail, optimizer, rates, train, valid) as keeping:
+        with interruptible(plan.folder, facts, tail, steps, average, rates, train, valid, ranks) as keeping:
             if plan.snapshot is not None:
-                keeping["save"] = self._at_cycle_ends(plan, course, train, then=keeping.get("save"))
+                keeping["save"] = self._at_cycle_ends(plan, course, train, average, then=keeping.get("save"))
             history = run_epochs(
                 tail,
                 train,
                 valid,
-                optimizer=optimizer,
+                steps=steps,
                 course=course,
                 loss=self._criterion(),
                 metrics=self._scores(),
                 seed=self.seed,
                 keep=plan.keep,
+                patience=plan.patience,
+                average=average,
+                ranks=ranks,
                 on_epoch_end=told,
                 progress=progress,
                 **keeping,
             )
-            if len(history.records) == course.num_epochs:  # else an interrupt ends the block
+            if progress.is_over(course, plan.patience):  # else an interrupt ends the block
                 self.history.extend(history)
+        if progress.epoch < course.num_epochs:
+            self._passes = train.pass_before(progress.epoch)
+            self._say(f"{monitor.name} was best {plan.patience} epochs ago (patience): no further epoch")
         self._say(left_out_note(train, valid))
         self._say(doubtful_note(train, valid))
         return history
 
     def _at_cycle_ends(
-        self, plan: Plan, course: schedules.Course, train: Batches, *, then: Callable[[Progress], None] | None
+        self,
+        plan: Plan,
+        course: schedules.Course,
+        train: Batches,
+        average: Average | None,
+        *,
+        then: Callable[[Progress], None] | None,
     ) -> Callable[[Progress], None]:
         """What saves snapshots, each before a checkpoint says that its epoch is done."""
 
@@ -373,7 +406,8 @@ class Learner:
                         self.history.joined(progress.history),
                         train.pass_before(progress.epoch),
                     )
-                    self._say(f"snapshot: {self.save(plan.run_of(cycle), overwrite=True)}")
+                    with averaged(self._tail(), average, progress.epoch - 1, course.num_epochs):
+                        self._say(f"snapshot: {self.save(plan.run_of(cycle), overwrite=True)}")
                 finally:
                     self.history, self._passes = whole
             if then is not None:
@@ -413,8 +447,9 @@ class Learner:
             self._tail(),
             train,
             lambda: optim.build(self.model, 1.0, optimizer=self.optimizer, weight_decay=plan.weight_decay),
-            loss=self._criterion(),
+            loss=self._descended(train, plan),
             seed=self.seed,
+            options=plan.steps,
             needs_curve=needs_curve,
         )
 
@@ -577,6 +612,19 @@ class Learner:
     def _criterion(self) -> scores.Loss:
         head = self.model.head
         return self._loss or scores.loss(self.task, head.scale if isinstance(head, ValueHead) else None)
+
+    def _descended(self, train: Batches, plan: Plan) -> scores.Loss:
+        """What training steps descend."""
+        assert train.targets is not None
+        return smoothed_or_weighted(
+            self._criterion(),
+            self.task,
+            train.targets,
+            self.classes,
+            label_smoothing=plan.label_smoothing,
+            class_weights=plan.class_weights,
+            is_own=self._loss is not None,
+        )
 
     def _scores(self) -> dict[str, scores.Metric]:
         return {**scores.default_metrics(self.task, len(self.classes)), **self._metrics}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from featstore.models.modes import mode_of
-from training.fit import check_any, copied_tensors, put_back, seeded, step, training_mode
+from training.copies import copied_tensors, put_back
+from training.fit import check_any, seeded, training_mode
 from training.inputs.batches import Batches
 from training.metrics import Loss, loss_value
 from training.optim import sensible_rates
+from training.steps import StepOptions, Steps
 
 if TYPE_CHECKING:
     from training.plots import Plot
@@ -119,6 +121,7 @@ def find_lr(
     *,
     loss: Loss,
     seed: int,
+    options: StepOptions | None = None,
     start: float = START,
     end: float = END,
     steps: int = STEPS,
@@ -137,6 +140,7 @@ def find_lr(
         make_optimizer: makes the optimizer; the proportions between its groups' rates are kept.
         loss: of logits and targets.
         seed: of order, views and dropout.
+        options: how steps are made; each of one batch, whatever it accumulates.
         start: the first rate of the last group; with SGD and a linear head a hundredth of it, as of all rates.
         end: the last one, likewise.
         steps: at most so many batches.
@@ -150,6 +154,7 @@ def find_lr(
     """
     if not 0 < start < end or steps < 2:
         raise ValueError(f"The finder needs 0 < start < end and 2 or more steps, not {start}, {end} and {steps}.")
+    options = replace(options or StepOptions(), accumulate=1)
     optimizer = make_optimizer()
     rates = sensible_rates(optimizer, tail)
     a_pass = len(train) // train.passes
@@ -158,7 +163,9 @@ def find_lr(
     smoothed: list[float] = []
     if needs_curve or a_pass >= _FEW:
         scaled = (rates.scale * start, rates.scale * end)
-        lrs, losses, smoothed = _curve(tail, train, optimizer, scaled, loss=loss, seed=seed, steps=steps)
+        lrs, losses, smoothed = _curve(
+            tail, train, optimizer, scaled, loss=loss, seed=seed, options=options, steps=steps
+        )
     curve = lrs[smoothed.index(min(smoothed))] / 10 if lrs else None
     if a_pass < _FEW or curve is None:
         first, why = rates.default, f"{a_pass} batch{'es are' if a_pass != 1 else ' is'} too few to find a rate by"
@@ -169,7 +176,9 @@ def find_lr(
     chosen, helps = _first_that_helps(
         first,
         rates.floor,
-        lambda lr: _trial(tail, train, make_optimizer, _MARGIN * lr, loss=loss, seed=seed, steps=steps),
+        lambda lr: _trial(
+            tail, train, make_optimizer, _MARGIN * lr, loss=loss, seed=seed, options=options, steps=steps
+        ),
     )
     if not helps:
         origin = "what made the loss worse by least, as every rate that was tried did,"
@@ -194,12 +203,14 @@ def _curve(
     *,
     loss: Loss,
     seed: int,
+    options: StepOptions,
     steps: int,
 ) -> tuple[list[float], list[float], list[float]]:
     """Rate, loss and smoothed loss of each step while the rate rises from one end of `span` to the other."""
     before = copied_tensors(tail)
     start, end = span
     shares = [group["lr"] / optimizer.param_groups[-1]["lr"] for group in optimizer.param_groups]
+    made = Steps(tail, optimizer, loss, device=train.device, options=options, is_deferred=False)
     planned = [start * (end / start) ** (number / (steps - 1)) for number in range(steps)]
     lrs: list[float] = []
     losses: list[float] = []
@@ -210,18 +221,17 @@ def _curve(
             for lr, (inputs, targets) in zip(planned, _repeated(train, seed), strict=False):
                 for group, share in zip(optimizer.param_groups, shares, strict=True):
                     group["lr"] = lr * share
-                optimizer.zero_grad(set_to_none=True)
-                value = loss_value(loss, tail(inputs), targets)
-                number = float(value.detach())
+                number = float(made.add(inputs, targets)[0])
                 mean = _MOMENTUM * mean + (1 - _MOMENTUM) * number
                 debiased = mean / (1 - _MOMENTUM ** (len(losses) + 1))
-                if not math.isfinite(debiased) or (len(losses) > 10 and debiased > _STOP * min(smoothed)):
+                if len(losses) > 10 and debiased > _STOP * min(smoothed):
                     break
                 lrs.append(lr)
                 losses.append(number)
                 smoothed.append(debiased)
-                value.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                made.make()
+    except FloatingPointError:
+        pass
     finally:
         put_back(tail, before)
         optimizer.zero_grad(set_to_none=True)
@@ -259,6 +269,7 @@ def _trial(
     *,
     loss: Loss,
     seed: int,
+    options: StepOptions,
     steps: int,
 ) -> tuple[float, float]:
     """The loss, in eval mode, of batches that it leaves out: before an epoch at a rate, and worst in its later half.
@@ -270,6 +281,7 @@ def _trial(
     last = optimizer.param_groups[-1]["lr"]
     for group in optimizer.param_groups:
         group["lr"] *= lr / last
+    made = Steps(tail, optimizer, loss, device=train.device, options=options, is_deferred=False)
     epoch = train.epoch(seed, 0)
     # They lie in memory, so they are few. Of a single batch there is none to leave out.
     a_pass = len(train) // train.passes
@@ -281,7 +293,8 @@ def _trial(
             worst = -math.inf
             for number, (inputs, targets) in enumerate(islice(epoch, num_steps) if a_pass > 1 else judges, start=1):
                 with training_mode(tail):
-                    step(tail, inputs.clone(), targets, loss, optimizer)
+                    made.add(inputs.clone(), targets)
+                    made.make()
                 if number == num_steps or (2 * number > num_steps and number % max(num_steps // _LOOKS, 1) == 0):
                     seen = _mean_loss(tail, judges, loss)
                     worst = math.inf if math.isnan(seen) else max(worst, seen)

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 from featstore.digest import Json
 from featstore.models.runs import check_free
 from training import schedules, settings
+from training.averages import SWA, Averaging
+from training.losses import ClassWeights
 from training.optim import LearningRate, numbers
+from training.steps import StepOptions, TrainingPrecision
 
 if TYPE_CHECKING:
     from training.history import Record
@@ -32,7 +35,18 @@ class FitOptions(TypedDict, total=False):
             once a cycle. Default: one_cycle of `Learner.fit`, cosine of `Learner.fit_cycles`.
         weight_decay: of every parameter, 0.01; `optim.build` says what it is of a linear head.
         on_epoch_end: gets each epoch's record.
-        keep: the weights that remain: of the ``last`` epoch, or of the ``best``, with the lowest validation loss.
+        keep: the weights that remain: of the ``last`` epoch, or of the ``best`` by `monitor`.
+        monitor: the number on record that says how good an epoch was: valid_loss, train_loss or a metric; of a metric
+            of your own with its better direction, ("name", "max") or ("name", "min").
+        patience: ends the fit after so many epochs in a row that weren't better than the best; None: never.
+        label_smoothing: share of each target that goes to all classes alike, in training steps; losses of scores are
+            without it.
+        class_weights: of training steps, one a class in their order, or ``balanced``: as often as a class is rarer.
+        clip: highest norm of all gradients of a step together; None: any.
+        accumulate: batches a step. Their gradients are those of one batch so many times as large; the schedule counts
+            steps.
+        precision: of training steps: fp32, or mixed with bf16 or fp16 (`torch.autocast`). Scores are computed in fp32.
+        average: `EMA` or `SWA`: a mean of the weights, which is scored and remains.
         checkpoint: a folder that the fit is kept in, after each epoch and where Ctrl-C, SIGTERM or SIGHUP ends it
             (after the step; a second signal ends it at once). It stays when the fit is done: delete it.
         resume: goes on from the checkpoint, if there is one, to the weights and history that the fit would have
@@ -43,6 +57,14 @@ class FitOptions(TypedDict, total=False):
     weight_decay: float
     on_epoch_end: Callable[[Record], Any] | None
     keep: Literal["last", "best"]
+    monitor: str | tuple[str, str]
+    patience: int | None
+    label_smoothing: float
+    class_weights: ClassWeights | None
+    clip: float | None
+    accumulate: int
+    precision: TrainingPrecision
+    average: Averaging | None
     checkpoint: str | os.PathLike[str] | None
     resume: bool
 
@@ -64,17 +86,35 @@ class Plan:
     weight_decay: float = 0.01
     on_epoch_end: Callable[[Record], Any] | None = None
     keep: Literal["last", "best"] = "last"
+    monitor: str | tuple[str, str] = "valid_loss"
+    patience: int | None = None
+    label_smoothing: float = 0.0
+    class_weights: ClassWeights | None = None
+    clip: float | None = None
+    accumulate: int = 1
+    precision: TrainingPrecision = "fp32"
+    average: Averaging | None = None
     checkpoint: str | os.PathLike[str] | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cycles", tuple(settings.checked("epochs", each) for each in self.cycles))
         object.__setattr__(self, "weight_decay", float(settings.checked("weight_decay", self.weight_decay)))
-        for name in ("keep", "checkpoint", "snapshot", "on_epoch_end"):
-            settings.checked(name, getattr(self, name))
+        for name in (*_LATER, "keep", "checkpoint", "snapshot", "on_epoch_end"):
+            object.__setattr__(self, name, settings.checked(name, getattr(self, name)))
         schedules.check(self.schedule)
         if self.resume and self.checkpoint is None:
             raise ValueError("resume needs a checkpoint to go on from. Give it: checkpoint=.")
+        if isinstance(self.average, SWA) and (self.keep, self.patience) != ("last", None):
+            raise ValueError(
+                "SWA is the mean of a fit's last epochs, so there is no best of them to keep or to wait for. Leave "
+                "keep and patience out, or take EMA."
+            )
+
+    @property
+    def steps(self) -> StepOptions:
+        """How steps are made."""
+        return StepOptions(clip=self.clip, accumulate=self.accumulate, precision=self.precision)
 
     @property
     def folder(self) -> Path | None:
@@ -97,14 +137,24 @@ class Plan:
                 check_free(self.run_of(cycle), overwrite=goes_on)
 
     def facts(self) -> dict[str, Json]:
-        """What of it decides values, as JSON values."""
+        """What of it decides values, as JSON values; options that came later, only where they aren't the default."""
+        later = {name: getattr(self, name) for name, default in _LATER.items() if getattr(self, name) != default}
         return {
             "epochs": list(self.cycles),
             "lr": None if self.lr is None else numbers(self.lr),
             "schedule": self.schedule,
             "weight_decay": self.weight_decay,
             "keep": self.keep,
+            **{name: value if isinstance(value, str | int | float) else repr(value) for name, value in later.items()},
         }
+
+
+_LATER: dict[str, object] = {
+    each.name: each.default
+    for each in fields(Plan)
+    if each.name in FitOptions.__annotations__
+    and each.name not in ("schedule", "weight_decay", "on_epoch_end", "keep", "checkpoint", "resume")
+}
 
 
 def takes_fit_options(**defaults: object) -> Callable[[AnyCallable], AnyCallable]:

@@ -14,6 +14,8 @@ from featstore.errors import OnError, check_choice
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
 from featstore.store.store import FeatureStore
+from training.averages import EMA, SWA
+from training.steps import TRAINING_PRECISIONS
 
 FIXED = ("classes", "task", "device")
 """What is set once, when a learner is made."""
@@ -22,8 +24,21 @@ _CHOICES = {
     "on_missing": ("error", "images", "extract"),
     "on_error": get_args(OnError),
     "keep": ("last", "best"),
+    "precision": TRAINING_PRECISIONS,
 }
-_MAY_BE_NONE = ("store", "augment", "workers", "loss", "on_epoch_end", "checkpoint", "snapshot")
+_MAY_BE_NONE = (
+    "store",
+    "augment",
+    "workers",
+    "loss",
+    "on_epoch_end",
+    "checkpoint",
+    "snapshot",
+    "patience",
+    "class_weights",
+    "clip",
+    "average",
+)
 _KINDS: dict[str, tuple[Any, str]] = {
     "store": (FeatureStore, 'a store, FeatureStore("features")'),
     "augment": (Augment, 'an augmentation with its seeds, Augment("flip", seeds=range(4))'),
@@ -33,6 +48,13 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "on_epoch_end": (Callable, "a function that takes an epoch's record"),
     "checkpoint": ((str, PathLike), "a folder's name"),
     "snapshot": ((str, PathLike), "a folder's name"),
+    "monitor": ((str, tuple), 'the name of a number on record, or ("name", "max")'),
+    "patience": (Integral, "a number of epochs"),
+    "label_smoothing": (Real, "a number of at least 0 and below 1"),
+    "class_weights": ((str, Iterable), '"balanced", or a number a class'),
+    "clip": (Real, "a number above 0"),
+    "accumulate": (Integral, "a number of batches"),
+    "average": ((EMA, SWA), "EMA(decay) or SWA(start)"),
     "num_cycles": (Integral, "a number of cycles"),
     "cycle_len": (Integral, "a number of epochs"),
     "cycle_mult": (Integral, "a whole number"),
@@ -51,8 +73,12 @@ _LOWEST = {
     "seed": 0,
     "workers": 0,
     "weight_decay": 0,
+    "patience": 1,
+    "label_smoothing": 0,
+    "clip": 0,
+    "accumulate": 1,
 }
-_HIGHEST = {"seed": 2**63 - 1}  # that torch's generators take
+_HIGHEST = {"seed": 2**63 - 1, "label_smoothing": 1}  # that torch's generators take; all of it
 
 
 def check_given(model: object, images: object, store: object) -> None:
@@ -98,6 +124,10 @@ def checked(name: str, value: Any) -> Any:
         raise ValueError(f"{name} is {value}; expected at least {_LOWEST[name]}{', and finite' * (kind is Real)}.")
     if name in _HIGHEST and value > _HIGHEST[name]:
         raise ValueError(f"{name} is {value}; expected at most {_HIGHEST[name]}.")
-    if kind is Integral:
-        return int(value)  # numpy's go into no JSON
+    if kind in (Integral, Real):  # numpy's go into no JSON
+        return int(value) if kind is Integral else float(value)
+    if name == "class_weights" and not isinstance(value, str):
+        return tuple(float(each) for each in value)
+    if name == "class_weights" and value != "balanced":
+        raise ValueError(f'class_weights is {value!r}; expected "balanced", or a number a class.')
     return value.evaluation if name == "view" else value

@@ -77,14 +77,14 @@ ROOMS: dict[str, Rooms] = {
         ("", ("__main__",)),
     ),
     "training": (
-        ("", ("metrics", "choices", "schedules", "history", "outcomes", "plots", "heads")),
+        ("", ("metrics", "choices", "schedules", "monitor", "history", "outcomes", "plots", "heads")),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
             (
-                "class_tables", "splits", "optim", "interrupts", "fit", "checkpoints", "lr_find", "predict",
-                "placement", "settings", "plan", "saved", "export", "learner", "ensembles", "recipes", "__init__",
-                "cli", "__main__",
+                "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses", "ranks", "steps",
+                "fit", "checkpoints", "lr_find", "predict", "placement", "settings", "plan", "saved", "export",
+                "learner", "ensembles", "recipes", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -112,6 +112,7 @@ DOORS = {
         "training.export",
     },
     "pyarrow": {"featstore.exchange.export", "featstore.images.parquet_tables"},
+    "torch.distributed": {"training.ranks"},
     "typer": {
         "featstore.cli.program",
         "featstore.cli.flags",
@@ -144,6 +145,7 @@ SURFACE: dict[str, str] = {
     "extraction.defaults": "DEFAULT_SPLIT_SEED DEFAULT_VALID",
     "extraction.extract": "extract",
     "extraction.remedy": "extract_remedy seed_ranges",
+    "extraction.shards": "local_device local_threads",
     "files.storage_types": "DEFAULT_STORAGE_TYPE STORAGE_TYPES",
     "images.contents": "is_changed overlap_note",
     "images.digests": "Digests KnownDigest KnownDigests",
@@ -156,6 +158,7 @@ SURFACE: dict[str, str] = {
     "images.render": "Job doubts_note render",
     "images.sources": "AbsentSource FolderSource",
     "images.views": "Augment GivenPolicy View",
+    "machine": "num_processors",
     "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
     "models.layer_groups": "layer_groups",

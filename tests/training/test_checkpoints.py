@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from featstore import Augment, FeatureStore, FeatureStoreError, ImageSet, extract
 from featstore.errors import DamagedFileError, FactsDifferError
-from training import History, Learner
+from training import EMA, SWA, History, Learner
 from training.interrupts import held_back
 
 pytestmark = pytest.mark.usefixtures("heeds_signals")
@@ -89,6 +89,19 @@ FITS: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
     "stored_views": (True, {"augment": Augment("flip", seeds=range(3))}, {"keep": "best"}),
     "stored_maps_and_sgd": (True, {"freeze_to": "layer1", "optimizer": "sgd", "batch_size": 6}, {"lr": (1e-3, 1e-2)}),
     "a_linear_head_of_several_passes_and_the_finders_rate": (True, {"head": "linear"}, {"lr": None}),
+    "several_batches_a_step_and_a_mean_of_weights": (
+        True,
+        {"batch_size": 3},
+        {
+            "accumulate": 2,
+            "average": EMA(0.7),
+            "clip": 0.1,
+            "precision": "fp16",
+            "patience": 5,
+            "monitor": "train_loss",
+        },
+    ),
+    "a_mean_of_epochs": (True, {}, {"average": SWA(start=0.3), "schedule": "constant"}),
     "fresh_views": (
         False,
         {"augment": Augment("side_on", seeds="fresh"), "optimizer": own_sgd, "freeze_to": "layer1"},

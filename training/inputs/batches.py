@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featstore.errors import OnError
+from featstore.errors import FeatureStoreError, OnError
 from featstore.images.render import Job, doubts_note, render
 from featstore.images.views import View
 from featstore.models.modes import eval_mode, numerics
@@ -58,6 +58,7 @@ class Batches:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
         self.source, self.situation = source, situation
         self.batch_size, self.workers, self.passes, self.first_pass = batch_size, workers, passes, first_pass
+        self.share = (0, 1)
         self.device = situation.device
         self.on_error: OnError = situation.on_error
         targets = source.images.targets
@@ -69,13 +70,26 @@ class Batches:
         self.failures: dict[str, str] = {}  # id -> reason, of images that were left out
         self.doubts: dict[str, str] = {}  # the same of images that were decoded with doubts
 
+    def share_with(self, place: int, count: int) -> None:
+        """Leaves to `count` processes their shares of every batch in training; this one is at `place`, from 0.
+
+        Raises:
+            ValueError: if a batch is too small for them.
+        """
+        if self.batch_size < 2 * count:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, that of {count} processes together; expected at least {2 * count}, "
+                "two images for each. Give a larger one, or start fewer processes."
+            )
+        self.share = (place, count)
+
     def __len__(self) -> int:
         """Batches an epoch in training."""
         return self.passes * self._a_pass
 
     @property
     def _a_pass(self) -> int:
-        return num_batches(self.num_images, self.batch_size)
+        return num_batches(self.num_images, self.batch_size, least=2 * self.share[1])
 
     @property
     def num_images(self) -> int:
@@ -101,12 +115,53 @@ class Batches:
             if unread == self._a_pass:
                 continue
             order = np.random.default_rng([seed, number, 0]).permutation(self.num_images)
-            chunks = self._chunks(order[unread * self.batch_size :], self._views(seed, number))
-            for inputs, rows in self._batched(chunks, merge_single=True):
+            for inputs, rows in self._pass(order[unread * self.batch_size :], self._views(seed, number)):
                 if skip:
                     skip -= 1
                 else:
                     yield inputs, self.targets[rows].to(self.device)
+
+    def _pass(
+        self, order: NDArray[np.int64], views: NDArray[np.int64] | int
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """The batches of a pass, or this process's share of each."""
+        place, count = self.share
+        if count == 1:
+            yield from self._batched(self._chunks(order, views), merge_single=True)
+            return
+        number = num_batches(len(order), self.batch_size, least=2 * count)
+        ends = [self.batch_size * each for each in range(1, number)]
+        shares = [each[place::count] for each in np.split(order, ends)]
+        yield from self._shared(self._chunks(np.concatenate(shares), views), shares)
+
+    def _shared(
+        self, chunks: Iterator[tuple[Tensor, NDArray[np.int64]]], shares: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """Chunks cut anew into the shares planned, less what can't be read: all processes have as many batches.
+
+        Raises:
+            FeatureStoreError: if nothing of a share can be read.
+        """
+        held: list[tuple[Tensor, NDArray[np.int64]]] = []
+        count = 0
+        for share in shares:
+            while count < len(share) and (chunk := next(chunks, None)) is not None:
+                held.append(chunk)
+                count += len(chunk[1])
+            arrived = iter(np.concatenate([rows for _, rows in held]).tolist() if held else [])
+            row = next(arrived, None)
+            size = 0
+            for planned in share.tolist():
+                if planned == row:
+                    size, row = size + 1, next(arrived, None)
+            if not size:
+                raise FeatureStoreError(
+                    f"Not one of the {len(share):,} images that this process has of a batch could be read. Give images "
+                    "that can be, or a larger batch size."
+                )
+            batch, held = _taken(held, size)
+            count -= size
+            yield batch
 
     def _unread(self, skip: int) -> int:
         """How many of the batches that a pass is to skip needn't be read for that, as later ones don't depend on them.
@@ -114,7 +169,7 @@ class Batches:
         The frozen part runs over so many rows at a time, which are to lie in the same passes. Images that can't be read
         leave gaps, so that where a batch begins shows in reading alone.
         """
-        if self.failures:
+        if self.failures or self.share[1] > 1:
             return 0
         if skip >= self._a_pass:
             return self._a_pass
@@ -126,10 +181,10 @@ class Batches:
         """Rows that are read, and run through the frozen part, at a time."""
         return self.batch_size if self._trunk is None and self._rest is None else self.fixed_size
 
-    def in_order(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    def in_order(self, *, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         """One pass over the first view, in the order of the images: (inputs, row numbers)."""
-        order = np.arange(self.num_images)
-        return self._batched(self._chunks(order, np.zeros(len(order), np.int64)), merge_single=False)
+        order = np.arange(share[0], self.num_images, share[1])
+        return self._batched(self._chunks(order, np.zeros(self.num_images, np.int64)), merge_single=False)
 
     def _views(self, seed: int, number: int) -> NDArray[np.int64] | int:
         """For each image the place of its view; with fresh views, the seed that all of them use."""
@@ -275,10 +330,10 @@ def doubtful_note(*passes: Batches | None) -> str | None:
     return doubts_note({name: reason for each in passes if each is not None for name, reason in each.doubts.items()})
 
 
-def num_batches(num_images: int, batch_size: int) -> int:
-    """Batches of a pass in training: a last one of a single image joins the one before it."""
+def num_batches(num_images: int, batch_size: int, *, least: int = 2) -> int:
+    """Batches of a pass in training: a last one of fewer than `least` images joins the one before it."""
     full, rest = divmod(num_images, batch_size)
-    return full + (rest > 1 or (rest == 1 and full == 0))
+    return full + (rest >= least or (rest > 0 and full == 0))
 
 
 def fresh_seed(seed: int, number: int) -> int:

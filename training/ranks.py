@@ -1,0 +1,102 @@
+"""Ranks: processes that fit one model together, each on its share of every batch; the one door to torch.distributed.
+
+A batch size is that of all of them together, so their number changes neither a rate nor the number of steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from featstore.extraction.shards import local_device, local_threads
+from featstore.machine import num_processors
+from featstore.models.trunk import choose_device
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a fit, as one of them sees them.
+
+    Attributes:
+        rank: of this one, from 0.
+        count: of all.
+        device: that this one computes on.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def present(cls, device: torch.device) -> Ranks | None:
+        """Those that torch.distributed knows, where these are several; None for a process alone."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return None
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def wrapped(self, tail: nn.Module) -> nn.Module:
+        """`tail` with the same weights in all processes, whose backward pass takes the mean of all gradients."""
+        return DistributedDataParallel(tail, device_ids=None if self.device.index is None else [self.device.index])
+
+    def totals(self, *numbers: float) -> list[float]:
+        """The sum over all processes of each number."""
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(values)
+        return values.tolist()
+
+    def firsts(self, number: float) -> float:
+        """The first process's number."""
+        value = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.broadcast(value, src=0)
+        return float(value)
+
+    def any(self, holds: bool) -> bool:
+        """Whether it holds in any process."""
+        return self.totals(float(holds))[0] > 0
+
+    def share_buffers(self, tail: nn.Module) -> None:
+        """Gives all processes the first one's statistics: each has seen other images."""
+        for buffer in tail.buffers():
+            dist.broadcast(buffer, src=0)
+
+    def joined(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``(N, K)`` and row numbers ``(N,)`` of all processes, in the order of the rows; on the CPU."""
+        found: list[tuple[Tensor, Tensor]] = [(logits, rows)] * self.count
+        dist.all_gather_object(found, (logits, rows))
+        all_rows = torch.cat([each for _, each in found])
+        order = all_rows.argsort()
+        return torch.cat([each for each, _ in found])[order], all_rows[order]
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        dist.barrier()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Joins the processes that torchrun has started beside this one, while the block lasts; alone it does nothing.
+
+    It gives the device of this one: of several GPUs of a machine each process has its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available() or dist.is_initialized():
+        yield device
+        return
+    own = local_device(device, os.environ, num_gpus=torch.cuda.device_count())
+    chosen = choose_device(own)
+    threads = local_threads(chosen.type, os.environ, num_processors=num_processors())
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()
