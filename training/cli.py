@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -524,6 +525,8 @@ def _few_steps(steps: int, batch_size: int) -> str:
 def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:
     from training.saved import read_scores
 
+    if os.environ.get("RANK", "0") != "0":  # of several processes that torchrun has started, one reports
+        return
     record = learn.history.best
     scored = read_scores(Path(out))
     if output.json:

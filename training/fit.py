@@ -108,7 +108,8 @@ def run_epochs(
         started = time.perf_counter() - at.seconds
         if course.begins_cycle(at.epoch) and not at.epoch_losses:
             at.cycle_start = len(history.losses)
-        with seeded(seed, train.pass_before(at.epoch), train.device), training_mode(tail):
+        own_seed = seed if ranks is None else seed + (ranks.rank << 32)  # of dropout: each has other rows
+        with seeded(own_seed, train.pass_before(at.epoch), train.device), training_mode(tail):
             put_random_states(at.random, train.device)
             batches = train.epoch(seed, at.epoch, skip=len(at.epoch_losses))
             is_whole = _run_epoch(batches, at, tail, steps, course, average=average, should_stop=should_stop)

@@ -62,7 +62,7 @@ from training.outcomes import Outcomes
 from training.placement import Placement, reduction_of, with_head
 from training.plan import FitOptions, Plan, check_options, takes_fit_options
 from training.predict import Items, Prediction, as_images, outputs_words, predictions, probabilities
-from training.ranks import Ranks
+from training.ranks import Ranks, check_alone, is_first, written_by_first
 from training.splits import PastSplit, present_split
 from training.steps import Steps
 
@@ -500,6 +500,16 @@ class Learner:
         absent trunk is saved by its digests.
         """
         folder = Path(folder)
+        with written_by_first(folder) as is_mine:
+            if is_mine:
+                self._write(folder, overwrite=overwrite)
+        made_by = self.model.origin.get("architecture")
+        if made_by is not None:  # else no command can make the model anew
+            origin = {"backbone": str(folder), "architecture": made_by}
+            self._origins.append(Origin(origin, self.model.digests(), self.view))
+        return folder
+
+    def _write(self, folder: Path, *, overwrite: bool) -> None:
         with new_run(folder, overwrite=overwrite) as made:
             facts = saved.run_facts(
                 self.model,
@@ -513,11 +523,6 @@ class Learner:
             )
             write_run(made, facts, self.model.tensors())
             self._write_reports(made)
-        made_by = self.model.origin.get("architecture")
-        if made_by is not None:  # else no command can make the model anew
-            origin = {"backbone": str(folder), "architecture": made_by}
-            self._origins.append(Origin(origin, self.model.digests(), self.view))
-        return folder
 
     def export(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> ExportReport:
         """Writes the whole model as pt2, onnx or state-dict for other programs: see `training.export`."""
@@ -649,6 +654,7 @@ class Learner:
                 past.check(training, training.digests(situation.known))
         inputs = derive(situation, self.augment)
         if inputs.first is not None:
+            check_alone("extracts what a fit is missing")
             self._say(inputs.first)
             for note in extract_missing(situation, self.augment, progress=not self.quiet):
                 self._say(note)
@@ -690,7 +696,7 @@ class Learner:
         return {"loss": loss, **scores.metric_values(self._scores(), logits, targets), "images": len(logits)}
 
     def _say(self, text: str | None) -> None:
-        if text is not None and not self.quiet:
+        if text is not None and not self.quiet and is_first():
             print(printable(text), file=sys.stderr)
 
     def _say_trained(self, images: ImageSet) -> None:

@@ -9,13 +9,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from featstore.extraction.shards import local_device, local_threads
+from featstore.errors import FeatureStoreError
+from featstore.extraction.shards import local_device, local_threads, local_workers
 from featstore.machine import num_processors
 from featstore.models.trunk import choose_device
 
@@ -37,7 +40,7 @@ class Ranks:
     @classmethod
     def present(cls, device: torch.device) -> Ranks | None:
         """Those that torch.distributed knows, where these are several; None for a process alone."""
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not _are_several():
             return None
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
@@ -74,21 +77,63 @@ class Ranks:
         order = all_rows.argsort()
         return torch.cat([each for each, _ in found])[order], all_rows[order]
 
-    def wait(self) -> None:
-        """Until all have come here."""
-        dist.barrier()
+
+def is_first() -> bool:
+    """Whether this process is alone, or the first of several."""
+    return not _are_several() or dist.get_rank() == 0
+
+
+def check_alone(what: str) -> None:
+    """Checks that no other process does the same at this moment.
+
+    Raises:
+        FeatureStoreError: if there are several; `what` says what can't be shared.
+    """
+    if _are_several():
+        raise FeatureStoreError(
+            f"{dist.get_world_size()} processes share this fit, and one alone {what}. Extract first (featstore "
+            'extract), or train from images: on_missing="images".'
+        )
 
 
 @contextmanager
-def joined(device: str) -> Iterator[str]:
+def written_by_first(path: Path) -> Iterator[bool]:
+    """Whether this process is the one to write `path`; all go on once that has ended.
+
+    Raises:
+        FeatureStoreError: in the other processes, where the first one failed.
+    """
+    if not _are_several():
+        yield True
+        return
+    has_failed = True
+    try:
+        yield is_first()
+        has_failed = False
+    finally:
+        told = [has_failed]
+        dist.broadcast_object_list(told, src=0)
+    if told[0]:
+        raise FeatureStoreError(f"The first process couldn't write {path}; its own error says why.")
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def joined(device: torch.device | str = "auto", workers: int | None = None) -> Iterator[dict[str, Any]]:
     """Joins the processes that torchrun has started beside this one, while the block lasts; alone it does nothing.
 
-    It gives the device of this one: of several GPUs of a machine each process has its own.
+    It gives arguments of `Learner`: of several GPUs of a machine each process has its own, and a share of the
+    processors.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available() or dist.is_initialized():
-        yield device
+        yield {"device": device, "workers": workers}
         return
-    own = local_device(device, os.environ, num_gpus=torch.cuda.device_count())
+    own = local_device(str(device), os.environ, num_gpus=torch.cuda.device_count())
+    if workers is None:
+        workers = local_workers(os.environ, num_processors=num_processors())
     chosen = choose_device(own)
     threads = local_threads(chosen.type, os.environ, num_processors=num_processors())
     if threads is not None:
@@ -97,6 +142,6 @@ def joined(device: str) -> Iterator[str]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield own
+        yield {"device": own, "workers": workers}
     finally:
         dist.destroy_process_group()

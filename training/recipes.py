@@ -1,4 +1,7 @@
-"""Recipes: the two usual jobs as functions, each a few lines over Learner, and the twins of the two commands."""
+"""Recipes: the two usual jobs as functions, each a few lines over Learner, and the twins of the two commands.
+
+Under torchrun its processes share the job: a batch is that of all together, and the first one writes the run.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from training.checkpoints import delete_fit, read_fit
 from training.choices import CHECKPOINT
 from training.learner import Learner
 from training.optim import LearningRate
+from training.ranks import is_first, joined
 
 
 def train_head(
@@ -36,11 +40,12 @@ def train_head(
     The function behind ``featstore-train head``. `options` are those of `Learner`; `out` names a run folder. The fit
     is kept beside it until the run is saved (`checkpoint_of`), and `resume` goes on from there.
     """
-    check_out(out, overwrite=overwrite, resume=resume)
-    learn = Learner(model, images, store, **options)
-    if freeze_to is not None:
-        learn.freeze_to(freeze_to)
-    return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
+    with joined(options.pop("device", "auto"), options.pop("workers", None)) as own:
+        check_out(out, overwrite=overwrite, resume=resume)
+        learn = Learner(model, images, store, **options, **own)
+        if freeze_to is not None:
+            learn.freeze_to(freeze_to)
+        return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
 
 
 def finetune(
@@ -76,17 +81,18 @@ def finetune(
         trust_code: as in `Learner.load`.
         options: further arguments of `Learner`.
     """
-    check_out(out, overwrite=overwrite, resume=resume)
     settings = {"augment": augment, "on_missing": "images", **options}
-    if isinstance(model_or_run, str | Path):
-        learn = Learner.load(model_or_run, images, store, trust_code=trust_code, **settings)
-    else:
-        learn = Learner(model_or_run, images, store, **settings)
-    if freeze_to is None:
-        learn.unfreeze()
-    else:
-        learn.freeze_to(freeze_to)
-    return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
+    with joined(settings.pop("device", "auto"), settings.pop("workers", None)) as own:
+        check_out(out, overwrite=overwrite, resume=resume)
+        if isinstance(model_or_run, str | Path):
+            learn = Learner.load(model_or_run, images, store, trust_code=trust_code, **settings, **own)
+        else:
+            learn = Learner(model_or_run, images, store, **settings, **own)
+        if freeze_to is None:
+            learn.unfreeze()
+        else:
+            learn.freeze_to(freeze_to)
+        return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
 
 
 def checkpoint_of(out: str | Path) -> Path:
@@ -105,7 +111,7 @@ def check_out(out: str | Path | None, *, overwrite: bool, resume: bool) -> None:
             raise ValueError("resume goes on with what is kept beside a run. Give the run: out=.")
         return
     check_free(Path(out), overwrite=overwrite)
-    if overwrite and not resume:
+    if overwrite and not resume and is_first():
         delete_fit(checkpoint_of(out))
     if not resume:
         read_fit(checkpoint_of(out), resume=False)
@@ -118,10 +124,11 @@ def _fitted(
     try:
         learn.fit(epochs, lr, keep="best", checkpoint=checkpoint, resume=resume)
     except FloatingPointError:  # from the checkpoint it would come to the same again
-        if checkpoint is not None:
+        if checkpoint is not None and is_first():
             delete_fit(checkpoint)
         raise
     if out is not None and checkpoint is not None:
         learn.save(out, overwrite=overwrite)
-        delete_fit(checkpoint)
+        if is_first():
+            delete_fit(checkpoint)
     return learn

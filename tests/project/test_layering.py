@@ -145,7 +145,7 @@ SURFACE: dict[str, str] = {
     "extraction.defaults": "DEFAULT_SPLIT_SEED DEFAULT_VALID",
     "extraction.extract": "extract",
     "extraction.remedy": "extract_remedy seed_ranges",
-    "extraction.shards": "local_device local_threads",
+    "extraction.shards": "local_device local_threads local_workers",
     "files.storage_types": "DEFAULT_STORAGE_TYPE STORAGE_TYPES",
     "images.contents": "is_changed overlap_note",
     "images.digests": "Digests KnownDigest KnownDigests",
