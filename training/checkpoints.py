@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from featstore.digest import Json, digest_bytes, digest_json, digest_tensor
 from featstore.errors import FactsDifferError, FeatureStoreError
-from featstore.models.runs import check_free, located, new_run, read_run, write_run
+from featstore.models.runs import check_free, located, new_run, read_facts, read_run, write_run
 from featstore.source_code import closure_of
 from featstore.words import printable
 from training.averages import Average
@@ -177,11 +177,20 @@ def read_fit(path: Path, *, resume: bool) -> SavedFit | None:
     return saved
 
 
+def holds_fit(path: Path) -> bool:
+    """Whether `path` is a checkpoint, whole or damaged.
+
+    Raises:
+        FeatureStoreError: if something is there that is no run either.
+    """
+    place = located(path)
+    return place.is_dir() and any(place.iterdir()) and "checkpoint" in read_facts(path)
+
+
 def delete_fit(path: Path) -> None:
     """Deletes the checkpoint `path`, if there is one; anything else that lies there stays."""
-    place = located(path)
-    if place.is_dir() and any(place.iterdir()) and "checkpoint" in read_run(path).facts:
-        shutil.rmtree(place)
+    if holds_fit(path):
+        shutil.rmtree(located(path))
 
 
 @contextmanager

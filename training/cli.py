@@ -99,12 +99,12 @@ class TrainingFlags:
     def __post_init__(self) -> None:
         from featstore.models.runs import check_free, located
 
-        # Before anything is downloaded, read or computed; what would load torch, only if there is something to say.
-        check_free(Path(self.out), overwrite=self.overwrite)
-        if not self.overwrite and not self.resume and located(Path(f"{Path(self.out)}{choices.CHECKPOINT}")).exists():
+        # Before anything is downloaded, read or computed; what loads torch, only if there may be something to say.
+        if self.resume or located(Path(f"{Path(self.out)}{choices.CHECKPOINT}")).exists():
             from training.recipes import check_out
 
-            check_out(self.out, overwrite=False, resume=False)
+            check_out(self.out, overwrite=self.overwrite, resume=self.resume)
+        check_free(Path(self.out), overwrite=self.overwrite)
 
 
 @dataclass(frozen=True, kw_only=True)

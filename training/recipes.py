@@ -1,7 +1,4 @@
-"""Recipes: the two usual jobs as functions, each a few lines over Learner, and the twins of the two commands.
-
-Under torchrun its processes share the job: a batch is that of all together, and the first one writes the run.
-"""
+"""Recipes: the two usual jobs as functions, each a few lines over Learner, and the twins of the two commands."""
 
 from __future__ import annotations
 
@@ -10,16 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from featstore.errors import FeatureStoreError
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment
-from featstore.models.runs import check_free
+from featstore.models.runs import FACTS, check_free, located
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
-from training.checkpoints import delete_fit, read_fit
+from training.checkpoints import delete_fit, holds_fit, read_fit
 from training.choices import CHECKPOINT
 from training.learner import Learner
 from training.optim import LearningRate
-from training.ranks import is_first, joined
 
 
 def train_head(
@@ -40,12 +37,11 @@ def train_head(
     The function behind ``featstore-train head``. `options` are those of `Learner`; `out` names a run folder. The fit
     is kept beside it until the run is saved (`checkpoint_of`), and `resume` goes on from there.
     """
-    with joined(options.pop("device", "auto"), options.pop("workers", None)) as own:
-        check_out(out, overwrite=overwrite, resume=resume)
-        learn = Learner(model, images, store, **options, **own)
-        if freeze_to is not None:
-            learn.freeze_to(freeze_to)
-        return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
+    check_out(out, overwrite=overwrite, resume=resume)
+    learn = Learner(model, images, store, **options)
+    if freeze_to is not None:
+        learn.freeze_to(freeze_to)
+    return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
 
 
 def finetune(
@@ -81,18 +77,17 @@ def finetune(
         trust_code: as in `Learner.load`.
         options: further arguments of `Learner`.
     """
+    check_out(out, overwrite=overwrite, resume=resume)
     settings = {"augment": augment, "on_missing": "images", **options}
-    with joined(settings.pop("device", "auto"), settings.pop("workers", None)) as own:
-        check_out(out, overwrite=overwrite, resume=resume)
-        if isinstance(model_or_run, str | Path):
-            learn = Learner.load(model_or_run, images, store, trust_code=trust_code, **settings, **own)
-        else:
-            learn = Learner(model_or_run, images, store, **settings, **own)
-        if freeze_to is None:
-            learn.unfreeze()
-        else:
-            learn.freeze_to(freeze_to)
-        return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
+    if isinstance(model_or_run, str | Path):
+        learn = Learner.load(model_or_run, images, store, trust_code=trust_code, **settings)
+    else:
+        learn = Learner(model_or_run, images, store, **settings)
+    if freeze_to is None:
+        learn.unfreeze()
+    else:
+        learn.freeze_to(freeze_to)
+    return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
 
 
 def checkpoint_of(out: str | Path) -> Path:
@@ -101,7 +96,7 @@ def checkpoint_of(out: str | Path) -> Path:
 
 
 def check_out(out: str | Path | None, *, overwrite: bool, resume: bool) -> None:
-    """Checks that a run can be saved as `out`, and deletes the fit that is kept there if it is to be begun anew.
+    """Checks that a run can be saved as `out`; nothing is deleted yet.
 
     Raises:
         FeatureStoreError: if there is a run, or a fit, that is neither to be replaced nor gone on with.
@@ -110,25 +105,34 @@ def check_out(out: str | Path | None, *, overwrite: bool, resume: bool) -> None:
         if resume:
             raise ValueError("resume goes on with what is kept beside a run. Give the run: out=.")
         return
+    if resume and not overwrite and _is_run(Path(out)) and not holds_fit(checkpoint_of(out)):
+        raise FeatureStoreError(
+            f"{out} is a saved run, and no fit is kept beside it: it is done, and there is nothing to go on with. Use "
+            "it as it is; or train once more into another folder, or in its place with --overwrite (in Python: "
+            "overwrite=True)."
+        )
     check_free(Path(out), overwrite=overwrite)
-    if overwrite and not resume and is_first():
-        delete_fit(checkpoint_of(out))
-    if not resume:
+    if not resume and not (overwrite and holds_fit(checkpoint_of(out))):
         read_fit(checkpoint_of(out), resume=False)
+
+
+def _is_run(folder: Path) -> bool:
+    return (located(folder) / FACTS).is_file()
 
 
 def _fitted(
     learn: Learner, epochs: int, lr: LearningRate | None, out: str | Path | None, *, overwrite: bool, resume: bool
 ) -> Learner:
     checkpoint = None if out is None else checkpoint_of(out)
+    if checkpoint is not None and overwrite and not resume:  # as late as can be: what was wrong is said by now
+        delete_fit(checkpoint)
     try:
         learn.fit(epochs, lr, keep="best", checkpoint=checkpoint, resume=resume)
     except FloatingPointError:  # from the checkpoint it would come to the same again
-        if checkpoint is not None and is_first():
+        if checkpoint is not None:
             delete_fit(checkpoint)
         raise
     if out is not None and checkpoint is not None:
         learn.save(out, overwrite=overwrite)
-        if is_first():
-            delete_fit(checkpoint)
+        delete_fit(checkpoint)
     return learn

@@ -474,6 +474,39 @@ def test_overwrite_begins_an_interrupted_fit_anew(run: Run, here: Path, monkeypa
     assert (ran.code, "going on" in ran.err, (here / "runs/head.checkpoint").exists()) == (0, False, False)
 
 
+@pytest.mark.usefixtures("heeds_signals")
+def test_overwrite_deletes_no_fit_before_the_new_one_can_begin(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGINT, at=1)
+        assert head(run).code == 130
+    ran = head(run, "--overwrite", "--freeze-to", "layer9")
+    assert (ran.code, "no cut 'layer9'" in ran.last_words) == (2, True)
+    ran = head(run, "--resume")
+    assert (ran.code, "going on from runs/head.checkpoint" in ran.err) == (0, True)
+
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGINT, at=1)
+        assert head(run, "--overwrite").code == 130
+    tensors = here / "runs/head.checkpoint/model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    assert head(run, "--overwrite").code == 0  # and damaged it isn't in the way
+
+
+def test_resume_of_a_run_that_is_done_says_so(run: Run, here: Path) -> None:
+    head(run)
+    before = (here / "runs/head/model.safetensors").read_bytes()
+    assert head(run, "--resume") == Ran(
+        1,
+        "",
+        "runs/head is a saved run, and no fit is kept beside it: it is done, and there is nothing to go on with. Use "
+        "it as it is; or train once more into another folder, or in its place with --overwrite (in Python: "
+        "overwrite=True).\n",
+    )
+    assert (here / "runs/head/model.safetensors").read_bytes() == before
+
+
 def test_debug_adds_the_traceback(run: Run, here: Path) -> None:
     head(run)
     assert "Traceback" not in head(run).err
