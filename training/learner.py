@@ -32,6 +32,7 @@ from training import metrics as scores
 from training import optim, saved, schedules, settings
 from training.averages import Average, averaged
 from training.checkpoints import fit_facts, interruptible, read_fit
+from training.class_counts import imbalance_note
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
 from training.copies import copied_tensors, put_back
 from training.export import ExportReport, exported
@@ -313,7 +314,7 @@ class Learner:
         monitor = Monitor.of(plan.monitor, self._scores())
         kept = None if plan.folder is None else read_fit(plan.folder, resume=plan.resume)
         plan.check_snapshots(goes_on=kept is not None)
-        situation, inputs = self._ready()
+        situation, inputs = self._ready(plan)
         assert inputs.train is not None
         train = self._training_batches(inputs.train, situation)
         valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
@@ -424,7 +425,7 @@ class Learner:
         """
         check_options({**options})
         plan = Plan(**options)
-        situation, inputs = self._ready()
+        situation, inputs = self._ready(plan)
         assert inputs.train is not None
         train, tail = self._training_batches(inputs.train, situation), self._tail()
         before = copied_tensors(tail)
@@ -641,12 +642,14 @@ class Learner:
         passes = passes_an_epoch(self._tail(), num_batches(len(source.images), self.batch_size))
         return self._batches(source, situation, passes=passes, first_pass=self._passes or 0)
 
-    def _ready(self) -> tuple[Situation, Inputs]:
+    def _ready(self, plan: Plan) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""
         check_contrast(self.images)
         training = to_train(self.images)
         if self._passes is None:
             self._say(check_learnable(self.images, training))
+        if plan.class_weights is None and self._loss is None:  # which weighs classes as it does
+            self._say(imbalance_note(training))
         optim.build(self.model, 1.0, optimizer="sgd", weight_decay=0.0)  # raises if nothing would train
         situation = self._situation()
         for past in (self._seen, self._past):

@@ -82,9 +82,9 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses", "ranks", "steps",
-                "fit", "checkpoints", "lr_find", "predict", "placement", "settings", "plan", "saved", "export",
-                "learner", "ensembles", "recipes", "__init__", "cli", "__main__",
+                "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
+                "ranks", "steps", "fit", "checkpoints", "lr_find", "predict", "placement", "settings", "plan", "saved",
+                "export", "learner", "ensembles", "recipes", "__init__", "cli", "__main__",
             ),
         ),
     ),
