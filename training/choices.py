@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 HEADS = ("concat", "linear", "mlp")
 """The keys of `heads.HEADS`; a test holds them equal."""
+
+KEEP: tuple[Literal["last", "best"], ...] = ("last", "best")
+"""Whose weights remain after a fit."""
 
 CHECKPOINT = ".checkpoint"
 """What the name of a run ends in where its fit is kept until it is saved."""

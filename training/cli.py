@@ -29,6 +29,7 @@ from featstore.images.names import SPLITS
 from featstore.images.origins import as_cells, named_by
 from featstore.models.names import REDUCTIONS
 from training import choices
+from training.fit_flags import FitOptionFlags, LengthFlags
 
 # What loads torch is imported where a command needs it, so that words about the commands can be had without.
 if TYPE_CHECKING:
@@ -45,15 +46,15 @@ Defaults that depend on what is asked for:
                 maps or tokens before the network's own pooling
   --freeze-to   head: the cut; finetune: nothing is frozen
   --reduce      auto: concat for maps, token for a ViT, none for vectors
-  --lr          head: what the learning-rate finder suggests, printed
+  --lr          what the learning-rate finder suggests, printed
   --size ...    what the store has features of, else the weights' own
   --valid       0.2 of images without a split of their own, by --split-seed 0;
                 with a saved run (--from, --model, --backbone RUN_DIR): the
                 run's split, and new images dealt by its rule
-  AdamW with weight decay 0.01, one cycle; a linear head's inputs are scaled
-  to a deviation of 10, and its weight decay is 0.1, AdamW's epsilon 1.
-  The epoch with the lowest validation loss is saved and reported; without
-  validation, the last. An epoch is one pass over the training images; of
+  AdamW, one cycle; a linear head's inputs are scaled
+  to a deviation of 10, and its weight decay is ten times as high, AdamW's
+  epsilon 1. Saved and reported is the epoch with the lowest validation loss
+  (--keep last: the last); without validation, the last. An epoch is one pass over the training images; of
   a linear head that trains alone on few of them, up to four.
 
 \b
@@ -138,7 +139,6 @@ class FitFlags(ScoringFlags):
 FreezeToOption = Annotated[
     str | None, typer.Option("--freeze-to", metavar="CUT", help="The last frozen stage.", show_default="see below")
 ]
-EpochsOption = Annotated[int, typer.Option("--epochs", min=1, metavar="N", help="Epochs; see below for their passes.")]
 
 
 @app.command(epilog=DEFAULTS)
@@ -150,6 +150,8 @@ def head(
     view: ViewFlags,
     augment: AugmentFlags,
     training: TrainingFlags,
+    length: LengthFlags,
+    fit: FitOptionFlags,
     how: FitFlags,
     output: OutputFlags,
     cut: Annotated[
@@ -160,7 +162,6 @@ def head(
         str, typer.Option(metavar="|".join(("auto", *REDUCTIONS)), help="Reduction at the cut.")
     ] = "auto",
     kind: Annotated[str, typer.Option("--head", metavar="|".join(choices.HEADS), help="Kind of head.")] = "concat",
-    epochs: EpochsOption = 10,
     lr: Annotated[
         str | None,
         typer.Option("--lr", metavar="LR", help="Highest learning rate.", show_default="the finder's suggestion"),
@@ -197,12 +198,13 @@ def head(
         augment=augment.augmentation(),
         on_missing="extract" if extract else "error",
         view=_view(staged, feature_store, view, features),
-        epochs=epochs,
         lr=rate,
+        fit=fit.options(),
         out=training.out,
         overwrite=training.overwrite,
         resume=training.resume,
         allow_leak=training.allow_leak,
+        **length.arguments(),
         **how.options(),
     )
     if (steps := len(learn.history.losses)) < FEW_STEPS:
@@ -217,10 +219,18 @@ def finetune_command(
     view: ViewFlags,
     augment: AugmentFlags,
     training: TrainingFlags,
+    length: LengthFlags,
+    fit: FitOptionFlags,
     how: FitFlags,
     output: OutputFlags,
-    lr: Annotated[str, typer.Option(metavar="LR|LO,HI|A,B,C", help="One rate; low and high; or one a layer group.")],
-    epochs: EpochsOption,
+    lr: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LR|LO,HI|A,B,C",
+            help="One rate; low and high; or one a layer group.",
+            show_default="the finder's suggestion",
+        ),
+    ] = None,
     start: Annotated[
         str | None, typer.Option("--from", metavar="RUN_DIR", help="A saved run to go on with; or --backbone.")
     ] = None,
@@ -258,7 +268,9 @@ def finetune_command(
         )
     if start is not None and view != ViewFlags():
         raise ValueError("--size, --resize, --mean, --std, --interpolation and --decode come with the run of --from.")
-    rate = _learning_rate(lr)
+    if length.epochs is None and length.cycles is None:
+        raise ValueError("Nothing says how long to train. Expected a number of epochs: --epochs 5; or --cycles 3.")
+    rate = None if lr is None else _learning_rate(lr)
     from training.recipes import finetune  # torch: what was asked for is understood by now
 
     options: dict[str, Any] = {}
@@ -286,8 +298,8 @@ def finetune_command(
         given.images,
         store=None if store is None else open_store(store),
         freeze_to=freeze_to,
-        epochs=epochs,
         lr=rate,
+        fit=fit.options(),
         augment=augment.augmentation(),
         out=training.out,
         overwrite=training.overwrite,
@@ -295,6 +307,7 @@ def finetune_command(
         allow_leak=training.allow_leak,
         trust_code=how.trust_code,
         **options,
+        **length.arguments(),
         **how.options(),
     )
     _report_training(learn, training.out, output)

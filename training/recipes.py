@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
 from training.checkpoints import delete_fit, holds_fit, read_fit
 from training.choices import CHECKPOINT
+from training.history import History
 from training.learner import Learner
 from training.optim import LearningRate
+from training.plan import FitOptions, check_options
 
 
 def train_head(
@@ -25,8 +29,13 @@ def train_head(
     store: FeatureStore | None = None,
     *,
     freeze_to: str | None = None,
-    epochs: int = 10,
+    epochs: int | None = None,
     lr: LearningRate | None = None,
+    fit: FitOptions | None = None,
+    cycles: int | None = None,
+    cycle_len: int = 1,
+    cycle_mult: int = 1,
+    snapshot: str | Path | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -34,14 +43,17 @@ def train_head(
 ) -> Learner:
     """Trains a head (and the stages behind `freeze_to`, if given) and keeps the epoch with the lowest validation loss.
 
-    The function behind ``featstore-train head``. `options` are those of `Learner`; `out` names a run folder. The fit
-    is kept beside it until the run is saved (`checkpoint_of`), and `resume` goes on from there.
+    The function behind ``featstore-train head``. `epochs`, 10 where there are no cycles, and the rest of the fit are
+    as in `finetune`; `options` are those of `Learner`. `out` names a run folder. The fit is kept beside it until the
+    run is saved (`checkpoint_of`), and `resume` goes on from there.
     """
     check_out(out, overwrite=overwrite, resume=resume)
+    start = _fit_of(10 if epochs is None and cycles is None else epochs, lr, cycles, cycle_len, cycle_mult, snapshot)
+    _check_snapshots(snapshot, overwrite=overwrite, resume=resume)
     learn = Learner(model, images, store, **options)
     if freeze_to is not None:
         learn.freeze_to(freeze_to)
-    return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
+    return _fitted(learn, start, fit, out, snapshot, overwrite=overwrite, resume=resume)
 
 
 def finetune(
@@ -50,8 +62,13 @@ def finetune(
     *,
     store: FeatureStore | None = None,
     freeze_to: str | None = None,
-    epochs: int,
-    lr: LearningRate,
+    epochs: int | None = None,
+    lr: LearningRate | None = None,
+    fit: FitOptions | None = None,
+    cycles: int | None = None,
+    cycle_len: int = 1,
+    cycle_mult: int = 1,
+    snapshot: str | Path | None = None,
     augment: Augment | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -68,16 +85,23 @@ def finetune(
         images: as in `Learner`; without a split they get the run's.
         store: read where it has what the freeze point needs; otherwise images are read.
         freeze_to: the last frozen stage.
-        epochs: as in `Learner.fit`.
-        lr: one rate, one a layer group, or (low, high).
+        epochs: as in `Learner.fit`; or `cycles`.
+        lr: one rate, one a layer group, or (low, high). Default: what the finder suggests.
+        fit: further options of the fit; `keep` is ``best`` where they don't say.
+        cycles: how many, in place of epochs: `Learner.fit_cycles`.
+        cycle_len: epochs of the first.
+        cycle_mult: times so long as the one before is each that follows.
+        snapshot: folder of the runs that are saved at the ends of cycles.
         augment: of the training images.
         out: run folder to save; the fit is kept beside it until then.
-        overwrite: replaces a run there.
+        overwrite: replaces a run there, the fit that is kept beside it, and snapshots.
         resume: goes on with the fit that is kept there, if there is one.
         trust_code: as in `Learner.load`.
         options: further arguments of `Learner`.
     """
     check_out(out, overwrite=overwrite, resume=resume)
+    start = _fit_of(epochs, lr, cycles, cycle_len, cycle_mult, snapshot)
+    _check_snapshots(snapshot, overwrite=overwrite, resume=resume)
     settings = {"augment": augment, "on_missing": "images", **options}
     if isinstance(model_or_run, str | Path):
         learn = Learner.load(model_or_run, images, store, trust_code=trust_code, **settings)
@@ -87,7 +111,7 @@ def finetune(
         learn.unfreeze()
     else:
         learn.freeze_to(freeze_to)
-    return _fitted(learn, epochs, lr, out, overwrite=overwrite, resume=resume)
+    return _fitted(learn, start, fit, out, snapshot, overwrite=overwrite, resume=resume)
 
 
 def checkpoint_of(out: str | Path) -> Path:
@@ -116,18 +140,74 @@ def check_out(out: str | Path | None, *, overwrite: bool, resume: bool) -> None:
         read_fit(checkpoint_of(out), resume=False)
 
 
+def _fit_of(
+    epochs: int | None,
+    lr: LearningRate | None,
+    cycles: int | None,
+    cycle_len: int,
+    cycle_mult: int,
+    snapshot: str | Path | None,
+) -> Callable[[Learner, FitOptions], History]:
+    """The fit that is asked for, of a learner that isn't there yet.
+
+    Raises:
+        ValueError: if it isn't either of epochs or of cycles.
+    """
+    if (epochs is None) == (cycles is None):
+        said = "Nothing says how long to train" if epochs is None else f"epochs={epochs} and cycles={cycles} both do"
+        raise ValueError(f"{said}. Expected one of epochs, such as epochs=5, and cycles, such as cycles=3. Give one.")
+    if epochs is not None:
+        if (cycle_len, cycle_mult, snapshot) != (1, 1, None):
+            raise ValueError("cycle_len, cycle_mult and snapshot are of cycles. Give their number, or leave them out.")
+        return lambda learn, options: learn.fit(epochs, lr, **options)
+    assert cycles is not None
+    lengths: dict[str, Any] = {"cycle_len": cycle_len, "cycle_mult": cycle_mult, "snapshot": snapshot}
+    return lambda learn, options: learn.fit_cycles(cycles, lr, **lengths, **options)
+
+
+def _check_snapshots(snapshot: str | Path | None, *, overwrite: bool, resume: bool) -> None:
+    """Checks that earlier snapshots are to be replaced, where there are any."""
+    for run in _snapshots(snapshot) if not resume else ():
+        check_free(run, overwrite=overwrite)
+
+
+def _snapshots(folder: str | Path | None) -> list[Path]:
+    """The runs that an earlier fit of cycles has left: all of them, since an ensemble would take them together."""
+    return [] if folder is None else sorted(each for each in Path(folder).glob("cycle-*") if _is_run(each))
+
+
 def _is_run(folder: Path) -> bool:
     return (located(folder) / FACTS).is_file()
 
 
 def _fitted(
-    learn: Learner, epochs: int, lr: LearningRate | None, out: str | Path | None, *, overwrite: bool, resume: bool
+    learn: Learner,
+    start: Callable[[Learner, FitOptions], History],
+    fit: FitOptions | None,
+    out: str | Path | None,
+    snapshot: str | Path | None,
+    *,
+    overwrite: bool,
+    resume: bool,
 ) -> Learner:
-    checkpoint = None if out is None else checkpoint_of(out)
-    if checkpoint is not None and overwrite and not resume:  # as late as can be: what was wrong is said by now
-        delete_fit(checkpoint)
+    options: FitOptions = {"keep": "best", **(fit or {})}
+    checkpoint = None
+    if out is not None:
+        if {"checkpoint", "resume"} & options.keys():
+            raise ValueError(
+                f"The fit of a run is kept beside it, in {checkpoint_of(out)}, and goes on from there with "
+                "resume=True. Leave checkpoint and resume out of fit."
+            )
+        checkpoint = options["checkpoint"] = checkpoint_of(out)
+        options["resume"] = resume
+    check_options({**options})
+    if overwrite and not resume:  # as late as can be: what was wrong is said by now
+        if checkpoint is not None:
+            delete_fit(checkpoint)
+        for run in _snapshots(snapshot):
+            shutil.rmtree(located(run))
     try:
-        learn.fit(epochs, lr, keep="best", checkpoint=checkpoint, resume=resume)
+        start(learn, options)
     except FloatingPointError:  # from the checkpoint it would come to the same again
         if checkpoint is not None:
             delete_fit(checkpoint)

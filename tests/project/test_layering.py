@@ -84,7 +84,7 @@ ROOMS: dict[str, Rooms] = {
             (
                 "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
                 "ranks", "steps", "fit", "checkpoints", "lr_find", "predict", "placement", "settings", "plan", "saved",
-                "export", "learner", "ensembles", "recipes", "__init__", "cli", "__main__",
+                "export", "learner", "ensembles", "recipes", "__init__", "fit_flags", "cli", "__main__",
             ),
         ),
     ),
@@ -121,6 +121,7 @@ DOORS = {
         "featstore.cli.exchange",
         "featstore.cli.backbones",
         "featstore.cli.app",
+        "training.fit_flags",
         "training.cli",
     },
     "matplotlib": {"training.plots"},

@@ -494,19 +494,6 @@ def test_overwrite_deletes_no_fit_before_the_new_one_can_begin(
     assert head(run, "--overwrite").code == 0  # and damaged it isn't in the way
 
 
-def test_resume_of_a_run_that_is_done_says_so(run: Run, here: Path) -> None:
-    head(run)
-    before = (here / "runs/head/model.safetensors").read_bytes()
-    assert head(run, "--resume") == Ran(
-        1,
-        "",
-        "runs/head is a saved run, and no fit is kept beside it: it is done, and there is nothing to go on with. Use "
-        "it as it is; or train once more into another folder, or in its place with --overwrite (in Python: "
-        "overwrite=True).\n",
-    )
-    assert (here / "runs/head/model.safetensors").read_bytes() == before
-
-
 def test_debug_adds_the_traceback(run: Run, here: Path) -> None:
     head(run)
     assert "Traceback" not in head(run).err
@@ -519,7 +506,8 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     view = _words("size resize mean std interpolation decode")
     how = _words("device batch-size workers on-error trust-code debug json help")
     more = _words(
-        "seed overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights weights-prefix"
+        "seed overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights weights-prefix "
+        "cycles cycle-len cycle-mult snapshots schedule weight-decay keep"
     )
     contract = {
         "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume"},
@@ -534,7 +522,9 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     text = " ".join(run("featstore-train", "head", "--help").out.split())
     for flag, default in {
         "--batch-size N": "64; x>=1",
-        "--epochs N": "10; x>=1",
+        "--epochs N": "(head: 10, without --cycles); x>=1",
+        "--weight-decay N": "0.01; x>=0",
+        "--keep last|best": "best",
         "--head concat|linear|mlp": "concat",
         "--lr LR": "(the finder's suggestion)",
         "--seed N": "0; x>=0",
