@@ -23,6 +23,6 @@ def imbalance_note(training: ImageSet) -> str | None:
         return None
     return (
         f"of the images to train on {counts[most]:,} are of the class {training.classes[most]} and {counts[least]:,} "
-        f'of {training.classes[least]}, which counts for little beside it; a fit with class_weights="balanced" lets '
-        "each class count alike"
+        f"of {training.classes[least]}, which counts for little beside it; each counts alike with --class-weights "
+        'balanced (in Python: class_weights="balanced")'
     )

@@ -53,8 +53,8 @@ Defaults that depend on what is asked for:
                 run's split, and new images dealt by its rule
   AdamW, one cycle; a linear head's inputs are scaled
   to a deviation of 10, and its weight decay is ten times as high, AdamW's
-  epsilon 1. Saved and reported is the epoch with the lowest validation loss
-  (--keep last: the last); without validation, the last. An epoch is one pass over the training images; of
+  epsilon 1. Saved and scored is the epoch with the lowest validation loss
+  (see --keep and --monitor); without validation, the last. An epoch is one pass over the training images; of
   a linear head that trains alone on few of them, up to four.
 
 \b

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from featstore.cli.flags import parse_numbers
 from featstore.cli.program import one_of
 from training import choices, schedules
 
@@ -27,21 +28,100 @@ class FitOptionFlags:
         ),
     ] = None
     weight_decay: Annotated[float, typer.Option(min=0, metavar="N", help="Of every parameter.")] = 0.01
-    keep: Annotated[str, typer.Option(metavar="|".join(choices.KEEP), help="The epoch whose weights remain.")] = "best"
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(choices.KEEP),
+            help="The epoch whose weights remain.",
+            show_default="best; with --swa last",
+        ),
+    ] = None
+    monitor: Annotated[
+        str, typer.Option(metavar="NAME", help="What the best epoch is best by: a loss or metric on record.")
+    ] = "valid_loss"
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Ends the fit after so many epochs in a row that weren't better."),
+    ] = None
+    label_smoothing: Annotated[
+        float, typer.Option(min=0, max=1, metavar="N", help="Share of each target that goes to all classes alike.")
+    ] = 0.0
+    class_weights: Annotated[
+        str | None, typer.Option(metavar="balanced|A,B,C", help="By rarity; or one a class, in their order.")
+    ] = None
+    clip: Annotated[float | None, typer.Option(min=0, metavar="N", help="Highest norm of a step's gradients.")] = None
+    accumulate: Annotated[int, typer.Option(min=1, metavar="N", help="Batches that make a step together.")] = 1
+    precision: Annotated[
+        str, typer.Option(metavar="|".join(choices.PRECISIONS), help="Of training steps; scores are fp32.")
+    ] = "fp32"
+    ema: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="DECAY", help="The mean of the weights over steps is scored and remains."),
+    ] = None
+    swa: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="START", help="The same over the epochs after that share of them."),
+    ] = None
 
     def __post_init__(self) -> None:
-        self.options()
+        if self.clip == 0:
+            raise ValueError(
+                "--clip is 0, which leaves nothing of any gradient. Expected more than 0. Give more, or leave it out."
+            )
+        if self.ema is not None and self.swa is not None:
+            raise ValueError("--ema and --swa are two means of the weights. Expected one of them. Leave out the other.")
+        self._words()
 
     def options(self) -> FitOptions:
         """As options of a fit; what isn't asked for is left to it.
 
         Raises:
+            ValueError: for a mean of weights that there isn't.
+        """
+        options = self._words()
+        if self.ema is not None:
+            from training.averages import EMA  # torch
+
+            options["average"] = EMA(self.ema)
+        if self.swa is not None:
+            from training.averages import SWA
+
+            options["average"] = SWA(self.swa)
+        return options
+
+    def _words(self) -> FitOptions:
+        """What of it needs no torch.
+
+        Raises:
             ValueError: for a word that is none of a flag's.
         """
-        options: FitOptions = {"weight_decay": self.weight_decay, "keep": one_of("--keep", self.keep, choices.KEEP)}
+        options: FitOptions = {
+            "weight_decay": self.weight_decay,
+            "monitor": self.monitor,
+            "patience": self.patience,
+            "label_smoothing": self.label_smoothing,
+            "clip": self.clip,
+            "accumulate": self.accumulate,
+            "precision": one_of("--precision", self.precision, choices.PRECISIONS),
+        }
+        if self.class_weights is not None:
+            options["class_weights"] = self._class_weights(self.class_weights)
         if self.schedule is not None:
             options["schedule"] = one_of("--schedule", self.schedule, [*schedules.SCHEDULES])
+        if self.keep is not None:
+            options["keep"] = one_of("--keep", self.keep, choices.KEEP)
         return options
+
+    def _class_weights(self, text: str) -> Literal["balanced"] | tuple[float, ...]:
+        if text == "balanced":
+            return "balanced"
+        try:
+            return parse_numbers(text, "--class-weights")
+        except ValueError:
+            raise ValueError(
+                f"--class-weights is {text!r}. Expected balanced, or a number for each class in their order, such as "
+                "--class-weights 1,4,2."
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

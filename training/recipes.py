@@ -15,12 +15,13 @@ from featstore.images.views import Augment
 from featstore.models.runs import FACTS, check_free, located
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
+from training.averages import SWA
 from training.checkpoints import delete_fit, holds_fit, read_fit
 from training.choices import CHECKPOINT
 from training.history import History
 from training.learner import Learner
 from training.optim import LearningRate
-from training.plan import FitOptions, check_options
+from training.plan import FitOptions, Plan, check_options
 
 
 def train_head(
@@ -87,7 +88,7 @@ def finetune(
         freeze_to: the last frozen stage.
         epochs: as in `Learner.fit`; or `cycles`.
         lr: one rate, one a layer group, or (low, high). Default: what the finder suggests.
-        fit: further options of the fit; `keep` is ``best`` where they don't say.
+        fit: further options of the fit; `keep` is ``best`` where they don't say, and ``last`` with `SWA`.
         cycles: how many, in place of epochs: `Learner.fit_cycles`.
         cycle_len: epochs of the first.
         cycle_mult: times so long as the one before is each that follows.
@@ -190,7 +191,9 @@ def _fitted(
     overwrite: bool,
     resume: bool,
 ) -> Learner:
-    options: FitOptions = {"keep": "best", **(fit or {})}
+    asked: FitOptions = fit or {}
+    # A mean of the last epochs has no best of them.
+    options: FitOptions = {"keep": "last" if isinstance(asked.get("average"), SWA) else "best", **asked}
     checkpoint = None
     if out is not None:
         if {"checkpoint", "resume"} & options.keys():
@@ -201,6 +204,7 @@ def _fitted(
         checkpoint = options["checkpoint"] = checkpoint_of(out)
         options["resume"] = resume
     check_options({**options})
+    Plan(**options)
     if overwrite and not resume:  # as late as can be: what was wrong is said by now
         if checkpoint is not None:
             delete_fit(checkpoint)

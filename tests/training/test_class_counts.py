@@ -25,8 +25,8 @@ def test_a_fit_names_the_commonest_and_the_rarest_class_of_what_trains(
     learn = Learner(staged(), images(20, 2, 0, held_out=8), head="linear", device="cpu", quiet=is_quiet)
     learn.fit(1, lr=1e-3)
     note = (
-        "of the images to train on 20 are of the class a and 2 of b, which counts for little beside it; a fit with "
-        'class_weights="balanced" lets each class count alike\n'
+        "of the images to train on 20 are of the class a and 2 of b, which counts for little beside it; each counts "
+        'alike with --class-weights balanced (in Python: class_weights="balanced")\n'
     )
     assert (note in capsys.readouterr().err) is not is_quiet
 

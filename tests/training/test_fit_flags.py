@@ -9,7 +9,11 @@ import torch
 from support.programs import Ran, Run
 
 from featstore import FeatureStore, ImageSet, backbone
-from training import Ensemble, Learner
+from training import Ensemble, Learner, choices
+from training.averages import EMA, SWA
+from training.fit_flags import FitOptionFlags
+from training.plan import FitOptions, Plan
+from training.steps import TRAINING_PRECISIONS
 
 FIT = ["--schedule", "step", "--weight-decay", "0.3", "--keep", "last"]
 CYCLES = ["--cycles", "2", "--cycle-len", "1", "--cycle-mult", "2"]
@@ -44,6 +48,51 @@ def test_a_head_in_cycles_is_the_fit_of_the_library_with_these_options(run: Run,
     assert {each.name for each in (here / "snaps").iterdir()} == {"cycle-1", "cycle-2"}
 
 
+def test_each_option_of_a_fit_has_its_flag(run: Run, here: Path) -> None:
+    asked: dict[str, tuple[str, object]] = {
+        "schedule": ("step", "step"),
+        "weight_decay": ("0.3", 0.3),
+        "keep": ("last", "last"),
+        "monitor": ("accuracy", "accuracy"),
+        "patience": ("2", 2),
+        "label_smoothing": ("0.1", 0.1),
+        "class_weights": ("1,2", (1.0, 2.0)),
+        "clip": ("0.5", 0.5),
+        "accumulate": ("3", 3),
+        "precision": ("bf16", "bf16"),
+        "ema": ("0.8", EMA(0.8)),
+    }
+    flags = [each for name, (text, _) in asked.items() for each in (f"--{name.replace('_', '-')}", text)]
+    fit = {"average" if name == "ema" else name: value for name, (_, value) in asked.items()}
+    assert fit.keys() | {"on_epoch_end", "checkpoint", "resume"} == FitOptions.__annotations__.keys()
+    assert head(run, "--batch-size", "2", "--epochs", "3", *flags).code == 0
+    images, store = ImageSet.from_folder("photos").split(valid=0.2, seed=0), FeatureStore("feats")
+    view = Learner.load("runs/head").view
+    learn = Learner(backbone("tiny.py:make_model"), images, store, view=view, batch_size=2, quiet=True)
+    learn.fit(3, 1e-2, **fit)  # type: ignore[arg-type]
+    theirs = Learner.load("runs/head").model.tensors()
+    assert all(torch.equal(each, theirs[name]) for name, each in learn.model.tensors().items())
+
+
+def test_flags_that_are_left_out_leave_a_fit_as_it_is() -> None:
+    assert Plan(**FitOptionFlags().options()) == Plan()
+    assert FitOptionFlags(class_weights="balanced").options()["class_weights"] == "balanced"
+    assert FitOptionFlags(swa=0.5).options()["average"] == SWA(0.5)
+    assert choices.PRECISIONS == TRAINING_PRECISIONS
+
+
+def test_the_mean_of_the_last_epochs_is_kept_where_it_is_asked_for(run: Run, here: Path) -> None:
+    assert head(run, "--epochs", "4", "--swa", "0.5").code == 0
+    images, store = ImageSet.from_folder("photos").split(valid=0.2, seed=0), FeatureStore("feats")
+    saved = Learner.load("runs/head")
+    learn = Learner(backbone("tiny.py:make_model"), images, store, view=saved.view, quiet=True)
+    learn.fit(4, 1e-2, average=SWA(0.5))
+    theirs = saved.model.tensors()
+    assert all(torch.equal(each, theirs[name]) for name, each in learn.model.tensors().items())
+    ran = head(run, "--epochs", "4", "--swa", "0.5", "--keep", "best", "--overwrite")
+    assert (ran.code, "there is no best of them to keep" in ran.last_words) == (2, True)
+
+
 def test_snapshots_are_replaced_only_when_that_is_said_and_all_of_them(run: Run, here: Path) -> None:
     head(run, *CYCLES, "--snapshots", "snaps")
     before = tensors("snaps/cycle-1")
@@ -75,6 +124,20 @@ def test_finetune_takes_the_options_of_a_fit_and_finds_its_rate(run: Run, here: 
     ("flags", "sentence"),
     [
         (["--keep", "first"], "--keep is 'first'. Expected last or best."),
+        (["--precision", "int8"], "--precision is 'int8'. Expected fp32, bf16 or fp16."),
+        (
+            ["--clip", "0"],
+            "--clip is 0, which leaves nothing of any gradient. Expected more than 0. Give more, or leave it out.",
+        ),
+        (
+            ["--class-weights", "rare"],
+            "--class-weights is 'rare'. Expected balanced, or a number for each class in their order, such as "
+            "--class-weights 1,4,2.",
+        ),
+        (
+            ["--ema", "0.9", "--swa", "0.5"],
+            "--ema and --swa are two means of the weights. Expected one of them. Leave out the other.",
+        ),
         (
             ["--schedule", "cosin"],
             "--schedule is 'cosin'. Expected constant, cosine, one_cycle, triangular, linear_warmup, cosine_warmup or "

@@ -507,7 +507,8 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     how = _words("device batch-size workers on-error trust-code debug json help")
     more = _words(
         "seed overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights weights-prefix "
-        "cycles cycle-len cycle-mult snapshots schedule weight-decay keep"
+        "cycles cycle-len cycle-mult snapshots schedule weight-decay keep monitor patience label-smoothing "
+        "class-weights clip accumulate precision ema swa"
     )
     contract = {
         "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume"},
@@ -524,7 +525,7 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
         "--batch-size N": "64; x>=1",
         "--epochs N": "(head: 10, without --cycles); x>=1",
         "--weight-decay N": "0.01; x>=0",
-        "--keep last|best": "best",
+        "--keep last|best": "(best; with --swa last)",
         "--head concat|linear|mlp": "concat",
         "--lr LR": "(the finder's suggestion)",
         "--seed N": "0; x>=0",
