@@ -1,4 +1,7 @@
-"""Recipes: the two usual jobs as functions, each a few lines over Learner, and the twins of the two commands."""
+"""Recipes: the two usual jobs as functions, each a few lines over Learner, and the twins of the two commands.
+
+Under torchrun its processes share the job: a batch is that of all together, and the first one writes the run.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from training.history import History
 from training.learner import Learner
 from training.optim import LearningRate
 from training.plan import FitOptions, Plan, check_options
+from training.ranks import is_first, joined
 
 
 def train_head(
@@ -48,13 +52,14 @@ def train_head(
     as in `finetune`; `options` are those of `Learner`. `out` names a run folder. The fit is kept beside it until the
     run is saved (`checkpoint_of`), and `resume` goes on from there.
     """
-    check_out(out, overwrite=overwrite, resume=resume)
     start = _fit_of(10 if epochs is None and cycles is None else epochs, lr, cycles, cycle_len, cycle_mult, snapshot)
-    _check_snapshots(snapshot, overwrite=overwrite, resume=resume)
-    learn = Learner(model, images, store, **options)
-    if freeze_to is not None:
-        learn.freeze_to(freeze_to)
-    return _fitted(learn, start, fit, out, snapshot, overwrite=overwrite, resume=resume)
+    with joined(options.pop("device", "auto"), options.pop("workers", None)) as own:
+        check_out(out, overwrite=overwrite, resume=resume)
+        _check_snapshots(snapshot, overwrite=overwrite, resume=resume)
+        learn = Learner(model, images, store, **options, **own)
+        if freeze_to is not None:
+            learn.freeze_to(freeze_to)
+        return _fitted(learn, start, fit, out, snapshot, overwrite=overwrite, resume=resume)
 
 
 def finetune(
@@ -100,19 +105,20 @@ def finetune(
         trust_code: as in `Learner.load`.
         options: further arguments of `Learner`.
     """
-    check_out(out, overwrite=overwrite, resume=resume)
     start = _fit_of(epochs, lr, cycles, cycle_len, cycle_mult, snapshot)
-    _check_snapshots(snapshot, overwrite=overwrite, resume=resume)
     settings = {"augment": augment, "on_missing": "images", **options}
-    if isinstance(model_or_run, str | Path):
-        learn = Learner.load(model_or_run, images, store, trust_code=trust_code, **settings)
-    else:
-        learn = Learner(model_or_run, images, store, **settings)
-    if freeze_to is None:
-        learn.unfreeze()
-    else:
-        learn.freeze_to(freeze_to)
-    return _fitted(learn, start, fit, out, snapshot, overwrite=overwrite, resume=resume)
+    with joined(settings.pop("device", "auto"), settings.pop("workers", None)) as own:
+        check_out(out, overwrite=overwrite, resume=resume)
+        _check_snapshots(snapshot, overwrite=overwrite, resume=resume)
+        if isinstance(model_or_run, str | Path):
+            learn = Learner.load(model_or_run, images, store, trust_code=trust_code, **settings, **own)
+        else:
+            learn = Learner(model_or_run, images, store, **settings, **own)
+        if freeze_to is None:
+            learn.unfreeze()
+        else:
+            learn.freeze_to(freeze_to)
+        return _fitted(learn, start, fit, out, snapshot, overwrite=overwrite, resume=resume)
 
 
 def checkpoint_of(out: str | Path) -> Path:
@@ -205,7 +211,7 @@ def _fitted(
         options["resume"] = resume
     check_options({**options})
     Plan(**options)
-    if overwrite and not resume:  # as late as can be: what was wrong is said by now
+    if overwrite and not resume and is_first():  # as late as can be: what was wrong is said by now
         if checkpoint is not None:
             delete_fit(checkpoint)
         for run in _snapshots(snapshot):
@@ -213,10 +219,11 @@ def _fitted(
     try:
         start(learn, options)
     except FloatingPointError:  # from the checkpoint it would come to the same again
-        if checkpoint is not None:
+        if checkpoint is not None and is_first():
             delete_fit(checkpoint)
         raise
     if out is not None and checkpoint is not None:
         learn.save(out, overwrite=overwrite)
-        delete_fit(checkpoint)
+        if is_first():
+            delete_fit(checkpoint)
     return learn

@@ -18,6 +18,7 @@ from featstore import FeatureStore, ImageSet, extract
 from featstore.models.runs import read_run
 from training import EMA, Learner
 from training.inputs.batches import Batches
+from training.plan import Plan
 from training.ranks import is_first, joined
 
 TRAIN, VALID = 21, 7
@@ -113,7 +114,7 @@ def test_the_command_runs_under_a_launcher(tmp_path: Path, processes: Processes)
 @pytest.mark.parametrize(("batch_size", "sizes"), [(8, [8, 8, 5]), (6, [6, 6, 9]), (20, [21])])
 def test_shares_are_all_of_each_batch(batch_size: int, sizes: list[int]) -> None:
     learn = Learner(staged(), some_images(), cut="layer2", head=head(), batch_size=batch_size, device="cpu", quiet=True)
-    situation, inputs = learn._ready()
+    situation, inputs = learn._ready(Plan())
     assert inputs.train is not None
     shares = []
     for place in range(2):
