@@ -203,7 +203,9 @@ def _train(job: Job) -> tuple[list[Step], int]:
     plots.views(_few(images.train), model.view, job.policy).savefig(job.out / "views.png", dpi=150)
     learn = _learner(job, images, model, store)
     rates = learn.lr_find()
-    rates.plot().savefig(job.out / "learning-rates.png", dpi=150)
+    figure = rates.plot().get_figure(root=True)
+    assert figure is not None
+    figure.savefig(job.out / "learning-rates.png", dpi=150)
     lr = f"{rates.suggestion:.2g}"
     own = ["--cut", job.cut, *job.view_flags, *job.augment_flags, "--epochs", str(job.head_epochs), "--lr", lr]
     out = ["--out", str(job.run("head"))]

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dis
 import json
+import math
 import re
 import shutil
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,6 +128,8 @@ class SavedFit:
                 best_epoch=state["best_epoch"],
                 losses=self.tensors["losses"].tolist(),
                 monitor=monitor,
+                lrs=self._steps("lrs"),
+                momenta=self._steps("momenta"),
             ),
             epoch_losses=[(loss, count) for loss, count in state["epoch_losses"]],
             cycle_start=state["cycle_start"],
@@ -140,6 +144,11 @@ class SavedFit:
         steps.put_back(self.state.get("scale", {}))
         if average is not None:
             average.put_back(self._part("average."))
+
+    def _steps(self, name: str) -> array[float]:
+        """A number of each step so far; NaN where an earlier version didn't keep it."""
+        nothing = torch.full_like(self.tensors["losses"], math.nan)
+        return array("d", self.tensors.get(name, nothing).tolist())
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
         found = {name.removeprefix(prefix): each for name, each in self.tensors.items() if name.startswith(prefix)}
@@ -312,7 +321,9 @@ def write_fit(
     if average is not None:
         tensors |= {f"average.{name}": tensor.detach() for name, tensor in average.tensors().items()}
     tensors |= {f"random.{place}": each for place, each in enumerate(progress.random)}
-    tensors["losses"] = torch.tensor(progress.history.losses, dtype=torch.float64)
+    history = progress.history
+    for name, values in {"losses": history.losses, "lrs": history.lrs, "momenta": history.momenta}.items():
+        tensors[name] = torch.tensor(values, dtype=torch.float64)
     with new_run(path, overwrite=True) as made:
         # As text, since a loss may be infinite or no number, for which a run's facts have no form.
         write_run(made, {"checkpoint": VERSION, "fit": dict(facts), "state": json.dumps(state)}, tensors)

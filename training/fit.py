@@ -172,6 +172,7 @@ def _run_epoch(
     def made() -> None:
         sizes.append(steps.num_batches)
         steps.make()
+        at.history.ran_at(steps.optimizer.param_groups[-1])
         if average is not None:
             average.after_step(tail)
 

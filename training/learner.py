@@ -466,7 +466,7 @@ class Learner:
         source, ids, logits, targets = self._asked_outputs(split)
         place_of = {image: place for place, image in enumerate(source.images.ids)}
         images = source.images.select([place_of[each] for each in ids])
-        return Outcomes.of(images, logits, targets, probabilities(logits, self.task))
+        return Outcomes.of(images, logits, targets, probabilities(logits, self.task), self.view)
 
     def predict(self, items: Items) -> list[Prediction]:
         """One record an image (label, probability, top; of regression values), in order.

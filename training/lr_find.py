@@ -21,7 +21,7 @@ from training.optim import sensible_rates
 from training.steps import StepOptions, Steps
 
 if TYPE_CHECKING:
-    from training.plots import Plot
+    from training.plots import Axes
 
 START, END, STEPS = 1e-5, 10.0, 100
 # Of the smoothed loss. fastai's 0.98 lags so far behind over 100 steps that what it suggests is too high. Measured on 9
@@ -107,11 +107,11 @@ class LearningRates:
         span = f"{self.lrs[0]:.2g} to {self.lrs[-1]:.2g}" if self.lrs else "no curve"
         return f"LearningRates({len(self.lrs)} steps, {span}; suggestion {self.suggestion:.2g})"
 
-    def plot(self) -> Plot:
+    def plot(self, axes: Axes | None = None) -> Axes:
         """Loss against rate, the suggestion marked."""
         from training.plots import learning_rates  # matplotlib loads only where a plot is wanted
 
-        return learning_rates(self.lrs, self.losses, self.smoothed, self.suggestion)
+        return learning_rates(self.lrs, self.losses, self.smoothed, self.suggestion, axes)
 
 
 def find_lr(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featstore.images.image_set import ImageSet
+from featstore.images.views import View
+
+if TYPE_CHECKING:
+    from training.plots import Axes, Plot
 
 Order = Literal["loss", "uncertain", "sure"]
 
@@ -26,6 +30,7 @@ class Outcomes:
         targets: ``(N,)`` class numbers; ``(N, K)`` of several labels or numbers.
         losses: ``(N,)``, each image's own loss by the task: cross-entropy; its mean over the classes for several
             labels; of regression the mean squared error over the columns, in their units.
+        view: what the model saw of each; None: unknown.
     """
 
     images: ImageSet
@@ -33,9 +38,12 @@ class Outcomes:
     probabilities: NDArray[np.float64]
     targets: NDArray[np.float64] | NDArray[np.int64]
     losses: NDArray[np.float64]
+    view: View | None = None
 
     @classmethod
-    def of(cls, images: ImageSet, logits: Tensor, targets: Tensor, said: NDArray[np.float64]) -> Outcomes:
+    def of(
+        cls, images: ImageSet, logits: Tensor, targets: Tensor, said: NDArray[np.float64], view: View | None = None
+    ) -> Outcomes:
         """Those of all `images` by logits ``(N, K)``, targets, and the probabilities (or numbers) that these are."""
         wide, wanted = logits.cpu().double(), targets.cpu()
         if images.task == "single":
@@ -50,6 +58,7 @@ class Outcomes:
             probabilities=said,
             targets=wanted.numpy(),
             losses=losses.numpy(),
+            view=view,
         )
 
     def __len__(self) -> int:
@@ -149,6 +158,40 @@ class Outcomes:
         actual, taken = self.classes[self.targets[place]], self.classes[self.predicted[place]]
         said = actual if actual == taken else f"{taken} for {actual}"
         return f"{said}, {self.probabilities[place].max():.2f}, {loss}"
+
+    # matplotlib loads only where a plot is wanted
+
+    def plot_confusion(self, axes: Axes | None = None) -> Axes:
+        """How many images of each class (a row) were taken for each (a column)."""
+        from training.plots import confusion_matrix
+
+        return confusion_matrix(self.confusion(), self.classes, axes)
+
+    def plot_most_confused(self, least: int = 1, axes: Axes | None = None, *, num_pairs: int = 20) -> Axes:
+        """The pairs of `most_confused` as bars, the commonest on top; the title says how many aren't drawn."""
+        from training.plots import most_confused
+
+        return most_confused(self.most_confused(least), axes, num_pairs=num_pairs)
+
+    def plot_samples(self, by: Order = "loss", *, is_right: bool | None = None, num_images: int = 9) -> Plot:
+        """Images with what was said of them: those with the largest loss, or the least or most sure ones.
+
+        The pixels are those that the model got, before normalisation.
+
+        Args:
+            by: ``loss``, ``uncertain`` or ``sure``, as in `places`.
+            is_right: only of those that were predicted rightly (True) or wrongly (False).
+            num_images: at most so many.
+
+        Raises:
+            ImageError: naming the first image that can't be read or rendered.
+        """
+        from training.plots import samples
+
+        if self.view is None:
+            raise ValueError("These outcomes don't say what the model saw of the images. Take those of a learner.")
+        places = self.places(by, is_right=is_right)[:num_images]
+        return samples(self.images.select(places), self.view, [self.words(place) for place in places.tolist()])
 
     def _single(self, what: str) -> None:
         if self.images.task != "single":

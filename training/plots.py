@@ -1,7 +1,9 @@
 """Plots: what a person looks at while training, as figures that show themselves in a notebook and save themselves.
 
 The only module that imports matplotlib. Figures are made without pyplot, so that no window system is chosen, no figure
-is kept alive in a global list, and the caller's matplotlib settings are only read. `figure.savefig("views.png")` saves.
+is kept alive in a global list, and the caller's matplotlib settings are only read. A plot of one panel takes the axes
+to draw on, and returns them; by itself it is a `Panel`. One of several panels is a `Plot`. `savefig("views.png")` saves
+either.
 """
 
 from __future__ import annotations
@@ -9,16 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.axes import Axes as Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from featstore.images.image_set import ImageSet
 from featstore.images.render import Job, render
 from featstore.images.views import Augment, GivenPolicy, View
-from training.outcomes import Order, Outcomes
 
 
 class Plot(Figure):
@@ -28,6 +31,22 @@ class Plot(Figure):
         buffer = BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue()
+
+
+class Panel(Axes):
+    """Axes of a `Plot` of their own, which is shown and saved in their name."""
+
+    def _repr_png_(self) -> bytes:
+        return self._plot._repr_png_()
+
+    def savefig(self, *args: Any, **options: Any) -> None:
+        """Saves the figure, as matplotlib's method of that name does."""
+        self._plot.savefig(*args, **options)
+
+    @property
+    def _plot(self) -> Plot:
+        assert isinstance(self.figure, Plot)
+        return self.figure
 
 
 def views(
@@ -76,8 +95,12 @@ def views(
 
 
 def learning_rates(
-    lrs: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], suggestion: float | None = None
-) -> Plot:
+    lrs: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    suggestion: float | None = None,
+    axes: Axes | None = None,
+) -> Axes:
     """The training loss against the learning rate on a logarithmic axis, every finite point of it.
 
     Args:
@@ -85,14 +108,14 @@ def learning_rates(
         losses: the training loss of each step's batch; the title counts those that aren't finite.
         smoothed: the smoothed training loss after each step.
         suggestion: a learning rate to mark.
+        axes: to draw on; default: new ones.
     """
     if not len(lrs) == len(losses) == len(smoothed) or len(lrs) == 0:
         raise ValueError(
             f"{len(lrs)} learning rates, {len(losses)} losses and {len(smoothed)} smoothed losses came; pass one of "
             "each for every step, and at least one step."
         )
-    figure = Plot(layout="constrained")
-    axes = figure.subplots()
+    axes = axes or _panel()
     axes.set_xscale("log")
     axes.plot(lrs, losses, ".", alpha=0.4, label="each batch")
     axes.plot(lrs, smoothed, marker="." if len(lrs) == 1 else None, label="smoothed")
@@ -103,7 +126,7 @@ def learning_rates(
         axes.set_title(f"{num_undrawn} of {len(losses)} losses are not finite and not drawn", fontsize="small")
     axes.set(xlabel="learning rate", ylabel="training loss")
     axes.legend()
-    return figure
+    return axes
 
 
 def history(records: Sequence[Mapping[str, object]]) -> Plot:
@@ -115,29 +138,81 @@ def history(records: Sequence[Mapping[str, object]]) -> Plot:
     """
     if len(records) == 0:
         raise ValueError("The history has no epochs, so there is nothing to draw; fit for at least one epoch.")
-    epochs = [_number(record.get("epoch", position)) for position, record in enumerate(records, start=1)]
-    metrics = _metric_names(records)
-    figure = Plot(figsize=(9.6 if metrics else 4.8, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2 if metrics else 1, squeeze=False)[0]
-    _draw_lines(panels[0], epochs, records, {"train_loss": "training", "valid_loss": "validation"})
-    panels[0].set_ylabel("loss")
-    if metrics:
-        _draw_lines(panels[1], epochs, records, {name: name for name in metrics})
-        panels[1].set_ylabel("validation metric")
+    has_metrics = bool(_metric_names(records))
+    figure = Plot(figsize=(9.6 if has_metrics else 4.8, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2 if has_metrics else 1, squeeze=False)[0]
+    losses(records, panels[0])
+    if has_metrics:
+        metrics(records, panels[1])
     return figure
 
 
-def confusion_matrix(outcomes: Outcomes) -> Plot:
+def losses(records: Sequence[Mapping[str, object]], axes: Axes | None = None) -> Axes:
+    """Training and validation loss by epoch, of such records as `history` takes."""
+    axes = axes or _panel()
+    _draw_lines(axes, records, {"train_loss": "training", "valid_loss": "validation"})
+    axes.set_ylabel("loss")
+    return axes
+
+
+def metrics(records: Sequence[Mapping[str, object]], axes: Axes | None = None) -> Axes:
+    """The validation metrics by epoch, of such records as `history` takes."""
+    names = _metric_names(records)
+    if not names:
+        raise ValueError("No epoch has a metric, so there is nothing to draw; fit images that have a split valid.")
+    axes = axes or _panel()
+    _draw_lines(axes, records, {name: name for name in names})
+    axes.set_ylabel("validation metric")
+    return axes
+
+
+def step_losses(losses: Sequence[float], axes: Axes | None = None) -> Axes:
+    """The training loss of each step, from the first to the last."""
+    axes = axes or _panel()
+    _draw_steps(axes, losses)
+    axes.set_ylabel("training loss")
+    return axes
+
+
+def step_rates(lrs: Sequence[float], momenta: Sequence[float], axes: Axes | None = None) -> Axes:
+    """The learning rate of each step, and its momentum on the right, where the optimizer has one."""
+    axes = axes or _panel()
+    _draw_steps(axes, lrs)
+    axes.set_ylabel("learning rate")
+    if any(momentum > 0 for momentum in momenta):
+        right = axes.twinx()
+        _draw_steps(right, momenta, color="C1", linestyle="--")
+        right.set_ylabel("momentum", color="C1")
+    return axes
+
+
+def most_confused(pairs: Sequence[tuple[str, str, int]], axes: Axes | None = None, *, num_pairs: int = 20) -> Axes:
+    """A bar for each (class, what it was taken for, how often), the first on top; the title counts those not drawn."""
+    shown = pairs[:num_pairs]
+    if not shown:
+        raise ValueError("No class was taken for another so often, or num_pairs is 0: there is nothing to draw.")
+    axes = axes or _panel(figsize=(6.4, 1.2 + 0.26 * len(shown)))
+    places = range(len(shown))
+    axes.barh(places, [count for *_, count in shown])
+    axes.set_yticks(places, [f"{_short(actual)} as {_short(taken)}" for actual, taken, _ in shown], parse_math=False)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("images")
+    if len(shown) < len(pairs):
+        axes.set_title(f"{len(shown)} of {len(pairs)} pairs", fontsize="small")
+    return axes
+
+
+def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], axes: Axes | None = None) -> Axes:
     """How many images of each class (a row) were taken for each (a column); in numbers too, up to 20 classes."""
-    counts, classes = outcomes.confusion(), [_short(name) for name in outcomes.classes]
-    size = max(3.2, min(12.0, 1.6 + 0.45 * len(classes)))
-    figure = Plot(figsize=(size + 0.8, size), layout="constrained")
-    axes = figure.subplots()
+    names, size = [_short(name) for name in classes], max(3.2, min(12.0, 1.6 + 0.45 * len(classes)))
+    axes = axes or _panel(figsize=(size + 0.8, size))
     drawn = axes.imshow(counts, cmap="Blues", vmin=0)
-    figure.colorbar(drawn, ax=axes, shrink=0.7, label="images")
+    assert axes.figure is not None
+    axes.figure.colorbar(drawn, ax=axes, shrink=0.7, label="images")
     places = range(len(classes))
-    axes.set_xticks(places, classes, rotation=90, parse_math=False)
-    axes.set_yticks(places, classes, parse_math=False)
+    axes.set_xticks(places, names, rotation=90, parse_math=False)
+    axes.set_yticks(places, names, parse_math=False)
     axes.set(xlabel="predicted", ylabel="actual")
     if len(classes) <= _MOST_WRITTEN:
         for row, column in np.ndindex(counts.shape):
@@ -145,43 +220,29 @@ def confusion_matrix(outcomes: Outcomes) -> Plot:
             axes.text(
                 column, row, f"{counts[row, column]}", ha="center", va="center", color="white" if is_dark else "black"
             )
-    return figure
+    return axes
 
 
-def samples(
-    outcomes: Outcomes, view: View, *, by: Order = "loss", is_right: bool | None = None, num_images: int = 9
-) -> Plot:
-    """Images with what was said of them: those with the largest loss, or the least or most sure ones.
-
-    The pixels are those that the model gets, before normalisation. Of a learner:
-    ``samples(learn.outcomes(), learn.view)``.
-
-    Args:
-        outcomes: of the images.
-        view: what is shown of each.
-        by: ``loss``, ``uncertain`` or ``sure``, as in `Outcomes.places`.
-        is_right: only of those that were predicted rightly (True) or wrongly (False).
-        num_images: at most so many.
+def samples(images: ImageSet, view: View, titles: Sequence[str]) -> Plot:
+    """All `images` in `view`, before normalisation, and above each its id and its title.
 
     Raises:
         ImageError: naming the first image that can't be read or rendered.
     """
-    places = outcomes.places(by, is_right=is_right)[:num_images]
-    if not len(places):
+    if not len(images):
         raise ValueError("There is no such image to show: none was predicted so, or num_images is 0.")
-    shown = outcomes.images.select(places)
-    jobs = [Job(at, digest.tobytes(), (view.evaluation,)) for at, digest in enumerate(shown.digests().values)]
-    num_columns = math.ceil(math.sqrt(len(shown)))
-    num_rows = math.ceil(len(shown) / num_columns)
+    jobs = [Job(at, digest.tobytes(), (view.evaluation,)) for at, digest in enumerate(images.digests().values)]
+    num_columns = math.ceil(math.sqrt(len(images)))
+    num_rows = math.ceil(len(images) / num_columns)
     figure = Plot(figsize=(2.4 * num_columns, 2.7 * num_rows), layout="constrained")
     grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
-    for axes, place, rendered in zip(grid, places.tolist(), render(shown, jobs, workers=0), strict=False):
+    shown = zip(images.ids, titles, render(images, jobs, workers=0), strict=True)
+    for axes, (image_id, title, rendered) in zip(grid, shown, strict=False):
         assert rendered.views is not None  # render raises for an image that fails
         axes.imshow(rendered.views[0].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
-        said = f"{_short(outcomes.images.ids[place])}\n{outcomes.words(place)}"
-        axes.set_title(said, fontsize="x-small", parse_math=False)
+        axes.set_title(f"{_short(image_id)}\n{title}", fontsize="x-small", parse_math=False)
     return figure
 
 
@@ -201,10 +262,21 @@ def _metric_names(records: Sequence[Mapping[str, object]]) -> list[str]:
     return [name for name in names if name not in _NOT_METRICS]
 
 
-def _draw_lines(
-    axes: Axes, epochs: Sequence[float], records: Sequence[Mapping[str, object]], labels: Mapping[str, str]
-) -> None:
+def _panel(**options: Any) -> Axes:
+    return Plot(layout="constrained", **options).add_subplot(axes_class=Panel)
+
+
+def _draw_steps(axes: Axes, values: Sequence[float], **options: Any) -> None:
+    if not values:
+        raise ValueError("The history has no steps, so there is nothing to draw; fit for at least one epoch.")
+    axes.plot(range(1, len(values) + 1), values, marker="." if len(values) == 1 else None, **options)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_lines(axes: Axes, records: Sequence[Mapping[str, object]], labels: Mapping[str, str]) -> None:
     """A line for each key of `labels` that a record holds; an epoch without the key leaves a gap."""
+    epochs = [_number(record.get("epoch", position)) for position, record in enumerate(records, start=1)]
     for name, label in labels.items():
         values = [record.get(name) for record in records]
         if any(value is not None for value in values):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -168,13 +167,8 @@ _FACTS: dict[str, Callable[[Json], bool]] = {
 
 def write_history(folder: Path, history: History) -> None:
     """Writes history.csv, a row an epoch, if there was one."""
-    if not history.records:
-        return
-    columns = history.frame()
-    with (folder / HISTORY).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    if history.records:
+        history.to_csv(folder / HISTORY)
 
 
 def write_about(folder: Path, **facts: Json) -> None:

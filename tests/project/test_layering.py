@@ -77,7 +77,7 @@ ROOMS: dict[str, Rooms] = {
         ("", ("__main__",)),
     ),
     "training": (
-        ("", ("metrics", "choices", "schedules", "monitor", "history", "outcomes", "plots", "heads")),
+        ("", ("metrics", "choices", "schedules", "monitor", "plots", "history", "outcomes", "heads")),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from featstore import Augment, FeatureStore, FeatureStoreError, ImageSet, extract
 from featstore.errors import DamagedFileError, FactsDifferError
+from featstore.models.runs import new_run, read_run, write_run
 from training import EMA, SWA, History, Learner
 from training.interrupts import held_back
 
@@ -73,7 +75,7 @@ def assert_same(learn: Learner, history: History, expected: Learner, all_of_it: 
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
-    assert history.losses == all_of_it.losses
+    assert history.steps() == all_of_it.steps()
     assert history.best_epoch == all_of_it.best_epoch
     for ours_, theirs_ in zip(history.records, all_of_it.records, strict=True):
         assert {**ours_, "seconds": 0} == {**theirs_, "seconds": 0}
@@ -408,6 +410,25 @@ def test_a_damaged_checkpoint_is_found(stored: tuple[ImageSet, FeatureStore], tm
         with pytest.raises(DamagedFileError, match=name):
             learner(*stored).fit(1, lr=1e-2, checkpoint=path, resume=True)
         (path / name).write_bytes(content)
+
+
+def test_a_checkpoint_that_kept_no_rates_is_gone_on_with(stored: tuple[ImageSet, FeatureStore], tmp_path: Path) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    expected = learner(*stored).fit(2, lr=1e-2)
+    with pytest.raises(KeyboardInterrupt):
+        learner(*stored).fit(2, lr=1e-2, checkpoint=tmp_path / "fit", on_epoch_end=stop)
+    run = read_run(tmp_path / "fit")
+    tensors = {name: each for name, each in run.tensors.items() if name not in ("lrs", "momenta")}
+    assert len(tensors) == len(run.tensors) - 2
+    with new_run(tmp_path / "fit", overwrite=True) as made:
+        write_run(made, run.facts, tensors)
+    history = learner(*stored).fit(2, lr=1e-2, checkpoint=tmp_path / "fit", resume=True)
+    assert history.losses == expected.losses
+    half = len(expected.losses) // 2
+    assert np.isnan(history.steps()["lr"][:half]).all()
+    assert history.steps()["lr"][half:] == expected.steps()["lr"][half:]
 
 
 class Counting(SGD):

@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from featstore import FeatureStore, FeatureStoreError, ImageSet, extract
-from training import History, Learner
+from training import Learner
 
 TRAIN, VALID = 22, 6
 
@@ -137,13 +137,19 @@ def test_the_rates_of_each_step_are_those_of_one_cycle_by_hand_on_any_number_of_
     groups = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
     reference = SGD([{"params": [each]} for each in groups], lr=1.0, momentum=0.9)
     scheduler = OneCycleLR(reference, [1e-4, 1e-4 * 100**0.5, 1e-2], total_steps=9)
-    expected = []
+    expected, momenta = [], []
     for _ in range(9):
         expected.append([group["lr"] for group in reference.param_groups])
+        momenta.append(reference.param_groups[-1]["momentum"])
         reference.step()
         scheduler.step()
     assert made[-1].rates == expected
     assert history.frame()["lr"] == [expected[2][-1], expected[5][-1], expected[8][-1]]
+    assert learn.history.steps() == {
+        "loss": history.losses,
+        "lr": [rates[-1] for rates in expected],
+        "momentum": momenta,
+    }
 
 
 def test_statistics_of_frozen_stages_stay_and_those_of_thawed_ones_move(stored: tuple[ImageSet, FeatureStore]) -> None:
@@ -277,14 +283,6 @@ def test_each_epoch_is_told_as_it_ends(stored: tuple[ImageSet, FeatureStore]) ->
     assert history.last == told[-1]
 
 
-def test_a_table_of_epochs_has_every_column_of_any_epoch() -> None:
-    frame = History(records=[{"epoch": 1.0}, {"epoch": 2.0, "valid_loss": 0.5}]).frame()
-    assert frame["epoch"] == [1.0, 2.0]
-    assert math.isnan(frame["valid_loss"][0])
-    assert frame["valid_loss"][1] == 0.5
-    assert History().frame() == {}
-
-
 def test_two_fits_go_on_with_new_orders_as_one_fit_would(stored: tuple[ImageSet, FeatureStore]) -> None:
     images, store = stored
     once, twice = (learner(images, store, optimizer=plain_sgd) for _ in range(2))
@@ -373,29 +371,6 @@ def test_a_loss_with_weights_on_the_gpu_scores_there_too() -> None:
     loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0], device="cuda"))
     learn = Learner(staged(), images, None, cut="layer2", head=head(), loss=loss, device="cuda", quiet=True)
     assert learn.fit(1, lr=1e-2).last["valid_loss"] == learn.evaluate("valid")["loss"]
-
-
-def test_the_best_epoch_of_several_fits_is_the_best_of_all() -> None:
-    history = History()
-    for losses in ([5.0, 2.0, 3.0], [4.0, 2.5], [1.0, 1.5]):
-        records = [{"epoch": float(place), "valid_loss": loss} for place, loss in enumerate(losses)]
-        history.extend(History(records=records, best_epoch=losses.index(min(losses))))
-        assert history.best["valid_loss"] == min(record["valid_loss"] for record in history.records)
-    assert (history.best_epoch, len(history.records)) == (5, 7)
-    assert repr(history) == "History(7 epochs; best: epoch 0, valid_loss 1)"
-
-
-def test_without_validation_the_last_epoch_counts_as_the_best() -> None:
-    history = History()
-    for _ in range(2):
-        history.extend(History(records=[{"epoch": 1.0}, {"epoch": 2.0}], best_epoch=1))
-    assert history.best_epoch == 3
-
-
-def test_a_later_fit_without_a_loss_is_not_the_best() -> None:
-    history = History(records=[{"epoch": 1, "valid_loss": 0.5}], best_epoch=0)
-    history.extend(History(records=[{"epoch": 2, "valid_loss": math.nan}], best_epoch=0))
-    assert history.best == {"epoch": 1, "valid_loss": 0.5}
 
 
 def test_a_fit_refused_for_its_arguments_has_trained_on_nothing(stored: tuple[ImageSet, FeatureStore]) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from featstore import ImageSet
 from featstore.images.names import Task
-from training import Learner, Outcomes, plots
+from training import Learner, Outcomes
 from training.predict import probabilities
 
 CLASSES = ("ant", "bee", "$cow$")
@@ -25,7 +25,7 @@ def of(task: Task, logits: torch.Tensor, targets: torch.Tensor) -> Outcomes:
     classes = CLASSES[: logits.shape[1]]
     images = ImageSet.from_arrays(pixels, targets.numpy(), classes=classes, task=task)
     assert images.task == task
-    return Outcomes.of(images, logits, targets, probabilities(logits, task))
+    return Outcomes.of(images, logits, targets, probabilities(logits, task), staged().view)
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +100,11 @@ def test_several_labels_and_numbers_have_losses_and_what_is_theirs() -> None:
 
 
 def test_the_plots_show_the_counts_and_the_very_images(single: Outcomes) -> None:
-    (axes, _) = plots.confusion_matrix(single).get_axes()
+    axes = single.plot_confusion()
     assert_array_equal(np.asarray(axes.get_images()[0].get_array()), single.confusion())
     assert [text.get_text() for text in axes.texts] == [str(count) for count in single.confusion().ravel()]
     view = staged().view
-    figure = plots.samples(single, view, num_images=5)
+    figure = single.plot_samples(num_images=5)
     panels = figure.get_axes()
     places = single.places()[:5]
     for panel, place in zip(panels, places.tolist(), strict=False):
@@ -115,7 +115,7 @@ def test_the_plots_show_the_counts_and_the_very_images(single: Outcomes) -> None
     assert sum(bool(panel.get_images()) for panel in panels) == 5
     figure._repr_png_()  # names with a $ are drawn as they are
     with pytest.raises(ValueError, match="no such image to show"):
-        plots.samples(single, view, num_images=0)
+        single.plot_samples(num_images=0)
 
 
 def test_a_learner_gives_the_outcomes_of_what_it_can_read_and_says_what_evaluate_says(

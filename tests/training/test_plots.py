@@ -1,4 +1,5 @@
 import math
+from array import array
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 from support.processes import Processes
@@ -14,7 +17,7 @@ from support.processes import Processes
 from featstore.errors import ImageError
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
-from training import plots
+from training import History, plots
 
 PNG = b"\x89PNG\r\n"
 VIEW = View(size=24, resize=28)
@@ -113,8 +116,7 @@ def test_views_names_an_image_that_can_not_be_read(tmp_path: Path) -> None:
 def test_learning_rates_draws_every_point_on_a_logarithmic_axis() -> None:
     lrs = np.geomspace(1e-5, 10, 100)
     losses = np.linspace(3, 900, 100)
-    figure = plots.learning_rates(lrs.tolist(), losses.tolist(), (losses / 2).tolist(), suggestion=2e-3)
-    [axes] = figure.get_axes()
+    axes = plots.learning_rates(lrs.tolist(), losses.tolist(), (losses / 2).tolist(), suggestion=2e-3)
     points, smoothed, mark = axes.get_lines()
     np.testing.assert_array_equal(points.get_xydata(), np.column_stack([lrs, losses]))
     np.testing.assert_array_equal(smoothed.get_xydata(), np.column_stack([lrs, losses / 2]))
@@ -128,17 +130,17 @@ def test_learning_rates_draws_every_point_on_a_logarithmic_axis() -> None:
 
 
 def test_learning_rates_of_one_step_is_a_visible_point() -> None:
-    figure = plots.learning_rates([1e-3], [2.0], [2.0])
-    [axes] = figure.get_axes()
+    axes = plots.learning_rates([1e-3], [2.0], [2.0])
     assert all(line.get_marker() == "." for line in axes.get_lines())
-    assert figure._repr_png_().startswith(PNG)
+    assert isinstance(axes, plots.Panel)
+    assert axes._repr_png_().startswith(PNG)
 
 
 def test_learning_rates_counts_losses_that_can_not_be_drawn() -> None:
-    figure = plots.learning_rates([1e-3, 1e-2, 1e-1], [2.0, math.inf, math.nan], [2.0, math.inf, math.nan])
-    [axes] = figure.get_axes()
+    axes = plots.learning_rates([1e-3, 1e-2, 1e-1], [2.0, math.inf, math.nan], [2.0, math.inf, math.nan])
     assert axes.get_title() == "2 of 3 losses are not finite and not drawn"
-    assert figure._repr_png_().startswith(PNG)
+    assert isinstance(axes, plots.Panel)
+    assert axes._repr_png_().startswith(PNG)
 
 
 def test_learning_rates_of_unequal_lengths_are_refused() -> None:
@@ -182,11 +184,56 @@ def test_history_without_epochs_is_refused() -> None:
         plots.history([])
 
 
+def test_history_draws_each_step_with_its_rate_and_momentum() -> None:
+    fitted = History(losses=[3.0, 1.0, math.nan], lrs=array("d", [0.1, 0.2, 0.1]), momenta=array("d", [0.9, 0.8, 0.9]))
+    losses = fitted.plot_steps()
+    np.testing.assert_array_equal(losses.get_lines()[0].get_xydata(), [[1, 3], [2, 1], [3, math.nan]])
+    assert (losses.get_xlabel(), losses.get_ylabel()) == ("step", "training loss")
+    rates = fitted.plot_lr()
+    assert rates.figure is not None
+    left, right = rates.figure.get_axes()
+    assert left is rates
+    assert (left.get_ylabel(), right.get_ylabel(), right.get_xlabel()) == ("learning rate", "momentum", "step")
+    np.testing.assert_array_equal(left.get_lines()[0].get_xydata(), [[1, 0.1], [2, 0.2], [3, 0.1]])
+    np.testing.assert_array_equal(right.get_lines()[0].get_ydata(), [0.9, 0.8, 0.9])
+    plain = History(losses=[1.0], lrs=array("d", [0.1]), momenta=array("d", [0.0])).plot_lr()
+    assert plain.figure is not None
+    assert plain.figure.get_axes() == [plain]
+    assert plain.get_lines()[0].get_marker() == "."
+    with pytest.raises(ValueError, match="no steps"):
+        History().plot_lr()
+
+
+def test_several_fits_are_drawn_on_one_pair_of_axes() -> None:
+    axes = Figure().subplots()
+    for factor in (1, 2):
+        records = [{"epoch": 1.0, "train_loss": factor, "accuracy": factor / 2}]
+        assert History(records=records).plot_metrics(axes) is axes
+    assert [line.get_ydata() for line in axes.get_lines()] == [[0.5], [1.0]]
+    assert line_labels(History(records=[{"epoch": 1.0, "train_loss": 1}]).plot_losses()) == ["training"]
+    with pytest.raises(ValueError, match="No epoch has a metric"):
+        History(records=[{"epoch": 1.0, "train_loss": 1}]).plot_metrics()
+
+
+def test_pairs_of_classes_that_are_not_drawn_are_counted() -> None:
+    pairs = [("cat", "dog", 5), ("$a$", "cat", 2), ("dog", "cat", 1)]
+    axes = plots.most_confused(pairs, num_pairs=2)
+    assert [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)] == [5, 2]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat as dog", "$a$ as cat"]
+    assert (axes.get_title(), axes.get_xlabel()) == ("2 of 3 pairs", "images")
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first is on top
+    assert plots.most_confused(pairs).get_title() == ""
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.most_confused([])
+
+
 def test_plots_save_themselves(tmp_path: Path) -> None:
-    figure = plots.views(photographs(), VIEW, "flip")
+    figure, panel = plots.views(photographs(), VIEW, "flip"), plots.step_losses([1.0, 2.0])
+    assert isinstance(panel, plots.Panel)
     for suffix in ("png", "pdf", "svg"):
         figure.savefig(tmp_path / f"views.{suffix}")
-        assert (tmp_path / f"views.{suffix}").stat().st_size > 1000
+        panel.savefig(tmp_path / f"losses.{suffix}")
+        assert min(each.stat().st_size for each in tmp_path.glob(f"*.{suffix}")) > 1000
 
 
 def test_drawing_does_not_import_pyplot(new_processes: Processes) -> None:
