@@ -30,6 +30,7 @@ from featstore.store.store import FeatureStore
 from featstore.words import printable
 from training import metrics as scores
 from training import optim, saved, schedules, settings
+from training.agreement import Agreement, compared
 from training.averages import Average, averaged
 from training.checkpoints import fit_facts, interruptible, read_fit
 from training.class_counts import imbalance_note
@@ -467,6 +468,11 @@ class Learner:
         place_of = {image: place for place, image in enumerate(source.images.ids)}
         images = source.images.select([place_of[each] for each in ids])
         return Outcomes.of(images, logits, targets, probabilities(logits, self.task), self.view)
+
+    def compare_inputs(self, split: str = "valid") -> Agreement:
+        """A split's labelled images scored from stored features and from their files: how far the two are apart."""
+        chosen = to_score(self.images, split)
+        return compared(self._tail(), self._situation(), chosen, batches=self._batches, scored=self._scored)
 
     def predict(self, items: Items) -> list[Prediction]:
         """One record an image (label, probability, top; of regression values), in order.

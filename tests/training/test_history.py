@@ -55,7 +55,9 @@ def test_a_history_is_written_as_a_table_and_as_lines_of_json(tmp_path: Path) ->
     for name, values in history.frame().items():
         assert read[name] == pytest.approx(values, rel=0, nan_ok=True)
     history.to_jsonl(tmp_path / "epochs.jsonl")
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "epochs.jsonl").open()]
+    lines = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()
+    ]
     assert lines == [records[0], {"epoch": 2, "train_loss": None, "valid_loss": None}]
 
 

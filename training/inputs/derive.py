@@ -233,13 +233,13 @@ def find(situation: Situation, images: ImageSet, augment: Augment | None, *, ask
         FeatureStoreError: if they can't be had; the message says which fact is in the way and what to do.
     """
     if _live_reason(situation, augment) is not None:
-        return _live(situation, images, augment)
+        return from_images(situation, images, augment)
     search = Search(situation, images, augment)
     found = search.complete()
     if found is not None:
         return _stored(search, *found)
     if situation.on_missing == "images":
-        return _live(situation, images, augment)
+        return from_images(situation, images, augment)
     raise why_not(search, images if asked is None else asked)
 
 
@@ -421,7 +421,7 @@ def _check_probe(situation: Situation, entry: Entry, each: FeatureSet) -> None:
     situation.probed.add(checked)
 
 
-def _live(situation: Situation, images: ImageSet, augment: Augment | None) -> ImageSource:
+def from_images(situation: Situation, images: ImageSet, augment: Augment | None) -> ImageSource:
     """The images themselves.
 
     Raises:

@@ -19,7 +19,7 @@ from featstore.models.names import Batching
 from featstore.models.trunk import Output, Trunk
 from training import Learner
 from training.inputs.batches import Batches
-from training.inputs.derive import FeatureSource, ImageSource, _live, find
+from training.inputs.derive import FeatureSource, ImageSource, find, from_images
 
 
 class World:
@@ -171,7 +171,7 @@ def test_a_live_trunk_and_what_continues_features_run_at_their_precision(world: 
         if on == "images":
             situation = replace(situation, on_missing="images", images=world.images)
         part = world.images.select(range(4))
-        source = find(situation, part, None) if on == "features" else _live(situation, part, None)
+        source = find(situation, part, None) if on == "features" else from_images(situation, part, None)
         ((values, _),) = list(Batches(source, situation, batch_size=4, workers=0).in_order())
         assert torch.equal(values, rows)
 
@@ -186,7 +186,7 @@ def test_a_live_trunk_beside_compiled_features_is_not_compiled_and_says_so(world
     output = Output("layer2", world.model.pool("layer2", "concat"))
     (rows,) = Trunk(world.model, [output], view=VIEW, batching=Batching(4))(uint8)
     situation = replace(stored._situation(), on_missing="images")
-    source = _live(situation, world.images.select(range(4)), None)
+    source = from_images(situation, world.images.select(range(4)), None)
     ((values, _),) = list(Batches(source, situation, batch_size=4, workers=0).in_order())
     assert torch.equal(values, rows)
 
