@@ -356,8 +356,8 @@ class Learner:
 
         def told(record: Record) -> None:
             self._say(record_line(record))
-            if plan.on_epoch_end is not None:
-                plan.on_epoch_end(record)
+            for listener in plan.listeners:
+                listener(record)
 
         with interruptible(plan.folder, facts, tail, steps, average, rates, train, valid, ranks) as keeping:
             if plan.snapshot is not None:

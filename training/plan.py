@@ -8,22 +8,21 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 
 from featstore.digest import Json
 from featstore.models.runs import check_free
 from training import schedules, settings
 from training.averages import SWA, Averaging
+from training.history import Record
 from training.losses import ClassWeights
 from training.optim import LearningRate, numbers
 from training.steps import StepOptions, TrainingPrecision
 
-if TYPE_CHECKING:
-    from training.history import Record
-
+Listener: TypeAlias = Callable[[Record], Any]
 AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
 
@@ -34,7 +33,7 @@ class FitOptions(TypedDict, total=False):
         schedule: a key of `schedules.SCHEDULES`: one_cycle (torch's defaults), cosine, constant, and more; gone through
             once a cycle. Default: one_cycle of `Learner.fit`, cosine of `Learner.fit_cycles`.
         weight_decay: of every parameter, 0.01; `optim.build` says what it is of a linear head.
-        on_epoch_end: gets each epoch's record.
+        on_epoch_end: gets each epoch's record; a function, or several in a list. `training.trackers` has some.
         keep: the weights that remain: of the ``last`` epoch, or of the ``best`` by `monitor`.
         monitor: the number on record that says how good an epoch was: valid_loss, train_loss or a metric; of a metric
             of your own with its better direction, ("name", "max") or ("name", "min").
@@ -55,7 +54,7 @@ class FitOptions(TypedDict, total=False):
 
     schedule: str
     weight_decay: float
-    on_epoch_end: Callable[[Record], Any] | None
+    on_epoch_end: Listener | Sequence[Listener] | None
     keep: Literal["last", "best"]
     monitor: str | tuple[str, str]
     patience: int | None
@@ -84,7 +83,7 @@ class Plan:
     snapshot: str | os.PathLike[str] | None = None
     schedule: str = "one_cycle"
     weight_decay: float = 0.01
-    on_epoch_end: Callable[[Record], Any] | None = None
+    on_epoch_end: Listener | Sequence[Listener] | None = None
     keep: Literal["last", "best"] = "last"
     monitor: str | tuple[str, str] = "valid_loss"
     patience: int | None = None
@@ -100,8 +99,10 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "cycles", tuple(settings.checked("epochs", each) for each in self.cycles))
         object.__setattr__(self, "weight_decay", float(settings.checked("weight_decay", self.weight_decay)))
-        for name in (*_LATER, "keep", "checkpoint", "snapshot", "on_epoch_end"):
+        for name in (*_LATER, "keep", "checkpoint", "snapshot"):
             object.__setattr__(self, name, settings.checked(name, getattr(self, name)))
+        for listener in self.listeners:
+            settings.checked("on_epoch_end", listener)
         schedules.check(self.schedule)
         if self.resume and self.checkpoint is None:
             raise ValueError("resume needs a checkpoint to go on from. Give it: checkpoint=.")
@@ -115,6 +116,14 @@ class Plan:
     def steps(self) -> StepOptions:
         """How steps are made."""
         return StepOptions(clip=self.clip, accumulate=self.accumulate, precision=self.precision)
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """What gets each epoch's record, in the order given."""
+        given = self.on_epoch_end
+        if given is None:
+            return ()
+        return tuple(given) if isinstance(given, Sequence) else (given,)
 
     @property
     def folder(self) -> Path | None:

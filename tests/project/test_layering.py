@@ -77,7 +77,7 @@ ROOMS: dict[str, Rooms] = {
         ("", ("__main__",)),
     ),
     "training": (
-        ("", ("metrics", "choices", "schedules", "monitor", "plots", "history", "outcomes", "heads")),
+        ("", ("metrics", "choices", "schedules", "monitor", "plots", "history", "trackers", "outcomes", "heads")),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
@@ -130,6 +130,10 @@ DOORS = {
     "matplotlib": {"training.plots"},
     "obstore": {"featstore.objects"},
     "onnxruntime": {"training.export"},
+    "torch.utils.tensorboard": {"training.trackers"},
+    "wandb": {"training.trackers"},
+    "mlflow": {"training.trackers"},
+    "trackio": {"training.trackers"},
 }
 
 # What training uses of featstore: module -> names. docs/design.md says what may join it.
