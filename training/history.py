@@ -72,9 +72,7 @@ class History:
 
     def joined(self, later: History) -> History:
         """These epochs and those of a later fit, in a history of its own."""
-        both = replace(
-            self, records=[*self.records], losses=[*self.losses], lrs=self.lrs[:], momenta=self.momenta[:]
-        )
+        both = replace(self, records=[*self.records], losses=[*self.losses], lrs=self.lrs[:], momenta=self.momenta[:])
         both.extend(later)
         return both
 
