@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from featstore.html import titled_table
 from featstore.images.image_set import ImageSet
 from training.fit import outputs
 from training.inputs.batches import Batches
@@ -69,6 +70,9 @@ class Agreement:
         return "\n".join([*self.sources, *rows, f"{len(self.ids):,} images: {apart}{told}"])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return titled_table(str(self).splitlines()[-1], self.table)
 
 
 def compared(

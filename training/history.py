@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featstore.html import titled_table
 from training.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class History:
             return "History(no epochs)"
         scores = ", ".join(f"{name} {value:.4g}" for name, value in self.best.items() if name != "seconds")
         return f"History({len(self.records)} epochs; best: {scores})"
+
+    def _repr_html_(self) -> str:
+        return titled_table(repr(self), self.records)
 
     def extend(self, later: History) -> None:
         """Adds the epochs of a later fit; the best is then the best of all."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featstore.errors import FeatureStoreError, OnError
+from featstore.html import titled_table
 from featstore.images.contents import overlap_note
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
@@ -208,6 +209,9 @@ class Learner:
                 *inputs,
             ]
         )
+
+    def _repr_html_(self) -> str:
+        return titled_table(repr(self), self.history.records)
 
     # ----------------------------------------------------------------------------------------------- what is frozen
 

@@ -1,4 +1,7 @@
-"""Image sets: which images, in which order, with which targets and split, and how to read each one's bytes."""
+"""Image sets: which images, in which order, with which targets and split, and how to read each one's bytes.
+
+Long, since every way to make a set, and to change one, is a method of it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featstore.digest import Json
+from featstore.html import titled_table
 from featstore.images.datasets import dataset_images, iterable_images, labelled_rows
 from featstore.images.digests import Contents, Digests, KnownDigest, KnownDigests, Memo
 from featstore.images.folders import StrPath, absolute, existing_folder, folder_rows
@@ -26,6 +30,7 @@ from featstore.images.labels import (
     class_table,
     composed_classes,
     held_out_notes,
+    label_counts,
     labels_text,
     one_spelling,
     split_counts,
@@ -382,6 +387,9 @@ class ImageSet:
 
     def __repr__(self) -> str:
         return f"ImageSet({self.name}: {self.describe()})"
+
+    def _repr_html_(self) -> str:
+        return titled_table(repr(self), label_counts(self.targets, self.classes, self.task, self.splits))
 
     @property
     def num_classes(self) -> int:

@@ -369,6 +369,28 @@ def labels_text(targets: NDArray[np.int64] | NDArray[np.float32] | None, classes
     return f"{text}, {num_unlabelled:,} unlabelled" if num_unlabelled else text
 
 
+def label_counts(
+    targets: NDArray[np.int64] | NDArray[np.float32] | None,
+    classes: tuple[str, ...],
+    task: Task,
+    splits: NDArray[np.str_],
+) -> list[dict[str, str | int]]:
+    """A row a class: its name, and how many images of each split have it; none of images without classes."""
+    import numpy as np
+
+    if targets is None or task == "regression":
+        return []
+    counts = {}
+    for split in (*SPLITS, ""):
+        if len(part := targets[splits == split]):
+            by_class = part.sum(axis=0) if task == "multi" else np.bincount(part[part >= 0], minlength=len(classes))
+            counts[split or "not dealt"] = by_class.astype(np.int64).tolist()
+    return [
+        {"class": name, **{split: numbers[place] for split, numbers in counts.items()}}
+        for place, name in enumerate(classes)
+    ]
+
+
 def _values_text(targets: NDArray[Any], names: tuple[str, ...]) -> str:
     import numpy as np
 

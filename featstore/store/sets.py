@@ -20,6 +20,7 @@ from featstore.images.views import View
 from featstore.models.names import PRECISIONS, Batching, Precision
 from featstore.store.part_facts import FACTS, check_facts, pixels_of
 from featstore.store.spec import FeatureSpec
+from featstore.words import size_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,12 @@ class FeatureSet:
             "when": self.facts["when"],
             "folder": str(self.folder),
         }
+
+    def in_brief(self) -> dict[str, Json]:
+        """What a notebook shows of it."""
+        facts = self.describe()
+        names = ("key", "backbone", "cut", "reduce", "view", "seed", "size", "dtype", "rows", "bytes")
+        return {**{name: facts[name] for name in names}, "key": self.key[:8], "bytes": size_text(self.num_bytes)}
 
 
 @dataclass(frozen=True, eq=False)

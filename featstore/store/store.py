@@ -24,6 +24,7 @@ from featstore.files.part import write_part
 from featstore.files.provenance import signature
 from featstore.files.storage_types import PIXELS
 from featstore.files.table import write_table
+from featstore.html import titled_table
 from featstore.images.contents import is_changed
 from featstore.images.digests import Digests, KnownDigests
 from featstore.images.image_set import ImageSet
@@ -105,6 +106,9 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.root)!r})"
+
+    def _repr_html_(self) -> str:
+        return titled_table(repr(self), [each.in_brief() for each in self.sets()])
 
     @property
     def folder(self) -> Path:

@@ -27,8 +27,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "remedies", "errors", "words", "timing", "digest", "machine", "objects", "source_code", "surroundings",
-                "plugins",
+                "remedies", "errors", "words", "html", "timing", "digest", "machine", "objects", "source_code",
+                "surroundings", "plugins",
             ),
         ),
         (
@@ -155,6 +155,7 @@ SURFACE: dict[str, str] = {
     "extraction.remedy": "extract_remedy seed_ranges",
     "extraction.shards": "local_device local_threads local_workers",
     "files.storage_types": "DEFAULT_STORAGE_TYPE STORAGE_TYPES",
+    "html": "titled_table",
     "images.contents": "is_changed overlap_note",
     "images.digests": "Digests KnownDigest KnownDigests",
     "images.image_set": "ImageSet",

@@ -18,6 +18,7 @@ from featstore.errors import (
     MissingFeaturesError,
 )
 from featstore.extraction.extract import extract
+from featstore.html import titled_table
 from featstore.images.image_set import ImageSet
 from featstore.images.origins import made_by
 from featstore.images.pixel_digest import check_pixels
@@ -111,6 +112,9 @@ class Inputs:
         return "\n".join([*lines, f"why: {self.why}"])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return titled_table(str(self))
 
     def left_out_note(self, images: ImageSet) -> str | None:
         """How many labelled images of `images` that were to be read can't be, in words; None if all can."""
