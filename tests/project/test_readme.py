@@ -1,28 +1,20 @@
-"""The README's two minutes, run as they stand: on photographs, with random weights where the real ones would be.
-
-The weights' preset says 64 pixels rather than 224, since batches of resnet34 are what these tests take: a tenth so.
-"""
+"""The README's two minutes, run as they stand: on photographs, with random weights where the real ones would be."""
 
 import re
 import runpy
 import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import torchvision
-from PIL import Image
-from sklearn.datasets import load_sample_images
+from support.pages import go_there, reader_folder
 
 import featstore.cli.app
 import training.cli
 from featstore import FeatureStore
 
-WEIGHTS = torchvision.models.ResNet34_Weights.DEFAULT
 README = Path(__file__).parents[2] / "README.md"
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "featstore": featstore.cli.app.main,
@@ -32,27 +24,12 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's reader has: photos in two class folders, two new ones in inbox/, and resnet34's weights.
-
-    Eight photos and the views of six of them fill one batch of 32.
-    """
-    folder = tmp_path_factory.mktemp("readme")
-    rng = np.random.default_rng(0)
-    for name, photo in zip(("cat", "dog"), load_sample_images().images, strict=True):
-        _write_crops(folder / "photos" / name, photo, rng, [f"{number:03d}.jpg" for number in range(4)])
-    _write_crops(folder / "inbox", photo, rng, ["0412.jpg", "0413.jpg"])
-    checkpoints = folder / "torch" / "hub" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    torch.manual_seed(0)
-    torch.save(torchvision.models.resnet34().state_dict(), checkpoints / Path(WEIGHTS.url).name)
-    return folder
+    return reader_folder(tmp_path_factory.mktemp("readme"), "resnet34")
 
 
 @pytest.fixture
 def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
-    monkeypatch.setattr(WEIGHTS.value, "transforms", partial(WEIGHTS.transforms, crop_size=64, resize_size=72))
+    go_there(folder, monkeypatch, "resnet34")
 
 
 def test_the_commands_of_the_readme_run(at_home: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,13 +102,6 @@ def _blocks(language: str) -> list[str]:
     )
     assert len(blocks) == 2
     return [str(block) for block in blocks]
-
-
-def _write_crops(folder: Path, photo: np.ndarray, rng: np.random.Generator, names: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        top, left = rng.integers(0, photo.shape[0] - 240), rng.integers(0, photo.shape[1] - 260)
-        Image.fromarray(photo[top : top + 240, left : left + 260]).save(folder / name, quality=90)
 
 
 def test_the_readme_shows_the_house_as_it_is() -> None:

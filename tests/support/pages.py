@@ -1,0 +1,60 @@
+"""What the reader of a page has, and the code of a page: the README and guides run as they stand.
+
+Weights are random where the real ones would be, and presets say 64 pixels rather than 224, since batches of these
+networks are what such tests take: a tenth so.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+
+def reader_folder(folder: Path, *names: str, count: int = 4) -> Path:
+    """A folder with photos in two class folders, two new ones in inbox/, and the default weights of networks `names`.
+
+    Eight photos and the views of six of them fill one batch of 32.
+    """
+    rng = np.random.default_rng(0)
+    for name, photo in zip(("cat", "dog"), load_sample_images().images, strict=True):
+        _write_crops(folder / "photos" / name, photo, rng, [f"{number:03d}.jpg" for number in range(count)])
+    _write_crops(folder / "inbox", photo, rng, ["0412.jpg", "0413.jpg"])
+    checkpoints = folder / "torch" / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)  # other weights than those that `weights="none"` draws
+        for name in names:
+            weights = torchvision.models.get_model_weights(name).DEFAULT
+            torch.save(torchvision.models.get_model(name).state_dict(), checkpoints / Path(weights.url).name)
+    return folder
+
+
+def go_there(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Makes such a folder the working directory, in which networks `names` find their weights and small presets."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
+    for name in names:
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        monkeypatch.setattr(weights.value, "transforms", partial(weights.transforms, crop_size=64, resize_size=72))
+
+
+def code_of(page: Path, language: str = "python") -> list[str]:
+    """The blocks of a language, in order, each after as many empty lines as stand before it in the page."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return ["\n" * text.count("\n", 0, each.start(1)) + each[1] for each in found]
+
+
+def _write_crops(folder: Path, photo: np.ndarray, rng: np.random.Generator, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        top, left = rng.integers(0, photo.shape[0] - 240), rng.integers(0, photo.shape[1] - 260)
+        Image.fromarray(photo[top : top + 240, left : left + 260]).save(folder / name, quality=90)
