@@ -113,11 +113,9 @@ def test_a_frozen_fit_moves_no_statistics_of_frozen_stages(make: Make) -> None:
 def test_parameters_of_equal_values_are_told_apart(tmp_path: Path) -> None:
     def twins() -> StagedModel:
         def layer() -> nn.Sequential:
-            made = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
-            with torch.no_grad():
-                made[0].weight.fill_(0.1)
-                made[0].bias.zero_()
-            return made
+            convolution = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+            nn.init.constant_(convolution.weight, 0.1)
+            return nn.Sequential(convolution, nn.BatchNorm2d(3), nn.ReLU())
 
         return StagedModel.from_stages(
             {"layer1": layer(), "layer2": layer(), "flatten": nn.Flatten(), "fc": nn.Linear(3 * 16 * 16, 2)}, view=VIEW
