@@ -11,7 +11,9 @@ from support.pages import code_of, go_there, reader_folder
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 
 
-@pytest.mark.parametrize(("page", "networks"), [("questions", ["resnet34"])])
+@pytest.mark.parametrize(
+    ("page", "networks"), [("questions", ["resnet34"]), ("transfer_learning", ["resnet34", "resnet50"])]
+)
 def test_the_code_of_a_guide_runs(
     page: str, networks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
