@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import FeatureStoreError
-from featstore.images.image_set import ImageSet
 from featstore.models.runs import FACTS
 from training.learner import Learner
-from training.predict import Prediction, as_images, predictions
+from training.predict import Items, Prediction, as_images, predictions
+from training.tta import TtaOptions
 
 
 class Ensemble:
@@ -62,27 +62,23 @@ class Ensemble:
                 )
         return cls([Learner.load(run, **options) for run in runs])
 
-    def predict(self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Prediction]:
+    def predict(self, items: Items, **tta: Unpack[TtaOptions]) -> list[Prediction]:
         """As `Learner.predict`, of the means."""
-        ids, values = self.scored(items)
+        ids, values = self.scored(items, **tta)
         return predictions(ids, values, self.classes, self.task)
 
-    def predict_proba(
-        self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-    ) -> NDArray[np.float64]:
+    def predict_proba(self, items: Items, **tta: Unpack[TtaOptions]) -> NDArray[np.float64]:
         """As `Learner.predict_proba`, the mean over the learners."""
-        return self.scored(items)[1]
+        return self.scored(items, **tta)[1]
 
-    def scored(
-        self, items: ImageSet | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-    ) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    def scored(self, items: Items, **tta: Unpack[TtaOptions]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
         """Ids and mean probabilities ``(N, K)``, as `Learner.scored`.
 
         Raises:
             FeatureStoreError: if an image could be read for one learner and not for another.
         """
         images = as_images(items)
-        scored = [learner.scored(images) for learner in self.learners]
+        scored = [learner.scored(images, **tta) for learner in self.learners]
         ids = scored[0][0]
         differing = sorted({*ids}.symmetric_difference(name for other, _ in scored for name in other))
         if differing:

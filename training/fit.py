@@ -235,12 +235,12 @@ def outputs(tail: nn.Module, batches: Batches, ranks: Ranks | None = None) -> tu
     """
     if batches.targets is None:
         raise ValueError("These images have no labels, so they can't be scored.")
-    logits, rows = predicted(tail, batches, ranks)
+    logits, rows = predicted(tail, batches, ranks=ranks)
     return logits.to(batches.device), batches.targets[rows].to(batches.device), rows
 
 
-def predicted(tail: nn.Module, batches: Batches, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, K)`` float32 and the row numbers ``(N,)`` they belong to, on the CPU.
+def predicted(tail: nn.Module, batches: Batches, view: int = 0, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
+    """Logits ``(N, K)`` float32 in one of the views, and the row numbers ``(N,)`` they belong to, on the CPU.
 
     Several processes share the rows, and all get all of them.
 
@@ -250,7 +250,7 @@ def predicted(tail: nn.Module, batches: Batches, ranks: Ranks | None = None) -> 
     logits: list[Tensor] = []
     rows: list[Tensor] = []
     with torch.no_grad(), mode_of(tail, training=False):
-        for inputs, numbers in batches.in_order(share=(0, 1) if ranks is None else (ranks.rank, ranks.count)):
+        for inputs, numbers in batches.in_order(view, share=(0, 1) if ranks is None else (ranks.rank, ranks.count)):
             logits.append(tail(inputs).float().cpu())
             rows.append(torch.from_numpy(numbers))
     check_any(len(rows), batches)

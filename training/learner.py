@@ -41,14 +41,12 @@ from training.export import ExportReport, exported
 from training.fit import (
     Progress,
     check_norms,
-    outputs,
-    predicted,
     run_epochs,
 )
 from training.heads import ValueHead, passes_an_epoch, standardise
 from training.history import History, Record, record_line
 from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
-from training.inputs.derive import Inputs, Source, derive, extract_missing, find_to_score, labelled, to_score, to_train
+from training.inputs.derive import Inputs, Source, derive, extract_missing, labelled, to_score, to_train
 from training.inputs.situation import (
     OnMissing,
     Origin,
@@ -68,6 +66,7 @@ from training.predict import Items, Prediction, as_images, outputs_words, predic
 from training.ranks import Ranks, check_alone, is_first, written_by_first
 from training.splits import PastSplit, present_split
 from training.steps import Steps
+from training.tta import Scored, TestViews, TtaOptions, scored
 
 
 class Learner:
@@ -461,46 +460,46 @@ class Learner:
 
     # --------------------------------------------------------------------------------------------------- inference
 
-    def evaluate(self, split: str = "valid") -> dict[str, float]:
-        """Loss, metrics and number of the labelled images of a split: train, valid or test, in the evaluation view."""
-        _, _, logits, targets = self._asked_outputs(split)
-        return self._scored(logits, targets)
+    def evaluate(self, split: str = "valid", **tta: Unpack[TtaOptions]) -> dict[str, float]:
+        """Loss, metrics and number of the labelled images of a split: train, valid or test.
 
-    def outcomes(self, split: str = "valid") -> Outcomes:
+        Args:
+            split: of `images`.
+            tta: views beside the evaluation view, as `TtaOptions` describes them.
+        """
+        found, targets = self._asked_outputs(split, **tta)
+        return self._scored(found.logits, targets)
+
+    def outcomes(self, split: str = "valid", **tta: Unpack[TtaOptions]) -> Outcomes:
         """What the model says of each labelled image of a split: where it is wrong, how sure, what it confuses."""
-        source, ids, logits, targets = self._asked_outputs(split)
-        place_of = {image: place for place, image in enumerate(source.images.ids)}
-        images = source.images.select([place_of[each] for each in ids])
-        return Outcomes.of(images, logits, targets, probabilities(logits, self.task), self.view)
+        found, targets = self._asked_outputs(split, **tta)
+        own = probabilities(found.logits, self.task)
+        return Outcomes.of(found.images, found.logits, targets, own, self.view)
 
     def compare_inputs(self, split: str = "valid") -> Agreement:
         """A split's labelled images scored from stored features and from their files: how far the two are apart."""
         chosen = to_score(self.images, split)
         return compared(self._tail(), self._situation(), chosen, batches=self._batches, scored=self._scored)
 
-    def predict(self, items: Items) -> list[Prediction]:
+    def predict(self, items: Items, **tta: Unpack[TtaOptions]) -> list[Prediction]:
         """One record an image (label, probability, top; of regression values), in order.
 
         Args:
-            items: an image set; files, folders or tar files; or images in memory, called by their places: 0, 1, ...
+            items: an image set; files, folders, tar files or a table; or images in memory, called by their places.
+            tta: views beside the evaluation view, as `TtaOptions` describes them.
         """
-        ids, values = self.scored(items)
+        ids, values = self.scored(items, **tta)
         return predictions(ids, values, self.classes, self.task)
 
-    def predict_proba(self, items: Items) -> NDArray[np.float64]:
+    def predict_proba(self, items: Items, **tta: Unpack[TtaOptions]) -> NDArray[np.float64]:
         """Probabilities ``(N, K)``, columns in the order of `classes`; of regression the numbers."""
-        return self.scored(items)[1]
+        return self.scored(items, **tta)[1]
 
-    def scored(self, items: Items) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    def scored(self, items: Items, **tta: Unpack[TtaOptions]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
         """Ids and probabilities ``(N, K)``, without images that can't be read where ``on_error`` is ``skip``."""
-        images = as_images(items)
-        situation, source = find_to_score(self._situation(), images, say=self._say)
-        self.read_from = source.kind
-        batches = self._batches(source, situation)
-        logits, rows = predicted(self._tail(), batches)
-        self._say(doubtful_note(batches))
-        ids = tuple(source.images.ids[row] for row in rows.tolist())
-        return ids, probabilities(logits, self.task)
+        found = self._read(as_images(items), self._situation(), **tta)
+        self.read_from = found.kind
+        return found.images.ids, probabilities(found.logits, self.task)
 
     # ----------------------------------------------------------------------------------------------- save and load
 
@@ -682,29 +681,31 @@ class Learner:
         self._say(inputs.left_out_note(self.images))
         return situation, inputs
 
-    def _asked_outputs(self, split: str) -> tuple[Source, tuple[str, ...], torch.Tensor, torch.Tensor]:
+    def _asked_outputs(self, split: str, **tta: Unpack[TtaOptions]) -> tuple[Scored, torch.Tensor]:
         """As `_split_outputs`; and says what should be known of scores of these images."""
-        source, ids, logits, targets = self._split_outputs(split)
-        self.read_from = source.kind
+        found, targets = self._split_outputs(split, **tta)
+        self.read_from = found.kind
         if split != "train":
-            self._say_trained(source.images)
+            self._say_trained(found.source.images)
             if self._past is not None:
                 digests = self.images.digests(self._situation().known)
                 self._say(self._past.unseen_note(self.images, digests, split))
-        if len(ids) < len(source.images):
-            self._say(f"{len(source.images) - len(ids):,} of {len(source.images):,} images can't be read, left out")
-        return source, ids, logits, targets
+        whole, left = len(found.source.images), len(found.images)
+        if left < whole:
+            self._say(f"{whole - left:,} of {whole:,} images can't be read, left out")
+        return found, targets
 
-    def _split_outputs(self, split: str) -> tuple[Source, tuple[str, ...], torch.Tensor, torch.Tensor]:
-        """Where a split's labelled images were read from; ids, logits ``(N, K)`` and targets of those that could be."""
-        chosen = to_score(self.images, split)
-        situation, source = find_to_score(self._situation(), chosen, say=self._say)
-        batches = self._batches(source, situation)
-        logits, targets, rows = outputs(self._tail(), batches)
-        self._say(doubtful_note(batches))
-        return source, tuple(source.images.ids[row] for row in rows.tolist()), logits, targets
+    def _split_outputs(self, split: str, **tta: Unpack[TtaOptions]) -> tuple[Scored, torch.Tensor]:
+        """What the model says of a split's labelled images, as far as they can be read, and their targets."""
+        found = self._read(to_score(self.images, split), self._situation(), **tta)
+        return found, torch.from_numpy(np.array(found.images.targets))
+
+    def _read(self, images: ImageSet, situation: Situation, **tta: Unpack[TtaOptions]) -> Scored:
+        views = TestViews.of(**tta, own=self.augment)
+        return scored(situation, images, views, task=self.task, batched=self._batches, say=self._say)
 
     def _scored(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+        logits, targets = logits.to(self.device).float(), targets.to(self.device)  # where class weights lie
         loss = float(scores.loss_value(self._criterion(), logits, targets))
         return {"loss": loss, **scores.metric_values(self._scores(), logits, targets), "images": len(logits)}
 
@@ -734,12 +735,14 @@ class Learner:
         if not len(labelled(self.images.valid)):
             return
         try:
-            _, ids, logits, targets = self._split_outputs("valid")
+            found, targets = self._split_outputs("valid")
         except FeatureStoreError as error:  # the images went away since; the model can be saved all the same
             self._say(f"saved without validation scores: {error}")
             return
-        values = probabilities(logits.cpu(), self.task)
-        saved.write_valid(folder, self._scored(logits, targets), ids, values, self.classes, self.task)
+        values = probabilities(found.logits, self.task)
+        saved.write_valid(
+            folder, self._scored(found.logits, targets), found.images.ids, values, self.classes, self.task
+        )
 
     def _split(self, situation: Situation) -> PastSplit:
         return present_split(self.images, self.images.digests(situation.known), self._past)

@@ -181,10 +181,10 @@ class Batches:
         """Rows that are read, and run through the frozen part, at a time."""
         return self.batch_size if self._trunk is None and self._rest is None else self.fixed_size
 
-    def in_order(self, *, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        """One pass over the first view, in the order of the images: (inputs, row numbers)."""
+    def in_order(self, view: int = 0, *, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """One pass over one of the views, by its place, in the order of the images: (inputs, row numbers)."""
         order = np.arange(share[0], self.num_images, share[1])
-        return self._batched(self._chunks(order, np.zeros(self.num_images, np.int64)), merge_single=False)
+        return self._batched(self._chunks(order, np.full(self.num_images, view, np.int64)), merge_single=False)
 
     def _views(self, seed: int, number: int) -> NDArray[np.int64] | int:
         """For each image the place of its view; with fresh views, the seed that all of them use."""

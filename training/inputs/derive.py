@@ -247,8 +247,10 @@ def find(situation: Situation, images: ImageSet, augment: Augment | None, *, ask
     raise why_not(search, images if asked is None else asked)
 
 
-def find_to_score(situation: Situation, images: ImageSet, *, say: Callable[[str], None]) -> tuple[Situation, Source]:
-    """Where `images` in the evaluation view come from for scores and predictions, and the situation for that source.
+def find_to_score(
+    situation: Situation, images: ImageSet, augment: Augment | None, *, say: Callable[[str], None]
+) -> tuple[Situation, Source]:
+    """Where `images` come from for scores and predictions, and the situation for that source.
 
     Their numbers are right wherever they are read: what isn't stored is read from images, and neither several fitting
     sets nor a damaged one are a reason to stop, unless there is nothing to read.
@@ -256,6 +258,7 @@ def find_to_score(situation: Situation, images: ImageSet, *, say: Callable[[str]
     Args:
         situation: its on_missing doesn't count.
         images: in order.
+        augment: the views, of fixed seeds; None: the evaluation view.
         say: gets a sentence about a set that isn't used.
 
     Raises:
@@ -267,14 +270,14 @@ def find_to_score(situation: Situation, images: ImageSet, *, say: Callable[[str]
     )
     situation = replace(situation, on_missing="images" if is_readable else "error", is_scoring=True)
     try:
-        return situation, find(situation, images, None)
+        return situation, find(situation, images, augment)
     except (AmbiguousRequestError, DamagedFileError, FactsDifferError) as error:
         if not is_readable:
             raise
         if not isinstance(error, AmbiguousRequestError):
             say(f"images are read instead of features: {error}")
         situation = replace(situation, store=None)
-        return situation, find(situation, images, None)
+        return situation, find(situation, images, augment)
 
 
 def extract_missing(situation: Situation, augment: Augment | None, *, progress: bool) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ def _rows_missing(search: Search, entry: Entry, sets: Sequence[FeatureSet], aske
 def _views_missing(
     search: Search, entry: Entry, evaluation: FeatureSet, sets: Sequence[FeatureSet | None]
 ) -> FeatureStoreError:
-    augment = search.augment
+    situation, augment = search.situation, search.augment
     assert augment is not None
     assert augment.seeds != "fresh"
     policy = augment.policy
@@ -122,10 +122,13 @@ def _views_missing(
         fewer, fresh = f"use --seeds {seeds}" if stored else fewer, "--seeds fresh"
     else:
         fewer, fresh = f"use seeds={list(stored)}" if stored else fewer, 'seeds="fresh"'
+    instead = f"train from images with {fresh} (the trunk then runs every epoch)"
+    if situation.is_scoring:
+        instead = 'give the images\' files, which are read then: images.with_root("/new/place")'
     return MissingFeaturesError(
         f"You asked for augmentation {asked}, seeds {seed_ranges(augment.seeds)}; {search.store.root} holds "
         f"{holds}. Augmentation can't be applied to stored features afterwards. Either add the views: {remedy}; or "
-        f"{fewer}; or train from images with {fresh} (the trunk then runs every epoch)."
+        f"{fewer}; or {instead}."
     )
 
 
@@ -268,9 +271,11 @@ def _remedy(search: Search, entry: Entry, like: FeatureSet | None, augment: Augm
     augment = search.augment if augment is None else augment
     default = situation.model.pool(entry.cut).reduction
     named = situation.named_model(entry.cut)
+    # Of dealt images extraction computes augmented views of the training images alone.
+    is_of_all = situation.is_scoring and augment is not None
     remedy = extract_remedy(
         situation.model.with_(origin={}) if named is None else named,
-        situation.images,
+        search.images.with_splits([""] * len(search.images)) if is_of_all else situation.images,
         search.store.root,
         cuts=[entry.cut if entry.pool.reduction == default else f"{entry.cut}:{entry.pool.reduction}"],
         view=situation.view,
@@ -279,6 +284,8 @@ def _remedy(search: Search, entry: Entry, like: FeatureSet | None, augment: Augm
         precision=None if like is None else like.spec.precision,
         on_error=situation.on_error,
     )
+    if isinstance(remedy, Call) and is_of_all:
+        remedy = replace(remedy, others=('images.with_splits([""] * len(images))', "store"))
     if isinstance(remedy, Call) and (named is None or situation.model.is_absent):
         remedy = replace(remedy, model="learn.model")  # the caller's `model` has other weights by now
     return Steps(first=Call(function="learn.attach"), then=remedy) if situation.model.is_absent else remedy
