@@ -37,6 +37,7 @@ from training.checkpoints import fit_facts, interruptible, read_fit
 from training.class_counts import imbalance_note
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
 from training.copies import copied_tensors, put_back
+from training.embedding import embedding_model
 from training.export import ExportReport, exported
 from training.fit import (
     Progress,
@@ -461,7 +462,7 @@ class Learner:
     # --------------------------------------------------------------------------------------------------- inference
 
     def evaluate(self, split: str = "valid", **tta: Unpack[TtaOptions]) -> dict[str, float]:
-        """Loss, metrics and number of the labelled images of a split: train, valid or test.
+        """Loss, metrics, calibration error and number of the labelled images of a split: train, valid or test.
 
         Args:
             split: of `images`.
@@ -500,6 +501,21 @@ class Learner:
         found = self._read(as_images(items), self._situation(), **tta)
         self.read_from = found.kind
         return found.images.ids, probabilities(found.logits, self.task)
+
+    def embed(
+        self, items: Items, cut: str | None = None, reduce: str | None = None
+    ) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+        """Ids and activations ``(N, *F)`` of the model as it is now, trained stages included, in eval mode.
+
+        Args:
+            items: as in `predict`.
+            cut: where they are taken; default: where the head sits.
+            reduce: as in `Learner`; default: that of the head at its own cut, elsewhere ``auto``.
+        """
+        model = embedding_model(self.model, cut, reduce, head_cut=self.cut)
+        found = self._read(as_images(items), replace(self._situation(), model=model))
+        self.read_from = found.kind
+        return found.images.ids, found.logits.numpy()
 
     # ----------------------------------------------------------------------------------------------- save and load
 
@@ -707,7 +723,10 @@ class Learner:
     def _scored(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         logits, targets = logits.to(self.device).float(), targets.to(self.device)  # where class weights lie
         loss = float(scores.loss_value(self._criterion(), logits, targets))
-        return {"loss": loss, **scores.metric_values(self._scores(), logits, targets), "images": len(logits)}
+        found = {"loss": loss, **scores.metric_values(self._scores(), logits, targets)}
+        if self.task == "single":
+            found["calibration_error"] = scores.expected_calibration_error(logits, targets)
+        return {**found, "images": len(logits)}
 
     def _say(self, text: str | None) -> None:
         if text is not None and not self.quiet and is_first():

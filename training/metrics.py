@@ -76,7 +76,7 @@ def default_metrics(task: str, num_classes: int) -> dict[str, Metric]:
     return {"accuracy": accuracy, "f1": f1}
 
 
-RECORDED = ("epoch", "train_loss", "valid_loss", "lr", "seconds", "loss", "images")
+RECORDED = ("epoch", "train_loss", "valid_loss", "lr", "seconds", "loss", "calibration_error", "images")
 """What records and scores hold beside the metrics."""
 
 
@@ -181,6 +181,33 @@ def top_k_accuracy(logits: Tensor, targets: Tensor, k: int = 5) -> float:
     # topk leaves the order of equal logits open; a stable sort settles it as argmax does.
     best = logits.argsort(dim=1, descending=True, stable=True)[:, :k]  # (N, k)
     return _share((best == targets[:, None]).any(dim=1))
+
+
+def expected_calibration_error(logits: Tensor, targets: Tensor, bins: int = 15) -> float:
+    """The `calibration_error` of the class with the largest logit and its softmax."""
+    _check_single(logits, targets)
+    if _has_nan(logits):
+        return math.nan
+    sure, taken = torch.softmax(_on_cpu(logits).double(), dim=1).max(dim=1)
+    return calibration_error(_array(sure), _array(taken == _on_cpu(targets)), bins)
+
+
+def calibration_error(sure: NDArray[np.float64], is_right: NDArray[np.bool_], bins: int = 15) -> float:
+    """How far probabilities lie from shares, 0 to 1: Guo et al., arXiv:1706.04599, section 2.
+
+    Of images in `bins` ranges of probability, equally wide, how far the share that is right lies from the mean
+    probability; the mean over the images.
+
+    Args:
+        sure: ``(N,)`` the probability of what was predicted.
+        is_right: ``(N,)`` whether that is so.
+        bins: how many ranges.
+    """
+    if bins < 1:
+        raise ValueError(f"bins is {bins}; expected at least 1.")
+    place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)  # (0, 1/bins], ..., as there
+    gap = np.abs(np.bincount(place, is_right - sure, minlength=bins))
+    return float(gap.sum() / len(sure))
 
 
 def f1(logits: Tensor, targets: Tensor, average: Average = "macro") -> float:

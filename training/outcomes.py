@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from featstore.images.image_set import ImageSet
 from featstore.images.views import View
+from training.metrics import calibration_error
 
 if TYPE_CHECKING:
     from training.plots import Axes, Plot
@@ -120,17 +121,8 @@ class Outcomes:
         }
 
     def calibration_error(self, bins: int = 15) -> float:
-        """The expected calibration error of the most probable class, 0 to 1: Guo et al., arXiv:1706.04599, section 2.
-
-        Of images in `bins` ranges of probability, equally wide, how far the share that is right lies from the mean
-        probability; the mean over the images.
-        """
-        if bins < 1:
-            raise ValueError(f"bins is {bins}; expected at least 1.")
-        sure = self.probabilities.max(1)
-        place = np.minimum(np.ceil(sure * bins).astype(int) - 1, bins - 1)  # (0, 1/bins], ..., as there
-        gap = np.abs(np.bincount(place, self.is_right - sure, minlength=bins))
-        return float(gap.sum() / len(self))
+        """The expected calibration error of the most probable class, as `metrics.calibration_error`."""
+        return calibration_error(self.probabilities.max(1), self.is_right, bins)
 
     def places(self, by: Order = "loss", *, is_right: bool | None = None) -> NDArray[np.int64]:
         """The images' places, ordered.

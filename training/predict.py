@@ -23,10 +23,12 @@ from featstore.images.origins import named_by
 from featstore.images.sources import FolderSource
 
 Items: TypeAlias = Any
-"""What can be predicted: an image set; files, folders and tar files by their paths; or images in memory: PIL images,
-arrays uint8 ``(H, W[, 3])`` or ``(N, H, W, 3)``, tensors uint8 ``(3, H, W)`` or ``(N, 3, H, W)``."""
+"""What can be predicted: an image set; files, folders and tar files by their paths; a table by its path; or images in
+memory: PIL images, arrays uint8 ``(H, W[, 3])`` or ``(N, H, W, 3)``, tensors uint8 ``(3, H, W)`` or ``(N, 3, H, W)``.
+"""
 
 NUM_TOP = 5
+_TABLES = (".csv", ".tsv", ".parquet")
 THRESHOLD = 0.5
 """Probability from which a label of a multi-label model counts."""
 
@@ -110,7 +112,8 @@ def as_images(items: Items) -> ImageSet:
     """An unlabelled image set of files and folders, in the order given; a folder's images at any depth, sorted.
 
     Hidden files and folders inside a folder are left out. What is named twice comes once, at its first place. The
-    samples of tar files have their own ids; images in memory are called by their places: 0, 1, ...
+    samples of tar files have their own ids; images in memory are called by their places: 0, 1, ... A table (.csv, .tsv,
+    .parquet) stands alone; its images are those of its column ``path``, in its order (else: `ImageSet.from_table`).
 
     Raises:
         TypeError: for what is no path, image or image set.
@@ -132,6 +135,12 @@ def as_images(items: Items) -> ImageSet:
     paths: list[str | os.PathLike[str]] = given
     if paths and all(named_by(os.fspath(path)).constructor == "from_tar" for path in paths):
         return ImageSet.from_tar(paths, label_column=None, split_column="")
+    if any(os.fspath(path).lower().endswith(_TABLES) for path in paths):
+        if len(paths) > 1:
+            raise ValueError(
+                f"A table of images is among {len(paths):,} paths; expected it alone. Predict its images by themselves."
+            )
+        return ImageSet.from_table(paths[0], label_column=None, split_column="", name="predict")
     found: list[str] = []
     for item in paths:
         path = Path(item)

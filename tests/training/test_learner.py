@@ -426,7 +426,7 @@ def test_losses_and_metrics_of_ones_own_are_used_and_named() -> None:
     plain.fit(1, lr=1e-2)
     assert own.history.losses[0] == 2 * plain.history.losses[0]
     assert records[0]["worst_logit"] < 0
-    assert own.evaluate().keys() == {"loss", "accuracy", "f1", "worst_logit", "images"}
+    assert own.evaluate().keys() == {"loss", "accuracy", "f1", "worst_logit", "calibration_error", "images"}
 
 
 def test_several_labels_an_image(tmp_path: Path) -> None:

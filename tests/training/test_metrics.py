@@ -43,6 +43,22 @@ def test_single_label_scores_equal_scikit_learns() -> None:
         assert metrics.f1(logits, targets, average) == f1_score(targets, predictions, average=average)
 
 
+def test_the_calibration_error_is_that_of_bins_by_hand() -> None:
+    logits, targets = single_label_rows()
+    sure, taken = torch.softmax(logits.double(), 1).max(1)
+    expected = 0.0
+    for number in range(15):
+        inside = (sure > number / 15) & (sure <= (number + 1) / 15)
+        if inside.any():
+            gap = (taken == targets)[inside].double().mean() - sure[inside].mean()
+            expected += float(gap.abs()) * int(inside.sum()) / len(sure)
+    assert metrics.expected_calibration_error(logits, targets) == pytest.approx(expected, rel=1e-12)
+    assert metrics.expected_calibration_error(1e6 * logits, logits.argmax(1)) == 0
+    assert math.isnan(metrics.expected_calibration_error(torch.full((2, 3), math.nan), torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="bins is 0"):
+        metrics.expected_calibration_error(logits, targets, bins=0)
+
+
 def test_multi_label_scores_equal_scikit_learns() -> None:
     logits, targets = multi_label_rows()
     probabilities = torch.sigmoid(logits)

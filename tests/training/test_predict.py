@@ -6,7 +6,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -200,3 +203,33 @@ def test_samples_of_tar_files_are_predicted_without_their_labels(tmp_path: Path)
 def test_what_is_no_path_cannot_be_predicted(items: Any) -> None:
     with pytest.raises(TypeError, match=r"Images to predict are .*; expected files and folders by their paths"):
         as_images(items)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet"])
+def test_a_table_without_labels_is_predicted_in_its_order(tmp_path: Path, ending: str) -> None:
+    root = photos(tmp_path / "photos", 6)
+    images = ImageSet.from_folder(root)
+    learn = Learner(staged(), images, cut="layer2", head="mlp", device="cpu", workers=0, quiet=True)
+    names = [images.ids[place] for place in (4, 0, 5, 2)]
+    table = root / f"test{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.table({"path": names, "split": ["test"] * 4}), table)
+    else:
+        separator = "," if ending == ".csv" else "\t"
+        table.write_text("\n".join([f"path{separator}split", *(f"{name}{separator}test" for name in names)]))
+    found = learn.predict(table)
+    assert [each.image for each in found] == names
+    expected = learn.predict_proba([root / name for name in names])
+    np.testing.assert_array_equal(learn.predict_proba(str(table)), expected)
+    with pytest.raises(ValueError, match="A table of images is among 2 paths; expected it alone"):
+        learn.predict([table, root])
+
+
+def test_a_hugging_face_set_without_labels_is_predicted_in_its_order(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", 6)
+    images = ImageSet.from_folder(root)
+    learn = Learner(staged(), images, cut="layer2", head="mlp", device="cpu", workers=0, quiet=True)
+    paths = [str(root / images.ids[place]) for place in (3, 1, 4)]
+    rows = datasets.Dataset.from_dict({"picture": paths}).cast_column("picture", datasets.Image())
+    found = learn.predict_proba(ImageSet.from_dataset(rows, image_column="picture", label_column=None))
+    np.testing.assert_array_equal(found, learn.predict_proba(paths))
