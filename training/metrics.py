@@ -303,6 +303,22 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     return 0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half
 
 
+_SCORES = {"map": "mAP", "f1": "F1", "mae": "mean absolute error", "rmse": "RMSE", "r2": "R2", "loss": "loss"}
+"""Metric -> how a result line names it, where there is no accuracy."""
+
+
+def scores_line(split: str, scored: Mapping[str, Any]) -> str:
+    """The scores of a split for people: the accuracy with its interval, or what its task has instead."""
+    count = scored["images"]
+    accuracy = scored.get("accuracy")
+    if accuracy is not None:
+        low, high = wilson_interval(round(accuracy * count), int(count))
+        return f"{split} accuracy {accuracy:.3f} (95 % interval {low:.3f}-{high:.3f}, {count:,} images)"
+    digits = ".4g" if "mae" in scored else ".3f"
+    words = [f"{words} {scored[name]:{digits}}" for name, words in _SCORES.items() if scored.get(name) is not None]
+    return f"{split} {', '.join(words)} ({count:,} images)"
+
+
 def _share(is_right: Tensor) -> float:
     return int(is_right.sum()) / len(is_right)
 

@@ -62,8 +62,8 @@ class GivenImages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFlags:
-    """Which images, with which labels and split."""
+class SetFlags:
+    """Which images."""
 
     images: Annotated[
         str,
@@ -83,6 +83,29 @@ class ImageFlags:
         typer.Option(metavar="DIR", help="Where a table's paths start.", show_default="the table's folder"),
     ] = None
     path_column: Annotated[str, typer.Option(metavar="NAME", help="A table's column of paths.")] = "path"
+    split_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A table's or sample's column of train, valid or test; '' to leave it aside.",
+            show_default=f"{OWN_SPLITS}, if there is one",
+        ),
+    ] = None
+    suffix: Annotated[
+        str | None, typer.Option(metavar=".jpg", help="What a table's names lack to be names of files.")
+    ] = None
+    strip: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Cut off a table's paths, to find the rest below --root.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        one_of("--top-folders", self.top_folders, _TOP_FOLDERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFlags(SetFlags):
+    """Which images, with which labels and split."""
+
     label_column: Annotated[
         str,
         typer.Option(
@@ -97,14 +120,6 @@ class ImageFlags:
     one_hot: Annotated[
         str | None, typer.Option(metavar="NAMES|*", help="A table's columns of 0 and 1, one a class; *: all others.")
     ] = None
-    split_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="A table's or sample's column of train, valid or test; '' to leave it aside.",
-            show_default=f"{OWN_SPLITS}, if there is one",
-        ),
-    ] = None
     valid_column: Annotated[
         str | None, typer.Option(metavar="NAME", help="A table's column of 0 and 1: 1 is held out, 0 is train.")
     ] = None
@@ -115,12 +130,6 @@ class ImageFlags:
     task: Annotated[
         str, typer.Option(metavar="|".join(_TASKS), help="One label an image, any number of them, or numbers.")
     ] = "single"
-    suffix: Annotated[
-        str | None, typer.Option(metavar=".jpg", help="What a table's names lack to be names of files.")
-    ] = None
-    strip: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Cut off a table's paths, to find the rest below --root.")
-    ] = None
     valid: Annotated[
         float | None,
         typer.Option(
@@ -136,7 +145,7 @@ class ImageFlags:
 
     def __post_init__(self) -> None:
         one_of("--task", self.task, _TASKS)
-        one_of("--top-folders", self.top_folders, _TOP_FOLDERS)
+        super().__post_init__()
 
     def given(self, *, held_out_classes: bool = False) -> GivenImages:
         """The images, dealt into splits.
@@ -149,8 +158,7 @@ class ImageFlags:
             FeatureStoreError: if a folder can't be listed.
         """
         origin, options = named_by(self.images), self._options()
-        self._refuse_options_of_others(origin, options)
-        images = origin.make(self.images, options, held_out_classes=held_out_classes)
+        images = self._made(origin, options, held_out_classes=held_out_classes)
         notes = (*_skipped_note(images), *images.notes, *self._single_labels_note(images), *_label_notes(images))
         if self.split_column or self.valid_column or (images.splits != "").any():
             self._refuse_a_second_split(images, origin)
@@ -164,6 +172,24 @@ class ImageFlags:
         return GivenImages(
             images=dealt, about=notes, dealt=f"{origin.no_split(images, options)}: {_held_out(dealt, valid, seed)}"
         )
+
+    @classmethod
+    def unlabelled(cls, flags: SetFlags) -> ImageSet:
+        """The images of `flags`, in order, with the splits that they bring; labels of a table or sample aren't read.
+
+        Raises:
+            ValueError, FeatureStoreError: as `given`.
+        """
+        origin = named_by(flags.images)
+        given: dict[str, Any] = {each.name: getattr(flags, each.name) for each in fields(SetFlags)}
+        if "label_column" in origin.options:
+            given["label_column"] = ""
+        own = cls(**given)
+        return own._made(origin, own._options(), held_out_classes=True)
+
+    def _made(self, origin: Origin, options: Mapping[str, Any], *, held_out_classes: bool) -> ImageSet:
+        self._refuse_options_of_others(origin, options)
+        return origin.make(self.images, options, held_out_classes=held_out_classes)
 
     def _single_labels_note(self, images: ImageSet) -> list[str]:
         """A word of doubt where a table for several labels an image never has more than one."""

@@ -84,8 +84,8 @@ ROOMS: dict[str, Rooms] = {
             (
                 "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
                 "ranks", "steps", "fit", "agreement", "checkpoints", "lr_find", "predict", "tta", "placement",
-                "settings", "plan", "saved", "export", "learner", "ensembles", "recipes", "__init__", "fit_flags",
-                "cli", "__main__",
+                "embedding", "settings", "plan", "saved", "export", "learner", "ensembles", "recipes", "asked",
+                "fit_flags", "run_commands", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -123,6 +123,7 @@ DOORS = {
         "featstore.cli.backbones",
         "featstore.cli.app",
         "training.fit_flags",
+        "training.run_commands",
         "training.cli",
     },
     "matplotlib": {"training.plots"},
@@ -138,8 +139,8 @@ DOORS = {
 SURFACE: dict[str, str] = {
     "__init__": "__version__",
     "cli.flags": (
-        "AugmentFlags GivenImages ImageFlags OutputFlags RunFlags StoreOption TrustOption ViewFlags open_store "
-        "parse_numbers spread"
+        "AugmentFlags GivenImages ImageFlags OutputFlags RunFlags SetFlags StoreOption TrustOption ViewFlags "
+        "open_store parse_numbers spread"
     ),
     "cli.models": "ModelFlags load_model",
     "cli.program": "new_app one_of run show show_json table tell tell_all",
@@ -164,6 +165,7 @@ SURFACE: dict[str, str] = {
     "images.pixel_digest": "check_pixels",
     "images.render": "Job doubts_note render",
     "images.sources": "AbsentSource FolderSource",
+    "images.spelling": "completed",
     "images.views": "Augment GivenPolicy View",
     "machine": "num_processors",
     "models.backbones": "architecture class_names restored",

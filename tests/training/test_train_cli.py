@@ -505,6 +505,8 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     image |= _words("top-folders one-hot valid-column suffix strip")
     view = _words("size resize mean std interpolation decode")
     how = _words("device batch-size workers on-error trust-code debug json help")
+    items = _words("images top-folders root path-column split-column suffix strip split")
+    tta = _words("tta augment tta-weight")
     more = _words(
         "seed overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights weights-prefix "
         "cycles cycle-len cycle-mult snapshots schedule weight-decay keep monitor patience label-smoothing "
@@ -513,8 +515,9 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     contract = {
         "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume"},
         "finetune": image | view | how | more | {"from", "resume"},
-        "evaluate": image | how | {"model", "split"},
-        "predict": how | {"model", "csv"},
+        "evaluate": image | how | tta | {"model", "split"},
+        "predict": how | items | tta | {"model", "csv"},
+        "embed": how | items | {"model", "out", "cut", "reduce"},
     }
     for command, expected in contract.items():
         ran = run("featstore-train", command, "--help")
