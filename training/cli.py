@@ -22,10 +22,11 @@ from featstore.cli.flags import (
 from featstore.cli.models import ModelFlags, load_model
 from featstore.cli.program import new_app, one_of, run, show, show_json, tell, tell_all
 from featstore.models.names import REDUCTIONS
-from training import choices, run_commands
+from training import choices, lr_command, run_commands
 from training.asked import asked_cuts, asked_view, for_run, labelled, labelled_as, learning_rate, refuse_imported
+from training.config import ConfigOption, flags_as_toml
 from training.fit_flags import FitOptionFlags, LengthFlags
-from training.run_commands import ScoringFlags
+from training.run_commands import FitFlags
 
 # What loads torch is imported where a command needs it, so that words about the commands can be had without.
 if TYPE_CHECKING:
@@ -97,18 +98,6 @@ class TrainingFlags:
         check_free(Path(self.out), overwrite=self.overwrite)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitFlags(ScoringFlags):
-    """How the work of training is done."""
-
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images a training step.")] = 64
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of head weights, order, views and dropout.")] = 0
-
-    def options(self) -> dict[str, Any]:
-        """As arguments of `Learner`."""
-        return {**super().options(), "seed": self.seed}
-
-
 FreezeToOption = Annotated[
     str | None, typer.Option("--freeze-to", metavar="CUT", help="The last frozen stage.", show_default="see below")
 ]
@@ -117,6 +106,7 @@ FreezeToOption = Annotated[
 @app.command(epilog=DEFAULTS)
 @spread
 def head(
+    context: typer.Context,
     images: ImageFlags,
     store: StoreOption,
     model: ModelFlags,
@@ -143,6 +133,7 @@ def head(
         str | None, typer.Option(metavar="KEY", help="Start of the key of the feature set to use.")
     ] = None,
     extract: Annotated[bool, typer.Option("--extract", help="Compute features that are missing.")] = False,
+    config: ConfigOption = None,
 ) -> None:
     """Train a head on stored features."""
     one_of("--head", kind, choices.HEADS)
@@ -177,6 +168,7 @@ def head(
         overwrite=training.overwrite,
         resume=training.resume,
         allow_leak=training.allow_leak,
+        asked=flags_as_toml(context),
         **length.arguments(),
         **how.options(),
     )
@@ -188,6 +180,7 @@ def head(
 @app.command("finetune", epilog=DEFAULTS)
 @spread
 def finetune_command(
+    context: typer.Context,
     images: ImageFlags,
     view: ViewFlags,
     augment: AugmentFlags,
@@ -224,6 +217,7 @@ def finetune_command(
     store: Annotated[
         str | None, typer.Option(metavar="DIR", help="Features to read where the freeze point allows it.")
     ] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Train a model from images, or from features up to where it is frozen."""
     if (start is None) == (backbone is None):
@@ -279,6 +273,7 @@ def finetune_command(
         resume=training.resume,
         allow_leak=training.allow_leak,
         trust_code=how.trust_code,
+        asked=flags_as_toml(context),
         **options,
         **length.arguments(),
         **how.options(),
@@ -286,7 +281,7 @@ def finetune_command(
     _report_training(learn, training.out, output)
 
 
-for _name, _command in run_commands.COMMANDS.items():
+for _name, _command in {"lr-find": lr_command.lr_find, **run_commands.COMMANDS}.items():
     app.command(_name)(_command)
 
 

@@ -104,6 +104,7 @@ class Learner:
         workers: threads that read images.
         quiet: prints nothing while it works.
         allow_leak: allows training on images that the run, which the backbone comes from, held out.
+        asked: what a command was asked for, as TOML, kept in each run that is saved.
 
     Attributes:
         model: the model as it is now.
@@ -114,9 +115,10 @@ class Learner:
     """
 
     __slots__ = (
-        "_cut", "_features", "_images", "_loss", "_metrics", "_origins", "_passes", "_past", "_probed", "_seen",
-        "_trained_on", "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history", "model",
-        "on_error", "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
+        "_asked", "_cut", "_features", "_images", "_loss", "_metrics", "_origins", "_passes", "_past", "_probed",
+        "_seen", "_trained_on", "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history",
+        "model", "on_error", "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view",
+        "workers",
     )  # fmt: skip
 
     def __init__(
@@ -143,6 +145,7 @@ class Learner:
         workers: int | None = None,
         quiet: bool = False,
         allow_leak: bool = False,
+        asked: str | None = None,
     ) -> None:
         """Makes the model with its head; nothing is trained or extracted. The class describes the arguments."""
         settings.check_given(model, images, store)
@@ -170,6 +173,7 @@ class Learner:
         self._loss = settings.checked("loss", loss)
         self._metrics = scores.by_name(metrics or (), scores.default_metrics(self.task, len(self.classes)))
         self._trained_on: str | None = None
+        self._asked = asked
         self._passes = 0 if head == "keep" else None  # of all fits, a loaded run's included; None: the head is new
         self._probed: set[tuple[str, str]] = set()
         self._origins = [Origin.of(backbone)]
@@ -522,8 +526,8 @@ class Learner:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the whole model and what is known of it: a run folder, whole or not at all.
 
-        model.safetensors, model.json, split.npz, history.csv, metrics.json, valid_predictions.csv and run.json. An
-        absent trunk is saved by its digests.
+        model.safetensors, model.json, split.npz, history.csv, metrics.json, valid_predictions.csv and run.json; of a
+        command run.toml. An absent trunk is saved by its digests.
         """
         folder = Path(folder)
         with written_by_first(folder) as is_mine:
@@ -548,6 +552,7 @@ class Learner:
                 passes=self._passes or 0,
             )
             write_run(made, facts, self.model.tensors())
+            saved.write_asked(made, self._asked)
             self._write_reports(made)
 
     def export(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> ExportReport:

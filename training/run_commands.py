@@ -47,6 +47,18 @@ class ScoringFlags(RunFlags):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class FitFlags(ScoringFlags):
+    """How the work of training is done."""
+
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images a training step.")] = 64
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of head weights, order, views and dropout.")] = 0
+
+    def options(self) -> dict[str, Any]:
+        """As arguments of `Learner`."""
+        return {**super().options(), "seed": self.seed}
+
+
 ModelOption = Annotated[str, typer.Option("--model", metavar="RUN_DIR", help="Folder of a saved run.")]
 ItemsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="IMAGE|FOLDER|TABLE|SHARD.tar...", show_default=False)

@@ -40,7 +40,13 @@ from training.placement import reduction_of
 from training.predict import write_csv
 from training.splits import PastSplit
 
-HISTORY, METRICS, RUN, VALID_PREDICTIONS = "history.csv", "metrics.json", "run.json", "valid_predictions.csv"
+ASKED, HISTORY, METRICS, RUN, VALID_PREDICTIONS = (
+    "run.toml",
+    "history.csv",
+    "metrics.json",
+    "run.json",
+    "valid_predictions.csv",
+)
 
 
 def run_facts(
@@ -169,6 +175,12 @@ def write_history(folder: Path, history: History) -> None:
     """Writes history.csv, a row an epoch, if there was one."""
     if history.records:
         history.to_csv(folder / HISTORY)
+
+
+def write_asked(folder: Path, asked: str | None) -> None:
+    """Writes run.toml, if a command made the run: with ``--config`` it can be given again."""
+    if asked is not None:
+        (folder / ASKED).write_text(asked, encoding="utf-8", errors="surrogateescape")
 
 
 def write_about(folder: Path, **facts: Json) -> None:

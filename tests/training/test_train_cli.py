@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from support.processes import AS_A_MODULE, Processes
 from support.programs import Ran, Run, photographs
@@ -513,8 +514,8 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
         "class-weights clip accumulate precision ema swa"
     )
     contract = {
-        "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume"},
-        "finetune": image | view | how | more | {"from", "resume"},
+        "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume", "config"},
+        "finetune": image | view | how | more | {"from", "resume", "config"},
         "evaluate": image | how | tta | {"model", "split"},
         "predict": how | items | tta | {"model", "csv"},
         "embed": how | items | {"model", "out", "cut", "reduce"},
@@ -550,6 +551,8 @@ def test_no_option_is_called_by_its_metavar_alone() -> None:
     # typer 0.27 writes the flag of `lr: Annotated[str, Option(metavar="LR")]` as --LR; other versions as --lr.
     for program, command, callback in COMMANDS:
         for name, parameter in inspect.signature(callback).parameters.items():
+            if parameter.annotation is typer.Context:
+                continue
             (flag,) = parameter.annotation.__metadata__
             has_own_name = flag.default is not ...  # in Annotated, typer keeps the first name in this place
             if isinstance(flag, OptionInfo) and not has_own_name:
