@@ -14,6 +14,7 @@ from featstore.cli.program import one_of, show, show_json, tell_all
 from featstore.models.names import REDUCTIONS
 from training import choices
 from training.asked import asked_cuts, asked_view, for_run, labelled, labelled_as
+from training.fit_flags import FitOptionFlags
 from training.run_commands import FitFlags
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -24,6 +25,7 @@ def lr_find(
     images: ImageFlags,
     view: ViewFlags,
     augment: AugmentFlags,
+    fit: FitOptionFlags,
     how: FitFlags,
     output: OutputFlags,
     start: Annotated[
@@ -96,7 +98,7 @@ def lr_find(
         learn.unfreeze()
     elif freeze_to is not None:
         learn.freeze_to(freeze_to)
-    found = learn.lr_find()
+    found = learn.lr_find(**fit.options())
     rules = {"minimum": found.minimum, "steepest": found.steepest, "valley": found.valley}
     if table is not None:
         _write_curve(Path(table), list(zip(found.lrs, found.losses, found.smoothed, strict=True)))

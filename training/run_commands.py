@@ -1,4 +1,4 @@
-"""Commands on saved runs: evaluate, predict, embed, export."""
+"""Commands on saved runs: evaluate, predict, embed, export, push and pull."""
 
 from __future__ import annotations
 
@@ -319,4 +319,53 @@ def export(
         show(str(report))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate, "predict": predict, "embed": embed, "export": export}
+RepoOption = Annotated[str, typer.Option("--repo", metavar="USER/NAME", help="A repository of models on the hub.")]
+
+
+@spread
+def push(
+    model: ModelOption,
+    repo: RepoOption,
+    output: OutputFlags,
+    private: Annotated[bool, typer.Option("--private", help="For yourself alone, if it is a new repository.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="A branch that is there.", show_default="the main one")
+    ] = None,
+) -> None:
+    """Upload a saved run to a model hub, all its files and a model card; needs huggingface_hub (extra hub)."""
+    from training import hub
+
+    address = hub.push(model, repo, private=private, revision=revision)
+    if output.json:
+        show_json({"repo": repo, "commit": address})
+    else:
+        show(address)
+
+
+@spread
+def pull(
+    repo: RepoOption,
+    output: OutputFlags,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the run; a new one.")],
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH|TAG|COMMIT", help="Which.", show_default="the main branch")
+    ] = None,
+) -> None:
+    """Download a saved run from a model hub, whole and checked; no code comes along."""
+    from training import hub
+
+    folder = hub.pull(repo, out, revision=revision)
+    if output.json:
+        show_json({"run": str(folder)})
+    else:
+        show(str(folder))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "evaluate": evaluate,
+    "predict": predict,
+    "embed": embed,
+    "export": export,
+    "push": push,
+    "pull": pull,
+}

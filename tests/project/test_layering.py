@@ -84,7 +84,7 @@ ROOMS: dict[str, Rooms] = {
             (
                 "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
                 "ranks", "steps", "fit", "agreement", "checkpoints", "lr_find", "predict", "tta", "placement",
-                "embedding", "settings", "plan", "saved", "export", "learner", "ensembles", "recipes", "asked",
+                "embedding", "settings", "plan", "saved", "export", "hub", "learner", "ensembles", "recipes", "asked",
                 "fit_flags", "config", "run_commands", "lr_command", "__init__", "cli", "__main__",
             ),
         ),
@@ -135,6 +135,7 @@ DOORS = {
     "wandb": {"training.trackers"},
     "mlflow": {"training.trackers"},
     "trackio": {"training.trackers"},
+    "huggingface_hub": {"featstore.models.timm_models", "featstore.cli.doctor", "training.hub"},
 }
 
 # What training uses of featstore: module -> names. docs/design.md says what may join it.
