@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from featstore.images.image_set import ImageSet
 from featstore.images.names import Task
@@ -147,26 +147,33 @@ def scored(
     augments = [None] if views is None else [None, views.augment]
     found = [find_to_score(situation, images, augment, say=say) for augment in augments]
     passes = [batched(source, theirs) for theirs, source in found]
-    sources = [source for _, source in found]
-    read = [
-        predicted(situation.model.unfrozen, each, view) for each in passes for view in range(_num_views(each.source))
-    ]
-    say(doubtful_note(*passes))
-    places = {name: place for place, name in enumerate(images.ids)}
     # Sources may leave different images out, and a view may fail of an image that has others.
-    owners = [each.source.images for each in passes for _ in range(_num_views(each.source))]
-    row_of = [
-        {places[owner.ids[row]]: number for number, row in enumerate(rows.tolist())}
-        for owner, (_, rows) in zip(owners, read, strict=True)
-    ]
-    common = sorted(set.intersection(*map(set, row_of)))
-    logits = [values[[rows[place] for place in common]] for rows, (values, _) in zip(row_of, read, strict=True)]
+    is_read = torch.ones(len(images), dtype=torch.bool)
+    read = _in_place(situation.model.unfrozen, passes, images, is_read)
+    logits = next(read) if views is None else mean(read, views.shares, task)
+    say(doubtful_note(*passes))
     return Scored(
-        source=sources[0],
-        kind="images" if any(source.kind == "images" for source in sources) else "features",
-        images=images.select(common),
-        logits=logits[0] if views is None else mean(logits, views.shares, task),
+        source=passes[0].source,
+        kind="images" if any(each.source.kind == "images" for each in passes) else "features",
+        images=images.select(is_read.numpy()),
+        logits=logits[is_read],
     )
+
+
+def _in_place(tail: nn.Module, passes: Sequence[Batches], images: ImageSet, is_read: Tensor) -> Iterator[Tensor]:
+    """Logits ``(N, K)`` of all images in one view after the other; `is_read` becomes False where one has none."""
+    places = {name: place for place, name in enumerate(images.ids)}
+    for each in passes:
+        ids = each.source.images.ids
+        for view in range(_num_views(each.source)):
+            logits, rows = predicted(tail, each, view)
+            at = torch.tensor([places[ids[row]] for row in rows.tolist()])
+            is_here = torch.zeros_like(is_read)
+            is_here[at] = True
+            is_read &= is_here
+            whole = logits.new_zeros(len(images), *logits.shape[1:])
+            whole[at] = logits
+            yield whole
 
 
 def _num_views(source: Source) -> int:
@@ -176,7 +183,7 @@ def _num_views(source: Source) -> int:
     return len(source.views)
 
 
-def mean(logits: Sequence[Tensor], shares: Sequence[float], task: Task) -> Tensor:
+def mean(logits: Iterable[Tensor], shares: Sequence[float], task: Task) -> Tensor:
     """Logits ``(N, K)`` float64 of the mean, by `shares`, of the probabilities that `logits` stand for.
 
     They are added up in logarithms, so that no probability is rounded to 0 or 1. Of regression the mean itself.
