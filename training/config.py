@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-_OF_ONE_RUN = ("out", "overwrite", "resume", "json", "debug", "config", "help")
+_OF_ONE_RUN = ("out", "snapshots", "overwrite", "resume", "json", "debug", "config", "help")
 _ASKED_EACH_TIME = ("trust-code",)  # whoever gets a file from somebody else hasn't said that code may run
 
 
