@@ -52,7 +52,9 @@ def test_it_predicts_without_images_of_its_own(recorded: dict[str, Any]) -> None
 def test_it_scores_what_it_scored_then_on_the_split_that_it_saved(recorded: dict[str, Any]) -> None:
     learn = loaded(images())
     assert list(learn.images.valid.ids) == recorded["valid"]
-    assert learn.evaluate() == pytest.approx(recorded["scores"], rel=0, abs=TOLERANCE)
+    scores = learn.evaluate()  # of which there are more by now
+    expected = pytest.approx(recorded["scores"], rel=0, abs=TOLERANCE)
+    assert {name: scores[name] for name in recorded["scores"]} == expected
 
 
 def test_its_model_is_frozen_cut_and_labelled_as_it_was() -> None:
