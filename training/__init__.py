@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from training.inputs.derive import Inputs
     from training.learner import Learner
     from training.lr_find import LearningRates
+    from training.mixing import CutMix, FeatureBrightness, FeatureNoise, Mixup
     from training.outcomes import Outcomes
     from training.plan import FitOptions
     from training.predict import Prediction
@@ -23,12 +24,16 @@ __all__ = [
     "EMA",
     "SWA",
     "Augment",
+    "CutMix",
     "Ensemble",
+    "FeatureBrightness",
+    "FeatureNoise",
     "FitOptions",
     "History",
     "Inputs",
     "Learner",
     "LearningRates",
+    "Mixup",
     "Outcomes",
     "Prediction",
     "build_head",
@@ -48,6 +53,7 @@ _MODULES = {
     "training.inputs.derive": ("Inputs",),
     "training.learner": ("Learner",),
     "training.lr_find": ("LearningRates",),
+    "training.mixing": ("CutMix", "FeatureBrightness", "FeatureNoise", "Mixup"),
     "training.outcomes": ("Outcomes",),
     "training.plan": ("FitOptions",),
     "training.predict": ("Prediction",),

@@ -325,7 +325,7 @@ class Learner:
         plan.check_snapshots(goes_on=kept is not None)
         situation, inputs = self._ready(plan)
         assert inputs.train is not None
-        train = self._training_batches(inputs.train, situation)
+        train = self._training_batches(inputs.train, situation, plan)
         valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
         if valid is None and plan.patience is not None and monitor.name != "train_loss":
             raise ValueError(
@@ -436,7 +436,7 @@ class Learner:
         plan = Plan(**options)
         situation, inputs = self._ready(plan)
         assert inputs.train is not None
-        train, tail = self._training_batches(inputs.train, situation), self._tail()
+        train, tail = self._training_batches(inputs.train, situation, plan), self._tail()
         before = copied_tensors(tail)
         try:
             standardise(tail, (rows for rows, _ in train.in_order()), train.targets)
@@ -665,12 +665,15 @@ class Learner:
     def _scores(self) -> dict[str, scores.Metric]:
         return {**scores.default_metrics(self.task, len(self.classes)), **self._metrics}
 
-    def _batches(self, source: Source, situation: Situation, **passes: int) -> Batches:
-        return Batches(source, situation, batch_size=self.batch_size, workers=self.workers, **passes)
+    def _batches(self, source: Source, situation: Situation, **training: Any) -> Batches:
+        return Batches(source, situation, batch_size=self.batch_size, workers=self.workers, **training)
 
-    def _training_batches(self, source: Source, situation: Situation) -> Batches:
+    def _training_batches(self, source: Source, situation: Situation, plan: Plan) -> Batches:
         passes = passes_an_epoch(self._tail(), num_batches(len(source.images), self.batch_size))
-        return self._batches(source, situation, passes=passes, first_pass=self._passes or 0)
+        first = self._passes or 0
+        return self._batches(
+            source, situation, passes=passes, first_pass=first, sampling=plan.sampling, mix=plan.changes
+        )
 
     def _ready(self, plan: Plan) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""

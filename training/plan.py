@@ -19,6 +19,7 @@ from training import schedules, settings
 from training.averages import SWA, Averaging
 from training.history import Record
 from training.losses import ClassWeights
+from training.mixing import BatchChange, as_changes
 from training.optim import LearningRate, numbers
 from training.steps import StepOptions, TrainingPrecision
 
@@ -46,6 +47,11 @@ class FitOptions(TypedDict, total=False):
             steps.
         precision: of training steps: fp32, or mixed with bf16 or fp16 (`torch.autocast`). Scores are computed in fp32.
         average: `EMA` or `SWA`: a mean of the weights, which is scored and remains.
+        mix: `Mixup`, `CutMix`, `FeatureNoise`, `FeatureBrightness`: changes of each batch in training, one or several
+            in a list. A loss of your own is given the mixed targets: probabilities ``(n, K)`` instead of class
+            numbers; mixed n-hot targets or numbers.
+        sampling: the images of a pass: ``shuffled``, or as many drawn so that each class is as likely as any other,
+            ``balanced``.
         checkpoint: a folder that the fit is kept in, after each epoch and where Ctrl-C, SIGTERM or SIGHUP ends it
             (after the step; a second signal ends it at once). It stays when the fit is done: delete it.
         resume: goes on from the checkpoint, if there is one, to the weights and history that the fit would have
@@ -64,6 +70,8 @@ class FitOptions(TypedDict, total=False):
     accumulate: int
     precision: TrainingPrecision
     average: Averaging | None
+    mix: BatchChange | Sequence[BatchChange] | None
+    sampling: Literal["shuffled", "balanced"]
     checkpoint: str | os.PathLike[str] | None
     resume: bool
 
@@ -93,6 +101,8 @@ class Plan:
     accumulate: int = 1
     precision: TrainingPrecision = "fp32"
     average: Averaging | None = None
+    mix: BatchChange | Sequence[BatchChange] | None = ()
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
     checkpoint: str | os.PathLike[str] | None = None
     resume: bool = False
 
@@ -103,6 +113,7 @@ class Plan:
             object.__setattr__(self, name, settings.checked(name, getattr(self, name)))
         for listener in self.listeners:
             settings.checked("on_epoch_end", listener)
+        object.__setattr__(self, "mix", as_changes(self.mix))
         schedules.check(self.schedule)
         if self.resume and self.checkpoint is None:
             raise ValueError("resume needs a checkpoint to go on from. Give it: checkpoint=.")
@@ -111,6 +122,11 @@ class Plan:
                 "SWA is the mean of a fit's last epochs, so there is no best of them to keep or to wait for. Leave "
                 "keep and patience out, or take EMA."
             )
+
+    @property
+    def changes(self) -> tuple[BatchChange, ...]:
+        """Those of each batch."""
+        return as_changes(self.mix)
 
     @property
     def steps(self) -> StepOptions:

@@ -25,6 +25,7 @@ _CHOICES = {
     "on_error": get_args(OnError),
     "keep": ("last", "best"),
     "precision": TRAINING_PRECISIONS,
+    "sampling": ("shuffled", "balanced"),
 }
 _MAY_BE_NONE = (
     "store",

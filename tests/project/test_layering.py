@@ -78,6 +78,7 @@ ROOMS: dict[str, Rooms] = {
     ),
     "training": (
         ("", ("metrics", "choices", "schedules", "monitor", "plots", "history", "trackers", "outcomes", "heads")),
+        ("", ("metrics", "choices", "schedules", "monitor", "history", "outcomes", "plots", "heads", "mixing")),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",

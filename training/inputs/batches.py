@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,13 @@ from featstore.images.render import Job, doubts_note, render
 from featstore.images.views import View
 from featstore.models.modes import eval_mode, numerics
 from featstore.models.names import Batching, Precision
+from featstore.models.staged import StagedModel
+from featstore.models.stages import PoolStage
 from featstore.models.trunk import default_batch_size
 from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batching
 from training.inputs.resident import resident
 from training.inputs.situation import Situation
+from training.mixing import BatchChange, changed
 
 _CAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +45,13 @@ class Batches:
         workers: threads that read and decode images.
         passes: over the images, that make an epoch.
         first_pass: how many passes were made before, by earlier fits: those of the first epoch count on from there.
+        sampling: the images of a pass: ``shuffled``, or as many drawn with replacement, ``balanced``: each class as
+            likely as any other. An image that a pass has again shows the view that would be its next.
+        mix: what is done to each batch in training. Processes that share batches each mix the rows of their share.
+
+    Raises:
+        ValueError: for balanced sampling of images that have no single class each, and for a change of batches that
+            makes no sense of what the trained stages are given.
     """
 
     def __init__(
@@ -53,12 +63,23 @@ class Batches:
         workers: int | None,
         passes: int = 1,
         first_pass: int = 0,
+        sampling: Literal["shuffled", "balanced"] = "shuffled",
+        mix: Sequence[BatchChange] = (),
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
         self.source, self.situation = source, situation
         self.batch_size, self.workers, self.passes, self.first_pass = batch_size, workers, passes, first_pass
         self.share = (0, 1)
+        self.sampling, self.mix = sampling, tuple(mix)
+        if sampling == "balanced" and source.images.task != "single":
+            raise ValueError(
+                f"Sampling is balanced over classes, and the task is {source.images.task}, where an image isn't of one "
+                'class. Use sampling="shuffled".'
+            )
+        self._layout = layout_behind(situation.model)
+        for each in self.mix:
+            each.check(self._layout, are_images=not situation.model.num_frozen)
         self.device = situation.device
         self.on_error: OnError = situation.on_error
         targets = source.images.targets
@@ -105,7 +126,7 @@ class Batches:
 
         Order and views depend on seed and pass alone. With several fixed views each image goes through all of them,
         in a random order, before it sees one again. The first `skip` batches are left out; the others are what they
-        would be, to the bit.
+        would be, to the bit. Mixed targets are ``(n, K)``: see `mixing.changed`.
         """
         if self.targets is None:
             raise ValueError("These images have no labels, so there is nothing to train on.")
@@ -114,16 +135,32 @@ class Batches:
             skip -= unread
             if unread == self._a_pass:
                 continue
-            order = np.random.default_rng([seed, number, 0]).permutation(self.num_images)
-            for inputs, rows in self._pass(order[unread * self.batch_size :], self._views(seed, number)):
+            order = self._order(seed, number)
+            views = self._views(seed, number, order)
+            rest = slice(unread * self.batch_size, None)
+            for place, (inputs, rows) in enumerate(self._pass(order[rest], views[rest]), start=unread):
                 if skip:
                     skip -= 1
-                else:
-                    yield inputs, self.targets[rows].to(self.device)
+                    continue
+                targets = self.targets[rows].to(self.device)
+                if self.mix:
+                    key, num_classes = [seed, number, 2, place, self.share[0]], len(self.source.images.classes)
+                    inputs, targets = changed(
+                        self.mix, inputs, targets, layout=self._layout, num_classes=num_classes, key=key
+                    )
+                yield inputs, targets
 
-    def _pass(
-        self, order: NDArray[np.int64], views: NDArray[np.int64] | int
-    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    def _order(self, seed: int, number: int) -> NDArray[np.int64]:
+        """The images of a pass, by row number."""
+        generator = np.random.default_rng([seed, number, 0])
+        if self.sampling == "shuffled":
+            return generator.permutation(self.num_images)
+        assert self.targets is not None
+        _, places, counts = np.unique(self.targets.numpy(), return_inverse=True, return_counts=True)
+        weights = 1 / counts[places]
+        return generator.choice(self.num_images, self.num_images, p=weights / weights.sum())
+
+    def _pass(self, order: NDArray[np.int64], views: NDArray[np.int64]) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         """The batches of a pass, or this process's share of each."""
         place, count = self.share
         if count == 1:
@@ -131,8 +168,9 @@ class Batches:
             return
         number = num_batches(len(order), self.batch_size, least=2 * count)
         ends = [self.batch_size * each for each in range(1, number)]
-        shares = [each[place::count] for each in np.split(order, ends)]
-        yield from self._shared(self._chunks(np.concatenate(shares), views), shares)
+        shares = [each[place::count] for each in np.split(np.arange(len(order)), ends)]
+        own = np.concatenate(shares)
+        yield from self._shared(self._chunks(order[own], views[own]), [order[share] for share in shares])
 
     def _shared(
         self, chunks: Iterator[tuple[Tensor, NDArray[np.int64]]], shares: Sequence[NDArray[np.int64]]
@@ -184,27 +222,26 @@ class Batches:
     def in_order(self, view: int = 0, *, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         """One pass over one of the views, by its place, in the order of the images: (inputs, row numbers)."""
         order = np.arange(share[0], self.num_images, share[1])
-        return self._batched(self._chunks(order, np.full(self.num_images, view, np.int64)), merge_single=False)
+        return self._batched(self._chunks(order, np.full(len(order), view, np.int64)), merge_single=False)
 
-    def _views(self, seed: int, number: int) -> NDArray[np.int64] | int:
-        """For each image the place of its view; with fresh views, the seed that all of them use."""
+    def _views(self, seed: int, number: int, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each image of `order` the place of its view; with fresh views, their seed."""
+        again = _times_before(order) if self.sampling == "balanced" else np.zeros(len(order), np.int64)
         if isinstance(self.source, FeatureSource):
             num_views = len(self.source.features)
         elif isinstance(self.source.views, tuple):
             num_views = len(self.source.views)
         else:
-            return fresh_seed(seed, number)
+            seeds = [fresh_seed(seed, number, times) for times in range(again.max(initial=0) + 1)]
+            return np.array(seeds, np.int64)[again]
         round_, place = divmod(number, num_views)
         shuffled = np.random.default_rng([seed, round_, 1]).random((self.num_images, num_views)).argsort(axis=1)
-        chosen: NDArray[np.int64] = shuffled[:, place]
+        chosen: NDArray[np.int64] = shuffled[order, (place + again) % num_views]
         return chosen
 
-    def _chunks(
-        self, order: NDArray[np.int64], views: NDArray[np.int64] | int
-    ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    def _chunks(self, order: NDArray[np.int64], views: NDArray[np.int64]) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         """Float32 activations behind the frozen stages, in the order given, in pieces of any size."""
         if isinstance(self.source, FeatureSource):
-            assert not isinstance(views, int)
             yield from self._from_features(self.source, order, views)
         else:
             yield from self._from_images(order, views)
@@ -214,7 +251,7 @@ class Batches:
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         for start in range(0, len(order), self._chunk_size):
             rows = order[start : start + self._chunk_size]
-            values = self._gathered(source, rows, views[rows]).float()
+            values = self._gathered(source, rows, views[start : start + self._chunk_size]).float()
             yield (values if self._rest is None else self._rest(values, self.fixed_size)), rows
 
     def _gathered(self, source: FeatureSource, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
@@ -240,7 +277,7 @@ class Batches:
         return resident(self.source.features, self.device) if isinstance(self.source, FeatureSource) else None
 
     def _from_images(
-        self, order: NDArray[np.int64], views: NDArray[np.int64] | int
+        self, order: NDArray[np.int64], views: NDArray[np.int64]
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         source = self.source
         assert not isinstance(source, FeatureSource)
@@ -248,8 +285,8 @@ class Batches:
         if policy is not None:
             policy.check_unchanged()
         jobs = (
-            Job(int(row), bytes(source.digests[row]), (self._view_of(views if isinstance(views, int) else views[row]),))
-            for row in order
+            Job(int(row), bytes(source.digests[row]), (self._view_of(view),))
+            for row, view in zip(order, views.tolist(), strict=True)
         )
         pending: list[tuple[Tensor, int]] = []
         for rendered in render(source.images, jobs, workers=self.workers, on_error=self.on_error):
@@ -336,9 +373,29 @@ def num_batches(num_images: int, batch_size: int, *, least: int = 2) -> int:
     return full + (rest >= least or (rest > 0 and full == 0))
 
 
-def fresh_seed(seed: int, number: int) -> int:
-    """The seed of the views of the pass `number`, different for each pair."""
-    return int.from_bytes(hashlib.sha256(f"fresh {seed} {number}".encode()).digest()[:6], "big")
+def fresh_seed(seed: int, number: int, times: int = 0) -> int:
+    """The seed of the views of the pass `number` of images that it has had so many times, different for each."""
+    words = f"fresh {seed} {number}{f' {times}' * (times > 0)}"
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:6], "big")
+
+
+def layout_behind(model: StagedModel) -> str:
+    """The layout of what the stages that train are given: NCHW of images."""
+    if not model.num_frozen:
+        return "NCHW"
+    last = model.ordered[model.num_frozen - 1]
+    if not isinstance(last, PoolStage):
+        return model.layout(last.name)
+    return {"none": last.pool.layout, "tokens": "NLC"}.get(last.pool.reduction, "NC")
+
+
+def _times_before(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each place of `order` how often its number stands before."""
+    sorted_places = order.argsort(kind="stable")
+    _, firsts, counts = np.unique(order[sorted_places], return_index=True, return_counts=True)
+    times = np.empty_like(order)
+    times[sorted_places] = np.arange(len(order)) - np.repeat(firsts, counts)
+    return times
 
 
 def _frozen_rest(source: Source, situation: Situation, batching: Batching) -> _FrozenRest | None:
