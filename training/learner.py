@@ -276,8 +276,9 @@ class Learner:
 
         Args:
             epochs: of one pass over the training images each; of up to four where a linear head trains alone on few.
-            lr: one rate, one a layer group, or (low, high); with one_cycle the highest. Default: what `lr_find`
-                suggests, printed as a number.
+            lr: one rate, one a layer group, (low, high), or by the names of layer groups or stages, as
+                ``{"layer4": 1e-4, "head": 1e-3}``; with one_cycle the highest. Default: what `lr_find` suggests,
+                printed as a number.
             options: as `FitOptions` describes them.
 
         Raises:
@@ -317,9 +318,14 @@ class Learner:
         return self._fit(Plan(cycles=cycles, lr=lr, snapshot=snapshot, **options))
 
     def _fit(self, plan: Plan) -> History:
-        build = partial(optim.build, self.model, optimizer=self.optimizer, weight_decay=plan.weight_decay)
-        if plan.lr is not None:  # what is wrong with it is said before anything is computed
-            build(plan.lr)
+        build = partial(
+            optim.build,
+            self.model,
+            optimizer=self.optimizer,
+            weight_decay=plan.weight_decay,
+            decay_norms=plan.decay_norms,
+        )
+        build(1.0 if plan.lr is None else plan.lr)  # what is wrong with it is said before anything is computed
         monitor = Monitor.of(plan.monitor, self._scores())
         kept = None if plan.folder is None else read_fit(plan.folder, resume=plan.resume)
         plan.check_snapshots(goes_on=kept is not None)
@@ -339,7 +345,7 @@ class Learner:
         if kept is not None:
             kept.check(facts, tail)
             facts = dict(kept.facts)  # the tail may have moved since the fit began
-            optimizer, train.first_pass = build(1.0), kept.first_pass
+            optimizer, train.first_pass = build(1.0 if plan.lr is None else plan.lr), kept.first_pass
             progress, rates = kept.put_into(tail, optimizer, train, valid, monitor), kept.lrs
             self._say(f"going on from {kept.path}: {kept.in_words()} done")
         else:
@@ -456,7 +462,9 @@ class Learner:
         return find_lr(
             self._tail(),
             train,
-            lambda: optim.build(self.model, 1.0, optimizer=self.optimizer, weight_decay=plan.weight_decay),
+            lambda: optim.build(
+                self.model, 1.0, optimizer=self.optimizer, weight_decay=plan.weight_decay, decay_norms=plan.decay_norms
+            ),
             loss=self._descended(train, plan),
             seed=self.seed,
             options=plan.steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -12,14 +12,24 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from featstore.digest import Json
 from featstore.errors import FeatureStoreError
-from featstore.models.layer_groups import layer_groups
+from featstore.models.layer_groups import LayerGroup, layer_groups
 from featstore.models.modes import check_trainable
 from featstore.models.staged import StagedModel
+from featstore.models.stages import Stage, has_weights
+from featstore.words import some
 from training.heads import DAMPING, SPREAD, linear_head_of
 
-LearningRate = float | Sequence[float]
-"""One rate for all groups; one for each group; or two, (low, high), spread geometrically over all groups."""
+LearningRate = float | Sequence[float] | Mapping[str, float]
+"""One rate for all layer groups; one for each; two, (low, high), spread geometrically over all; or by name.
+
+A name is that of a layer group or of a stage, and stands for all stages below it: ``layer4`` for ``layer4.0.add``. The
+longest name counts. What trains must be named.
+"""
+
+WeightDecay = float | Sequence[float] | Mapping[str, float]
+"""One number for all layer groups, one for each, or by name, as a rate."""
 
 MakeOptimizer = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
@@ -93,21 +103,33 @@ def spread(lr: LearningRate, num_groups: int) -> list[float]:
     )
 
 
-def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimizer, weight_decay: float) -> Optimizer:
-    """The optimizer of the stages that aren't frozen, one parameter group for each layer group that trains.
+def build(
+    model: StagedModel,
+    lr: LearningRate,
+    *,
+    optimizer: str | MakeOptimizer,
+    weight_decay: WeightDecay,
+    decay_norms: bool = False,
+) -> Optimizer:
+    """The optimizer of the stages that aren't frozen, one parameter group for each layer group or name that trains.
 
-    Freezing a group never changes another group's rate: rates are spread over all groups first.
+    Freezing a group never changes another group's rate: rates are spread over all groups first. Biases and the scales
+    and shifts of norms, which are the parameters of one dimension, aren't decayed: they are a second parameter group of
+    the same rate, where others are decayed.
 
     Args:
         model: whose stages train.
-        lr: as in `spread`.
+        lr: see `LearningRate`.
         optimizer: a key of `OPTIMIZERS`, or a callable that takes parameter groups, each with its rate, weight decay
             and name.
-        weight_decay: of every parameter. With an optimizer by name a linear head's is ten times that, since its inputs
-            are ten times as spread; and Adam's epsilon is `heads.DAMPING` there.
+        weight_decay: with an optimizer by name a linear head's is ten times that, since its inputs are ten times as
+            spread; and Adam's epsilon is `heads.DAMPING` there. adam and sgd decay as L2 in the loss does (its optimum
+            is that of logistic regression with ``C = 10 / (weight_decay * images)`` on standardised features), adamw
+            apart from the gradients, which has no such optimum.
+        decay_norms: whether biases and norms are decayed as all else.
 
     Raises:
-        ValueError: if nothing trains, for an unknown optimizer, or for rates that don't fit.
+        ValueError: if nothing trains, for an unknown optimizer, or for rates or names that don't fit.
         FeatureStoreError: if gradients are switched off, or a parameter can never have one.
     """
     if not torch.is_grad_enabled():
@@ -120,30 +142,95 @@ def build(model: StagedModel, lr: LearningRate, *, optimizer: str | MakeOptimize
             f"{optimizer!r} is no optimizer. The optimizers are {', '.join(OPTIMIZERS)}; or pass a callable."
         )
     groups = layer_groups(model)
-    parameter_groups: list[dict[str, Any]] = []
-    for group, rate in zip(groups, spread(lr, len(groups)), strict=True):
-        parameters = [
-            parameter
-            for place in group.stages
-            if place >= model.num_frozen
-            for parameter in model.stages[place].parameters()
-            if parameter.requires_grad
-        ]
+    rates, decays = _by_stage(model, groups, lr, "lr"), _by_stage(model, groups, weight_decay, "weight_decay")
+    parameter_groups: dict[tuple[object, ...], dict[str, Any]] = {}
+    for place, stage in enumerate(model.ordered):
+        parameters = [each for each in stage.parameters() if each.requires_grad] if place >= model.num_frozen else []
         check_trainable(parameters, model.name)
-        if parameters:
-            parameter_groups.append(
-                {"params": parameters, "lr": rate, "weight_decay": weight_decay, "name": group.name}
-            )
-            if isinstance(optimizer, str) and linear_head_of(model.stages[group.stages[-1]]) is not None:
-                # Its inputs have that spread, so its weights are smaller, and so is what decay does to them.
-                parameter_groups[-1]["weight_decay"] *= SPREAD
-                if optimizer in ("adam", "adamw"):
-                    parameter_groups[-1]["eps"] = DAMPING
+        if not parameters:
+            continue
+        (name, rate), (named, decay) = rates[place], decays[place]
+        settings: dict[str, Any] = {"lr": rate, "weight_decay": decay, "name": name}
+        if isinstance(optimizer, str) and linear_head_of(stage) is not None:
+            # Its inputs have that spread, so its weights are smaller, and so is what decay does to them.
+            settings["weight_decay"] *= SPREAD
+            if optimizer in ("adam", "adamw"):
+                settings["eps"] = DAMPING
+        for each in parameters:
+            own = dict(settings)
+            if each.ndim <= 1 and not decay_norms:
+                own["weight_decay"] = 0.0
+            group = parameter_groups.setdefault((name, named, *own.items()), {"params": [], **own})
+            group["params"].append(each)
     if not parameter_groups:
         raise ValueError(
             "Everything is frozen, so there is nothing to train. Freeze less: freeze_to(...) or unfreeze()."
         )
-    return (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)(parameter_groups)
+    return (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)([*parameter_groups.values()])
+
+
+def _by_stage(
+    model: StagedModel, groups: Sequence[LayerGroup], given: LearningRate | WeightDecay, what: str
+) -> list[tuple[str, float]]:
+    """For each stage the name under which it was given a number, and the number.
+
+    Raises:
+        ValueError: for a name that there isn't, and where what trains has none.
+    """
+    group_of = {place: group for group in groups for place in group.stages}
+    # Stages outside of any group have no parameters.
+    labels = [group_of[place].name if place in group_of else "" for place in range(len(model.stages))]
+    if not isinstance(given, Mapping):
+        spread_ = spread(given, len(groups)) if what == "lr" else _one_each(given, groups)
+        by_group = {group.name: number for group, number in zip(groups, spread_, strict=True)}
+        return [(label, by_group.get(label, 0.0)) for label in labels]
+    rates = {name: float(number) for name, number in zip(given, numbers(given), strict=True)}
+    if what == "lr":
+        spread([*rates.values()], len(rates))  # positive
+    names = [
+        [name for name in (*_paths(stage), label) if name in rates]
+        for stage, label in zip(model.ordered, labels, strict=True)
+    ]
+    unknown = [name for name in rates if not any(name in own for own in names)]
+    if unknown:
+        stages = [*dict.fromkeys(stage.name.split(".")[0] for stage in model.ordered if has_weights(stage))]
+        raise ValueError(
+            f"{what} names {some(unknown)}, which {model.name} has neither as a layer group ("
+            f"{', '.join(group.name for group in groups)}) nor as a stage: {some(stages)}. Correct it."
+        )
+    missing = [
+        stage.name
+        for place, stage in enumerate(model.ordered)
+        if place >= model.num_frozen and has_weights(stage) and not names[place]
+    ]
+    if missing:
+        raise ValueError(
+            f"{what} says nothing of {some(missing)}, which {'trains' if len(missing) == 1 else 'train'}. Name all "
+            "that trains, by stage or by layer group, or freeze more."
+        )
+    return [(own[0], rates[own[0]]) if own else ("", 0.0) for own in names]
+
+
+def _paths(stage: Stage) -> list[str]:
+    """The names that stand for a stage, the longest first: its own, its aliases, and what these lie below."""
+    names = {
+        ".".join(parts[:end])
+        for parts in (name.split(".") for name in (stage.name, *stage.aliases))
+        for end in range(1, len(parts) + 1)
+    }
+    return sorted(names, key=lambda name: (-len(name), name))
+
+
+def _one_each(weight_decay: float | Sequence[float], groups: Sequence[LayerGroup]) -> list[float]:
+    decays = numbers(weight_decay)
+    if len(decays) == 1:
+        return decays * len(groups)
+    if len(decays) != len(groups):
+        raise ValueError(
+            f"weight_decay has {len(decays)} numbers; this model has {len(groups)} layer groups, frozen ones included: "
+            f"{', '.join(group.name for group in groups)}. Give one, or {len(groups)}."
+        )
+    return decays
 
 
 def numbers(lr: LearningRate) -> list[float]:
@@ -153,6 +240,15 @@ def numbers(lr: LearningRate) -> list[float]:
         ValueError: if it isn't of numbers.
     """
     try:
+        if isinstance(lr, Mapping):
+            return [float(rate) for rate in lr.values()]
         return [float(lr)] if isinstance(lr, Real | str) else [float(rate) for rate in lr]  # type: ignore[union-attr]
     except (TypeError, ValueError) as error:
         raise ValueError(f"lr is {lr!r}; expected numbers, for example 3e-3 or (1e-5, 1e-3).") from error
+
+
+def as_fact(given: LearningRate | WeightDecay) -> Json:
+    """Rates or weight decays as a JSON value."""
+    if isinstance(given, Mapping):
+        return dict(zip(given, numbers(given), strict=True))
+    return numbers(given)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
@@ -20,7 +20,7 @@ from training.averages import SWA, Averaging
 from training.history import Record
 from training.losses import ClassWeights
 from training.mixing import BatchChange, as_changes
-from training.optim import LearningRate, numbers
+from training.optim import LearningRate, WeightDecay, as_fact
 from training.steps import StepOptions, TrainingPrecision
 
 Listener: TypeAlias = Callable[[Record], Any]
@@ -33,7 +33,9 @@ class FitOptions(TypedDict, total=False):
     Attributes:
         schedule: a key of `schedules.SCHEDULES`: one_cycle (torch's defaults), cosine, constant, and more; gone through
             once a cycle. Default: one_cycle of `Learner.fit`, cosine of `Learner.fit_cycles`.
-        weight_decay: of every parameter, 0.01; `optim.build` says what it is of a linear head.
+        weight_decay: 0.01 of all but biases and norms; one number, one a layer group, or by the names of layer groups
+            or stages, as a rate. `optim.build` says what it is of a linear head.
+        decay_norms: whether biases and norms are decayed too.
         on_epoch_end: gets each epoch's record; a function, or several in a list. `training.trackers` has some.
         keep: the weights that remain: of the ``last`` epoch, or of the ``best`` by `monitor`.
         monitor: the number on record that says how good an epoch was: valid_loss, train_loss or a metric; of a metric
@@ -59,7 +61,8 @@ class FitOptions(TypedDict, total=False):
     """
 
     schedule: str
-    weight_decay: float
+    weight_decay: WeightDecay
+    decay_norms: bool
     on_epoch_end: Listener | Sequence[Listener] | None
     keep: Literal["last", "best"]
     monitor: str | tuple[str, str]
@@ -90,7 +93,8 @@ class Plan:
     lr: LearningRate | None = None
     snapshot: str | os.PathLike[str] | None = None
     schedule: str = "one_cycle"
-    weight_decay: float = 0.01
+    weight_decay: WeightDecay = 0.01
+    decay_norms: bool = False
     on_epoch_end: Listener | Sequence[Listener] | None = None
     keep: Literal["last", "best"] = "last"
     monitor: str | tuple[str, str] = "valid_loss"
@@ -108,7 +112,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cycles", tuple(settings.checked("epochs", each) for each in self.cycles))
-        object.__setattr__(self, "weight_decay", float(settings.checked("weight_decay", self.weight_decay)))
+        object.__setattr__(self, "weight_decay", _checked_decay(self.weight_decay))
         for name in (*_LATER, "keep", "checkpoint", "snapshot"):
             object.__setattr__(self, name, settings.checked(name, getattr(self, name)))
         for listener in self.listeners:
@@ -166,19 +170,27 @@ class Plan:
         later = {name: getattr(self, name) for name, default in _LATER.items() if getattr(self, name) != default}
         return {
             "epochs": list(self.cycles),
-            "lr": None if self.lr is None else numbers(self.lr),
+            "lr": None if self.lr is None else as_fact(self.lr),
             "schedule": self.schedule,
-            "weight_decay": self.weight_decay,
+            "weight_decay": self.weight_decay if isinstance(self.weight_decay, float) else as_fact(self.weight_decay),
             "keep": self.keep,
             **{name: value if isinstance(value, str | int | float) else repr(value) for name, value in later.items()},
         }
+
+
+def _checked_decay(given: Any) -> WeightDecay:
+    if isinstance(given, Mapping):
+        return {name: float(settings.checked("weight_decay", each)) for name, each in given.items()}
+    if isinstance(given, list | tuple):
+        return tuple(float(settings.checked("weight_decay", each)) for each in given)
+    return float(settings.checked("weight_decay", given))
 
 
 _LATER: dict[str, object] = {
     each.name: each.default
     for each in fields(Plan)
     if each.name in FitOptions.__annotations__
-    and each.name not in ("schedule", "weight_decay", "on_epoch_end", "keep", "checkpoint", "resume")
+    and each.name not in ("schedule", "weight_decay", "decay_norms", "on_epoch_end", "keep", "checkpoint", "resume")
 }
 
 

@@ -174,7 +174,7 @@ SURFACE: dict[str, str] = {
     "machine": "num_processors",
     "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
-    "models.layer_groups": "layer_groups",
+    "models.layer_groups": "LayerGroup layer_groups",
     "models.modes": "check_trainable eval_mode mode_of numerics",
     "models.names": "Batching DEFAULT_PRECISION Precision REDUCTIONS",
     "models.pool": "Pool",

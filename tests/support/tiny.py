@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,6 +139,15 @@ def digests_of(*names: int) -> NDArray[np.uint8]:
     """Made-up contents of images, by number: `(n, 32)`."""
     hashes = [hashlib.sha256(str(name).encode()).digest() for name in names]
     return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+
+
+def decayed(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups as a tutorial has them: weights are decayed, biases and norms aren't."""
+    flat = [each for each in module.parameters() if each.ndim == 1]
+    return [
+        {"params": [each for each in module.parameters() if each.ndim > 1], "weight_decay": weight_decay},
+        {"params": flat, "weight_decay": 0.0},
+    ]
 
 
 class NormedHead(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tiny import NormedHead, pixels, staged
+from support.tiny import NormedHead, decayed, pixels, staged
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
@@ -78,7 +78,7 @@ def by_hand(
     """A loop as a tutorial has it, in the learner's order."""
     rows, targets = rows_of(stored, "train")
     model = NormedHead(3, dropout=0.0).train()
-    optimizer = AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    optimizer = AdamW(decayed(model, 0.01), lr=RATE)
     scheduler = None if constant else OneCycleLR(optimizer, RATE, total_steps=EPOCHS * len(SIZES))
     for epoch in range(EPOCHS):
         for batch in epoch_rows(epoch):

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.tiny import VIEW, arrays, staged
-from torch import nn
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from support.tiny import VIEW, arrays, pixels, staged
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from featstore import FeatureStoreError, StagedModel
+from featstore import FeatureStore, FeatureStoreError, ImageSet, StagedModel, extract
+from featstore.errors import FactsDifferError
 from featstore.models.backbones import outline
 from featstore.models.layer_groups import LayerGroup, layer_groups
 from training import Learner, build_head, optim
+from training.heads import SPREAD, LinearHead
 from training.optim import spread
 
 
@@ -137,9 +143,145 @@ def test_freezing_never_changes_another_groups_rate(freeze_to: str | None, expec
         model.freeze_to(freeze_to)
     built = optim.build(model, (1e-4, 1e-2), optimizer="adamw", weight_decay=0.03)
     assert {group["name"]: group["lr"] for group in built.param_groups} == pytest.approx(expected, rel=1e-12)
-    assert {group["weight_decay"] for group in built.param_groups} == {0.03}
     trained = [id(parameter) for group in built.param_groups for parameter in group["params"]]
-    assert trained == [id(parameter) for parameter in model.trained_parameters()]
+    assert sorted(trained) == sorted(id(parameter) for parameter in model.trained_parameters())
+
+
+def decay_of(built: Optimizer) -> dict[int, float]:
+    return {id(each): group["weight_decay"] for group in built.param_groups for each in group["params"]}
+
+
+def test_norms_and_biases_are_not_decayed_unless_that_is_asked_for() -> None:
+    model = with_head("resnet18")
+    model.unfreeze()
+    kinds = [(type(module), name, parameter) for module in model.modules()
+             for name, parameter in module.named_parameters(recurse=False)]  # fmt: skip
+    found = decay_of(optim.build(model, 1e-2, optimizer="adamw", weight_decay=0.03))
+    assert len(found) == len({id(parameter) for *_, parameter in kinds})
+    for kind, name, parameter in kinds:
+        is_free = name == "bias" or kind in (nn.BatchNorm1d, nn.BatchNorm2d)
+        assert found[id(parameter)] == (0.0 if is_free else 0.03)
+    everything = optim.build(model, 1e-2, optimizer="adamw", weight_decay=0.03, decay_norms=True)
+    assert {*decay_of(everything).values()} == {0.03}
+    assert [group["name"] for group in everything.param_groups] == ["early body", "late body", "head"]
+    assert everything.param_groups[-1]["params"] == [*model.ordered[-1].parameters()]
+
+
+def test_weight_decay_is_one_number_a_group_or_has_the_groups_names() -> None:
+    model = with_head("resnet18")
+    model.unfreeze()
+    by_group = {"early body": 0.1, "late body": 0.2, "head": 0.0}
+    for given in ((0.1, 0.2, 0.0), by_group):
+        built = optim.build(model, 1e-2, optimizer="sgd", weight_decay=given, decay_norms=True)
+        assert {group["name"]: group["weight_decay"] for group in built.param_groups} == by_group
+    with pytest.raises(ValueError, match=r"weight_decay has 2 numbers; this model has 3 layer groups"):
+        optim.build(model, 1e-2, optimizer="sgd", weight_decay=(0.1, 0.2))
+
+
+def rate_of(built: Optimizer) -> dict[int, float]:
+    return {id(each): group["lr"] for group in built.param_groups for each in group["params"]}
+
+
+def test_rates_by_name_are_those_of_the_stages_below_it_and_the_longest_name_counts() -> None:
+    model = with_head("resnet18")
+    model.freeze_to("layer2")
+    named = {"early body": 1e-6, "layer3": 1e-4, "layer4": 1e-3, "layer4.0": 5e-4, "head": 1e-2}
+    rates = rate_of(optim.build(model, named, optimizer="adamw", weight_decay=0.01))
+    assert len(rates) == len([*model.trained_parameters()])
+    for name, parameter in model.tensors().items():
+        first = next((each for each in ("layer4.0", "layer4", "layer3", "head") if name.startswith(each)), None)
+        if id(parameter) in rates:
+            assert first is not None
+            assert rates[id(parameter)] == named[first], name
+    whole = {"late body": 1e-3, "head": 1e-2}
+    assert {*rate_of(optim.build(model, whole, optimizer="sgd", weight_decay=0.0)).values()} == {1e-3, 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        (
+            {"layer9": 1e-3, "head": 1e-2},
+            r"lr names layer9, which resnet18 has neither as a layer group \(early body, ",
+        ),
+        ({"layer4": 1e-3, "head": 1e-2}, r"lr says nothing of layer3\.0.*which train\. Name all that trains"),
+        ({"late body": -1e-3, "head": 1e-2}, "expected positive numbers"),
+        ({"late body": "x", "head": 1e-2}, "expected numbers"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused_with_those_that_do(lr: Any, message: str) -> None:
+    model = with_head("resnet18")
+    model.freeze_to("layer2")
+    with pytest.raises(ValueError, match=message):
+        optim.build(model, lr, optimizer="adamw", weight_decay=0.01)
+
+
+def test_a_fit_takes_rates_by_name_and_goes_on_with_them(tmp_path: Path) -> None:
+    def learner() -> Learner:
+        learn = Learner(staged(), arrays(6), head="linear", cut="layer2", quiet=True, batch_size=3)
+        learn.freeze_to("layer1")
+        return learn
+
+    options: dict[str, Any] = {"lr": {"layer2": 1e-4, "head": 1e-2}, "weight_decay": {"layer2": 0.1, "head": 0.0}}
+    expected = learner().fit(3, **options)
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learner().fit(3, **options, checkpoint=tmp_path / "fit", on_epoch_end=stop)
+    with pytest.raises(FactsDifferError, match="differs in: lr "):
+        learner().fit(3, **{**options, "lr": 1e-2}, checkpoint=tmp_path / "fit", resume=True)
+    history = learner().fit(3, **options, checkpoint=tmp_path / "fit", resume=True)
+    assert history.losses == expected.losses
+    for lr in (1e-2, None):
+        with pytest.raises(ValueError, match="weight_decay names layer9"):
+            learner().fit(1, lr, weight_decay={"layer9": 0.1})
+
+
+def test_unfreezing_step_by_step_keeps_each_groups_rate() -> None:
+    rates: list[dict[str, float]] = []
+
+    def make(groups: Iterable[dict[str, Any]]) -> Optimizer:
+        made = torch.optim.SGD(groups, lr=1.0)
+        rates.append({group["name"]: group["lr"] for group in made.param_groups})
+        return made
+
+    learn = Learner(staged(), arrays(6), head="linear", cut="layer2", quiet=True, optimizer=make)
+    before = {name: each.clone() for name, each in learn.model.tensors().items()}
+    for cut, moved in (("layer2", {"head"}), ("layer1", {"head", "layer2"}), (None, {"head", "layer1", "layer2"})):
+        learn.unfreeze() if cut is None else learn.freeze_to(cut)
+        learn.fit(1, lr=(1e-5, 1e-3), schedule="constant")
+        now = learn.model.tensors()
+        assert {name.partition(".")[0] for name in before if not torch.equal(now[name], before[name])} == moved
+    last = rates[-1]
+    assert all(each.items() <= last.items() for each in rates)
+    assert (last["early body"], last["head"]) == (1e-5, 1e-3)
+
+
+@pytest.mark.parametrize(("optimizer", "lr", "weight_decay"), [("adam", 3e-2, 0.1), ("sgd", 5e-3, 0.01)])
+def test_a_linear_head_comes_to_the_optimum_of_logistic_regression(
+    tmp_path: Path, optimizer: str, lr: float, weight_decay: float
+) -> None:
+    count = 60
+    images = ImageSet.from_arrays(pixels(count), [row % 3 for row in range(count)], splits=["train"] * count)
+    store = FeatureStore(tmp_path / "features")
+    extract(staged(), images, store, cuts=["layer2"], dtype="float32", device="cpu", workers=0)
+    targets = torch.tensor([row % 3 for row in range(count)])
+    rows = StandardScaler().fit_transform(store.features(images, store.sets()[0]).tensor().double().numpy())
+    reference = LogisticRegression(C=10 / (weight_decay * count), tol=1e-10, max_iter=10_000).fit(rows, targets)
+
+    def objective(weight: Tensor, bias: Tensor) -> float:
+        loss = nn.functional.cross_entropy(torch.tensor(rows) @ weight.T + bias, targets)
+        return float(loss + weight_decay / 10 / 2 * weight.square().sum())
+
+    learn = Learner(staged(), images, store, cut="layer2", head="linear", optimizer=optimizer, quiet=True)
+    learn.fit(500, lr=lr, weight_decay=weight_decay, schedule="cosine")
+    head = learn.model.head
+    assert isinstance(head, LinearHead)
+    found = objective(head.weight.detach().double() * SPREAD, head.bias.detach().double())
+    best = objective(torch.tensor(reference.coef_), torch.tensor(reference.intercept_))
+    assert best - 1e-6 <= found <= best + 1e-4
 
 
 def test_optimizers_have_names_or_are_your_own() -> None:
