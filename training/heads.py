@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Protocol
 
@@ -275,6 +275,68 @@ def mlp_head(
         layers.append(nn.ReLU())
         layers.extend(_dropout(rate))
     return nn.Sequential(*layers, _he_linear(widths[-2], widths[-1], generator))
+
+
+def extended_head(
+    head: nn.Module, places: Sequence[int], num_classes: int, shape: Sequence[int], seed: int
+) -> nn.Module:
+    """A copy of `head` with more logits: the old ones, at other places, are what they were.
+
+    New rows of the last linear layer are drawn as those of `concat_head`, and zero where all of it starts at zero.
+
+    Args:
+        head: whose logits are those of its last linear layer.
+        places: where each of its logits goes.
+        num_classes: the number of logits then.
+        shape: of one image's activations.
+        seed: what new rows are drawn from.
+
+    Raises:
+        ValueError: if its logits aren't those of a linear layer.
+    """
+    copied = copy.deepcopy(head)
+    names = [
+        name
+        for name, module in copied.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == len(places)
+    ]
+    if names:
+        wider = _with_rows(copied.get_submodule(names[-1]), places, num_classes, seed)
+        if names[-1]:
+            parent, _, name = names[-1].rpartition(".")
+            setattr(copied.get_submodule(parent), name, wider)
+        else:
+            copied = wider
+        generator = torch.Generator().manual_seed(seed)
+        parameter = next(copied.parameters())
+        rows = torch.randn(2, *shape, generator=generator).to(parameter.device)
+        with mode_of(head, training=False), mode_of(copied, training=False), torch.no_grad():
+            expected: Tensor = head(rows)
+            with suppress(Exception):  # what a person's own code raises where what follows has no use for more outputs
+                found: Tensor = copied(rows)[:, list(places)]
+                # Of another width, products may be summed in another order.
+                if torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+                    return copied
+    raise ValueError(
+        f"The head {type(head).__name__} doesn't end in a linear layer of {len(places)} outputs, so it can't have "
+        "more classes. Make a new Learner with a head for all classes."
+    )
+
+
+def _with_rows(layer: nn.Module, places: Sequence[int], num_classes: int, seed: int) -> nn.Linear:
+    assert isinstance(layer, nn.Linear)
+    wider = (
+        linear_head(layer.in_features, num_classes)
+        if isinstance(layer, LinearHead)
+        else _he_linear(layer.in_features, num_classes, torch.Generator().manual_seed(seed))
+    )
+    before = layer.state_dict()
+    if "bias" not in before:
+        wider.register_parameter("bias", None)
+    wider = wider.to(layer.weight.device, layer.weight.dtype)
+    for name, tensor in wider.state_dict().items():
+        tensor[list(places) if name in ("weight", "bias") else ...] = before[name]
+    return wider.train(layer.training)
 
 
 HEADS: dict[str, HeadBuilder] = {"concat": concat_head, "linear": linear_head, "mlp": mlp_head}

@@ -61,7 +61,7 @@ from training.losses import smoothed_or_weighted
 from training.lr_find import LearningRates, find_lr
 from training.monitor import Monitor
 from training.outcomes import Outcomes
-from training.placement import Placement, reduction_of, with_head
+from training.placement import Placement, reduction_of, with_classes, with_head
 from training.plan import FitOptions, Plan, check_options, takes_fit_options
 from training.predict import Items, Prediction, as_images, outputs_words, predictions, probabilities
 from training.ranks import Ranks, check_alone, is_first, written_by_first
@@ -267,6 +267,27 @@ class Learner:
         self.model.attach(model)
         self.model.to_device(self.device)
         self._origins.append(Origin.of(model))
+
+    def extend_classes(self, classes: Sequence[str]) -> None:
+        """Gives the head logits for more classes; the others stay what they were, each under its name.
+
+        Then images with the new classes are accepted: ``learn.extend_classes(more.classes); learn.images = more``.
+
+        Args:
+            classes: the new class table, in order, with all of the present ones.
+
+        Raises:
+            ValueError: if one is missing, none is new, the task is regression, or the head doesn't end in a linear
+                layer.
+        """
+        if self.task == "regression":
+            raise ValueError("extend_classes is for classes, and the task is regression. Make a new Learner.")
+        model = with_classes(self.model, self.classes, classes, cut=self.cut, seed=self.seed)
+        model.to_device(self.device)
+        model.eval()
+        images = with_table(self.images, tuple(classes))
+        object.__setattr__(self, "classes", images.classes)  # fixed for all others
+        self.model, self._images = model, images
 
     # ---------------------------------------------------------------------------------------------------- training
 

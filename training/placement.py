@@ -14,7 +14,8 @@ from featstore.models.names import REDUCTIONS
 from featstore.models.staged import StagedModel
 from featstore.models.stages import PoolStage
 from featstore.store.store import FeatureStore
-from training.heads import ValueHead, build_head
+from featstore.words import some
+from training.heads import ValueHead, build_head, extended_head
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,6 +149,44 @@ def with_head(
     if task == "regression" and isinstance(head, str):
         module = ValueHead(module, max(len(classes), 1))
     return backbone.with_head(module, cut=cut, reduction=pool.reduction), cut
+
+
+def with_classes(model: StagedModel, old: Sequence[str], new: Sequence[str], *, cut: str, seed: int) -> StagedModel:
+    """`model` with a head for the class table `new`: what it says of the classes `old` stays, whatever their places.
+
+    Args:
+        model: with a head that `with_head` added.
+        old: its classes.
+        new: all of them, and more.
+        cut: where the head sits.
+        seed: of the new rows.
+
+    Raises:
+        ValueError: for a model that keeps its own head, a head that can't be extended, and where `new` isn't more.
+    """
+    missing = [name for name in old if name not in new]
+    if missing or len({*new}) != len(new) or len(new) == len(old):
+        raise ValueError(
+            f"The new class table is {some(new)}; expected all of {some(old)}, and others, each once. Give the classes "
+            "of the images to go on with: learn.extend_classes(images.classes)."
+        )
+    if model.head is None:
+        raise ValueError(
+            f"{model.name} keeps its own head, which has a logit for each class that it was made with. Make a new "
+            "Learner with a head for all classes."
+        )
+    reduction = reduction_of(model)
+    assert reduction is not None
+    shape = model.pool(cut, reduction).shape(model.shape(cut))
+    places = [list(new).index(name) for name in old]
+    frozen = [stage.name for stage in model.ordered[: model.num_frozen] if not isinstance(stage, PoolStage)]
+    head = extended_head(model.head, places, len(new), shape, seed)
+    made = model.up_to(cut).with_head(head, cut=cut, reduction=reduction)
+    if frozen:
+        made.freeze_to(frozen[-1])
+    else:
+        made.unfreeze()
+    return made
 
 
 def reduction_of(model: StagedModel) -> str | None:
