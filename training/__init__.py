@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featstore.images.views import Augment
     from training.averages import EMA, SWA
+    from training.batch_norm import reestimate_batch_norm
     from training.ensembles import Ensemble
     from training.heads import build_head, concat_head, linear_head, mlp_head
     from training.history import History
@@ -41,12 +42,14 @@ __all__ = [
     "finetune",
     "linear_head",
     "mlp_head",
+    "reestimate_batch_norm",
     "train_head",
 ]
 
 _MODULES = {
     "featstore.images.views": ("Augment",),
     "training.averages": ("EMA", "SWA"),
+    "training.batch_norm": ("reestimate_batch_norm",),
     "training.ensembles": ("Ensemble",),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),

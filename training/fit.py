@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from featstore.errors import FeatureStoreError
 from featstore.models.modes import mode_of
+from featstore.models.stages import HeadStage
 from training.averages import Average
 from training.copies import copied_tensors, put_back, tensors_of
 from training.history import History, Record
@@ -22,7 +23,7 @@ from training.inputs.batches import Batches
 from training.metrics import Loss, Metric, loss_value, metric_values
 from training.ranks import Ranks
 from training.schedules import Course
-from training.steps import Steps, check_finite, settled
+from training.steps import StepOptions, Steps, check_finite, settled
 
 
 @dataclass(eq=False, kw_only=True)
@@ -109,7 +110,7 @@ def run_epochs(
         if course.begins_cycle(at.epoch) and not at.epoch_losses:
             at.cycle_start = len(history.losses)
         own_seed = seed if ranks is None else seed + (ranks.rank << 32)  # of dropout: each has other rows
-        with seeded(own_seed, train.pass_before(at.epoch), train.device), training_mode(tail):
+        with seeded(own_seed, train.pass_before(at.epoch), train.device), training_mode(tail, steps.options):
             put_random_states(at.random, train.device)
             batches = train.epoch(seed, at.epoch, skip=len(at.epoch_losses))
             is_whole = _run_epoch(batches, at, tail, steps, course, average=average, should_stop=should_stop)
@@ -293,10 +294,15 @@ def check_norms(tail: nn.Module, batch_size: int, num_images: int) -> None:
 
 
 @contextmanager
-def training_mode(tail: nn.Module) -> Iterator[None]:
+def training_mode(tail: nn.Module, options: StepOptions) -> Iterator[None]:
     """Train mode as the modules' own `train` sets it, which may keep some part in eval mode; flags come back."""
     with mode_of(tail, training=True):
         tail.train()
+        if options.batch_norm == "frozen":
+            for stage in tail.children():
+                for part in () if isinstance(stage, HeadStage) else stage.modules():
+                    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                        part.training = False
         yield
 
 

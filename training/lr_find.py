@@ -217,7 +217,7 @@ def _curve(
     smoothed: list[float] = []
     mean = 0.0
     try:
-        with seeded(seed, 0, train.device), training_mode(tail):
+        with seeded(seed, 0, train.device), training_mode(tail, options):
             for lr, (inputs, targets) in zip(planned, _repeated(train, seed), strict=False):
                 for group, share in zip(optimizer.param_groups, shares, strict=True):
                     group["lr"] = lr * share
@@ -292,7 +292,7 @@ def _trial(
             num_steps = min(a_pass - len(judges), steps) if a_pass > 1 else 1
             worst = -math.inf
             for number, (inputs, targets) in enumerate(islice(epoch, num_steps) if a_pass > 1 else judges, start=1):
-                with training_mode(tail):
+                with training_mode(tail, options):
                     made.add(inputs.clone(), targets)
                     made.make()
                 if number == num_steps or (2 * number > num_steps and number % max(num_steps // _LOOKS, 1) == 0):

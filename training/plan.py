@@ -48,6 +48,8 @@ class FitOptions(TypedDict, total=False):
         accumulate: batches a step. Their gradients are those of one batch so many times as large; the schedule counts
             steps.
         precision: of training steps: fp32, or mixed with bf16 or fp16 (`torch.autocast`). Scores are computed in fp32.
+        batch_norm: of thawed stages before the head: ``train``, by the statistics of each batch, or ``frozen``, by
+            those that it has, which stay; its weights train in either. That of frozen stages is always frozen.
         average: `EMA` or `SWA`: a mean of the weights, which is scored and remains.
         mix: `Mixup`, `CutMix`, `FeatureNoise`, `FeatureBrightness`: changes of each batch in training, one or several
             in a list. A loss of your own is given the mixed targets: probabilities ``(n, K)`` instead of class
@@ -72,6 +74,7 @@ class FitOptions(TypedDict, total=False):
     clip: float | None
     accumulate: int
     precision: TrainingPrecision
+    batch_norm: Literal["train", "frozen"]
     average: Averaging | None
     mix: BatchChange | Sequence[BatchChange] | None
     sampling: Literal["shuffled", "balanced"]
@@ -104,6 +107,7 @@ class Plan:
     clip: float | None = None
     accumulate: int = 1
     precision: TrainingPrecision = "fp32"
+    batch_norm: Literal["train", "frozen"] = "train"
     average: Averaging | None = None
     mix: BatchChange | Sequence[BatchChange] | None = ()
     sampling: Literal["shuffled", "balanced"] = "shuffled"
@@ -121,6 +125,11 @@ class Plan:
         schedules.check(self.schedule)
         if self.resume and self.checkpoint is None:
             raise ValueError("resume needs a checkpoint to go on from. Give it: checkpoint=.")
+        if isinstance(self.average, SWA) and self.batch_norm == "frozen":
+            raise ValueError(
+                "SWA takes the statistics of batch norm anew for the mean of the weights, and batch_norm is frozen. "
+                'Take EMA, or batch_norm="train".'
+            )
         if isinstance(self.average, SWA) and (self.keep, self.patience) != ("last", None):
             raise ValueError(
                 "SWA is the mean of a fit's last epochs, so there is no best of them to keep or to wait for. Leave "
@@ -135,7 +144,9 @@ class Plan:
     @property
     def steps(self) -> StepOptions:
         """How steps are made."""
-        return StepOptions(clip=self.clip, accumulate=self.accumulate, precision=self.precision)
+        return StepOptions(
+            clip=self.clip, accumulate=self.accumulate, precision=self.precision, batch_norm=self.batch_norm
+        )
 
     @property
     def listeners(self) -> tuple[Listener, ...]:

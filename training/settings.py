@@ -26,6 +26,7 @@ _CHOICES = {
     "keep": ("last", "best"),
     "precision": TRAINING_PRECISIONS,
     "sampling": ("shuffled", "balanced"),
+    "batch_norm": ("train", "frozen"),
 }
 _MAY_BE_NONE = (
     "store",

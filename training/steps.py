@@ -29,11 +29,13 @@ class StepOptions:
         clip: highest norm of all gradients together.
         accumulate: batches a step.
         precision: of the forward and backward pass; weights, and the loss of given logits, are float32 in all.
+        batch_norm: whether that of thawed stages before the head takes each batch's statistics, or keeps its own.
     """
 
     clip: float | None = None
     accumulate: int = 1
     precision: TrainingPrecision = "fp32"
+    batch_norm: Literal["train", "frozen"] = "train"
 
 
 class Steps:

@@ -84,9 +84,10 @@ ROOMS: dict[str, Rooms] = {
             "",
             (
                 "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
-                "ranks", "steps", "fit", "agreement", "checkpoints", "lr_find", "predict", "tta", "placement",
-                "embedding", "settings", "plan", "saved", "export", "hub", "learner", "ensembles", "recipes", "asked",
-                "fit_flags", "config", "run_commands", "lr_command", "__init__", "cli", "__main__",
+                "ranks", "steps", "fit", "agreement", "batch_norm", "checkpoints", "lr_find", "predict", "tta",
+                "placement", "embedding", "settings", "plan", "saved", "export", "hub", "learner", "ensembles",
+                "recipes", "asked", "fit_flags", "config", "run_commands", "lr_command", "__init__", "cli",
+                "__main__",
             ),
         ),
     ),
