@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from featstore.images.views import Augment
     from training.averages import EMA, SWA
     from training.batch_norm import reestimate_batch_norm
+    from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
     from training.heads import build_head, concat_head, linear_head, mlp_head
     from training.history import History
@@ -25,6 +26,7 @@ __all__ = [
     "EMA",
     "SWA",
     "Augment",
+    "CrossValidation",
     "CutMix",
     "Ensemble",
     "FeatureBrightness",
@@ -39,6 +41,7 @@ __all__ = [
     "Prediction",
     "build_head",
     "concat_head",
+    "cross_validate",
     "finetune",
     "linear_head",
     "mlp_head",
@@ -51,6 +54,7 @@ _MODULES = {
     "training.averages": ("EMA", "SWA"),
     "training.batch_norm": ("reestimate_batch_norm",),
     "training.ensembles": ("Ensemble",),
+    "training.cross_validation": ("CrossValidation", "cross_validate"),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),
     "training.inputs.derive": ("Inputs",),

@@ -31,6 +31,7 @@ from training.run_commands import FitFlags
 # What loads torch is imported where a command needs it, so that words about the commands can be had without.
 if TYPE_CHECKING:
     from featstore.models.staged import StagedModel
+    from training.cross_validation import CrossValidation
     from training.learner import Learner
 
 DEFAULTS = """\b
@@ -65,6 +66,8 @@ FEW_STEPS = 50
 """Fewer leave a new head far from what it can learn: 54 images and ten epochs gave an accuracy of 0.64 in batches of
 64, and of 0.79 in batches of 8."""
 SMALL_BATCH = 8
+FEW_HELD_OUT = 100
+"""Fewer leave an accuracy uncertain by 0.1 and more."""
 
 app = new_app(help=__doc__)
 
@@ -134,6 +137,10 @@ def head(
     ] = None,
     extract: Annotated[bool, typer.Option("--extract", help="Compute features that are missing.")] = False,
     config: ConfigOption = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="K", help="Hold each image out once: K heads, a run of each in the folder."),
+    ] = None,
 ) -> None:
     """Train a head on stored features."""
     one_of("--head", kind, choices.HEADS)
@@ -141,7 +148,12 @@ def head(
     rate = None if lr is None else learning_rate(lr)
     feature_store = open_store(store)
     given = labelled(images, for_new_head=True)
-    from training.recipes import train_head  # torch: what was asked for is understood by now
+    if folds is not None and training.resume:
+        raise ValueError("--resume goes on with one fit, and --folds makes several. Leave one of them out.")
+    if folds is not None and length.cycles is not None:
+        raise ValueError("--cycles makes no folds. Expected --epochs with --folds. Leave one of them out.")
+    from training.cross_validation import cross_validate  # torch: what was asked for is understood by now
+    from training.recipes import train_head
 
     try:
         staged = model.model(asked_cuts(cut, freeze_to), trust_code=how.trust_code)
@@ -150,30 +162,50 @@ def head(
         raise
     given = for_run(staged.origin.get("run"), images, given)
     tell_all([*given.notes, *view.notes(staged)])
+    options: dict[str, Any] = {
+        "cut": cut,
+        "reduce": reduce,
+        "head": kind,
+        "freeze_to": freeze_to,
+        "features": features,
+        "augment": augment.augmentation(),
+        "on_missing": "extract" if extract else "error",
+        "view": asked_view(staged, feature_store, view, features),
+        "lr": rate,
+        "allow_leak": training.allow_leak,
+        **how.options(),
+    }
+    if folds is not None:
+        found = cross_validate(
+            staged,
+            given.images,
+            feature_store,
+            folds=folds,
+            epochs=length.epochs or 10,
+            fit=fit.options(),
+            asked=flags_as_toml(context),
+            **options,
+        )
+        found.save(training.out, overwrite=training.overwrite)
+        _report_folds(found, training.out, output)
+        return
     learn = train_head(
         staged,
         given.images,
         feature_store,
-        cut=cut,
-        reduce=reduce,
-        head=kind,
-        freeze_to=freeze_to,
-        features=features,
-        augment=augment.augmentation(),
-        on_missing="extract" if extract else "error",
-        view=asked_view(staged, feature_store, view, features),
-        lr=rate,
         fit=fit.options(),
         out=training.out,
         overwrite=training.overwrite,
         resume=training.resume,
-        allow_leak=training.allow_leak,
         asked=flags_as_toml(context),
         **length.arguments(),
-        **how.options(),
+        **options,
     )
     if (steps := len(learn.history.losses)) < FEW_STEPS:
         tell(_few_steps(steps, how.batch_size))
+    if 0 < (held_out := len(learn.images.valid)) < FEW_HELD_OUT:
+        num_scored = held_out + len(learn.images.train)
+        tell(f"{held_out} images held out say little; --folds 5 scores all {num_scored:,}, each while it is held out")
     _report_training(learn, training.out, output)
 
 
@@ -312,3 +344,10 @@ def _report_training(learn: Learner, out: str, output: OutputFlags) -> None:
         show(f"{scores_line('valid', scored)} - {out}")
     else:
         show(f"train loss {record['train_loss']:.4g}, no validation images - {out}")
+
+
+def _report_folds(found: CrossValidation, out: str, output: OutputFlags) -> None:
+    if output.json:
+        show_json({"folds": list(found.scores), "mean": found.mean, "runs": out})
+    else:
+        show(f"{found} - {out}")

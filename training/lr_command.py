@@ -103,7 +103,9 @@ def lr_find(
     if table is not None:
         _write_curve(Path(table), list(zip(found.lrs, found.losses, found.smoothed, strict=True)))
     if plot is not None:
-        found.plot().get_figure(root=True).savefig(plot)
+        figure = found.plot().get_figure(root=True)
+        assert figure is not None
+        figure.savefig(plot)
     source = learn.inputs.train
     if output.json:
         show_json({"lr": found.rate, "note": found.note, **rules, "inputs": None if source is None else source.kind})

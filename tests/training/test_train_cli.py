@@ -23,7 +23,7 @@ from typer.models import OptionInfo
 import featstore.cli.app
 import training.cli
 from featstore import FeatureStore, ImageSet, View, backbone
-from training import Learner
+from training import Learner, cross_validate
 
 EPOCHS = ["--epochs", "2"]
 APPS = {"featstore": featstore.cli.app.app, "featstore-train": training.cli.app}
@@ -67,6 +67,35 @@ def test_few_optimizer_steps_are_said_with_what_to_try(run: Run) -> None:
     ran = head(run, "--batch-size", "8", "--epochs", "24", out="runs/longer")
     assert "\n48 optimizer steps, which may be too few; try more --epochs\n" in ran.err
     assert "optimizer step" not in head(run, "--batch-size", "8", "--epochs", "25", out="runs/long").err
+
+
+def test_folds_give_a_run_each_and_a_table_and_are_advised_where_few_images_are_held_out(run: Run, here: Path) -> None:
+    assert "\n4 images held out say little; --folds 5 scores all 20, each while it is held out\n" in head(run).err
+    ran = head(run, "--folds", "2", out="runs/folds")
+    assert (ran.code, "--folds" in ran.err) == (0, False)
+    names = [line.split()[0] for line in ran.out.splitlines()]
+    assert names == ["fold", "1", "2", "mean", "from", "to", "2"]
+    assert re.search(r"2 folds, 20 images, each scored while it was held out: accuracy .* - runs/folds\n$", ran.out)
+    model = backbone("tiny.py:make_model")
+    expected = cross_validate(
+        model,
+        ImageSet.from_folder("photos"),
+        FeatureStore("feats"),
+        folds=2,
+        epochs=2,
+        lr=1e-2,
+        view=model.view.resized(size=32),
+        device="cpu",
+        quiet=True,
+    )
+    ran = head(run, "--folds", "2", "--json", out="runs/again")
+    assert ran.json == {"folds": list(expected.scores), "mean": expected.mean, "runs": "runs/again"}
+    predicted = run(
+        "featstore-train", "predict", "--model", "runs/folds/fold-1", "--model", "runs/folds/fold-2", "photos"
+    )
+    assert predicted.code == 0
+    assert head(run, "--folds", "2", out="runs/folds").code == 1
+    assert head(run, "--folds", "2", "--resume", out="runs/others").code == 2
 
 
 def test_training_reports_json_that_evaluate_repeats(run: Run) -> None:

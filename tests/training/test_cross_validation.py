@@ -1,0 +1,117 @@
+"""Cross-validation: its predictions are those of a plain loop over the folds, and no image has a part in its own."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
+from support.tiny import pixels, staged
+
+from featstore import FeatureStore, ImageSet, extract
+from training import Ensemble, Learner, cross_validate
+
+COUNT, FOLDS = 23, 3
+OPTIONS: dict[str, Any] = {"cut": "layer2", "batch_size": 4, "device": "cpu", "workers": 0, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, FeatureStore]:
+    classes = [row % 3 for row in range(COUNT - 1)] + [-1]  # one is unlabelled, and one is of the split test
+    images = ImageSet.from_arrays(pixels(COUNT), classes, splits=[""] * (COUNT - 2) + ["test", ""])
+    store = FeatureStore(tmp_path_factory.mktemp("features"))
+    extract(staged(), images, store, cuts=["layer2:concat"], dtype="float32", device="cpu", workers=0)
+    return images, store
+
+
+@pytest.mark.parametrize("lr", [1e-2, None])
+def test_predictions_and_scores_are_those_of_a_plain_loop_over_the_folds(
+    stored: tuple[ImageSet, FeatureStore], lr: float | None
+) -> None:
+    images, store = stored
+    found = cross_validate(staged(), images, store, folds=FOLDS, epochs=2, lr=lr, **OPTIONS)
+    expected, losses, accuracies = np.full((COUNT, 3), np.nan), [], []
+    for fold in images.folds(FOLDS):
+        learn = Learner(staged(), fold, store, **OPTIONS)
+        learn.fit(2, lr=lr)
+        ids, values = learn.scored(fold.valid)
+        expected[[int(name) for name in ids]] = values
+        scores = learn.evaluate()
+        losses.append(scores["loss"])
+        accuracies.append(scores["accuracy"])
+    outcomes = found.outcomes()
+    assert outcomes.images.ids == tuple(map(str, range(COUNT - 2)))
+    assert_array_equal(outcomes.probabilities, expected[: COUNT - 2])
+    assert images.targets is not None
+    assert_array_equal(outcomes.targets, images.targets[: COUNT - 2])
+    assert [each["loss"] for each in found.scores] == losses
+    assert [each["accuracy"] for each in found.scores] == accuracies
+    assert found.mean["loss"] == pytest.approx(np.mean(losses), rel=1e-12)
+    interval = ttest_1samp(losses, 0).confidence_interval(0.95)
+    assert found.interval("loss") == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert [row["fold"] for row in found.table] == ["1", "2", "3", "mean", "from", "to"]
+    right = int(outcomes.is_right.sum())
+    assert (
+        str(found)
+        .splitlines()[-1]
+        .startswith(
+            f"3 folds, {COUNT - 2} images, each scored while it was held out: accuracy {right / (COUNT - 2):.3f} (95 %"
+        )
+    )
+
+
+def test_a_model_and_a_head_of_ones_own_start_anew_in_each_fold(stored: tuple[ImageSet, FeatureStore]) -> None:
+    images, _ = stored
+    model = staged()
+    digests = model.digests()
+    head = Learner(staged(), images, **OPTIONS, head="mlp").model.head
+    assert head is not None
+    options = {**OPTIONS, "head": head}
+    found = cross_validate(model, images, folds=2, epochs=1, lr=1e-2, freeze_to="layer1", split_seed=4, **options)
+    alone = Learner(staged(), images.folds(2, seed=4)[1], **options)
+    alone.freeze_to("layer1")
+    alone.fit(1, lr=1e-2)
+    assert_array_equal(found.learners[1].predict_proba(images), alone.predict_proba(images))
+    assert model.digests() == digests
+
+
+def test_images_of_a_group_are_held_out_together(stored: tuple[ImageSet, FeatureStore]) -> None:
+    images, store = stored
+    groups = [f"patient {row // 4}" for row in range(COUNT - 2)] + ["alone", "unlabelled"]
+    found = cross_validate(staged(), images, store, folds=2, groups=groups, epochs=1, lr=1e-2, **OPTIONS)
+    first, second = ({groups[int(name)] for name in each.images.ids} for each in found.held_out)
+    assert not first & second
+
+
+@pytest.mark.parametrize(
+    ("fit", "why"),
+    [
+        ({"keep": "best"}, "keep would keep an epoch by the images held out"),
+        ({"patience": 2}, "patience would end a fit by the images held out"),
+        ({"checkpoint": "fit"}, "checkpoint can't hold the fits of several folds"),
+    ],
+)
+def test_what_would_choose_by_the_images_held_out_is_refused(
+    stored: tuple[ImageSet, FeatureStore], fit: Any, why: str
+) -> None:
+    images, store = stored
+    with pytest.raises(ValueError, match=why):
+        cross_validate(staged(), images, store, fit=fit, **OPTIONS)
+
+
+def test_folds_are_saved_as_runs_that_predict_together(stored: tuple[ImageSet, FeatureStore], tmp_path: Path) -> None:
+    images, store = stored
+    found = cross_validate(staged(), images, store, folds=2, epochs=1, lr=1e-2, **OPTIONS)
+    found.save(tmp_path)
+    with (tmp_path / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == list(found.outcomes().images.ids)
+    expected = np.mean([each.predict_proba(images) for each in found.learners], axis=0)
+    runs = [
+        Learner.load(tmp_path / f"fold-{n}", module=staged(), device="cpu", batch_size=4, quiet=True) for n in (1, 2)
+    ]
+    assert_array_equal(Ensemble(runs).predict_proba(images), expected)

@@ -1,0 +1,185 @@
+"""Cross-validation: what a recipe is worth where few images are labelled: each is held out once, and scored then."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from featstore.html import titled_table
+from featstore.images.image_set import ImageSet
+from featstore.models.runs import check_free
+from featstore.models.staged import StagedModel
+from featstore.store.store import FeatureStore
+from training.learner import Learner
+from training.metrics import wilson_interval
+from training.optim import LearningRate
+from training.outcomes import Outcomes
+from training.plan import FitOptions
+from training.predict import write_csv
+
+PREDICTIONS = "predictions.csv"
+
+_REFUSED = {
+    "keep": "would keep an epoch by the images held out, and their scores would be too good",
+    "patience": "would end a fit by the images held out, and their scores would be too good",
+    "checkpoint": "can't hold the fits of several folds",
+    "resume": "has no checkpoint to go on from",
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class CrossValidation:
+    """What the folds came to; made by `cross_validate`. Prints as a table.
+
+    Attributes:
+        learners: of each fold, as its fit ended. `Ensemble(learners)` predicts by their mean.
+        held_out: of each fold, what its learner said of the labelled images that it hadn't seen.
+        scores: of each fold, loss and metrics of these images.
+    """
+
+    learners: tuple[Learner, ...]
+    held_out: tuple[Outcomes, ...]
+    scores: tuple[dict[str, float], ...]
+
+    def outcomes(self) -> Outcomes:
+        """What was said of every labelled image while it was held out, in the order of the image set."""
+        images = self.learners[0].images
+        place_of = {name: place for place, name in enumerate(images.ids)}
+        places = np.array([place_of[name] for each in self.held_out for name in each.images.ids])
+        order = np.argsort(places)
+        return replace(
+            self.held_out[0],
+            images=images.select(places[order]),
+            probabilities=np.concatenate([each.probabilities for each in self.held_out])[order],
+            targets=np.concatenate([each.targets for each in self.held_out])[order],
+            losses=np.concatenate([each.losses for each in self.held_out])[order],
+        )
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Of each score the mean over the folds."""
+        return {name: fmean(each[name] for each in self.scores) for name in self.scores[0]}
+
+    def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the mean of a score lies over other folds, by Student's t.
+
+        It is somewhat too narrow, as any such interval, since folds share images to train on (Bengio and Grandvalet,
+        JMLR 5, 2004).
+        """
+        from scipy.stats import t  # type: ignore[import-untyped]  # scikit-learn brings it
+
+        values = [each[name] for each in self.scores]
+        half = float(t.ppf(0.5 + confidence / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+        return self.mean[name] - half, self.mean[name] + half
+
+    @property
+    def table(self) -> list[dict[str, str | int | float]]:
+        """A row a fold, then their mean, and the two ends of its interval."""
+        ends = {name: self.interval(name) for name in self.mean}
+        counts = [len(each) for each in self.held_out]
+        rows: list[dict[str, str | int | float]] = [
+            {"fold": str(number), "images": count, **scores}
+            for number, (count, scores) in enumerate(zip(counts, self.scores, strict=True), start=1)
+        ]
+        rows.append({"fold": "mean", "images": sum(counts), **self.mean})
+        for place, name in enumerate(("from", "to")):
+            rows.append({"fold": name, "images": sum(counts), **{each: end[place] for each, end in ends.items()}})
+        return rows
+
+    def in_words(self) -> str:
+        """The accuracy over all images, each while it was held out; else the mean loss."""
+        found = self.outcomes()
+        head = f"{len(self.learners)} folds, {len(found):,} images, each scored while it was held out: "
+        if found.images.task != "single":
+            return f"{head}loss {self.mean['loss']:.4g}"
+        right = int(found.is_right.sum())
+        low, high = wilson_interval(right, len(found))
+        return f"{head}accuracy {right / len(found):.3f} (95 % interval {low:.3f}-{high:.3f})"
+
+    def __str__(self) -> str:
+        names = list(self.table[0])
+        lines = ["  ".join(f"{name:>10}" for name in names)]
+        for row in self.table:
+            lines.append(
+                "  ".join(f"{row[name]:>10.4g}" if name in self.mean else f"{row[name]:>10}" for name in names)
+            )
+        return "\n".join([*lines, self.in_words()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return titled_table(self.in_words(), self.table)
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Saves a run for each fold, fold-1 and so on, and predictions.csv, of each image while it was held out.
+
+        `Ensemble.load(folder)` predicts by the mean of the runs.
+        """
+        folder = Path(folder)
+        runs = [folder / f"fold-{number}" for number in range(1, len(self.learners) + 1)]
+        for run in runs:
+            check_free(run, overwrite=overwrite)
+        for run, learn in zip(runs, self.learners, strict=True):
+            learn.save(run, overwrite=overwrite)
+        found, task = self.outcomes(), self.learners[0].task
+        write_csv(folder / PREDICTIONS, found.images.ids, found.probabilities, found.classes, task)
+        return folder
+
+
+def cross_validate(
+    model: StagedModel | nn.Module,
+    images: ImageSet,
+    store: FeatureStore | None = None,
+    *,
+    folds: int = 5,
+    groups: Sequence[Any] | None = None,
+    split_seed: int = 0,
+    freeze_to: str | None = None,
+    epochs: int = 10,
+    lr: LearningRate | None = None,
+    fit: FitOptions | None = None,
+    **options: Any,
+) -> CrossValidation:
+    """Fits a new learner for each fold to the images of the others, and scores it on those of the fold.
+
+    No image that is scored has had a part in its fit: the last epoch's weights are scored, not the best one's, and the
+    rate is found, if it isn't given, in each fold on the images that it trains on. Images of the split "test" stay out.
+
+    Args:
+        model: as in `Learner`; it is shared, and stays as it is.
+        images: labelled; a split into train and valid that they have doesn't count.
+        store: as in `Learner`.
+        folds: how many.
+        groups: one an image; those of a group (a patient, a film) are held out together. Default: the images' own.
+        split_seed: of the dealing, as in `ImageSet.folds`.
+        freeze_to: the last frozen stage; default: all but the head are frozen.
+        epochs: as in `Learner.fit`.
+        lr: likewise; None: what the finder suggests, in each fold.
+        fit: further options of each fit, see `FitOptions`.
+        options: those of `Learner`.
+
+    Raises:
+        ValueError: for an option of a fit that would choose by the images held out, or can't be one of several fits.
+    """
+    given: FitOptions = {} if fit is None else fit
+    for name in (each for each in _REFUSED if given.get(each) not in (None, False, "last")):
+        raise ValueError(f"{name} {_REFUSED[name]}. Expected other options of a fit. Leave it out.")
+    learners, held_out, scores = [], [], []
+    for fold in images.folds(folds, seed=split_seed, groups=groups):
+        learn = Learner(model, fold, store, **options)
+        if freeze_to is not None:
+            learn.freeze_to(freeze_to)
+        record = learn.fit(epochs, lr, **given).last
+        learners.append(learn)
+        held_out.append(learn.outcomes("valid"))
+        kept = {name: value for name, value in record.items() if name not in ("epoch", "train_loss", "lr", "seconds")}
+        scores.append({"loss": kept.pop("valid_loss"), **kept})
+    return CrossValidation(learners=tuple(learners), held_out=tuple(held_out), scores=tuple(scores))
