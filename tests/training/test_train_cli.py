@@ -543,7 +543,7 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
         "class-weights clip accumulate precision ema swa"
     )
     contract = {
-        "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume", "config"},
+        "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume", "config", "folds"},
         "finetune": image | view | how | more | {"from", "resume", "config"},
         "evaluate": image | how | tta | {"model", "split"},
         "predict": how | items | tta | {"model", "csv"},
