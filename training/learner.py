@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,8 +26,8 @@ from featstore.images.views import Augment, View
 from featstore.models.runs import new_run, read_run, write_run
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import choose_device
+from featstore.notes import logger_of
 from featstore.store.store import FeatureStore
-from featstore.words import printable
 from training import metrics as scores
 from training import optim, saved, schedules, settings
 from training.agreement import Agreement, compared
@@ -767,7 +766,7 @@ class Learner:
 
     def _say(self, text: str | None) -> None:
         if text is not None and not self.quiet and is_first():
-            print(printable(text), file=sys.stderr)
+            logger_of("training").info("%s", text)
 
     def _say_trained(self, images: ImageSet) -> None:
         digests = images.digests(self._situation().known)

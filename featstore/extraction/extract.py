@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from featstore.images.render import check_workers
 from featstore.images.views import Augment, View
 from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.trunk import check_batch_size, choose_device
+from featstore.notes import logger_of
 from featstore.store.sets import digest_rows
 from featstore.store.store import FeatureStore
 from featstore.timing import timed
@@ -266,7 +266,7 @@ def run_plan(
                 notes = _noted_images(planned, store, is_needed=True)  # before the first row: it stays if we are killed
                 if progress:
                     for note in session.notes():
-                        print(note, file=sys.stderr)
+                        logger_of("featstore").info("%s", note)
                 filed = session.run(progress=progress, on_progress=on_progress)
             notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
     except TooManyFailedError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from featstore.extraction.plan import Plan
 from featstore.extraction.rates import StageRate, joined
 from featstore.images.contents import looks_note
 from featstore.images.render import doubts_note
+from featstore.notes import logger_of
 from featstore.store.store import FeatureStore
 
 MERGE_BYTES = 1 << 30
@@ -119,7 +119,7 @@ def merge_parts(planned: Plan, store: FeatureStore, filed: Filed, *, is_shown: b
             if len(small) < 2:
                 continue
             if is_shown:
-                print(f"merging {len(small):,} parts of set {each.spec.key[:8]}", file=sys.stderr)
+                logger_of("featstore").info("merging %s parts of set %s", f"{len(small):,}", each.spec.key[:8])
             left = store.merge(each.spec.key, small).left
             problem = left[0].reason if left else None
         except Exception as error:  # the disk may be full: the rows are filed all the same

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from featstore.extraction.filed import Filed
 from featstore.extraction.rates import Mark, Rates, StageName, StageRate, bound_by, rate_text, rates_text
+from featstore.notes import logger_of
 from featstore.words import duration_text, size_text
 
 WINDOW = 60
@@ -121,7 +122,7 @@ class Progress:
             if self.on_progress is not None:
                 self.on_progress(report)
             if self.is_shown:
-                print(rates_text(report.rates), file=sys.stderr)
+                logger_of("featstore").info("%s", rates_text(report.rates))
 
     def _report(self, filed: Filed, done: int, since: Mark) -> ProgressReport:
         """Of the time since then, when so many images were done."""
@@ -149,7 +150,7 @@ class Progress:
             self.bars[0].update(self.done - self.bars[0].n)
         elif self.is_shown and time.monotonic() - self.last_line >= self.SECONDS_A_LINE:
             self.last_line = time.monotonic()
-            print(report, file=sys.stderr)
+            logger_of("featstore").info("%s", report)
 
 
 def _bars(total: int) -> list[Any]:

@@ -10,7 +10,6 @@ import logging
 import os
 import pickle
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from featstore.extraction.progress import Progress, ProgressReport
 from featstore.machine import keep_freed_memory
 from featstore.models import own_file
 from featstore.models.trunk import check_batch_size, default_batch_size
+from featstore.notes import logger_of
 from featstore.store.sets import batching_for
 from featstore.store.store import FeatureStore
 from featstore.words import counted
@@ -310,10 +310,11 @@ class _Crew:
             answers, _ = self._ray.wait([*self._opening, *self._computing], num_returns=1, timeout=patience)
             if answers:
                 return answers[0]
-            print(
-                f"{counted(len(self._opening), 'actor')} of Ray not ready yet. Each wants {self._wanted}; free in the "
-                f"cluster: {self._ray.available_resources()}",
-                file=sys.stderr,
+            logger_of("featstore").info(
+                "%s of Ray not ready yet. Each wants %s; free in the cluster: %s",
+                counted(len(self._opening), "actor"),
+                self._wanted,
+                self._ray.available_resources(),
             )
 
     def _check_alike(self, profiles: list[Json]) -> None:

@@ -27,7 +27,7 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "remedies", "errors", "words", "html", "timing", "digest", "machine", "objects", "source_code",
+                "remedies", "errors", "words", "notes", "html", "timing", "digest", "machine", "objects", "source_code",
                 "surroundings", "plugins",
             ),
         ),
@@ -185,6 +185,7 @@ SURFACE: dict[str, str] = {
     "models.stages": "HeadStage PoolStage Stage has_weights",
     "models.trunk": "Output Trunk choose_device default_batch_size",
     "models.weights": "read_tensors",
+    "notes": "logger_of",
     "remedies": "Call Command Remedy Steps",
     "source_code": "closure_of",
     "store.features": "Features",
