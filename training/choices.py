@@ -13,6 +13,10 @@ PRECISIONS: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16
 KEEP: tuple[Literal["last", "best"], ...] = ("last", "best")
 """Whose weights remain after a fit."""
 
+SAMPLINGS: tuple[Literal["shuffled", "balanced"], ...] = ("shuffled", "balanced")
+BATCH_NORMS: tuple[Literal["train", "frozen"], ...] = ("train", "frozen")
+"""What a fit's `sampling` and `batch_norm` may be."""
+
 CHECKPOINT = ".checkpoint"
 """What the name of a run ends in where its fit is kept until it is saved."""
 

@@ -113,7 +113,7 @@ def run_epochs(
         with seeded(own_seed, train.pass_before(at.epoch), train.device), training_mode(tail, steps.options):
             put_random_states(at.random, train.device)
             batches = train.epoch(seed, at.epoch, skip=len(at.epoch_losses))
-            is_whole = _run_epoch(batches, at, tail, steps, course, average=average, should_stop=should_stop)
+            is_whole = _run_epoch(train, batches, at, tail, steps, course, average=average, should_stop=should_stop)
             if not is_whole:
                 at.random, at.seconds = random_states(train.device), time.perf_counter() - started
                 if save is not None:
@@ -153,6 +153,7 @@ def run_epochs(
 
 
 def _run_epoch(
+    train: Batches,
     batches: Iterator[tuple[Tensor, Tensor]],
     at: Progress,
     tail: nn.Module,
@@ -166,6 +167,7 @@ def _run_epoch(
 
     Losses are numbers when it returns, and not before where they are deferred.
     """
+    a_pass = len(train) // train.passes
     first, num_steps = len(at.epoch_losses), len(at.history.losses) - at.cycle_start
     losses: list[tuple[float | Tensor, int]] = []
     sizes: list[int] = []  # batches of each step
@@ -178,11 +180,11 @@ def _run_epoch(
             average.after_step(tail)
 
     is_whole = True
-    for inputs, targets in batches:
+    for number, (inputs, targets) in enumerate(batches, start=first + 1):
         if not steps.num_batches:
             course.set(steps.optimizer, at.epoch, num_steps + len(sizes))
         losses.append(steps.add(inputs, targets))
-        if steps.is_whole:
+        if steps.is_whole or number % a_pass == 0:  # no step reaches over the end of a pass
             made()
             if should_stop is not None and should_stop():
                 is_whole = False

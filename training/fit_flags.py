@@ -62,8 +62,24 @@ class FitOptionFlags:
         float | None,
         typer.Option(min=0, max=1, metavar="START", help="The same over the epochs after that share of them."),
     ] = None
+    mixup: Annotated[
+        float | None, typer.Option(min=0, metavar="ALPHA", help="Means of two images, or of their features.")
+    ] = None
+    cutmix: Annotated[
+        float | None, typer.Option(min=0, metavar="ALPHA", help="A rectangle of another image, or of its maps.")
+    ] = None
+    sampling: Annotated[
+        str, typer.Option(metavar="|".join(choices.SAMPLINGS), help="The images of a pass: balanced by class, or all.")
+    ] = "shuffled"
+    batch_norm: Annotated[
+        str, typer.Option(metavar="|".join(choices.BATCH_NORMS), help="Statistics of thawed stages before the head.")
+    ] = "train"
+    decay_norms: Annotated[bool, typer.Option("--decay-norms", help="Decay biases and norms too.")] = False
 
     def __post_init__(self) -> None:
+        for flag, alpha in (("--mixup", self.mixup), ("--cutmix", self.cutmix)):
+            if alpha == 0:
+                raise ValueError(f"{flag} is 0, which mixes nothing. Expected more than 0. Give more, or leave it out.")
         if self.clip == 0:
             raise ValueError(
                 "--clip is 0, which leaves nothing of any gradient. Expected more than 0. Give more, or leave it out."
@@ -87,6 +103,11 @@ class FitOptionFlags:
             from training.averages import SWA
 
             options["average"] = SWA(self.swa)
+        if self.mixup is not None or self.cutmix is not None:
+            from training.mixing import BatchChange, CutMix, Mixup
+
+            changes: list[BatchChange] = [] if self.mixup is None else [Mixup(self.mixup)]
+            options["mix"] = changes if self.cutmix is None else [*changes, CutMix(self.cutmix)]
         return options
 
     def _words(self) -> FitOptions:
@@ -102,6 +123,9 @@ class FitOptionFlags:
             "label_smoothing": self.label_smoothing,
             "clip": self.clip,
             "accumulate": self.accumulate,
+            "sampling": one_of("--sampling", self.sampling, choices.SAMPLINGS),
+            "batch_norm": one_of("--batch-norm", self.batch_norm, choices.BATCH_NORMS),
+            "decay_norms": self.decay_norms,
             "precision": one_of("--precision", self.precision, choices.PRECISIONS),
         }
         if self.class_weights is not None:

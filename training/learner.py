@@ -376,7 +376,7 @@ class Learner:
         if ranks is not None:  # from here on: the finder sees whole batches
             train.share_with(ranks.rank, ranks.count)
             rates = [ranks.firsts(rate) for rate in rates]
-        num_steps = math.ceil(len(train) / plan.accumulate)
+        num_steps = train.passes * math.ceil(len(train) / train.passes / plan.accumulate)
         course = schedules.Course(schedule=plan.schedule, max_lrs=rates, cycles=plan.cycles, num_steps=num_steps)
         steps = Steps(
             tail, optimizer, self._descended(train, plan), device=self.device, options=plan.steps, ranks=ranks
@@ -697,7 +697,8 @@ class Learner:
         return Batches(source, situation, batch_size=self.batch_size, workers=self.workers, **training)
 
     def _training_batches(self, source: Source, situation: Situation, plan: Plan) -> Batches:
-        passes = passes_an_epoch(self._tail(), num_batches(len(source.images), self.batch_size))
+        steps_a_pass = math.ceil(num_batches(len(source.images), self.batch_size) / plan.accumulate)
+        passes = passes_an_epoch(self._tail(), steps_a_pass)
         first = self._passes or 0
         return self._batches(
             source, situation, passes=passes, first_pass=first, sampling=plan.sampling, mix=plan.changes

@@ -123,6 +123,8 @@ def checked(name: str, value: Any) -> Any:
         raise TypeError(f"{name} is {value!r}; expected {words}{', or None' * (name in _MAY_BE_NONE)}.")
     if name in _LOWEST and not _LOWEST[name] <= value < math.inf:
         raise ValueError(f"{name} is {value}; expected at least {_LOWEST[name]}{', and finite' * (kind is Real)}.")
+    if name == "clip" and not value:
+        raise ValueError("clip is 0, which leaves nothing of any gradient; expected more than 0.")
     if name in _HIGHEST and value > _HIGHEST[name]:
         raise ValueError(f"{name} is {value}; expected at most {_HIGHEST[name]}.")
     if kind in (Integral, Real):  # numpy's go into no JSON

@@ -77,8 +77,13 @@ ROOMS: dict[str, Rooms] = {
         ("", ("__main__",)),
     ),
     "training": (
-        ("", ("metrics", "choices", "schedules", "monitor", "plots", "history", "trackers", "outcomes", "heads")),
-        ("", ("metrics", "choices", "schedules", "monitor", "history", "outcomes", "plots", "heads", "mixing")),
+        (
+            "",
+            (
+                "metrics", "choices", "schedules", "monitor", "plots", "history", "trackers", "outcomes", "heads",
+                "mixing",
+            ),
+        ),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
@@ -86,7 +91,7 @@ ROOMS: dict[str, Rooms] = {
                 "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
                 "ranks", "steps", "fit", "agreement", "batch_norm", "checkpoints", "lr_find", "predict", "tta",
                 "placement", "embedding", "settings", "plan", "saved", "export", "hub", "learner", "ensembles",
-                "recipes", "cross_validation", "asked", "fit_flags", "config", "run_commands", "lr_command",
+                "recipes", "cross_validation", "fit_flags", "asked", "config", "run_commands", "lr_command",
                 "__init__", "cli", "__main__",
             ),
         ),

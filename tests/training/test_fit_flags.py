@@ -12,6 +12,7 @@ from featstore import FeatureStore, ImageSet, backbone
 from training import Ensemble, Learner, choices
 from training.averages import EMA, SWA
 from training.fit_flags import FitOptionFlags
+from training.mixing import CutMix, Mixup
 from training.plan import FitOptions, Plan
 from training.steps import TRAINING_PRECISIONS
 
@@ -61,9 +62,14 @@ def test_each_option_of_a_fit_has_its_flag(run: Run, here: Path) -> None:
         "accumulate": ("3", 3),
         "precision": ("bf16", "bf16"),
         "ema": ("0.8", EMA(0.8)),
+        "mixup": ("0.3", [Mixup(0.3)]),
+        "sampling": ("balanced", "balanced"),
+        "batch_norm": ("frozen", "frozen"),
+        "decay_norms": ("", True),
     }
-    flags = [each for name, (text, _) in asked.items() for each in (f"--{name.replace('_', '-')}", text)]
-    fit = {"average" if name == "ema" else name: value for name, (_, value) in asked.items()}
+    flags = [each for name, (text, _) in asked.items() for each in (f"--{name.replace('_', '-')}", text) if each]
+    names = {"ema": "average", "mixup": "mix"}
+    fit = {names.get(name, name): value for name, (_, value) in asked.items()}
     assert fit.keys() | {"on_epoch_end", "checkpoint", "resume"} == FitOptions.__annotations__.keys()
     assert head(run, "--batch-size", "2", "--epochs", "3", *flags).code == 0
     images, store = ImageSet.from_folder("photos").split(valid=0.2, seed=0), FeatureStore("feats")
@@ -77,6 +83,7 @@ def test_each_option_of_a_fit_has_its_flag(run: Run, here: Path) -> None:
 def test_flags_that_are_left_out_leave_a_fit_as_it_is() -> None:
     assert Plan(**FitOptionFlags().options()) == Plan()
     assert FitOptionFlags(class_weights="balanced").options()["class_weights"] == "balanced"
+    assert FitOptionFlags(mixup=0.2, cutmix=1.0).options()["mix"] == [Mixup(0.2), CutMix(1.0)]
     assert FitOptionFlags(swa=0.5).options()["average"] == SWA(0.5)
     assert choices.PRECISIONS == TRAINING_PRECISIONS
 

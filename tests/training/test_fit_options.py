@@ -146,6 +146,10 @@ def test_gradients_of_several_batches_are_those_of_a_large_one(stored: tuple[Ima
     assert small.losses == pytest.approx(large.losses, rel=1e-5)
     assert [each["lr"] for each in small.records] == [each["lr"] for each in large.records]
     assert small.frame()["train_loss"] == pytest.approx(large.frame()["train_loss"], rel=1e-5)
+    alone = {size: learner(*stored, head="linear", batch_size=size) for size in (8, 2)}
+    passes = alone[8].fit(2, lr=RATE)
+    assert len(passes.losses) > 2 * len(SIZES)
+    assert alone[2].fit(2, lr=RATE, accumulate=4).losses == pytest.approx(passes.losses, rel=1e-4)
     assert learner(*stored, head=head, batch_size=2).fit(1, lr=RATE, accumulate=100).losses == pytest.approx(
         [learner(*stored, head=head, batch_size=64).fit(1, lr=RATE).losses[0]], rel=1e-5
     )
@@ -257,6 +261,7 @@ def test_a_fit_waits_for_a_better_epoch_and_keeps_the_best(
         ({"monitor": ("own", "up")}, "of own expected the direction min or max"),
         ({"patience": 0}, "patience is 0; expected at least 1"),
         ({"clip": -1}, "clip is -1; expected at least 0"),
+        ({"clip": 0}, "clip is 0, which leaves nothing of any gradient"),
         ({"accumulate": 0}, "accumulate is 0; expected at least 1"),
         ({"precision": "int8"}, "precision is 'int8'; expected fp32, bf16 or fp16"),
         ({"average": 0.9}, r"average is 0.9; expected EMA\(decay\) or SWA\(start\)"),

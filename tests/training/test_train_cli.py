@@ -1,3 +1,8 @@
+"""The commands of `featstore-train` do what their functions do, and say what is wrong with flags.
+
+Long, since the commands are told on one folder of photographs, in the order in which a person uses them.
+"""
+
 from __future__ import annotations
 
 import csv
@@ -540,7 +545,7 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     more = _words(
         "seed overwrite allow-leak out epochs lr augment seeds freeze-to cut store backbone weights weights-prefix "
         "cycles cycle-len cycle-mult snapshots schedule weight-decay keep monitor patience label-smoothing "
-        "class-weights clip accumulate precision ema swa"
+        "class-weights clip accumulate precision ema swa mixup cutmix sampling batch-norm decay-norms"
     )
     contract = {
         "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume", "config", "folds"},
