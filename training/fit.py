@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from featstore.errors import FeatureStoreError
+from featstore.extraction.progress import bar_class
 from featstore.models.modes import mode_of
 from featstore.models.stages import HeadStage
 from training.averages import Average
@@ -24,6 +26,8 @@ from training.metrics import Loss, Metric, loss_value, metric_values
 from training.ranks import Ranks
 from training.schedules import Course
 from training.steps import StepOptions, Steps, check_finite, settled
+
+_PATIENT = 5.0  # seconds that an epoch may take without a bar
 
 
 @dataclass(eq=False, kw_only=True)
@@ -73,6 +77,7 @@ def run_epochs(
     average: Average | None = None,
     ranks: Ranks | None = None,
     on_epoch_end: Callable[[Record], Any] | None = None,
+    is_shown: bool = False,
     progress: Progress | None = None,
     save: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -95,6 +100,7 @@ def run_epochs(
         average: the mean of the weights, which is scored and remains.
         ranks: the processes that share the work.
         on_epoch_end: gets each record.
+        is_shown: whether an epoch that takes more than some seconds has a bar.
         progress: where to go on, with tail and optimizer as they were there; default: at the start.
         save: gets the progress after each epoch, before its record is told, and where the fit stops within one.
         should_stop: asked after each step and each epoch but the last; once it says so the fit ends there.
@@ -112,7 +118,7 @@ def run_epochs(
         own_seed = seed if ranks is None else seed + (ranks.rank << 32)  # of dropout: each has other rows
         with seeded(own_seed, train.pass_before(at.epoch), train.device), training_mode(tail, steps.options):
             put_random_states(at.random, train.device)
-            batches = train.epoch(seed, at.epoch, skip=len(at.epoch_losses))
+            batches = _with_bar(train, seed, at) if is_shown else train.epoch(seed, at.epoch, skip=len(at.epoch_losses))
             is_whole = _run_epoch(train, batches, at, tail, steps, course, average=average, should_stop=should_stop)
             if not is_whole:
                 at.random, at.seconds = random_states(train.device), time.perf_counter() - started
@@ -196,6 +202,19 @@ def _run_epoch(
     own = iter(at.epoch_losses[first:])
     at.history.losses += [_mean([*islice(own, size)]) for size in sizes]
     return is_whole
+
+
+def _with_bar(train: Batches, seed: int, at: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches that are left of an epoch, and a bar where they take long; a notebook shows it too."""
+    done = len(at.epoch_losses)
+    batches, shown = train.epoch(seed, at.epoch, skip=done), bar_class()
+    if shown is None:
+        yield from batches
+        return
+    name = f"epoch {at.first_epoch + at.epoch + 1}"
+    options = {"total": len(train), "initial": done, "desc": name, "unit": "batch"}
+    with shown(batches, **options, leave=False, delay=_PATIENT, file=sys.stderr) as bar:
+        yield from bar
 
 
 def _scored(

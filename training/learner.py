@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,20 +31,17 @@ from featstore.store.store import FeatureStore
 from training import metrics as scores
 from training import optim, saved, schedules, settings
 from training.agreement import Agreement, compared
-from training.averages import Average, averaged
-from training.checkpoints import fit_facts, interruptible, read_fit
+from training.checkpoints import read_fit
 from training.class_counts import imbalance_note
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
-from training.copies import copied_tensors, put_back
 from training.embedding import embedding_model
 from training.export import ExportReport, exported
 from training.fit import (
-    Progress,
     check_norms,
-    run_epochs,
 )
-from training.heads import ValueHead, passes_an_epoch, standardise
-from training.history import History, Record, record_line
+from training.fitting import Begun, Fitting
+from training.heads import ValueHead, passes_an_epoch
+from training.history import History
 from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, labelled, to_score, to_train
 from training.inputs.situation import (
@@ -56,16 +53,14 @@ from training.inputs.situation import (
     images_words,
     views_words,
 )
-from training.losses import smoothed_or_weighted
-from training.lr_find import LearningRates, find_lr
+from training.lr_find import LearningRates
 from training.monitor import Monitor
 from training.outcomes import Outcomes
 from training.placement import Placement, reduction_of, with_classes, with_head
 from training.plan import FitOptions, Plan, check_options, takes_fit_options
 from training.predict import Items, Prediction, as_images, outputs_words, predictions, probabilities
-from training.ranks import Ranks, check_alone, is_first, written_by_first
+from training.ranks import check_alone, is_first, written_by_first
 from training.splits import PastSplit, present_split
-from training.steps import Steps
 from training.tta import Scored, TestViews, TtaOptions, scored
 
 
@@ -338,118 +333,35 @@ class Learner:
         return self._fit(Plan(cycles=cycles, lr=lr, snapshot=snapshot, **options))
 
     def _fit(self, plan: Plan) -> History:
-        build = partial(
-            optim.build,
+        # What is wrong with it is said before anything is computed.
+        optim.build(
             self.model,
+            1.0 if plan.lr is None else plan.lr,
             optimizer=self.optimizer,
             weight_decay=plan.weight_decay,
             decay_norms=plan.decay_norms,
         )
-        build(1.0 if plan.lr is None else plan.lr)  # what is wrong with it is said before anything is computed
-        monitor = Monitor.of(plan.monitor, self._scores())
+        Monitor.of(plan.monitor, self._scores())
         kept = None if plan.folder is None else read_fit(plan.folder, resume=plan.resume)
         plan.check_snapshots(goes_on=kept is not None)
-        situation, inputs = self._ready(plan)
-        assert inputs.train is not None
-        train = self._training_batches(inputs.train, situation, plan)
-        valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
-        if valid is None and plan.patience is not None and monitor.name != "train_loss":
-            raise ValueError(
-                f"patience waits for a better {monitor.name}, and there are no validation images. Give some."
-            )
-        tail, facts = self._tail(), plan.facts()
-        progress = Progress(first_epoch=len(self.history.records), history=History(monitor=monitor))
-        if plan.folder is not None:
-            own = {"seed": self.seed, "loss": self._loss, "metrics": self._scores(), "classes": self.classes}
-            facts = fit_facts(facts, tail, train, valid, optimizer=build(1.0, weight_decay=1.0), **own)
-        if kept is not None:
-            kept.check(facts, tail)
-            facts = dict(kept.facts)  # the tail may have moved since the fit began
-            optimizer, train.first_pass = build(1.0 if plan.lr is None else plan.lr), kept.first_pass
-            progress, rates = kept.put_into(tail, optimizer, train, valid, monitor), kept.lrs
-            self._say(f"going on from {kept.path}: {kept.in_words()} done")
-        else:
-            standardise(tail, (rows for rows, _ in train.in_order()), train.targets)
-            optimizer = build(self._suggested(train, plan) if plan.lr is None else plan.lr)
-            rates = [float(group["lr"]) for group in optimizer.param_groups]
-        ranks = Ranks.present(self.device)
-        if ranks is not None:  # from here on: the finder sees whole batches
-            train.share_with(ranks.rank, ranks.count)
-            rates = [ranks.firsts(rate) for rate in rates]
-        num_steps = train.passes * math.ceil(len(train) / train.passes / plan.accumulate)
-        course = schedules.Course(schedule=plan.schedule, max_lrs=rates, cycles=plan.cycles, num_steps=num_steps)
-        steps = Steps(
-            tail, optimizer, self._descended(train, plan), device=self.device, options=plan.steps, ranks=ranks
-        )
-        average = None if plan.average is None else Average(plan.average, tail)
-        if kept is not None:
-            kept.put_beside(steps, average)
-        self.read_from, self._trained_on = inputs.train.kind, str(inputs)
+        fitting, situation, inputs = self._fitting(plan)
+        begun = fitting.begun(kept, first_epoch=len(self.history.records))
+        self.read_from, self._trained_on = fitting.train.source.kind, str(inputs)
         # Before the first step: a fit may be interrupted.
-        self._seen, self._passes = self._split(situation).over(self._seen), train.pass_before(course.num_epochs)
-
-        def told(record: Record) -> None:
-            self._say(record_line(record))
-            for listener in plan.listeners:
-                listener(record)
-
-        with interruptible(plan.folder, facts, tail, steps, average, rates, train, valid, ranks) as keeping:
-            if plan.snapshot is not None:
-                keeping["save"] = self._at_cycle_ends(plan, course, train, average, then=keeping.get("save"))
-            history = run_epochs(
-                tail,
-                train,
-                valid,
-                steps=steps,
-                course=course,
-                loss=self._criterion(),
-                metrics=self._scores(),
-                seed=self.seed,
-                keep=plan.keep,
-                patience=plan.patience,
-                average=average,
-                ranks=ranks,
-                on_epoch_end=told,
-                progress=progress,
-                **keeping,
-            )
-            if progress.is_over(course, plan.patience):  # else an interrupt ends the block
-                self.history.extend(history)
-        if progress.epoch < course.num_epochs:
-            self._passes = train.pass_before(progress.epoch)
-            self._say(f"{monitor.name} was best {plan.patience} epochs ago (patience): no further epoch")
-        self._say(left_out_note(train, valid))
-        self._say(doubtful_note(train, valid))
+        self._seen, self._passes = self._split(situation).over(self._seen), begun.num_passes
+        history = begun.run(partial(self._save_snapshot, begun), self.history.extend)
+        self._passes = begun.passes_done
+        self._say(left_out_note(fitting.train, fitting.valid))
+        self._say(doubtful_note(fitting.train, fitting.valid))
         return history
 
-    def _at_cycle_ends(
-        self,
-        plan: Plan,
-        course: schedules.Course,
-        train: Batches,
-        average: Average | None,
-        *,
-        then: Callable[[Progress], None] | None,
-    ) -> Callable[[Progress], None]:
-        """What saves snapshots, each before a checkpoint says that its epoch is done."""
-
-        def save(progress: Progress) -> None:
-            cycle = course.cycle_ended(progress.epoch)
-            if cycle is not None and not progress.epoch_losses:
-                whole = self.history, self._passes
-                try:
-                    self.history, self._passes = (
-                        self.history.joined(progress.history),
-                        train.pass_before(progress.epoch),
-                    )
-                    with averaged(self._tail(), average, progress.epoch - 1, course.num_epochs):
-                        self._say(f"snapshot: {self.save(plan.run_of(cycle), overwrite=True)}")
-                finally:
-                    self.history, self._passes = whole
-            if then is not None:
-                then(progress)
-
-        return save
+    def _save_snapshot(self, begun: Begun, cycle: int) -> None:
+        whole = self.history, self._passes
+        try:
+            self.history, self._passes = self.history.joined(begun.progress.history), begun.passes_done
+            self._say(f"snapshot: {self.save(begun.fitting.plan.run_of(cycle), overwrite=True)}")
+        finally:
+            self.history, self._passes = whole
 
     @takes_fit_options()
     def lr_find(self, **options: Unpack[FitOptions]) -> LearningRates:
@@ -459,37 +371,11 @@ class Learner:
             options: those that the fit will be given; what doesn't change a single step is as if it weren't there.
         """
         check_options({**options})
-        plan = Plan(**options)
-        situation, inputs = self._ready(plan)
-        assert inputs.train is not None
-        train, tail = self._training_batches(inputs.train, situation, plan), self._tail()
-        before = copied_tensors(tail)
-        try:
-            standardise(tail, (rows for rows, _ in train.in_order()), train.targets)
-            found = self._found(train, plan, needs_curve=True)
-        finally:
-            put_back(tail, before)
+        fitting, _, _ = self._fitting(Plan(**options))
+        found = fitting.found()
         if found.note is not None:
             self._say(found.note)
         return found
-
-    def _suggested(self, train: Batches, plan: Plan) -> float:
-        found = self._found(train, plan, needs_curve=False)
-        self._say(found.in_words())
-        return found.rate
-
-    def _found(self, train: Batches, plan: Plan, *, needs_curve: bool) -> LearningRates:
-        return find_lr(
-            self._tail(),
-            train,
-            lambda: optim.build(
-                self.model, 1.0, optimizer=self.optimizer, weight_decay=plan.weight_decay, decay_norms=plan.decay_norms
-            ),
-            loss=self._descended(train, plan),
-            seed=self.seed,
-            options=plan.steps,
-            needs_curve=needs_curve,
-        )
 
     # --------------------------------------------------------------------------------------------------- inference
 
@@ -677,32 +563,42 @@ class Learner:
         head = self.model.head
         return self._loss or scores.loss(self.task, head.scale if isinstance(head, ValueHead) else None)
 
-    def _descended(self, train: Batches, plan: Plan) -> scores.Loss:
-        """What training steps descend."""
-        assert train.targets is not None
-        return smoothed_or_weighted(
-            self._criterion(),
-            self.task,
-            train.targets,
-            self.classes,
-            label_smoothing=plan.label_smoothing,
-            class_weights=plan.class_weights,
-            is_own=self._loss is not None,
-        )
-
     def _scores(self) -> dict[str, scores.Metric]:
         return {**scores.default_metrics(self.task, len(self.classes)), **self._metrics}
 
     def _batches(self, source: Source, situation: Situation, **training: Any) -> Batches:
         return Batches(source, situation, batch_size=self.batch_size, workers=self.workers, **training)
 
-    def _training_batches(self, source: Source, situation: Situation, plan: Plan) -> Batches:
+    def _fitting(self, plan: Plan) -> tuple[Fitting, Situation, Inputs]:
+        """What a fit works on, where that comes from, and the words for it."""
+        situation, inputs = self._ready(plan)
+        assert inputs.train is not None
+        source, tail = inputs.train, self._tail()
         steps_a_pass = math.ceil(num_batches(len(source.images), self.batch_size) / plan.accumulate)
-        passes = passes_an_epoch(self._tail(), steps_a_pass)
-        first = self._passes or 0
-        return self._batches(
-            source, situation, passes=passes, first_pass=first, sampling=plan.sampling, mix=plan.changes
+        train = self._batches(
+            source,
+            situation,
+            passes=passes_an_epoch(tail, steps_a_pass),
+            first_pass=self._passes or 0,
+            sampling=plan.sampling,
+            mix=plan.changes,
         )
+        fitting = Fitting(
+            plan=plan,
+            model=self.model,
+            train=train,
+            valid=None if inputs.valid is None else self._batches(inputs.valid, situation),
+            optimizer=self.optimizer,
+            loss=self._criterion(),
+            own_loss=self._loss,
+            metrics=self._scores(),
+            classes=self.classes,
+            task=self.task,
+            seed=self.seed,
+            say=self._say,
+            is_shown=not self.quiet and is_first(),
+        )
+        return fitting, situation, inputs
 
     def _ready(self, plan: Plan) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""

@@ -45,8 +45,8 @@ class FitOptions(TypedDict, total=False):
             without it.
         class_weights: of training steps, one a class in their order, or ``balanced``: as often as a class is rarer.
         clip: highest norm of all gradients of a step together; None: any.
-        accumulate: batches a step. Their gradients are those of one batch so many times as large; the schedule counts
-            steps.
+        accumulate: batches a step. Their gradients are those of one batch so many times as large (with class weights
+            nearly: each batch counts by its rows); the schedule counts steps.
         precision: of training steps: fp32, or mixed with bf16 or fp16 (`torch.autocast`). Scores are computed in fp32.
         batch_norm: of thawed stages before the head: ``train``, by the statistics of each batch, or ``frozen``, by
             those that it has, which stay; its weights train in either. That of frozen stages is always frozen.

@@ -153,17 +153,23 @@ class Progress:
             logger_of("featstore").info("%s", report)
 
 
-def _bars(total: int) -> list[Any]:
-    """On a terminal a bar and two lines below it, which are gone at the end; in a notebook a bar; else nothing."""
-    options: dict[str, Any] = {"total": total, "unit": "image", "file": sys.stderr, "dynamic_ncols": True}
-    options |= {"mininterval": 0.0}  # who updates it decides when
+def bar_class() -> Any:
+    """What shows a bar here: tqdm's for a notebook, or for a terminal; None where neither would show one."""
     if _is_notebook():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # without ipywidgets it is a bar of text, which is one too
             from tqdm.auto import tqdm as notebook_bar
-        return [notebook_bar(**options)]
-    if not sys.stderr.isatty():
-        return []
+        return notebook_bar
+    return tqdm if sys.stderr.isatty() else None
+
+
+def _bars(total: int) -> list[Any]:
+    """On a terminal a bar and two lines below it, which are gone at the end; in a notebook a bar; else nothing."""
+    options: dict[str, Any] = {"total": total, "unit": "image", "file": sys.stderr, "dynamic_ncols": True}
+    options |= {"mininterval": 0.0}  # who updates it decides when
+    bar = bar_class()
+    if bar is not tqdm:
+        return [] if bar is None else [bar(**options)]
     lines = [tqdm(bar_format="{desc}", position=place, leave=False, **options) for place in (1, 2)]
     return [tqdm(position=0, **options), *lines]
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from featstore import FeatureStore, FeatureStoreError, ImageSet, extract
 from training import Learner
+from training import fit as loop
 
 TRAIN, VALID = 22, 6
 
@@ -34,8 +37,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, FeatureS
 
 
 def learner(images: ImageSet, store: FeatureStore | None, **options: Any) -> Learner:
-    settings = {"cut": "layer2", "head": head(), "batch_size": 8, **options}
-    return Learner(staged(), images, store, device="cpu", workers=0, quiet=True, **settings)
+    settings = {"cut": "layer2", "head": head(), "batch_size": 8, "quiet": True, **options}
+    return Learner(staged(), images, store, device="cpu", workers=0, **settings)
 
 
 def head() -> nn.Sequential:
@@ -108,6 +111,22 @@ def test_a_fit_is_a_plain_loop_of_torch(
     with torch.no_grad():
         expected = F.cross_entropy(model(held_out), torch.tensor(images.valid.targets)).item()
     assert history.last["valid_loss"] == pytest.approx(expected, rel=1e-6)  # other sizes of batches
+
+
+def test_an_epoch_has_a_bar_where_one_can_be_seen(
+    stored: tuple[ImageSet, FeatureStore], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "_PATIENT", 0.0)
+    plain = learner(*stored, quiet=False).fit(2, lr=0.02)
+    assert "batch" not in capsys.readouterr().err  # of a file, which a bar would fill
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    shown = learner(*stored, quiet=False).fit(2, lr=0.02)
+    assert shown.losses == plain.losses
+    told = capsys.readouterr().err
+    assert re.search(r"epoch 1: +\d+%.*/3", told)
+    assert re.search(r"epoch 2: +\d+%.*/3", told)
+    learner(*stored).fit(1, lr=0.02)
+    assert capsys.readouterr().err == ""
 
 
 class RecordingSGD(SGD):

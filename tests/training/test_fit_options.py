@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from featstore import FeatureStore, ImageSet, extract
 from training import EMA, SWA, Learner
-from training import learner as module
+from training import fitting as module
 from training.steps import Steps
 
 TRAIN, VALID, BATCH, EPOCHS, RATE = 22, 6, 8, 4, 0.02
