@@ -36,7 +36,8 @@ def push(
 ) -> str:
     """Uploads the run in a folder with a model card, in one commit; returns the commit's address.
 
-    All files of the run go along: its table of validation predictions names images, and run.json the store's folder.
+    All files of the run go along: its table of validation predictions names images, run.json the store's folder, and
+    run.toml what a command was given, paths among it.
 
     Args:
         run: the folder; it is checked before anything is sent.
