@@ -315,7 +315,13 @@ def vit(
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("resnet18", 64), ("mobilenet_v3_small", 64), ("densenet121", 64), ("vit_b_32", 224)]
+    ("name", "size"),
+    [
+        ("resnet18", 64),
+        ("mobilenet_v3_small", 64),
+        ("densenet121", 64),
+        pytest.param("vit_b_32", 224, marks=pytest.mark.slow),
+    ],
 )
 def test_heads_of_known_networks_train_equally_and_nearly_so_from_rounded_features(
     name: str, size: int, tmp_path: Path
