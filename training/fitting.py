@@ -268,8 +268,11 @@ class Begun:
                 progress=progress,
                 **{**keeping, "save": save},
             )
-            if progress.is_over(self.course, plan.patience):  # else an interrupt ends the block
+            is_over = progress.is_over(self.course, plan.patience)
+            if is_over:  # else an interrupt ends the block
                 done(history)
+        if not is_over:
+            raise KeyboardInterrupt("another process of this fit was interrupted")  # and this one wasn't
         if progress.epoch < self.course.num_epochs:
             fitting.say(f"{history.monitor.name} was best {plan.patience} epochs ago (patience): no further epoch")
         return history

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 
 from featstore import FeatureStore, ImageSet, extract
 from featstore.models.runs import read_run
-from training import EMA, Learner
+from training import EMA, Learner, fitting
 from training.inputs.batches import Batches
 from training.plan import Plan
 from training.ranks import is_first, joined
@@ -132,3 +134,15 @@ def test_shares_are_all_of_each_batch(batch_size: int, sizes: list[int]) -> None
         start += size
     with pytest.raises(ValueError, match="batch_size is 8, that of 5 processes together; expected at least 10"):
         Batches(inputs.train, situation, batch_size=8, workers=0).share_with(0, 5)
+
+
+def test_a_process_whose_neighbour_was_interrupted_ends_as_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def stopped(*_: object) -> Iterator[dict[str, Any]]:
+        yield {"should_stop": lambda: True}  # what a neighbour's signal comes to here
+
+    monkeypatch.setattr(fitting, "interruptible", stopped)
+    learn = Learner(staged(), some_images(), cut="layer2", head=head(), batch_size=8, device="cpu", quiet=True)
+    with pytest.raises(KeyboardInterrupt, match="another process of this fit was interrupted"):
+        learn.fit(2, lr=0.01)
+    assert not learn.history.records
