@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from training.recipes import finetune, train_head
     from training.registry import Runs, runs
     from training.sidecar import Sidecar
+    from training.transferability import transfer_scores
 
 __all__ = [
     "EMA",
@@ -52,6 +53,7 @@ __all__ = [
     "reestimate_batch_norm",
     "runs",
     "train_head",
+    "transfer_scores",
 ]
 
 _MODULES = {
@@ -72,6 +74,7 @@ _MODULES = {
     "training.recipes": ("finetune", "train_head"),
     "training.registry": ("Runs", "runs"),
     "training.sidecar": ("Sidecar",),
+    "training.transferability": ("transfer_scores",),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
