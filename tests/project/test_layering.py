@@ -81,10 +81,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "metrics", "choices", "sidecar", "schedules", "monitor", "plots", "history", "trackers", "outcomes",
-                "heads", "mixing",
-                "metrics", "transferability", "choices", "schedules", "monitor", "plots", "history", "trackers",
-                "outcomes", "heads", "mixing",
+                "metrics", "choices", "sidecar", "transferability", "schedules", "monitor", "plots", "history",
+                "trackers", "outcomes", "heads", "mixing",
             ),
         ),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
@@ -209,7 +207,7 @@ SURFACE: dict[str, str] = {
     "store.part_facts": "are_stages stage_facts",
     "store.sets": "FeatureRequest FeatureSet",
     "store.store": "FeatureStore",
-    "words": "counted printable size_text some",
+    "words": "counted listed printable size_text some",
 }
 
 IMPORT_BY_VARIABLE = {"featstore.__init__", "training.__init__", "featstore.exchange.export"}
