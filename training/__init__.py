@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from training.plan import FitOptions
     from training.predict import Prediction
     from training.recipes import finetune, train_head
+    from training.transferability import transfer_scores
 
 __all__ = [
     "EMA",
@@ -47,6 +48,7 @@ __all__ = [
     "mlp_head",
     "reestimate_batch_norm",
     "train_head",
+    "transfer_scores",
 ]
 
 _MODULES = {
@@ -65,6 +67,7 @@ _MODULES = {
     "training.plan": ("FitOptions",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
+    "training.transferability": ("transfer_scores",),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

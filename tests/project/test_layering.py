@@ -80,8 +80,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "metrics", "choices", "schedules", "monitor", "plots", "history", "trackers", "outcomes", "heads",
-                "mixing",
+                "metrics", "transferability", "choices", "schedules", "monitor", "plots", "history", "trackers",
+                "outcomes", "heads", "mixing",
             ),
         ),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
