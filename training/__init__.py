@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from training.plan import FitOptions
     from training.predict import Prediction
     from training.recipes import finetune, train_head
+    from training.suspects import Suspects, label_suspects
     from training.transferability import transfer_scores
 
 __all__ = [
@@ -40,10 +41,12 @@ __all__ = [
     "Mixup",
     "Outcomes",
     "Prediction",
+    "Suspects",
     "build_head",
     "concat_head",
     "cross_validate",
     "finetune",
+    "label_suspects",
     "linear_head",
     "mlp_head",
     "reestimate_batch_norm",
@@ -67,6 +70,7 @@ _MODULES = {
     "training.plan": ("FitOptions",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
+    "training.suspects": ("Suspects", "label_suspects"),
     "training.transferability": ("transfer_scores",),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""

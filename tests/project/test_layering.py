@@ -59,8 +59,9 @@ ROOMS: dict[str, Rooms] = {
         (
             "store",
             (
-                "spec", "access", "folders", "features", "part_facts", "sets", "image_tables", "catalogue",
-                "verification", "compaction", "removal", "garbage", "difference", "refusals", "store", "gathering",
+                "spec", "access", "folders", "features", "near_duplicates", "part_facts", "sets", "image_tables",
+                "catalogue", "verification", "compaction", "removal", "garbage", "difference", "refusals", "store",
+                "gathering",
             ),
         ),
         (
@@ -81,7 +82,7 @@ ROOMS: dict[str, Rooms] = {
             "",
             (
                 "metrics", "transferability", "choices", "schedules", "monitor", "plots", "history", "trackers",
-                "outcomes", "heads", "mixing",
+                "outcomes", "suspects", "heads", "mixing",
             ),
         ),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
@@ -198,7 +199,7 @@ SURFACE: dict[str, str] = {
     "store.part_facts": "are_stages stage_facts",
     "store.sets": "FeatureRequest FeatureSet",
     "store.store": "FeatureStore",
-    "words": "printable size_text some",
+    "words": "counted printable size_text some",
 }
 
 IMPORT_BY_VARIABLE = {"featstore.__init__", "training.__init__", "featstore.exchange.export"}
