@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from featstore.images.views import Augment
     from training.averages import EMA, SWA
     from training.batch_norm import reestimate_batch_norm
+    from training.comparing import Comparison, compare
     from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
     from training.heads import build_head, concat_head, linear_head, mlp_head
@@ -28,6 +29,7 @@ __all__ = [
     "EMA",
     "SWA",
     "Augment",
+    "Comparison",
     "CrossValidation",
     "CutMix",
     "Ensemble",
@@ -43,6 +45,7 @@ __all__ = [
     "Prediction",
     "Suspects",
     "build_head",
+    "compare",
     "concat_head",
     "cross_validate",
     "finetune",
@@ -59,6 +62,7 @@ _MODULES = {
     "training.averages": ("EMA", "SWA"),
     "training.batch_norm": ("reestimate_batch_norm",),
     "training.ensembles": ("Ensemble",),
+    "training.comparing": ("Comparison", "compare"),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),

@@ -81,8 +81,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "metrics", "transferability", "choices", "schedules", "monitor", "plots", "history", "trackers",
-                "outcomes", "suspects", "heads", "mixing",
+                "metrics", "transferability", "probing", "choices", "schedules", "monitor", "plots", "history",
+                "trackers", "outcomes", "suspects", "heads", "mixing",
             ),
         ),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
@@ -92,8 +92,8 @@ ROOMS: dict[str, Rooms] = {
                 "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
                 "ranks", "steps", "fit", "agreement", "batch_norm", "checkpoints", "lr_find", "predict", "tta",
                 "placement", "embedding", "settings", "plan", "fitting", "saved", "export", "hub", "learner",
-                "ensembles", "recipes", "cross_validation", "fit_flags", "asked", "config", "run_commands",
-                "lr_command", "__init__", "cli", "__main__",
+                "ensembles", "recipes", "cross_validation", "comparing", "fit_flags", "asked", "config",
+                "run_commands", "lr_command", "compare_command", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -134,6 +134,7 @@ DOORS = {
         "training.config",
         "training.run_commands",
         "training.lr_command",
+        "training.compare_command",
         "training.cli",
     },
     "matplotlib": {"training.plots"},
@@ -150,10 +151,10 @@ DOORS = {
 SURFACE: dict[str, str] = {
     "__init__": "__version__",
     "cli.flags": (
-        "AugmentFlags GivenImages ImageFlags OutputFlags RunFlags SetFlags StoreOption TrustOption ViewFlags "
-        "open_store parse_numbers spread"
+        "AugmentFlags ComputeFlags GivenImages ImageFlags OutputFlags RunFlags SetFlags StoreOption TrustOption "
+        "ViewFlags open_store parse_numbers spread"
     ),
-    "cli.models": "ModelFlags load_model",
+    "cli.models": "ModelFlags ModelsFlags load_model",
     "cli.program": "new_app one_of run show show_json table tell tell_all",
     "digest": "Json digest_bytes digest_json digest_tensor",
     "errors": (
@@ -161,7 +162,8 @@ SURFACE: dict[str, str] = {
         "ModelError OnError check_choice"
     ),
     "extraction.defaults": "DEFAULT_SPLIT_SEED DEFAULT_VALID",
-    "extraction.extract": "extract",
+    "extraction.extract": "extract run_plan",
+    "extraction.plan": "Plan PlannedSet plan",
     "extraction.progress": "bar_class",
     "extraction.remedy": "extract_remedy seed_ranges",
     "extraction.shards": "local_device local_threads local_workers",
@@ -180,7 +182,7 @@ SURFACE: dict[str, str] = {
     "images.spelling": "completed",
     "images.views": "Augment GivenPolicy View",
     "machine": "num_processors",
-    "models.backbones": "architecture class_names restored",
+    "models.backbones": "architecture backbone class_names restored",
     "models.digests": "module_digest",
     "models.layer_groups": "LayerGroup layer_groups",
     "models.modes": "check_trainable eval_mode mode_of numerics",
