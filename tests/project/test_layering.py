@@ -84,6 +84,7 @@ ROOMS: dict[str, Rooms] = {
                 "mixing",
             ),
         ),
+        ("solvers", ("rows", "targets", "newton", "logistic", "neighbors")),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
@@ -178,7 +179,7 @@ SURFACE: dict[str, str] = {
     "images.sources": "AbsentSource FolderSource",
     "images.spelling": "completed",
     "images.views": "Augment GivenPolicy View",
-    "machine": "num_processors",
+    "machine": "available_bytes num_processors",
     "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
     "models.layer_groups": "LayerGroup layer_groups",
