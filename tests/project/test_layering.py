@@ -85,6 +85,7 @@ ROOMS: dict[str, Rooms] = {
                 "trackers", "outcomes", "suspects", "heads", "mixing",
             ),
         ),
+        ("solvers", ("rows", "targets", "newton", "logistic", "neighbors")),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
@@ -183,6 +184,8 @@ SURFACE: dict[str, str] = {
     "images.views": "Augment GivenPolicy View",
     "machine": "num_processors",
     "models.backbones": "architecture backbone class_names restored",
+    "machine": "available_bytes num_processors",
+    "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
     "models.layer_groups": "LayerGroup layer_groups",
     "models.modes": "check_trainable eval_mode mode_of numerics",
