@@ -32,6 +32,7 @@ PURPOSES = {
     "featstore.exchange": "to and from the files of other programs",
     "featstore.pages": "what a browser shows: images, maps, tables",
     "featstore.cli": "the featstore program",
+    "training.solvers": "heads found exactly: logistic, ridge, neighbours",
     "training.inputs": "where a fit reads from, and its batches",
     "training": "heads, the loop, Learner, featstore-train",
 }

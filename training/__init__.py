@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from featstore.images.views import Augment
     from training.averages import EMA, SWA
     from training.batch_norm import reestimate_batch_norm
+    from training.comparing import Comparison, compare
     from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
     from training.heads import build_head, concat_head, linear_head, mlp_head
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from training.recipes import finetune, train_head
     from training.registry import Runs, runs
     from training.sidecar import Sidecar
+    from training.suspects import Suspects, label_suspects
     from training.transferability import transfer_scores
 
 __all__ = [
     "EMA",
     "SWA",
     "Augment",
+    "Comparison",
     "CrossValidation",
     "CutMix",
     "Ensemble",
@@ -44,10 +47,13 @@ __all__ = [
     "Prediction",
     "Runs",
     "Sidecar",
+    "Suspects",
     "build_head",
+    "compare",
     "concat_head",
     "cross_validate",
     "finetune",
+    "label_suspects",
     "linear_head",
     "mlp_head",
     "reestimate_batch_norm",
@@ -61,6 +67,7 @@ _MODULES = {
     "training.averages": ("EMA", "SWA"),
     "training.batch_norm": ("reestimate_batch_norm",),
     "training.ensembles": ("Ensemble",),
+    "training.comparing": ("Comparison", "compare"),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),
@@ -74,6 +81,7 @@ _MODULES = {
     "training.recipes": ("finetune", "train_head"),
     "training.registry": ("Runs", "runs"),
     "training.sidecar": ("Sidecar",),
+    "training.suspects": ("Suspects", "label_suspects"),
     "training.transferability": ("transfer_scores",),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""

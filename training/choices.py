@@ -7,6 +7,9 @@ from typing import Literal
 HEADS = ("concat", "linear", "mlp")
 """The keys of `heads.HEADS`; a test holds them equal."""
 
+PROBES = ("knn", "ridge", "linear")
+"""`probing.PROBES`; a test holds them equal."""
+
 PRECISIONS: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16")
 """`steps.TRAINING_PRECISIONS`; a test holds them equal."""
 

@@ -23,6 +23,7 @@ from featstore.cli.models import ModelFlags, load_model
 from featstore.cli.program import new_app, one_of, run, show, show_json, tell, tell_all
 from featstore.models.names import REDUCTIONS
 from training import choices, lr_command, run_commands, runs_command
+from training import choices, compare_command, lr_command, run_commands
 from training.asked import asked_cuts, asked_view, for_run, labelled, labelled_as, learning_rate, refuse_imported
 from training.config import ConfigOption, flags_as_toml
 from training.fit_flags import FitOptionFlags, LengthFlags
@@ -328,6 +329,8 @@ for _name, _command in {
     **run_commands.COMMANDS,
     "runs": runs_command.runs,
 }.items():
+_COMMANDS = {"compare": compare_command.compare, "lr-find": lr_command.lr_find}
+for _name, _command in {**_COMMANDS, **run_commands.COMMANDS}.items():
     app.command(_name)(_command)
 
 

@@ -223,6 +223,41 @@ def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], axes: Ax
     return axes
 
 
+def accuracy_against_cost(
+    names: Sequence[str],
+    values: Sequence[float],
+    intervals: Sequence[tuple[float, float] | None],
+    seconds: Sequence[float | None],
+    num_bytes: Sequence[int],
+    label: str,
+    axes: Axes | None = None,
+) -> Axes:
+    """What each backbone came to against the milliseconds it takes for an image, as large as its bytes in the store.
+
+    Backbones without a time are left out, and counted in the title; where none has one, it is against the bytes.
+    """
+    if not names:
+        raise ValueError("Nothing was compared, so there is nothing to draw.")
+    axes = axes or _panel(figsize=(6.4, 4.4))
+    is_timed = any(each is not None for each in seconds)
+    most = max(num_bytes)
+    for place, name in enumerate(names):
+        cost = seconds[place] if is_timed else num_bytes[place]
+        if cost is None:
+            continue
+        x, y, interval = cost * 1000 if is_timed else cost, values[place], intervals[place]
+        if interval is not None:
+            axes.errorbar(x, y, [[y - interval[0]], [interval[1] - y]], color="gray", linewidth=1, capsize=2, zorder=1)
+        axes.scatter(x, y, s=30 + 270 * num_bytes[place] / most, alpha=0.7, zorder=2)
+        axes.annotate(_short(name), (x, y), (6, 6), textcoords="offset points", fontsize="small", parse_math=False)
+    num_undrawn = sum(each is None for each in seconds) if is_timed else 0
+    if num_undrawn:
+        axes.set_title(f"{num_undrawn} of {len(names)} were reused, and have no time", fontsize="small")
+    axes.set_xscale("log")
+    axes.set(xlabel="milliseconds an image" if is_timed else "bytes an image", ylabel=label)
+    return axes
+
+
 def samples(images: ImageSet, view: View, titles: Sequence[str]) -> Plot:
     """All `images` in `view`, before normalisation, and above each its id and its title.
 

@@ -59,8 +59,9 @@ ROOMS: dict[str, Rooms] = {
         (
             "store",
             (
-                "spec", "access", "folders", "features", "part_facts", "sets", "image_tables", "catalogue",
-                "verification", "compaction", "removal", "garbage", "difference", "refusals", "store", "gathering",
+                "spec", "access", "folders", "features", "near_duplicates", "part_facts", "sets", "image_tables",
+                "catalogue", "verification", "compaction", "removal", "garbage", "difference", "refusals", "store",
+                "gathering",
             ),
         ),
         (
@@ -83,8 +84,11 @@ ROOMS: dict[str, Rooms] = {
             (
                 "metrics", "choices", "sidecar", "transferability", "schedules", "monitor", "plots", "history",
                 "trackers", "outcomes", "heads", "mixing",
+                "metrics", "transferability", "probing", "choices", "schedules", "monitor", "plots", "history",
+                "trackers", "outcomes", "suspects", "heads", "mixing",
             ),
         ),
+        ("solvers", ("rows", "targets", "newton", "logistic", "neighbors")),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
@@ -94,6 +98,9 @@ ROOMS: dict[str, Rooms] = {
                 "placement", "embedding", "settings", "plan", "fitting", "provenance", "saved", "export", "hub",
                 "learner", "registry", "ensembles", "recipes", "cross_validation", "fit_flags", "asked", "config",
                 "run_commands", "lr_command", "runs_command", "__init__", "cli", "__main__",
+                "placement", "embedding", "settings", "plan", "fitting", "saved", "export", "hub", "learner",
+                "ensembles", "recipes", "cross_validation", "comparing", "fit_flags", "asked", "config",
+                "run_commands", "lr_command", "compare_command", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -138,6 +145,7 @@ DOORS = {
         "training.run_commands",
         "training.lr_command",
         "training.runs_command",
+        "training.compare_command",
         "training.cli",
     },
     "matplotlib": {"training.plots"},
@@ -157,10 +165,10 @@ DOORS = {
 SURFACE: dict[str, str] = {
     "__init__": "__version__",
     "cli.flags": (
-        "AugmentFlags GivenImages ImageFlags OutputFlags RunFlags SetFlags StoreOption TrustOption ViewFlags "
-        "open_store parse_numbers spread"
+        "AugmentFlags ComputeFlags GivenImages ImageFlags OutputFlags RunFlags SetFlags StoreOption TrustOption "
+        "ViewFlags open_store parse_numbers spread"
     ),
-    "cli.models": "ModelFlags load_model",
+    "cli.models": "ModelFlags ModelsFlags load_model",
     "cli.program": "new_app one_of run show show_json table tell tell_all",
     "digest": "Json canonical_json digest_bytes digest_json digest_tensor",
     "errors": (
@@ -168,7 +176,8 @@ SURFACE: dict[str, str] = {
         "ModelError OnError check_choice"
     ),
     "extraction.defaults": "DEFAULT_SPLIT_SEED DEFAULT_VALID",
-    "extraction.extract": "extract",
+    "extraction.extract": "extract run_plan",
+    "extraction.plan": "Plan PlannedSet plan",
     "extraction.progress": "bar_class",
     "extraction.remedy": "extract_remedy seed_ranges",
     "extraction.shards": "local_device local_threads local_workers",
@@ -188,6 +197,8 @@ SURFACE: dict[str, str] = {
     "images.spelling": "completed",
     "images.views": "Augment GivenPolicy View",
     "machine": "num_processors",
+    "models.backbones": "architecture backbone class_names restored",
+    "machine": "available_bytes num_processors",
     "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
     "models.layer_groups": "LayerGroup layer_groups",
@@ -208,6 +219,7 @@ SURFACE: dict[str, str] = {
     "store.sets": "FeatureRequest FeatureSet",
     "store.store": "FeatureStore",
     "words": "counted listed printable size_text some",
+    "words": "counted printable size_text some",
 }
 
 IMPORT_BY_VARIABLE = {"featstore.__init__", "training.__init__", "featstore.exchange.export"}
