@@ -32,6 +32,7 @@ PURPOSES = {
     "featstore.exchange": "to and from the files of other programs",
     "featstore.cli": "the featstore program",
     "training.inputs": "where a fit reads from, and its batches",
+    "training.estimators": "heads, probes, an extractor for scikit-learn",
     "training": "heads, the loop, Learner, featstore-train",
 }
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from training.batch_norm import reestimate_batch_norm
     from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
+    from training.estimators.heads import HeadClassifier, HeadRegressor
     from training.heads import build_head, concat_head, linear_head, mlp_head
     from training.history import History
     from training.inputs.derive import Inputs
@@ -32,6 +33,8 @@ __all__ = [
     "FeatureBrightness",
     "FeatureNoise",
     "FitOptions",
+    "HeadClassifier",
+    "HeadRegressor",
     "History",
     "Inputs",
     "Learner",
@@ -54,6 +57,7 @@ _MODULES = {
     "training.averages": ("EMA", "SWA"),
     "training.batch_norm": ("reestimate_batch_norm",),
     "training.ensembles": ("Ensemble",),
+    "training.estimators.heads": ("HeadClassifier", "HeadRegressor"),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),

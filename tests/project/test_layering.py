@@ -84,15 +84,21 @@ ROOMS: dict[str, Rooms] = {
                 "mixing",
             ),
         ),
-        ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
+        ("inputs", ("situation", "search", "explain", "held", "derive", "resident", "batches")),
         (
             "",
             (
                 "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
                 "ranks", "steps", "fit", "agreement", "batch_norm", "checkpoints", "lr_find", "predict", "tta",
-                "placement", "embedding", "settings", "plan", "fitting", "saved", "export", "hub", "learner",
-                "ensembles", "recipes", "cross_validation", "fit_flags", "asked", "config", "run_commands",
-                "lr_command", "__init__", "cli", "__main__",
+                "placement", "embedding", "settings", "plan", "fitting", "row_fits", "saved", "export", "hub",
+                "learner", "ensembles", "recipes", "cross_validation",
+            ),
+        ),
+        ("estimators", ("given", "heads")),
+        (
+            "",
+            (
+                "fit_flags", "asked", "config", "run_commands", "lr_command", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -168,6 +174,7 @@ SURFACE: dict[str, str] = {
     "html": "titled_table",
     "images.contents": "is_changed overlap_note",
     "images.digests": "Digests KnownDigest KnownDigests",
+    "images.fileless": "images_by_id",
     "images.image_set": "ImageSet",
     "images.item_sources": "content_of described",
     "images.labels": "composed_classes",
