@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from training.batch_norm import reestimate_batch_norm
     from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
+    from training.estimators.extractor import FeatureExtractor
     from training.estimators.heads import HeadClassifier, HeadRegressor
     from training.heads import build_head, concat_head, linear_head, mlp_head
     from training.history import History
@@ -31,6 +32,7 @@ __all__ = [
     "CutMix",
     "Ensemble",
     "FeatureBrightness",
+    "FeatureExtractor",
     "FeatureNoise",
     "FitOptions",
     "HeadClassifier",
@@ -57,6 +59,7 @@ _MODULES = {
     "training.averages": ("EMA", "SWA"),
     "training.batch_norm": ("reestimate_batch_norm",),
     "training.ensembles": ("Ensemble",),
+    "training.estimators.extractor": ("FeatureExtractor",),
     "training.estimators.heads": ("HeadClassifier", "HeadRegressor"),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),

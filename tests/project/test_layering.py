@@ -94,7 +94,7 @@ ROOMS: dict[str, Rooms] = {
                 "learner", "ensembles", "recipes", "cross_validation",
             ),
         ),
-        ("estimators", ("given", "heads")),
+        ("estimators", ("given", "heads", "extractor")),
         (
             "",
             (
@@ -186,7 +186,7 @@ SURFACE: dict[str, str] = {
     "images.spelling": "completed",
     "images.views": "Augment GivenPolicy View",
     "machine": "num_processors",
-    "models.backbones": "architecture class_names restored",
+    "models.backbones": "architecture backbone class_names is_named restored",
     "models.digests": "module_digest",
     "models.layer_groups": "LayerGroup layer_groups",
     "models.modes": "check_trainable eval_mode mode_of numerics",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import sklearn
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
@@ -21,11 +23,11 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
-from support.tiny import arrays, staged
+from support.tiny import arrays, photos, staged
 
 from featstore import Features, FeatureStore, ImageSet, StagedModel, extract
 from featstore.errors import FactsDifferError
-from training import HeadClassifier, HeadRegressor, Learner
+from training import FeatureExtractor, HeadClassifier, HeadRegressor, Learner
 from training.heads import HEADS
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
@@ -297,3 +299,91 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], told: 
 def test_a_single_class_is_refused(digits: Arrays) -> None:
     with pytest.raises(ValueError, match="y holds one class, 3"):
         HeadClassifier().fit(digits[0], np.full(300, 3))
+
+
+# ------------------------------------------------------------------------------------------------------ the extractor
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
+    """Twelve files of two classes, and their classes."""
+    files = sorted(photos(tmp_path_factory.mktemp("photographs"), 12).rglob("*.*"))
+    return [str(file) for file in files], [file.parent.name for file in files]
+
+
+def test_a_search_over_a_pipeline_computes_each_image_once(
+    paths: tuple[list[str], list[str]], model: StagedModel, tmp_path: Path
+) -> None:
+    store = FeatureStore(tmp_path / "features")
+    files, classes = paths
+    made = make_pipeline(
+        FeatureExtractor(model, cut="layer2", store=store), HeadClassifier("linear", epochs=1, lr=1e-2)
+    )
+    search = GridSearchCV(made, {"headclassifier__epochs": [1, 2], "featureextractor__cut": ["layer1", "layer2"]}, cv=2)
+    search.fit(files, classes)
+    assert {len(files)} == {sum(part.num_rows for part in each.parts) for each in store.sets()}
+    assert len([*(tmp_path / "features" / "images").iterdir()]) <= 4  # none where nothing was computed
+    assert len(store.sets()) == 2
+    rows = search.best_estimator_[0].transform(files)
+    images = ImageSet.from_folder(Path(files[0]).parents[1])
+    keys = [each.key for each in store.sets() if each.facts["cut"] == search.best_params_["featureextractor__cut"]]
+    assert np.array_equal(rows, np.asarray(store.features(images, keys[0])))
+    again = pickle.loads(pickle.dumps(search.best_estimator_))
+    assert np.array_equal(again.predict(files), search.predict(files))
+
+
+def test_images_of_any_kind_have_the_same_rows_in_their_order(
+    paths: tuple[list[str], list[str]], model: StagedModel, tmp_path: Path
+) -> None:
+    extractor = FeatureExtractor(model, cut="layer2", store=tmp_path / "features").fit()
+    files = paths[0]
+    expected = extractor.transform(files)
+    assert expected.dtype == np.float32
+    assert expected.shape == (12, *extractor.shape_)
+    opened = [Image.open(file).convert("RGB") for file in files]
+    order = [3, 0, 3, 11]
+    for found, wanted in [
+        (extractor.transform([files[place] for place in order]), expected[order]),
+        (extractor.transform(np.array(files)), expected),
+        (extractor.transform(np.array(files)[:, None]), expected),
+        (extractor.transform([Path(file) for file in files]), expected),
+        (extractor.transform(opened), extractor.transform(np.stack([np.asarray(image) for image in opened]))),
+    ]:
+        assert np.array_equal(found, wanted)
+
+
+def test_columns_have_names(paths: tuple[list[str], list[str]], model: StagedModel, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    extractor = FeatureExtractor(model, cut="layer2", store=tmp_path / "features").set_output(transform="pandas")
+    with pytest.raises(NotFittedError):
+        extractor.transform(paths[0])
+    table = extractor.fit_transform(paths[0])
+    assert isinstance(table, pandas.DataFrame)
+    assert table.columns[0] == "net_layer2_concat_0"
+    maps = FeatureExtractor(model, cut="layer2", reduce="none", store=tmp_path / "features").fit()
+    assert maps.transform(paths[0][:2]).shape == (2, *maps.shape_)
+    with pytest.raises(ValueError, match="names are for vectors"):
+        maps.get_feature_names_out()
+
+
+@pytest.mark.parametrize(("given", "told"), [("one.jpg", "expected several images"), (["nowhere.jpg"], "is no file")])
+def test_what_is_no_list_of_images_is_refused(given: Any, told: str, model: StagedModel, tmp_path: Path) -> None:
+    extractor = FeatureExtractor(model, cut="layer2", store=tmp_path / "features").fit()
+    with pytest.raises(ValueError, match=told):
+        extractor.transform(given)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        estimator_checks.check_estimator_repr,
+        estimator_checks.check_no_attributes_set_in_init,
+        estimator_checks.check_parameters_default_constructible,
+        estimator_checks.check_get_params_invariance,
+        estimator_checks.check_set_params,
+        estimator_checks.check_mixin_order,
+    ],
+)
+def test_the_checks_that_need_no_images_hold_of_the_extractor(check: Any) -> None:
+    # The others, which check_estimator leaves out for what its tags say, fit rows of random numbers.
+    check("FeatureExtractor", FeatureExtractor())
