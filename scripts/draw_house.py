@@ -31,6 +31,7 @@ PURPOSES = {
     "featstore.extraction": "what is missing is planned, computed, filed",
     "featstore.exchange": "to and from the files of other programs",
     "featstore.cli": "the featstore program",
+    "training.solvers": "heads found exactly: logistic, ridge, neighbours",
     "training.inputs": "where a fit reads from, and its batches",
     "training.estimators": "heads, probes, an extractor for scikit-learn",
     "training": "heads, the loop, Learner, featstore-train",

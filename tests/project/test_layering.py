@@ -85,6 +85,8 @@ ROOMS: dict[str, Rooms] = {
             ),
         ),
         ("inputs", ("situation", "search", "explain", "held", "derive", "resident", "batches")),
+        ("solvers", ("rows", "targets", "newton", "logistic", "neighbors")),
+        ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
             (
@@ -187,6 +189,8 @@ SURFACE: dict[str, str] = {
     "images.views": "Augment GivenPolicy View",
     "machine": "num_processors",
     "models.backbones": "architecture backbone class_names is_named restored",
+    "machine": "available_bytes num_processors",
+    "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
     "models.layer_groups": "LayerGroup layer_groups",
     "models.modes": "check_trainable eval_mode mode_of numerics",

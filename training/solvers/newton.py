@@ -1,0 +1,346 @@
+"""Newton: softmax regressions over the same rows, solved side by side, by steps from conjugate gradients.
+
+Several problems (the folds of one setting, say) lie beside each other as columns, so that one product of matrices
+serves all of them. What is minimised, for each problem, is ``sum_i w_i loss_i / sum_i w_i + lam / 2 |V|^2``, without
+the intercepts in the norm.
+
+How it gets there: one step solves the equations of Newton's method roughly, by conjugate gradients, which need products
+of the Hessian alone. These may be rough: where the machine multiplies bfloat16 several times as fast as float32, they
+are of rows rounded to bfloat16, while objective and gradient stay in float32, so that what is found doesn't depend on
+it. What conjugate gradients need is a good preconditioner: the Hessian is close to ``S x G + lam``, where G is the Gram
+matrix of the rows and S the mean of ``diag(p) - p p'``; in the eigenvectors of both it is a diagonal. G is taken from a
+few thousand rows, once; S anew at each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.solvers.rows import Block, Rows
+
+_SAMPLE = 4
+"""Rows that the preconditioner is made from, as a multiple of their width: more change nothing that was measured."""
+_WIDEST = 4096
+"""Numbers a row up to which eigenvectors are worth their time (3 s there); wider rows are scaled one by one."""
+_BLOCK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 27}
+"""Logits of a block: on a CPU they stay in its cache between the two products."""
+_ROUGH = 0.5
+"""How far a step may be from Newton's at first, in the preconditioner's norm; closer steps cost more than they give."""
+_MOST_PRODUCTS = 60
+_HALVINGS = 30
+
+
+class CentredRows:
+    """Rows less their mean, through their scale: kept where twice their size fits, else made again at every pass.
+
+    Attributes:
+        mean: ``(F,)`` float32, that is taken off.
+        scale: ``(F,)``, that is divided by.
+        basis: ``(F, F)``, the eigenvectors of the Gram matrix as columns, or None where rows are too wide.
+        spread: ``(F,)``, the variance along each of them.
+        rough: the type that rough products are in.
+    """
+
+    def __init__(self, rows: Rows, weights: Tensor, *, standardised: bool, device: torch.device, columns: int) -> None:
+        self.rows, self.device = rows, device
+        self.mean, self.scale = _mean_and_scale(rows, weights, standardised=standardised)
+        self.rough = rough_type(device)
+        self._block_rows = int(np.clip(_BLOCK_LOGITS[device.type] // columns, 256, 1 << 16))
+        twin = 0.5 if self.rough != torch.float32 else 0.0
+        self._kept = rows.kept(device, self._change, copies=1 + twin)
+        self._rough = None if self._kept is None else self._kept.to(self.rough)
+        self.basis, self.spread = self._decomposed()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def exact(self) -> Iterator[Block]:
+        """All rows in float32, block by block."""
+        return self._blocks(self._kept, torch.float32)
+
+    def roughly(self) -> Iterator[Block]:
+        """All rows in the type of rough products."""
+        return self._blocks(self._rough, self.rough)
+
+    def turned(self, coefficients: Tensor) -> Tensor:
+        """Coefficients ``(F, ...)`` along the eigenvectors, as coefficients of the rows."""
+        return coefficients if self.basis is None else self.basis @ coefficients
+
+    def turned_back(self, coefficients: Tensor) -> Tensor:
+        """The inverse of `turned`."""
+        return coefficients if self.basis is None else self.basis.T @ coefficients
+
+    def _change(self, block: Tensor) -> Tensor:
+        return (block - self.mean) / self.scale
+
+    def _blocks(self, kept: Tensor | None, dtype: torch.dtype) -> Iterator[Block]:
+        if kept is None:
+            for where, block in self.rows.blocks(self.device, self._block_rows):
+                yield where, self._change(block).to(dtype)
+            return
+        for start in range(0, len(kept), self._block_rows):
+            where = slice(start, min(start + self._block_rows, len(kept)))
+            yield where, kept[where]
+
+    def _decomposed(self) -> tuple[Tensor | None, Tensor]:
+        every = max(1, len(self) // (_SAMPLE * self.rows.width))
+        source = [(where, self._kept)] if (where := slice(None)) and self._kept is not None else self.exact()
+        sample = torch.cat([block[::every] for _, block in source])
+        if self.rows.width > _WIDEST:
+            return None, sample.square().mean(0)
+        gram = (sample.T @ sample) / len(sample)
+        spread, basis = torch.linalg.eigh(gram)
+        return basis, spread.clamp_min(0)
+
+
+@dataclass(kw_only=True)
+class Point:
+    """Where the problems stand: coefficients and all that one pass over the rows says of them.
+
+    Attributes:
+        values: ``(P, F + 1, K)``, along the eigenvectors; the last row holds the intercepts.
+        losses: ``(P,)`` float64, mean losses without penalty.
+        gradients: ``(P, F + 1, K)``, of the mean losses.
+        chances: ``(N, P, K)``, the probability of each class.
+        spreads: ``(P, K, K)``, the mean of ``diag(p) - p p'``.
+    """
+
+    values: Tensor
+    losses: Tensor
+    gradients: Tensor
+    chances: Tensor
+    spreads: Tensor
+
+
+class Problems:
+    """P softmax regressions over the same rows and labels, each with its own weights of rows.
+
+    Args:
+        rows: centred.
+        numbers: ``(N,)``, the class of each row.
+        num_classes: K.
+        weights: ``(N, P)``; a row of weight 0 isn't in that problem.
+    """
+
+    def __init__(self, rows: CentredRows, numbers: NDArray[np.int64], num_classes: int, weights: Tensor) -> None:
+        self.rows, self.num_classes = rows, num_classes
+        self.num_problems = weights.shape[1]
+        self._weights = (weights / weights.sum(0)).float()
+        self._numbers = torch.from_numpy(numbers).to(rows.device)
+
+    def start(self) -> Point:
+        """All coefficients 0."""
+        shape = (self.num_problems, self.rows.rows.width + 1, self.num_classes)
+        return self.at(torch.zeros(shape, device=self.rows.device))
+
+    def at(self, values: Tensor) -> Point:
+        """What holds at these coefficients: one pass, two products."""
+        num_rows, device = len(self.rows), self.rows.device
+        matrix, intercepts = self._as_matrix(values)
+        chances = torch.empty((num_rows, self.num_problems, self.num_classes), device=device)
+        losses = torch.zeros(self.num_problems, dtype=torch.float64, device=device)
+        gradient, gradient0 = torch.zeros_like(matrix), torch.zeros_like(intercepts)
+        spreads = torch.zeros((self.num_problems, self.num_classes, self.num_classes), device=device)
+        for where, block in self.rows.exact():
+            logits = torch.addmm(intercepts, block, matrix).view(-1, self.num_problems, self.num_classes)
+            logs, weights = torch.log_softmax(logits, -1), self._weights[where]
+            own = self._numbers[where, None, None].expand(-1, self.num_problems, 1)
+            losses -= (logs.gather(-1, own)[..., 0].double() * weights).sum(0)
+            chance = torch.exp(logs, out=chances[where])
+            weighted = chance * weights[..., None]
+            spreads -= torch.einsum("npk,npl->pkl", weighted, chance)
+            spreads.diagonal(dim1=1, dim2=2).add_(weighted.sum(0))
+            errors = weighted.scatter_add_(-1, own, -weights[..., None]).flatten(1)
+            gradient += block.T @ errors
+            gradient0 += errors.sum(0)
+        return Point(
+            values=values,
+            losses=losses,
+            gradients=self._as_values(gradient, gradient0),
+            chances=chances,
+            spreads=spreads,
+        )
+
+    def product(self, point: Point, direction: Tensor) -> Tensor:
+        """The Hessian of the mean losses at `point` times a direction, roughly: one pass, two rough products."""
+        matrix, intercepts = self._as_matrix(direction)
+        rough = matrix.to(self.rows.rough)
+        result, result0 = torch.zeros_like(matrix), torch.zeros_like(intercepts)
+        for where, block in self.rows.roughly():
+            change = (block @ rough).float().add_(intercepts).view(-1, self.num_problems, self.num_classes)
+            chance = point.chances[where]
+            change -= torch.linalg.vecdot(change, chance)[..., None]
+            change.mul_(chance).mul_(self._weights[where, :, None])
+            errors = change.flatten(1)
+            result += block.T @ errors.to(self.rows.rough)
+            result0 += errors.sum(0)
+        return self._as_values(result, result0)
+
+    def _as_matrix(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of the rows ``(F, P K)`` and intercepts ``(P K,)``."""
+        along = values.permute(1, 0, 2).flatten(1)
+        return self.rows.turned(along[:-1]).contiguous(), along[-1].contiguous()
+
+    def _as_values(self, matrix: Tensor, intercepts: Tensor) -> Tensor:
+        along = torch.cat([self.rows.turned_back(matrix), intercepts[None]])
+        return along.view(-1, self.num_problems, self.num_classes).permute(1, 0, 2).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """Where a solution stands.
+
+    Attributes:
+        point: with its coefficients.
+        num_iterations: steps that were made.
+        num_products: rough products of the Hessian.
+        is_converged: whether each problem's objective could fall by no more than the tolerance.
+    """
+
+    point: Point
+    num_iterations: int
+    num_products: int
+    is_converged: bool
+
+
+def minimise(problems: Problems, point: Point, penalty: Tensor, *, tol: float, max_iterations: int) -> Solved:
+    """The least objective of each problem, from `point` on.
+
+    Args:
+        problems: to solve.
+        point: where to start: the solution for another penalty, or `Problems.start`.
+        penalty: ``(P,)`` float32, lam of each.
+        tol: ends when the estimate of what an objective could still fall by is at most this share of it, for all.
+        max_iterations: most steps.
+    """
+    first: Tensor | None = None
+    num_products = 0
+    for iteration in range(max_iterations + 1):
+        gradient, objective = _gradient(point, penalty), _objective(point, penalty)
+        conditioner = _Conditioner(problems, point, penalty)
+        fall = _dot(gradient, conditioner(gradient))  # about twice what the objective lies above its least
+        open_ = fall > tol * objective
+        if iteration == max_iterations or not bool(open_.any()):
+            break
+        first = fall if first is None else first
+        closeness = (fall / first).clamp_max(1).pow(0.25).clamp_max(_ROUGH)
+        step, used = _conjugate(problems, point, penalty, conditioner, -gradient * _wide(open_), closeness)
+        num_products += used
+        moved = _descended(problems, point, penalty, step, objective, _dot(gradient, step))
+        if moved is None:  # float32 can't tell smaller objectives apart
+            break
+        point = moved
+    return Solved(point=point, num_iterations=iteration, num_products=num_products, is_converged=not bool(open_.any()))
+
+
+class _Conditioner:
+    """The inverse of ``S x G + lam``, the Hessian's better known part."""
+
+    def __init__(self, problems: Problems, point: Point, penalty: Tensor) -> None:
+        values, self._vectors = torch.linalg.eigh(point.spreads)
+        spread = torch.cat([problems.rows.spread, torch.ones(1, device=penalty.device)])
+        lam = penalty[:, None, None].expand(-1, len(spread), 1).clone()
+        lam[:, -1] = 0  # intercepts aren't penalised
+        diagonal = spread[:, None] * values.clamp_min(1e-12)[:, None] + lam
+        diagonal[:, -1, 0] = torch.inf  # adding a number to all intercepts changes nothing
+        self._inverse = 1 / diagonal
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        along: Tensor = gradient @ self._vectors * self._inverse
+        steered: Tensor = along @ self._vectors.mT
+        return steered
+
+
+def _conjugate(
+    problems: Problems, point: Point, penalty: Tensor, conditioner: _Conditioner, residual: Tensor, closeness: Tensor
+) -> tuple[Tensor, int]:
+    """A step for which the Hessian gives about `residual`, by preconditioned conjugate gradients."""
+    step = torch.zeros_like(residual)
+    lam = _wide(penalty).expand(-1, residual.shape[1], 1).clone()
+    lam[:, -1] = 0
+    steered = conditioner(residual)
+    direction, size = steered, _dot(residual, steered)
+    enough = closeness.square() * size
+    running = size > 0
+    used = 0
+    while used < _MOST_PRODUCTS:
+        used += 1
+        bent = problems.product(point, direction) + lam * direction
+        curvature = _dot(direction, bent)
+        running &= curvature > 0
+        length = torch.where(running, size / curvature.clamp_min(1e-38), 0)
+        step += _wide(length) * direction
+        residual = residual - _wide(length) * bent
+        steered = conditioner(residual)
+        before, size = size, _dot(residual, steered)
+        running &= size > enough
+        if not bool(running.any()):
+            break
+        direction = steered + _wide(size / before.clamp_min(1e-38)) * direction
+    return step, used
+
+
+def _descended(
+    problems: Problems, point: Point, penalty: Tensor, step: Tensor, objective: Tensor, slope: Tensor
+) -> Point | None:
+    """The point at the whole step, or at a half, a quarter ... of it for problems that would not fall enough."""
+    length = torch.where(slope < 0, torch.ones_like(slope), 0)
+    for _ in range(_HALVINGS):
+        moved = problems.at(point.values + _wide(length) * step)
+        risen = _objective(moved, penalty) > objective + 1e-4 * length * slope + 1e-7 * objective
+        if not bool(risen.any()):
+            return moved if bool((length > 0).any()) else None
+        length = torch.where(risen, length / 2, length)
+    return None
+
+
+def _objective(point: Point, penalty: Tensor) -> Tensor:
+    return point.losses + 0.5 * penalty.double() * point.values[:, :-1].double().square().sum((1, 2))
+
+
+def _gradient(point: Point, penalty: Tensor) -> Tensor:
+    gradient = point.gradients.clone()
+    gradient[:, :-1] += _wide(penalty) * point.values[:, :-1]
+    return gradient
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    return (first * second).sum((1, 2))
+
+
+def _wide(numbers: Tensor) -> Tensor:
+    return numbers[:, None, None]
+
+
+def _mean_and_scale(rows: Rows, weights: Tensor, *, standardised: bool) -> tuple[Tensor, Tensor]:
+    """Mean and, where asked for, standard deviation of each column, as StandardScaler has them."""
+    sums = torch.zeros((2, rows.width), dtype=torch.float64, device=weights.device)
+    shift: Tensor | None = None
+    for where, block in rows.blocks(weights.device):
+        shift = block.double().mean(0) if shift is None else shift
+        values = block.double() - shift
+        sums[0] += weights[where] @ values
+        if standardised:
+            sums[1] += weights[where] @ values.square()
+    assert shift is not None
+    mean, square = sums / weights.sum()
+    scale = torch.ones_like(mean)
+    if standardised:
+        variance = square - mean.square()
+        scale = torch.where(variance > 1e-12 * square, variance.clamp_min(0).sqrt(), 1.0)  # a column of one value
+    return (mean + shift).float(), scale.float()
+
+
+def rough_type(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it several times as fast as float32 (AMX, tensor cores), else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    told: Any = getattr(torch.cpu, "get_capabilities", dict)()  # newer versions of torch have it
+    return torch.bfloat16 if told.get("amx_bf16") else torch.float32
