@@ -34,6 +34,7 @@ PURPOSES = {
     "featstore.cli": "the featstore program",
     "training.solvers": "heads found exactly: logistic, ridge, neighbours",
     "training.inputs": "where a fit reads from, and its batches",
+    "training.estimators": "heads, probes, an extractor for scikit-learn",
     "training": "heads, the loop, Learner, featstore-train",
 }
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from training.comparing import Comparison, compare
     from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
+    from training.estimators.extractor import FeatureExtractor
+    from training.estimators.heads import HeadClassifier, HeadRegressor
     from training.heads import build_head, concat_head, linear_head, mlp_head
     from training.history import History
     from training.inputs.derive import Inputs
@@ -36,8 +38,11 @@ __all__ = [
     "CutMix",
     "Ensemble",
     "FeatureBrightness",
+    "FeatureExtractor",
     "FeatureNoise",
     "FitOptions",
+    "HeadClassifier",
+    "HeadRegressor",
     "History",
     "Inputs",
     "Learner",
@@ -68,6 +73,8 @@ _MODULES = {
     "training.batch_norm": ("reestimate_batch_norm",),
     "training.ensembles": ("Ensemble",),
     "training.comparing": ("Comparison", "compare"),
+    "training.estimators.extractor": ("FeatureExtractor",),
+    "training.estimators.heads": ("HeadClassifier", "HeadRegressor"),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),

@@ -36,7 +36,7 @@ from training.copies import put_back, tensors_of
 from training.fit import Progress
 from training.history import History
 from training.inputs.batches import Batches
-from training.inputs.derive import FeatureSource
+from training.inputs.derive import ImageSource
 from training.inputs.situation import training_words
 from training.interrupts import held_back
 from training.monitor import Monitor
@@ -373,7 +373,7 @@ def _images_fact(batches: Batches) -> str:
     contents = images.digests(batches.situation.known).values
     targets = b"" if images.targets is None else images.targets.tobytes()
     views: Json = source.words
-    if not isinstance(source, FeatureSource):
+    if isinstance(source, ImageSource):
         own = batches.situation.view
         shown = source.views if isinstance(source.views, tuple) else (own.with_seed(source.views.policy, 0),)
         views = [views, [view.facts() for view in shown]]

@@ -1,4 +1,7 @@
-"""Features: rows of one feature set for one image set, joined by image and never by position."""
+"""Features: rows of one feature set for one image set, joined by image and never by position.
+
+Long, since each way to take rows has its own needs of memory, and all choose among the same three of reading.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from types import EllipsisType
+from typing import Any, Literal, TypeAlias, overload
 from weakref import WeakSet
 
 import numpy as np
@@ -48,6 +52,7 @@ from featstore.store.spec import FeatureSpec
 from featstore.words import size_text
 
 _Batch = tuple[Tensor, NDArray[np.int64]]
+_Chosen: TypeAlias = int | slice | Sequence[int] | NDArray[Any] | Tensor
 
 
 class Features:
@@ -171,15 +176,29 @@ class Features:
             f"{math.ceil(window / stretch):,} stretches, about {window:,} of {len(self):,} rows"
         )
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | NDArray[Any] | Tensor) -> Tensor:
+    @overload
+    def __getitem__(self, rows: tuple[_Chosen, EllipsisType]) -> NDArray[np.float32]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __getitem__(self, rows: _Chosen) -> Tensor: ...
+
+    def __getitem__(self, rows: _Chosen | tuple[_Chosen, EllipsisType]) -> Tensor | NDArray[np.float32]:
         """Activations of `rows`, which may repeat and come in any order: a new tensor ``(n, *F)`` of `dtype`.
 
         One whole number gives one row ``(*F)``; a slice, a boolean mask and negative numbers mean what they mean in
-        numpy.
+        numpy. ``features[rows, ...]``, which is how scikit-learn takes the rows of a fold, is an array of float32.
 
         Raises:
             IndexError: for a row that isn't there, and for anything but whole numbers, slices and masks of rows.
         """
+        if isinstance(rows, tuple):
+            if len(rows) != 2 or rows[1] is not Ellipsis:
+                raise IndexError(
+                    f"features[{', '.join(map(repr, rows))}] picks within rows, and features are chosen by row alone; "
+                    "expected features[rows]. Pick within what that gives."
+                )
+            wide: NDArray[np.float32] = self[rows[0]].float().numpy()
+            return wide
         chosen = _numbers(rows.cpu().numpy() if isinstance(rows, Tensor) else rows, len(self))
         if chosen.ndim > 1:
             raise IndexError(f"rows have {chosen.ndim} dimensions; expected whole numbers in one, a slice or a mask.")
@@ -240,6 +259,19 @@ class Features:
         values = self._all()
         array: NDArray[Any] = values.to(self.storage_type.in_numpy.torch_dtype).numpy()
         return array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """All activations ``(N, *F)`` as ``np.asarray(features)``, float32 whatever they are stored as.
+
+        So other libraries compute with them as they should: in float16 sums overflow at 65,504.
+
+        Raises:
+            ValueError: with ``copy=False``, as they are read anew each time.
+        """
+        if copy is False:
+            raise ValueError("copy is False, and an array of features is made of what is read. Leave it out.")
+        array = self.tensor(dtype=torch.float32).numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
 
     def __repr__(self) -> str:
         return f"Features({'x'.join(map(str, self.shape))} {self.storage_type.name}, set {self.key[:4]})"
@@ -579,7 +611,7 @@ _LOOKUPS = 5
 
 def _numbers(rows: Any, length: int) -> NDArray[np.int64]:
     """The rows that numpy would choose of `length`; none or one dimension where `rows` are what they should be."""
-    numbers = None if isinstance(rows, slice | tuple) else np.asarray(rows)
+    numbers = None if isinstance(rows, slice) else np.asarray(rows)
     if numbers is None or numbers.dtype.kind not in "iu":
         return np.asarray(np.arange(length)[rows])
     if numbers.size and not -length <= int(numbers.min()) <= int(numbers.max()) < length:

@@ -24,6 +24,7 @@ from featstore.models.staged import StagedModel
 from featstore.models.stages import PoolStage
 from featstore.models.trunk import default_batch_size
 from training.inputs.derive import FeatureSource, Source, frozen_trunk, stored_batching
+from training.inputs.held import HeldSource
 from training.inputs.resident import resident
 from training.inputs.situation import Situation
 from training.mixing import BatchChange, changed
@@ -38,7 +39,7 @@ class Batches:
     run in passes of one fixed size, over rows in the order of the epoch.
 
     Args:
-        source: features or images.
+        source: features, images, or rows that somebody holds.
         situation: the model and where its trunk runs.
         batch_size: rows a batch. In training a last batch of one joins the batch before it (batch norm needs two);
             with a batch size of 1, which asks for single rows, it does not.
@@ -227,7 +228,7 @@ class Batches:
     def _views(self, seed: int, number: int, order: NDArray[np.int64]) -> NDArray[np.int64]:
         """For each image of `order` the place of its view; with fresh views, their seed."""
         again = _times_before(order) if self.sampling == "balanced" else np.zeros(len(order), np.int64)
-        if isinstance(self.source, FeatureSource):
+        if isinstance(self.source, FeatureSource | HeldSource):
             num_views = len(self.source.features)
         elif isinstance(self.source.views, tuple):
             num_views = len(self.source.views)
@@ -241,20 +242,22 @@ class Batches:
 
     def _chunks(self, order: NDArray[np.int64], views: NDArray[np.int64]) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         """Float32 activations behind the frozen stages, in the order given, in pieces of any size."""
-        if isinstance(self.source, FeatureSource):
+        if isinstance(self.source, FeatureSource | HeldSource):
             yield from self._from_features(self.source, order, views)
         else:
             yield from self._from_images(order, views)
 
     def _from_features(
-        self, source: FeatureSource, order: NDArray[np.int64], views: NDArray[np.int64]
+        self, source: FeatureSource | HeldSource, order: NDArray[np.int64], views: NDArray[np.int64]
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         for start in range(0, len(order), self._chunk_size):
             rows = order[start : start + self._chunk_size]
             values = self._gathered(source, rows, views[start : start + self._chunk_size]).float()
             yield (values if self._rest is None else self._rest(values, self.fixed_size)), rows
 
-    def _gathered(self, source: FeatureSource, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
+    def _gathered(
+        self, source: FeatureSource | HeldSource, rows: NDArray[np.int64], views: NDArray[np.int64]
+    ) -> Tensor:
         """Of each row the view that it has, on the device."""
         used = np.unique(views)
         if len(used) == 1:
@@ -266,7 +269,7 @@ class Batches:
             gathered[torch.from_numpy(here).to(self.device)] = self._rows(source, int(view), rows[here]).float()
         return gathered
 
-    def _rows(self, source: FeatureSource, view: int, rows: NDArray[np.int64]) -> Tensor:
+    def _rows(self, source: FeatureSource | HeldSource, view: int, rows: NDArray[np.int64]) -> Tensor:
         if self._resident is None:
             return source.features[view][rows].to(self.device)
         return self._resident[view][torch.from_numpy(rows).to(self.device)]
@@ -274,13 +277,15 @@ class Batches:
     @cached_property
     def _resident(self) -> tuple[Tensor, ...] | None:
         """All stored rows on a GPU that has room for them."""
-        return resident(self.source.features, self.device) if isinstance(self.source, FeatureSource) else None
+        return (
+            resident(self.source.features, self.device) if isinstance(self.source, FeatureSource | HeldSource) else None
+        )
 
     def _from_images(
         self, order: NDArray[np.int64], views: NDArray[np.int64]
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         source = self.source
-        assert not isinstance(source, FeatureSource)
+        assert not isinstance(source, FeatureSource | HeldSource)
         policy = source.views[0].policy if isinstance(source.views, tuple) else source.views.policy
         if policy is not None:
             policy.check_unchanged()
@@ -304,7 +309,7 @@ class Batches:
 
     def _view_of(self, place: int) -> View:
         source = self.source
-        assert not isinstance(source, FeatureSource)
+        assert not isinstance(source, FeatureSource | HeldSource)
         if isinstance(source.views, tuple):
             return source.views[place]
         return self.situation.view.with_seed(source.views.policy, int(place))
@@ -400,7 +405,7 @@ def _times_before(order: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _frozen_rest(source: Source, situation: Situation, batching: Batching) -> _FrozenRest | None:
     model = situation.model
-    if source.kind == "images" or source.start >= model.num_frozen:
+    if not isinstance(source, FeatureSource) or source.start >= model.num_frozen:
         return None
     rest = model.part(source.start, model.num_frozen, memory_format=batching.memory_format)
     precision = source.features[0].spec.precision

@@ -30,6 +30,7 @@ from featstore.models.trunk import Output, Trunk
 from featstore.store.features import Features
 from featstore.store.sets import FeatureSet
 from training.inputs.explain import images_absent, why_not
+from training.inputs.held import HeldSource
 from training.inputs.search import Search
 from training.inputs.situation import (
     Entry,
@@ -79,7 +80,7 @@ class ImageSource:
     start: int = 0
 
 
-Source = FeatureSource | ImageSource
+Source = FeatureSource | ImageSource | HeldSource
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

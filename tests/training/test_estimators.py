@@ -1,0 +1,389 @@
+"""Estimators: scikit-learn's own checks hold, and what they come to is what a Learner comes to on the same rows."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import clone, is_classifier, is_regressor
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import load_digits
+from sklearn.ensemble import StackingClassifier
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import estimator_checks
+from support.tiny import arrays, photos, staged
+
+from featstore import Features, FeatureStore, ImageSet, StagedModel, extract
+from featstore.errors import FactsDifferError
+from training import FeatureExtractor, HeadClassifier, HeadRegressor, Learner
+from training.heads import HEADS
+
+Arrays = tuple[NDArray[Any], NDArray[Any]]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Arrays:
+    values, targets = load_digits(return_X_y=True)
+    return values[:300].astype(np.float32), targets[:300]
+
+
+@pytest.fixture(scope="module")
+def model() -> StagedModel:
+    return staged()
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    return arrays(24)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, model: StagedModel, images: ImageSet) -> FeatureStore:
+    store = FeatureStore(tmp_path_factory.mktemp("estimators") / "features")
+    extract(model, images, store, cuts=["layer1:avg", "layer2:avg", "layer2:none"])
+    return store
+
+
+@pytest.fixture
+def features(store: FeatureStore, images: ImageSet) -> Features:
+    """Vectors of float16."""
+    return features_of(store, images, "layer2", "avg")
+
+
+def features_of(store: FeatureStore, images: ImageSet, cut: str, reduction: str) -> Features:
+    keys = [each.key for each in store.sets() if (each.facts["cut"], each.spec.reduction) == (cut, reduction)]
+    return store.features(images, keys[0])
+
+
+# ------------------------------------------------------------------------------------- scikit-learn's own checks
+
+CHECKED = [
+    (HeadClassifier("mlp", epochs=10, lr=3e-2, hidden=(32,), dropout=0.0, batch_size=256), {}),
+    (HeadRegressor(epochs=20, lr=1e-2, hidden=(32,)), {}),
+    pytest.param(
+        HeadClassifier(),
+        {"check_class_weight_classifiers": "ten steps on fifty rows are few for a weight ten million times another"},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(HeadRegressor(), {}, marks=pytest.mark.slow),
+]
+"""Estimators, and the checks that they fail with the reason."""
+
+SKIPPED = {"check_array_api_input": "no tag claims the array API, and scikit-learn checks it only where it is asked to"}
+
+
+@pytest.mark.parametrize(("estimator", "failing"), CHECKED)
+def test_the_checks_of_scikit_learn_hold(estimator: Any, failing: dict[str, str]) -> None:
+    if "expected_failed_checks" in inspect.signature(estimator_checks.check_estimator).parameters:
+        checks = estimator_checks.check_estimator(
+            estimator, expected_failed_checks=failing, on_fail="raise", on_skip=None
+        )
+        assert {each["check_name"] for each in checks if each["status"] == "skipped"} <= {*SKIPPED}
+        assert len(checks) > 40
+        return
+    for each, check in estimator_checks.check_estimator(estimator, generate_only=True):  # before 1.6
+        if check.func.__name__ not in failing:
+            check(each)
+
+
+# --------------------------------------------------------------------------------------------- the same as a Learner
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("kind", ["features", "array"])
+def test_a_head_comes_to_the_weights_that_a_learner_comes_to(
+    head: str, kind: str, model: StagedModel, images: ImageSet, store: FeatureStore, features: Features
+) -> None:
+    learn = Learner(model, images, store, cut="layer2", reduce="avg", head=head, batch_size=8, seed=3, quiet=True)
+    history = learn.fit(3, lr=1e-2, label_smoothing=0.1)
+    given = features if kind == "features" else np.asarray(features)
+    assert features.targets is not None
+    made = HeadClassifier(
+        head, epochs=3, lr=1e-2, batch_size=8, random_state=3, label_smoothing=0.1, device=learn.device
+    ).fit(given, features.targets)
+    assert learn.read_from == "features"
+    assert made.history_.losses == history.losses
+    assert learn.model.head is not None
+    for name, tensor in learn.model.head.state_dict().items():
+        assert torch.equal(tensor.cpu(), made.head_.state_dict()[name]), name
+    # The learner's logits are float32, these float64: equal within the rounding of float32.
+    assert made.predict_proba(features) == pytest.approx(learn.predict_proba(images), abs=1e-5)
+
+
+def test_a_rate_that_is_not_given_is_the_one_that_a_learner_finds(
+    model: StagedModel, images: ImageSet, store: FeatureStore, features: Features
+) -> None:
+    learn = Learner(model, images, store, cut="layer2", reduce="avg", batch_size=8, quiet=True)
+    learn.fit(1)
+    made = HeadClassifier(epochs=1, batch_size=8, device=learn.device).fit(features)
+    assert [*made.history_.lrs] == [*learn.history.lrs]
+
+
+def test_a_regressor_comes_to_the_weights_that_a_learner_comes_to(
+    model: StagedModel, images: ImageSet, store: FeatureStore, features: Features
+) -> None:
+    values = np.random.default_rng(0).normal(50, 10, (24, 2)).astype(np.float32)
+    shots = np.stack([images.read(place) for place in range(24)])
+    labelled = ImageSet.from_arrays(shots, values, task="regression")
+    learn = Learner(model, labelled, store, cut="layer2", reduce="avg", head="mlp", batch_size=8, quiet=True)
+    learn.fit(3, lr=1e-2)
+    made = HeadRegressor("mlp", epochs=3, lr=1e-2, batch_size=8, device=learn.device).fit(features, values)
+    assert learn.read_from == "features"
+    assert made.history_.losses == learn.history.losses
+    # Another precision of the same sums, of numbers around 50.
+    assert made.predict(features) == pytest.approx(learn.predict_proba(labelled), abs=1e-3)
+    assert made.predict(features).shape == (24, 2)
+
+
+def test_several_labels_a_row_are_learned_as_a_learner_learns_them(
+    model: StagedModel, images: ImageSet, store: FeatureStore, features: Features
+) -> None:
+    labels = np.random.default_rng(0).integers(0, 2, (24, 3))
+    shots = np.stack([images.read(place) for place in range(24)])
+    labelled = ImageSet.from_arrays(shots, labels, task="multi", classes=["a", "b", "c"])
+    learn = Learner(model, labelled, store, cut="layer2", reduce="avg", head="linear", batch_size=8, quiet=True)
+    learn.fit(3, lr=1e-2)
+    made = HeadClassifier("linear", epochs=3, lr=1e-2, batch_size=8, device=learn.device).fit(features, labels)
+    assert made.history_.losses == learn.history.losses
+    assert made.predict_proba(features) == pytest.approx(learn.predict_proba(labelled), abs=1e-5)
+    assert np.array_equal(made.predict(features), made.predict_proba(features) >= 0.5)
+
+
+# ------------------------------------------------------------------------------------------------- stored features
+
+
+def test_stored_features_are_an_array_of_float32_for_other_libraries(features: Features) -> None:
+    assert features.dtype == torch.float16
+    expected = features.numpy().astype(np.float32)
+    rows = np.array([5, 0, 5])
+    for found, wanted in [
+        (np.asarray(features), expected),
+        (features[rows, ...], expected[rows]),
+        (sklearn.utils._safe_indexing(features, rows), expected[rows]),
+    ]:
+        assert found.dtype == np.float32
+        assert np.array_equal(found, wanted)
+    assert np.asarray(features, np.float64).dtype == np.float64
+    with pytest.raises(ValueError, match="copy is False"):
+        np.asarray(features, copy=False)
+    with pytest.raises(IndexError, match=r"expected features\[rows\]"):
+        features[1, 2]
+
+
+def test_estimators_work_on_features_wherever_they_work_on_arrays(features: Features) -> None:
+    targets = features.targets
+    assert targets is not None
+    array = np.asarray(features)
+    head = HeadClassifier("linear", epochs=2, lr=1e-2)
+    for tried in (head, make_pipeline(StandardScaler(), head), make_pipeline(StandardScaler(), LogisticRegression())):
+        assert (
+            cross_val_score(tried, features, targets, cv=3).tolist()
+            == cross_val_score(tried, array, targets, cv=3).tolist()
+        )
+        assert np.array_equal(tried.fit(features, targets).predict(features), tried.fit(array, targets).predict(array))
+
+
+def test_features_of_another_kind_are_refused(store: FeatureStore, images: ImageSet, features: Features) -> None:
+    head = HeadClassifier("linear", epochs=1, lr=1e-2).fit(features)
+    other = features_of(store, images, "layer1", "avg")
+    with pytest.raises(FactsDifferError, match=f"trunk .*{features.spec.trunk[:8]}, here {other.spec.trunk[:8]}"):
+        head.predict(other)
+    with pytest.raises(ValueError, match=r"are of shape \(24, 12, 4, 4\); expected vectors"):
+        head.fit(features_of(store, images, "layer2", "none"))
+    on_array = HeadClassifier("linear", epochs=1, lr=1e-2).fit(np.asarray(other), images.targets)
+    with pytest.raises(ValueError, match="X has 12 features, but HeadClassifier is expecting 8"):
+        on_array.predict(features)
+
+
+def test_images_without_a_label_are_no_class(store: FeatureStore, model: StagedModel) -> None:
+    shots = np.stack([arrays(24).read(place) for place in range(24)])
+    images = ImageSet.from_arrays(shots, ["a", "b", None] * 8)
+    features = store.features(images, features_of(store, images, "layer2", "avg").key)
+    head = HeadClassifier("linear", epochs=1, lr=1e-2)
+    for targets in (None, images.targets):
+        with pytest.raises(ValueError, match="8 of 24 images have no label"):
+            head.fit(features, targets)
+    assert images.targets is not None
+    chosen = images.select(images.targets >= 0)
+    assert head.fit(store.features(chosen, features.key)).classes_.tolist() == [0, 1]
+    unlabelled = ImageSet.from_arrays(shots)
+    with pytest.raises(ValueError, match="have no labels"):
+        head.fit(store.features(unlabelled, features.key))
+
+
+# ---------------------------------------------------------------------------------------------------- good company
+
+
+def test_a_search_by_two_processes_finds_what_one_finds(digits: Arrays) -> None:
+    settings = {"hidden": [(), (16,)], "weight_decay": [0.0, 0.1]}
+    found = [GridSearchCV(HeadClassifier(epochs=1, lr=1e-2), settings, cv=2, n_jobs=n).fit(*digits) for n in (None, 2)]
+    assert found[0].cv_results_["mean_test_score"].tolist() == found[1].cv_results_["mean_test_score"].tolist()
+    assert found[0].best_params_ == found[1].best_params_
+    again = pickle.loads(pickle.dumps(found[1]))
+    assert np.array_equal(again.predict_proba(digits[0]), found[1].predict_proba(digits[0]))
+
+
+def test_heads_are_stacked_and_calibrated(digits: Arrays) -> None:
+    values, targets = digits[0], digits[1]
+    head = HeadClassifier("linear", epochs=2, lr=1e-2)
+    stacked = StackingClassifier([("head", head), ("other", LogisticRegression(max_iter=1000))], cv=2)
+    stacked.fit(values[:200], targets[:200])
+    assert stacked.score(values[200:], targets[200:]) > 0.8
+    calibrated = CalibratedClassifierCV(head, cv=2).fit(values[:200], targets[:200])
+    assert calibrated.predict_proba(values).sum(axis=1) == pytest.approx(1)
+
+
+def test_classes_keep_their_names_and_columns_their_order(digits: Arrays) -> None:
+    values, targets = digits[0], np.array(["even", "odd"])[digits[1] % 2]
+    head = HeadClassifier("linear", epochs=3, lr=1e-2)
+    assert (is_classifier(head), is_regressor(HeadRegressor())) == (True, True)
+    with pytest.raises(NotFittedError):
+        head.predict(values)
+    head.fit(values, targets)
+    assert head.classes_.tolist() == ["even", "odd"]
+    probabilities, decisions = head.predict_proba(values), head.decision_function(values)
+    assert np.array_equal(head.predict(values), head.classes_[(decisions > 0).astype(int)])
+    assert probabilities[:, 1] == pytest.approx(1 / (1 + np.exp(-decisions)))
+    assert clone(head).get_params() == head.get_params()
+
+
+def test_a_class_that_weighs_more_is_predicted_more_often(digits: Arrays) -> None:
+    values, targets = digits[0], digits[1] // 5
+    plain, heavy = (
+        HeadClassifier("linear", epochs=5, lr=1e-2, class_weight=weights).fit(values, targets).predict(values)
+        for weights in (None, {1: 50.0})
+    )
+    assert (heavy == 1).sum() > (plain == 1).sum()
+
+
+def test_random_states_are_seeds(digits: Arrays) -> None:
+    def losses(random_state: Any) -> list[float]:
+        fitted = HeadClassifier(epochs=1, lr=1e-2, random_state=random_state).fit(*digits)
+        return fitted.history_.losses
+
+    assert losses(np.random.RandomState(1)) == losses(np.random.RandomState(1))
+    assert losses(0) != losses(np.random.default_rng(1)) != losses(None)
+    with pytest.raises(ValueError, match="random_state is -1"):
+        losses(-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"head": "linear", "hidden": (8,)}, "'linear' has no hidden"),
+        ({"head": "nothing"}, "'nothing' is unknown"),
+        ({"options": {"schedule": "cosine"}}, "options has schedule"),
+        ({"options": {"clipp": 1}}, "Did you mean clip"),
+        ({"options": {"checkpoint": "kept"}}, "has rows alone"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"class_weight": "heavy"}, "class_weight"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], told: str, digits: Arrays) -> None:
+    with pytest.raises((ValueError, TypeError), match=told):
+        HeadClassifier(**{"lr": 1e-2, **settings}).fit(*digits)
+
+
+def test_a_single_class_is_refused(digits: Arrays) -> None:
+    with pytest.raises(ValueError, match="y holds one class, 3"):
+        HeadClassifier().fit(digits[0], np.full(300, 3))
+
+
+# ------------------------------------------------------------------------------------------------------ the extractor
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:
+    """Twelve files of two classes, and their classes."""
+    files = sorted(photos(tmp_path_factory.mktemp("photographs"), 12).rglob("*.*"))
+    return [str(file) for file in files], [file.parent.name for file in files]
+
+
+def test_a_search_over_a_pipeline_computes_each_image_once(
+    paths: tuple[list[str], list[str]], model: StagedModel, tmp_path: Path
+) -> None:
+    store = FeatureStore(tmp_path / "features")
+    files, classes = paths
+    made = make_pipeline(
+        FeatureExtractor(model, cut="layer2", store=store), HeadClassifier("linear", epochs=1, lr=1e-2)
+    )
+    search = GridSearchCV(made, {"headclassifier__epochs": [1, 2], "featureextractor__cut": ["layer1", "layer2"]}, cv=2)
+    search.fit(files, classes)
+    assert {len(files)} == {sum(part.num_rows for part in each.parts) for each in store.sets()}
+    assert len([*(tmp_path / "features" / "images").iterdir()]) <= 4  # none where nothing was computed
+    assert len(store.sets()) == 2
+    rows = search.best_estimator_[0].transform(files)
+    images = ImageSet.from_folder(Path(files[0]).parents[1])
+    keys = [each.key for each in store.sets() if each.facts["cut"] == search.best_params_["featureextractor__cut"]]
+    assert np.array_equal(rows, np.asarray(store.features(images, keys[0])))
+    again = pickle.loads(pickle.dumps(search.best_estimator_))
+    assert np.array_equal(again.predict(files), search.predict(files))
+
+
+def test_images_of_any_kind_have_the_same_rows_in_their_order(
+    paths: tuple[list[str], list[str]], model: StagedModel, tmp_path: Path
+) -> None:
+    extractor = FeatureExtractor(model, cut="layer2", store=tmp_path / "features").fit()
+    files = paths[0]
+    expected = extractor.transform(files)
+    assert expected.dtype == np.float32
+    assert expected.shape == (12, *extractor.shape_)
+    opened = [Image.open(file).convert("RGB") for file in files]
+    order = [3, 0, 3, 11]
+    for found, wanted in [
+        (extractor.transform([files[place] for place in order]), expected[order]),
+        (extractor.transform(np.array(files)), expected),
+        (extractor.transform(np.array(files)[:, None]), expected),
+        (extractor.transform([Path(file) for file in files]), expected),
+        (extractor.transform(opened), extractor.transform(np.stack([np.asarray(image) for image in opened]))),
+    ]:
+        assert np.array_equal(found, wanted)
+
+
+def test_columns_have_names(paths: tuple[list[str], list[str]], model: StagedModel, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    extractor = FeatureExtractor(model, cut="layer2", store=tmp_path / "features").set_output(transform="pandas")
+    with pytest.raises(NotFittedError):
+        extractor.transform(paths[0])
+    table = extractor.fit_transform(paths[0])
+    assert isinstance(table, pandas.DataFrame)
+    assert table.columns[0] == "net_layer2_concat_0"
+    maps = FeatureExtractor(model, cut="layer2", reduce="none", store=tmp_path / "features").fit()
+    assert maps.transform(paths[0][:2]).shape == (2, *maps.shape_)
+    with pytest.raises(ValueError, match="names are for vectors"):
+        maps.get_feature_names_out()
+
+
+@pytest.mark.parametrize(("given", "told"), [("one.jpg", "expected several images"), (["nowhere.jpg"], "is no file")])
+def test_what_is_no_list_of_images_is_refused(given: Any, told: str, model: StagedModel, tmp_path: Path) -> None:
+    extractor = FeatureExtractor(model, cut="layer2", store=tmp_path / "features").fit()
+    with pytest.raises(ValueError, match=told):
+        extractor.transform(given)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        estimator_checks.check_estimator_repr,
+        estimator_checks.check_no_attributes_set_in_init,
+        estimator_checks.check_parameters_default_constructible,
+        estimator_checks.check_get_params_invariance,
+        estimator_checks.check_set_params,
+        estimator_checks.check_mixin_order,
+    ],
+)
+def test_the_checks_that_need_no_images_hold_of_the_extractor(check: Any) -> None:
+    # The others, which check_estimator leaves out for what its tags say, fit rows of random numbers.
+    check("FeatureExtractor", FeatureExtractor())

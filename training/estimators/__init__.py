@@ -1,0 +1,1 @@
+"""Estimators: heads, probes and an extractor with the manners of scikit-learn's."""

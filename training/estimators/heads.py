@@ -1,0 +1,309 @@
+"""Heads as estimators of scikit-learn's: fitted to arrays or stored features, by the loop that a Learner has."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import check_is_fitted, column_or_1d
+from torch import nn
+
+from featstore.images.names import Task
+from training.averages import Averaging
+from training.estimators.given import Matrix, checked_to_fit, checked_to_predict
+from training.heads import HEADS, ValueHead, build_head
+from training.history import History
+from training.mixing import BatchChange
+from training.optim import LearningRate, MakeOptimizer, WeightDecay
+from training.plan import FitOptions, Plan, check_options
+from training.predict import THRESHOLD, probabilities
+from training.row_fits import Rows, fit_to_rows, logits_of_rows
+
+
+class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has no types
+    """What a classifier and a regressor share."""
+
+    def __init__(
+        self,
+        head: str | nn.Module = "concat",
+        *,
+        hidden: Sequence[int] | None = None,
+        dropout: float | Sequence[float] | None = None,
+        epochs: int = 10,
+        lr: LearningRate | None = None,
+        batch_size: int = 64,
+        optimizer: str | MakeOptimizer = "adamw",
+        schedule: str = "one_cycle",
+        weight_decay: WeightDecay = 0.01,
+        mix: BatchChange | Sequence[BatchChange] | None = None,
+        average: Averaging | None = None,
+        options: FitOptions | None = None,
+        device: torch.device | str = "auto",
+        random_state: int | np.random.RandomState | None = 0,
+        verbose: bool = False,
+    ) -> None:
+        """Takes the settings as they are: they are checked when it is fitted. The class describes them."""
+        self.head, self.hidden, self.dropout = head, hidden, dropout
+        self.epochs, self.lr, self.batch_size = epochs, lr, batch_size
+        self.optimizer, self.schedule, self.weight_decay = optimizer, schedule, weight_decay
+        self.mix, self.average, self.options = mix, average, options
+        self.device, self.random_state, self.verbose = device, random_state, verbose
+
+    def _fit_to(self, rows: Rows, targets: NDArray[Any], classes: Sequence[str], task: Task, **options: Any) -> Self:
+        further = dict(self.options or {})
+        check_options(further)
+        named = {"schedule": self.schedule, "weight_decay": self.weight_decay, "mix": self.mix, "average": self.average}
+        twice = [name for name in {**named, **options, "lr": None} if name in further]
+        if "checkpoint" in further or "resume" in further:
+            raise ValueError("A checkpoint keeps a fit of images, and an estimator has rows alone. Leave it out.")
+        if twice:
+            raise ValueError(f"options has {', '.join(twice)}, a setting of its own. Give it beside options.")
+        plan = Plan(cycles=(self.epochs,), lr=self.lr, **named, **options, **further)  # type: ignore[arg-type]
+        seed = seed_of(self.random_state)
+        head = self._built(rows.shape[1:], len(classes), seed)
+        fitted = fit_to_rows(
+            ValueHead(head, len(classes)) if task == "regression" and isinstance(self.head, str) else head,
+            rows,
+            targets,
+            classes=classes,
+            task=task,
+            plan=plan,
+            optimizer=self.optimizer,
+            batch_size=self.batch_size,
+            device=self.device,
+            seed=seed,
+            quiet=not self.verbose,
+        )
+        self.head_: nn.Module = fitted.head
+        self.history_: History = fitted.history
+        return self
+
+    def _built(self, shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Module:
+        own = {"hidden": self.hidden, "dropout": self.dropout}
+        given = {name: value for name, value in own.items() if value is not None}
+        if not given:
+            return build_head(self.head, shape, num_classes, seed)
+        if self.head not in ("concat", "mlp"):
+            raise ValueError(
+                f"The head {self.head!r} has no {' and no '.join(given)}. Leave that out, or take the head concat or "
+                "mlp."
+            )
+        if len(shape) != 1:
+            return build_head(self.head, shape, num_classes, seed)  # which says why it can't
+        return HEADS[self.head](shape[0], num_classes, seed=seed, **given)
+
+    @property
+    def _takes_maps(self) -> bool:
+        return isinstance(self.head, nn.Module)
+
+    def _logits(self, X: Matrix) -> torch.Tensor:  # noqa: N803
+        check_is_fitted(self)
+        rows = checked_to_predict(self, X, allow_nd=self._takes_maps)
+        return logits_of_rows(self.head_, rows, device=self.device)
+
+
+class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
+    """A head that tells classes apart, with scikit-learn's manners: of arrays ``(N, F)``, or of stored `Features`.
+
+    It is fitted by the loop that `Learner.fit` runs, and comes to the same weights from the same rows. Probabilities
+    are computed in float64.
+
+    >>> from sklearn.datasets import load_digits
+    >>> X, y = load_digits(return_X_y=True)
+    >>> round(HeadClassifier("linear", lr=1e-2).fit(X[:1200], y[:1200]).score(X[1200:], y[1200:]), 1)
+    0.9
+
+    Args:
+        head: concat, linear, mlp, or a module of your own from rows to logits.
+        hidden: widths of the hidden layers of concat and mlp; default: one of 512.
+        dropout: of concat and mlp, as `concat_head` and `mlp_head` take it; default: theirs.
+        epochs: as in `Learner.fit`.
+        lr: likewise; None: what the finder suggests.
+        batch_size: as in `Learner`.
+        optimizer: likewise.
+        schedule: as in `FitOptions`, as are the next ones.
+        weight_decay: likewise.
+        label_smoothing: likewise.
+        class_weight: None, ``balanced``, or a weight a class, by its name in `y`, as scikit-learn's.
+        mix: changes of each batch.
+        average: a mean of the weights.
+        options: further ones of the fit, by name.
+        device: auto, cpu, cuda or cuda:1.
+        random_state: of the weights, the order and dropout: a number, the seed of a `Learner`; a generator of numpy's
+            that one is drawn from; or None, another each time.
+        verbose: says how it goes, as a `Learner` does.
+
+    Attributes:
+        classes_: the classes, sorted; of several labels a row their numbers.
+        head_: the module that was trained.
+        history_: the epochs of the fit.
+        n_features_in_: how wide rows are.
+        spec_: of features that it was fitted to, what decided their values; else None.
+    """
+
+    def __init__(
+        self,
+        head: str | nn.Module = "concat",
+        *,
+        hidden: Sequence[int] | None = None,
+        dropout: float | Sequence[float] | None = None,
+        epochs: int = 10,
+        lr: LearningRate | None = None,
+        batch_size: int = 64,
+        optimizer: str | MakeOptimizer = "adamw",
+        schedule: str = "one_cycle",
+        weight_decay: WeightDecay = 0.01,
+        label_smoothing: float = 0.0,
+        class_weight: dict[Any, float] | str | None = None,
+        mix: BatchChange | Sequence[BatchChange] | None = None,
+        average: Averaging | None = None,
+        options: FitOptions | None = None,
+        device: torch.device | str = "auto",
+        random_state: int | np.random.RandomState | None = 0,
+        verbose: bool = False,
+    ) -> None:
+        """Takes the settings as they are: they are checked when it is fitted. The class describes them."""
+        super().__init__(
+            head,
+            hidden=hidden,
+            dropout=dropout,
+            epochs=epochs,
+            lr=lr,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            schedule=schedule,
+            weight_decay=weight_decay,
+            mix=mix,
+            average=average,
+            options=options,
+            device=device,
+            random_state=random_state,
+            verbose=verbose,
+        )
+        self.label_smoothing, self.class_weight = label_smoothing, class_weight
+
+    def fit(self, X: Matrix, y: Any = None) -> Self:  # noqa: N803
+        """Trains a new head.
+
+        Args:
+            X: rows ``(N, F)``, or `Features`.
+            y: a class a row, numbers or words; or ``(N, K)`` of 0 and 1 for any number of labels a row. Of `Features`
+                None stands for their own targets.
+
+        Raises:
+            ValueError: for a single class, and for rows or targets that can't be trained on.
+        """
+        rows, y = checked_to_fit(self, X, y, allow_nd=self._takes_maps, multi_output=True)
+        self._is_multi = type_of_target(y) == "multilabel-indicator"
+        targets: NDArray[Any]
+        task: Task = "multi" if self._is_multi else "single"
+        if self._is_multi:
+            self.classes_, targets = np.arange(y.shape[1]), np.asarray(y, np.float32)
+        else:
+            y = column_or_1d(y, warn=True)
+            check_classification_targets(y)
+            self.classes_, targets = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2 and not self._is_multi:
+            raise ValueError(
+                f"y holds one class, {self.classes_[0]}, so there is nothing to tell apart. Expected two classes or "
+                "more. Give rows of others too."
+            )
+        weights = self._class_weights()
+        names = [str(place) for place in range(len(self.classes_))]
+        return self._fit_to(rows, targets, names, task, label_smoothing=self.label_smoothing, class_weights=weights)
+
+    def predict(self, X: Matrix) -> NDArray[Any]:  # noqa: N803
+        """The most probable class of each row; of several labels ``(N, K)`` of 0 and 1, those from 0.5 on."""
+        values = self.predict_proba(X)
+        if self._is_multi:
+            return (values >= THRESHOLD).astype(np.int64)
+        chosen: NDArray[Any] = self.classes_[values.argmax(axis=1)]
+        return chosen
+
+    def predict_proba(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
+        """Probabilities ``(N, K)``, columns in the order of `classes_`."""
+        return probabilities(self._logits(X), "multi" if self._is_multi else "single")
+
+    def decision_function(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
+        """Logits ``(N, K)``; of two classes ``(N,)``, by how much the second one's is larger."""
+        logits: NDArray[np.float64] = self._logits(X).numpy()
+        return logits if self._is_multi or len(self.classes_) > 2 else logits[:, 1] - logits[:, 0]
+
+    def _class_weights(self) -> Any:
+        if self.class_weight is None or self.class_weight == "balanced":
+            return self.class_weight
+        return tuple(compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_).tolist())
+
+    def _more_tags(self) -> dict[str, Any]:  # before scikit-learn 1.6
+        return {"multilabel": True}
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+
+class HeadRegressor(RegressorMixin, _Head):  # type: ignore[misc]
+    """A head that tells numbers, with scikit-learn's manners; its settings are those of `HeadClassifier`.
+
+    Attributes:
+        head_: the module that was trained.
+        history_: the epochs of the fit.
+        n_features_in_: how wide rows are.
+        spec_: of features that it was fitted to, what decided their values; else None.
+    """
+
+    def fit(self, X: Matrix, y: Any = None) -> Self:  # noqa: N803
+        """Trains a new head.
+
+        Args:
+            X: rows ``(N, F)``, or `Features`.
+            y: numbers ``(N,)`` or ``(N, K)``. Of `Features` None stands for their own targets.
+
+        Raises:
+            ValueError: for rows or targets that can't be trained on.
+        """
+        rows, y = checked_to_fit(self, X, y, allow_nd=self._takes_maps, multi_output=True, y_numeric=True)
+        if y.ndim == 2 and y.shape[1] == 1 and not hasattr(X, "targets"):
+            y = column_or_1d(y, warn=True)
+        self._is_flat = y.ndim == 1
+        targets = np.asarray(y, np.float32).reshape(len(y), -1)
+        names = [str(place) for place in range(targets.shape[1])]
+        return self._fit_to(rows, targets, names, "regression")
+
+    def predict(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
+        """Numbers, ``(N,)`` or ``(N, K)`` as the targets were."""
+        values: NDArray[np.float64] = self._logits(X).numpy()
+        return values[:, 0] if self._is_flat else values
+
+    def _more_tags(self) -> dict[str, Any]:  # before scikit-learn 1.6
+        return {"multioutput": True}
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+def seed_of(random_state: int | np.random.RandomState | np.random.Generator | None) -> int:
+    """The seed that scikit-learn's `random_state` stands for; nothing reads numpy's global random state.
+
+    Raises:
+        ValueError: for anything but a number from 0 on, a generator or None.
+    """
+    if random_state is None:
+        return secrets.randbelow(2**31)
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(2**31 - 1))
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(2**31))
+    if isinstance(random_state, bool) or not isinstance(random_state, int | np.integer) or random_state < 0:
+        raise ValueError(f"random_state is {random_state!r}; expected a whole number from 0 on, a generator or None.")
+    return int(random_state)
