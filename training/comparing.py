@@ -34,6 +34,7 @@ from featstore.notes import logger_of
 from featstore.store.sets import FeatureRequest
 from featstore.store.store import FeatureStore
 from featstore.words import counted, size_text
+from training.frames import data_frame
 from training.learner import Learner
 from training.metrics import wilson_interval
 from training.probing import Halves, ProbeName, Rows, probed, probes_for, score
@@ -243,9 +244,7 @@ class Comparison:
 
     def frame(self) -> Any:
         """The table as a pandas DataFrame."""
-        import pandas as pd  # type: ignore[import-untyped]
-
-        return pd.DataFrame(self.table)
+        return data_frame(self.table)
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """The measured number against seconds an image, each as large as its bytes; without seconds, against bytes."""

@@ -26,6 +26,7 @@ from featstore.html import MOST_ROWS, titled_table
 from featstore.models.runs import FACTS, located, read_facts
 from featstore.words import counted, printable, some
 from training.choices import CHECKPOINT
+from training.frames import data_frame
 from training.monitor import DIRECTIONS, Direction
 from training.sidecar import FILE, Sidecar
 
@@ -237,14 +238,7 @@ class Runs(Sequence[ListedRun]):
         Raises:
             FeatureStoreError: if pandas isn't installed.
         """
-        try:
-            import pandas  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise FeatureStoreError(
-                "frame() gives a DataFrame of pandas, which isn't installed. Install it: pip install pandas; or take "
-                "`table`, the same rows as dicts."
-            ) from error
-        return pandas.DataFrame(self.table)
+        return data_frame(self.table)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes `table`, and a row for each damaged run with the reason as its note; an apostrophe before formulas."""
