@@ -18,6 +18,7 @@ from featstore.digest import Json
 from featstore.images.digests import KnownDigests
 from featstore.images.views import Augment
 from featstore.models.staged import StagedModel
+from featstore.store.features import Features
 from training.fitting import Begun
 from training.inputs.derive import Source
 from training.inputs.situation import training_words
@@ -81,8 +82,9 @@ class FitRecord:
 
 
 def keys_of(source: Source) -> tuple[str, ...]:
-    """Of the feature sets that a source reads; none of images."""
-    return tuple(each.key for each in source.features) if source.kind == "features" else ()
+    """Of the feature sets that a source reads; none of images, or of arrays."""
+    rows = source.features if source.kind == "features" else ()
+    return tuple(each.key for each in rows if isinstance(each, Features))
 
 
 def start_of(backbone: StagedModel) -> dict[str, Json] | None:
