@@ -265,7 +265,7 @@ def test_ranks_in_processes_of_their_own_leave_the_rows_of_one_job(
         )
         for rank in range(2)
     ]
-    ended = [processes.end(each) for each in ranks]
+    ended = processes.end_all(ranks)
     assert [each.returncode for each in ended] == [0, 0], [each.stderr for each in ended]
     told = [json.loads(each.stdout) for each in ended]
     assert [each["shard"] for each in told] == ["shard 0 of 2", "shard 1 of 2"]

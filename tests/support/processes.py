@@ -6,11 +6,13 @@ import gc
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import count
 from multiprocessing.reduction import ForkingPickler
@@ -92,9 +94,15 @@ class Processes:
 
     def end(self, started: Started) -> subprocess.CompletedProcess[str]:
         """What it leaves, whatever its exit code is."""
-        code = self._ask("end", started.pid)
-        texts = [path.read_text(encoding="utf-8") for path in (started.out, started.err)]
-        return subprocess.CompletedProcess(started.command, code, *texts)
+        return self.end_all([started])[0]
+
+    def end_all(self, started: Sequence[Started]) -> list[subprocess.CompletedProcess[str]]:
+        """What they leave. As a launcher does, where one fails it kills the others, which may wait for that one."""
+        codes = self._ask("end", [each.pid for each in started])
+        return [
+            subprocess.CompletedProcess(each.command, code, *(path.read_text("utf-8") for path in (each.out, each.err)))
+            for each, code in zip(started, codes, strict=True)
+        ]
 
     def run(self, program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """`start` and `end`."""
@@ -120,12 +128,12 @@ class Processes:
     def _file(self) -> Path:
         return Path(self._folder.name, str(next(self._numbers)))
 
-    def _ask(self, *question: Any) -> int:
+    def _ask(self, *question: Any) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{json.dumps(question)}\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        return json.loads(self._process.stdout.readline())
 
 
 def main() -> None:
@@ -137,9 +145,26 @@ def main() -> None:
                 answer = os.fork()
                 if answer == 0:
                     _run(**given)
-            case ["end", pid]:
-                answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        print(answer, flush=True)
+            case ["end", pids]:
+                answer = _ended(pids)
+        print(json.dumps(answer), flush=True)
+
+
+def _ended(pids: list[int]) -> list[int]:
+    """The exit codes, in order."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(pids):
+        for pid in (each for each in pids if each not in codes):
+            # One alone is waited for without a pause.
+            found, status = os.waitpid(pid, 0 if len(codes) == len(pids) - 1 else os.WNOHANG)
+            if found:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid] != 0:
+                    for other in (each for each in pids if each not in codes):
+                        os.kill(other, signal.SIGKILL)
+        if len(codes) < len(pids):
+            time.sleep(0.01)
+    return [codes[pid] for pid in pids]
 
 
 def _run(*, program: str, arguments: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> NoReturn:

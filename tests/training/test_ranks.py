@@ -77,8 +77,7 @@ def test_two_processes_fit_what_one_fits(tmp_path: Path, processes: Processes) -
     extract(staged(), some_images(), store, cuts=["layer2"], dtype="float32", device="cpu", workers=0)
     started = [processes.start(CALL, str(tmp_path), environment=each) for each in as_launched(2)]
     told = []
-    for each in started:
-        ended = processes.end(each)
+    for ended in processes.end_all(started):
         assert ended.returncode == 0, ended.stderr
         told.append(json.loads(ended.stdout))
     for place, reads in enumerate(("features", "images")):
@@ -105,7 +104,7 @@ def test_the_command_runs_under_a_launcher(tmp_path: Path, processes: Processes)
         "--batch-size", "4", "--out", str(tmp_path / "run"), "--device", "cpu",
     ]  # fmt: skip
     started = [processes.start(AS_A_MODULE, *arguments, environment=each) for each in as_launched(2)]
-    ended = [processes.end(each) for each in started]
+    ended = processes.end_all(started)
     assert [each.returncode for each in ended] == [0, 0], ended
     assert "valid accuracy" in ended[0].stdout
     assert ended[1].stdout == ""
