@@ -84,9 +84,8 @@ ROOMS: dict[str, Rooms] = {
                 "mixing",
             ),
         ),
-        ("inputs", ("situation", "search", "explain", "held", "derive", "resident", "batches")),
         ("solvers", ("rows", "targets", "newton", "logistic", "neighbors")),
-        ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
+        ("inputs", ("situation", "search", "explain", "held", "derive", "resident", "batches")),
         (
             "",
             (
@@ -96,7 +95,7 @@ ROOMS: dict[str, Rooms] = {
                 "learner", "ensembles", "recipes", "cross_validation",
             ),
         ),
-        ("estimators", ("given", "heads", "extractor")),
+        ("estimators", ("given", "heads", "probes", "extractor")),
         (
             "",
             (
@@ -187,10 +186,8 @@ SURFACE: dict[str, str] = {
     "images.sources": "AbsentSource FolderSource",
     "images.spelling": "completed",
     "images.views": "Augment GivenPolicy View",
-    "machine": "num_processors",
-    "models.backbones": "architecture backbone class_names is_named restored",
     "machine": "available_bytes num_processors",
-    "models.backbones": "architecture class_names restored",
+    "models.backbones": "architecture backbone class_names is_named restored",
     "models.digests": "module_digest",
     "models.layer_groups": "LayerGroup layer_groups",
     "models.modes": "check_trainable eval_mode mode_of numerics",
