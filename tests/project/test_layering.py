@@ -86,6 +86,8 @@ ROOMS: dict[str, Rooms] = {
         ),
         ("solvers", ("rows", "targets", "newton", "logistic", "neighbors")),
         ("inputs", ("situation", "search", "explain", "held", "derive", "resident", "batches")),
+        ("solvers", ("rows", "targets", "moments", "newton", "logistic", "neighbors", "ridge", "class_means")),
+        ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
             (
