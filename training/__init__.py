@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from training.ensembles import Ensemble
     from training.estimators.extractor import FeatureExtractor
     from training.estimators.heads import HeadClassifier, HeadRegressor
+    from training.estimators.probes import KNNProbe, LinearProbe
     from training.heads import build_head, concat_head, linear_head, mlp_head
     from training.history import History
     from training.inputs.derive import Inputs
@@ -45,8 +46,10 @@ __all__ = [
     "HeadRegressor",
     "History",
     "Inputs",
+    "KNNProbe",
     "Learner",
     "LearningRates",
+    "LinearProbe",
     "Mixup",
     "Outcomes",
     "Prediction",
@@ -75,6 +78,7 @@ _MODULES = {
     "training.comparing": ("Comparison", "compare"),
     "training.estimators.extractor": ("FeatureExtractor",),
     "training.estimators.heads": ("HeadClassifier", "HeadRegressor"),
+    "training.estimators.probes": ("KNNProbe", "LinearProbe"),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),

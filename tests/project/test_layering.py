@@ -99,7 +99,7 @@ ROOMS: dict[str, Rooms] = {
                 "hub", "learner", "registry", "ensembles", "recipes", "cross_validation", "comparing",
             ),
         ),
-        ("estimators", ("given", "heads", "extractor")),
+        ("estimators", ("given", "heads", "probes", "extractor")),
         (
             "",
             (

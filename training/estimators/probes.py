@@ -1,0 +1,219 @@
+"""Probes as estimators of scikit-learn's: exact solvers, of arrays or stored features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d
+
+from training.estimators.given import Matrix, checked_to_fit, checked_to_predict
+from training.inputs.held import HeldRows
+from training.row_fits import Rows
+from training.solvers.logistic import cross_validated, logistic_path
+from training.solvers.neighbors import KNearest, Metric
+
+_BLOCK_BYTES = 64 << 20
+
+
+class _Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has no types
+    """What classifiers by exact solvers share."""
+
+    classes_: NDArray[Any]
+
+    def predict(self, X: Matrix) -> NDArray[Any]:  # noqa: N803
+        """The most probable class of each row; of equally probable ones the first."""
+        values = self.predict_proba(X)
+        chosen: NDArray[Any] = self.classes_[values.argmax(axis=1)]
+        return chosen
+
+    def predict_proba(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
+        """Probabilities ``(N, K)``, columns in the order of `classes_`."""
+        raise NotImplementedError
+
+    def _given(self, X: Matrix, y: Any) -> tuple[Rows, NDArray[Any]]:  # noqa: N803
+        rows, y = checked_to_fit(self, X, y)
+        y = column_or_1d(y, warn=True)
+        check_classification_targets(y)
+        self.classes_ = np.unique(y)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"y holds one class, {self.classes_[0]}, so there is nothing to tell apart. Expected two classes or "
+                "more. Give rows of others too."
+            )
+        return rows, y
+
+
+class LinearProbe(_Probe):
+    """Multinomial logistic regression, solved exactly: what scikit-learn's ``LogisticRegression(C=C)`` comes to.
+
+    Of several strengths the one is taken that tells most rows apart in folds of the rows it is fitted to; all of them
+    are solved as one problem, many times as fast as a `GridSearchCV`.
+
+    >>> from sklearn.datasets import load_digits
+    >>> X, y = load_digits(return_X_y=True)
+    >>> probe = LinearProbe(C=[1e-4, 1e-2, 1]).fit(X[:1200], y[:1200])
+    >>> probe.C_, round(probe.score(X[1200:], y[1200:]), 2)
+    (0.01, 0.92)
+
+    Args:
+        C: inverse strength of the penalty, or several to choose from.
+        folds: by which it is chosen.
+        standardised: penalises coefficients of columns of mean 0 and deviation 1; for one C.
+        class_weight: None, ``balanced``, or a weight a class, by its name in `y`.
+        tol: how far above its least, as a share, the objective may end.
+        max_iterations: most Newton steps.
+        device: auto, cpu, cuda or cuda:1.
+
+    Attributes:
+        classes_: the classes, sorted.
+        C_: the strength that was given or chosen.
+        scores_: ``(S, folds)``, the accuracy of each strength on the rows that each fold held out; None of one.
+        coef_: ``(K, F)``; of two classes ``(1, F)``.
+        intercept_: ``(K,)``; of two classes ``(1,)``.
+        n_iter_: Newton steps.
+        n_features_in_: how wide rows are.
+        spec_: of features that it was fitted to, what decided their values; else None.
+    """
+
+    def __init__(
+        self,
+        C: float | Sequence[float] = 1.0,  # noqa: N803
+        *,
+        folds: int = 5,
+        standardised: bool = False,
+        class_weight: dict[Any, float] | Literal["balanced"] | None = None,
+        tol: float = 1e-5,
+        max_iterations: int = 100,
+        device: str = "auto",
+    ) -> None:
+        """Takes the settings as they are: they are checked when it is fitted. The class describes them."""
+        self.C, self.folds, self.standardised, self.class_weight = C, folds, standardised, class_weight
+        self.tol, self.max_iterations, self.device = tol, max_iterations, device
+
+    def fit(self, X: Matrix, y: Any = None, sample_weight: Any = None) -> Self:  # noqa: N803
+        """Solves it.
+
+        Args:
+            X: rows ``(N, F)``, or `Features`.
+            y: a class a row. Of `Features` None stands for their own targets.
+            sample_weight: ``(N,)``, what each row counts; None: 1.
+
+        Raises:
+            ValueError: for a single class, and for rows that aren't finite.
+        """
+        rows, y = self._given(X, y)
+        weights = None
+        if sample_weight is not None:
+            weights = _check_sample_weight(sample_weight, y, dtype=np.float64)
+        options: dict[str, Any] = {"weights": weights, "class_weight": self.class_weight, "device": self.device}
+        source = rows.values if isinstance(rows, HeldRows) else rows
+        strengths = [float(each) for each in np.atleast_1d(self.C)]
+        self.scores_: NDArray[np.float64] | None = None
+        self.C_ = strengths[0]
+        if len(strengths) > 1:
+            if self.standardised:
+                raise ValueError(
+                    "standardised is for one C, as folds would share its means. Put a StandardScaler before this in a "
+                    "pipeline, or give one C."
+                )
+            self.scores_ = cross_validated(source, y, C=strengths, folds=self.folds, **options)
+            self.C_ = _chosen(strengths, self.scores_)
+        path = logistic_path(
+            source,
+            y,
+            C=self.C_,
+            standardised=self.standardised,
+            tol=self.tol,
+            max_iterations=self.max_iterations,
+            **options,
+        )
+        self.coef_, self.intercept_ = path.coefficients[0], path.intercepts[0]
+        if len(self.classes_) == 2:
+            self.coef_, self.intercept_ = np.diff(self.coef_, axis=0), np.diff(self.intercept_)
+        self.n_iter_ = int(path.num_iterations[0])
+        return self
+
+    def decision_function(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
+        """Logits ``(N, K)``; of two classes ``(N,)``, by how much the second one's is larger.
+
+        They are computed in float64, so that those of a row don't depend on which others are asked for.
+        """
+        check_is_fitted(self)
+        rows = checked_to_predict(self, X)
+        several = max(1, _BLOCK_BYTES // (8 * self.n_features_in_))
+        blocks = [rows[start : start + several].double().numpy() for start in range(0, len(rows), several)]
+        logits = np.concatenate([block @ self.coef_.T + self.intercept_ for block in blocks])
+        return logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def predict_proba(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
+        """Probabilities ``(N, K)``, columns in the order of `classes_`."""
+        logits = torch.from_numpy(self.decision_function(X))
+        if logits.ndim == 1:
+            logits = torch.stack([torch.zeros_like(logits), logits], dim=1)
+        values: NDArray[np.float64] = torch.softmax(logits, dim=1).numpy()
+        return values
+
+
+class KNNProbe(_Probe):
+    """The classes of the nearest rows, found exactly, by blocked products: k-nearest neighbours.
+
+    Args:
+        n_neighbors: how many vote; all rows, where there are fewer.
+        metric: cosine or euclidean.
+        weights: of votes: ``uniform``, ``distance`` (its inverse), or a temperature, as 0.07 in the evaluation of DINO.
+        device: auto, cpu, cuda or cuda:1.
+
+    Attributes:
+        classes_: the classes, sorted.
+        n_neighbors_: how many vote.
+        neighbors_: the rows to search.
+        n_features_in_: how wide rows are.
+        spec_: of features that it was fitted to, what decided their values; else None.
+    """
+
+    def __init__(
+        self,
+        n_neighbors: int = 20,
+        *,
+        metric: Metric = "cosine",
+        weights: Literal["uniform", "distance"] | float = "uniform",
+        device: str = "auto",
+    ) -> None:
+        """Takes the settings as they are: they are checked when it is fitted. The class describes them."""
+        self.n_neighbors, self.metric, self.weights, self.device = n_neighbors, metric, weights, device
+
+    def fit(self, X: Matrix, y: Any = None) -> Self:  # noqa: N803
+        """Keeps the rows to search.
+
+        Args:
+            X: rows ``(N, F)``, or `Features`.
+            y: a class a row. Of `Features` None stands for their own targets.
+
+        Raises:
+            ValueError: for a single class, rows that aren't finite, and of cosine for rows of zeros.
+        """
+        rows, y = self._given(X, y)
+        self.n_neighbors_ = min(self.n_neighbors, len(rows))
+        source = rows.values if isinstance(rows, HeldRows) else rows
+        self.neighbors_ = KNearest(
+            source, y, k=self.n_neighbors_, metric=self.metric, weights=self.weights, device=self.device
+        )
+        return self
+
+    def predict_proba(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
+        """The share of each class in the votes ``(N, K)``, columns in the order of `classes_`."""
+        check_is_fitted(self)
+        rows = checked_to_predict(self, X)
+        return self.neighbors_.predict_proba(rows.values if isinstance(rows, HeldRows) else rows)
+
+
+def _chosen(strengths: Sequence[float], scores: NDArray[np.float64]) -> float:
+    """The one that is right most often; of equal ones the smallest, which penalises most."""
+    means = scores.mean(axis=1)
+    return min(each for each, mean in zip(strengths, means, strict=True) if mean == means.max())
