@@ -192,7 +192,7 @@ class Runs(Sequence[ListedRun]):
         """
         lowest, highest = at_least or {}, at_most or {}
         for name in (*equal, *lowest, *highest):
-            self._check(name)
+            self.check_column(name)
         kept = [
             each
             for each in self._found
@@ -255,6 +255,17 @@ class Runs(Sequence[ListedRun]):
             writer.writerow(names)
             writer.writerows([_field(row.get(name)) for name in names] for row in rows)
 
+    def check_column(self, name: str) -> None:
+        """Checks that a run has a column of that name.
+
+        Raises:
+            ValueError: if none has, naming what may have been meant.
+        """
+        if name not in self.columns and self._found:
+            near = difflib.get_close_matches(name, self.columns, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"No run here has {name!r}.{hint} What they have: {', '.join(self.columns)}.")
+
     def in_words(self, columns: Sequence[str] | None = None, *, most: int | None = None) -> str:
         """A table, and below it what is equal in all runs, which scores don't compare, and what is damaged.
 
@@ -281,15 +292,9 @@ class Runs(Sequence[ListedRun]):
     def _of(self, found: Iterable[ListedRun]) -> Runs:
         return Runs(found, damaged=self.damaged, root=self.root)
 
-    def _check(self, name: str) -> None:
-        if name not in self.columns and self._found:
-            near = difflib.get_close_matches(name, self.columns, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"No run here has {name!r}.{hint} What they have: {', '.join(self.columns)}.")
-
     def _direction(self, sort: Order) -> tuple[str, Direction]:
         name, given = (sort, None) if isinstance(sort, str) else sort
-        self._check(name)
+        self.check_column(name)
         if given not in (None, "min", "max"):
             raise ValueError(f"The direction of {name} is {given!r}; expected min or max.")
         own: Direction | None = "min" if name in _LOWER_IS_BETTER else DIRECTIONS.get(name)
@@ -353,7 +358,7 @@ class Runs(Sequence[ListedRun]):
             names = ["run", *self._differing()[:_MOST_COLUMNS], *scores, "images", *apart, "seconds"]
         else:
             for name in columns:
-                self._check(name)
+                self.check_column(name)
             names = [*dict.fromkeys(["run", *columns])]
         notes = self._notes()
         rows = [{name: _with_interval(each, name) for name in names} for each in self._found]
