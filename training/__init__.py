@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from training.recipes import finetune, train_head
     from training.registry import Runs, runs
     from training.sidecar import Sidecar
+    from training.significance import mcnemar, paired_bootstrap
 
 __all__ = [
     "EMA",
@@ -48,7 +49,9 @@ __all__ = [
     "cross_validate",
     "finetune",
     "linear_head",
+    "mcnemar",
     "mlp_head",
+    "paired_bootstrap",
     "reestimate_batch_norm",
     "runs",
     "train_head",
@@ -72,6 +75,7 @@ _MODULES = {
     "training.recipes": ("finetune", "train_head"),
     "training.registry": ("Runs", "runs"),
     "training.sidecar": ("Sidecar",),
+    "training.significance": ("mcnemar", "paired_bootstrap"),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

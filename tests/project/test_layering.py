@@ -80,8 +80,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "metrics", "choices", "sidecar", "schedules", "monitor", "plots", "history", "trackers", "outcomes",
-                "heads", "mixing",
+                "metrics", "choices", "sidecar", "scored_table", "schedules", "monitor", "plots", "history",
+                "trackers", "outcomes", "significance", "heads", "mixing",
             ),
         ),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
@@ -92,7 +92,7 @@ ROOMS: dict[str, Rooms] = {
                 "ranks", "steps", "fit", "agreement", "batch_norm", "checkpoints", "lr_find", "predict", "tta",
                 "placement", "embedding", "settings", "plan", "fitting", "provenance", "saved", "export", "hub",
                 "learner", "registry", "ensembles", "recipes", "cross_validation", "fit_flags", "asked", "config",
-                "run_commands", "lr_command", "runs_command", "__init__", "cli", "__main__",
+                "run_commands", "lr_command", "runs_command", "versus_command", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -134,6 +134,7 @@ DOORS = {
         "training.run_commands",
         "training.lr_command",
         "training.runs_command",
+        "training.versus_command",
         "training.cli",
     },
     "matplotlib": {"training.plots"},
