@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from training.sidecar import Sidecar
     from training.suspects import Suspects, label_suspects
     from training.transferability import transfer_scores
+    from training.significance import mcnemar, paired_bootstrap
 
 __all__ = [
     "EMA",
@@ -63,7 +64,9 @@ __all__ = [
     "finetune",
     "label_suspects",
     "linear_head",
+    "mcnemar",
     "mlp_head",
+    "paired_bootstrap",
     "reestimate_batch_norm",
     "runs",
     "train_head",
@@ -94,6 +97,7 @@ _MODULES = {
     "training.sidecar": ("Sidecar",),
     "training.suspects": ("Suspects", "label_suspects"),
     "training.transferability": ("transfer_scores",),
+    "training.significance": ("mcnemar", "paired_bootstrap"),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

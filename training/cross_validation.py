@@ -146,7 +146,8 @@ class CrossValidation:
         found, task = self.outcomes(), self.learners[0].task
         with written_by_first(folder / PREDICTIONS) as is_mine:
             if is_mine:
-                write_csv(folder / PREDICTIONS, found.images.ids, found.probabilities, found.classes, task)
+                values = found.probabilities
+                write_csv(folder / PREDICTIONS, found.images.ids, values, found.classes, task, found.targets)
         return folder
 
 

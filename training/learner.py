@@ -711,7 +711,7 @@ class Learner:
             self._say(f"saved without validation scores: {error}")
             return None
         values, numbers = probabilities(found.logits, self.task), self._scored(found.logits, targets)
-        saved.write_valid(folder, numbers, found.images.ids, values, self.classes, self.task)
+        saved.write_valid(folder, numbers, found.images, values)
         return found, numbers
 
     def _split(self, situation: Situation) -> PastSplit:

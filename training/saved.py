@@ -178,15 +178,14 @@ def write_asked(folder: Path, asked: str | None) -> None:
 def write_valid(
     folder: Path,
     scored: Mapping[str, float],
-    ids: Sequence[str],
+    images: ImageSet,
     values: NDArray[np.float64],
-    classes: Sequence[str],
-    task: Task,
 ) -> None:
-    """Writes metrics.json, the validation scores, null where one isn't finite; and a table of the predictions."""
+    """Writes metrics.json, the validation scores, null where one isn't finite; and a table of what was predicted."""
     text = json.dumps({"valid": finite(scored)}, indent=1) + "\n"
     (folder / METRICS).write_text(text, encoding="utf-8")
-    write_csv(folder / VALID_PREDICTIONS, ids, values, classes, task)
+    path = folder / VALID_PREDICTIONS
+    write_csv(path, images.ids, values, images.classes, images.task, images.targets)
 
 
 def read_scores(run: Path) -> dict[str, Json] | None:

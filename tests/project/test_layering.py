@@ -84,6 +84,8 @@ ROOMS: dict[str, Rooms] = {
             (
                 "frames", "metrics", "choices", "sidecar", "transferability", "probing", "schedules", "monitor",
                 "plots", "history", "trackers", "outcomes", "suspects", "heads", "mixing",
+                "metrics", "choices", "sidecar", "scored_table", "schedules", "monitor", "plots", "history",
+                "trackers", "outcomes", "significance", "heads", "mixing",
             ),
         ),
         ("solvers", ("rows", "targets", "newton", "logistic", "neighbors")),
@@ -105,6 +107,9 @@ ROOMS: dict[str, Rooms] = {
             (
                 "fit_flags", "asked", "config", "run_commands", "lr_command", "runs_command", "compare_command",
                 "__init__", "cli", "__main__",
+                "placement", "embedding", "settings", "plan", "fitting", "provenance", "saved", "export", "hub",
+                "learner", "registry", "ensembles", "recipes", "cross_validation", "fit_flags", "asked", "config",
+                "run_commands", "lr_command", "runs_command", "versus_command", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -156,6 +161,11 @@ DOORS = {
     "pandas": {"training.frames"},
     "plotly": {"featstore.pages.figures"},
     "umap": {"featstore.pages.projection"},
+        "training.versus_command",
+        "training.cli",
+    },
+    "matplotlib": {"training.plots"},
+    "pandas": {"training.registry"},
     "obstore": {"featstore.objects"},
     "onnxruntime": {"training.export"},
     "torch.utils.tensorboard": {"training.trackers"},
@@ -222,6 +232,7 @@ SURFACE: dict[str, str] = {
     "store.sets": "FeatureRequest FeatureSet",
     "store.store": "FeatureStore",
     "words": "counted listed printable size_text some",
+    "words": "counted printable size_text some",
 }
 
 IMPORT_BY_VARIABLE = {"featstore.__init__", "training.__init__", "featstore.exchange.export"}
