@@ -154,11 +154,18 @@ class LinearHead(nn.Linear):
         std = (squares / count).sqrt()
         # What lies within the rounding of float32 is no variation; scaled up, it would be noise as large as a signal.
         std[(std <= torch.finfo(torch.float32).eps * mean.abs()) | (std < 1e-30)] = 1.0
+        self._rescale(mean, SPREAD / std, count)
+
+    def standardise_as(self, other: LinearHead) -> None:
+        """Takes the statistics that `other` has of the same rows; what it comes to is what `standardise` would."""
+        self._rescale(other.mean, other.scale, int(other.num_rows))
+
+    def _rescale(self, mean: Tensor, scale: Tensor, num_rows: int) -> None:
         plain = self.folded()
         with torch.no_grad():
             self.mean.copy_(mean)
-            self.scale.copy_(SPREAD / std)
-            self.num_rows.fill_(count)
+            self.scale.copy_(scale)
+            self.num_rows.fill_(num_rows)
             weight, mean, scale = plain.weight.double(), self.mean.double(), self.scale.double()
             self.bias.copy_(plain.bias.double() + weight @ mean)
             self.weight.copy_(weight / scale)
@@ -232,7 +239,9 @@ def unstandardised(in_features: int) -> dict[str, Tensor]:
     }
 
 
-def standardise(tail: nn.Module, batches: Iterable[Tensor], targets: Tensor | None = None) -> None:
+def standardise(
+    tail: nn.Module, batches: Iterable[Tensor], targets: Tensor | None = None, like: nn.Module | None = None
+) -> None:
     """Gives a linear head at the end of `tail` the statistics of its training rows, if it has none yet.
 
     Likewise a head for regression those of its targets.
@@ -241,6 +250,7 @@ def standardise(tail: nn.Module, batches: Iterable[Tensor], targets: Tensor | No
         tail: the stages that train, in order. Those before the head run in eval mode.
         batches: what the tail is given in training, in one pass over the training images.
         targets: of all training images.
+        like: stages that train on the same images: where they are a linear head alone too, its statistics serve.
     """
     *before, last = tail.children()
     values = last.module if isinstance(last, HeadStage) else last
@@ -249,9 +259,19 @@ def standardise(tail: nn.Module, batches: Iterable[Tensor], targets: Tensor | No
     head = linear_head_of(last)
     if head is None or head.num_rows:
         return
+    known = None if like is None else _lone_linear_head(like)
+    if known is not None and known.num_rows and not before:
+        head.standardise_as(known)
+        return
     rest = nn.Sequential(*before)
     with torch.no_grad(), mode_of(rest, training=False):
         head.standardise(rest(batch) for batch in batches)
+
+
+def _lone_linear_head(tail: nn.Module) -> LinearHead | None:
+    """The linear head that is all that `tail` holds; None if there is none, or more."""
+    children = list(tail.children())
+    return linear_head_of(children[0]) if len(children) == 1 else None
 
 
 def mlp_head(
@@ -369,8 +389,7 @@ def _moments(batches: Iterable[Tensor], width: int) -> tuple[int, Tensor, Tensor
 
 def passes_an_epoch(tail: nn.Module, num_batches: int) -> int:
     """How often an epoch goes over the images: several times for a linear head that trains alone on a small set."""
-    children = list(tail.children())
-    is_alone = len(children) == 1 and linear_head_of(children[0]) is not None
+    is_alone = _lone_linear_head(tail) is not None
     return min(_PASSES, math.ceil(_STEPS / max(num_batches, 1))) if is_alone else 1
 
 

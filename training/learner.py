@@ -333,6 +333,23 @@ class Learner:
         return self._fit(Plan(cycles=cycles, lr=lr, snapshot=snapshot, **options))
 
     def _fit(self, plan: Plan) -> History:
+        begun = self.begin(plan)
+        history = begun.run(partial(self._save_snapshot, begun), self.history.extend)
+        self._end(begun)
+        return history
+
+    def begin(self, plan: Plan, *, beside: Begun | None = None) -> Begun:
+        """A fit at its start, for what runs several of them side by side; `end` takes what it came to.
+
+        Args:
+            plan: what it is asked for.
+            beside: a fit of another learner with the same images, store, placement, view and augmentation, which has
+                begun with the same batches, order and passes: this one then reads its batches with it.
+
+        Raises:
+            FeatureStoreError: as `fit`.
+            ValueError: likewise.
+        """
         # What is wrong with it is said before anything is computed.
         optim.build(
             self.model,
@@ -344,16 +361,30 @@ class Learner:
         Monitor.of(plan.monitor, self._scores())
         kept = None if plan.folder is None else read_fit(plan.folder, resume=plan.resume)
         plan.check_snapshots(goes_on=kept is not None)
-        fitting, situation, inputs = self._fitting(plan)
-        begun = fitting.begun(kept, first_epoch=len(self.history.records))
-        self.read_from, self._trained_on = fitting.train.source.kind, str(inputs)
+        if beside is None:
+            fitting, situation, inputs = self._fitting(plan)
+            split: PastSplit | None = self._split(situation)
+            words = str(inputs)
+        else:
+            fitting = self._fitting_on(plan, beside.fitting.train, beside.fitting.valid)
+            split, words = beside.split, beside.words
+        begun = fitting.begun(kept, first_epoch=len(self.history.records), beside=beside)
+        begun.split, begun.words = split, words
+        self.read_from, self._trained_on = fitting.train.source.kind, words
         # Before the first step: a fit may be interrupted.
-        self._seen, self._passes = self._split(situation).over(self._seen), begun.num_passes
-        history = begun.run(partial(self._save_snapshot, begun), self.history.extend)
+        assert split is not None
+        self._seen, self._passes = split.over(self._seen), begun.num_passes
+        return begun
+
+    def end(self, begun: Begun) -> None:
+        """Takes the epochs of a fit that began with `begin` and has run."""
+        self.history.extend(begun.progress.history)
+        self._end(begun)
+
+    def _end(self, begun: Begun) -> None:
         self._passes = begun.passes_done
-        self._say(left_out_note(fitting.train, fitting.valid))
-        self._say(doubtful_note(fitting.train, fitting.valid))
-        return history
+        self._say(left_out_note(begun.fitting.train, begun.fitting.valid))
+        self._say(doubtful_note(begun.fitting.train, begun.fitting.valid))
 
     def _save_snapshot(self, begun: Begun, cycle: int) -> None:
         whole = self.history, self._passes
@@ -583,11 +614,15 @@ class Learner:
             sampling=plan.sampling,
             mix=plan.changes,
         )
-        fitting = Fitting(
+        valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
+        return self._fitting_on(plan, train, valid), situation, inputs
+
+    def _fitting_on(self, plan: Plan, train: Batches, valid: Batches | None) -> Fitting:
+        return Fitting(
             plan=plan,
             model=self.model,
             train=train,
-            valid=None if inputs.valid is None else self._batches(inputs.valid, situation),
+            valid=valid,
             optimizer=self.optimizer,
             loss=self._criterion(),
             own_loss=self._loss,
@@ -598,7 +633,6 @@ class Learner:
             say=self._say,
             is_shown=not self.quiet and is_first(),
         )
-        return fitting, situation, inputs
 
     def _ready(self, plan: Plan) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.metrics import Loss
+from training.metrics import Loss, loss_value, squared_error
 
 ClassWeights: TypeAlias = Literal["balanced"] | Sequence[float]
 
@@ -54,6 +54,36 @@ def smoothed_or_weighted(
     if task == "multi":
         return partial(_with_pos_weight, weights=weights)
     return partial(_cross_entropy, label_smoothing=label_smoothing, weights=weights)
+
+
+def separate(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+    """What `loss` gives for each of several heads: ``(H,)``, of their logits ``(n, H, K)`` for the same images.
+
+    The task's own losses are computed of all heads together, any other one of each in turn.
+    """
+    num_rows, num_heads, width = logits.shape
+    kind, options = (loss.func, loss.keywords) if isinstance(loss, partial) else (loss, {})
+    if kind in (F.cross_entropy, _cross_entropy):
+        weights = _like(options.get("weights"), logits)
+        flat = targets.repeat_interleave(num_heads, 0)
+        smoothing = options.get("label_smoothing", 0.0)
+        values = F.cross_entropy(
+            logits.reshape(-1, width), flat, weight=weights, label_smoothing=smoothing, reduction="none"
+        )
+        # As torch has it: a mean over class numbers is by their weights, over probabilities by their rows.
+        total = num_rows if weights is None or targets.ndim > 1 else weights[targets].sum()
+        return values.view(num_rows, num_heads).sum(0) / total
+    if kind in (F.binary_cross_entropy_with_logits, _with_pos_weight):
+        weights = _like(options.get("weights"), logits)
+        values = F.binary_cross_entropy_with_logits(
+            logits, targets[:, None].expand_as(logits), pos_weight=weights, reduction="none"
+        )
+        return values.mean((0, 2))
+    if kind is squared_error:
+        scale = options["scale"]
+        errors = logits - targets[:, None]
+        return (errors if scale is None else errors / scale).square().mean((0, 2))
+    return torch.stack([loss_value(loss, each, targets) for each in logits.unbind(1)])
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float, weights: Tensor | None) -> Tensor:

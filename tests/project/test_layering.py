@@ -90,7 +90,7 @@ ROOMS: dict[str, Rooms] = {
             (
                 "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
                 "ranks", "steps", "fit", "agreement", "batch_norm", "checkpoints", "lr_find", "predict", "tta",
-                "placement", "embedding", "settings", "plan", "fitting", "saved", "export", "hub", "learner",
+                "placement", "embedding", "settings", "plan", "fitting", "packed", "saved", "export", "hub", "learner",
                 "ensembles", "recipes", "cross_validation", "fit_flags", "asked", "config", "run_commands",
                 "lr_command", "__init__", "cli", "__main__",
             ),
