@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from training.plan import FitOptions
     from training.predict import Prediction
     from training.recipes import finetune, train_head
+    from training.registry import Runs, runs
+    from training.sidecar import Sidecar
 
 __all__ = [
     "EMA",
@@ -39,6 +41,8 @@ __all__ = [
     "Mixup",
     "Outcomes",
     "Prediction",
+    "Runs",
+    "Sidecar",
     "build_head",
     "concat_head",
     "cross_validate",
@@ -46,6 +50,7 @@ __all__ = [
     "linear_head",
     "mlp_head",
     "reestimate_batch_norm",
+    "runs",
     "train_head",
 ]
 
@@ -65,6 +70,8 @@ _MODULES = {
     "training.plan": ("FitOptions",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
+    "training.registry": ("Runs", "runs"),
+    "training.sidecar": ("Sidecar",),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -24,6 +24,7 @@ from measuring import ratio, report, speeds
 from train import made, stored_learner
 
 from training import Learner
+from training.fitting import Begun
 from training.packed import Together
 from training.plan import Plan
 
@@ -105,10 +106,8 @@ def learners(first: Learner, num_heads: int) -> list[Learner]:
 
 def trained_apart(first: Learner, num_heads: int, epochs: int) -> list[Learner]:
     """One after another, by the loop of any fit, on batches of one source: rows are read into memory once."""
-    made, beside = learners(first, num_heads), None
-    for learn, plan in zip(made, plans(num_heads, epochs), strict=True):
-        begun = learn.begin(plan, beside=beside)
-        beside = beside or begun
+    made = learners(first, num_heads)
+    for learn, begun in zip(made, started(made, plans(num_heads, epochs)), strict=True):
         begun.go_on()
         learn.end(begun)
     return made
@@ -117,14 +116,19 @@ def trained_apart(first: Learner, num_heads: int, epochs: int) -> list[Learner]:
 def trained_together(first: Learner, num_heads: int, epochs: int) -> list[Learner]:
     """In one pass over the batches."""
     made = learners(first, num_heads)
-    begun = [made[0].begin(plans(num_heads, epochs)[0])]
-    begun += [
-        learn.begin(plan, beside=begun[0]) for learn, plan in zip(made[1:], plans(num_heads, epochs)[1:], strict=True)
-    ]
+    begun = started(made, plans(num_heads, epochs))
     Together(begun).go_on()
     for learn, each in zip(made, begun, strict=True):
         learn.end(each)
     return made
+
+
+def started(made: Sequence[Learner], each: Sequence[Plan]) -> list[Begun]:
+    """Fits that read the same batches, at their start."""
+    return [
+        learn.begin(plan, beside=made[0] if place else None)
+        for place, (learn, plan) in enumerate(zip(made, each, strict=True))
+    ]
 
 
 def apart(some: Sequence[Learner], others: Sequence[Learner]) -> float:
@@ -143,16 +147,15 @@ def settings_of_imagenet(folder: Path, device: str) -> dict[str, str]:
     each = [
         Plan(cycles=(2,), lr=plan.lr, weight_decay=plan.weight_decay, precision="bf16") for plan in plans(num_heads, 2)
     ]
-    begun = [made_[0].begin(each[0])]
-    begun += [learn.begin(plan, beside=begun[0]) for learn, plan in zip(made_[1:], each[1:], strict=True)]
+    begun = started(made_, each)
     together = Together(begun)
     seconds = []
     for epoch in (1, 2):
         torch.cuda.synchronize()
-        started = time.perf_counter()
+        before = time.perf_counter()
         together.go_on(epoch)
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - before)
     return {f"{num_heads} settings of {num_rows:,} x 2048, 1000 classes": f"{seconds[-1]:.1f} s an epoch (bf16)"}
 
 

@@ -80,8 +80,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "metrics", "choices", "schedules", "monitor", "plots", "history", "trackers", "outcomes", "heads",
-                "mixing",
+                "metrics", "choices", "sidecar", "schedules", "monitor", "plots", "history", "trackers", "outcomes",
+                "heads", "mixing",
             ),
         ),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
@@ -90,9 +90,9 @@ ROOMS: dict[str, Rooms] = {
             (
                 "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
                 "ranks", "steps", "fit", "agreement", "batch_norm", "checkpoints", "lr_find", "predict", "tta",
-                "placement", "embedding", "settings", "plan", "fitting", "packed", "saved", "export", "hub", "learner",
-                "ensembles", "recipes", "cross_validation", "fit_flags", "asked", "config", "run_commands",
-                "lr_command", "__init__", "cli", "__main__",
+                "placement", "embedding", "settings", "plan", "fitting", "packed", "provenance", "saved", "export",
+                "hub", "learner", "registry", "ensembles", "recipes", "cross_validation", "fit_flags", "asked",
+                "config", "run_commands", "lr_command", "runs_command", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -133,9 +133,11 @@ DOORS = {
         "training.config",
         "training.run_commands",
         "training.lr_command",
+        "training.runs_command",
         "training.cli",
     },
     "matplotlib": {"training.plots"},
+    "pandas": {"training.registry"},
     "obstore": {"featstore.objects"},
     "onnxruntime": {"training.export"},
     "torch.utils.tensorboard": {"training.trackers"},
@@ -154,7 +156,7 @@ SURFACE: dict[str, str] = {
     ),
     "cli.models": "ModelFlags load_model",
     "cli.program": "new_app one_of run show show_json table tell tell_all",
-    "digest": "Json digest_bytes digest_json digest_tensor",
+    "digest": "Json canonical_json digest_bytes digest_json digest_tensor",
     "errors": (
         "AmbiguousRequestError DamagedFileError FactsDifferError FeatureStoreError ImageError MissingFeaturesError "
         "ModelError OnError check_choice"
@@ -164,8 +166,9 @@ SURFACE: dict[str, str] = {
     "extraction.progress": "bar_class",
     "extraction.remedy": "extract_remedy seed_ranges",
     "extraction.shards": "local_device local_threads local_workers",
+    "files.disk": "whole_or_nothing write_at",
     "files.storage_types": "DEFAULT_STORAGE_TYPE STORAGE_TYPES",
-    "html": "titled_table",
+    "html": "MOST_ROWS titled_table",
     "images.contents": "is_changed overlap_note",
     "images.digests": "Digests KnownDigest KnownDigests",
     "images.image_set": "ImageSet",
@@ -198,7 +201,7 @@ SURFACE: dict[str, str] = {
     "store.part_facts": "are_stages stage_facts",
     "store.sets": "FeatureRequest FeatureSet",
     "store.store": "FeatureStore",
-    "words": "printable size_text some",
+    "words": "counted printable size_text some",
 }
 
 IMPORT_BY_VARIABLE = {"featstore.__init__", "training.__init__", "featstore.exchange.export"}

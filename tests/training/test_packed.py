@@ -57,7 +57,7 @@ def learner(stored: tuple[ImageSet, FeatureStore, str], head: str | nn.Module = 
 
 def begun(learners: list[Learner], plans: list[Plan]) -> list[Begun]:
     first = learners[0].begin(plans[0])
-    rest = [learn.begin(plan, beside=first) for learn, plan in zip(learners[1:], plans[1:], strict=True)]
+    rest = [learn.begin(plan, beside=learners[0]) for learn, plan in zip(learners[1:], plans[1:], strict=True)]
     return [first, *rest]
 
 
