@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from training.batch_norm import reestimate_batch_norm
     from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
-    from training.heads import build_head, concat_head, linear_head, mlp_head
+    from training.heads import attention_head, build_head, concat_head, linear_head, mlp_head
     from training.history import History
     from training.inputs.derive import Inputs
     from training.learner import Learner
@@ -43,6 +43,7 @@ __all__ = [
     "Prediction",
     "Runs",
     "Sidecar",
+    "attention_head",
     "build_head",
     "concat_head",
     "cross_validate",
@@ -60,7 +61,7 @@ _MODULES = {
     "training.batch_norm": ("reestimate_batch_norm",),
     "training.ensembles": ("Ensemble",),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
-    "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
+    "training.heads": ("attention_head", "build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),
     "training.inputs.derive": ("Inputs",),
     "training.learner": ("Learner",),

@@ -143,7 +143,7 @@ def head(
     ] = None,
 ) -> None:
     """Train a head on stored features."""
-    one_of("--head", kind, choices.HEADS)
+    one_of("--head", kind.partition(":")[0], choices.HEADS)
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else learning_rate(lr)
     feature_store = open_store(store)

@@ -82,7 +82,8 @@ class Learner:
         store: where features are looked up; None: images are read.
         cut: where the head sits; default: the model's default cut, or the only one this model has features of.
         reduce: the pool at the cut: auto, none, avg, max, concat, token or tokens.
-        head: concat, linear, mlp, a module of your own from pooled activations to logits, or ``keep``.
+        head: concat, linear, mlp, attention (on maps or tokens: it is a pool of its own), also with options in one
+            word, ``mlp:hidden=256,dropout=0.3``; a module of your own from pooled activations to logits; or ``keep``.
         classes: the class of each logit, in order; default: the images' own table. With ``head="keep"`` the default is
             what the model's weights were trained on, or the images' classes if these number the logits (0, 1, 2, ...).
         features: start of the key of the set to use; it fixes cut, reduction, view, storage type and precision.
