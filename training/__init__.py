@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from training.batch_norm import reestimate_batch_norm
     from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
+    from training.grid import Grid, Sample, log_uniform, uniform
     from training.heads import attention_head, build_head, concat_head, linear_head, mlp_head
     from training.history import History
     from training.inputs.derive import Inputs
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from training.recipes import finetune, train_head
     from training.registry import Runs, runs
     from training.sidecar import Sidecar
+    from training.sweeps import Sweep, sweep, try_settings
 
 __all__ = [
     "EMA",
@@ -34,6 +36,7 @@ __all__ = [
     "FeatureBrightness",
     "FeatureNoise",
     "FitOptions",
+    "Grid",
     "History",
     "Inputs",
     "Learner",
@@ -42,17 +45,23 @@ __all__ = [
     "Outcomes",
     "Prediction",
     "Runs",
+    "Sample",
     "Sidecar",
+    "Sweep",
     "attention_head",
     "build_head",
     "concat_head",
     "cross_validate",
     "finetune",
     "linear_head",
+    "log_uniform",
     "mlp_head",
     "reestimate_batch_norm",
     "runs",
+    "sweep",
     "train_head",
+    "try_settings",
+    "uniform",
 ]
 
 _MODULES = {
@@ -61,6 +70,7 @@ _MODULES = {
     "training.batch_norm": ("reestimate_batch_norm",),
     "training.ensembles": ("Ensemble",),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
+    "training.grid": ("Grid", "Sample", "log_uniform", "uniform"),
     "training.heads": ("attention_head", "build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),
     "training.inputs.derive": ("Inputs",),
@@ -71,6 +81,7 @@ _MODULES = {
     "training.plan": ("FitOptions",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
+    "training.sweeps": ("Sweep", "sweep", "try_settings"),
     "training.registry": ("Runs", "runs"),
     "training.sidecar": ("Sidecar",),
 }

@@ -35,6 +35,7 @@ from training.agreement import Agreement, compared
 from training.checkpoints import read_fit
 from training.class_counts import imbalance_note
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
+from training.copies import put_back
 from training.embedding import embedding_model
 from training.export import ExportReport, exported
 from training.fit import (
@@ -62,6 +63,7 @@ from training.plan import FitOptions, Plan, check_options, takes_fit_options
 from training.predict import Items, Prediction, as_images, outputs_words, predictions, probabilities
 from training.provenance import FitRecord, sidecar_of, start_of
 from training.ranks import check_alone, is_first, written_by_first
+from training.sidecar import Sidecar
 from training.splits import PastSplit, present_split
 from training.tta import Scored, TestViews, TtaOptions, scored
 
@@ -392,7 +394,8 @@ class Learner:
 
     def end(self, begun: Begun) -> None:
         """Takes the epochs of a fit that began with `begin` and has run."""
-        self.history.extend(begun.progress.history)
+        if begun.progress.history.records:  # else it failed in its first epoch
+            self.history.extend(begun.progress.history)
         self._fits[-1] = self._fits[-1].after(begun)
         self._end(begun)
 
@@ -502,19 +505,36 @@ class Learner:
 
     def _write(self, folder: Path, *, overwrite: bool) -> None:
         with new_run(folder, overwrite=overwrite) as made:
-            facts = saved.run_facts(
-                self.model,
-                cut=self.cut,
-                view=self.view,
-                head=self.head_name,
-                classes=self.classes,
-                task=self.task,
-                seed=self.seed,
-                passes=self._passes or 0,
-            )
+            facts = self._facts()
             write_run(made, facts, self.model.tensors())
             saved.write_asked(made, self._asked)
             self._write_reports(made, facts)
+
+    def _facts(self) -> dict[str, Json]:
+        return saved.run_facts(
+            self.model,
+            cut=self.cut,
+            view=self.view,
+            head=self.head_name,
+            classes=self.classes,
+            task=self.task,
+            seed=self.seed,
+            passes=self.passes,
+        )
+
+    @property
+    def passes(self) -> int:
+        """Over the training images, that all fits have made."""
+        return self._passes or 0
+
+    def sidecar(self) -> Sidecar:
+        """What run.json would say of it, without scores."""
+        return self._sidecar(self._facts(), None, self._situation())
+
+    def take_tail(self, tensors: Mapping[str, torch.Tensor], passes: int) -> None:
+        """Takes what another learner like this one has come to: the tensors of what trains, and its passes."""
+        put_back(self._tail(), tensors)
+        self._passes = passes
 
     def export(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> ExportReport:
         """Writes the whole model as pt2, onnx or state-dict for other programs: see `training.export`."""
@@ -728,19 +748,23 @@ class Learner:
             split = self._seen.over(split)  # what was fitted, though the images may be others by now
         split.over(self._past).write(folder)
         saved.write_history(folder, self.history)
-        found = self._write_valid(folder)
-        sidecar_of(
+        self._sidecar(facts, self._write_valid(folder), situation).write(folder)
+
+    def _sidecar(
+        self, facts: Mapping[str, Json], scored: tuple[Scored, dict[str, float]] | None, situation: Situation
+    ) -> Sidecar:
+        return sidecar_of(
             facts,
             self._fits,
             named=self._named,
             start=self._start,
-            scored=found,
+            scored=scored,
             known=situation.known,
             device=str(self.device),
             epochs=len(self.history.records),
             inputs=self._trained_on,
             store=None if self.store is None else str(self.store.folder),
-        ).write(folder)
+        )
 
     def _write_valid(self, folder: Path) -> tuple[Scored, dict[str, float]] | None:
         """Scores the images held out, and writes what was said of them; None if there are none."""
