@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from training.estimators.extractor import FeatureExtractor
     from training.estimators.heads import HeadClassifier, HeadRegressor
     from training.estimators.probes import KNNProbe, LinearProbe
-    from training.heads import build_head, concat_head, linear_head, mlp_head
+    from training.grid import Grid, Sample, log_uniform, uniform
+    from training.heads import attention_head, build_head, concat_head, linear_head, mlp_head
     from training.history import History
     from training.inputs.derive import Inputs
     from training.learner import Learner
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from training.recipes import finetune, train_head
     from training.registry import Runs, runs
     from training.sidecar import Sidecar
-    from training.suspects import Suspects, label_suspects
-    from training.transferability import transfer_scores
     from training.significance import mcnemar, paired_bootstrap
+    from training.suspects import Suspects, label_suspects
+    from training.sweeps import Sweep, sweep, try_settings
+    from training.transferability import transfer_scores
 
 __all__ = [
     "EMA",
@@ -43,6 +45,7 @@ __all__ = [
     "FeatureExtractor",
     "FeatureNoise",
     "FitOptions",
+    "Grid",
     "HeadClassifier",
     "HeadRegressor",
     "History",
@@ -55,8 +58,11 @@ __all__ = [
     "Outcomes",
     "Prediction",
     "Runs",
+    "Sample",
     "Sidecar",
     "Suspects",
+    "Sweep",
+    "attention_head",
     "build_head",
     "compare",
     "concat_head",
@@ -64,13 +70,17 @@ __all__ = [
     "finetune",
     "label_suspects",
     "linear_head",
+    "log_uniform",
     "mcnemar",
     "mlp_head",
     "paired_bootstrap",
     "reestimate_batch_norm",
     "runs",
+    "sweep",
     "train_head",
     "transfer_scores",
+    "try_settings",
+    "uniform",
 ]
 
 _MODULES = {
@@ -83,7 +93,8 @@ _MODULES = {
     "training.estimators.heads": ("HeadClassifier", "HeadRegressor"),
     "training.estimators.probes": ("KNNProbe", "LinearProbe"),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
-    "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
+    "training.grid": ("Grid", "Sample", "log_uniform", "uniform"),
+    "training.heads": ("attention_head", "build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),
     "training.inputs.derive": ("Inputs",),
     "training.learner": ("Learner",),
@@ -93,6 +104,7 @@ _MODULES = {
     "training.plan": ("FitOptions",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
+    "training.sweeps": ("Sweep", "sweep", "try_settings"),
     "training.registry": ("Runs", "runs"),
     "training.sidecar": ("Sidecar",),
     "training.suspects": ("Suspects", "label_suspects"),

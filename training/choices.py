@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-HEADS = ("concat", "linear", "mlp")
+HEADS = ("concat", "linear", "mlp", "attention")
 """The keys of `heads.HEADS`; a test holds them equal."""
 
 PROBES = ("knn", "ridge", "linear")

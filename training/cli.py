@@ -156,7 +156,7 @@ def head(
     if folds is not None:
         _check_folds(training, length)
     training.check_free(are_folds=folds is not None)
-    one_of("--head", kind, choices.HEADS)
+    one_of("--head", kind.partition(":")[0], choices.HEADS)
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else learning_rate(lr)
     feature_store = open_store(store)

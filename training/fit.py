@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -55,6 +56,18 @@ class Progress:
     best: dict[str, Tensor] | None = None
     random: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0
+
+    def add(self, record: Record, keep: Literal["last", "best"], copied: Callable[[], dict[str, Tensor]]) -> None:
+        """Puts the epoch under way on record; `copied` gives its weights, if it is the best and these are kept."""
+        history = self.history
+        history.records.append(record)
+        number = history.monitor.loss(record)
+        if history.monitor.name not in record or history.best_epoch < 0 or number < self.lowest:
+            # What isn't a number is worse than any other, so that a later epoch can be better.
+            self.lowest, history.best_epoch = number, self.epoch
+            is_kept = keep == "best" and history.monitor.name in record
+            self.best = copied() if is_kept else None
+        self.epoch, self.epoch_losses, self.random, self.seconds = self.epoch + 1, [], [], 0.0
 
     def is_over(self, course: Course, patience: int | None) -> bool:
         """Whether all epochs are done, or as many as `patience` since the best."""
@@ -137,14 +150,7 @@ def run_epochs(
             record["valid_loss"] = float(loss_value(loss, logits, targets))
             record |= metric_values(metrics, logits, targets)
         record["seconds"] = time.perf_counter() - started
-        history.records.append(record)
-        number = history.monitor.loss(record)
-        if history.monitor.name not in record or history.best_epoch < 0 or number < at.lowest:
-            # What isn't a number is worse than any other, so that a later epoch can be better.
-            at.lowest, history.best_epoch = number, at.epoch
-            is_kept = keep == "best" and history.monitor.name in record
-            at.best = copied_tensors(scored) if is_kept else None
-        at.epoch, at.epoch_losses, at.random, at.seconds = at.epoch + 1, [], [], 0.0
+        at.add(record, keep, partial(copied_tensors, scored))
         if save is not None:
             save(at)
         if on_epoch_end is not None:

@@ -82,12 +82,13 @@ class Fitting:
         finally:
             put_back(self.tail, before)
 
-    def begun(self, kept: SavedFit | None, *, first_epoch: int) -> Begun:
+    def begun(self, kept: SavedFit | None, *, first_epoch: int, beside: Begun | None = None) -> Begun:
         """The fit at its start, or where the one that is kept has come to.
 
         Args:
             kept: in the plan's checkpoint.
             first_epoch: number of epochs on record before it.
+            beside: a fit on the same batches, of whose statistics of them this one may have its own.
 
         Raises:
             FactsDifferError: if what is kept is another fit.
@@ -107,7 +108,7 @@ class Fitting:
             progress, rates = kept.put_into(self.tail, optimizer, self.train, self.valid, monitor), kept.lrs
             self.say(f"going on from {kept.path}: {kept.in_words()} done")
         else:
-            self._standardise()
+            self._standardise(None if beside is None else beside.fitting.tail)
             optimizer = self._build(self._suggested() if plan.lr is None else plan.lr)
             rates = [float(group["lr"]) for group in optimizer.param_groups]
         device = self.train.device
@@ -156,8 +157,8 @@ class Fitting:
             needs_curve=needs_curve,
         )
 
-    def _standardise(self) -> None:
-        standardise(self.tail, (rows for rows, _ in self.train.in_order()), self.train.targets)
+    def _standardise(self, like: nn.Module | None = None) -> None:
+        standardise(self.tail, (rows for rows, _ in self.train.in_order()), self.train.targets, like)
 
     def _descended(self) -> Loss:
         """What training steps descend."""
@@ -252,6 +253,40 @@ class Begun:
         """Those that have been made."""
         return self.fitting.train.pass_before(self.progress.epoch)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its last epoch is done."""
+        return self.progress.is_over(self.course, self.fitting.plan.patience)
+
+    def go_on(self, until: int | None = None) -> History:
+        """Its epochs up to the number `until`, from 1, or all that are left; of a fit that isn't kept on the disk.
+
+        The weights that the plan asks for are there once it is over.
+        """
+        fitting, plan, progress = self.fitting, self.fitting.plan, self.progress
+
+        def told(record: Record) -> None:
+            for listener in plan.listeners:
+                listener(record)
+
+        return run_epochs(
+            fitting.tail,
+            fitting.train,
+            fitting.valid,
+            steps=self.steps,
+            course=self.course,
+            loss=fitting.loss,
+            metrics=fitting.metrics,
+            seed=fitting.seed,
+            keep=plan.keep,
+            patience=plan.patience,
+            average=self.average,
+            ranks=self.ranks,
+            on_epoch_end=told,
+            progress=progress,
+            should_stop=None if until is None else lambda: progress.epoch >= until,
+        )
+
     def run(self, save_snapshot: Callable[[int], None], done: Callable[[History], None]) -> History:
         """The epochs that are left.
 
@@ -299,7 +334,7 @@ class Begun:
                 progress=progress,
                 **{**keeping, "save": save},
             )
-            is_over = progress.is_over(self.course, plan.patience)
+            is_over = self.is_over
             if is_over:  # else an interrupt ends the block
                 done(history)
         if not is_over:

@@ -1,17 +1,19 @@
-"""Heads: small networks that map the vectors of a trunk to logits.
+"""Heads: small networks that map what a trunk gives to logits.
 
-A head takes activations `(N, F)` and returns logits `(N, K)`, without a final activation. Its weights are drawn from
-its own seed; the global random state is neither read nor moved.
+A head takes activations `(N, F)`, or tokens or maps, and returns logits `(N, K)`, without a final activation. Its
+weights are drawn from its own seed; the global random state is neither read nor moved.
+
+Long, since each kind of head is here, beside what they share: widths, rates, how weights are drawn, their word.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,19 +53,30 @@ class HeadBuilder(Protocol):
         """A head that maps vectors of width `in_features` to `num_classes` logits, with weights drawn from `seed`."""
 
 
-def build_head(head: str | nn.Module, in_features: int | Sequence[int], num_classes: int, seed: int = 0) -> nn.Module:
+def build_head(
+    head: str | nn.Module,
+    in_features: int | Sequence[int],
+    num_classes: int,
+    seed: int = 0,
+    *,
+    channels_last: bool = False,
+) -> nn.Module:
     """The head that `head` stands for: a new one by name, or a checked copy of a person's own module.
 
     Args:
-        head: a key of `HEADS`, or a module that maps float32 activations of two images to logits `(2, num_classes)`.
+        head: a key of `HEADS`, also with options in one word, ``concat:hidden=256+128,dropout=0.3``; or a module that
+            maps float32 activations of two images to logits `(2, num_classes)`.
             The module itself is never changed: it is copied with its weights, statistics and training flags, and the
             copy is tried on zeros in eval mode. Lazy layers of the copy get their weights then, drawn from `seed`.
-        in_features: the width F of one image's activations, or their shape; a named head takes vectors only.
+        in_features: the width F of one image's activations, or their shape; attention takes tokens ``(T, D)`` or maps
+            ``(C, H, W)``, any other named head vectors.
         num_classes: the number of logits, K.
         seed: what a named head's weights are drawn from.
+        channels_last: whether maps are ``(H, W, C)``.
 
     Raises:
-        ValueError: for an unknown name, a named head for maps, or a module that doesn't make `(2, num_classes)`.
+        ValueError: for an unknown name or option, a named head for activations of another shape, or a module that
+            doesn't make `(2, num_classes)`.
         TypeError: if `head` is neither a name nor a module.
     """
     shape = (in_features,) if isinstance(in_features, int) else tuple(in_features)
@@ -71,14 +84,58 @@ def build_head(head: str | nn.Module, in_features: int | Sequence[int], num_clas
         return _checked_copy(head, shape, num_classes, seed)
     if not isinstance(head, str):
         raise TypeError(f"head is {head!r}; pass one of {', '.join(HEADS)}, or an instance of nn.Module.")
-    if head not in HEADS:
-        raise ValueError(f"The head {head!r} is unknown; pass one of {', '.join(HEADS)}, or your own nn.Module.")
+    name, options = read_head(head)
+    if name == "attention":
+        return attention_head(shape, num_classes, seed=seed, channels_last=channels_last, **options)
     if len(shape) != 1:
         raise ValueError(
             f"Activations of shape {shape} don't fit the head {head!r}, which takes vectors. "
-            "Choose a reduction (avg, max, concat, token), or pass your own nn.Module for maps."
+            "Choose a reduction (avg, max, concat, token), the head attention, or pass your own nn.Module for maps."
         )
-    return HEADS[head](shape[0], num_classes, seed=seed)
+    return HEADS[name](shape[0], num_classes, seed=seed, **options)
+
+
+def read_head(word: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of a head in one word.
+
+    >>> read_head("concat:hidden=256+128,dropout=0.3")
+    ('concat', {'hidden': (256, 128), 'dropout': 0.3})
+
+    Raises:
+        ValueError: for a name or an option that there isn't, or a value that is none.
+    """
+    name, _, rest = word.partition(":")
+    if name not in HEADS:
+        raise ValueError(f"The head {name!r} is unknown; pass one of {', '.join(HEADS)}, or your own nn.Module.")
+    options: dict[str, Any] = {}
+    for part in rest.split(",") if rest else ():
+        option, _, text = part.partition("=")
+        if option not in HEAD_OPTIONS[name]:
+            known = ", ".join(HEAD_OPTIONS[name]) or "none"
+            raise ValueError(f"The head {word!r} has {option!r}, and the options of {name} are: {known}. Correct it.")
+        read = HEAD_OPTIONS[name][option]
+        try:
+            options[option] = read(text)
+        except ValueError:
+            raise ValueError(
+                f"The head {word!r} has {option}={text}; expected a number, or several with + between them."
+            ) from None
+    return name, options
+
+
+def head_word(name: str, **options: Any) -> str:
+    """A head with its options in one word, as `read_head` reads it; options that are None are left out.
+
+    >>> head_word("mlp", hidden=(256, 128), dropout=0.3)
+    'mlp:hidden=256+128,dropout=0.3'
+    """
+    given = {
+        option: "+".join(f"{each:g}" for each in (value if isinstance(value, list | tuple) else (value,)))
+        for option, value in options.items()
+        if value is not None
+    }
+    word = ",".join(f"{option}={text}" for option, text in given.items())
+    return f"{name}:{word}" if word else name
 
 
 def concat_head(
@@ -154,11 +211,18 @@ class LinearHead(nn.Linear):
         std = (squares / count).sqrt()
         # What lies within the rounding of float32 is no variation; scaled up, it would be noise as large as a signal.
         std[(std <= torch.finfo(torch.float32).eps * mean.abs()) | (std < 1e-30)] = 1.0
+        self._rescale(mean, SPREAD / std, count)
+
+    def standardise_as(self, other: LinearHead) -> None:
+        """Takes the statistics that `other` has of the same rows; what it comes to is what `standardise` would."""
+        self._rescale(other.mean, other.scale, int(other.num_rows))
+
+    def _rescale(self, mean: Tensor, scale: Tensor, num_rows: int) -> None:
         plain = self.folded()
         with torch.no_grad():
             self.mean.copy_(mean)
-            self.scale.copy_(SPREAD / std)
-            self.num_rows.fill_(count)
+            self.scale.copy_(scale)
+            self.num_rows.fill_(num_rows)
             weight, mean, scale = plain.weight.double(), self.mean.double(), self.scale.double()
             self.bias.copy_(plain.bias.double() + weight @ mean)
             self.weight.copy_(weight / scale)
@@ -232,7 +296,9 @@ def unstandardised(in_features: int) -> dict[str, Tensor]:
     }
 
 
-def standardise(tail: nn.Module, batches: Iterable[Tensor], targets: Tensor | None = None) -> None:
+def standardise(
+    tail: nn.Module, batches: Iterable[Tensor], targets: Tensor | None = None, like: nn.Module | None = None
+) -> None:
     """Gives a linear head at the end of `tail` the statistics of its training rows, if it has none yet.
 
     Likewise a head for regression those of its targets.
@@ -241,6 +307,7 @@ def standardise(tail: nn.Module, batches: Iterable[Tensor], targets: Tensor | No
         tail: the stages that train, in order. Those before the head run in eval mode.
         batches: what the tail is given in training, in one pass over the training images.
         targets: of all training images.
+        like: stages that train on the same images: where they are a linear head alone too, its statistics serve.
     """
     *before, last = tail.children()
     values = last.module if isinstance(last, HeadStage) else last
@@ -249,9 +316,19 @@ def standardise(tail: nn.Module, batches: Iterable[Tensor], targets: Tensor | No
     head = linear_head_of(last)
     if head is None or head.num_rows:
         return
+    known = None if like is None else _lone_linear_head(like)
+    if known is not None and known.num_rows and not before:
+        head.standardise_as(known)
+        return
     rest = nn.Sequential(*before)
     with torch.no_grad(), mode_of(rest, training=False):
         head.standardise(rest(batch) for batch in batches)
+
+
+def _lone_linear_head(tail: nn.Module) -> LinearHead | None:
+    """The linear head that is all that `tail` holds; None if there is none, or more."""
+    children = list(tail.children())
+    return linear_head_of(children[0]) if len(children) == 1 else None
 
 
 def mlp_head(
@@ -275,6 +352,90 @@ def mlp_head(
         layers.append(nn.ReLU())
         layers.extend(_dropout(rate))
     return nn.Sequential(*layers, _he_linear(widths[-2], widths[-1], generator))
+
+
+class AttentionHead(nn.Module):
+    """Attention pooling, then one linear layer: what an image is, is asked of its tokens or places by learned queries.
+
+    Tokens are normed, each query weighs them by their keys, separately in each of several heads, and gets the mean of
+    their values; all queries' means together give the logits. As in attentive probes of frozen ViTs.
+
+    Attributes:
+        queries: ``(Q, D)``.
+        num_heads: into which D is divided.
+        channels: which dimension of one image's activations they are: the last of tokens; of maps the first or last.
+    """
+
+    def __init__(
+        self, width: int, num_classes: int, *, queries: int, num_heads: int, channels: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.channels = num_heads, channels
+        self.queries = nn.Parameter(torch.zeros(queries, width))
+        self.norm = nn.LayerNorm(width, device="meta").to_empty(device="cpu")
+        self.key, self.value = _empty_linear(width, width), _empty_linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.out = _empty_linear(queries * width, num_classes)
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Logits ``(N, K)``."""
+        tokens = activations.movedim(1 + self.channels, -1).flatten(1, -2)  # (N, T, D)
+        count, _, width = tokens.shape
+        tokens = self.norm(tokens)
+        keys, values = (
+            each(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in (self.key, self.value)
+        )  # (N, M, T, D / M)
+        asked = self.queries.reshape(len(self.queries), self.num_heads, -1).transpose(0, 1)  # (M, Q, D / M)
+        weights = (asked @ keys.transpose(-1, -2) * (width // self.num_heads) ** -0.5).softmax(-1)  # (N, M, Q, T)
+        pooled = (weights @ values).transpose(1, 2).reshape(count, -1)  # (N, Q * D)
+        logits: Tensor = self.out(self.dropout(pooled))
+        return logits
+
+
+def attention_head(
+    in_features: Sequence[int],
+    num_classes: int,
+    *,
+    queries: int = 1,
+    dropout: float = 0.0,
+    seed: int = 0,
+    channels_last: bool = False,
+) -> AttentionHead:
+    """Attention pooling over tokens or maps, then linear to logits.
+
+    Args:
+        in_features: of one image: tokens ``(T, D)``, or maps ``(C, H, W)``.
+        num_classes: the number of logits, K.
+        queries: learned ones, Q.
+        dropout: rate before the last layer.
+        seed: what the weights are drawn from: normal, of deviation 0.02, as usual in transformers.
+        channels_last: whether maps are ``(H, W, C)``.
+
+    Raises:
+        ValueError: for vectors, and for numbers that make no sense.
+    """
+    shape = tuple(in_features)
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            f"Activations of shape {shape} don't fit the head 'attention', which takes tokens (T, D) or maps (C, H, W)."
+            ' Keep these: reduce="none", or "tokens" of a transformer (--reduce none); or choose another head.'
+        )
+    channels = 0 if len(shape) == 3 and not channels_last else len(shape) - 1
+    width = shape[channels]
+    _checked_widths(width, num_classes, queries)
+    (rate,) = _dropout_rates(dropout, 1)
+    num_heads = max(each for each in range(1, max(1, width // 64) + 1) if width % each == 0)
+    head = AttentionHead(width, num_classes, queries=queries, num_heads=num_heads, channels=channels, dropout=rate)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if name.startswith("norm"):
+                parameter.fill_(float(name == "norm.weight"))
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(std=0.02, generator=generator)
+    return head
 
 
 def extended_head(
@@ -339,8 +500,30 @@ def _with_rows(layer: nn.Module, places: Sequence[int], num_classes: int, seed: 
     return wider.train(layer.training)
 
 
-HEADS: dict[str, HeadBuilder] = {"concat": concat_head, "linear": linear_head, "mlp": mlp_head}
-"""The heads by name."""
+def _widths(text: str) -> tuple[int, ...]:
+    return tuple(int(each) for each in text.split("+")) if text else ()
+
+
+def _rates(text: str) -> float | tuple[float, ...]:
+    rates = tuple(float(each) for each in text.split("+"))
+    return rates[0] if len(rates) == 1 else rates
+
+
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "concat": concat_head,
+    "linear": linear_head,
+    "mlp": mlp_head,
+    "attention": attention_head,
+}
+"""The heads by name; all but attention are `HeadBuilder`."""
+
+HEAD_OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
+    "concat": {"hidden": _widths, "dropout": _rates},
+    "linear": {},
+    "mlp": {"hidden": _widths, "dropout": _rates},
+    "attention": {"queries": int, "dropout": float},
+}
+"""What each can be told in its word, and how its text is read."""
 
 
 def _moments(batches: Iterable[Tensor], width: int) -> tuple[int, Tensor, Tensor]:
@@ -369,8 +552,7 @@ def _moments(batches: Iterable[Tensor], width: int) -> tuple[int, Tensor, Tensor
 
 def passes_an_epoch(tail: nn.Module, num_batches: int) -> int:
     """How often an epoch goes over the images: several times for a linear head that trains alone on a small set."""
-    children = list(tail.children())
-    is_alone = len(children) == 1 and linear_head_of(children[0]) is not None
+    is_alone = _lone_linear_head(tail) is not None
     return min(_PASSES, math.ceil(_STEPS / max(num_batches, 1))) if is_alone else 1
 
 

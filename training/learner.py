@@ -35,6 +35,7 @@ from training.agreement import Agreement, compared
 from training.checkpoints import read_fit
 from training.class_counts import imbalance_note
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
+from training.copies import put_back
 from training.embedding import embedding_model
 from training.export import ExportReport, exported
 from training.fit import (
@@ -62,6 +63,7 @@ from training.plan import FitOptions, Plan, check_options, takes_fit_options
 from training.predict import Items, Prediction, as_images, outputs_words, predictions, probabilities
 from training.provenance import FitRecord, sidecar_of, start_of
 from training.ranks import check_alone, is_first, written_by_first
+from training.sidecar import Sidecar
 from training.splits import PastSplit, present_split
 from training.tta import Scored, TestViews, TtaOptions, scored
 
@@ -82,7 +84,8 @@ class Learner:
         store: where features are looked up; None: images are read.
         cut: where the head sits; default: the model's default cut, or the only one this model has features of.
         reduce: the pool at the cut: auto, none, avg, max, concat, token or tokens.
-        head: concat, linear, mlp, a module of your own from pooled activations to logits, or ``keep``.
+        head: concat, linear, mlp, attention (on maps or tokens: it is a pool of its own), also with options in one
+            word, ``mlp:hidden=256,dropout=0.3``; a module of your own from pooled activations to logits; or ``keep``.
         classes: the class of each logit, in order; default: the images' own table. With ``head="keep"`` the default is
             what the model's weights were trained on, or the images' classes if these number the logits (0, 1, 2, ...).
         features: start of the key of the set to use; it fixes cut, reduction, view, storage type and precision.
@@ -111,10 +114,10 @@ class Learner:
     """
 
     __slots__ = (
-        "_asked", "_cut", "_features", "_fits", "_images", "_loss", "_metrics", "_named", "_origins", "_passes",
-        "_past", "_probed", "_seen", "_start", "_trained_on", "allow_leak", "augment", "batch_size", "classes",
-        "device", "head_name", "history", "model", "on_error", "on_missing", "optimizer", "quiet", "read_from", "seed",
-        "store", "task", "view", "workers",
+        "_asked", "_begun", "_cut", "_features", "_fits", "_images", "_loss", "_metrics", "_named", "_origins",
+        "_passes", "_past", "_probed", "_seen", "_start", "_trained_on", "allow_leak", "augment", "batch_size",
+        "classes", "device", "head_name", "history", "model", "on_error", "on_missing", "optimizer", "quiet",
+        "read_from", "seed", "store", "task", "view", "workers",
     )  # fmt: skip
 
     def __init__(
@@ -171,6 +174,7 @@ class Learner:
         self._trained_on: str | None = None
         self._asked = asked
         self._fits: list[FitRecord] = []
+        self._begun: tuple[Begun, PastSplit, str] | None = None  # a fit that is under way
         self._named, self._start = dict(backbone.origin), start_of(backbone)
         self._passes = 0 if head == "keep" else None  # of all fits, a loaded run's included; None: the head is new
         self._probed: set[tuple[str, str]] = set()
@@ -337,6 +341,26 @@ class Learner:
         return self._fit(Plan(cycles=cycles, lr=lr, snapshot=snapshot, **options))
 
     def _fit(self, plan: Plan) -> History:
+        begun = self.begin(plan)
+        try:
+            history = begun.run(partial(self._save_snapshot, begun), self.history.extend)
+        finally:
+            self._fits[-1] = self._fits[-1].after(begun)
+        self._end(begun)
+        return history
+
+    def begin(self, plan: Plan, *, beside: Learner | None = None) -> Begun:
+        """A fit at its start, for what runs several of them side by side; `end` takes what it came to.
+
+        Args:
+            plan: what it is asked for.
+            beside: a learner with the same images, store, placement, view and augmentation, whose fit has begun with
+                the same batches, order and passes: this one then reads its batches with it.
+
+        Raises:
+            FeatureStoreError: as `fit`.
+            ValueError: likewise.
+        """
         # What is wrong with it is said before anything is computed.
         optim.build(
             self.model,
@@ -348,20 +372,37 @@ class Learner:
         Monitor.of(plan.monitor, self._scores())
         kept = None if plan.folder is None else read_fit(plan.folder, resume=plan.resume)
         plan.check_snapshots(goes_on=kept is not None)
-        fitting, situation, inputs = self._fitting(plan)
-        begun = fitting.begun(kept, first_epoch=len(self.history.records))
-        self.read_from, self._trained_on = fitting.train.source.kind, str(inputs)
+        if beside is None or beside._begun is None:
+            fitting, situation, inputs = self._fitting(plan)
+            begun = fitting.begun(kept, first_epoch=len(self.history.records))
+            split, words, record = (
+                self._split(situation),
+                str(inputs),
+                FitRecord.of(begun, self.augment, situation.known),
+            )
+        else:
+            other, split, words = beside._begun
+            fitting = self._fitting_on(plan, other.fitting.train, other.fitting.valid)
+            begun = fitting.begun(kept, first_epoch=len(self.history.records), beside=other)
+            record = beside._fits[-1].beside(begun, self.augment)
+        self._begun = begun, split, words
+        self.read_from, self._trained_on = fitting.train.source.kind, words
         # Before the first step: a fit may be interrupted.
-        self._seen, self._passes = self._split(situation).over(self._seen), begun.num_passes
-        self._fits.append(FitRecord.of(begun, self.augment, situation.known))
-        try:
-            history = begun.run(partial(self._save_snapshot, begun), self.history.extend)
-        finally:
-            self._fits[-1] = self._fits[-1].after(begun)
-        self._passes = begun.passes_done
-        self._say(left_out_note(fitting.train, fitting.valid))
-        self._say(doubtful_note(fitting.train, fitting.valid))
-        return history
+        self._seen, self._passes = split.over(self._seen), begun.num_passes
+        self._fits.append(record)
+        return begun
+
+    def end(self, begun: Begun) -> None:
+        """Takes the epochs of a fit that began with `begin` and has run."""
+        if begun.progress.history.records:  # else it failed in its first epoch
+            self.history.extend(begun.progress.history)
+        self._fits[-1] = self._fits[-1].after(begun)
+        self._end(begun)
+
+    def _end(self, begun: Begun) -> None:
+        self._passes, self._begun = begun.passes_done, None
+        self._say(left_out_note(begun.fitting.train, begun.fitting.valid))
+        self._say(doubtful_note(begun.fitting.train, begun.fitting.valid))
 
     def _save_snapshot(self, begun: Begun, cycle: int) -> None:
         whole = self.history, self._passes
@@ -464,19 +505,36 @@ class Learner:
 
     def _write(self, folder: Path, *, overwrite: bool) -> None:
         with new_run(folder, overwrite=overwrite) as made:
-            facts = saved.run_facts(
-                self.model,
-                cut=self.cut,
-                view=self.view,
-                head=self.head_name,
-                classes=self.classes,
-                task=self.task,
-                seed=self.seed,
-                passes=self._passes or 0,
-            )
+            facts = self._facts()
             write_run(made, facts, self.model.tensors())
             saved.write_asked(made, self._asked)
             self._write_reports(made, facts)
+
+    def _facts(self) -> dict[str, Json]:
+        return saved.run_facts(
+            self.model,
+            cut=self.cut,
+            view=self.view,
+            head=self.head_name,
+            classes=self.classes,
+            task=self.task,
+            seed=self.seed,
+            passes=self.passes,
+        )
+
+    @property
+    def passes(self) -> int:
+        """Over the training images, that all fits have made."""
+        return self._passes or 0
+
+    def sidecar(self) -> Sidecar:
+        """What run.json would say of it, without scores."""
+        return self._sidecar(self._facts(), None, self._situation())
+
+    def take_tail(self, tensors: Mapping[str, torch.Tensor], passes: int) -> None:
+        """Takes what another learner like this one has come to: the tensors of what trains, and its passes."""
+        put_back(self._tail(), tensors)
+        self._passes = passes
 
     def export(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> ExportReport:
         """Writes the whole model as pt2, onnx or state-dict for other programs: see `training.export`."""
@@ -593,11 +651,15 @@ class Learner:
             sampling=plan.sampling,
             mix=plan.changes,
         )
-        fitting = Fitting(
+        valid = None if inputs.valid is None else self._batches(inputs.valid, situation)
+        return self._fitting_on(plan, train, valid), situation, inputs
+
+    def _fitting_on(self, plan: Plan, train: Batches, valid: Batches | None) -> Fitting:
+        return Fitting(
             plan=plan,
             model=self.model,
             train=train,
-            valid=None if inputs.valid is None else self._batches(inputs.valid, situation),
+            valid=valid,
             optimizer=self.optimizer,
             loss=self._criterion(),
             own_loss=self._loss,
@@ -608,7 +670,6 @@ class Learner:
             say=self._say,
             is_shown=not self.quiet and is_first(),
         )
-        return fitting, situation, inputs
 
     def _ready(self, plan: Plan) -> tuple[Situation, Inputs]:
         """The inputs of a fit, checked, and said; what is missing is extracted where that was asked for."""
@@ -687,19 +748,23 @@ class Learner:
             split = self._seen.over(split)  # what was fitted, though the images may be others by now
         split.over(self._past).write(folder)
         saved.write_history(folder, self.history)
-        found = self._write_valid(folder)
-        sidecar_of(
+        self._sidecar(facts, self._write_valid(folder), situation).write(folder)
+
+    def _sidecar(
+        self, facts: Mapping[str, Json], scored: tuple[Scored, dict[str, float]] | None, situation: Situation
+    ) -> Sidecar:
+        return sidecar_of(
             facts,
             self._fits,
             named=self._named,
             start=self._start,
-            scored=found,
+            scored=scored,
             known=situation.known,
             device=str(self.device),
             epochs=len(self.history.records),
             inputs=self._trained_on,
             store=None if self.store is None else str(self.store.folder),
-        ).write(folder)
+        )
 
     def _write_valid(self, folder: Path) -> tuple[Scored, dict[str, float]] | None:
         """Scores the images held out, and writes what was said of them; None if there are none."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featstore.words import some
-from training.metrics import Loss
+from training.metrics import Loss, loss_value, squared_error
 
 ClassWeights: TypeAlias = Literal["balanced"] | Sequence[float] | Mapping[str, float]
 
@@ -57,6 +57,35 @@ def smoothed_or_weighted(
     return partial(_cross_entropy, label_smoothing=label_smoothing, weights=weights)
 
 
+def separate(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+    """What `loss` gives for each of several heads: ``(H,)``, of their logits ``(n, H, K)`` for the same images.
+
+    The task's own losses are computed of all heads together, any other one of each in turn.
+    """
+    num_rows, num_heads, width = logits.shape
+    kind, options = (loss.func, loss.keywords) if isinstance(loss, partial) else (loss, {})
+    if kind in (F.cross_entropy, _cross_entropy):
+        weights = _like(options.get("weights"), logits)
+        flat = targets.repeat_interleave(num_heads, 0)
+        smoothing = options.get("label_smoothing", 0.0)
+        values = F.cross_entropy(
+            logits.reshape(-1, width), flat, weight=weights, label_smoothing=smoothing, reduction="none"
+        )
+        total = num_rows if weights is None else _total_weight(weights, targets)
+        return values.view(num_rows, num_heads).sum(0) / total
+    if kind in (F.binary_cross_entropy_with_logits, _with_pos_weight):
+        weights = _like(options.get("weights"), logits)
+        values = F.binary_cross_entropy_with_logits(
+            logits, targets[:, None].expand_as(logits), pos_weight=weights, reduction="none"
+        )
+        return values.mean((0, 2))
+    if kind is squared_error:
+        scale = options["scale"]
+        errors = logits - targets[:, None]
+        return (errors if scale is None else errors / scale).square().mean((0, 2))
+    return torch.stack([loss_value(loss, each, targets) for each in logits.unbind(1)])
+
+
 def _cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float, weights: Tensor | None) -> Tensor:
     own, is_numbered = _like(weights, logits), targets.ndim == 1
     if own is None or weights is None or (is_numbered and bool((weights > 0).all())):
@@ -64,8 +93,13 @@ def _cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float, w
     # Of mixed targets torch's mean is over rows, and so as many times as large as the weights are; of a batch that
     # weighs nothing it is 0 / 0.
     total = F.cross_entropy(logits, targets, weight=own, label_smoothing=label_smoothing, reduction="sum")
-    weight = own[targets].sum() if is_numbered else (targets @ own).sum()
-    return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    return total / _total_weight(own, targets)
+
+
+def _total_weight(weights: Tensor, targets: Tensor) -> Tensor:
+    """Of the rows of a batch: class numbers, or probabilities; never zero."""
+    weight = weights[targets].sum() if targets.ndim == 1 else (targets @ weights).sum()
+    return weight.clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def _with_pos_weight(logits: Tensor, targets: Tensor, *, weights: Tensor | None) -> Tensor:

@@ -64,7 +64,7 @@ def lr_find(
     ] = None,
 ) -> None:
     """Suggest a learning rate for a fit, by a short run with a rising one; nothing is saved."""
-    one_of("--head", kind, choices.HEADS)
+    one_of("--head", kind.partition(":")[0], choices.HEADS)
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     if (start is None) == (backbone is None):
         raise ValueError("Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head.")

@@ -49,11 +49,12 @@ def loss(task: str, scale: Tensor | None = None) -> Loss:
     """
     _check_task(task)
     if task == "regression":
-        return partial(_squared_error, scale=scale)
+        return partial(squared_error, scale=scale)
     return F.cross_entropy if task == "single" else F.binary_cross_entropy_with_logits
 
 
-def _squared_error(values: Tensor, targets: Tensor, *, scale: Tensor | None) -> Tensor:
+def squared_error(values: Tensor, targets: Tensor, *, scale: Tensor | None) -> Tensor:
+    """The mean squared error in units of `scale`, ``(K,)``."""
     errors = values - targets
     return (errors if scale is None else errors / scale).square().mean()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -143,9 +143,12 @@ def with_head(
         cut = model.canonical(placement.cut or model.default_cut)
         model.freeze_to(cut)
         return model, cut
+    if isinstance(head, str) and head.partition(":")[0] == "attention" and placement.reduce == "auto":
+        placement = replace(placement, reduce="none")  # it is a pool of its own
     cut, reduce = placement.settled(backbone, digests)
     pool = backbone.pool(cut, reduce)
-    module = build_head(head, pool.shape(backbone.shape(cut, view.size)), max(len(classes), 1), seed)
+    shape, is_last = pool.shape(backbone.shape(cut, view.size)), pool.layout == "NHWC"
+    module = build_head(head, shape, max(len(classes), 1), seed, channels_last=is_last)
     if task == "regression" and isinstance(head, str):
         module = ValueHead(module, max(len(classes), 1))
     return backbone.with_head(module, cut=cut, reduction=pool.reduction), cut

@@ -65,6 +65,10 @@ class FitRecord:
             made=begun.made(),
         )
 
+    def beside(self, begun: Begun, augment: Augment | None) -> FitRecord:
+        """That of another fit, which begins on the same batches: the images needn't be looked at again."""
+        return replace(self, asked=begun.asked(augment), made=begun.made())
+
     def after(self, begun: Begun) -> FitRecord:
         """The same fit where it has come to."""
         return replace(self, made=begun.made())

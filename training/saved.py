@@ -100,6 +100,11 @@ def check_facts(facts: Mapping[str, Json], folder: Path) -> None:
             f"{folder} is a checkpoint of a fit that isn't done, and no saved run. Go on with the fit: --resume (in "
             "Python: resume=True); or give the folder that --out named."
         )
+    if "sweep_member" in facts:
+        raise FeatureStoreError(
+            f"{folder} is one setting of a sweep, of which the head alone is kept. Run the sweep again with the same "
+            f"out={str(folder.parent)!r} (--out), which trains nothing anew, and take best()."
+        )
     for name, is_so in _FACTS.items():
         value: Json = facts
         for part in name.split("."):

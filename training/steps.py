@@ -67,7 +67,7 @@ class Steps:
     ) -> None:
         self.options, self.optimizer = options or StepOptions(), optimizer
         self._forward: Callable[[Tensor], Tensor] = tail if ranks is None else ranks.wrapped(tail)
-        self._loss, self._ranks, self._device = loss, ranks, device
+        self.loss, self._ranks, self._device = loss, ranks, device
         self._parameters = [each for group in optimizer.param_groups for each in group["params"]]
         self._num_rows, self.num_batches = 0, 0
         self._is_deferred = (device.type == "cuda") if is_deferred is None else is_deferred
@@ -87,7 +87,7 @@ class Steps:
         with self._narrow():
             logits = self._forward(inputs)
         logits = logits.float() if self.options.precision in _NARROW else logits
-        value = loss_value(self._loss, logits, targets)
+        value = loss_value(self.loss, logits, targets)
         seen, num_rows = value.detach(), len(targets)
         number: float | Tensor
         if self._ranks is not None:

@@ -139,6 +139,7 @@ class Processes:
 def main() -> None:
     """Starts and ends what `Processes` asks for, until it closes the pipe."""
     gc.freeze()  # else each fork's first collection copies what it shares
+    answer: int | list[int]
     for line in sys.stdin:
         match json.loads(line):
             case ["start", given]:

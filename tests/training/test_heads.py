@@ -9,7 +9,19 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from training import choices
-from training.heads import HEADS, SPREAD, LinearHead, build_head, concat_head, linear_head, mlp_head
+from training.heads import (
+    HEADS,
+    SPREAD,
+    AttentionHead,
+    LinearHead,
+    attention_head,
+    build_head,
+    concat_head,
+    head_word,
+    linear_head,
+    mlp_head,
+    read_head,
+)
 
 
 def layer_names(head: nn.Module) -> list[str]:
@@ -193,15 +205,19 @@ def test_programs_offer_the_heads_that_there_are() -> None:
     assert tuple(HEADS) == choices.HEADS
 
 
+SHAPES = {"attention": (9, 64)}
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_map_vectors_to_logits_without_a_final_activation(name: str) -> None:
-    head = build_head(name, 64, 5)
+    shape = SHAPES.get(name, (64,))
+    head = build_head(name, shape, 5)
     for parameter in head.parameters():
         assert parameter.device.type == "cpu"
         assert parameter.requires_grad
     if name == "linear":
         nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
-    logits = head(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+    logits = head(torch.randn(16, *shape, generator=torch.Generator().manual_seed(0)))
     assert logits.shape == (16, 5)
     assert logits.min() < 0 < logits.max()
     assert not torch.allclose(logits.exp().sum(dim=1), torch.ones(16))
@@ -210,12 +226,13 @@ def test_heads_map_vectors_to_logits_without_a_final_activation(name: str) -> No
 @pytest.mark.parametrize("name", HEADS)
 def test_weights_come_from_the_seed_alone_and_leave_global_randomness(name: str) -> None:
     before = torch.get_rng_state()
-    head = build_head(name, 64, 5, seed=4)
+    shape = SHAPES.get(name, (64,))
+    head = build_head(name, shape, 5, seed=4)
     assert torch.equal(torch.get_rng_state(), before)
     with torch.random.fork_rng():
         torch.manual_seed(99)
-        assert same_states(build_head(name, 64, 5, seed=4), head)
-    assert same_states(build_head(name, 64, 5, seed=5), head) == (name == "linear")
+        assert same_states(build_head(name, shape, 5, seed=4), head)
+    assert same_states(build_head(name, shape, 5, seed=5), head) == (name == "linear")
 
 
 @pytest.mark.parametrize("builder", [concat_head, linear_head, mlp_head])
@@ -228,7 +245,9 @@ def test_widths_below_one_are_refused(
 
 
 def test_an_unknown_head_lists_the_names() -> None:
-    with pytest.raises(ValueError, match="'transformer' is unknown; pass one of concat, linear, mlp, or your own"):
+    with pytest.raises(
+        ValueError, match="'transformer' is unknown; pass one of concat, linear, mlp, attention, or your own"
+    ):
         build_head("transformer", 64, 5)
     with pytest.raises(TypeError, match=r"instance of nn\.Module"):
         build_head(nn.Linear, 64, 5)  # type: ignore[arg-type]
@@ -307,3 +326,44 @@ def test_lazy_layers_of_an_own_head_get_seeded_weights_and_leave_global_randomne
         torch.manual_seed(7)
         assert same_states(copied, nn.Linear(64, 5))
     assert isinstance(head.weight, nn.UninitializedParameter)
+
+
+def test_attention_pooling_is_that_of_torch() -> None:
+    head = attention_head((9, 128), 5, queries=3, seed=1)
+    assert isinstance(head, AttentionHead)
+    assert head.num_heads == 2
+    tokens = torch.randn(4, 9, 128, generator=torch.Generator().manual_seed(0))
+    theirs = nn.MultiheadAttention(128, 2, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([torch.eye(128), head.key.weight, head.value.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([torch.zeros(128), head.key.bias, head.value.bias]))
+        theirs.out_proj.weight.copy_(torch.eye(128))
+        theirs.out_proj.bias.zero_()
+        normed = head.norm(tokens)
+        pooled, _ = theirs(head.queries.expand(4, -1, -1), normed, normed)
+        expected = head.out(pooled.flatten(1))
+        # Another order of sums.
+        torch.testing.assert_close(head(tokens), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_reads_maps_as_tokens_wherever_their_channels_lie() -> None:
+    tokens = torch.randn(4, 12, 64, generator=torch.Generator().manual_seed(0))
+    expected = attention_head((12, 64), 5)(tokens)
+    last = tokens.reshape(4, 3, 4, 64)
+    assert torch.equal(attention_head((3, 4, 64), 5, channels_last=True)(last), expected)
+    torch.testing.assert_close(attention_head((64, 3, 4), 5)(last.movedim(-1, 1)), expected)
+    with pytest.raises(ValueError, match="which takes tokens"):
+        build_head("attention", 64, 5)
+
+
+def test_a_heads_options_are_part_of_its_word() -> None:
+    word = head_word("concat", hidden=(7, 6), dropout=0.2)
+    assert word == "concat:hidden=7+6,dropout=0.2"
+    assert read_head(word) == ("concat", {"hidden": (7, 6), "dropout": 0.2})
+    assert same_states(build_head(word, 8, 3), concat_head(8, 3, hidden=(7, 6), dropout=0.2))
+    assert [each.p for each in build_head(word, 8, 3).modules() if isinstance(each, nn.Dropout)] == [0.2] * 3
+    assert read_head("mlp:hidden=") == ("mlp", {"hidden": ()})
+    with pytest.raises(ValueError, match="has 'depth', and the options of mlp are: hidden, dropout"):
+        build_head("mlp:depth=3", 8, 3)
+    with pytest.raises(ValueError, match="has hidden=wide; expected a number"):
+        build_head("mlp:hidden=wide", 8, 3)

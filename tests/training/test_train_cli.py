@@ -337,7 +337,7 @@ def test_a_class_that_the_run_lacks_is_named(run: Run, here: Path) -> None:
             "--lr is 'fast'. Expected positive numbers, such as --lr 3e-3 or --lr 1e-5,1e-3.",
         ),
         (["--lr", "-1"], 2, "--lr is '-1'. Expected positive numbers, such as --lr 3e-3 or --lr 1e-5,1e-3."),
-        (["--head", "deep"], 2, "--head is 'deep'. Expected concat, linear or mlp."),
+        (["--head", "deep"], 2, "--head is 'deep'. Expected concat, linear, mlp or attention."),
         (["--reduce", "mean"], 2, "--reduce is 'mean'. Expected auto, none, avg, max, concat, token or tokens."),
         (["--cut", "layer9"], 2, "tiny has no cut 'layer9'. Its cuts are conv1, bn1, relu1, conv2, pool, flat, fc."),
         (
@@ -577,7 +577,7 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
         "--epochs N": "(head: 10, without --cycles); x>=1",
         "--weight-decay N": "0.01; x>=0",
         "--keep last|best": "(best; with --swa last)",
-        "--head concat|linear|mlp": "concat",
+        "--head concat|linear|mlp|attention": "concat",
         "--lr LR": "(the finder's suggestion)",
         "--seed N": "0; x>=0",
     }.items():
