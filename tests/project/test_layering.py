@@ -93,7 +93,7 @@ ROOMS: dict[str, Rooms] = {
                 "placement", "embedding", "settings", "plan", "fitting", "packed", "provenance", "saved", "export",
                 "hub", "learner", "registry", "ensembles", "recipes", "cross_validation",
                 "grid", "sweep_folder", "sweeps", "fit_flags", "asked",
-                "config", "run_commands", "lr_command", "runs_command", "__init__", "cli", "__main__",
+                "config", "run_commands", "lr_command", "runs_command", "sweep_command", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -134,6 +134,7 @@ DOORS = {
         "training.config",
         "training.run_commands",
         "training.lr_command",
+        "training.sweep_command",
         "training.runs_command",
         "training.cli",
     },
@@ -155,7 +156,7 @@ SURFACE: dict[str, str] = {
         "AugmentFlags GivenImages ImageFlags OutputFlags RunFlags SetFlags StoreOption TrustOption ViewFlags "
         "open_store parse_numbers spread"
     ),
-    "cli.models": "ModelFlags load_model",
+    "cli.models": "ModelFlags ModelsFlags load_model",
     "cli.program": "new_app one_of run show show_json table tell tell_all",
     "digest": "Json canonical_json digest_bytes digest_json digest_tensor",
     "errors": (
@@ -166,7 +167,7 @@ SURFACE: dict[str, str] = {
     "extraction.extract": "extract",
     "extraction.progress": "bar_class",
     "extraction.remedy": "extract_remedy seed_ranges",
-    "extraction.shards": "local_device local_threads local_workers",
+    "extraction.shards": "local_device local_threads local_workers shard_of",
     "files.disk": "whole_or_nothing write_at",
     "files.storage_types": "DEFAULT_STORAGE_TYPE STORAGE_TYPES",
     "html": "MOST_ROWS titled_table",
