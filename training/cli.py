@@ -22,7 +22,15 @@ from featstore.cli.flags import (
 from featstore.cli.models import ModelFlags, load_model
 from featstore.cli.program import new_app, one_of, run, show, show_json, tell, tell_all
 from featstore.models.names import REDUCTIONS
-from training import choices, compare_command, lr_command, run_commands, runs_command, versus_command
+from training import (
+    choices,
+    compare_command,
+    lr_command,
+    run_commands,
+    runs_command,
+    sweep_command,
+    versus_command,
+)
 from training.asked import asked_cuts, asked_view, for_run, labelled, labelled_as, learning_rate, refuse_imported
 from training.config import ConfigOption, flags_as_toml
 from training.fit_flags import FitOptionFlags, LengthFlags
@@ -326,6 +334,7 @@ def finetune_command(
 for _name, _command in {
     "lr-find": lr_command.lr_find,
     "compare": compare_command.compare,
+    "sweep": sweep_command.sweep,
     **run_commands.COMMANDS,
     "runs": runs_command.runs,
     "versus": versus_command.versus,

@@ -28,7 +28,7 @@ from training.sweeps import rungs
 
 COUNT, VALID = 40, 12
 OPTIONS: dict[str, Any] = {"cut": "layer2", "batch_size": 8, "device": "cpu", "workers": 0, "quiet": True, "epochs": 2}
-CLOSE = {"rel": 1e-5, "abs": 1e-5}  # heads that train together sum in another order
+CLOSE: dict[str, Any] = {"rel": 1e-5, "abs": 1e-5}  # heads that train together sum in another order
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +297,9 @@ def test_a_tuner_tries_one_setting_and_sees_each_epoch(stored: tuple[ImageSet, F
 def test_samples_are_drawn_by_their_seed_within_their_ranges() -> None:
     values: dict[str, Any] = {"lr": log_uniform(1e-4, 1e-1), "weight_decay": uniform(0, 1), "head": ["linear", "mlp"]}
     for method in ("random", "sobol"):
-        drawn = Sample(values, n=50, method=method, seed=1).settings()  # type: ignore[arg-type]
-        assert drawn == Sample(values, n=50, method=method, seed=1).settings()  # type: ignore[arg-type]
-        assert drawn != Sample(values, n=50, method=method, seed=2).settings()  # type: ignore[arg-type]
+        drawn = Sample(values, n=50, method=method, seed=1).settings()
+        assert drawn == Sample(values, n=50, method=method, seed=1).settings()
+        assert drawn != Sample(values, n=50, method=method, seed=2).settings()
         rates = np.array([each["lr"] for each in drawn])
         assert 1e-4 <= rates.min() < 5e-4
         assert 5e-2 < rates.max() < 1e-1
@@ -325,13 +325,14 @@ def test_what_makes_no_sense_together_is_refused_before_anything_is_trained(
 ) -> None:
     images, store = stored
     setting = [{"lr": 1e-2}]
-    for options, why in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"folds": 2, "repeats": 2}, "two kinds of several fits"),
         ({"folds": 2, "keep": "best"}, "keep would choose by the images held out"),
         ({"checkpoint": "x"}, "checkpoint is of a single fit"),
         ({"halving": 1}, "halving is 1"),
         ({"monitor": "beauty"}, "monitor is 'beauty'"),
-    ]:
+    ]
+    for options, why in refused:
         with pytest.raises(ValueError, match=why):
             sweep(staged(), images, store, setting, **{**OPTIONS, **options})
     with pytest.raises(ValueError, match="No image is held out"):

@@ -1,0 +1,88 @@
+"""The command `sweep` comes to what the library's does, in shares too, and ends with a run to go on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.programs import Run
+
+from featstore import FeatureStore, ImageSet, backbone
+from training import Grid, sweep
+
+MODEL = ["--backbone", "tiny.py:make_model", "--size", "32"]
+IMAGES = ["--images", "photos", "--store", "feats"]
+COMMAND = ["sweep", *IMAGES, *MODEL, "--batch-size", "4", "--epochs", "2", "--head", "linear"]
+
+
+def test_a_sweep_is_a_table_and_a_run_to_go_on_with(run: Run, here: Path) -> None:
+    flags = [*COMMAND, "--set", "lr=1e-3,1e-2", "--set", "head=linear,mlp", "--out", "runs/sweep", "--extract"]
+    ran = run("featstore-train", *flags)
+    assert ran.code == 0
+    model = backbone("tiny.py:make_model")
+    images, store = ImageSet.from_folder("photos").split(valid=0.2, seed=0), FeatureStore("feats")
+    options: dict[str, Any] = {"view": model.view.resized(size=32), "batch_size": 4, "epochs": 2, "quiet": True}
+    settings = Grid({"lr": [1e-3, 1e-2], "head": ["linear", "mlp"]})
+    expected = sweep(model, images, store, settings, **options)
+    *shown, foot, last = ran.out.splitlines()
+    assert len(shown) == 5
+    assert shown[0].split() == ["lr", "head", "accuracy", "from", "to", "epochs", "seconds"]
+    assert foot == expected.foot
+    assert last.startswith("The best is a run, to go on with: featstore-train finetune --images photos --from")
+    assert run("featstore-train", *flags).last_words.startswith("runs/sweep holds a sweep already.")
+    again = run("featstore-train", *flags, "--resume", "--json").json
+    assert [(row["lr"], row["head"]) for row in again["settings"]] == [
+        (each.setting["lr"], each.setting["head"]) for each in expected.members
+    ]
+    remedy = last.split("featstore-train ")[1].split()
+    assert run("featstore-train", *remedy, "--out", "runs/tuned", "--batch-size", "4").code == 0
+    told = json.loads((here / "runs/sweep/best/run.json").read_text())
+    assert told["configuration"]["lr"] == expected.members[0].setting["lr"]
+
+
+def test_shares_and_a_file_of_settings_make_the_same_table(run: Run, here: Path) -> None:
+    extracted = ["--set", "lr=1e-2", "--out", "runs/first", "--extract"]
+    assert run("featstore-train", *COMMAND, *extracted).code == 0
+    (here / "sweep.toml").write_text('lr = {low = 1e-4, high = 1e-1, log = true}\nmix = ["none", "noise:0.1"]\n')
+    sampled = ["--settings", "sweep.toml", "--sample", "6", "--sobol", "--sample-seed", "3"]
+    whole = run("featstore-train", *COMMAND, *sampled, "--out", "runs/whole", "--json").json["settings"]
+    assert len(whole) == 6
+    assert all(1e-4 <= row["lr"] < 1e-1 for row in whole)
+    flags = [
+        *COMMAND,
+        "--set",
+        "lr=1e-4..1e-1:log",
+        "--set",
+        "mix=none,noise:0.1",
+        *sampled[2:],
+        "--out",
+        "runs/shares",
+    ]
+    first = run("featstore-train", *flags, "--shard", "0/2")
+    assert "The share that ends last shows the whole table" in first.out
+    assert not (here / "runs/shares/best").exists()
+    second = run("featstore-train", *flags, "--shard", "1/2", "--json").json
+    assert [row["lr"] for row in second["settings"]] == [row["lr"] for row in whole]
+    assert (here / "runs/shares/best/model.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "There is nothing to try. Give values: --set lr=1e-3,3e-3"),
+        (["--set", "lr"], "--set is 'lr'. Expected a name and its values"),
+        (["--set", "lr=fast"], "'fast' is no number"),
+        (["--set", "depth=3"], "A sweep has no setting 'depth'."),
+        (["--set", "lr=0..1"], "lr is a range, of which a grid has no end of values"),
+        (["--set", "mix=blend"], "mix is 'blend'. Expected one of mixup, cutmix, noise, brightness"),
+        (["--set", "lr=1e-3", "--sobol"], "--sobol and --sample-seed are of a sample"),
+        (["--set", "lr=1e-3", "--shard", "2/2"], "--shard is '2/2'. Expected i/n"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(run: Run, here: Path, flags: list[str], sentence: str) -> None:
+    ran = run("featstore-train", *COMMAND, *flags, "--out", "runs/sweep")
+    assert (ran.code, ran.out) == (2, "")
+    assert sentence in ran.last_words
+    assert not (here / "runs").exists()
