@@ -30,6 +30,7 @@ PURPOSES = {
     "featstore.store": "feature sets and image tables on disk",
     "featstore.extraction": "what is missing is planned, computed, filed",
     "featstore.exchange": "to and from the files of other programs",
+    "featstore.pages": "what a browser shows: images, maps, tables",
     "featstore.cli": "the featstore program",
     "training.inputs": "where a fit reads from, and its batches",
     "training": "heads, the loop, Learner, featstore-train",

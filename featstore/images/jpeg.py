@@ -70,6 +70,14 @@ def read_reduced(data: bytes, header: Header, scale: int) -> NDArray[np.uint8]:
     return pixels
 
 
+def encoded(pixels: NDArray[np.uint8], quality: int) -> bytes:
+    """A JPEG of RGB `(H, W, 3)`, for people to look at."""
+    data: bytes = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="420"
+    )
+    return data
+
+
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 

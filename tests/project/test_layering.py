@@ -72,6 +72,7 @@ ROOMS: dict[str, Rooms] = {
             ),
         ),
         ("exchange", ("names", "checksums", "feature_files", "export", "imports")),
+        ("pages", ("projection", "neighbours", "thumbnails", "figures", "page")),
         ("", ("__init__",)),
         ("cli", ("program", "flags", "models", "store", "exchange", "backbones", "doctor", "app")),
         ("", ("__main__",)),
@@ -99,7 +100,10 @@ ROOMS: dict[str, Rooms] = {
 }  # fmt: skip
 
 # Rooms of featstore that may not use each other, though one of them stands before the other.
-CLOSED = {("images", "files"), ("models", "files"), ("exchange", "extraction")}
+CLOSED = {
+    ("images", "files"), ("models", "files"), ("exchange", "extraction"),
+    ("pages", "models"), ("pages", "extraction"), ("pages", "exchange"),
+}  # fmt: skip
 
 # Outside library -> the only modules that may import it.
 DOORS = {
@@ -136,6 +140,8 @@ DOORS = {
         "training.cli",
     },
     "matplotlib": {"training.plots"},
+    "plotly": {"featstore.pages.figures"},
+    "umap": {"featstore.pages.projection"},
     "obstore": {"featstore.objects"},
     "onnxruntime": {"training.export"},
     "torch.utils.tensorboard": {"training.trackers"},
