@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from training.plan import FitOptions
     from training.predict import Prediction
     from training.recipes import finetune, train_head
+    from training.reports import Report, report
 
 __all__ = [
     "EMA",
@@ -39,6 +40,7 @@ __all__ = [
     "Mixup",
     "Outcomes",
     "Prediction",
+    "Report",
     "build_head",
     "concat_head",
     "cross_validate",
@@ -46,6 +48,7 @@ __all__ = [
     "linear_head",
     "mlp_head",
     "reestimate_batch_norm",
+    "report",
     "train_head",
 ]
 
@@ -65,6 +68,7 @@ _MODULES = {
     "training.plan": ("FitOptions",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
+    "training.reports": ("Report", "report"),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
