@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from featstore.digest import Json
 from featstore.images.image_set import ImageSet
+from featstore.pages.captions import groups_of
 from featstore.pages.figures import confusion, curves, point_map, reliability
 from featstore.pages.page import Block, Drawing, Gallery, Section, Table
 from featstore.pages.projection import Projection
@@ -144,33 +145,8 @@ def map_section(
     """
     sample = f"A sample of {len(images):,} of {num_all:,} images" if len(images) < num_all else f"{num_all:,} images"
     words = f"{sample}, by {where}. {projection.words} Hovering shows an image, a click its neighbours."
-    figure = point_map(projection.points, places, _groups(images))
+    figure = point_map(projection.points, places, groups_of(images))
     return Section(title=f"Map ({projection.method})", blocks=[words, Drawing(figure=figure, is_map=True)])
-
-
-def label_of(images: ImageSet, place: int) -> str:
-    """What an image is labelled as, and its split, in words."""
-    split = str(images.splits[place])
-    return " · ".join(filter(None, [_label(images, place), split]))
-
-
-def _label(images: ImageSet, place: int) -> str:
-    if images.targets is None:
-        return ""
-    target = images.targets[place]
-    if images.task == "single":
-        return images.classes[target] if target >= 0 else "unlabelled"
-    if images.task == "multi":
-        return ", ".join(images.classes[each] for each in np.flatnonzero(target)) or "no label"
-    return ", ".join(f"{name} {value:.4g}" for name, value in zip(images.classes, target, strict=True))
-
-
-def _groups(images: ImageSet) -> list[str] | NDArray[np.float64]:
-    if images.targets is None or images.task == "multi":
-        return [str(split) or "not dealt" for split in images.splits]
-    if images.task == "regression":
-        return images.targets[:, 0].astype(np.float64)
-    return [_label(images, place) for place in range(len(images))]
 
 
 def _loss_name(records: Sequence[Record]) -> str:

@@ -20,6 +20,7 @@ from featstore.digest import Json
 from featstore.errors import FeatureStoreError
 from featstore.images.image_set import ImageSet
 from featstore.models.runs import FACTS, read_facts, read_file
+from featstore.pages.captions import label_of
 from featstore.pages.neighbours import as_blocks, nearest
 from featstore.pages.page import Page, Pictures, Section
 from featstore.pages.projection import Method, projected
@@ -385,7 +386,7 @@ def _words(images: ImageSet, place: int, said: Mapping[int, str]) -> str:
     """What is said of an image where it is named: its label and split; if it was scored, what it was taken for."""
     if place in said and images.task == "single":
         return f"{said[place]} · {images.splits[place]}"
-    return sections.label_of(images, place)
+    return label_of(images, place)
 
 
 def _named(found: Iterable[Section | None]) -> list[int]:
