@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from training.predict import Prediction
     from training.recipes import finetune, train_head
     from training.reports import Report, report
+    from training.registry import Runs, runs
+    from training.sidecar import Sidecar
+    from training.significance import mcnemar, paired_bootstrap
 
 __all__ = [
     "EMA",
@@ -41,14 +44,19 @@ __all__ = [
     "Outcomes",
     "Prediction",
     "Report",
+    "Runs",
+    "Sidecar",
     "build_head",
     "concat_head",
     "cross_validate",
     "finetune",
     "linear_head",
+    "mcnemar",
     "mlp_head",
+    "paired_bootstrap",
     "reestimate_batch_norm",
     "report",
+    "runs",
     "train_head",
 ]
 
@@ -69,6 +77,9 @@ _MODULES = {
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
     "training.reports": ("Report", "report"),
+    "training.registry": ("Runs", "runs"),
+    "training.sidecar": ("Sidecar",),
+    "training.significance": ("mcnemar", "paired_bootstrap"),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

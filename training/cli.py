@@ -22,7 +22,7 @@ from featstore.cli.flags import (
 from featstore.cli.models import ModelFlags, load_model
 from featstore.cli.program import new_app, one_of, run, show, show_json, tell, tell_all
 from featstore.models.names import REDUCTIONS
-from training import choices, lr_command, report_command, run_commands
+from training import choices, lr_command, report_command, run_commands, runs_command, versus_command
 from training.asked import asked_cuts, asked_view, for_run, labelled, labelled_as, learning_rate, refuse_imported
 from training.config import ConfigOption, flags_as_toml
 from training.fit_flags import FitOptionFlags, LengthFlags
@@ -317,6 +317,8 @@ for _name, _command in {
     "lr-find": lr_command.lr_find,
     **run_commands.COMMANDS,
     "report": report_command.report,
+    "runs": runs_command.runs,
+    "versus": versus_command.versus,
 }.items():
     app.command(_name)(_command)
 

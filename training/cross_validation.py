@@ -130,7 +130,8 @@ class CrossValidation:
         for run, learn in zip(runs, self.learners, strict=True):
             learn.save(run, overwrite=overwrite)
         found, task = self.outcomes(), self.learners[0].task
-        write_csv(folder / PREDICTIONS, found.images.ids, found.probabilities, found.classes, task)
+        values = found.probabilities
+        write_csv(folder / PREDICTIONS, found.images.ids, values, found.classes, task, found.targets)
         return folder
 
 

@@ -10,7 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from featstore.digest import Json
+from featstore.images.views import Augment
 from featstore.models.staged import StagedModel
+from featstore.models.stages import PoolStage
 from training.averages import Average, averaged
 from training.checkpoints import SavedFit, fit_facts, interruptible
 from training.copies import copied_tensors, put_back
@@ -18,12 +20,13 @@ from training.fit import Progress, run_epochs
 from training.heads import standardise
 from training.history import History, Record, record_line
 from training.inputs.batches import Batches
+from training.inputs.situation import views_words
 from training.losses import smoothed_or_weighted
 from training.lr_find import LearningRates, find_lr
 from training.metrics import Loss, Metric
 from training.monitor import Monitor
 from training.optim import LearningRate, MakeOptimizer, build
-from training.plan import Plan
+from training.plan import Plan, flat_lr
 from training.ranks import Ranks
 from training.schedules import Course
 from training.steps import Steps
@@ -216,6 +219,34 @@ class Begun:
         """Over the training images that were made once it is done, earlier fits' included: as many as are planned."""
         return self.fitting.train.pass_before(self.course.num_epochs)
 
+    def asked(self, augment: Augment | None) -> dict[str, Json]:
+        """What decides its numbers, flat, by names under which runs are found; the rate also where it was found."""
+        fitting, model = self.fitting, self.fitting.model
+        rates = [*dict.fromkeys(self.course.max_lrs)]
+        frozen = [stage.name for stage in model.ordered[: model.num_frozen] if not isinstance(stage, PoolStage)]
+        is_named = isinstance(fitting.optimizer, str)
+        return {
+            "frozen_to": frozen[-1] if frozen else None,
+            **self.fitting.plan.settings(),
+            "lr": flat_lr(rates if fitting.plan.lr is None else fitting.plan.lr),
+            "optimizer": fitting.optimizer if is_named else _name_of(fitting.optimizer),
+            "batch_size": fitting.train.batch_size,
+            "seed": fitting.seed,
+            "augment": None if augment is None else views_words(augment),
+            "loss_function": None if fitting.own_loss is None else _name_of(fitting.own_loss),
+        }
+
+    def made(self) -> dict[str, Json]:
+        """What has come of it up to now: epochs, whether they are all, the best of them, steps and seconds."""
+        history = self.progress.history
+        return {
+            "epochs": len(history.records),
+            "is_whole": self.progress.is_over(self.course, self.fitting.plan.patience),
+            "best_epoch": history.best_epoch + 1 if history.records else None,
+            "steps": len(history.losses),
+            "seconds": round(sum(record["seconds"] for record in history.records), 3),
+        }
+
     @property
     def passes_done(self) -> int:
         """Those that have been made."""
@@ -276,3 +307,8 @@ class Begun:
         if progress.epoch < self.course.num_epochs:
             fitting.say(f"{history.monitor.name} was best {plan.patience} epochs ago (patience): no further epoch")
         return history
+
+
+def _name_of(function: object) -> str:
+    """Of a function of a person's own, or of the class of an object."""
+    return str(getattr(function, "__name__", type(function).__name__))

@@ -19,6 +19,7 @@ from featstore.models.runs import FACTS, check_free, read_facts, read_file, read
 from featstore.words import printable
 from training import saved
 from training.metrics import scores_line
+from training.sidecar import FILE as RUN
 
 CARD = "README.md"
 _MOST_CLASSES = 100
@@ -129,7 +130,8 @@ def card(run: str | Path, repo: str) -> str:
     saved.check_facts(facts, folder)
     model, classes = facts["model"], [str(each) for each in facts["classes"]]
     scored = saved.read_scores(folder)
-    about = _json(read_file(folder, saved.RUN))
+    about = _json(read_file(folder, RUN))
+    versions = about.get("versions") or about  # of before run.json had a format
     header = {
         "library_name": "featstore",
         **({} if facts["task"] == "regression" else {"pipeline_tag": "image-classification"}),
@@ -143,7 +145,7 @@ def card(run: str | Path, repo: str) -> str:
         "---",
         f"# {_text(repo)}",
         "",
-        f"A model made by featstore {_text(about.get('featstore', ''))}: {_text(model['name'])} up to "
+        f"A model made by featstore {_text(versions.get('featstore', ''))}: {_text(model['name'])} up to "
         f"{_text(model['default_cut'])}, reduction {_text(model['reduction'])}, head {_text(facts['head']['name'])}.",
         "",
         *([] if scored is None else [f"* scores: {_text(scores_line('valid', scored))}"]),
@@ -152,7 +154,7 @@ def card(run: str | Path, repo: str) -> str:
         f"* frozen: {_text('nothing' if frozen is None else f'up to {frozen}')}",
         f"* trunk of its features (their store's key has it): {_text(model['digests'].get(model['default_cut']))}",
         f"* trained on: {_text('; '.join(str(about.get('inputs')).splitlines()))}",
-        f"* torch: {_text(about.get('torch'))}",
+        f"* torch: {_text(versions.get('torch'))}",
         "",
         "## Classes",
         "",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from featstore.digest import Json
 from featstore.errors import FeatureStoreError, OnError
 from featstore.html import titled_table
 from featstore.images.contents import overlap_note
@@ -59,6 +60,7 @@ from training.outcomes import Outcomes
 from training.placement import Placement, reduction_of, with_classes, with_head
 from training.plan import FitOptions, Plan, check_options, takes_fit_options
 from training.predict import Items, Prediction, as_images, outputs_words, predictions, probabilities
+from training.provenance import FitRecord, sidecar_of, start_of
 from training.ranks import check_alone, is_first, written_by_first
 from training.splits import PastSplit, present_split
 from training.tta import Scored, TestViews, TtaOptions, scored
@@ -109,10 +111,10 @@ class Learner:
     """
 
     __slots__ = (
-        "_asked", "_cut", "_features", "_images", "_loss", "_metrics", "_origins", "_passes", "_past", "_probed",
-        "_seen", "_trained_on", "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history",
-        "model", "on_error", "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view",
-        "workers",
+        "_asked", "_cut", "_features", "_fits", "_images", "_loss", "_metrics", "_named", "_origins", "_passes",
+        "_past", "_probed", "_seen", "_start", "_trained_on", "allow_leak", "augment", "batch_size", "classes",
+        "device", "head_name", "history", "model", "on_error", "on_missing", "optimizer", "quiet", "read_from", "seed",
+        "store", "task", "view", "workers",
     )  # fmt: skip
 
     def __init__(
@@ -168,6 +170,8 @@ class Learner:
         self._metrics = scores.by_name(metrics or (), scores.default_metrics(self.task, len(self.classes)))
         self._trained_on: str | None = None
         self._asked = asked
+        self._fits: list[FitRecord] = []
+        self._named, self._start = dict(backbone.origin), start_of(backbone)
         self._passes = 0 if head == "keep" else None  # of all fits, a loaded run's included; None: the head is new
         self._probed: set[tuple[str, str]] = set()
         self._origins = [Origin.of(backbone)]
@@ -349,7 +353,11 @@ class Learner:
         self.read_from, self._trained_on = fitting.train.source.kind, str(inputs)
         # Before the first step: a fit may be interrupted.
         self._seen, self._passes = self._split(situation).over(self._seen), begun.num_passes
-        history = begun.run(partial(self._save_snapshot, begun), self.history.extend)
+        self._fits.append(FitRecord.of(begun, self.augment, situation.known))
+        try:
+            history = begun.run(partial(self._save_snapshot, begun), self.history.extend)
+        finally:
+            self._fits[-1] = self._fits[-1].after(begun)
         self._passes = begun.passes_done
         self._say(left_out_note(fitting.train, fitting.valid))
         self._say(doubtful_note(fitting.train, fitting.valid))
@@ -359,6 +367,7 @@ class Learner:
         whole = self.history, self._passes
         try:
             self.history, self._passes = self.history.joined(begun.progress.history), begun.passes_done
+            self._fits[-1] = self._fits[-1].after(begun)
             self._say(f"snapshot: {self.save(begun.fitting.plan.run_of(cycle), overwrite=True)}")
         finally:
             self.history, self._passes = whole
@@ -467,7 +476,7 @@ class Learner:
             )
             write_run(made, facts, self.model.tensors())
             saved.write_asked(made, self._asked)
-            self._write_reports(made)
+            self._write_reports(made, facts)
 
     def export(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> ExportReport:
         """Writes the whole model as pt2, onnx or state-dict for other programs: see `training.export`."""
@@ -525,6 +534,7 @@ class Learner:
         learn.model.load_tensors(saved.with_statistics(stored.tensors, learn.model))
         saved.check_head(learn.model, facts["head"], folder)
         learn._past, learn._passes = past, saved.passes_of(facts, folder)
+        learn._start = {"run": str(folder), "identity": stored.identity}
         if facts["model"]["frozen"] is None:
             learn.model.unfreeze()
         else:
@@ -670,31 +680,39 @@ class Learner:
         notes = [past.trained_note(images, digests) for past in (self._seen, self._past) if past is not None]
         self._say(next((note for note in notes if note is not None), None))
 
-    def _write_reports(self, folder: Path) -> None:
-        split = self._split(self._situation())
+    def _write_reports(self, folder: Path, facts: Mapping[str, Json]) -> None:
+        situation = self._situation()
+        split = self._split(situation)
         if self._seen is not None:
             split = self._seen.over(split)  # what was fitted, though the images may be others by now
         split.over(self._past).write(folder)
         saved.write_history(folder, self.history)
-        saved.write_about(
-            folder,
+        found = self._write_valid(folder)
+        sidecar_of(
+            facts,
+            self._fits,
+            named=self._named,
+            start=self._start,
+            scored=found,
+            known=situation.known,
             device=str(self.device),
-            batch_size=self.batch_size,
             epochs=len(self.history.records),
             inputs=self._trained_on,
             store=None if self.store is None else str(self.store.folder),
-        )
+        ).write(folder)
+
+    def _write_valid(self, folder: Path) -> tuple[Scored, dict[str, float]] | None:
+        """Scores the images held out, and writes what was said of them; None if there are none."""
         if not len(labelled(self.images.valid)):
-            return
+            return None
         try:
             found, targets = self._split_outputs("valid")
         except FeatureStoreError as error:  # the images went away since; the model can be saved all the same
             self._say(f"saved without validation scores: {error}")
-            return
-        values = probabilities(found.logits, self.task)
-        saved.write_valid(
-            folder, self._scored(found.logits, targets), found.images.ids, values, self.classes, self.task
-        )
+            return None
+        values, numbers = probabilities(found.logits, self.task), self._scored(found.logits, targets)
+        saved.write_valid(folder, numbers, found.images, values)
+        return found, numbers
 
     def _split(self, situation: Situation) -> PastSplit:
         return present_split(self.images, self.images.digests(situation.known), self._past)

@@ -176,6 +176,13 @@ class Plan:
             for cycle in range(1, len(self.cycles) + 1):
                 check_free(self.run_of(cycle), overwrite=goes_on)
 
+    def settings(self) -> dict[str, Json]:
+        """All of it that decides values, by names without levels, defaults too: by these a run is found again."""
+        names = [each.name for each in fields(self) if each.name not in _NOT_SETTINGS]
+        epochs: dict[str, Json] = {"epochs": sum(self.cycles)}
+        cycles: dict[str, Json] = {"cycles": list(self.cycles)} if len(self.cycles) > 1 else {}
+        return {**epochs, **cycles, **{name: _flat(getattr(self, name)) for name in names}}
+
     def facts(self) -> dict[str, Json]:
         """What of it decides values, as JSON values; options that came later, only where they aren't the default."""
         later = {name: getattr(self, name) for name, default in _LATER.items() if getattr(self, name) != default}
@@ -187,6 +194,27 @@ class Plan:
             "keep": self.keep,
             **{name: value if isinstance(value, str | int | float) else repr(value) for name, value in later.items()},
         }
+
+
+_NOT_SETTINGS = ("cycles", "lr", "snapshot", "on_epoch_end", "checkpoint", "resume")
+"""What decides no value, or is told in other words: a rate that wasn't given was found."""
+
+
+def _flat(value: Any) -> Json:
+    """A setting as a value without levels: names and their numbers are a text, objects what makes them again."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={number:g}" for name, number in value.items())
+    if isinstance(value, list | tuple):
+        return [_flat(each) for each in value] or None
+    return repr(value)
+
+
+def flat_lr(lr: LearningRate) -> Json:
+    """A rate as a value without levels: a number, a list, or names and numbers as a text."""
+    given = as_fact(lr)
+    return given[0] if isinstance(given, list) and len(given) == 1 else _flat(given)
 
 
 def _checked_decay(given: Any) -> WeightDecay:

@@ -84,24 +84,48 @@ def outputs_words(classes: Sequence[str], task: str) -> str:
     return f"{len(classes)} {'values' if task == 'regression' else 'classes'}"
 
 
-def write_csv(path: Path, ids: Sequence[str], values: NDArray[np.float64], classes: Sequence[str], task: str) -> None:
+def write_csv(
+    path: Path,
+    ids: Sequence[str],
+    values: NDArray[np.float64],
+    classes: Sequence[str],
+    task: str,
+    targets: NDArray[Any] | None = None,
+) -> None:
     """A table: image, label, probability, then a column a class; in regression image, then a column a number.
+
+    With `targets`, as an image set has them, a column ``actual`` follows the image, a class or several joined by ``;``;
+    in regression a column ``actual NAME`` for each number.
 
     People open it with a spreadsheet, which takes a text that begins like a formula for one: such a name gets an
     apostrophe in front, as a spreadsheet marks text.
     """
+    actual = [[] for _ in ids] if targets is None else _actual(targets, classes, task)
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         if task == "regression":
-            writer.writerow(["image", *map(_as_text, classes)])
+            names = [] if targets is None else [f"actual {name}" for name in classes]
+            writer.writerow(["image", *names, *map(_as_text, classes)])
             writer.writerows(
-                [_as_text(name), *map(_digits, row)] for name, row in zip(ids, values.tolist(), strict=True)
+                [_as_text(name), *known, *map(_digits, row)]
+                for name, known, row in zip(ids, actual, values.tolist(), strict=True)
             )
             return
-        writer.writerow(["image", "label", "probability", *map(_as_text, classes)])
-        for each, row in zip(predictions(ids, values, classes, task), values, strict=True):
+        names = [] if targets is None else ["actual"]
+        writer.writerow(["image", *names, "label", "probability", *map(_as_text, classes)])
+        found = predictions(ids, values, classes, task)
+        for each, known, row in zip(found, actual, values, strict=True):
             numbers = [f"{value:.6f}" for value in (each.probability, *row)]
-            writer.writerow([_as_text(each.image), _as_text(each.label), *numbers])
+            writer.writerow([_as_text(each.image), *known, _as_text(each.label), *numbers])
+
+
+def _actual(targets: NDArray[Any], classes: Sequence[str], task: str) -> list[list[str]]:
+    """The cells of each image that say what it is labelled."""
+    if task == "regression":
+        return [[*map(_digits, row)] for row in targets.tolist()]
+    if task == "single":
+        return [[_as_text(classes[place])] for place in targets.tolist()]
+    return [[_as_text(";".join(classes[place] for place in np.flatnonzero(row).tolist()))] for row in targets]
 
 
 def _as_text(name: str) -> str:

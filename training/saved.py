@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from featstore import __version__
 from featstore.digest import Json
 from featstore.errors import DamagedFileError, FeatureStoreError, ModelError
 from featstore.images.image_set import ImageSet
@@ -38,15 +34,11 @@ from training.history import History
 from training.metrics import TASKS
 from training.placement import reduction_of
 from training.predict import write_csv
+from training.sidecar import FILE as RUN
+from training.sidecar import finite as finite_number
 from training.splits import PastSplit
 
-ASKED, HISTORY, METRICS, RUN, VALID_PREDICTIONS = (
-    "run.toml",
-    "history.csv",
-    "metrics.json",
-    "run.json",
-    "valid_predictions.csv",
-)
+ASKED, HISTORY, METRICS, VALID_PREDICTIONS = "run.toml", "history.csv", "metrics.json", "valid_predictions.csv"
 
 
 def run_facts(
@@ -183,25 +175,17 @@ def write_asked(folder: Path, asked: str | None) -> None:
         (folder / ASKED).write_text(asked, encoding="utf-8", errors="surrogateescape")
 
 
-def write_about(folder: Path, **facts: Json) -> None:
-    """Writes run.json: `facts` between the versions that made the run and the time."""
-    when = datetime.now(UTC).isoformat(timespec="seconds")
-    about = {"featstore": __version__, "torch": torch.__version__, **facts, "when": when}
-    (folder / RUN).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-
-
 def write_valid(
     folder: Path,
     scored: Mapping[str, float],
-    ids: Sequence[str],
+    images: ImageSet,
     values: NDArray[np.float64],
-    classes: Sequence[str],
-    task: Task,
 ) -> None:
-    """Writes metrics.json, the validation scores, null where one isn't finite; and a table of the predictions."""
+    """Writes metrics.json, the validation scores, null where one isn't finite; and a table of what was predicted."""
     text = json.dumps({"valid": finite(scored)}, indent=1) + "\n"
     (folder / METRICS).write_text(text, encoding="utf-8")
-    write_csv(folder / VALID_PREDICTIONS, ids, values, classes, task)
+    path = folder / VALID_PREDICTIONS
+    write_csv(path, images.ids, values, images.classes, images.task, images.targets)
 
 
 def read_scores(run: Path) -> dict[str, Json] | None:
@@ -212,7 +196,7 @@ def read_scores(run: Path) -> dict[str, Json] | None:
 
 def finite(scored: Mapping[str, float]) -> dict[str, Json]:
     """Scores as JSON has them: None where one isn't finite."""
-    return {name: value if math.isfinite(value) else None for name, value in scored.items()}
+    return {name: finite_number(value) for name, value in scored.items()}
 
 
 def store_of(run: Path) -> FeatureStore | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -11,12 +12,14 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.digest import canonical_json
 from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.digests import Digests, KnownDigest
 from featstore.images.image_set import ImageSet
 from featstore.images.names import SPLITS
 from featstore.models.runs import read_file
+from training.sidecar import Dealt
 
 FILE = "split.npz"
 
@@ -158,6 +161,34 @@ def present_split(images: ImageSet, digests: Digests, past: PastSplit | None) ->
         valid=rule.get("valid", past.valid if past else valid),
         seed=rule.get("seed", past.seed if past else DEFAULT_SPLIT_SEED),
     )
+
+
+def dealt(images: ImageSet, digests: Digests) -> Dealt:
+    """Labelled `images` as one number and one digest: over contents and labels, whatever their order and names.
+
+    A label counts by its class's name: another class table that gives each image the same names changes nothing.
+    """
+    has_content = ~digests.is_failed
+    assert images.targets is not None
+    targets = images.targets[has_content]
+    if images.task == "single":
+        used = np.unique(targets)
+        names = [images.classes[place] for place in used.tolist()]
+        order = np.argsort(np.array(names, dtype=object))
+        place_of = np.zeros(len(images.classes), dtype=np.float64)
+        place_of[used[order]] = np.arange(len(used))
+        labels = place_of[targets].astype(">f8").view(np.uint8).reshape(-1, 8)
+    else:
+        columns = np.argsort(np.array(images.classes, dtype=object))
+        names, numbers = list(images.classes), targets[:, columns].astype(">f8")  # (n, K)
+        hashed = [hashlib.sha256(row.tobytes()).digest() for row in numbers]
+        labels = np.frombuffer(b"".join(hashed), dtype=np.uint8).reshape(-1, 32)
+    rows = np.concatenate([digests.values[has_content], labels], axis=1)
+    words = rows.reshape(len(rows), -1, 8).view(">u8")[..., 0]  # of contents, then of labels
+    in_order = rows[np.lexsort(words.T[::-1])]
+    own = hashlib.sha256(canonical_json([images.task, sorted(names)]).encode("ascii"))
+    own.update(np.ascontiguousarray(in_order).data)
+    return Dealt(images=len(rows), digest=own.hexdigest())
 
 
 def _check_size(content: bytes) -> None:

@@ -81,8 +81,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "metrics", "choices", "schedules", "monitor", "plots", "history", "trackers", "outcomes", "heads",
-                "mixing",
+                "metrics", "choices", "sidecar", "scored_table", "schedules", "monitor", "plots", "history",
+                "trackers", "outcomes", "significance", "heads", "mixing",
             ),
         ),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
@@ -94,6 +94,9 @@ ROOMS: dict[str, Rooms] = {
                 "placement", "embedding", "settings", "plan", "fitting", "saved", "export", "hub", "learner",
                 "ensembles", "recipes", "cross_validation", "fit_flags", "asked", "config", "run_commands",
                 "lr_command", "report_sections", "reports", "report_command", "__init__", "cli", "__main__",
+                "placement", "embedding", "settings", "plan", "fitting", "provenance", "saved", "export", "hub",
+                "learner", "registry", "ensembles", "recipes", "cross_validation", "fit_flags", "asked", "config",
+                "run_commands", "lr_command", "runs_command", "versus_command", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -146,6 +149,12 @@ DOORS = {
     "starlette": {"featstore.pages.server"},
     "uvicorn": {"featstore.pages.server"},
     "umap": {"featstore.pages.projection"},
+        "training.runs_command",
+        "training.versus_command",
+        "training.cli",
+    },
+    "matplotlib": {"training.plots"},
+    "pandas": {"training.registry"},
     "obstore": {"featstore.objects"},
     "onnxruntime": {"training.export"},
     "torch.utils.tensorboard": {"training.trackers"},
@@ -164,7 +173,7 @@ SURFACE: dict[str, str] = {
     ),
     "cli.models": "ModelFlags load_model",
     "cli.program": "new_app one_of run show show_json table tell tell_all",
-    "digest": "Json digest_bytes digest_json digest_tensor",
+    "digest": "Json canonical_json digest_bytes digest_json digest_tensor",
     "errors": (
         "AmbiguousRequestError DamagedFileError FactsDifferError FeatureStoreError ImageError MissingFeaturesError "
         "ModelError OnError check_choice"
@@ -174,8 +183,9 @@ SURFACE: dict[str, str] = {
     "extraction.progress": "bar_class",
     "extraction.remedy": "extract_remedy seed_ranges",
     "extraction.shards": "local_device local_threads local_workers",
+    "files.disk": "whole_or_nothing write_at",
     "files.storage_types": "DEFAULT_STORAGE_TYPE STORAGE_TYPES",
-    "html": "titled_table",
+    "html": "MOST_ROWS titled_table",
     "images.contents": "is_changed overlap_note",
     "images.digests": "Digests KnownDigest KnownDigests",
     "images.image_set": "ImageSet",

@@ -77,7 +77,7 @@ def test_a_run_gives_the_same_numbers_when_it_is_loaded(images: ImageSet, tmp_pa
     np.testing.assert_array_equal(again.predict_proba(images), learn.predict_proba(images))
     assert again.evaluate() == learn.evaluate()
     table = (tmp_path / "run" / "valid_predictions.csv").read_text(encoding="utf-8").splitlines()
-    assert table[0] == "image,weight,tilt"
+    assert table[0] == "image,actual weight,actual tilt,weight,tilt"
     assert len(table) == 1 + len(images.valid)
     other, numbers = shades()
     swapped = ImageSet.from_arrays(other, numbers[:, ::-1], classes=["tilt", "weight"], task="regression")
