@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from featstore.models.staged import StagedModel
     from featstore.models.trunk import Output, Trunk
     from featstore.store.features import Features
+    from featstore.store.near_duplicates import Duplicates, near_duplicates
     from featstore.store.sets import FeatureRequest, FeatureSet
     from featstore.store.spec import FeatureSpec
     from featstore.store.store import FeatureStore
@@ -48,6 +49,7 @@ __all__ = [
     "AmbiguousRequestError",
     "Augment",
     "DamagedFileError",
+    "Duplicates",
     "Estimate",
     "ExportReport",
     "ExtractReport",
@@ -86,6 +88,7 @@ __all__ = [
     "import_features",
     "import_file",
     "keep_freed_memory",
+    "near_duplicates",
     "open_plan",
     "plan",
 ]
@@ -122,6 +125,7 @@ _MODULES = {
     "featstore.models.staged": ("StagedModel",),
     "featstore.models.trunk": ("Output", "Trunk"),
     "featstore.store.features": ("Features",),
+    "featstore.store.near_duplicates": ("Duplicates", "near_duplicates"),
     "featstore.store.sets": ("FeatureRequest", "FeatureSet"),
     "featstore.store.spec": ("FeatureSpec",),
     "featstore.store.store": ("FeatureStore",),

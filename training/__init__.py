@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from training.registry import Runs, runs
     from training.sidecar import Sidecar
     from training.significance import mcnemar, paired_bootstrap
+    from training.suspects import Suspects, label_suspects
+    from training.transferability import transfer_scores
 
 __all__ = [
     "EMA",
@@ -46,10 +48,12 @@ __all__ = [
     "Report",
     "Runs",
     "Sidecar",
+    "Suspects",
     "build_head",
     "concat_head",
     "cross_validate",
     "finetune",
+    "label_suspects",
     "linear_head",
     "mcnemar",
     "mlp_head",
@@ -58,6 +62,7 @@ __all__ = [
     "report",
     "runs",
     "train_head",
+    "transfer_scores",
 ]
 
 _MODULES = {
@@ -80,6 +85,8 @@ _MODULES = {
     "training.registry": ("Runs", "runs"),
     "training.sidecar": ("Sidecar",),
     "training.significance": ("mcnemar", "paired_bootstrap"),
+    "training.suspects": ("Suspects", "label_suspects"),
+    "training.transferability": ("transfer_scores",),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

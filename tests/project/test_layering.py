@@ -59,8 +59,9 @@ ROOMS: dict[str, Rooms] = {
         (
             "store",
             (
-                "spec", "access", "folders", "features", "part_facts", "sets", "image_tables", "catalogue",
-                "verification", "compaction", "removal", "garbage", "difference", "refusals", "store", "gathering",
+                "spec", "access", "folders", "features", "near_duplicates", "part_facts", "sets", "image_tables",
+                "catalogue", "verification", "compaction", "removal", "garbage", "difference", "refusals", "store",
+                "gathering",
             ),
         ),
         (
@@ -83,6 +84,8 @@ ROOMS: dict[str, Rooms] = {
             (
                 "metrics", "choices", "sidecar", "scored_table", "schedules", "monitor", "plots", "history",
                 "trackers", "outcomes", "significance", "heads", "mixing",
+                "metrics", "transferability", "choices", "schedules", "monitor", "plots", "history", "trackers",
+                "outcomes", "suspects", "heads", "mixing",
             ),
         ),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
