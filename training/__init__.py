@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from training.plan import FitOptions
     from training.predict import Prediction
     from training.recipes import finetune, train_head
-    from training.reports import Report, report
     from training.registry import Runs, runs
+    from training.reports import Report, report
     from training.sidecar import Sidecar
     from training.significance import mcnemar, paired_bootstrap
     from training.suspects import Suspects, label_suspects
