@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from training.predict import Prediction
     from training.recipes import finetune, train_head
     from training.registry import Runs, runs
+    from training.reports import Report, report
     from training.sidecar import Sidecar
     from training.significance import mcnemar, paired_bootstrap
     from training.suspects import Suspects, label_suspects
@@ -57,6 +58,7 @@ __all__ = [
     "Mixup",
     "Outcomes",
     "Prediction",
+    "Report",
     "Runs",
     "Sample",
     "Sidecar",
@@ -75,6 +77,7 @@ __all__ = [
     "mlp_head",
     "paired_bootstrap",
     "reestimate_batch_norm",
+    "report",
     "runs",
     "sweep",
     "train_head",
@@ -105,11 +108,14 @@ _MODULES = {
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
     "training.sweeps": ("Sweep", "sweep", "try_settings"),
+    "training.reports": ("Report", "report"),
     "training.registry": ("Runs", "runs"),
     "training.sidecar": ("Sidecar",),
     "training.suspects": ("Suspects", "label_suspects"),
     "training.transferability": ("transfer_scores",),
     "training.significance": ("mcnemar", "paired_bootstrap"),
+    "training.suspects": ("Suspects", "label_suspects"),
+    "training.transferability": ("transfer_scores",),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -20,6 +20,9 @@ SAMPLINGS: tuple[Literal["shuffled", "balanced"], ...] = ("shuffled", "balanced"
 BATCH_NORMS: tuple[Literal["train", "frozen"], ...] = ("train", "frozen")
 """What a fit's `sampling` and `batch_norm` may be."""
 
+PROJECTIONS: tuple[Literal["pca", "tsne", "umap"], ...] = ("pca", "tsne", "umap")
+"""`featstore.pages.projection.METHODS`; a test holds them equal."""
+
 CHECKPOINT = ".checkpoint"
 """What the name of a run ends in where its fit is kept until it is saved."""
 

@@ -26,6 +26,7 @@ from training import (
     choices,
     compare_command,
     lr_command,
+    report_command,
     run_commands,
     runs_command,
     sweep_command,
@@ -336,6 +337,7 @@ for _name, _command in {
     "compare": compare_command.compare,
     "sweep": sweep_command.sweep,
     **run_commands.COMMANDS,
+    "report": report_command.report,
     "runs": runs_command.runs,
     "versus": versus_command.versus,
 }.items():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from featstore.cli import backbones, exchange, store
+from featstore.cli import backbones, exchange, store, view
 from featstore.cli.flags import (
     AugmentFlags,
     ImageFlags,
@@ -353,7 +353,7 @@ def estimate(
     _show_estimate(found, how.counts, output)
 
 
-for _name, _command in (store.COMMANDS | exchange.COMMANDS | backbones.COMMANDS).items():
+for _name, _command in (store.COMMANDS | exchange.COMMANDS | backbones.COMMANDS | {"view": view.view}).items():
     app.command(_name)(_command)
 
 

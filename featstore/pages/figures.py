@@ -59,7 +59,11 @@ def curves(
         figure.add_scatter(x=_finite(xs), y=_finite(ys), name=_text(name), mode=mode)
     for name, place in (marks or {}).items():
         figure.add_vline(x=place, line_dash="dot", annotation_text=_text(name))
-    figure.update_xaxes(title=_text(x), type="log" if is_log else "linear")
+    is_counted = all(float(value).is_integer() for xs, _ in lines.values() for value in xs)
+    ticks = {"tickformat": "d", "nticks": 12} if is_counted else {}
+    if is_counted and max((value for xs, _ in lines.values() for value in xs), default=0) <= 12:
+        ticks = {"dtick": 1}
+    figure.update_xaxes(title=_text(x), type="log" if is_log else "linear", **ticks)
     figure.update_yaxes(title=_text(y))
     return _laid_out(figure, height=340)
 

@@ -124,7 +124,8 @@
     const colour = (name) => style.getPropertyValue(name).trim();
     const clear = "rgba(0,0,0,0)";
     const font = { color: colour("--ink"), family: getComputedStyle(document.body).fontFamily, size: 13 };
-    const theme = { ...layout, paper_bgcolor: clear, plot_bgcolor: clear, font };
+    const modebar = { bgcolor: clear, color: colour("--quiet"), activecolor: colour("--accent") };
+    const theme = { ...layout, paper_bgcolor: clear, plot_bgcolor: clear, font, modebar };
     for (const name of Object.keys(layout).filter((each) => /^[xy]axis\d*$/.test(each))) {
       theme[name] = { ...layout[name], gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
     }
@@ -147,7 +148,7 @@
       const ring = { color: "rgba(0,0,0,0)", line: { color: "#e0245e", width: 2 }, size: 14 };
       data.push({ type: "scatter", mode: "markers", x: [], y: [], marker: ring, hoverinfo: "skip", showlegend: false });
     }
-    const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["toImage", "select2d", "lasso2d"] };
+    const config = { responsive: true, displaylogo: false, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"]] };
     await Plotly.newPlot(element, data, themed(layout), config);
     if (!isMap) return;
     maps.push({ element, at, last: data.length - 1 });
