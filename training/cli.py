@@ -90,10 +90,20 @@ class TrainingFlags:
         bool, typer.Option("--allow-leak", help="Train also on images that an earlier run held out.")
     ] = False
 
-    def __post_init__(self) -> None:
+    def check_free(self, *, are_folds: bool = False) -> None:
+        """Checks that the run, or the runs of folds, can be saved, before anything is downloaded, read or computed.
+
+        Raises:
+            FeatureStoreError: if something is there that isn't to be replaced or gone on with.
+        """
         from featstore.models.runs import check_free, located
 
-        # Before anything is downloaded, read or computed; what loads torch, only if there may be something to say.
+        # What loads torch is imported only if there may be something to say.
+        if are_folds and located(Path(self.out)).exists():
+            from training.cross_validation import check_folds_free
+
+            check_folds_free(Path(self.out), overwrite=self.overwrite)
+            return
         if self.resume or located(Path(f"{Path(self.out)}{choices.CHECKPOINT}")).exists():
             from training.recipes import check_out
 
@@ -143,15 +153,14 @@ def head(
     ] = None,
 ) -> None:
     """Train a head on stored features."""
+    if folds is not None:
+        _check_folds(training, length)
+    training.check_free(are_folds=folds is not None)
     one_of("--head", kind, choices.HEADS)
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else learning_rate(lr)
     feature_store = open_store(store)
     given = labelled(images, for_new_head=True)
-    if folds is not None and training.resume:
-        raise ValueError("--resume goes on with one fit, and --folds makes several. Leave one of them out.")
-    if folds is not None and length.cycles is not None:
-        raise ValueError("--cycles makes no folds. Expected --epochs with --folds. Leave one of them out.")
     from training.cross_validation import cross_validate  # torch: what was asked for is understood by now
     from training.recipes import train_head
 
@@ -252,6 +261,7 @@ def finetune_command(
     config: ConfigOption = None,
 ) -> None:
     """Train a model from images, or from features up to where it is frozen."""
+    training.check_free()
     if (start is None) == (backbone is None):
         raise ValueError("Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head.")
     if start is not None and (weights, weights_prefix, cut) != (None, None, None):
@@ -315,6 +325,18 @@ def finetune_command(
 
 for _name, _command in {"lr-find": lr_command.lr_find, **run_commands.COMMANDS}.items():
     app.command(_name)(_command)
+
+
+def _check_folds(training: TrainingFlags, length: LengthFlags) -> None:
+    if training.resume:
+        raise ValueError("--resume goes on with one fit, and --folds makes several. Leave one of them out.")
+    if length.cycles is not None:
+        raise ValueError("--cycles makes no folds. Expected --epochs with --folds. Leave one of them out.")
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"--folds makes several fits, and the {count} processes that torchrun has started share one. Start the "
+            "command by itself, without torchrun."
+        )
 
 
 def _few_steps(steps: int, batch_size: int) -> str:

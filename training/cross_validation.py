@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,17 +15,20 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from featstore.errors import FeatureStoreError
 from featstore.html import titled_table
 from featstore.images.image_set import ImageSet
-from featstore.models.runs import check_free
+from featstore.models.runs import FACTS, check_free, located
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
+from featstore.words import some
 from training.learner import Learner
 from training.metrics import wilson_interval
 from training.optim import LearningRate
 from training.outcomes import Outcomes
 from training.plan import FitOptions
 from training.predict import write_csv
+from training.ranks import written_by_first
 
 PREDICTIONS = "predictions.csv"
 
@@ -122,16 +127,58 @@ class CrossValidation:
         """Saves a run for each fold, fold-1 and so on, and predictions.csv, of each image while it was held out.
 
         `Ensemble.load(folder)` predicts by the mean of the runs.
+
+        Args:
+            folder: a new one; it holds nothing else.
+            overwrite: replaces an earlier cross-validation there, all of its folds: `Ensemble.load` would take what is
+                left of them for some of these.
+
+        Raises:
+            FeatureStoreError: if something is there that isn't to be replaced.
         """
         folder = Path(folder)
-        runs = [folder / f"fold-{number}" for number in range(1, len(self.learners) + 1)]
-        for run in runs:
-            check_free(run, overwrite=overwrite)
-        for run, learn in zip(runs, self.learners, strict=True):
-            learn.save(run, overwrite=overwrite)
+        check_folds_free(folder, overwrite=overwrite)
+        with written_by_first(folder) as is_mine:
+            for earlier in _folds_in(folder) if is_mine else ():
+                shutil.rmtree(earlier)
+        for number, learn in enumerate(self.learners, start=1):
+            learn.save(folder / f"fold-{number}")
         found, task = self.outcomes(), self.learners[0].task
-        write_csv(folder / PREDICTIONS, found.images.ids, found.probabilities, found.classes, task)
+        with written_by_first(folder / PREDICTIONS) as is_mine:
+            if is_mine:
+                write_csv(folder / PREDICTIONS, found.images.ids, found.probabilities, found.classes, task)
         return folder
+
+
+def check_folds_free(folder: Path, *, overwrite: bool) -> None:
+    """Checks that folds can be saved in `folder`; nothing is deleted yet.
+
+    Raises:
+        FeatureStoreError: if folds are there and aren't to be replaced, or anything else is.
+        OSError: if nothing can be written there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FeatureStoreError(f"{folder} is a file, and folds have a folder of their own. Choose another name.")
+    there = sorted(each.name for each in folder.glob("[!.]*"))
+    folds = [each.name for each in _folds_in(folder)]
+    strangers = [name for name in there if name not in (*folds, PREDICTIONS)]
+    if strangers or (there and not folds):
+        raise FeatureStoreError(
+            f"{folder} holds {some(strangers or there)}, and folds have a folder of their own. Choose another one."
+        )
+    if there and not overwrite:
+        raise FeatureStoreError(
+            f"{folder} holds {len(folds)} folds already. Choose another folder, or replace all of them with "
+            "--overwrite (in Python: overwrite=True)."
+        )
+    for name in folds or ["fold-1"]:
+        check_free(folder / name, overwrite=True)
+
+
+def _folds_in(folder: Path) -> list[Path]:
+    """The runs of folds that a cross-validation has left in a folder."""
+    found = [each for each in folder.glob("fold-*") if re.fullmatch(r"fold-[1-9]\d*", each.name)]
+    return sorted(each for each in found if (located(each) / FACTS).is_file())
 
 
 def cross_validate(

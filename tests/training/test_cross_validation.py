@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
 from support.tiny import pixels, staged
 
-from featstore import FeatureStore, ImageSet, extract
+from featstore import FeatureStore, FeatureStoreError, ImageSet, extract
 from training import Ensemble, Learner, cross_validate
 
 COUNT, FOLDS = 23, 3
@@ -115,3 +115,31 @@ def test_folds_are_saved_as_runs_that_predict_together(stored: tuple[ImageSet, F
         Learner.load(tmp_path / f"fold-{n}", module=staged(), device="cpu", batch_size=4, quiet=True) for n in (1, 2)
     ]
     assert_array_equal(Ensemble(runs).predict_proba(images), expected)
+
+
+def test_folds_replace_all_of_earlier_ones_and_nothing_else(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    images, store = stored
+    three, two = (
+        cross_validate(staged(), images, store, folds=folds, epochs=1, lr=1e-2, **OPTIONS) for folds in (3, 2)
+    )
+    three.save(tmp_path / "folds")
+    with pytest.raises(FeatureStoreError, match=r"3 folds already\. Choose another folder, or replace all of them"):
+        two.save(tmp_path / "folds")
+    two.save(tmp_path / "folds", overwrite=True)
+    assert sorted(each.name for each in (tmp_path / "folds").iterdir()) == ["fold-1", "fold-2", "predictions.csv"]
+    members = Ensemble.load(tmp_path / "folds", module=staged(), device="cpu", batch_size=4, quiet=True)
+    assert_array_equal(members.predict_proba(images), Ensemble(two.learners).predict_proba(images))
+
+    (tmp_path / "folds/fold-2/mine.txt").write_text("kept")
+    with pytest.raises(FeatureStoreError, match=r"fold-2 holds 'mine.txt' besides its run"):
+        three.save(tmp_path / "folds", overwrite=True)
+    three.learners[0].save(tmp_path / "run")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/predictions.csv").write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    for name, why in (("run", "holds history.csv"), ("tables", "holds predictions.csv"), ("file", "is a file")):
+        with pytest.raises(FeatureStoreError, match=f"{why}.*, and folds have a folder of their own"):
+            two.save(tmp_path / name, overwrite=True)
+    assert (tmp_path / "tables/predictions.csv").read_text() == "kept"

@@ -103,6 +103,19 @@ def test_folds_give_a_run_each_and_a_table_and_are_advised_where_few_images_are_
     assert head(run, "--folds", "2", "--resume", out="runs/others").code == 2
 
 
+def test_folds_take_the_place_of_folds_alone(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert head(run, "--folds", "3", out="runs/folds").code == 0
+    assert head(run, "--folds", "2", "--overwrite", out="runs/folds").code == 0
+    assert sorted(each.name for each in (here / "runs/folds").iterdir()) == ["fold-1", "fold-2", "predictions.csv"]
+    assert head(run).code == 0
+    ran = head(run, "--folds", "2", "--overwrite")
+    assert (ran.code, "folds have a folder of their own" in ran.err) == (1, True)
+    assert not (here / "runs/head/fold-1").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = head(run, "--folds", "2", out="runs/others")
+    assert (ran.code, "the 2 processes that torchrun has started share one" in ran.err) == (2, True)
+
+
 def test_training_reports_json_that_evaluate_repeats(run: Run) -> None:
     trained = head(run, "--json").json
     assert trained["inputs"] == "features"
