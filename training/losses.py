@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featstore.words import some
 from training.metrics import Loss
 
-ClassWeights: TypeAlias = Literal["balanced"] | Sequence[float]
+ClassWeights: TypeAlias = Literal["balanced"] | Sequence[float] | Mapping[str, float]
 
 
 def smoothed_or_weighted(
@@ -36,12 +37,12 @@ def smoothed_or_weighted(
         targets: of all training images.
         classes: in order.
         label_smoothing: share of each target that goes to all classes alike, as torch's.
-        class_weights: one a class, in order; ``balanced``: as scikit-learn's, of the training images. With several
-            labels an image they weigh the positive ones; balanced is negatives over positives then.
+        class_weights: one a class, in order or by name; ``balanced``: as scikit-learn's, of the training images. With
+            several labels an image they weigh the positive ones; balanced is negatives over positives then.
         is_own: whether `plain` is a person's own.
 
     Raises:
-        ValueError: where the task has none, for a person's own loss, or for another number of weights than of classes.
+        ValueError: where the task has none, for a person's own loss, or for weights of other classes than these.
     """
     if not label_smoothing and class_weights is None:
         return plain
@@ -57,7 +58,14 @@ def smoothed_or_weighted(
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float, weights: Tensor | None) -> Tensor:
-    return F.cross_entropy(logits, targets, weight=_like(weights, logits), label_smoothing=label_smoothing)
+    own, is_numbered = _like(weights, logits), targets.ndim == 1
+    if own is None or weights is None or (is_numbered and bool((weights > 0).all())):
+        return F.cross_entropy(logits, targets, weight=own, label_smoothing=label_smoothing)
+    # Of mixed targets torch's mean is over rows, and so as many times as large as the weights are; of a batch that
+    # weighs nothing it is 0 / 0.
+    total = F.cross_entropy(logits, targets, weight=own, label_smoothing=label_smoothing, reduction="sum")
+    weight = own[targets].sum() if is_numbered else (targets @ own).sum()
+    return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def _with_pos_weight(logits: Tensor, targets: Tensor, *, weights: Tensor | None) -> Tensor:
@@ -70,6 +78,13 @@ def _like(weights: Tensor | None, logits: Tensor) -> Tensor | None:
 
 def _weights(given: ClassWeights, task: str, targets: Tensor, classes: Sequence[str]) -> Tensor:
     """One weight a class, float32 ``(K,)``; of a class without a training image 1."""
+    if isinstance(given, Mapping):
+        if {*given} != {*classes}:
+            raise ValueError(
+                f"class_weights has the names {some([*map(str, given)])}; expected each of the classes: "
+                f"{', '.join(classes)}."
+            )
+        given = [given[name] for name in classes]
     if not isinstance(given, str):
         weights = torch.tensor([float(each) for each in given])
         if len(weights) != len(classes) or not bool(((weights >= 0) & weights.isfinite()).all()):

@@ -43,7 +43,8 @@ class FitOptions(TypedDict, total=False):
         patience: ends the fit after so many epochs in a row that weren't better than the best; None: never.
         label_smoothing: share of each target that goes to all classes alike, in training steps; losses of scores are
             without it.
-        class_weights: of training steps, one a class in their order, or ``balanced``: as often as a class is rarer.
+        class_weights: of training steps, one a class in their order or by name, ``{"cat": 1.0, "dog": 2.5}``; or
+            ``balanced``: as often as a class is rarer.
         clip: highest norm of all gradients of a step together; None: any.
         accumulate: batches a step. Their gradients are those of one batch so many times as large (with class weights
             nearly: each batch counts by its rows); the schedule counts steps.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any, get_args
@@ -40,6 +40,7 @@ _MAY_BE_NONE = (
     "clip",
     "average",
 )
+_WEIGHTS = '"balanced", or a number a class, in their order or by name, {"cat": 1.0, "dog": 2.5}'
 _KINDS: dict[str, tuple[Any, str]] = {
     "store": (FeatureStore, 'a store, FeatureStore("features")'),
     "augment": (Augment, 'an augmentation with its seeds, Augment("flip", seeds=range(4))'),
@@ -52,7 +53,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "monitor": ((str, tuple), 'the name of a number on record, or ("name", "max")'),
     "patience": (Integral, "a number of epochs"),
     "label_smoothing": (Real, "a number of at least 0 and below 1"),
-    "class_weights": ((str, Iterable), '"balanced", or a number a class'),
+    "class_weights": ((str, Iterable), _WEIGHTS),
     "clip": (Real, "a number above 0"),
     "accumulate": (Integral, "a number of batches"),
     "average": ((EMA, SWA), "EMA(decay) or SWA(start)"),
@@ -129,8 +130,20 @@ def checked(name: str, value: Any) -> Any:
         raise ValueError(f"{name} is {value}; expected at most {_HIGHEST[name]}.")
     if kind in (Integral, Real):  # numpy's go into no JSON
         return int(value) if kind is Integral else float(value)
-    if name == "class_weights" and not isinstance(value, str):
-        return tuple(float(each) for each in value)
-    if name == "class_weights" and value != "balanced":
-        raise ValueError(f'class_weights is {value!r}; expected "balanced", or a number a class.')
+    if name == "class_weights":
+        return _class_weights(value)
     return value.evaluation if name == "view" else value
+
+
+def _class_weights(value: Any) -> Any:
+    """Numbers in the order given, or by the names of classes; a set has neither."""
+    if value == "balanced":
+        return value
+    try:
+        if isinstance(value, Mapping):
+            return {str(name): float(each) for name, each in value.items()}
+        if not isinstance(value, str | Set):
+            return tuple(float(each) for each in value)
+    except (TypeError, ValueError):  # what isn't a number
+        pass
+    raise ValueError(f"class_weights is {value!r}; expected {_WEIGHTS}.")

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from featstore import FeatureStore, ImageSet, extract
 from training import EMA, SWA, Learner
 from training import fitting as module
+from training.losses import smoothed_or_weighted
 from training.steps import Steps
 
 TRAIN, VALID, BATCH, EPOCHS, RATE = 22, 6, 8, 4, 0.02
@@ -268,7 +269,13 @@ def test_a_fit_waits_for_a_better_epoch_and_keeps_the_best(
         ({"average": SWA(), "keep": "best"}, "no best of them to keep"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5; expected at most 1"),
         ({"class_weights": [1, 2]}, r"class_weights are \[1.0, 2.0\]; expected 3 numbers"),
+        (
+            {"class_weights": {0: 1.0, 1: 2.0}},
+            "class_weights has the names 0, 1; expected each of the classes: 0, 1, 2",
+        ),
         ({"class_weights": "even"}, "class_weights is 'even'; expected"),
+        ({"class_weights": {1.0, 2.0, 4.0}}, "class_weights is .*; expected .* in their order or by name"),
+        ({"class_weights": ["a", "b", "c"]}, "class_weights is .*; expected .* in their order or by name"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_before_anything_moves(
@@ -313,3 +320,35 @@ def _several() -> ImageSet:
 def _logits(learn: Learner, images: ImageSet) -> Any:
     probabilities = learn.predict_proba(images)
     return np.log(probabilities / (1 - probabilities)).astype(np.float32)
+
+
+def test_weights_of_classes_by_name_are_those_in_order(stored: tuple[ImageSet, FeatureStore]) -> None:
+    ordered, named = learner(*stored), learner(*stored)
+    assert ordered.classes == ("0", "1", "2")
+    losses = ordered.fit(2, lr=RATE, class_weights=[1, 2, 0.5]).losses
+    assert named.fit(2, lr=RATE, class_weights={"2": 0.5, "0": 1, "1": 2}).losses == losses
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_weigh_mixed_targets_as_they_do_class_numbers(smoothing: float) -> None:
+    logits, numbers = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    weighted = smoothed_or_weighted(
+        F.cross_entropy,
+        "single",
+        numbers,
+        ("a", "b", "c"),
+        label_smoothing=smoothing,
+        class_weights=[10, 40, 5],
+        is_own=False,
+    )
+    expected = F.cross_entropy(logits, numbers, weight=torch.tensor([10.0, 40, 5]), label_smoothing=smoothing)
+    torch.testing.assert_close(weighted(logits, numbers), expected)
+    torch.testing.assert_close(weighted(logits, F.one_hot(numbers).float()), expected)
+
+
+def test_a_batch_of_images_that_weigh_nothing_moves_nothing(stored: tuple[ImageSet, FeatureStore]) -> None:
+    learn = learner(*stored, head="linear", batch_size=1)
+    losses = learn.fit(1, lr=RATE, class_weights=[0, 1, 1]).losses
+    _, targets = rows_of(stored, "train")
+    passes = len(losses) // TRAIN
+    assert losses.count(0.0) == passes * int((targets == 0).sum())
