@@ -139,8 +139,9 @@ def run_epochs(
         record["seconds"] = time.perf_counter() - started
         history.records.append(record)
         number = history.monitor.loss(record)
-        if history.monitor.name not in record or history.best_epoch < 0 or number < at.lowest:
-            # What isn't a number is worse than any other, so that a later epoch can be better.
+        if history.monitor.name not in record or math.isinf(at.lowest) or number < at.lowest:
+            # What isn't a number is worse than any other, so that a later epoch can be better; of such alone the last
+            # counts, as where nothing is on record.
             at.lowest, history.best_epoch = number, at.epoch
             is_kept = keep == "best" and history.monitor.name in record
             at.best = copied_tensors(scored) if is_kept else None
