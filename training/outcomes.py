@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from featstore.images.image_set import ImageSet
 from featstore.images.views import View
-from training.metrics import calibration_error
+from training.metrics import THRESHOLD, calibration_error
 
 if TYPE_CHECKING:
     from training.plots import Axes, Plot
@@ -110,7 +110,7 @@ class Outcomes:
             columns = precision_recall_fscore_support(self.targets, self.predicted, labels=labels, zero_division=0)
         else:
             self._labels("scores by class")
-            actual, taken = self.targets > 0, self.probabilities > 0.5
+            actual, taken = self.targets > 0, self.probabilities >= THRESHOLD
             if len(labels) == 1:  # of one column scikit-learn scores the labels 0 and 1
                 actual, taken, labels = actual.ravel(), taken.ravel(), [1]
             columns = precision_recall_fscore_support(actual, taken, labels=labels, zero_division=0)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from featstore import ImageSet
 from featstore.images.names import Task
 from training import Learner, Outcomes
+from training.metrics import f1_multi
 from training.predict import probabilities
 
 CLASSES = ("ant", "bee", "$cow$")
@@ -87,6 +88,9 @@ def test_several_labels_and_numbers_have_losses_and_what_is_theirs() -> None:
     assert_allclose(many.losses, expected)
     report = classification_report(labels, logits > 0, target_names=CLASSES, output_dict=True, zero_division=0)
     assert many.by_class()["bee"]["f1"] == report["bee"]["f1-score"]
+    undecided = of("multi", torch.zeros(len(labels), 3), labels)  # a probability of 0.5 counts, as in the F1 on record
+    by_class = [each["f1"] for each in undecided.by_class().values()]
+    assert f1_multi(torch.zeros(len(labels), 3), labels) == pytest.approx(np.mean(by_class))
     one = of("multi", logits[:, :1], labels[:, :1])
     column = report["ant"]
     assert one.by_class()["ant"] == {name.removesuffix("-score"): value for name, value in column.items()}
