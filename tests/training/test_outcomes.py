@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from sklearn.metrics import classification_report, confusion_matrix
+from sklearn.metrics import classification_report, confusion_matrix, f1_score
 from support.tiny import photos, staged
 from torch.nn import functional as F
 
@@ -101,6 +101,26 @@ def test_several_labels_and_numbers_have_losses_and_what_is_theirs() -> None:
             found.confusion()
     with pytest.raises(ValueError, match="are of labels, and these images have numbers"):
         numbers.by_class()
+
+
+def test_thresholds_are_those_of_the_highest_f1_of_each_class(single: Outcomes) -> None:
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(0, 2, (40, 3), generator=generator)
+    labels[:, 2] = 0
+    found = of("multi", torch.randn(40, 3, generator=generator) + labels - 1, labels)
+    thresholds = found.thresholds()
+    assert thresholds["$cow$"] == 0.5  # no image has it
+    scores = found.by_class(thresholds)
+    for place, name in enumerate(CLASSES[:2]):
+        said = found.probabilities[:, place]
+        best = max(f1_score(labels[:, place], said >= least) for least in said)
+        assert scores[name]["f1"] == pytest.approx(best, rel=1e-12)
+        assert scores[name]["f1"] > found.by_class()[name]["f1"]
+    with pytest.raises(ValueError, match="Thresholds are of several labels an image"):
+        single.thresholds()
+    for outcomes, given in ((single, thresholds), (found, {"ant": 0.5})):
+        with pytest.raises(ValueError, match="expected one of each class, ant, bee"):
+            outcomes.by_class(given)
 
 
 def test_the_plots_show_the_counts_and_the_very_images(single: Outcomes) -> None:
