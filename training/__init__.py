@@ -114,8 +114,6 @@ _MODULES = {
     "training.suspects": ("Suspects", "label_suspects"),
     "training.transferability": ("transfer_scores",),
     "training.significance": ("mcnemar", "paired_bootstrap"),
-    "training.suspects": ("Suspects", "label_suspects"),
-    "training.transferability": ("transfer_scores",),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

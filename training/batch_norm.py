@@ -49,7 +49,7 @@ def reestimate_batch_norm(
         on_error: an image that can't be read: ``raise``, or ``skip`` it.
 
     Raises:
-        ValueError: if it has no batch norm with statistics, or there are fewer than two images.
+        ValueError: if it has no batch norm with statistics, or there are fewer than two images or images a batch.
     """
     # Nobody can name it as the weights that it was made of.
     made = copy.deepcopy(model.with_(origin={}))
@@ -63,6 +63,11 @@ def reestimate_batch_norm(
         raise ValueError(
             f"{model.name} has {len(norms):,} batch norms with statistics, and there are {len(images):,} images; "
             "expected one and two at least. Without batch norm there is nothing to estimate."
+        )
+    if batch_size < 2:
+        raise ValueError(
+            f"batch_size is {batch_size}, and a single image has no statistics. Expected at least 2; the larger, the "
+            "better each batch's variance is known."
         )
     made.to_device(choose_device(device))
     shuffled = images.select(np.random.default_rng(seed).permutation(len(images)).tolist())

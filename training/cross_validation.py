@@ -21,7 +21,7 @@ from featstore.images.image_set import ImageSet
 from featstore.models.runs import FACTS, check_free, located
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
-from featstore.words import listed
+from featstore.words import some
 from training.learner import Learner
 from training.metrics import wilson_interval
 from training.optim import LearningRate
@@ -165,7 +165,7 @@ def check_folds_free(folder: Path, *, overwrite: bool) -> None:
     strangers = [name for name in there if name not in (*folds, PREDICTIONS)]
     if strangers or (there and not folds):
         raise FeatureStoreError(
-            f"{folder} holds {listed(strangers or there)}, and folds have a folder of their own. Choose another one."
+            f"{folder} holds {some(strangers or there)}, and folds have a folder of their own. Choose another one."
         )
     if there and not overwrite:
         raise FeatureStoreError(

@@ -62,8 +62,9 @@ class Progress:
         history = self.history
         history.records.append(record)
         number = history.monitor.loss(record)
-        if history.monitor.name not in record or history.best_epoch < 0 or number < self.lowest:
-            # What isn't a number is worse than any other, so that a later epoch can be better.
+        if history.monitor.name not in record or math.isinf(self.lowest) or number < self.lowest:
+            # What isn't a number is worse than any other, so that a later epoch can be better; of such alone the last
+            # counts, as where nothing is on record.
             self.lowest, history.best_epoch = number, self.epoch
             is_kept = keep == "best" and history.monitor.name in record
             self.best = copied() if is_kept else None

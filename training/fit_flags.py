@@ -27,7 +27,9 @@ class FitOptionFlags:
             show_default="one_cycle; with --cycles cosine",
         ),
     ] = None
-    weight_decay: Annotated[float, typer.Option(min=0, metavar="N", help="Of every parameter.")] = 0.01
+    weight_decay: Annotated[
+        float, typer.Option(min=0, metavar="N", help="Of weights; of biases and norms too with --decay-norms.")
+    ] = 0.01
     keep: Annotated[
         str | None,
         typer.Option(

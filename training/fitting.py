@@ -339,6 +339,9 @@ class Begun:
                 done(history)
         if not is_over:
             raise KeyboardInterrupt("another process of this fit was interrupted")  # and this one wasn't
+        judges = plan.keep == "best" or plan.patience is not None
+        if judges and history.monitor.name in history.last and math.isinf(progress.lowest):
+            fitting.say(f"{history.monitor.name} was no number in any epoch, so none was best: the last one counts")
         if progress.epoch < self.course.num_epochs:
             fitting.say(f"{history.monitor.name} was best {plan.patience} epochs ago (patience): no further epoch")
         return history

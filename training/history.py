@@ -82,9 +82,8 @@ class History:
 
     def ran_at(self, group: Mapping[str, Any]) -> None:
         """Adds what a step ran at, of an optimizer's parameter group."""
-        momentum, _ = group.get("betas", (group.get("momentum", math.nan), None))
         self.lrs.append(float(group["lr"]))
-        self.momenta.append(float(momentum))
+        self.momenta.append(float(group["betas"][0] if "betas" in group else group.get("momentum", math.nan)))
 
     @property
     def last(self) -> Record:

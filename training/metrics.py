@@ -35,6 +35,9 @@ Average = Literal["macro", "micro", "weighted"]
 
 TASKS = ("single", "multi", "regression")
 
+THRESHOLD = 0.5
+"""Probability from which a label of the task "multi" counts."""
+
 
 def loss(task: str, scale: Tensor | None = None) -> Loss:
     """The mean loss of `task`: cross-entropy ("single"), binary cross-entropy with logits, or squared error.
@@ -223,7 +226,7 @@ def f1(logits: Tensor, targets: Tensor, average: Average = "macro") -> float:
     return _f1(_array(targets), _array(logits.argmax(dim=1)), average)
 
 
-def f1_multi(logits: Tensor, targets: Tensor, average: Average = "macro", threshold: float = 0.5) -> float:
+def f1_multi(logits: Tensor, targets: Tensor, average: Average = "macro", threshold: float = THRESHOLD) -> float:
     """The F1 score of the classes whose probability, the sigmoid of the logit, reaches `threshold`.
 
     Averaged over the classes that occur among targets or predictions; NaN if none does.

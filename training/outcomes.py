@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from featstore.images.image_set import ImageSet
 from featstore.images.views import View
-from training.metrics import calibration_error
+from training.metrics import THRESHOLD, calibration_error
 
 if TYPE_CHECKING:
     from training.plots import Axes, Plot
@@ -98,19 +99,50 @@ class Outcomes:
         pairs.sort(key=lambda each: (-each[0], each[1]))
         return [(self.classes[actual], self.classes[taken], count) for count, (actual, taken) in pairs]
 
-    def by_class(self) -> dict[str, dict[str, float]]:
+    def thresholds(self) -> dict[str, float]:
+        """Class -> the probability from which its label should count, for the highest F1 on these images.
+
+        Of several labels an image. Choose by images held out, and score others with them: ``by_class(thresholds)``. A
+        class that no image has keeps 0.5.
+        """
+        from sklearn.metrics import precision_recall_curve
+
+        if self.images.task != "multi":
+            raise ValueError(
+                f"Thresholds are of several labels an image, and these images are {self.images.task}. Expected the "
+                "task multi."
+            )
+        found: dict[str, float] = {}
+        for name, actual, said in zip(self.classes, self.targets.T, self.probabilities.T, strict=True):
+            found[name] = THRESHOLD
+            if (actual > 0).any():
+                precision, recall, places = precision_recall_curve(actual > 0, said)
+                scores = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+                found[name] = float(places[scores[:-1].argmax()])  # the last has no threshold
+        return found
+
+    def by_class(self, thresholds: Mapping[str, float] | None = None) -> dict[str, dict[str, float]]:
         """Class -> precision, recall, f1 and support (how many images it has), as scikit-learn computes them.
 
         What is 0 / 0 counts as 0.
+
+        Args:
+            thresholds: of several labels an image, class -> the probability from which it counts; default: 0.5.
         """
         from sklearn.metrics import precision_recall_fscore_support
 
         labels = list(range(len(self.classes)))
+        if thresholds is not None and (self.images.task != "multi" or {*thresholds} != {*self.classes}):
+            raise ValueError(
+                f"thresholds are of {', '.join(thresholds)}; expected one of each class, {', '.join(self.classes)}, of "
+                f"images of the task multi, and these are {self.images.task}. Give what thresholds() gives."
+            )
         if self.images.task == "single":
             columns = precision_recall_fscore_support(self.targets, self.predicted, labels=labels, zero_division=0)
         else:
             self._labels("scores by class")
-            actual, taken = self.targets > 0, self.probabilities > 0.5
+            least = [THRESHOLD if thresholds is None else thresholds[name] for name in self.classes]
+            actual, taken = self.targets > 0, self.probabilities >= np.array(least)
             if len(labels) == 1:  # of one column scikit-learn scores the labels 0 and 1
                 actual, taken, labels = actual.ravel(), taken.ravel(), [1]
             columns = precision_recall_fscore_support(actual, taken, labels=labels, zero_division=0)

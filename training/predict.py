@@ -21,6 +21,7 @@ from featstore.images.item_sources import content_of, described
 from featstore.images.names import IMAGE_SUFFIXES
 from featstore.images.origins import named_by
 from featstore.images.sources import FolderSource
+from training.metrics import THRESHOLD
 
 Items: TypeAlias = Any
 """What can be predicted: an image set; files, folders and tar files by their paths; a table by its path; or images in
@@ -29,8 +30,6 @@ memory: PIL images, arrays uint8 ``(H, W[, 3])`` or ``(N, H, W, 3)``, tensors ui
 
 NUM_TOP = 5
 _TABLES = (".csv", ".tsv", ".parquet")
-THRESHOLD = 0.5
-"""Probability from which a label of a multi-label model counts."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Ranks: processes that fit one model together, each on its share of every batch; the one door to torch.distributed.
 
-A batch size is that of all of them together, so their number changes neither a rate nor the number of steps.
+A batch size is that of all of them together, so their number changes no rate; nor the number of steps, but where a pass
+ends in fewer images than two for each process, which join the batch before.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from training.history import History
 from training.learner import Learner
 from training.optim import LearningRate
 from training.plan import FitOptions, Plan, check_options
-from training.ranks import is_first, joined
+from training.ranks import is_first, joined, written_by_first
 
 
 def train_head(
@@ -172,6 +172,18 @@ def _fit_of(
     return lambda learn, options: learn.fit_cycles(cycles, lr, **lengths, **options)
 
 
+def _delete(checkpoint: Path | None, snapshot: str | Path | None) -> None:
+    """Deletes what an earlier fit has left; no process goes on, and looks for it, before it is gone."""
+    what = checkpoint or snapshot
+    if what is None:
+        return
+    with written_by_first(Path(what)) as is_mine:
+        if is_mine and checkpoint is not None:
+            delete_fit(checkpoint)
+        for run in _snapshots(snapshot) if is_mine else ():
+            shutil.rmtree(located(run))
+
+
 def _check_snapshots(snapshot: str | Path | None, *, overwrite: bool, resume: bool) -> None:
     """Checks that earlier snapshots are to be replaced, where there are any."""
     for run in _snapshots(snapshot) if not resume else ():
@@ -211,11 +223,8 @@ def _fitted(
         options["resume"] = resume
     check_options({**options})
     Plan(**options)
-    if overwrite and not resume and is_first():  # as late as can be: what was wrong is said by now
-        if checkpoint is not None:
-            delete_fit(checkpoint)
-        for run in _snapshots(snapshot):
-            shutil.rmtree(located(run))
+    if overwrite and not resume:  # as late as can be: what was wrong is said by now
+        _delete(checkpoint, snapshot)
     try:
         start(learn, options)
     except FloatingPointError:  # from the checkpoint it would come to the same again

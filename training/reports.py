@@ -34,7 +34,8 @@ from training.learner import Learner
 from training.lr_find import LearningRates
 from training.outcomes import Outcomes
 from training.placement import reduction_of
-from training.saved import HISTORY, RUN, check_facts, finite, read_scores
+from training.saved import HISTORY, check_facts, finite, read_scores
+from training.sidecar import FILE
 
 Runs = Learner | CrossValidation | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -302,7 +303,7 @@ def _facts(run: Path) -> dict[str, Json]:
 
 def _row(run: Path, facts: Mapping[str, Json]) -> dict[str, Json]:
     """What the table says of a saved run."""
-    about = json.loads(read_file(run, RUN) or b"{}")
+    about = json.loads(read_file(run, FILE) or b"{}")
     model = facts["model"]
     return {
         "run": str(run),

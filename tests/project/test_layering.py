@@ -232,7 +232,7 @@ SURFACE: dict[str, str] = {
     "store.part_facts": "are_stages stage_facts",
     "store.sets": "FeatureRequest FeatureSet",
     "store.store": "FeatureStore",
-    "words": "counted listed printable size_text some",
+    "words": "counted printable size_text some",
 }
 
 IMPORT_BY_VARIABLE = {"featstore.__init__", "training.__init__", "featstore.exchange.export"}

@@ -93,3 +93,5 @@ def test_a_model_without_batch_norm_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="has 0 batch norms with statistics"):
         reestimate_batch_norm(plain, arrays(4), device="cpu")
+    with pytest.raises(ValueError, match="batch_size is 1, and a single image has no statistics"):
+        reestimate_batch_norm(staged(), arrays(4), batch_size=1, device="cpu")

@@ -139,7 +139,7 @@ def test_folds_replace_all_of_earlier_ones_and_nothing_else(
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/predictions.csv").write_text("kept")
     (tmp_path / "file").write_text("kept")
-    for name, why in (("run", "holds 'history.csv'"), ("tables", "holds 'predictions.csv'"), ("file", "is a file")):
+    for name, why in (("run", "holds history.csv"), ("tables", "holds predictions.csv"), ("file", "is a file")):
         with pytest.raises(FeatureStoreError, match=f"{why}.*, and folds have a folder of their own"):
             two.save(tmp_path / name, overwrite=True)
     assert (tmp_path / "tables/predictions.csv").read_text() == "kept"

@@ -253,6 +253,21 @@ def test_a_fit_waits_for_a_better_epoch_and_keeps_the_best(
     assert all(torch.equal(tensor, kept[best][name]) for name, tensor in learn.model.tensors().items())
 
 
+def test_the_last_epoch_counts_where_no_epoch_has_a_number(
+    stored: tuple[ImageSet, FeatureStore], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(logits: Tensor, targets: Tensor) -> float:
+        return float("nan")
+
+    judged, plainly = (learner(*stored, metrics=[none], head="linear") for _ in range(2))
+    judged.quiet = False
+    history = judged.fit(3, lr=RATE, keep="best", monitor=("none", "max"), patience=1)
+    assert (len(history.records), history.best_epoch) == (3, 2)
+    assert "none was no number in any epoch, so none was best: the last one counts" in capsys.readouterr().err
+    plainly.fit(3, lr=RATE)
+    assert all(torch.equal(each, plainly.model.tensors()[name]) for name, each in judged.model.tensors().items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

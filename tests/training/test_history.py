@@ -61,6 +61,14 @@ def test_a_history_is_written_as_a_table_and_as_lines_of_json(tmp_path: Path) ->
     assert lines == [records[0], {"epoch": 2, "train_loss": None, "valid_loss": None}]
 
 
+def test_momentum_is_the_first_of_however_many_betas() -> None:
+    history = History()
+    for group in ({"betas": (0.9, 0.95, 0.99)}, {"betas": (0.8, 0.99)}, {"momentum": 0.7}, {}):
+        history.ran_at({"lr": 0.1, **group})
+    assert history.momenta.tolist()[:3] == [0.9, 0.8, 0.7]
+    assert math.isnan(history.momenta[3])
+
+
 def test_steps_of_fits_that_knew_no_rates_have_none_in_the_table() -> None:
     history = History(records=[{"epoch": 1}], best_epoch=0, losses=[3.0, 2.0])
     later = History(

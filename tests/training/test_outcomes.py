@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from sklearn.metrics import classification_report, confusion_matrix
+from sklearn.metrics import classification_report, confusion_matrix, f1_score
 from support.tiny import photos, staged
 from torch.nn import functional as F
 
 from featstore import ImageSet
 from featstore.images.names import Task
 from training import Learner, Outcomes
+from training.metrics import f1_multi
 from training.predict import probabilities
 
 CLASSES = ("ant", "bee", "$cow$")
@@ -87,6 +88,9 @@ def test_several_labels_and_numbers_have_losses_and_what_is_theirs() -> None:
     assert_allclose(many.losses, expected)
     report = classification_report(labels, logits > 0, target_names=CLASSES, output_dict=True, zero_division=0)
     assert many.by_class()["bee"]["f1"] == report["bee"]["f1-score"]
+    undecided = of("multi", torch.zeros(len(labels), 3), labels)  # a probability of 0.5 counts, as in the F1 on record
+    by_class = [each["f1"] for each in undecided.by_class().values()]
+    assert f1_multi(torch.zeros(len(labels), 3), labels) == pytest.approx(np.mean(by_class))
     one = of("multi", logits[:, :1], labels[:, :1])
     column = report["ant"]
     assert one.by_class()["ant"] == {name.removesuffix("-score"): value for name, value in column.items()}
@@ -97,6 +101,26 @@ def test_several_labels_and_numbers_have_losses_and_what_is_theirs() -> None:
             found.confusion()
     with pytest.raises(ValueError, match="are of labels, and these images have numbers"):
         numbers.by_class()
+
+
+def test_thresholds_are_those_of_the_highest_f1_of_each_class(single: Outcomes) -> None:
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(0, 2, (40, 3), generator=generator)
+    labels[:, 2] = 0
+    found = of("multi", torch.randn(40, 3, generator=generator) + labels - 1, labels)
+    thresholds = found.thresholds()
+    assert thresholds["$cow$"] == 0.5  # no image has it
+    scores = found.by_class(thresholds)
+    for place, name in enumerate(CLASSES[:2]):
+        said = found.probabilities[:, place]
+        best = max(f1_score(labels[:, place], said >= least) for least in said)
+        assert scores[name]["f1"] == pytest.approx(best, rel=1e-12)
+        assert scores[name]["f1"] > found.by_class()[name]["f1"]
+    with pytest.raises(ValueError, match="Thresholds are of several labels an image"):
+        single.thresholds()
+    for outcomes, given in ((single, thresholds), (found, {"ant": 0.5})):
+        with pytest.raises(ValueError, match="expected one of each class, ant, bee"):
+            outcomes.by_class(given)
 
 
 def test_the_plots_show_the_counts_and_the_very_images(single: Outcomes) -> None:

@@ -22,6 +22,7 @@ from training import EMA, Learner, fitting
 from training.inputs.batches import Batches
 from training.plan import Plan
 from training.ranks import is_first, joined
+from training.recipes import checkpoint_of
 
 TRAIN, VALID = 21, 7
 CALL = """
@@ -110,6 +111,37 @@ def test_the_command_runs_under_a_launcher(tmp_path: Path, processes: Processes)
     assert ended[1].stdout == ""
     assert read_run(tmp_path / "run").facts
     assert not (tmp_path / "run.checkpoint").exists()
+
+
+AGAIN = """
+import os, sys, time
+from test_ranks import head, some_images
+from support.tiny import staged
+from training import recipes
+
+delete_fit = recipes.delete_fit
+
+
+def slow(path):
+    time.sleep(2)  # a large one, or one on a slow disk
+    delete_fit(path)
+
+
+recipes.delete_fit = slow
+recipes.train_head(
+    staged(), some_images(), cut="layer2", head=head(), batch_size=8, quiet=True, device="cpu", epochs=1, lr=0.01,
+    out=sys.argv[1], overwrite=True,
+)
+"""
+
+
+def test_processes_begin_once_the_fit_that_they_replace_is_gone(tmp_path: Path, processes: Processes) -> None:
+    learn = Learner(staged(), some_images(), cut="layer2", head=head(), batch_size=8, device="cpu", quiet=True)
+    learn.fit(1, lr=0.01, checkpoint=checkpoint_of(tmp_path / "run"))
+    started = [processes.start(AGAIN, str(tmp_path / "run"), environment=each) for each in as_launched(2)]
+    ended = [processes.end(each) for each in started]
+    assert [each.returncode for each in ended] == [0, 0], ended
+    assert read_run(tmp_path / "run").facts["passes"] == 1
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(8, [8, 8, 5]), (6, [6, 6, 9]), (20, [21])])

@@ -20,10 +20,11 @@ from training.averages import Averaging
 from training.estimators.given import Matrix, checked_to_fit, checked_to_predict
 from training.heads import HEADS, ValueHead, build_head
 from training.history import History
+from training.metrics import THRESHOLD
 from training.mixing import BatchChange
 from training.optim import LearningRate, MakeOptimizer, WeightDecay
 from training.plan import FitOptions, Plan, check_options
-from training.predict import THRESHOLD, probabilities
+from training.predict import probabilities
 from training.row_fits import Rows, fit_to_rows, logits_of_rows
 
 
