@@ -22,7 +22,7 @@ from training.averages import Average
 from training.copies import copied_tensors, put_back, tensors_of
 from training.history import History, Record
 from training.inputs.batches import Batches
-from training.metrics import Loss, Metric, loss_value, metric_values
+from training.metrics import Loss, Metric, loss_number, metric_values
 from training.ranks import Ranks
 from training.schedules import Course
 from training.steps import StepOptions, Steps, check_finite, settled
@@ -134,7 +134,7 @@ def run_epochs(
         }
         if valid is not None:
             logits, targets, _ = outputs(scored, valid, ranks)
-            record["valid_loss"] = float(loss_value(loss, logits, targets))
+            record["valid_loss"] = loss_number(loss, logits, targets)
             record |= metric_values(metrics, logits, targets)
         record["seconds"] = time.perf_counter() - started
         history.records.append(record)

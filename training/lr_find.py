@@ -16,7 +16,7 @@ from featstore.models.modes import mode_of
 from training.copies import copied_tensors, put_back
 from training.fit import check_any, seeded, training_mode
 from training.inputs.batches import Batches
-from training.metrics import Loss, loss_value
+from training.metrics import Loss, loss_number
 from training.optim import sensible_rates
 from training.steps import StepOptions, Steps
 
@@ -293,7 +293,7 @@ def _trial(
             worst = -math.inf
             for number, (inputs, targets) in enumerate(islice(epoch, num_steps) if a_pass > 1 else judges, start=1):
                 with training_mode(tail, options):
-                    made.add(inputs.clone(), targets)
+                    made.add(inputs.clone(), targets.clone())
                     made.make()
                 if number == num_steps or (2 * number > num_steps and number % max(num_steps // _LOOKS, 1) == 0):
                     seen = _mean_loss(tail, judges, loss)
@@ -309,7 +309,7 @@ def _trial(
 def _mean_loss(tail: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], loss: Loss) -> float:
     with torch.no_grad(), mode_of(tail, training=False):
         # Copies, as a stage may write into its input.
-        values = [float(loss_value(loss, tail(inputs.clone()), targets)) * len(targets) for inputs, targets in batches]
+        values = [loss_number(loss, tail(inputs.clone()), targets) * len(targets) for inputs, targets in batches]
     return sum(values) / sum(len(targets) for _, targets in batches)
 
 
