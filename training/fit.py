@@ -275,9 +275,9 @@ def predicted(tail: nn.Module, batches: Batches, view: int = 0, ranks: Ranks | N
         for inputs, numbers in batches.in_order(view, share=(0, 1) if ranks is None else (ranks.rank, ranks.count)):
             logits.append(tail(inputs).float().cpu())
             rows.append(torch.from_numpy(numbers))
+    if ranks is not None:  # before anything is checked: of few images a process may have none, and the others wait
+        logits, rows = ranks.joined(logits, rows)
     check_any(len(rows), batches)
-    if ranks is not None:
-        return ranks.joined(torch.cat(logits), torch.cat(rows))
     return torch.cat(logits), torch.cat(rows)
 
 
