@@ -91,14 +91,15 @@ class TrainingFlags:
     ] = False
 
     def __post_init__(self) -> None:
-        from featstore.models.runs import check_free, located
+        from featstore.models.runs import FACTS, check_free, located
 
         # Before anything is downloaded, read or computed; what loads torch, only if there may be something to say.
         if self.resume or located(Path(f"{Path(self.out)}{choices.CHECKPOINT}")).exists():
             from training.recipes import check_out
 
             check_out(self.out, overwrite=self.overwrite, resume=self.resume)
-        check_free(Path(self.out), overwrite=self.overwrite)
+        if not (self.overwrite and any(Path(self.out).glob(f"fold-*/{FACTS}"))):  # which --folds replaces
+            check_free(Path(self.out), overwrite=self.overwrite)
 
 
 FreezeToOption = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from featstore.html import titled_table
 from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet
 from featstore.images.labels import checked_groups
-from featstore.models.runs import check_free
+from featstore.models.runs import FACTS, check_free
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
 from training.learner import Learner
@@ -123,14 +124,20 @@ class CrossValidation:
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Saves a run for each fold, fold-1 and so on, and predictions.csv, of each image while it was held out.
 
-        `Ensemble.load(folder)` predicts by the mean of the runs.
+        `Ensemble.load(folder)` predicts by the mean of the runs; so with `overwrite` those of more folds are deleted.
+
+        Raises:
+            FeatureStoreError: if runs of folds are there and aren't to be replaced.
         """
         folder = Path(folder)
         runs = [folder / f"fold-{number}" for number in range(1, len(self.learners) + 1)]
-        for run in runs:
+        earlier = [each.parent for each in folder.glob(f"fold-*/{FACTS}") if each.parent not in runs]
+        for run in (*runs, *earlier):
             check_free(run, overwrite=overwrite)
         for run, learn in zip(runs, self.learners, strict=True):
             learn.save(run, overwrite=overwrite)
+        for run in earlier:
+            shutil.rmtree(run)
         found, task = self.outcomes(), self.learners[0].task
         write_csv(folder / PREDICTIONS, found.images.ids, found.probabilities, found.classes, task)
         return folder

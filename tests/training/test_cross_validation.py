@@ -13,6 +13,7 @@ from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
 from support.tiny import pixels, staged
 
 from featstore import FeatureStore, ImageSet, extract
+from featstore.errors import FeatureStoreError
 from training import Ensemble, Learner, cross_validate
 
 COUNT, FOLDS = 23, 3
@@ -133,3 +134,14 @@ def test_no_fold_trains_on_the_content_that_it_scores(groups: list[int] | None) 
             held_out = {groups[int(name)] for name in learn.images.valid.ids}
             assert not held_out & {groups[int(name)] for name in learn.images.train.ids}
     assert len(found.outcomes()) == len(images)
+
+
+def test_folds_that_are_replaced_leave_none_behind(stored: tuple[ImageSet, FeatureStore], tmp_path: Path) -> None:
+    images, store = stored
+    for folds in (3, 2):
+        found = cross_validate(staged(), images, store, folds=folds, epochs=1, lr=1e-2, **OPTIONS)
+        if folds == 2:
+            with pytest.raises(FeatureStoreError, match=r"fold-1 holds a saved run already"):
+                found.save(tmp_path / "runs")
+        found.save(tmp_path / "runs", overwrite=True)
+    assert sorted(each.name for each in (tmp_path / "runs").iterdir()) == ["fold-1", "fold-2", "predictions.csv"]

@@ -34,7 +34,7 @@ fits(Path(sys.argv[1]))
 
 def fits(folder: Path) -> None:
     """Fits from features and from images, and one with few images held out; each process tells what they came to."""
-    found = []
+    found: list[Any] = []
     for reads in ("features", "images"):
         with joined("cpu") as own:
             learn, history = fitted(folder, reads, **own)
