@@ -17,7 +17,9 @@ from torch import nn
 
 from featstore.errors import FeatureStoreError
 from featstore.html import titled_table
+from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet
+from featstore.images.labels import checked_groups
 from featstore.models.runs import FACTS, check_free, located
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
@@ -207,6 +209,7 @@ def cross_validate(
         store: as in `Learner`.
         folds: how many.
         groups: one an image; those of a group (a patient, a film) are held out together. Default: the images' own.
+            Images of the same content are held out together in any case.
         split_seed: of the dealing, as in `ImageSet.folds`.
         freeze_to: the last frozen stage; default: all but the head are frozen.
         epochs: as in `Learner.fit`.
@@ -221,7 +224,8 @@ def cross_validate(
     for name in (each for each in _REFUSED if given.get(each) not in (None, False, "last")):
         raise ValueError(f"{name} {_REFUSED[name]}. Expected other options of a fit. Leave it out.")
     learners, held_out, scores = [], [], []
-    for fold in images.folds(folds, seed=split_seed, groups=groups):
+    together = _together(images, images.digests(None if store is None else store.known_digests(images)), groups)
+    for fold in images.folds(folds, seed=split_seed, groups=together):
         learn = Learner(model, fold, store, **options)
         if freeze_to is not None:
             learn.freeze_to(freeze_to)
@@ -231,3 +235,26 @@ def cross_validate(
         kept = {name: value for name, value in record.items() if name not in ("epoch", "train_loss", "lr", "seconds")}
         scores.append({"loss": kept.pop("valid_loss"), **kept})
     return CrossValidation(learners=tuple(learners), held_out=tuple(held_out), scores=tuple(scores))
+
+
+def _together(images: ImageSet, digests: Digests, groups: Sequence[Any] | None) -> tuple[str, ...] | None:
+    """`groups`, those that share an image's content made one; what the images have where nothing is said twice."""
+    own = images.groups if groups is None else checked_groups(groups, len(images))
+    repeated = [[place for place in each if images.splits[place] != "test"] for each in digests.duplicates()]
+    repeated = [each for each in repeated if len(each) > 1]
+    if not repeated:
+        return own
+    of_image = own or images.ids
+    joined: dict[str, str] = {}  # group -> another one that it is part of
+
+    def whole(group: str) -> str:
+        while group in joined:
+            group = joined[group]
+        return group
+
+    for first, *others in repeated:
+        for other in others:
+            one, two = whole(of_image[first]), whole(of_image[other])
+            if one != two:
+                joined[two] = one
+    return tuple(map(whole, of_image))

@@ -54,7 +54,8 @@ class Ensemble:
         """
         if isinstance(runs, str | os.PathLike):
             folder = Path(runs)
-            runs = sorted(file.parent for file in folder.glob(f"*/{FACTS}"))
+            found = [file.parent for file in folder.glob(f"*/{FACTS}")]
+            runs = sorted(each for each in found if not each.name.startswith("."))  # what a killed process left
             if not runs:
                 raise ValueError(
                     f"{folder} holds no saved runs. Expected a folder of runs, such as fit_cycles(snapshot=...) fills, "

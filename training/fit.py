@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from featstore.errors import FeatureStoreError
 from featstore.extraction.progress import bar_class
-from featstore.models.modes import mode_of
+from featstore.models.modes import mode_of, one_pass
 from featstore.models.stages import HeadStage
 from training.averages import Average
 from training.copies import copied_tensors, put_back, tensors_of
 from training.history import History, Record
 from training.inputs.batches import Batches
-from training.metrics import Loss, Metric, loss_value, metric_values
+from training.metrics import Loss, Metric, loss_number, metric_values
 from training.ranks import Ranks
 from training.schedules import Course
 from training.steps import StepOptions, Steps, check_finite, settled
@@ -43,7 +43,7 @@ class Progress:
         cycle_start: number of steps before the present cycle.
         lowest: the monitored number of the best epoch, turned so that less is better; infinite before there was one.
         best: the tail's tensors at that epoch, if they are kept.
-        random: states of the generators that dropout draws from, as `random_states` gives them; none between epochs.
+        random: the states of `Draws`; none between epochs.
         seconds: that the epoch under way has taken.
     """
 
@@ -130,12 +130,16 @@ def run_epochs(
         if course.begins_cycle(at.epoch) and not at.epoch_losses:
             at.cycle_start = len(history.losses)
         own_seed = seed if ranks is None else seed + (ranks.rank << 32)  # of dropout: each has other rows
-        with seeded(own_seed, train.pass_before(at.epoch), train.device), training_mode(tail, steps.options):
-            put_random_states(at.random, train.device)
+        draws = Draws.seeded(own_seed, train.pass_before(at.epoch), train.device)
+        if at.random:
+            draws = Draws(at.random, train.device)
+        with training_mode(tail, steps.options):
             batches = _with_bar(train, seed, at) if is_shown else train.epoch(seed, at.epoch, skip=len(at.epoch_losses))
-            is_whole = _run_epoch(train, batches, at, tail, steps, course, average=average, should_stop=should_stop)
+            is_whole = _run_epoch(
+                train, batches, at, tail, steps, course, draws, average=average, should_stop=should_stop
+            )
             if not is_whole:
-                at.random, at.seconds = random_states(train.device), time.perf_counter() - started
+                at.random, at.seconds = draws.states, time.perf_counter() - started
                 if save is not None:
                     save(at)
                 return history
@@ -148,7 +152,7 @@ def run_epochs(
         }
         if valid is not None:
             logits, targets, _ = outputs(scored, valid, ranks)
-            record["valid_loss"] = float(loss_value(loss, logits, targets))
+            record["valid_loss"] = loss_number(loss, logits, targets)
             record |= metric_values(metrics, logits, targets)
         record["seconds"] = time.perf_counter() - started
         at.add(record, keep, partial(copied_tensors, scored))
@@ -172,6 +176,7 @@ def _run_epoch(
     tail: nn.Module,
     steps: Steps,
     course: Course,
+    draws: Draws,
     *,
     average: Average | None,
     should_stop: Callable[[], bool] | None,
@@ -187,7 +192,8 @@ def _run_epoch(
 
     def made() -> None:
         sizes.append(steps.num_batches)
-        steps.make()
+        with draws.taken():
+            steps.make()
         at.history.ran_at(steps.optimizer.param_groups[-1])
         if average is not None:
             average.after_step(tail)
@@ -196,7 +202,8 @@ def _run_epoch(
     for number, (inputs, targets) in enumerate(batches, start=first + 1):
         if not steps.num_batches:
             course.set(steps.optimizer, at.epoch, num_steps + len(sizes))
-        losses.append(steps.add(inputs, targets))
+        with draws.taken():
+            losses.append(steps.add(inputs, targets))
         if steps.is_whole or number % a_pass == 0:  # no step reaches over the end of a pass
             made()
             if should_stop is not None and should_stop():
@@ -240,8 +247,9 @@ def _scored(
         if average.is_ready(epoch, num_epochs):
             scored = average.model.module
             if epoch == num_epochs - 1:
-                with seeded(seed, train.pass_before(epoch), train.device):
-                    average.with_statistics(inputs for inputs, _ in train.epoch(seed, epoch))
+                draws = Draws.seeded(seed, train.pass_before(epoch), train.device)
+                with closing(draws.during(inputs for inputs, _ in train.epoch(seed, epoch))) as rows:
+                    average.with_statistics(rows)
     if ranks is not None:
         ranks.share_buffers(scored)
     return scored
@@ -282,9 +290,9 @@ def predicted(tail: nn.Module, batches: Batches, view: int = 0, ranks: Ranks | N
         for inputs, numbers in batches.in_order(view, share=(0, 1) if ranks is None else (ranks.rank, ranks.count)):
             logits.append(tail(inputs).float().cpu())
             rows.append(torch.from_numpy(numbers))
+    if ranks is not None:  # before anything is checked: of few images a process may have none, and the others wait
+        logits, rows = ranks.joined(logits, rows)
     check_any(len(rows), batches)
-    if ranks is not None:
-        return ranks.joined(torch.cat(logits), torch.cat(rows))
     return torch.cat(logits), torch.cat(rows)
 
 
@@ -334,29 +342,46 @@ def training_mode(tail: nn.Module, options: StepOptions) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def seeded(seed: int, number: int, device: torch.device) -> Iterator[None]:
-    """Dropout's random state from the pass `number` on; the caller's comes back afterwards.
+class Draws:
+    """Random states of a fit's own, from which dropout draws in its steps.
 
-    Only the generators that are put back are seeded: `torch.manual_seed` would change those of other devices for good.
+    They take the places of the program's states for a step, and these come back: several threads may fit at a time,
+    and torch has one generator a device for all of them. One step at a time has them, as one pass has the flags that
+    models share.
+
+    Attributes:
+        states: of the CPU's generator, and of the GPU's.
     """
-    state = (seed * 1_000_003 + number) % 2**63
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for generator in _generators(device):
-            generator.manual_seed(state)
-        yield
 
+    def __init__(self, states: Sequence[Tensor], device: torch.device) -> None:
+        self.states = list(states)
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index])
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """States of the generators that `seeded` seeds: the CPU's, and that of a GPU."""
-    return [each.get_state() for each in _generators(device)]
+    @classmethod
+    def seeded(cls, seed: int, number: int, device: torch.device) -> Draws:
+        """Those of the pass `number` on."""
+        devices = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
+        state = (seed * 1_000_003 + number) % 2**63
+        return cls([torch.Generator(each).manual_seed(state).get_state() for each in devices], device)
 
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Draws go on from the states, for the block."""
+        with one_pass:
+            before = [each.get_state() for each in self._generators]
+            try:
+                for generator, state in zip(self._generators, self.states, strict=True):
+                    generator.set_state(state)
+                yield
+                self.states = [each.get_state() for each in self._generators]
+            finally:
+                for generator, state in zip(self._generators, before, strict=True):
+                    generator.set_state(state)
 
-def put_random_states(states: Sequence[Tensor], device: torch.device) -> None:
-    """Puts back what `random_states` gave; nothing where there are none."""
-    for state, generator in zip(states, _generators(device), strict=False):
-        generator.set_state(state)
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    return [torch.default_generator, *([torch.cuda.default_generators[device.index]] if device.type == "cuda" else [])]
+    def during(self, rows: Iterable[Tensor]) -> Generator[Tensor]:
+        """`rows`, of which each has the states until the next is asked for. To be closed by the thread that asks."""
+        for each in rows:
+            with self.taken():
+                yield each

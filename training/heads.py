@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featstore.models.modes import mode_of
+from featstore.models.modes import mode_of, one_pass
 from featstore.models.stages import HeadStage
 
 SPREAD = 10.0
@@ -622,6 +622,6 @@ def _result_of_zeros(head: nn.Module, shape: tuple[int, ...], seed: int) -> obje
 @contextmanager
 def _seeded_cpu_generator(seed: int) -> Iterator[None]:
     """The global CPU generator at `seed` for a while: lazy layers draw their weights from nowhere else."""
-    with torch.random.fork_rng(devices=[]):
+    with one_pass, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

@@ -726,7 +726,7 @@ class Learner:
 
     def _scored(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         logits, targets = logits.to(self.device).float(), targets.to(self.device)  # where class weights lie
-        loss = float(scores.loss_value(self._criterion(), logits, targets))
+        loss = scores.loss_number(self._criterion(), logits, targets)
         found = {"loss": loss, **scores.metric_values(self._scores(), logits, targets)}
         if self.task == "single":
             found["calibration_error"] = scores.expected_calibration_error(logits, targets)

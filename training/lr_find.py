@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from featstore.models.modes import mode_of
 from training.copies import copied_tensors, put_back
-from training.fit import check_any, seeded, training_mode
+from training.fit import Draws, check_any, training_mode
 from training.inputs.batches import Batches
-from training.metrics import Loss, loss_value
+from training.metrics import Loss, loss_number
 from training.optim import sensible_rates
 from training.steps import StepOptions, Steps
 
@@ -217,11 +217,13 @@ def _curve(
     smoothed: list[float] = []
     mean = 0.0
     try:
-        with seeded(seed, 0, train.device), training_mode(tail, options):
+        draws = Draws.seeded(seed, 0, train.device)
+        with training_mode(tail, options):
             for lr, (inputs, targets) in zip(planned, _repeated(train, seed), strict=False):
                 for group, share in zip(optimizer.param_groups, shares, strict=True):
                     group["lr"] = lr * share
-                number = float(made.add(inputs, targets)[0])
+                with draws.taken():
+                    number = float(made.add(inputs, targets)[0])
                 mean = _MOMENTUM * mean + (1 - _MOMENTUM) * number
                 debiased = mean / (1 - _MOMENTUM ** (len(losses) + 1))
                 if len(losses) > 10 and debiased > _STOP * min(smoothed):
@@ -229,7 +231,8 @@ def _curve(
                 lrs.append(lr)
                 losses.append(number)
                 smoothed.append(debiased)
-                made.make()
+                with draws.taken():
+                    made.make()
     except FloatingPointError:
         pass
     finally:
@@ -288,17 +291,17 @@ def _trial(
     judges = list(islice(epoch, max(1, min(_JUDGES, a_pass // 5))))
     start = _mean_loss(tail, judges, loss)
     try:
-        with seeded(seed, 0, train.device):
-            num_steps = min(a_pass - len(judges), steps) if a_pass > 1 else 1
-            worst = -math.inf
-            for number, (inputs, targets) in enumerate(islice(epoch, num_steps) if a_pass > 1 else judges, start=1):
-                with training_mode(tail, options):
-                    made.add(inputs.clone(), targets)
-                    made.make()
-                if number == num_steps or (2 * number > num_steps and number % max(num_steps // _LOOKS, 1) == 0):
-                    seen = _mean_loss(tail, judges, loss)
-                    worst = math.inf if math.isnan(seen) else max(worst, seen)
-            return start, worst
+        draws = Draws.seeded(seed, 0, train.device)
+        num_steps = min(a_pass - len(judges), steps) if a_pass > 1 else 1
+        worst = -math.inf
+        for number, (inputs, targets) in enumerate(islice(epoch, num_steps) if a_pass > 1 else judges, start=1):
+            with training_mode(tail, options), draws.taken():
+                made.add(inputs.clone(), targets.clone())
+                made.make()
+            if number == num_steps or (2 * number > num_steps and number % max(num_steps // _LOOKS, 1) == 0):
+                seen = _mean_loss(tail, judges, loss)
+                worst = math.inf if math.isnan(seen) else max(worst, seen)
+        return start, worst
     except FloatingPointError:
         return start, math.inf
     finally:
@@ -309,7 +312,7 @@ def _trial(
 def _mean_loss(tail: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], loss: Loss) -> float:
     with torch.no_grad(), mode_of(tail, training=False):
         # Copies, as a stage may write into its input.
-        values = [float(loss_value(loss, tail(inputs.clone()), targets)) * len(targets) for inputs, targets in batches]
+        values = [loss_number(loss, tail(inputs.clone()), targets) * len(targets) for inputs, targets in batches]
     return sum(values) / sum(len(targets) for _, targets in batches)
 
 

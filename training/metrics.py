@@ -137,13 +137,22 @@ def loss_value(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     return value
 
 
+def loss_number(loss: Loss, logits: Tensor, targets: Tensor) -> float:
+    """What `loss` gives for all rows, as a number on record.
+
+    It gets copies: a person's own may write into what it gets, and that is scored by others yet. Errors as of
+    `loss_value`.
+    """
+    return float(loss_value(loss, logits.clone(), targets.clone()))
+
+
 def metric_values(metrics: Mapping[str, Metric], logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """What `metrics` give for all rows, by name.
+    """What `metrics` give for all rows, by name; each gets copies, as in `loss_number`.
 
     Raises:
         TypeError: if one gives anything but a number.
     """
-    return {name: _number(name, metric(logits, targets)) for name, metric in metrics.items()}
+    return {name: _number(name, metric(logits.clone(), targets.clone())) for name, metric in metrics.items()}
 
 
 def _number(name: str, value: Any) -> float:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featstore.models.modes import one_pass
+
 
 class BatchChange(ABC):
     """One change of a batch. What it is, its `repr` says in full: that is a fact of a fit's checkpoint."""
@@ -208,7 +210,7 @@ def changed(
 
 def _drawn(transform: torch.nn.Module, inputs: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """What a transform of torchvision gives, which draws from torch's global generator of the CPU."""
-    with torch.random.fork_rng(devices=[]):
+    with one_pass, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         result: tuple[Tensor, Tensor] = transform(inputs, targets)
     return result

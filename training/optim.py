@@ -129,7 +129,8 @@ def build(
         decay_norms: whether biases and norms are decayed as all else.
 
     Raises:
-        ValueError: if nothing trains, for an unknown optimizer, or for rates or names that don't fit.
+        ValueError: if nothing trains, for an unknown optimizer, for rates or names that don't fit, or where the
+            callable leaves groups out or gives them rates of its own.
         FeatureStoreError: if gradients are switched off, or a parameter can never have one.
     """
     if not torch.is_grad_enabled():
@@ -166,7 +167,30 @@ def build(
         raise ValueError(
             "Everything is frozen, so there is nothing to train. Freeze less: freeze_to(...) or unfreeze()."
         )
-    return (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)([*parameter_groups.values()])
+    made = (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)([*parameter_groups.values()])
+    _check_made(made, [*parameter_groups.values()])
+    return made
+
+
+def _check_made(made: Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+    """Checks that a person's optimizer moves what it was given, and at rates that it was given.
+
+    Raises:
+        ValueError: if it lacks a parameter, or runs at other rates alone: nothing would show in a fit.
+    """
+    held = {id(each) for group in made.param_groups for each in group["params"]}
+    lacking = sum(each.numel() for group in groups for each in group["params"] if id(each) not in held)
+    given, own = ({float(group["lr"]) for group in every} for every in (groups, made.param_groups))
+    if not lacking and given & own:
+        return
+    wrong = (
+        f"lacks {lacking:,} of the parameters that train" if lacking else f"runs at {some([*map(str, sorted(own))])}"
+    )
+    raise ValueError(
+        f"The optimizer {type(made).__name__} {wrong}. Expected all groups as they are given, each with its rate "
+        f"(here {some([*map(str, sorted(given))])}). Pass them on: lambda groups: "
+        f"{type(made).__name__}(groups)."
+    )
 
 
 def _by_stage(

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from featstore.models.stages import HeadStage
 from training.copies import put_back, tensors_of
-from training.fit import check_any, put_random_states, random_states, seeded
+from training.fit import Draws, check_any
 from training.fitting import Begun
 from training.heads import LinearHead, ValueHead
 from training.history import Record
 from training.inputs.batches import Batches
 from training.losses import separate
-from training.metrics import Loss, loss_value, metric_values
+from training.metrics import Loss, loss_number, metric_values
 from training.optim import OPTIMIZERS
 from training.schedules import Setting
 from training.steps import check_finite
@@ -101,13 +101,12 @@ class Together:
         train, started, count = self._train, time.perf_counter(), len(self.places)
         device, number = train.device, train.pass_before(self._epoch)
         num_rows: list[int] = []
-        with seeded(self._seed, number, device):
+        for pack in self._packs:
+            pack.begin_epoch(lambda: Draws.seeded(self._seed, number, device))
+        for inputs, targets in train.epoch(self._seed, self._epoch):
+            num_rows.append(len(targets))
             for pack in self._packs:
-                pack.begin_epoch(random_states(device))
-            for inputs, targets in train.epoch(self._seed, self._epoch):
-                num_rows.append(len(targets))
-                for pack in self._packs:
-                    pack.step(inputs, targets)
+                pack.step(inputs, targets)
         check_any(len(num_rows), train)
         for pack in self._packs:
             self.failures |= pack.take_losses(num_rows)
@@ -149,7 +148,7 @@ class _Pack:
             self._tensors[name].requires_grad_()
         self._moments = {name: self._unmoved(self._tensors[name]) for name in self._parameters}
         self._num_steps = 0
-        self._drawn: list[tuple[tuple[float, ...], list[Tensor]]] = []
+        self._drawn: list[tuple[tuple[float, ...], Draws]] = []
         self._losses: list[Tensor] = []
         self._regroup()
 
@@ -157,10 +156,9 @@ class _Pack:
         """A fit by its number."""
         return self._fits[self.places.index(place)]
 
-    def begin_epoch(self, states: list[Tensor]) -> None:
-        """Before an epoch; `states` are those of the generators that each head's dropout draws from in it."""
-        distinct = dict.fromkeys(self._rates)
-        self._drawn = [(rates, [each.clone() for each in states]) for rates in distinct]
+    def begin_epoch(self, seeded: Callable[[], Draws]) -> None:
+        """Before an epoch; `seeded` gives what a head's dropout draws from in it."""
+        self._drawn = [(rates, seeded()) for rates in dict.fromkeys(self._rates)]
         for fit in self._fits:
             if fit.course.begins_cycle(fit.progress.epoch):
                 fit.progress.cycle_start = self._num_steps
@@ -208,7 +206,7 @@ class _Pack:
             logits, targets = self._outputs(valid, slice(start, start + several))
             for fit, each in zip(own, logits.unbind(1), strict=True):
                 fitting, each = fit.fitting, each.contiguous()
-                loss = float(loss_value(fitting.loss, each, targets))
+                loss = loss_number(fitting.loss, each, targets)
                 found.append({"valid_loss": loss, **metric_values(fitting.metrics, each, targets)})
         return found
 
@@ -280,13 +278,12 @@ class _Pack:
         if not widths:
             return iter(())
         by_rates = {}
-        for rates, states in self._drawn:
-            put_random_states(states, self._device)
-            by_rates[rates] = [
-                F.dropout(torch.ones(len(inputs), width, device=self._device), rate)
-                for rate, width in zip(rates, widths, strict=True)
-            ]
-            states[:] = random_states(self._device)
+        for rates, draws in self._drawn:
+            with draws.taken():
+                by_rates[rates] = [
+                    F.dropout(torch.ones(len(inputs), width, device=self._device), rate)
+                    for rate, width in zip(rates, widths, strict=True)
+                ]
         if len(by_rates) == 1:
             return iter(next(iter(by_rates.values())))
         return (torch.stack([by_rates[rates][layer] for rates in self._rates]) for layer in range(len(widths)))

@@ -7,7 +7,7 @@ ends in fewer images than two for each process, which join the batch before.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +70,19 @@ class Ranks:
         for buffer in tail.buffers():
             dist.broadcast(buffer, src=0)
 
-    def joined(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(N, K)`` and row numbers ``(N,)`` of all processes, in the order of the rows; on the CPU."""
-        found: list[tuple[Tensor, Tensor]] = [(logits, rows)] * self.count
-        dist.all_gather_object(found, (logits, rows))
-        all_rows = torch.cat([each for _, each in found])
+    def joined(self, logits: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits ``(n, K)`` and row numbers ``(n,)`` of all processes' batches, in the order of the rows; on the CPU.
+
+        One batch, or none where no process has any.
+        """
+        found: list[list[tuple[Tensor, Tensor]]] = [[]] * self.count
+        dist.all_gather_object(found, [*zip(logits, rows, strict=True)])
+        batches = [batch for each in found for batch in each]
+        if not batches:
+            return [], []
+        all_rows = torch.cat([each for _, each in batches])
         order = all_rows.argsort()
-        return torch.cat([each for each, _ in found])[order], all_rows[order]
+        return [torch.cat([each for each, _ in batches])[order]], [all_rows[order]]
 
 
 def is_first() -> bool:

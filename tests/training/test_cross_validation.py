@@ -143,3 +143,21 @@ def test_folds_replace_all_of_earlier_ones_and_nothing_else(
         with pytest.raises(FeatureStoreError, match=f"{why}.*, and folds have a folder of their own"):
             two.save(tmp_path / name, overwrite=True)
     assert (tmp_path / "tables/predictions.csv").read_text() == "kept"
+
+
+@pytest.mark.parametrize("groups", [None, [row // 4 for row in range(24)]])
+def test_no_fold_trains_on_the_content_that_it_scores(groups: list[int] | None) -> None:
+    contents = pixels(14)[[*range(12), *range(10), 12, 13]]  # ten images are there twice, under two names
+    images = ImageSet.from_arrays(contents, [row % 2 for row in [*range(12), *range(12)]])
+    found = cross_validate(staged(), images, folds=FOLDS, groups=groups, epochs=1, lr=1e-2, head="linear", **OPTIONS)
+    for learn in found.learners:
+        trained, scored = (
+            {bytes(row) for row in part.digests().values} for part in (learn.images.train, learn.images.valid)
+        )
+        assert scored
+        assert trained
+        assert not trained & scored
+        if groups is not None:
+            held_out = {groups[int(name)] for name in learn.images.valid.ids}
+            assert not held_out & {groups[int(name)] for name in learn.images.train.ids}
+    assert len(found.outcomes()) == len(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,9 @@ def test_an_ensemble_predicts_by_the_mean_of_probabilities(
     ensemble = Ensemble.load(runs, module=staged(), device="cpu", workers=0, quiet=True)
     below = Ensemble.load(runs[0].parent, module=staged(), device="cpu", workers=0, quiet=True)
     assert len(below.learners) == len(runs)
+    shutil.copytree(runs[0], runs[0].with_name(".cycle-1.old-0123456789abcdef"))  # as a killed process leaves one
+    beside = Ensemble.load(runs[0].parent, module=staged(), device="cpu", workers=0, quiet=True)
+    assert len(beside.learners) == len(runs)
     with pytest.raises(ValueError, match="holds no saved runs"):
         Ensemble.load(str(runs[0]))
     mean = ensemble.predict_proba(stored[0])

@@ -5,7 +5,9 @@ import math
 import random
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from featstore import FeatureStore, FeatureStoreError, ImageSet, extract
-from training import Learner
+from training import SWA, Learner, Mixup
 from training import fit as loop
 
 TRAIN, VALID = 22, 6
@@ -223,6 +225,25 @@ def test_a_fit_leaves_random_states_and_flags_as_they_were(stored: tuple[ImageSe
     assert states[2:] == after[2:]
     assert flags(learn) == before
     assert all(parameter.grad is None for parameter in learn.model.parameters())
+
+
+def test_fits_in_threads_come_to_what_each_comes_to_alone() -> None:
+    images = ImageSet.from_arrays(pixels(24), [row % 3 for row in range(24)])
+
+    def fitted(seed: int, meeting: threading.Barrier | None = None) -> list[Tensor]:
+        learn = Learner(staged(), images, head="concat", seed=seed, batch_size=4, device="cpu", workers=0, quiet=True)
+        if meeting is not None:
+            meeting.wait()
+        learn.fit(4, lr=1e-2, average=SWA(0.5), mix=Mixup(0.4))
+        return [*learn.model.tensors().values()]
+
+    alone = [fitted(seed) for seed in range(3)]
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(3) as threads:
+        together = [*threads.map(fitted, range(3), [threading.Barrier(3)] * 3)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for own, other in zip(alone, together, strict=True):
+        assert all(map(torch.equal, own, other))
 
 
 def test_an_error_in_the_callers_callback_leaves_flags_and_random_states(stored: tuple[ImageSet, FeatureStore]) -> None:

@@ -344,6 +344,27 @@ def test_the_tasks_own_metric_may_be_asked_for() -> None:
     assert learner(metrics=[accuracy]).evaluate("train").keys() == learner().evaluate("train").keys()
 
 
+def test_scores_are_of_what_the_model_said_whatever_a_loss_or_a_metric_writes_into_it() -> None:
+    def spoils(logits: Tensor, targets: Tensor) -> float:
+        logits.zero_()
+        targets.zero_()
+        return 0.5
+
+    def own_loss(logits: Tensor, targets: Tensor) -> Tensor:
+        value = nn.functional.cross_entropy(logits, targets)
+        if not logits.requires_grad:
+            spoils(logits, targets)
+        return value
+
+    plain, spoilt = learner(), learner(loss=own_loss, metrics=[spoils])
+    for learn in (plain, spoilt):
+        learn.lr_find()
+        learn.fit(3, lr=1e-2)
+    assert spoilt.lr_find().suggestion == plain.lr_find().suggestion
+    assert {**spoilt.history.last, "seconds": 0} == {**plain.history.last, "seconds": 0, "spoils": 0.5}
+    assert spoilt.evaluate("train") == {**plain.evaluate("train"), "spoils": 0.5}
+
+
 @pytest.mark.parametrize("value", ["0.5", None, torch.zeros(2)])
 def test_a_metric_that_gives_no_number_is_named(value: Any) -> None:
     def mine(logits: Tensor, targets: Tensor) -> Any:

@@ -319,3 +319,19 @@ def test_a_learner_made_for_inference_alone_is_refused() -> None:
         learn = Learner(staged(), arrays(6), head="linear", quiet=True)
     with pytest.raises(FeatureStoreError, match=r"net has parameters that were made inside torch.inference_mode"):
         learn.fit(1, lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda groups: torch.optim.SGD([each for group in groups for each in group["params"]], lr=0.1),
+            r"SGD runs at 0\.1\. ",
+        ),
+        (lambda groups: torch.optim.SGD(list(groups)[:1], lr=0.1), r"SGD lacks [\d,]+ of the parameters that train"),
+    ],
+)
+def test_an_optimizer_that_leaves_out_rates_or_parameters_is_refused(make: Any, message: str) -> None:
+    model = staged().with_head(nn.Linear(24, 3), cut="layer2", reduction="concat")
+    with pytest.raises(ValueError, match=message + ".*lambda groups"):
+        optim.build(model, 0.02, optimizer=make, weight_decay=0.01)

@@ -18,7 +18,7 @@ from torch import nn
 
 from featstore import FeatureStore, ImageSet, extract
 from featstore.models.runs import read_run
-from training import EMA, Learner, fitting
+from training import EMA, History, Learner, fitting
 from training.inputs.batches import Batches
 from training.plan import Plan
 from training.ranks import is_first, joined
@@ -34,14 +34,23 @@ fits(Path(sys.argv[1]))
 
 
 def fits(folder: Path) -> None:
-    """A fit from features and two from images, one after the other; each process tells what it came to."""
-    found = []
+    """Fits from features and from images, and one with few images held out; each process tells what they came to."""
+    found: list[Any] = []
     for reads in ("features", "images"):
         with joined("cpu") as own:
             learn, history = fitted(folder, reads, **own)
             learn.save(folder / f"run-{reads}")
             found.append([history.losses, [{**each, "seconds": 0} for each in history.records], is_first()])
+    with joined("cpu") as own:
+        found.append({**with_one_held_out(**own).last, "seconds": 0})
     print(json.dumps(found))
+
+
+def with_one_held_out(**own: Any) -> History:
+    """A fit with fewer images to score than there are processes."""
+    few = some_images().select(range(TRAIN + 1))
+    learn = Learner(staged(), few, cut="layer2", head=head(), batch_size=8, quiet=True, **own)
+    return learn.fit(1, lr=0.01)
 
 
 def fitted(folder: Path, reads: str, **own: Any) -> Any:
@@ -92,6 +101,9 @@ def test_two_processes_fit_what_one_fits(tmp_path: Path, processes: Processes) -
         saved = read_run(tmp_path / f"run-{reads}").tensors
         for name, tensor in learn.model.tensors().items():
             assert torch.allclose(saved[name], tensor, rtol=1e-4, atol=1e-6), name
+    alone = {**with_one_held_out(device="cpu").last, "seconds": 0}
+    for each in told:
+        assert each[2] == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_command_runs_under_a_launcher(tmp_path: Path, processes: Processes) -> None:

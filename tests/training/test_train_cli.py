@@ -100,6 +100,10 @@ def test_folds_give_a_run_each_and_a_table_and_are_advised_where_few_images_are_
     )
     assert predicted.code == 0
     assert head(run, "--folds", "2", out="runs/folds").code == 1
+    assert head(run, "--folds", "3", "--overwrite", out="runs/folds").code == 0
+    assert head(run, "--folds", "2", "--overwrite", out="runs/folds").code == 0
+    assert sorted(each.name for each in (here / "runs/folds").iterdir()) == ["fold-1", "fold-2", "predictions.csv"]
+    assert head(run, "--overwrite", out="runs/folds").code == 1  # no run, but a folder of them
     assert head(run, "--folds", "2", "--resume", out="runs/others").code == 2
 
 
