@@ -240,6 +240,14 @@ class Learner:
         """Where the next fit would read from, and why; prints as sentences. Nothing is extracted yet."""
         return derive(self._situation(), self.augment)
 
+    def ready(self) -> Inputs:
+        """Where the next fit reads from, now that what was missing is extracted, if that was asked for.
+
+        Raises:
+            FeatureStoreError: if the inputs can't be had.
+        """
+        return self._ready(Plan())[1]
+
     def freeze_to(self, cut: str) -> None:
         """Freezes everything up to the value `cut` (the last frozen stage, by name) and thaws the rest."""
         self.model.freeze_to(cut)
@@ -531,10 +539,10 @@ class Learner:
         """What run.json would say of it, without scores."""
         return self._sidecar(self._facts(), None, self._situation())
 
-    def take_tail(self, tensors: Mapping[str, torch.Tensor], passes: int) -> None:
-        """Takes what another learner like this one has come to: the tensors of what trains, and its passes."""
+    def take_head(self, tensors: Mapping[str, torch.Tensor], passes: int, fits: Sequence[FitRecord]) -> None:
+        """Takes what another learner like this one has come to: the tensors of its head, its passes and its fits."""
         put_back(self._tail(), tensors)
-        self._passes = passes
+        self._passes, self._fits = passes, [*fits]
 
     def export(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> ExportReport:
         """Writes the whole model as pt2, onnx or state-dict for other programs: see `training.export`."""

@@ -65,6 +65,21 @@ class FitRecord:
             made=begun.made(),
         )
 
+    @classmethod
+    def kept(cls, facts: Mapping[str, Json]) -> FitRecord:
+        """That of a head's fit of which `facts` were written."""
+        given = dict(facts)
+        asked, train = given.pop("configuration"), given.pop("train")
+        return cls(
+            asked=asked,
+            trains=given.pop("trains"),
+            is_of_head=True,
+            reads=given.pop("reads"),
+            keys=tuple(given.pop("keys")),
+            train=Dealt(train["images"], train["digest"]),
+            made=given,
+        )
+
     def beside(self, begun: Begun, augment: Augment | None) -> FitRecord:
         """That of another fit, which begins on the same batches: the images needn't be looked at again."""
         return replace(self, asked=begun.asked(augment), made=begun.made())

@@ -15,6 +15,7 @@ from featstore.files.disk import make_folder, whole_or_nothing, write_at
 from featstore.models.runs import new_run, read_run, write_run
 from training.copies import tensors_of
 from training.learner import Learner
+from training.provenance import FitRecord
 from training.sidecar import FILE, Dealt, Score, Sidecar, finite
 
 FACTS = "sweep.json"
@@ -76,10 +77,11 @@ class SweepFolder:
         found: dict[str, Json] = Sidecar.read(folder).more["sweep"]
         return found
 
-    def weights(self, name: str) -> tuple[dict[str, Tensor], int]:
-        """The tensors of what trained, and the passes over the training images that they have seen."""
+    def head(self, name: str) -> tuple[dict[str, Tensor], int, list[FitRecord]]:
+        """The tensors of a head, the passes over the training images that they have seen, and its fit."""
         run = read_run(self._of(name))
-        return run.tensors, int(run.facts["passes"])
+        fits = [FitRecord.kept(each) for each in Sidecar.read(self._of(name)).fits]
+        return run.tensors, int(run.facts["passes"]), fits
 
     def write(
         self,

@@ -474,7 +474,7 @@ class _Trials:
             key = f"{words or 'default'}{', attention' * is_pool}"
             if key not in places:
                 learn, _ = self.made(each, 0)
-                source = learn.inputs.train
+                source = learn.ready().train
                 places[key] = {
                     "trunk": learn.model.digests()[learn.cut],
                     "keys": None if source is None else list(keys_of(source)),
@@ -565,7 +565,7 @@ class _Run:
         else:
             assert self.folder is not None
             learn, _ = trials.made(member.setting, 0)
-            learn.take_tail(*self.folder.weights(member.name))
+            learn.take_head(*self.folder.head(member.name))
         learn.quiet = False
         return learn
 

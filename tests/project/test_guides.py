@@ -22,3 +22,23 @@ def test_the_code_of_a_guide_runs(
     names: dict[str, Any] = {"__name__": page}
     for block in code_of(file):
         exec(compile(block, str(file), "exec"), names)
+
+
+def test_tuners_drive_one_head_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna", reason="Optuna isn't installed")
+    ray = pytest.importorskip("ray", reason="Ray isn't installed")
+    pytest.importorskip("ray.tune", reason="ray[tune] isn't installed")
+    # Ray would upload what is used, and ask for the addresses of its servers.
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    go_there(reader_folder(tmp_path, "resnet34"), monkeypatch, "resnet34")
+    file = GUIDES / "tuners.md"
+    names: dict[str, Any] = {"__name__": "__main__"}  # what Ray pickles by value
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        for block in code_of(file):
+            exec(compile(block, str(file), "exec"), names)
+    finally:
+        ray.shutdown()
+    assert len(names["study"].trials) == 4
+    assert set(names["learn"].history.last) >= {"accuracy"}
+    assert 1e-4 <= names["best"]["lr"] <= 1e-1
