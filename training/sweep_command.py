@@ -13,7 +13,6 @@ import typer
 from featstore.cli.flags import AugmentFlags, ImageFlags, OutputFlags, StoreOption, ViewFlags, open_store, spread
 from featstore.cli.models import ModelsFlags
 from featstore.cli.program import one_of, show, show_json, tell_all
-from featstore.extraction.shards import shard_of
 from featstore.models.names import REDUCTIONS
 from training import choices
 from training.asked import asked_view, for_run, labelled
@@ -92,6 +91,8 @@ def sweep(
     if sample is None and (sobol or sample_seed):
         raise ValueError("--sobol and --sample-seed are of a sample. Give its size: --sample 32.")
     text = "torchrun" if shard is None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else shard
+    from featstore.extraction.shards import shard_of  # numpy: help need not wait for it
+
     share = None if text is None else shard_of(text, os.environ, flag="--shard")
     feature_store = open_store(store)
     asked = labelled(images, for_new_head=True)
