@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from training.plan import FitOptions
     from training.predict import Prediction
     from training.recipes import finetune, train_head
+    from training.solvers.class_means import discriminant_analysis, nearest_mean
+    from training.solvers.logistic import logistic_path
+    from training.solvers.neighbors import KNearest
+    from training.solvers.ridge import ridge_classifier_path, ridge_path
 
 __all__ = [
     "EMA",
@@ -34,6 +38,7 @@ __all__ = [
     "FitOptions",
     "History",
     "Inputs",
+    "KNearest",
     "Learner",
     "LearningRates",
     "Mixup",
@@ -42,10 +47,15 @@ __all__ = [
     "build_head",
     "concat_head",
     "cross_validate",
+    "discriminant_analysis",
     "finetune",
     "linear_head",
+    "logistic_path",
     "mlp_head",
+    "nearest_mean",
     "reestimate_batch_norm",
+    "ridge_classifier_path",
+    "ridge_path",
     "train_head",
 ]
 
@@ -65,6 +75,10 @@ _MODULES = {
     "training.plan": ("FitOptions",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
+    "training.solvers.class_means": ("discriminant_analysis", "nearest_mean"),
+    "training.solvers.logistic": ("logistic_path",),
+    "training.solvers.neighbors": ("KNearest",),
+    "training.solvers.ridge": ("ridge_classifier_path", "ridge_path"),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -20,6 +20,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,8 +109,8 @@ def ridge(options: argparse.Namespace) -> Found:
     """All strengths at once; without and with leave-one-out errors, which fits by scikit-learn don't have."""
     values, _ = made(*sized(options, 20_000, 1024), 10)
     rng = np.random.default_rng(1)
-    targets = values @ rng.standard_normal(values.shape[1]).astype(np.float32)
-    targets += rng.standard_normal(len(values)).astype(np.float32)
+    targets = values @ rng.standard_normal(values.shape[1:]).astype(np.float32)
+    targets += rng.standard_normal(values.shape[:1]).astype(np.float32)
     strengths = np.geomspace(1e-2, 1e4, 50).tolist()
 
     def ours(*, leave_one_out: bool = False) -> Any:
@@ -146,8 +147,8 @@ def logistic(options: argparse.Namespace) -> Found:
         tol = next(tol for tol in 10.0 ** -np.arange(0.5, 8, 0.5) if ours(tol).objectives[0] <= aim * (1 + 1e-6))
         reached = ours(tol)
         finished = ours(1e-5)
-        contenders = {"ours": timed(options, lambda tol=tol: ours(tol)), "theirs": timed(options, theirs)}
-        contenders["ours to 1e-5"] = timed(options, lambda: ours(1e-5))
+        contenders = {"ours": timed(options, partial(ours, tol)), "theirs": timed(options, theirs)}
+        contenders["ours to 1e-5"] = timed(options, partial(ours, 1e-5))
         value, seconds = compared(options, contenders)
         ratios.append(value)
         told.append(
