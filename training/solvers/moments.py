@@ -44,13 +44,14 @@ def moments(rows: Rows, targets: Tensor, weights: Tensor) -> Moments:
     gram = torch.zeros((width, width), dtype=torch.float64, device=device)
     cross = torch.zeros((width, num_targets), dtype=torch.float64, device=device)
     shift: Tensor | None = None
+    is_plain = bool((weights == 1).all())
     middle = targets.mean(0)
     for where, block in rows.blocks(device):
         values, aims, weight = block.double(), targets[where] - middle, weights[where, None]
         shift = values.mean(0) if shift is None else shift
         values -= shift
         root = weight.sqrt()
-        weighted, aimed = values.mul_(root), aims * root
+        weighted, aimed = (values, aims) if is_plain else (values.mul_(root), aims * root)
         gram += _gram(weighted)
         cross += weighted.T @ aimed
         sums += (root.T @ torch.cat([weighted, aimed], 1))[0]
