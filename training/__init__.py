@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from featstore.images.views import Augment
     from training.averages import EMA, SWA
     from training.batch_norm import reestimate_batch_norm
+    from training.calibration import Calibration
+    from training.class_report import ClassReport
     from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
     from training.heads import build_head, concat_head, linear_head, mlp_head
@@ -29,6 +31,8 @@ __all__ = [
     "EMA",
     "SWA",
     "Augment",
+    "Calibration",
+    "ClassReport",
     "CrossValidation",
     "CutMix",
     "Ensemble",
@@ -61,6 +65,8 @@ _MODULES = {
     "featstore.images.views": ("Augment",),
     "training.averages": ("EMA", "SWA"),
     "training.batch_norm": ("reestimate_batch_norm",),
+    "training.calibration": ("Calibration",),
+    "training.class_report": ("ClassReport",),
     "training.ensembles": ("Ensemble",),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),

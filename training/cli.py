@@ -22,7 +22,7 @@ from featstore.cli.flags import (
 from featstore.cli.models import ModelFlags, load_model
 from featstore.cli.program import new_app, one_of, run, show, show_json, tell, tell_all
 from featstore.models.names import REDUCTIONS
-from training import choices, lr_command, run_commands, runs_command, versus_command
+from training import calibrate_command, choices, lr_command, run_commands, runs_command, versus_command
 from training.asked import asked_cuts, asked_view, for_run, labelled, labelled_as, learning_rate, refuse_imported
 from training.config import ConfigOption, flags_as_toml
 from training.fit_flags import FitOptionFlags, LengthFlags
@@ -316,6 +316,7 @@ def finetune_command(
 for _name, _command in {
     "lr-find": lr_command.lr_find,
     **run_commands.COMMANDS,
+    "calibrate": calibrate_command.calibrate,
     "runs": runs_command.runs,
     "versus": versus_command.versus,
 }.items():

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from featstore.images.image_set import ImageSet
 from featstore.images.views import View
-from training.metrics import calibration_error
+from training.class_report import ClassReport
+from training.metrics import binned, calibration_error, wilson_interval
 
 if TYPE_CHECKING:
     from training.plots import Axes, Plot
@@ -120,6 +121,41 @@ class Outcomes:
             for name, row in zip(self.classes, zip(*columns, strict=True), strict=True)
         }
 
+    def per_class(self) -> ClassReport:
+        """Precision, recall and F1 of each class with 95 % intervals, and how many images it has; prints as a table."""
+        self._labels("scores by class")
+        if self.images.task == "single":
+            numbers = np.arange(len(self.classes))
+            actual, said = (each[:, None] == numbers for each in (self.targets, self.predicted))
+        else:
+            actual, said = self.targets > 0, self.probabilities >= 0.5
+        return ClassReport.of(self.classes, actual, said)
+
+    def reliability(self, bins: int = 10) -> list[dict[str, float]]:
+        """A row for each range of probability that something was predicted with: what it promises and what it holds.
+
+        ``from`` and ``to`` of the range, ``images``, their mean ``probability``, and the ``share`` of them that is
+        right, with the ends of its 95 % interval (Wilson's). Empty ranges have no row.
+        """
+        self._single("how far probabilities hold")
+        counts, said, right = binned(self.probabilities.max(1), self.is_right, bins)
+        rows = []
+        for place in np.flatnonzero(counts).tolist():
+            images, num_right = int(counts[place]), int(right[place])
+            low, high = wilson_interval(num_right, images)
+            rows.append(
+                {
+                    "from": place / bins,
+                    "to": (place + 1) / bins,
+                    "images": images,
+                    "probability": float(said[place]) / images,
+                    "share": num_right / images,
+                    "share_from": low,
+                    "share_to": high,
+                }
+            )
+        return rows
+
     def calibration_error(self, bins: int = 15) -> float:
         """The expected calibration error of the most probable class, as `metrics.calibration_error`."""
         return calibration_error(self.probabilities.max(1), self.is_right, bins)
@@ -164,6 +200,12 @@ class Outcomes:
         from training.plots import most_confused
 
         return most_confused(self.most_confused(least), axes, num_pairs=num_pairs)
+
+    def plot_reliability(self, bins: int = 10, axes: Axes | None = None) -> Axes:
+        """The share of images that is right by the probability it was said with: on the diagonal the two are equal."""
+        from training.plots import reliability
+
+        return reliability(self.reliability(bins), axes, error=self.calibration_error(bins))
 
     def plot_samples(self, by: Order = "loss", *, is_right: bool | None = None, num_images: int = 9) -> Plot:
         """Images with what was said of them: those with the largest loss, or the least or most sure ones.
