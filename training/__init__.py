@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from featstore.images.views import Augment
     from training.averages import EMA, SWA
     from training.batch_norm import reestimate_batch_norm
+    from training.calibration import Calibration
+    from training.class_report import ClassReport
     from training.comparing import Comparison, compare
     from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
@@ -30,18 +32,20 @@ if TYPE_CHECKING:
     from training.reports import Report, report
     from training.sidecar import Sidecar
     from training.significance import mcnemar, paired_bootstrap
-    from training.suspects import Suspects, label_suspects
-    from training.sweeps import Sweep, sweep, try_settings
-    from training.transferability import transfer_scores
     from training.solvers.class_means import discriminant_analysis, nearest_mean
     from training.solvers.logistic import logistic_path
     from training.solvers.neighbors import KNearest
     from training.solvers.ridge import ridge_classifier_path, ridge_path
+    from training.suspects import Suspects, label_suspects
+    from training.sweeps import Sweep, sweep, try_settings
+    from training.transferability import transfer_scores
 
 __all__ = [
     "EMA",
     "SWA",
     "Augment",
+    "Calibration",
+    "ClassReport",
     "Comparison",
     "CrossValidation",
     "CutMix",
@@ -79,19 +83,17 @@ __all__ = [
     "label_suspects",
     "linear_head",
     "log_uniform",
+    "logistic_path",
     "mcnemar",
     "mlp_head",
+    "nearest_mean",
     "paired_bootstrap",
     "reestimate_batch_norm",
     "report",
-    "runs",
-    "sweep",
-    "logistic_path",
-    "mlp_head",
-    "nearest_mean",
-    "reestimate_batch_norm",
     "ridge_classifier_path",
     "ridge_path",
+    "runs",
+    "sweep",
     "train_head",
     "transfer_scores",
     "try_settings",
@@ -102,6 +104,8 @@ _MODULES = {
     "featstore.images.views": ("Augment",),
     "training.averages": ("EMA", "SWA"),
     "training.batch_norm": ("reestimate_batch_norm",),
+    "training.calibration": ("Calibration",),
+    "training.class_report": ("ClassReport",),
     "training.ensembles": ("Ensemble",),
     "training.comparing": ("Comparison", "compare"),
     "training.estimators.extractor": ("FeatureExtractor",),

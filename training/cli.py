@@ -23,6 +23,7 @@ from featstore.cli.models import ModelFlags, load_model
 from featstore.cli.program import new_app, one_of, run, show, show_json, tell, tell_all
 from featstore.models.names import REDUCTIONS
 from training import (
+    calibrate_command,
     choices,
     compare_command,
     lr_command,
@@ -338,6 +339,7 @@ for _name, _command in {
     "sweep": sweep_command.sweep,
     **run_commands.COMMANDS,
     "report": report_command.report,
+    "calibrate": calibrate_command.calibrate,
     "runs": runs_command.runs,
     "versus": versus_command.versus,
 }.items():

@@ -87,6 +87,7 @@ def exported(
     overwrite: bool,
     view: View,
     images: ImageSet,
+    temperature: float = 1.0,
 ) -> ExportReport:
     """Writes `model` to `path`, and JSON of what its user must know beside it, ``PATH.json``.
 
@@ -102,6 +103,8 @@ def exported(
         view: of its images.
         images: say classes and task; the first of those held out, or of all where none are, are compared on, and
             pixels drawn at random where fewer than two can be read.
+        temperature: that the logits are divided by before they are probabilities. pt2 and onnx do so themselves; of
+            tensors the JSON says it.
 
     Raises:
         ValueError: for a format or an ending that there isn't, and a folder that isn't there.
@@ -119,9 +122,15 @@ def exported(
     has_head_file = chosen == "state-dict" and model.head is not None and bool(model.head.state_dict())
     files = (path, *([_head_path(path)] if has_head_file else []), path.with_name(f"{path.name}.json"))
     _check_free(files, overwrite=overwrite)
-    plain = _Plain.of(model, view, _about(path, chosen, model, view, images))
+    folded = 1.0 if chosen == "state-dict" else temperature
+    about = _about(path, chosen, model, view, images)
+    if temperature != 1:
+        about["temperature"] = {"value": temperature, "is_in_logits": folded != 1}
+        if folded == 1:
+            about["probabilities"] += f", after logits are divided by the temperature {temperature!r}"
+    plain = _Plain.of(model, view, about, folded)
     pixels, compared = _pixels(images, view)
-    live = _outputs(model, view.normalise(pixels))
+    live = _outputs(model, view.normalise(pixels)) / folded
     with _made_beside(files) as made:
         run = _WRITERS[chosen](made / path.name, plain)
         with torch.no_grad(), numerics("fp32", pixels.device):
@@ -194,12 +203,13 @@ class _Plain:
     about: dict[str, Json]
 
     @classmethod
-    def of(cls, model: StagedModel, view: View, about: dict[str, Json]) -> _Plain:
+    def of(cls, model: StagedModel, view: View, about: dict[str, Json], temperature: float) -> _Plain:
         stages: tuple[Stage, ...] = copy.deepcopy(model.ordered)
         last = stages[-1]
         if isinstance(last, HeadStage):
             last.module = _folded(last.module)
-        network = nn.Sequential(_Normalise(view), *stages).cpu().eval().requires_grad_(False)
+        end = [] if temperature == 1 else [_Divide(temperature)]
+        network = nn.Sequential(_Normalise(view), *stages, *end).cpu().eval().requires_grad_(False)
         return cls(stages=stages, other_names=model.other_names, network=network, about=about)
 
     @property
@@ -229,6 +239,17 @@ class _Normalise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images.to(torch.float32) / 255.0 - self.mean) / self.std
+
+
+class _Divide(nn.Module):
+    """Logits over the temperature of a calibration."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits / self.temperature
 
 
 def _folded(head: nn.Module) -> nn.Module:

@@ -32,6 +32,7 @@ from featstore.store.store import FeatureStore
 from training import metrics as scores
 from training import optim, saved, schedules, settings
 from training.agreement import Agreement, compared
+from training.calibration import Calibration, fitted_temperature
 from training.checkpoints import read_fit
 from training.class_counts import imbalance_note
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
@@ -64,7 +65,7 @@ from training.predict import Items, Prediction, as_images, outputs_words, predic
 from training.provenance import FitRecord, sidecar_of, start_of
 from training.ranks import check_alone, is_first, written_by_first
 from training.sidecar import Sidecar
-from training.splits import PastSplit, present_split
+from training.splits import PastSplit, dealt, present_split
 from training.tta import Scored, TestViews, TtaOptions, scored
 
 
@@ -114,10 +115,10 @@ class Learner:
     """
 
     __slots__ = (
-        "_asked", "_begun", "_cut", "_features", "_fits", "_images", "_loss", "_metrics", "_named", "_origins",
-        "_passes", "_past", "_probed", "_seen", "_start", "_trained_on", "allow_leak", "augment", "batch_size",
-        "classes", "device", "head_name", "history", "model", "on_error", "on_missing", "optimizer", "quiet",
-        "read_from", "seed", "store", "task", "view", "workers",
+        "_asked", "_before", "_begun", "_calibration", "_cut", "_features", "_fits", "_images", "_loss", "_metrics",
+        "_named", "_origins", "_passes", "_past", "_probed", "_seen", "_start", "_trained_on", "allow_leak",
+        "augment", "batch_size", "classes", "device", "head_name", "history", "model", "on_error", "on_missing",
+        "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
     )  # fmt: skip
 
     def __init__(
@@ -175,6 +176,8 @@ class Learner:
         self._asked = asked
         self._fits: list[FitRecord] = []
         self._begun: tuple[Begun, PastSplit, str] | None = None  # a fit that is under way
+        self._calibration: Calibration | None = None
+        self._before: Sidecar | None = None  # of the run that it was loaded from
         self._named, self._start = dict(backbone.origin), start_of(backbone)
         self._passes = 0 if head == "keep" else None  # of all fits, a loaded run's included; None: the head is new
         self._probed: set[tuple[str, str]] = set()
@@ -296,6 +299,7 @@ class Learner:
         model.to_device(self.device)
         model.eval()
         images = with_table(self.images, tuple(classes))
+        self._drop_calibration("There are other classes")
         object.__setattr__(self, "classes", images.classes)  # fixed for all others
         self.model, self._images = model, images
 
@@ -397,6 +401,7 @@ class Learner:
         self.read_from, self._trained_on = fitting.train.source.kind, words
         # Before the first step: a fit may be interrupted.
         self._seen, self._passes = split.over(self._seen), begun.num_passes
+        self._drop_calibration("The weights move")
         self._fits.append(record)
         return begun
 
@@ -449,14 +454,71 @@ class Learner:
 
     def outcomes(self, split: str = "valid", **tta: Unpack[TtaOptions]) -> Outcomes:
         """What the model says of each labelled image of a split: where it is wrong, how sure, what it confuses."""
+        return self.evaluated(split, **tta)[1]
+
+    def evaluated(self, split: str = "valid", **tta: Unpack[TtaOptions]) -> tuple[dict[str, float], Outcomes]:
+        """What `evaluate` and what `outcomes` give, by one pass over the images."""
         found, targets = self._asked_outputs(split, **tta)
         own = probabilities(found.logits, self.task)
-        return Outcomes.of(found.images, found.logits, targets, own, self.view)
+        outcomes = Outcomes.of(found.images, found.logits, targets, own, self.view)
+        return self._scored(found.logits, targets), outcomes
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The temperature of its probabilities, and what it was fitted to; None where they are the model's own."""
+        return self._calibration
+
+    def calibrate(self, split: str = "valid") -> Calibration:
+        """Fits one temperature to images held out, and divides all logits by it from now on.
+
+        Predictions stay what they are; their probabilities, and losses and calibration errors, change. The temperature
+        is saved with the run, and an export has it. A later fit takes it away, as its weights are others.
+
+        Args:
+            split: valid or test, whose scores are a little too good from then on; that is said with them.
+
+        Raises:
+            ValueError: for the split train, regression, and where no temperature is the best.
+            FeatureStoreError: if some of the images were trained on, unless `allow_leak` is set.
+        """
+        if split == "train":
+            raise ValueError(
+                "A temperature fitted to images that were trained on would make the model surer, not truer: it is too "
+                "right about these. Expected a split that was held out. Give valid."
+            )
+        situation, chosen = self._situation(), to_score(self.images, split)
+        digests = chosen.digests(situation.known)
+        for past in (self._seen, self._past):
+            note = None if past is None else past.trained_note(chosen, digests)
+            if note is not None and not self.allow_leak:
+                raise FeatureStoreError(
+                    f"Nothing is calibrated: {note}. Give images that no fit has seen, or set allow_leak = True."
+                )
+        found = self._read(chosen, situation, is_raw=True)
+        targets = torch.from_numpy(np.array(found.images.targets))
+        temperature = fitted_temperature(found.logits, targets, self.task)
+        before, after = (self._scored(found.logits / each, targets) for each in (1.0, temperature))
+        names = [name for name in ("loss", "calibration_error") if name in before]
+        self._calibration = Calibration(
+            temperature=temperature,
+            split=split,
+            images=dealt(found.images, found.images.digests(situation.known)),
+            before={name: before[name] for name in names},
+            after={name: after[name] for name in names},
+        )
+        self._say(str(self._calibration))
+        return self._calibration
 
     def compare_inputs(self, split: str = "valid") -> Agreement:
         """A split's labelled images scored from stored features and from their files: how far the two are apart."""
         chosen = to_score(self.images, split)
-        return compared(self._tail(), self._situation(), chosen, batches=self._batches, scored=self._scored)
+        return compared(
+            self._tail(),
+            self._situation(),
+            chosen,
+            batches=self._batches,
+            scored=lambda logits, targets: self._scored(logits / self._temperature, targets),
+        )
 
     def predict(self, items: Items, **tta: Unpack[TtaOptions]) -> list[Prediction]:
         """One record an image (label, probability, top; of regression values), in order.
@@ -489,7 +551,7 @@ class Learner:
             reduce: as in `Learner`; default: that of the head at its own cut, elsewhere ``auto``.
         """
         model = embedding_model(self.model, cut, reduce, head_cut=self.cut)
-        found = self._read(as_images(items), replace(self._situation(), model=model))
+        found = self._read(as_images(items), replace(self._situation(), model=model), is_raw=True)
         self.read_from = found.kind
         return found.images.ids, found.logits.numpy()
 
@@ -528,6 +590,7 @@ class Learner:
             task=self.task,
             seed=self.seed,
             passes=self.passes,
+            calibration=self._calibration,
         )
 
     @property
@@ -542,11 +605,20 @@ class Learner:
     def take_head(self, tensors: Mapping[str, torch.Tensor], passes: int, fits: Sequence[FitRecord]) -> None:
         """Takes what another learner like this one has come to: the tensors of its head, its passes and its fits."""
         put_back(self._tail(), tensors)
+        self._drop_calibration("The weights are others")
         self._passes, self._fits = passes, [*fits]
 
     def export(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> ExportReport:
         """Writes the whole model as pt2, onnx or state-dict for other programs: see `training.export`."""
-        return exported(self.model, path, format=format, overwrite=overwrite, view=self.view, images=self.images)
+        return exported(
+            self.model,
+            path,
+            format=format,
+            overwrite=overwrite,
+            view=self.view,
+            images=self.images,
+            temperature=self._temperature,
+        )
 
     @classmethod
     def load(
@@ -600,6 +672,8 @@ class Learner:
         learn.model.load_tensors(saved.with_statistics(stored.tensors, learn.model))
         saved.check_head(learn.model, facts["head"], folder)
         learn._past, learn._passes = past, saved.passes_of(facts, folder)
+        learn._calibration = saved.calibration_of(facts, folder)
+        learn._before = saved.sidecar_of_run(folder, identity=stored.identity)
         learn._start = {"run": str(folder), "identity": stored.identity}
         if facts["model"]["frozen"] is None:
             learn.model.unfreeze()
@@ -713,6 +787,13 @@ class Learner:
         """As `_split_outputs`; and says what should be known of scores of these images."""
         found, targets = self._split_outputs(split, **tta)
         self.read_from = found.kind
+        if self._calibration is not None:
+            digests = found.images.digests(self._situation().known)
+            if dealt(found.images, digests).digest == self._calibration.images.digest:
+                self._say(
+                    "the temperature was fitted to these very images: their loss and calibration error are a little "
+                    "too good"
+                )
         if split != "train":
             self._say_trained(found.source.images)
             if self._past is not None:
@@ -728,9 +809,29 @@ class Learner:
         found = self._read(to_score(self.images, split), self._situation(), **tta)
         return found, torch.from_numpy(np.array(found.images.targets))
 
-    def _read(self, images: ImageSet, situation: Situation, **tta: Unpack[TtaOptions]) -> Scored:
+    def _read(
+        self, images: ImageSet, situation: Situation, *, is_raw: bool = False, **tta: Unpack[TtaOptions]
+    ) -> Scored:
         views = TestViews.of(**tta, own=self.augment)
-        return scored(situation, images, views, task=self.task, batched=self._batches, say=self._say)
+        temperature = 1.0 if is_raw else self._temperature
+        return scored(
+            situation,
+            images,
+            views,
+            task=self.task,
+            batched=self._batches,
+            say=self._say,
+            temperature=temperature,
+        )
+
+    @property
+    def _temperature(self) -> float:
+        return 1.0 if self._calibration is None else self._calibration.temperature
+
+    def _drop_calibration(self, reason: str) -> None:
+        if self._calibration is not None:
+            self._say(f"{reason}, so the temperature {self._temperature:.4g} no longer holds. Calibrate anew.")
+        self._calibration = None
 
     def _scored(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         logits, targets = logits.to(self.device).float(), targets.to(self.device)  # where class weights lie
@@ -766,6 +867,7 @@ class Learner:
             self._fits,
             named=self._named,
             start=self._start,
+            before=self._before,
             scored=scored,
             known=situation.known,
             device=str(self.device),

@@ -216,11 +216,23 @@ def calibration_error(sure: NDArray[np.float64], is_right: NDArray[np.bool_], bi
         is_right: ``(N,)`` whether that is so.
         bins: how many ranges.
     """
+    counts, said, right = binned(sure, is_right, bins)
+    return float(np.abs(right - said).sum() / counts.sum())
+
+
+def binned(
+    sure: NDArray[np.float64], is_right: NDArray[np.bool_], bins: int = 15
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Of each of `bins` ranges of probability, ``(bins,)``: images, sum of their probabilities, and how many are right.
+
+    Ranges are equally wide and hold their upper end, (0, 1/bins], ..., as in the paper.
+    """
     if bins < 1:
         raise ValueError(f"bins is {bins}; expected at least 1.")
-    place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)  # (0, 1/bins], ..., as there
-    gap = np.abs(np.bincount(place, is_right - sure, minlength=bins))
-    return float(gap.sum() / len(sure))
+    place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+    counts: NDArray[np.int64] = np.bincount(place, minlength=bins)
+    said, right = (np.bincount(place, each, minlength=bins).astype(np.float64) for each in (sure, is_right))
+    return counts, said, right
 
 
 def f1(logits: Tensor, targets: Tensor, average: Average = "macro") -> float:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from featstore.images.image_set import ImageSet
 from featstore.images.views import View
-from training.metrics import THRESHOLD, calibration_error
+from training.class_report import ClassReport
+from training.metrics import THRESHOLD, binned, calibration_error, wilson_interval
 
 if TYPE_CHECKING:
     from training.plots import Axes, Plot
@@ -131,26 +132,45 @@ class Outcomes:
         """
         from sklearn.metrics import precision_recall_fscore_support
 
+        actual, said = self._decided(thresholds)
         labels = list(range(len(self.classes)))
-        if thresholds is not None and (self.images.task != "multi" or {*thresholds} != {*self.classes}):
-            raise ValueError(
-                f"thresholds are of {', '.join(thresholds)}; expected one of each class, {', '.join(self.classes)}, of "
-                f"images of the task multi, and these are {self.images.task}. Give what thresholds() gives."
-            )
-        if self.images.task == "single":
-            columns = precision_recall_fscore_support(self.targets, self.predicted, labels=labels, zero_division=0)
-        else:
-            self._labels("scores by class")
-            least = [THRESHOLD if thresholds is None else thresholds[name] for name in self.classes]
-            actual, taken = self.targets > 0, self.probabilities >= np.array(least)
-            if len(labels) == 1:  # of one column scikit-learn scores the labels 0 and 1
-                actual, taken, labels = actual.ravel(), taken.ravel(), [1]
-            columns = precision_recall_fscore_support(actual, taken, labels=labels, zero_division=0)
+        if len(labels) == 1:  # of one column scikit-learn scores the labels 0 and 1
+            actual, said, labels = actual.ravel(), said.ravel(), [1]
+        columns = precision_recall_fscore_support(actual, said, labels=labels, zero_division=0)
         names = ("precision", "recall", "f1", "support")
         return {
             name: {column: float(value) for column, value in zip(names, row, strict=True)}
             for name, row in zip(self.classes, zip(*columns, strict=True), strict=True)
         }
+
+    def per_class(self, thresholds: Mapping[str, float] | None = None) -> ClassReport:
+        """As `by_class`, with 95 % intervals and means; prints as a table."""
+        return ClassReport.of(self.classes, *self._decided(thresholds))
+
+    def reliability(self, bins: int = 10) -> list[dict[str, float]]:
+        """A row for each range of probability that something was predicted with: what it promises and what it holds.
+
+        ``from`` and ``to`` of the range, ``images``, their mean ``probability``, and the ``share`` of them that is
+        right, with the ends of its 95 % interval (Wilson's). Empty ranges have no row.
+        """
+        self._single("how far probabilities hold")
+        counts, said, right = binned(self.probabilities.max(1), self.is_right, bins)
+        rows = []
+        for place in np.flatnonzero(counts).tolist():
+            images, num_right = int(counts[place]), int(right[place])
+            low, high = wilson_interval(num_right, images)
+            rows.append(
+                {
+                    "from": place / bins,
+                    "to": (place + 1) / bins,
+                    "images": images,
+                    "probability": float(said[place]) / images,
+                    "share": num_right / images,
+                    "share_from": low,
+                    "share_to": high,
+                }
+            )
+        return rows
 
     def calibration_error(self, bins: int = 15) -> float:
         """The expected calibration error of the most probable class, as `metrics.calibration_error`."""
@@ -197,6 +217,12 @@ class Outcomes:
 
         return most_confused(self.most_confused(least), axes, num_pairs=num_pairs)
 
+    def plot_reliability(self, bins: int = 10, axes: Axes | None = None) -> Axes:
+        """The share of images that is right by the probability it was said with: on the diagonal the two are equal."""
+        from training.plots import reliability
+
+        return reliability(self.reliability(bins), axes, error=self.calibration_error(bins))
+
     def plot_samples(self, by: Order = "loss", *, is_right: bool | None = None, num_images: int = 9) -> Plot:
         """Images with what was said of them: those with the largest loss, or the least or most sure ones.
 
@@ -216,6 +242,20 @@ class Outcomes:
             raise ValueError("These outcomes don't say what the model saw of the images. Take those of a learner.")
         places = self.places(by, is_right=is_right)[:num_images]
         return samples(self.images.select(places), self.view, [self.words(place) for place in places.tolist()])
+
+    def _decided(self, thresholds: Mapping[str, float] | None) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which classes each image has, and which it is said to have, ``(N, K)``."""
+        self._labels("scores by class")
+        if thresholds is not None and (self.images.task != "multi" or {*thresholds} != {*self.classes}):
+            raise ValueError(
+                f"thresholds are of {', '.join(thresholds)}; expected one of each class, {', '.join(self.classes)}, of "
+                f"images of the task multi, and these are {self.images.task}. Give what thresholds() gives."
+            )
+        if self.images.task == "single":
+            numbers = np.arange(len(self.classes))
+            return self.targets[:, None] == numbers, self.predicted[:, None] == numbers
+        least = [THRESHOLD if thresholds is None else thresholds[name] for name in self.classes]
+        return self.targets > 0, self.probabilities >= np.array(least)
 
     def _single(self, what: str) -> None:
         if self.images.task != "single":

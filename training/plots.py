@@ -223,6 +223,32 @@ def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], axes: Ax
     return axes
 
 
+def reliability(rows: Sequence[Mapping[str, float]], axes: Axes | None = None, *, error: float | None = None) -> Axes:
+    """The share that is right against the probability it was said with, with its 95 % interval, beside the diagonal.
+
+    Args:
+        rows: as `Outcomes.reliability` gives them.
+        axes: to draw on; default: new ones.
+        error: the calibration error, for the title.
+    """
+    if not rows:
+        raise ValueError("Nothing was predicted, so there is nothing to draw. Give outcomes of at least one image.")
+    axes = axes or _panel(figsize=(4.8, 4.8))
+    axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="as sure as right")
+    shares = [row["share"] for row in rows]
+    ends = [
+        [max(0.0, row["share"] - row["share_from"]) for row in rows],
+        [max(0.0, row["share_to"] - row["share"]) for row in rows],
+    ]
+    said = [row["probability"] for row in rows]
+    axes.errorbar(said, shares, yerr=ends, marker="o", capsize=3, label="images, 95 % interval")
+    axes.set(xlabel="probability of what was predicted", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    if error is not None:
+        axes.set_title(f"calibration error {error:.3f}", fontsize="small")
+    axes.legend()
+    return axes
+
+
 def accuracy_against_cost(
     names: Sequence[str],
     values: Sequence[float],

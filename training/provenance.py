@@ -23,7 +23,7 @@ from training.fitting import Begun
 from training.inputs.derive import Source
 from training.inputs.situation import training_words
 from training.metrics import wilson_interval
-from training.sidecar import Dealt, Kind, Score, Sidecar, finite
+from training.sidecar import Dealt, Score, Sidecar, finite
 from training.splits import dealt
 from training.tta import Scored
 
@@ -118,6 +118,7 @@ def sidecar_of(
     *,
     named: Mapping[str, Json],
     start: Mapping[str, Json] | None,
+    before: Sidecar | None,
     scored: tuple[Scored, Mapping[str, float]] | None,
     known: KnownDigests,
     **more: Json,
@@ -129,13 +130,15 @@ def sidecar_of(
         fits: that were made, in order.
         named: how the backbone was named when the learner was made, its `origin`.
         start: the run that the learner went on from.
+        before: what that run says, if the learner was loaded from it: where none was made since, its fits count.
         scored: what the model says of the images held out, and its scores; None where there are none.
         known: of the images' contents.
         more: further facts.
     """
-    keys, split = [key for each in fits for key in each.keys], {}
-    if fits:
-        split["train"] = fits[-1].train
+    made = _again(before, facts, named) if not fits and before is not None else _of_fits(fits, facts, named)
+    keys, split = [*made.keys], {name: each for name, each in made.split.items() if name == "train"}
+    if not fits:
+        more = {**made.more, **{name: value for name, value in more.items() if value}}
     scores: dict[str, Score] = {}
     if scored is not None:
         found, numbers = scored
@@ -143,20 +146,36 @@ def sidecar_of(
         split["valid"] = dealt(found.images, found.images.digests(known))
         scores = scores_of(numbers)
     model = facts["model"]
-    return Sidecar(
-        kind=_kind(fits),
-        configuration=configuration(facts, named, [each.asked for each in fits]),
-        fits=[each.facts() for each in fits],
+    return replace(
+        made,
         keys=tuple(dict.fromkeys(keys)),
         trunk=model["digests"].get(model["default_cut"]),
         versions=versions(),
         split=split,
         scored=None if scored is None else "valid",
         scores=scores,
-        seconds=round(sum(each.made["seconds"] for each in fits), 3) if fits else None,
         start=start,
-        more=more,
+        when=None,
+        more={**more, "calibration": facts.get("calibration")},
     )
+
+
+def _of_fits(fits: Sequence[FitRecord], facts: Mapping[str, Json], named: Mapping[str, Json]) -> Sidecar:
+    return Sidecar(
+        kind="learner" if not fits else "head" if all(each.is_of_head for each in fits) else "finetune",
+        configuration=configuration(facts, named, [each.asked for each in fits]),
+        fits=[each.facts() for each in fits],
+        keys=[key for each in fits for key in each.keys],
+        split={"train": fits[-1].train} if fits else {},
+        seconds=round(sum(each.made["seconds"] for each in fits), 3) if fits else None,
+    )
+
+
+def _again(before: Sidecar, facts: Mapping[str, Json], named: Mapping[str, Json]) -> Sidecar:
+    """What a run says whose model was loaded from another and is saved once more: the other's fits made it."""
+    now = configuration(facts, named, ())
+    changed = {name: now[name] for name in ("image_size", "num_classes", "temperature")}
+    return replace(before, kind=before.kind or "learner", configuration={**now, **before.configuration, **changed})
 
 
 def configuration(
@@ -176,6 +195,7 @@ def configuration(
         "image_size": model["view"]["size"],
         "task": facts["task"],
         "num_classes": len(facts["classes"]),
+        "temperature": (facts.get("calibration") or {}).get("temperature"),
         "num_fits": len(fits),
     }
     return {**of_model, **{name: _over(fits, name) for name in dict.fromkeys(name for fit in fits for name in fit)}}
@@ -202,12 +222,6 @@ def scores_of(scored: Mapping[str, float]) -> dict[str, Score]:
 
 
 _SHARES = ("accuracy", "top5")
-
-
-def _kind(fits: Sequence[FitRecord]) -> Kind:
-    if not fits:
-        return "learner"
-    return "head" if all(each.is_of_head for each in fits) else "finetune"
 
 
 def _own_file(made_by: Mapping[str, Json]) -> str:

@@ -39,6 +39,7 @@ Order: TypeAlias = str | tuple[str, Direction]
 _LOWER_IS_BETTER = ("loss", "calibration_error", "seconds")
 _MOST_COLUMNS = 8
 _OTHER_IMAGES, _UNKNOWN_IMAGES = "scored on other images", "scored on unknown images"
+_FITTED_HERE = "temperature fitted to these images"
 
 
 def runs(folder: str | os.PathLike[str] = "runs") -> Runs:
@@ -318,19 +319,19 @@ class Runs(Sequence[ListedRun]):
         return Counter(each["scored_on"] for each in self._found if each.sidecar.scores)
 
     def _notes(self) -> list[str | None]:
-        """Of each run that its scores don't compare with those of most others; None where they do."""
+        """Of each run why its scores don't compare with those of most others; None where they do."""
         groups = self._groups()
-        if len(groups) < 2:
-            return [None] * len(self)
         most = next((each for each, _ in groups.most_common() if each is not None), None)
-        return [
-            None
-            if not each.sidecar.scores or each["scored_on"] == most
-            else _UNKNOWN_IMAGES
-            if each["scored_on"] is None
-            else _OTHER_IMAGES
-            for each in self._found
-        ]
+        return [self._note(each, most, is_split=len(groups) > 1) for each in self._found]
+
+    def _note(self, run: ListedRun, most: str | None, *, is_split: bool) -> str | None:
+        if not run.sidecar.scores:
+            return None
+        if is_split and run["scored_on"] != most:
+            return _UNKNOWN_IMAGES if run["scored_on"] is None else _OTHER_IMAGES
+        calibrated, scored_on = run.sidecar.more.get("calibration"), run.sidecar.scored_on
+        is_same = calibrated and scored_on and calibrated["images"]["digest"] == scored_on.digest
+        return _FITTED_HERE if is_same else None
 
     def _differing(self) -> list[str]:
         """What of the configuration isn't the same in all runs."""

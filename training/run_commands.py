@@ -161,6 +161,9 @@ def evaluate(
     views: TtaFlags,
     output: OutputFlags,
     split: Annotated[str, typer.Option(metavar="|".join(SPLITS), help="Which images to score.")] = "valid",
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Also precision, recall and F1 of each class, with 95 % intervals.")
+    ] = False,
 ) -> None:
     """Score a saved model on images of a split; without a split of their own they get the run's."""
     one_of("--split", split, SPLITS)
@@ -180,11 +183,17 @@ def evaluate(
         trust_code=how.trust_code,
         **how.options(),
     )
-    scored = finite(learn.evaluate(split, **views.options()))
+    if per_class and learn.task == "regression":
+        raise ValueError("--per-class is of classes, and this model gives numbers. Leave it out.")
+    values, outcomes = learn.evaluated(split, **views.options())
+    scored, report = finite(values), outcomes.per_class() if per_class else None
     calibration = scored.get("calibration_error")
     if output.json:
-        show_json({split: scored, "inputs": learn.read_from})
+        by_class = {} if report is None else {"per_class": report.table(), "means": report.means}
+        show_json({split: scored, "inputs": learn.read_from, **by_class})
     else:
+        if report is not None:
+            show(str(report))
         told = "" if calibration is None else f", calibration error {calibration:.3f}"
         show(f"{scores_line(split, scored)}{told}")
 

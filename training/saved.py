@@ -22,12 +22,13 @@ from featstore.images.views import View
 from featstore.models.backbones import architecture, restored
 from featstore.models.digests import module_digest
 from featstore.models.runs import FACTS as RUN_FACTS
-from featstore.models.runs import Run, read_file
+from featstore.models.runs import Run, located, read_file
 from featstore.models.staged import StagedModel
 from featstore.models.stages import HeadStage, PoolStage
 from featstore.store.part_facts import are_stages, stage_facts
 from featstore.store.store import FeatureStore
 from featstore.words import printable
+from training.calibration import Calibration
 from training.class_tables import with_classes
 from training.heads import LinearHead, unstandardised
 from training.history import History
@@ -35,6 +36,7 @@ from training.metrics import TASKS
 from training.placement import reduction_of
 from training.predict import write_csv
 from training.sidecar import FILE as RUN
+from training.sidecar import Sidecar
 from training.sidecar import finite as finite_number
 from training.splits import PastSplit
 
@@ -42,7 +44,16 @@ ASKED, HISTORY, METRICS, VALID_PREDICTIONS = "run.toml", "history.csv", "metrics
 
 
 def run_facts(
-    model: StagedModel, *, cut: str, view: View, head: str, classes: Sequence[str], task: Task, seed: int, passes: int
+    model: StagedModel,
+    *,
+    cut: str,
+    view: View,
+    head: str,
+    classes: Sequence[str],
+    task: Task,
+    seed: int,
+    passes: int,
+    calibration: Calibration | None = None,
 ) -> dict[str, Json]:
     """What `read_run` and `Learner.load` need beside the tensors.
 
@@ -55,6 +66,7 @@ def run_facts(
         task: single, multi or regression.
         seed: that the head was made with.
         passes: over training images that were made, from which a later fit counts on.
+        calibration: of its probabilities, if there is one.
     """
     origin, digests = model.origin, model.digests()
     frozen = [stage.name for stage in model.ordered[: model.num_frozen] if not isinstance(stage, PoolStage)]
@@ -83,6 +95,7 @@ def run_facts(
         "task": task,
         "seed": seed,
         "passes": passes,
+        **({} if calibration is None else {"calibration": calibration.facts()}),
     }
 
 
@@ -168,6 +181,22 @@ _FACTS: dict[str, Callable[[Json], bool]] = {
 """What `Learner.load` relies on; every version of a run has had it."""
 
 
+def calibration_of(facts: Mapping[str, Json], folder: Path) -> Calibration | None:
+    """The temperature of a saved run's probabilities; None if it has none.
+
+    Raises:
+        DamagedFileError: if its facts are none of a calibration.
+    """
+    given = facts.get("calibration")
+    try:
+        return None if given is None else Calibration.from_facts(given)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFileError(
+            f"{folder / RUN_FACTS} has a calibration that is none ({error!r}). Restore the file, or train the model "
+            "again."
+        ) from error
+
+
 def write_history(folder: Path, history: History) -> None:
     """Writes history.csv, a row an epoch, if there was one."""
     if history.records:
@@ -197,6 +226,12 @@ def read_scores(run: Path) -> dict[str, Json] | None:
     """What the saved model scored on the images held out; None if there are none."""
     content = read_file(run, METRICS)
     return None if content is None else _parsed(content, run / METRICS, "valid")
+
+
+def sidecar_of_run(run: Path, *, identity: str) -> Sidecar | None:
+    """What run.json says of a run; None if it has none."""
+    content = read_file(run, RUN, identity=identity) if (located(run) / RUN).exists() else None
+    return None if content is None else Sidecar.parsed(content, run / RUN)
 
 
 def finite(scored: Mapping[str, float]) -> dict[str, Json]:

@@ -126,6 +126,7 @@ def scored(
     task: Task,
     batched: Callable[[Source, Situation], Batches],
     say: Callable[[str | None], None],
+    temperature: float = 1.0,
 ) -> Scored:
     """What a model says of `images`: by features where these serve, else by images.
 
@@ -139,6 +140,7 @@ def scored(
         task: what the logits are of.
         batched: the batches of a source.
         say: gets sentences about what isn't used, and what is doubtful.
+        temperature: that logits of each view are divided by.
 
     Raises:
         FeatureStoreError: if they can't be had in each of the views.
@@ -150,6 +152,8 @@ def scored(
     # Sources may leave different images out, and a view may fail of an image that has others.
     is_read = torch.ones(len(images), dtype=torch.bool)
     read = _in_place(situation.model.unfrozen, passes, images, is_read)
+    if temperature != 1:
+        read = (each / temperature for each in read)
     logits = next(read) if views is None else mean(read, views.shares, task)
     say(doubtful_note(*passes))
     return Scored(

@@ -83,7 +83,8 @@ ROOMS: dict[str, Rooms] = {
             "",
             (
                 "frames", "metrics", "choices", "sidecar", "scored_table", "transferability", "probing", "schedules",
-                "monitor", "plots", "history", "trackers", "outcomes", "suspects", "significance", "heads", "mixing",
+                "monitor", "plots", "history", "trackers", "class_report", "outcomes", "suspects", "significance",
+                "calibration", "heads", "mixing",
             ),
         ),
         ("solvers", ("rows", "targets", "newton", "logistic", "neighbors", "moments", "ridge", "class_means")),
@@ -102,8 +103,8 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "fit_flags", "asked", "config", "run_commands", "lr_command", "runs_command", "versus_command",
-                "compare_command", "sweep_command", "report_command", "__init__", "cli", "__main__",
+                "fit_flags", "asked", "config", "run_commands", "calibrate_command", "lr_command", "runs_command",
+                "versus_command", "compare_command", "sweep_command", "report_command", "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -150,6 +151,7 @@ DOORS = {
         "training.lr_command",
         "training.sweep_command",
         "training.report_command",
+        "training.calibrate_command",
         "training.runs_command",
         "training.compare_command",
         "training.versus_command",

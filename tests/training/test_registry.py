@@ -398,10 +398,10 @@ def test_a_thousand_runs_are_listed_quickly_and_by_their_sidecars_alone(
         run.mkdir()
         (run / "run.json").write_bytes(content)
         (run / "model.json").write_text("never read")
-    started = time.perf_counter()
+    started = time.process_time()
     found: Runs = runs(tmp_path).query(cut="layer2", sort="accuracy")
     assert str(found).splitlines()[-2].startswith("1,000 runs")
-    assert time.perf_counter() - started < 5  # measured: 0.3 s; a machine may be busy
+    assert time.process_time() - started < 3  # of this process: measured 0.27 s, whatever else the machine does
     assert [each.name for each in found][:3] == ["run-0", "run-1", "run-2"]
     program = """
         import sys
