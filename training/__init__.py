@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from training.ensembles import Ensemble
     from training.estimators.extractor import FeatureExtractor
     from training.estimators.heads import HeadClassifier, HeadRegressor
-    from training.estimators.probes import KNNProbe, LinearProbe
+    from training.estimators.probes import KNNProbe, LinearProbe, RidgeProbe
+    from training.few_shot import LearningCurve, few_shot, k_shot, learning_curve
     from training.heads import build_head, concat_head, linear_head, mlp_head
     from training.history import History
     from training.inputs.derive import Inputs
@@ -42,15 +43,20 @@ __all__ = [
     "Inputs",
     "KNNProbe",
     "Learner",
+    "LearningCurve",
     "LearningRates",
     "LinearProbe",
     "Mixup",
     "Outcomes",
     "Prediction",
+    "RidgeProbe",
     "build_head",
     "concat_head",
     "cross_validate",
+    "few_shot",
     "finetune",
+    "k_shot",
+    "learning_curve",
     "linear_head",
     "mlp_head",
     "reestimate_batch_norm",
@@ -64,8 +70,9 @@ _MODULES = {
     "training.ensembles": ("Ensemble",),
     "training.estimators.extractor": ("FeatureExtractor",),
     "training.estimators.heads": ("HeadClassifier", "HeadRegressor"),
-    "training.estimators.probes": ("KNNProbe", "LinearProbe"),
+    "training.estimators.probes": ("KNNProbe", "LinearProbe", "RidgeProbe"),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
+    "training.few_shot": ("LearningCurve", "few_shot", "k_shot", "learning_curve"),
     "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),
     "training.inputs.derive": ("Inputs",),

@@ -84,10 +84,8 @@ ROOMS: dict[str, Rooms] = {
                 "mixing",
             ),
         ),
-        ("solvers", ("rows", "targets", "newton", "logistic", "neighbors")),
-        ("inputs", ("situation", "search", "explain", "held", "derive", "resident", "batches")),
         ("solvers", ("rows", "targets", "moments", "newton", "logistic", "neighbors", "ridge", "class_means")),
-        ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
+        ("inputs", ("situation", "search", "explain", "held", "derive", "resident", "batches")),
         (
             "",
             (
@@ -101,7 +99,7 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "fit_flags", "asked", "config", "run_commands", "lr_command", "__init__", "cli", "__main__",
+                "few_shot", "fit_flags", "asked", "config", "run_commands", "lr_command", "__init__", "cli", "__main__",
             ),
         ),
     ),

@@ -18,7 +18,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.ensemble import StackingClassifier
 from sklearn.exceptions import NotFittedError
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -28,7 +28,7 @@ from support.tiny import arrays, photos, staged
 
 from featstore import Features, FeatureStore, ImageSet, StagedModel, extract
 from featstore.errors import FactsDifferError
-from training import FeatureExtractor, HeadClassifier, HeadRegressor, KNNProbe, Learner, LinearProbe
+from training import FeatureExtractor, HeadClassifier, HeadRegressor, KNNProbe, Learner, LinearProbe, RidgeProbe
 from training.heads import HEADS
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
@@ -82,6 +82,7 @@ CHECKED = [
     ),
     (KNNProbe(), {"check_estimators_dtypes": "has a row of zeros, which has no direction (cosine)"}),
     (KNNProbe(3, metric="euclidean", weights="distance"), {}),
+    (RidgeProbe(), {}),
     pytest.param(
         HeadClassifier(),
         {"check_class_weight_classifiers": "ten steps on fifty rows are few for a weight ten million times another"},
@@ -366,6 +367,18 @@ def test_a_strength_is_chosen_as_a_search_chooses_it(digits: Arrays) -> None:
     assert (alone.scores_, alone.coef_.tolist()) == (None, probe.coef_.tolist())
     with pytest.raises(ValueError, match="standardised is for one C"):
         LinearProbe(C=strengths, standardised=True).fit(values, targets)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10])
+def test_a_ridge_probe_is_scikit_learns(num_classes: int, digits: Arrays) -> None:
+    values, targets = digits[0].astype(np.float64), digits[1] % num_classes
+    strengths = [0.1, 10.0, 1000.0]
+    expected = RidgeClassifierCV(strengths).fit(values, targets)
+    probe = RidgeProbe(strengths).fit(values, targets)
+    assert probe.strength_ == expected.alpha_
+    assert probe.coef_ == pytest.approx(np.atleast_2d(expected.coef_), abs=1e-6)  # rows of float32, sums of float64
+    assert probe.decision_function(values) == pytest.approx(expected.decision_function(values), abs=1e-5)
+    assert np.array_equal(probe.predict(values), expected.predict(values))
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
