@@ -234,6 +234,38 @@ def test_images_without_a_label_are_no_class(store: FeatureStore, model: StagedM
         head.fit(store.features(unlabelled, features.key))
 
 
+@pytest.mark.parametrize("settings", [{}, {"hidden": (5,)}, {"head": "linear"}])
+def test_a_head_becomes_a_learner_of_its_backbone(
+    settings: dict[str, Any],
+    model: StagedModel,
+    images: ImageSet,
+    store: FeatureStore,
+    features: Features,
+    tmp_path: Path,
+) -> None:
+    made = HeadClassifier(**{"epochs": 2, "lr": 1e-2, **settings}).fit(features)
+    learn = made.to_learner(model, images, store, quiet=True)
+    assert learn.predict_proba(images) == pytest.approx(made.predict_proba(features), abs=1e-5)  # of float32
+    assert learn.read_from == "features"
+    if "hidden" not in settings:
+        again = Learner.load(learn.save(tmp_path / "run"), module=model)
+        assert again.model.head is not None
+        for name, tensor in made.head_.state_dict().items():
+            assert torch.equal(again.model.head.state_dict()[name].cpu(), tensor)
+    with pytest.raises(ValueError, match="6 of the 6 images held out here were trained on"):
+        made.to_learner(model, images.split(valid=0.25), store)
+    learn.unfreeze()
+    assert len(learn.fit(1, lr=1e-3).records) == 1
+    other = staged()
+    next(other.parameters()).data += 1
+    with pytest.raises(FactsDifferError, match="No cut of net gives the features"):
+        made.to_learner(other, images)
+    with pytest.raises(ValueError, match="tells 0, 1 apart, and these images have a, b, c"):
+        made.to_learner(model, ImageSet.from_arrays(np.zeros((3, 8, 8), np.uint8), ["a", "b", "c"]))
+    with pytest.raises(ValueError, match="was fitted to an array"):
+        made.fit(np.asarray(features), images.targets).to_learner(model, images)
+
+
 # ---------------------------------------------------------------------------------------------------- good company
 
 
