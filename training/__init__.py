@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from training.ensembles import Ensemble
     from training.estimators.extractor import FeatureExtractor
     from training.estimators.heads import HeadClassifier, HeadRegressor
-    from training.estimators.probes import KNNProbe, LinearProbe
+    from training.estimators.probes import KNNProbe, LinearProbe, RidgeProbe
+    from training.few_shot import LearningCurve, few_shot, k_shot, learning_curve
     from training.grid import Grid, Sample, log_uniform, uniform
     from training.heads import attention_head, build_head, concat_head, linear_head, mlp_head
     from training.history import History
@@ -62,12 +63,14 @@ __all__ = [
     "KNNProbe",
     "KNearest",
     "Learner",
+    "LearningCurve",
     "LearningRates",
     "LinearProbe",
     "Mixup",
     "Outcomes",
     "Prediction",
     "Report",
+    "RidgeProbe",
     "Runs",
     "Sample",
     "Sidecar",
@@ -79,8 +82,11 @@ __all__ = [
     "concat_head",
     "cross_validate",
     "discriminant_analysis",
+    "few_shot",
     "finetune",
+    "k_shot",
     "label_suspects",
+    "learning_curve",
     "linear_head",
     "log_uniform",
     "logistic_path",
@@ -110,10 +116,12 @@ _MODULES = {
     "training.comparing": ("Comparison", "compare"),
     "training.estimators.extractor": ("FeatureExtractor",),
     "training.estimators.heads": ("HeadClassifier", "HeadRegressor"),
-    "training.estimators.probes": ("KNNProbe", "LinearProbe"),
+    "training.estimators.probes": ("KNNProbe", "LinearProbe", "RidgeProbe"),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
     "training.grid": ("Grid", "Sample", "log_uniform", "uniform"),
     "training.heads": ("attention_head", "build_head", "concat_head", "linear_head", "mlp_head"),
+    "training.few_shot": ("LearningCurve", "few_shot", "k_shot", "learning_curve"),
+    "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),
     "training.inputs.derive": ("Inputs",),
     "training.learner": ("Learner",),

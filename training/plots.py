@@ -186,6 +186,17 @@ def step_rates(lrs: Sequence[float], momenta: Sequence[float], axes: Axes | None
     return axes
 
 
+def learning_curve(columns: Mapping[str, Sequence[float]], label: str, axes: Axes | None = None) -> Axes:
+    """Accuracy by number of training images, and its interval where there is one; a further one is drawn beside it."""
+    axes = axes or _panel(figsize=(5.2, 3.6))
+    (line,) = axes.plot(columns["images"], columns["accuracy"], marker="o", label=label)
+    axes.fill_between(columns["images"], columns["from"], columns["to"], color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xscale("log")
+    axes.set(xlabel="images to train on", ylabel="accuracy")
+    axes.legend(fontsize="small")
+    return axes
+
+
 def most_confused(pairs: Sequence[tuple[str, str, int]], axes: Axes | None = None, *, num_pairs: int = 20) -> Axes:
     """A bar for each (class, what it was taken for, how often), the first on top; the title counts those not drawn."""
     shown = pairs[:num_pairs]

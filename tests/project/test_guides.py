@@ -12,7 +12,12 @@ GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 
 
 @pytest.mark.parametrize(
-    ("page", "networks"), [("questions", ["resnet34"]), ("transfer_learning", ["resnet34", "resnet50"])]
+    ("page", "networks"),
+    [
+        ("questions", ["resnet34"]),
+        ("transfer_learning", ["resnet34", "resnet50"]),
+        ("scikit_learn", ["resnet18"]),
+    ],
 )
 def test_the_code_of_a_guide_runs(
     page: str, networks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

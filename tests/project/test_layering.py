@@ -88,6 +88,7 @@ ROOMS: dict[str, Rooms] = {
             ),
         ),
         ("solvers", ("rows", "targets", "newton", "logistic", "neighbors", "moments", "ridge", "class_means")),
+        ("solvers", ("rows", "targets", "moments", "newton", "logistic", "neighbors", "ridge", "class_means")),
         ("inputs", ("situation", "search", "explain", "held", "derive", "resident", "batches")),
         (
             "",
@@ -105,6 +106,7 @@ ROOMS: dict[str, Rooms] = {
             (
                 "fit_flags", "asked", "config", "run_commands", "calibrate_command", "lr_command", "runs_command",
                 "versus_command", "compare_command", "sweep_command", "report_command", "__init__", "cli", "__main__",
+                "few_shot", "fit_flags", "asked", "config", "run_commands", "lr_command", "__init__", "cli", "__main__",
             ),
         ),
     ),

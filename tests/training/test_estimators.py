@@ -18,7 +18,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.ensemble import StackingClassifier
 from sklearn.exceptions import NotFittedError
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -28,7 +28,7 @@ from support.tiny import arrays, photos, staged
 
 from featstore import Features, FeatureStore, ImageSet, StagedModel, extract
 from featstore.errors import FactsDifferError
-from training import FeatureExtractor, HeadClassifier, HeadRegressor, KNNProbe, Learner, LinearProbe
+from training import FeatureExtractor, HeadClassifier, HeadRegressor, KNNProbe, Learner, LinearProbe, RidgeProbe
 from training.heads import HEADS
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
@@ -82,6 +82,7 @@ CHECKED = [
     ),
     (KNNProbe(), {"check_estimators_dtypes": "has a row of zeros, which has no direction (cosine)"}),
     (KNNProbe(3, metric="euclidean", weights="distance"), {}),
+    (RidgeProbe(), {}),
     pytest.param(
         HeadClassifier(),
         {"check_class_weight_classifiers": "ten steps on fifty rows are few for a weight ten million times another"},
@@ -233,6 +234,38 @@ def test_images_without_a_label_are_no_class(store: FeatureStore, model: StagedM
         head.fit(store.features(unlabelled, features.key))
 
 
+@pytest.mark.parametrize("settings", [{}, {"hidden": (5,)}, {"head": "linear"}])
+def test_a_head_becomes_a_learner_of_its_backbone(
+    settings: dict[str, Any],
+    model: StagedModel,
+    images: ImageSet,
+    store: FeatureStore,
+    features: Features,
+    tmp_path: Path,
+) -> None:
+    made = HeadClassifier(**{"epochs": 2, "lr": 1e-2, **settings}).fit(features)
+    learn = made.to_learner(model, images, store, quiet=True)
+    assert learn.predict_proba(images) == pytest.approx(made.predict_proba(features), abs=1e-5)  # of float32
+    assert learn.read_from == "features"
+    if "hidden" not in settings:
+        again = Learner.load(learn.save(tmp_path / "run"), module=model)
+        assert again.model.head is not None
+        for name, tensor in made.head_.state_dict().items():
+            assert torch.equal(again.model.head.state_dict()[name].cpu(), tensor)
+    with pytest.raises(ValueError, match="6 of the 6 images held out here were trained on"):
+        made.to_learner(model, images.split(valid=0.25), store)
+    learn.unfreeze()
+    assert len(learn.fit(1, lr=1e-3).records) == 1
+    other = staged()
+    next(other.parameters()).data += 1
+    with pytest.raises(FactsDifferError, match="No cut of net gives the features"):
+        made.to_learner(other, images)
+    with pytest.raises(ValueError, match="tells 0, 1 apart, and these images have a, b, c"):
+        made.to_learner(model, ImageSet.from_arrays(np.zeros((3, 8, 8), np.uint8), ["a", "b", "c"]))
+    with pytest.raises(ValueError, match="was fitted to an array"):
+        made.fit(np.asarray(features), images.targets).to_learner(model, images)
+
+
 # ---------------------------------------------------------------------------------------------------- good company
 
 
@@ -366,6 +399,18 @@ def test_a_strength_is_chosen_as_a_search_chooses_it(digits: Arrays) -> None:
     assert (alone.scores_, alone.coef_.tolist()) == (None, probe.coef_.tolist())
     with pytest.raises(ValueError, match="standardised is for one C"):
         LinearProbe(C=strengths, standardised=True).fit(values, targets)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10])
+def test_a_ridge_probe_is_scikit_learns(num_classes: int, digits: Arrays) -> None:
+    values, targets = digits[0].astype(np.float64), digits[1] % num_classes
+    strengths = [0.1, 10.0, 1000.0]
+    expected = RidgeClassifierCV(strengths).fit(values, targets)
+    probe = RidgeProbe(strengths).fit(values, targets)
+    assert probe.strength_ == expected.alpha_
+    assert probe.coef_ == pytest.approx(np.atleast_2d(expected.coef_), abs=1e-6)  # rows of float32, sums of float64
+    assert probe.decision_function(values) == pytest.approx(expected.decision_function(values), abs=1e-5)
+    assert np.array_equal(probe.predict(values), expected.predict(values))
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])

@@ -15,11 +15,18 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import nn
 
+from featstore.errors import FactsDifferError
+from featstore.images.image_set import ImageSet
 from featstore.images.names import Task
+from featstore.models.staged import StagedModel
+from featstore.store.features import Features
+from featstore.store.store import FeatureStore
+from featstore.words import some
 from training.averages import Averaging
 from training.estimators.given import Matrix, checked_to_fit, checked_to_predict
 from training.heads import HEADS, ValueHead, build_head
 from training.history import History
+from training.learner import Learner
 from training.metrics import THRESHOLD
 from training.mixing import BatchChange
 from training.optim import LearningRate, MakeOptimizer, WeightDecay
@@ -82,6 +89,7 @@ class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has 
             seed=seed,
             quiet=not self.verbose,
         )
+        self._contents = {bytes(row) for row in rows.images.digests().values} if isinstance(rows, Features) else None
         self.head_: nn.Module = fitted.head
         self.history_: History = fitted.history
         return self
@@ -99,6 +107,72 @@ class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has 
         if len(shape) != 1:
             return build_head(self.head, shape, num_classes, seed)  # which says why it can't
         return HEADS[self.head](shape[0], num_classes, seed=seed, **given)
+
+    def to_learner(
+        self, model: StagedModel, images: ImageSet, store: FeatureStore | None = None, **options: Any
+    ) -> Learner:
+        """A learner with this head on the backbone that made the features: to score, to save, and to fine-tune.
+
+        Args:
+            model: whose features it was fitted to.
+            images: with the classes that it was fitted to, in order. Those that it was fitted to aren't held out.
+            store: where features are looked up.
+            options: further arguments of `Learner`.
+
+        Raises:
+            ValueError: if it was fitted to an array, which may be of any backbone; to other classes; or to images that
+                are held out here.
+            FactsDifferError: if another trunk made the features.
+        """
+        check_is_fitted(self)
+        if self.spec_ is None:
+            raise ValueError(
+                f"This {type(self).__name__} was fitted to an array, and nothing says which backbone made it; expected "
+                "stored features. Fit it to Features: store.features(images, key)."
+            )
+        self._check_classes(images)
+        self._check_held_out(images, store)
+        spec = self.spec_
+        cuts = [cut for cut, digest in model.digests().items() if digest == spec.trunk and cut in model.cut_points]
+        if not cuts or model.pool(cuts[0], spec.reduction).facts() != spec.pool:
+            raise FactsDifferError(
+                f"No cut of {model.name} gives the features that this head was fitted to, set {spec.key[:8]}: their "
+                f"trunk is {spec.trunk[:8]}. Give the model that was extracted with, with the same weights."
+            )
+        is_plain = isinstance(self.head, str) and self.hidden is None and self.dropout is None
+        settings: dict[str, Any] = {"batch_size": self.batch_size, "optimizer": self.optimizer, "device": self.device}
+        learn = Learner(
+            model,
+            images,
+            store,
+            **{
+                "cut": cuts[0],
+                "reduce": spec.reduction,
+                "view": spec.rendered.evaluation,
+                "head": self.head if is_plain else self.head_,
+                **settings,
+                **options,
+            },
+        )
+        assert learn.model.head is not None
+        learn.model.head.load_state_dict(self.head_.state_dict())
+        return learn
+
+    def _check_held_out(self, images: ImageSet, store: FeatureStore | None) -> None:
+        """Raises ValueError if the head was fitted to images that are held out."""
+        assert self._contents is not None
+        held_out = images.select(np.isin(images.splits, ["valid", "test"]))
+        digests = held_out.digests(None if store is None else store.known_digests(images)).values
+        seen = [name for name, row in zip(held_out.ids, digests, strict=True) if bytes(row) in self._contents]
+        if seen:
+            raise ValueError(
+                f"{len(seen):,} of the {len(held_out):,} images held out here were trained on ({some(seen)}), and "
+                "their scores would be too good. Fit the head to the features of images.train, or give other images."
+            )
+
+    def _check_classes(self, images: ImageSet) -> None:
+        """Raises ValueError if the images tell other things than the head."""
+        raise NotImplementedError
 
     @property
     def _takes_maps(self) -> bool:
@@ -237,6 +311,14 @@ class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
         logits: NDArray[np.float64] = self._logits(X).numpy()
         return logits if self._is_multi or len(self.classes_) > 2 else logits[:, 1] - logits[:, 0]
 
+    def _check_classes(self, images: ImageSet) -> None:
+        mine, theirs = self.classes_.tolist(), [*images.classes]
+        if images.task != ("multi" if self._is_multi else "single") or mine not in (theirs, [*range(len(theirs))]):
+            raise ValueError(
+                f"This head tells {some([*map(str, mine)])} apart, and these images have {some(theirs)} "
+                f"({images.task}); expected the same classes in the same order. Give the images that it was fitted to."
+            )
+
     def _class_weights(self) -> Any:
         if self.class_weight is None or self.class_weight == "balanced":
             return self.class_weight
@@ -276,8 +358,17 @@ class HeadRegressor(RegressorMixin, _Head):  # type: ignore[misc]
             y = column_or_1d(y, warn=True)
         self._is_flat = y.ndim == 1
         targets = np.asarray(y, np.float32).reshape(len(y), -1)
-        names = [str(place) for place in range(targets.shape[1])]
+        self._num_values = targets.shape[1]
+        names = [str(place) for place in range(self._num_values)]
         return self._fit_to(rows, targets, names, "regression")
+
+    def _check_classes(self, images: ImageSet) -> None:
+        values = self._num_values
+        if images.task != "regression" or len(images.classes) != values:
+            raise ValueError(
+                f"This head tells {values} numbers, and these images have {len(images.classes)} ({images.task}); "
+                "expected as many. Give the images that it was fitted to."
+            )
 
     def predict(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
         """Numbers, ``(N,)`` or ``(N, K)`` as the targets were."""

@@ -17,6 +17,7 @@ from training.inputs.held import HeldRows
 from training.row_fits import Rows
 from training.solvers.logistic import cross_validated, logistic_path
 from training.solvers.neighbors import KNearest, Metric
+from training.solvers.ridge import ridge_classifier_path
 
 _BLOCK_BYTES = 64 << 20
 
@@ -25,16 +26,6 @@ class _Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # abstract;
     """What classifiers by exact solvers share."""
 
     classes_: NDArray[Any]
-
-    def predict(self, X: Matrix) -> NDArray[Any]:  # noqa: N803
-        """The most probable class of each row; of equally probable ones the first."""
-        values = self.predict_proba(X)
-        chosen: NDArray[Any] = self.classes_[values.argmax(axis=1)]
-        return chosen
-
-    def predict_proba(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
-        """Probabilities ``(N, K)``, columns in the order of `classes_`."""
-        raise NotImplementedError
 
     def _given(self, X: Matrix, y: Any) -> tuple[Rows, NDArray[Any]]:  # noqa: N803
         rows, y = checked_to_fit(self, X, y)
@@ -139,17 +130,18 @@ class LinearProbe(_Probe):
         self.n_iter_ = int(path.num_iterations[0])
         return self
 
+    def predict(self, X: Matrix) -> NDArray[Any]:  # noqa: N803
+        """The most probable class of each row; of equally probable ones the first."""
+        values = self.predict_proba(X)
+        chosen: NDArray[Any] = self.classes_[values.argmax(axis=1)]
+        return chosen
+
     def decision_function(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
         """Logits ``(N, K)``; of two classes ``(N,)``, by how much the second one's is larger.
 
         They are computed in float64, so that those of a row don't depend on which others are asked for.
         """
-        check_is_fitted(self)
-        rows = checked_to_predict(self, X)
-        several = max(1, _BLOCK_BYTES // (8 * self.n_features_in_))
-        blocks = [rows[start : start + several].double().numpy() for start in range(0, len(rows), several)]
-        logits = np.concatenate([block @ self.coef_.T + self.intercept_ for block in blocks])
-        return logits[:, 0] if len(self.classes_) == 2 else logits
+        return _decisions(self, X)
 
     def predict_proba(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
         """Probabilities ``(N, K)``, columns in the order of `classes_`."""
@@ -158,6 +150,64 @@ class LinearProbe(_Probe):
             logits = torch.stack([torch.zeros_like(logits), logits], dim=1)
         values: NDArray[np.float64] = torch.softmax(logits, dim=1).numpy()
         return values
+
+
+class RidgeProbe(_Probe):
+    """Ridge regression to targets of -1 and 1: what scikit-learn's ``RidgeClassifier(alpha=strength)`` comes to.
+
+    All strengths come from one decomposition, and the one is taken with the least error in predicting each row by the
+    others, which needs no folds: as `RidgeClassifierCV` chooses.
+
+    Args:
+        strengths: of the penalty, one or several.
+        device: auto, cpu, cuda or cuda:1.
+
+    Attributes:
+        classes_: the classes, sorted.
+        strength_: that was given or chosen.
+        errors_: ``(S,)``, the mean of the squared errors of each row as the others predict it.
+        coef_: ``(K, F)``; of two classes ``(1, F)``.
+        intercept_: ``(K,)``; of two classes ``(1,)``.
+        n_features_in_: how wide rows are.
+        spec_: of features that it was fitted to, what decided their values; else None.
+    """
+
+    def __init__(
+        self, strengths: float | Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5), *, device: str = "auto"
+    ) -> None:
+        """Takes the settings as they are: they are checked when it is fitted. The class describes them."""
+        self.strengths, self.device = strengths, device
+
+    def fit(self, X: Matrix, y: Any = None) -> Self:  # noqa: N803
+        """Solves it.
+
+        Args:
+            X: rows ``(N, F)``, or `Features`.
+            y: a class a row. Of `Features` None stands for their own targets.
+
+        Raises:
+            ValueError: for a single class, and for rows that aren't finite.
+        """
+        rows, y = self._given(X, y)
+        source = rows.values if isinstance(rows, HeldRows) else rows
+        strengths = [float(each) for each in np.atleast_1d(self.strengths)]
+        path = ridge_classifier_path(source, y, strengths, device=self.device)
+        assert path.errors is not None
+        self.errors_, self.strength_ = path.errors.mean(axis=1), path.best
+        which = strengths.index(self.strength_)
+        self.coef_, self.intercept_ = path.coefficients[which].T, path.intercepts[which]
+        return self
+
+    def predict(self, X: Matrix) -> NDArray[Any]:  # noqa: N803
+        """The class of each row whose target is predicted to be largest."""
+        values = self.decision_function(X)
+        places = (values > 0).astype(np.int64) if values.ndim == 1 else values.argmax(axis=1)
+        chosen: NDArray[Any] = self.classes_[places]
+        return chosen
+
+    def decision_function(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
+        """What is predicted of targets of -1 and 1 ``(N, K)``; of two classes ``(N,)``, of the second one's."""
+        return _decisions(self, X)
 
 
 class KNNProbe(_Probe):
@@ -206,11 +256,27 @@ class KNNProbe(_Probe):
         )
         return self
 
+    def predict(self, X: Matrix) -> NDArray[Any]:  # noqa: N803
+        """The most probable class of each row; of equally probable ones the first."""
+        values = self.predict_proba(X)
+        chosen: NDArray[Any] = self.classes_[values.argmax(axis=1)]
+        return chosen
+
     def predict_proba(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
         """The share of each class in the votes ``(N, K)``, columns in the order of `classes_`."""
         check_is_fitted(self)
         rows = checked_to_predict(self, X)
         return self.neighbors_.predict_proba(rows.values if isinstance(rows, HeldRows) else rows)
+
+
+def _decisions(probe: Any, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
+    """What coefficients make of rows, block by block."""
+    check_is_fitted(probe)
+    rows = checked_to_predict(probe, X)
+    several = max(1, _BLOCK_BYTES // (8 * probe.n_features_in_))
+    blocks = (rows[start : start + several].double().numpy() for start in range(0, len(rows), several))
+    values = np.concatenate([block @ probe.coef_.T + probe.intercept_ for block in blocks])
+    return values[:, 0] if len(probe.classes_) == 2 else values
 
 
 def _chosen(strengths: Sequence[float], scores: NDArray[np.float64]) -> float:

@@ -1,0 +1,181 @@
+"""Few shots: draws are nested and fair, and curves are what the probes come to on those rows by themselves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import sem, t  # type: ignore[import-untyped]
+from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import GaussianNB
+from support.tiny import arrays, staged
+
+from featstore import FeatureStore, ImageSet, StagedModel, extract
+from featstore.errors import FeatureStoreError
+from training import RidgeProbe, few_shot, k_shot, learning_curve
+
+NUM_IMAGES = 60
+
+
+def labelled(labels: list[Any], **options: Any) -> ImageSet:
+    return ImageSet.from_arrays(np.zeros((len(labels), 4, 4), np.uint8), labels, **options)
+
+
+@pytest.fixture(scope="module")
+def model() -> StagedModel:
+    return staged()
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    """Two classes that features tell apart somewhat: the images of one are brighter."""
+    shots = np.stack([arrays(NUM_IMAGES).read(place) for place in range(NUM_IMAGES)]).astype(np.float64)
+    classes = np.arange(NUM_IMAGES) % 2
+    bright = shots * (0.8 + 0.2 * classes[:, None, None, None])
+    return ImageSet.from_arrays(bright.astype(np.uint8), classes).split(valid=0.4)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, model: StagedModel, images: ImageSet) -> FeatureStore:
+    store = FeatureStore(tmp_path_factory.mktemp("few") / "features")
+    extract(model, images, store, cuts=["layer2:avg"])
+    return store
+
+
+def rows(store: FeatureStore, images: ImageSet) -> tuple[NDArray[Any], NDArray[Any]]:
+    features = store.features(images, store.sets()[0])
+    assert features.targets is not None
+    return np.asarray(features), features.targets
+
+
+# ---------------------------------------------------------------------------------------------------------- the draws
+
+
+def test_a_draw_has_as_many_of_each_class_and_larger_ones_hold_smaller_ones() -> None:
+    images = labelled(["a"] * 40 + ["b"] * 25 + ["c"] * 15).split(valid=0.2)
+    drawn = {number: k_shot(images, number, seed=3) for number in (1, 2, 4, 12)}
+    for number, chosen in drawn.items():
+        assert chosen.train.targets is not None
+        assert np.bincount(chosen.train.targets).tolist() == [number] * 3
+        assert chosen.valid.ids == images.valid.ids
+        assert {*chosen.train.ids} <= {*images.train.ids}
+    for few, many in [(1, 2), (2, 4), (4, 12)]:
+        assert {*drawn[few].train.ids} < {*drawn[many].train.ids}
+    assert k_shot(images, 4, seed=3).ids == drawn[4].ids
+    assert k_shot(images, 4, seed=4).ids != drawn[4].ids
+
+
+def test_a_draw_depends_on_the_images_and_not_on_their_order() -> None:
+    images = labelled(["a", "b"] * 30)
+    order = np.random.default_rng(0).permutation(60)
+    assert {*k_shot(images, 5).ids} == {*k_shot(images.select(order), 5).ids}
+    fewer = images.select(np.arange(50))
+    assert len({*k_shot(images, 5).ids} & {*k_shot(fewer, 5).ids}) >= 6  # a sixth of the images is new
+
+
+def test_each_image_is_as_likely_to_be_drawn() -> None:
+    images = labelled(["a", "b"] * 10)
+    counts = np.zeros(20)
+    for seed in range(400):
+        counts[[int(name) for name in k_shot(images, 3, seed=seed).ids]] += 1
+    assert counts.sum() == 400 * 6
+    # 120 each; the standard deviation of a count is 9.2, and twenty of them lie within four.
+    assert np.abs(counts - 120).max() < 4 * 9.2
+
+
+def test_unlabelled_images_are_never_drawn() -> None:
+    images = labelled(["a", "b", None, None] * 5)
+    assert {int(name) % 4 for name in k_shot(images, 4).ids} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        (labelled(["a"] * 9 + ["b"] * 3), "b has fewer than 4 images to train on.*up to 3"),
+        (labelled([["a"], ["a", "b"]], task="multi"), "expected one class each"),
+        (labelled([1.5, 2.5], task="regression"), "expected one class each"),
+    ],
+)
+def test_what_can_not_be_drawn_is_refused(images: ImageSet, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        k_shot(images, 4)
+
+
+# --------------------------------------------------------------------------------------------------------- the curves
+
+
+def test_few_shots_are_what_a_probe_comes_to_on_those_rows(
+    model: StagedModel, images: ImageSet, store: FeatureStore
+) -> None:
+    curve = few_shot(model, images, store, shots=(8, 2), repeats=3, seed=5, cut="layer2", reduce="avg")
+    assert [(each.shots, each.num_images) for each in curve.points] == [(2, 4), (8, 16)]
+    scored, truth = rows(store, images.valid)
+    for point in curve.points:
+        assert point.shots is not None
+        expected = []
+        for seed in (5, 6, 7):
+            values, targets = rows(store, k_shot(images, point.shots, seed=seed).train)
+            expected.append((RidgeProbe().fit(values, targets).predict(scored) == truth).mean())
+        assert point.accuracies == tuple(expected)
+        middle, half = np.mean(expected), t.ppf(0.975, 2) * sem(expected)
+        assert point.interval() == pytest.approx((middle - half, middle + half))
+    assert curve.num_scored == len(truth) == 24
+
+
+def test_a_curve_ends_with_all_images_of_which_there_is_one_draw(
+    model: StagedModel, images: ImageSet, store: FeatureStore
+) -> None:
+    options: dict[str, Any] = {"cut": "layer2", "reduce": "avg", "probe": LogisticRegression(max_iter=2000)}
+    curve = learning_curve(model, images, store, shares=(0.25, 1), repeats=2, **options)
+    assert [(each.shots, each.num_images, len(each.accuracies)) for each in curve.points] == [
+        (None, 10, 2),
+        (None, 36, 1),
+    ]
+    values, targets = rows(store, images.train)
+    expected = LogisticRegression(max_iter=2000).fit(values, targets).score(*rows(store, images.valid))
+    assert curve.points[1].accuracies == (expected,)
+    assert all(map(math.isnan, curve.points[1].interval()))
+
+
+@pytest.mark.parametrize("probe", ["ridge", "linear", "knn", "head", GaussianNB()])
+def test_each_probe_tells_bright_images_from_dark_ones(
+    probe: Any, model: StagedModel, images: ImageSet, store: FeatureStore
+) -> None:
+    curve = learning_curve(model, images, store, shares=(1,), probe=probe, cut="layer2", reduce="avg")
+    assert curve.points[0].mean > 0.7
+
+
+def test_a_curve_is_a_table_a_frame_and_a_plot(
+    model: StagedModel, images: ImageSet, store: FeatureStore, tmp_path: Path
+) -> None:
+    curve = few_shot(model, images, store, shots=(1, 4), repeats=2, cut="layer2", reduce="avg")
+    assert [*curve.frame()] == ["shots", "images", "draws", "accuracy", "from", "to"]
+    assert [row["shots"] for row in curve.table] == [1, 4]
+    assert str(curve).splitlines()[-1] == ("ridge probe, scored on 24 held-out images; intervals of 95 % over draws")
+    assert "<table" in curve._repr_html_()
+    axes = curve.plot()
+    assert np.asarray(axes.lines[0].get_xdata()).tolist() == [2, 8]
+    assert curve.plot(axes) is axes
+    assert len(axes.lines) == 2
+
+
+def test_what_a_store_lacks_is_said_with_what_to_run(model: StagedModel, images: ImageSet, tmp_path: Path) -> None:
+    empty = FeatureStore(tmp_path / "empty")
+    with pytest.raises(FeatureStoreError, match="extract"):
+        few_shot(model, images, empty, shots=(1,))
+    with pytest.raises(ValueError, match="probe is 'svm'; expected one of ridge, linear"):
+        few_shot(model, images, empty, probe="svm")
+    with pytest.raises(ValueError, match="shots are"):
+        few_shot(model, images, empty, shots=(0,))
+    with pytest.raises(ValueError, match="shares are"):
+        learning_curve(model, images, empty, shares=(0.5, 1.5))
+
+
+def test_images_without_held_out_ones_are_refused(model: StagedModel, images: ImageSet, store: FeatureStore) -> None:
+    whole = images.with_splits([""] * NUM_IMAGES)
+    with pytest.raises(ValueError, match="expected stored features of the splits train and valid"):
+        few_shot(model, whole, store, shots=(1,), cut="layer2", reduce="avg")
