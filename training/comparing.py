@@ -354,7 +354,7 @@ def compare(
                 parameters=_num_parameters(each.source.model, each.cut),
                 seconds=_seconds(each, device, batch_size) if is_timed else None,
                 computed=computed,
-                probes={name: _result(name, rows, images, dealt, has_folds=folds is not None) for name in names},
+                probes={name: _result(name, rows, images, dealt, folds is not None, str(device)) for name in names},
                 transfer=_transfer(rows, images, dealt),
             )
         )
@@ -493,7 +493,7 @@ def _num_parameters(model: StagedModel, cut: str) -> int | None:
 
 
 def _result(
-    name: ProbeName, rows: Rows, images: ImageSet, dealt: Sequence[ImageSet], *, has_folds: bool
+    name: ProbeName, rows: Rows, images: ImageSet, dealt: Sequence[ImageSet], has_folds: bool, device: str
 ) -> ProbeResult:
     targets, task = np.asarray(images.targets), images.task
     values, settings, is_right = [], [], []
@@ -507,6 +507,7 @@ def _result(
             task=task,
             columns=len(images.classes),
             inner=_inner(fold.select(training)),
+            device=device,
         )
         values.append(score(found.said, targets[held_out], task))
         settings.append(found.setting)
