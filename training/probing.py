@@ -152,11 +152,15 @@ def _logistic(
     """Of each C, one from where the one before has ended; features have a deviation of 1 together."""
     centre = rows.mean(0, dtype=np.float64)
     scale = float(np.sqrt(((rows - centre) ** 2).mean())) or 1.0
-    fitted, asked = (((each - centre) / scale).astype(np.float32) for each in (rows, queries))
-    path = logistic_path(fitted, wanted.argmax(1), C=settings, device=device)
+    fitted, asked = ((each - centre) / scale for each in (rows, queries))
+    if len(fitted) < fitted.shape[1]:  # coefficients lie in the space that the rows span, and that is smaller
+        squares, vectors = np.linalg.eigh(fitted @ fitted.T)
+        axes = fitted.T @ (vectors / np.sqrt(np.maximum(squares, squares[-1] * 1e-10)))
+        fitted, asked = fitted @ axes, asked @ axes
+    path = logistic_path(fitted.astype(np.float32), wanted.argmax(1), C=settings, device=device)
     for place in range(len(settings)):
         said = np.zeros((len(queries), wanted.shape[1]))  # a class that no row is of gets nothing
-        said[:, path.classes] = path.predict_proba(asked, place)
+        said[:, path.classes] = path.predict_proba(asked.astype(np.float32), place)
         yield said
 
 

@@ -61,6 +61,17 @@ def test_linear_is_scikit_learns_logistic_regression(digits: Any) -> None:
     np.testing.assert_allclose(found.said, model.predict_proba((rows[300:] - centre) / scale), atol=1e-2)
 
 
+def test_linear_of_more_features_than_rows_is_scikit_learns_too(digits: Any) -> None:
+    rows, classes, _ = digits
+    own, asked = rows[:40], rows[300:]
+    found = probed("linear", own, classes[:40], asked, task="single", columns=10, inner=[])
+    centre = own.mean(0)
+    scale = np.sqrt(((own - centre) ** 2).mean())
+    model = LogisticRegression(C=found.setting, max_iter=5000, tol=1e-8)
+    model.fit((own - centre).astype(np.float64) / scale, classes[:40])
+    np.testing.assert_allclose(found.said, model.predict_proba((asked - centre) / scale), atol=1e-2)
+
+
 def test_nearest_rows_are_those_of_scikit_learn(digits: Any) -> None:
     rows, classes, _ = digits
     found = ask("knn", digits)
