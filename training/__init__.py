@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from training.recipes import finetune, train_head
     from training.suspects import Suspects, label_suspects
     from training.transferability import transfer_scores
+    from training.solvers.class_means import discriminant_analysis, nearest_mean
+    from training.solvers.logistic import logistic_path
+    from training.solvers.neighbors import KNearest
+    from training.solvers.ridge import ridge_classifier_path, ridge_path
 
 __all__ = [
     "EMA",
@@ -38,6 +42,7 @@ __all__ = [
     "FitOptions",
     "History",
     "Inputs",
+    "KNearest",
     "Learner",
     "LearningRates",
     "Mixup",
@@ -48,11 +53,16 @@ __all__ = [
     "compare",
     "concat_head",
     "cross_validate",
+    "discriminant_analysis",
     "finetune",
     "label_suspects",
     "linear_head",
+    "logistic_path",
     "mlp_head",
+    "nearest_mean",
     "reestimate_batch_norm",
+    "ridge_classifier_path",
+    "ridge_path",
     "train_head",
     "transfer_scores",
 ]
@@ -76,6 +86,10 @@ _MODULES = {
     "training.recipes": ("finetune", "train_head"),
     "training.suspects": ("Suspects", "label_suspects"),
     "training.transferability": ("transfer_scores",),
+    "training.solvers.class_means": ("discriminant_analysis", "nearest_mean"),
+    "training.solvers.logistic": ("logistic_path",),
+    "training.solvers.neighbors": ("KNearest",),
+    "training.solvers.ridge": ("ridge_classifier_path", "ridge_path"),
 }
 """Where each public name is defined: it is imported at its first use, since most of them bring torch along."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

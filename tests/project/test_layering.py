@@ -85,7 +85,7 @@ ROOMS: dict[str, Rooms] = {
                 "outcomes", "suspects", "heads", "mixing",
             ),
         ),
-        ("solvers", ("rows", "targets", "newton", "logistic", "neighbors")),
+        ("solvers", ("rows", "targets", "moments", "newton", "logistic", "neighbors", "ridge", "class_means")),
         ("inputs", ("situation", "search", "explain", "derive", "resident", "batches")),
         (
             "",
