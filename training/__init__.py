@@ -121,7 +121,6 @@ _MODULES = {
     "training.grid": ("Grid", "Sample", "log_uniform", "uniform"),
     "training.heads": ("attention_head", "build_head", "concat_head", "linear_head", "mlp_head"),
     "training.few_shot": ("LearningCurve", "few_shot", "k_shot", "learning_curve"),
-    "training.heads": ("build_head", "concat_head", "linear_head", "mlp_head"),
     "training.history": ("History",),
     "training.inputs.derive": ("Inputs",),
     "training.learner": ("Learner",),

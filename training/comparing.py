@@ -33,7 +33,7 @@ from featstore.models.trunk import Trunk, choose_device, default_batch_size
 from featstore.notes import logger_of
 from featstore.store.sets import FeatureRequest
 from featstore.store.store import FeatureStore
-from featstore.words import counted, size_text
+from featstore.words import counted, size_text, some
 from training.frames import data_frame
 from training.learner import Learner
 from training.metrics import wilson_interval
@@ -50,6 +50,8 @@ INNER_FOLDS = 3
 MOST_SCORED = 5_000
 """Images that transferability is scored on: a mixture of many components takes minutes with more."""
 LIKELY = 0.05
+_TIMED_ON_CPU = 8
+"""Images a pass: a CPU takes as long for one of them as in a batch of 32, and three passes of that take a while."""
 
 _METRICS: Mapping[Task, str] = {"single": "accuracy", "multi": "mAP", "regression": "R2"}
 
@@ -83,8 +85,8 @@ class Entry:
         width: numbers an image.
         num_bytes: an image in the store.
         parameters: of the backbone up to the cut; None where it isn't here.
-        seconds: the backbone up to the cut takes for an image, measured in this run, in full batches on the device that
-            extraction had; None where rows were reused and nobody asked for the time.
+        seconds: the backbone up to the cut takes for an image, measured in this run on the device that extraction had;
+            None where rows were reused and nobody asked for the time.
         computed: rows that this run computed.
         probes: what each probe came to.
         transfer: each transferability score, of the training images.
@@ -353,7 +355,7 @@ def compare(
                 parameters=_num_parameters(each.source.model, each.cut),
                 seconds=_seconds(each, device, batch_size) if is_timed else None,
                 computed=computed,
-                probes={name: _result(name, rows, images, dealt, has_folds=folds is not None) for name in names},
+                probes={name: _result(name, rows, images, dealt, folds is not None, str(device)) for name in names},
                 transfer=_transfer(rows, images, dealt),
             )
         )
@@ -417,7 +419,7 @@ def _models(backbones: Sequence[Given], cuts: Sequence[str] | None) -> list[tupl
             if not own:
                 raise ValueError(
                     f"{model.name} has none of the cuts {', '.join(cuts)}. Expected one of its own: "
-                    f"{', '.join(model.cut_points)}."
+                    f"{some(model.cut_points)}. See: featstore backbones NAME"
                 )
         found.append((model, None if own is None else list(own)))
     for cut in cuts or ():
@@ -472,9 +474,9 @@ def _extracted(planned: Plan, store: FeatureStore, **options: Any) -> list[str]:
 
 
 def _seconds(each: PlannedSet, device: torch.device | str, batch_size: int | None) -> float:
-    """Of the trunk up to the cut, an image, in a full batch of noise: the better of two, after one to warm up."""
+    """Of the trunk up to the cut, an image, in a batch of noise: the better of two, after one to warm up."""
     where = choose_device(device)
-    count = batch_size or default_batch_size(where)
+    count = batch_size or (_TIMED_ON_CPU if where.type == "cpu" else default_batch_size(where))
     trunk = Trunk(each.source.model, [each.output], view=each.view, batching=Batching(count), device=where)
     side, channels = each.view.size, len(each.view.mean)
     noise = torch.Generator().manual_seed(0)
@@ -492,7 +494,7 @@ def _num_parameters(model: StagedModel, cut: str) -> int | None:
 
 
 def _result(
-    name: ProbeName, rows: Rows, images: ImageSet, dealt: Sequence[ImageSet], *, has_folds: bool
+    name: ProbeName, rows: Rows, images: ImageSet, dealt: Sequence[ImageSet], has_folds: bool, device: str
 ) -> ProbeResult:
     targets, task = np.asarray(images.targets), images.task
     values, settings, is_right = [], [], []
@@ -506,6 +508,7 @@ def _result(
             task=task,
             columns=len(images.classes),
             inner=_inner(fold.select(training)),
+            device=device,
         )
         values.append(score(found.said, targets[held_out], task))
         settings.append(found.setting)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,6 +12,9 @@ from numpy.typing import NDArray
 
 from featstore.images.names import Task
 from training.metrics import mean_average_precision, r2
+from training.solvers.logistic import logistic_path
+from training.solvers.neighbors import KNearest
+from training.solvers.ridge import ridge_path
 
 ProbeName = Literal["knn", "ridge", "linear"]
 PROBES: tuple[ProbeName, ...] = get_args(ProbeName)
@@ -22,7 +24,6 @@ Targets = NDArray[Any]
 Halves = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Of rows to train on, which a probe is fitted to, and by which its setting is judged."""
 
-_BLOCK = 1024
 _TEMPERATURE = 0.07
 
 
@@ -59,7 +60,15 @@ def probes_for(task: Task, asked: Sequence[str] | None) -> tuple[ProbeName, ...]
 
 
 def probed(
-    name: ProbeName, rows: Rows, targets: Targets, held_out: Rows, *, task: Task, columns: int, inner: Sequence[Halves]
+    name: ProbeName,
+    rows: Rows,
+    targets: Targets,
+    held_out: Rows,
+    *,
+    task: Task,
+    columns: int,
+    inner: Sequence[Halves],
+    device: str = "cpu",
 ) -> Probed:
     """Fits a probe to `rows` and asks it of the rows `held_out`, whose targets it never sees.
 
@@ -76,6 +85,7 @@ def probed(
         task: single, multi or regression.
         columns: K.
         inner: as above.
+        device: where products are computed.
     """
     path = _PATHS[name]
     settings = path.settings(len(rows))
@@ -84,11 +94,11 @@ def probed(
     for fitted, judged in inner:
         if task == "single" and len(np.unique(targets[fitted])) < 2:
             continue
-        for place, said in enumerate(path.said(rows[fitted], wanted[fitted], rows[judged], settings)):
+        for place, said in enumerate(path.said(rows[fitted], wanted[fitted], rows[judged], settings, device)):
             totals[place] += score(said, targets[judged], task)
         counts += 1
     best = settings[int(np.nan_to_num(totals, nan=-np.inf).argmax())] if counts else settings[len(settings) // 2]
-    (said,) = path.said(rows, wanted, held_out, [best])
+    (said,) = path.said(rows, wanted, held_out, [best], device)
     return Probed(said=said, setting=best)
 
 
@@ -105,19 +115,16 @@ class _Path:
     """A probe's settings for so many rows, the simplest model first, and what it says under each of them."""
 
     settings: Callable[[int], list[float]]
-    said: Callable[[Rows, NDArray[np.float64], Rows, Sequence[float]], Iterator[NDArray[np.float64]]]
+    said: Callable[[Rows, NDArray[np.float64], Rows, Sequence[float], str], Iterator[NDArray[np.float64]]]
 
 
 def _nearest(
-    rows: Rows, wanted: NDArray[np.float64], queries: Rows, settings: Sequence[float]
+    rows: Rows, wanted: NDArray[np.float64], queries: Rows, settings: Sequence[float], device: str
 ) -> Iterator[NDArray[np.float64]]:
     """Of each k the mean of the k nearest rows' columns, weighted."""
     most = min(len(rows), int(max(settings)))
-    known = torch.nn.functional.normalize(torch.from_numpy(rows), dim=1)
-    asked = torch.nn.functional.normalize(torch.from_numpy(queries), dim=1)
-    found = [(some @ known.T).topk(most, dim=1) for some in torch.split(asked, _BLOCK)]
-    weights = torch.cat([each.values for each in found]).double().div(_TEMPERATURE).exp().numpy()
-    places = torch.cat([each.indices for each in found]).numpy()
+    distances, places = KNearest(rows, k=most, device=device).neighbors(queries)
+    weights = np.exp((1 - distances.astype(np.float64)) / _TEMPERATURE)
     for setting in settings:
         near = places[:, : int(setting)]
         some = weights[:, : int(setting), None]
@@ -125,44 +132,36 @@ def _nearest(
 
 
 def _ridge(
-    rows: Rows, wanted: NDArray[np.float64], queries: Rows, settings: Sequence[float]
+    rows: Rows, wanted: NDArray[np.float64], queries: Rows, settings: Sequence[float], device: str
 ) -> Iterator[NDArray[np.float64]]:
-    """Of each strength, in units of the rows' mean squared singular value, from one decomposition."""
-    centre, offset = rows.mean(0, dtype=np.float64), wanted.mean(0)
-    own = rows - centre
-    is_tall = len(own) > own.shape[1]
-    squares, vectors = np.linalg.eigh(own.T @ own if is_tall else own @ own.T)
-    squares = np.maximum(squares, 0)
-    unit = max(float(squares.mean()), np.finfo(float).tiny)
-    along = vectors.T @ (own.T @ (wanted - offset) if is_tall else wanted - offset)
-    asked = (queries - centre) @ (vectors if is_tall else own.T @ vectors)
-    for setting in settings:
-        yield asked @ (along / (squares + setting * unit)[:, None]) + offset
+    """Of each strength, in units of the centred rows' mean squared singular value, from one decomposition."""
+    squares = float(((rows - rows.mean(0, dtype=np.float64)) ** 2).sum())
+    unit = max(squares / min(rows.shape), np.finfo(np.float32).tiny)
+    path = ridge_path(rows, wanted, [setting * unit for setting in settings], leave_one_out=False, device=device)
+    for strength in path.strengths.tolist():
+        yield path.decision_function(queries, strength)
 
 
 def _logistic(
-    rows: Rows, wanted: NDArray[np.float64], queries: Rows, settings: Sequence[float]
+    rows: Rows, wanted: NDArray[np.float64], queries: Rows, settings: Sequence[float], device: str
 ) -> Iterator[NDArray[np.float64]]:
-    """Of each C, one after the other from where the one before has ended; features have a deviation of 1 together."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
+    """Of each C, one from where the one before has ended; features have a deviation of 1 together."""
     centre = rows.mean(0, dtype=np.float64)
     scale = float(np.sqrt(((rows - centre) ** 2).mean())) or 1.0
-    fitted, asked = (((each - centre) / scale).astype(np.float32) for each in (rows, queries))
-    model = LogisticRegression(warm_start=True, max_iter=500, tol=1e-5)
-    for setting in settings:
-        model.C = setting
-        with warnings.catch_warnings():  # the last of them is near enough for a comparison
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(fitted, wanted.argmax(1))
+    fitted, asked = ((each - centre) / scale for each in (rows, queries))
+    if len(fitted) < fitted.shape[1]:  # coefficients lie in the space that the rows span, and that is smaller
+        squares, vectors = np.linalg.eigh(fitted @ fitted.T)
+        axes = fitted.T @ (vectors / np.sqrt(np.maximum(squares, squares[-1] * 1e-10)))
+        fitted, asked = fitted @ axes, asked @ axes
+    path = logistic_path(fitted.astype(np.float32), wanted.argmax(1), C=settings, device=device)
+    for place in range(len(settings)):
         said = np.zeros((len(queries), wanted.shape[1]))  # a class that no row is of gets nothing
-        said[:, model.classes_] = model.predict_proba(asked)
+        said[:, path.classes] = path.predict_proba(asked.astype(np.float32), place)
         yield said
 
 
 _PATHS: Mapping[ProbeName, _Path] = {
     "knn": _Path(lambda count: [float(k) for k in (50, 20, 10, 5, 3, 1) if k < count] or [1.0], _nearest),
     "ridge": _Path(lambda _: [float(each) for each in np.logspace(2, -6, 17)], _ridge),
-    "linear": _Path(lambda _: [1e-4, 1e-3, 1e-2, 1e-1, 1.0], _logistic),
+    "linear": _Path(lambda _: [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0], _logistic),
 }

@@ -113,12 +113,13 @@ def hscore(features: ArrayLike, targets: ArrayLike) -> float | None:
 
     rows = _rows(features)
     classes = _classes(targets, len(rows))
-    rows = rows - rows.mean(0)
+    width = rows.shape[1]
+    rows = _coordinates(rows - rows.mean(0))
     covariance = rows.T @ rows / len(rows)
-    mean_variance = np.trace(covariance) / len(covariance)
+    mean_variance = np.trace(covariance) / width
     if not mean_variance > 0:
         return None
-    shrinkage = _shrinkage(rows, covariance)
+    shrinkage = _shrinkage(rows, covariance, width)
     shrunk = (1 - shrinkage) * covariance
     # Where nothing needs shrinking, the least that a triangle needs to be found: features may depend on each other.
     shrunk.flat[:: len(shrunk) + 1] += max(shrinkage, 1e-10) * mean_variance
@@ -180,9 +181,18 @@ def _fitted(mixture: Any, rows: NDArray[np.float64]) -> Any:
         return mixture.fit(rows)
 
 
-def _shrinkage(centred: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
-    """Ledoit and Wolf's share of the identity (J. Multivariate Analysis 88, 2004), of centred rows ``(N, D)``."""
-    num_rows, width = centred.shape
+def _coordinates(centred: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows ``(N, D)`` in the axes of the space that they span, where that is smaller: lengths and angles stay."""
+    if len(centred) >= centred.shape[1]:
+        return centred
+    squares, vectors = np.linalg.eigh(centred @ centred.T)
+    turned: NDArray[np.float64] = vectors * np.sqrt(np.maximum(squares, 0))
+    return turned
+
+
+def _shrinkage(centred: NDArray[np.float64], covariance: NDArray[np.float64], width: int) -> float:
+    """Ledoit and Wolf's share of the identity (J. Multivariate Analysis 88, 2004), of centred rows of D features."""
+    num_rows = len(centred)
     squared = float((covariance**2).sum())
     distance = squared - np.trace(covariance) ** 2 / width  # from the multiple of the identity that is nearest
     fourth = float(((centred**2).sum(1) ** 2).mean())

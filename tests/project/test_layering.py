@@ -88,7 +88,6 @@ ROOMS: dict[str, Rooms] = {
             ),
         ),
         ("solvers", ("rows", "targets", "newton", "logistic", "neighbors", "moments", "ridge", "class_means")),
-        ("solvers", ("rows", "targets", "moments", "newton", "logistic", "neighbors", "ridge", "class_means")),
         ("inputs", ("situation", "search", "explain", "held", "derive", "resident", "batches")),
         (
             "",
@@ -96,8 +95,8 @@ ROOMS: dict[str, Rooms] = {
                 "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
                 "ranks", "steps", "fit", "agreement", "batch_norm", "checkpoints", "lr_find", "predict", "tta",
                 "placement", "embedding", "settings", "plan", "fitting", "packed", "provenance", "row_fits", "saved",
-                "export", "hub", "learner", "registry", "ensembles", "recipes", "cross_validation", "comparing", "grid",
-                "sweep_folder", "sweeps", "report_sections", "reports",
+                "export", "hub", "learner", "registry", "ensembles", "recipes", "cross_validation", "few_shot",
+                "comparing", "grid", "sweep_folder", "sweeps", "report_sections", "reports",
             ),
         ),
         ("estimators", ("given", "heads", "probes", "extractor")),
@@ -106,7 +105,6 @@ ROOMS: dict[str, Rooms] = {
             (
                 "fit_flags", "asked", "config", "run_commands", "calibrate_command", "lr_command", "runs_command",
                 "versus_command", "compare_command", "sweep_command", "report_command", "__init__", "cli", "__main__",
-                "few_shot", "fit_flags", "asked", "config", "run_commands", "lr_command", "__init__", "cli", "__main__",
             ),
         ),
     ),

@@ -102,8 +102,9 @@ def test_features_that_say_nothing_have_the_evidence_of_noise_alone() -> None:
     assert logme(rows, column, "regression") == pytest.approx(-0.5 * (np.log(2 * np.pi) + 1), abs=1e-4)
 
 
-def test_the_h_score_is_that_of_scikit_learns_shrunk_covariance(digits: Any) -> None:
-    rows, classes = digits
+@pytest.mark.parametrize("count", [300, 30])  # more and fewer than there are features
+def test_the_h_score_is_that_of_scikit_learns_shrunk_covariance(digits: Any, count: int) -> None:
+    rows, classes = digits[0][:count], digits[1][:count]
     fitted = LedoitWolf().fit(rows)
     means = np.stack([rows[classes == each].mean(0) for each in classes])  # of each image its class's
     between = np.cov(means.T, bias=True)
