@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,13 +35,20 @@ class ReportImageFlags(ImageFlags):
         ),
     ] = ""
 
-    def of_run(self, run: str) -> ImageSet | None:
-        """The images, dealt as `run` dealt them unless they, or flags, say otherwise; None if none are given."""
+    def of_runs(self, runs: Sequence[str]) -> ImageSet | None:
+        """The images, dealt as the first run dealt them unless they, or flags, say otherwise; None if none are given.
+
+        Args:
+            runs: saved runs, or folders of them.
+        """
         if not self.images:
             told = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
             if told:
                 raise ValueError(f"--{told[0].replace('_', '-')} belongs to images. Give these with --images.")
             return None
+        from training.reports import first_run  # torch
+
+        run = str(first_run(runs))
         flags = labelled_as(run, self)
         given = for_run(run, flags, flags.given())
         tell_all(given.notes)
@@ -92,10 +100,9 @@ def report(
         raise ValueError(f"--out is {out!r}. Expected a name that ends in .html.")
     rates = None if lr_csv is None else _read_curve(Path(lr_csv))
     feature_store = None if store is None else open_store(store)
-    from training.reports import first_run
+    given = images.of_runs(runs if details is None else [details])
     from training.reports import report as write
 
-    given = images.of_run(str(first_run(runs if details is None else [details])))
     found = write(
         runs,
         out=out,

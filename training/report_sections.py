@@ -15,6 +15,8 @@ from featstore.pages.captions import groups_of
 from featstore.pages.figures import confusion, curves, point_map, reliability
 from featstore.pages.page import Block, Drawing, Gallery, Section, Table
 from featstore.pages.projection import Projection
+from featstore.words import counted
+from training.suspects import label_suspects
 
 if TYPE_CHECKING:
     from training.history import Record
@@ -25,6 +27,8 @@ MOST_CURVES = 12
 """Runs whose curves can be told apart."""
 NUM_SHOWN = 24
 """Images of a gallery."""
+NEARLY_THE_SAME = 0.97
+"""Cosine from which on images are called so; what `near_duplicates` takes unless told otherwise."""
 MOST_IN_MATRIX = 200
 """Classes of a confusion matrix; of more the pairs that were confused most are left."""
 _NOT_SCORES = ("epoch", "lr", "seconds", "train_loss", "valid_loss")
@@ -129,6 +133,50 @@ def gallery_sections(outcomes: Outcomes, places: Mapping[str, int]) -> Iterator[
         chosen = outcomes.places(order)[:NUM_SHOWN].tolist()  # type: ignore[arg-type]
         shown = [(places[outcomes.images.ids[each]], outcomes.words(each)) for each in chosen]
         yield Section(title=title, blocks=[f"{words} A click shows the nearest images.", Gallery(pictures=shown)])
+
+
+def suspects_section(outcomes: Outcomes, places: Mapping[str, int]) -> Section | None:
+    """The images whose label is likelier wrong than the model; None of tasks without one class an image.
+
+    Args:
+        outcomes: of images that had no part in the fit.
+        places: id -> the image's place on the page.
+    """
+    if outcomes.images.task != "single" or len(outcomes.classes) < 2:
+        return None
+    found = label_suspects(outcomes)
+    shown = [
+        (places[row["id"]], f"{row['given']}, seems {row['proposed']}, {row['margin']:.2f}")  # type: ignore[index]
+        for row in found.table[:NUM_SHOWN]
+    ]
+    words = (
+        f"{found.in_words()}, by confident learning: what the model says of images that it wasn't trained on, with the "
+        "margin by which the label is likelier than any other class."
+    )
+    return Section(title="Suspected labels", blocks=[words, *([Gallery(pictures=shown)] if shown else [])])
+
+
+def duplicates_section(pairs: Sequence[tuple[int, int, float]], images: ImageSet) -> Section | None:
+    """Pairs of nearly equal images in different splits; None where images aren't dealt.
+
+    Args:
+        pairs: (place, place, similarity), the most alike first.
+        images: of the page.
+    """
+    if len(set(images.splits[images.splits != ""])) < 2:
+        return None
+    shown = [
+        (place, f"pair {number}, {similarity:.3f} · {images.splits[place]}")
+        for number, (one, other, similarity) in enumerate(pairs[: NUM_SHOWN // 2], start=1)
+        for place in (one, other)
+    ]
+    words = (
+        f"{counted(len(pairs), 'pair')} of images in different splits whose features are nearly the same (cosine "
+        f"{NEARLY_THE_SAME:g} or more). Where they show the same thing, scores are too good. How alike photographs of "
+        "different things are depends on the backbone."
+    )
+    title = "Near-duplicates across splits"
+    return Section(title=title, blocks=[words, *([Gallery(pictures=shown)] if shown else [])])
 
 
 def map_section(

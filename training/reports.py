@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,14 +18,16 @@ from featstore import __version__
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError
 from featstore.images.image_set import ImageSet
-from featstore.models.runs import FACTS, read_facts, read_file
+from featstore.images.names import SPLITS
+from featstore.models.runs import read_file
 from featstore.pages.captions import label_of
 from featstore.pages.neighbours import as_blocks, nearest
 from featstore.pages.page import Page, Pictures, Section
 from featstore.pages.projection import Method, projected
 from featstore.pages.thumbnails import thumbnails
 from featstore.store.store import FeatureStore
-from featstore.words import counted, size_text
+from featstore.words import counted, size_text, some
+from training import registry
 from training import report_sections as sections
 from training.cross_validation import CrossValidation
 from training.history import Record
@@ -34,10 +35,13 @@ from training.learner import Learner
 from training.lr_find import LearningRates
 from training.outcomes import Outcomes
 from training.placement import reduction_of
-from training.saved import HISTORY, check_facts, finite, read_scores
-from training.sidecar import FILE
+from training.registry import ListedRun, Runs
+from training.saved import HISTORY, finite
 
-Runs = Learner | CrossValidation | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Subject = Learner | CrossValidation | str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_ALWAYS = ("run", "backbone", "cut", "head")
+"""Columns of the table, also where all runs agree."""
 
 MOST_POINTS, MOST_THUMBNAILS, NUM_NEAR = 5_000, 2_000, 8
 """Of one page: points of its map, thumbnails (2 KB each), neighbours of an image."""
@@ -83,7 +87,7 @@ class Report:
 
 
 def report(
-    runs: Runs,
+    runs: Subject,
     *,
     out: str | os.PathLike[str],
     images: ImageSet | None = None,
@@ -102,7 +106,7 @@ def report(
     images to one that is clicked. Of a cross-validation each image counts as it was scored while it was held out.
 
     Args:
-        runs: a learner; a cross-validation; saved runs, or the folder of a saved cross-validation.
+        runs: a learner; a cross-validation; saved runs, or folders of them; of a saved cross-validation its folder.
         out: the file; one of that name is replaced.
         images: labelled, as for `Learner.load`; without them saved runs have a table and curves alone.
         store: where features are looked up; default: where a saved run had its own from, if that is still there.
@@ -148,8 +152,9 @@ def report(
 
 
 def first_run(runs: Sequence[str | os.PathLike[str]]) -> Path:
-    """The run whose split images without one get: the first of `runs`, or its first fold."""
-    return _runs_of(Path(runs[0]))[0]
+    """The run whose split images without one get: the first of all in and below `runs` that keeps a model."""
+    listed, _ = _listed([Path(each) for each in runs])
+    return next((each.folder for each in listed if each.has_model), listed[0].folder)
 
 
 # ---- which runs, and whose images
@@ -186,7 +191,7 @@ class _Subject:
 
 
 def _subject(
-    runs: Runs,
+    runs: Subject,
     images: ImageSet | None,
     store: FeatureStore | None,
     *,
@@ -199,41 +204,29 @@ def _subject(
             if value is not None:
                 raise ValueError(f"{name} is given, but a {type(runs).__name__} has its own. Leave it out.")
         return _of_learner(runs, split) if isinstance(runs, Learner) else _of_folds(runs)
-    given = [runs] if isinstance(runs, str | os.PathLike) else [*runs]
-    paths = [path for each in given for path in _runs_of(Path(each))]
-    if not paths:
-        raise ValueError("No run is given. Expected the folder of a saved run, or several.")
-    facts = {path: _facts(path) for path in dict.fromkeys(paths)}
-    rows = {path: _row(path, facts[path]) for path in facts}
-    ordered = sorted(rows, key=lambda path: _rank(rows[path]))
-    histories = {str(path): _history(path) for path in ordered}
-    chosen = ordered[0] if details is None else Path(details)
-    if chosen not in rows:
-        raise ValueError(f"details is {chosen}, which isn't among {', '.join(map(str, rows))}. Choose one of these.")
-    notes, looked = [], None
+    given = [Path(runs)] if isinstance(runs, str | os.PathLike) else [Path(each) for each in runs]
+    listed, notes = _listed(given)
+    ordered = _ranked(listed)
+    names = [str(each.folder) for each in ordered]
     name = str(given[0]) if len(given) == 1 else ""
+    looked = None
     if images is None:
+        if details is not None:
+            _chosen(ordered, details)
         notes.append("No images were given, so what the runs make of them isn't shown (--images).")
-    elif name and details is None and len(paths) > 1:
-        folds = [_loaded(path, images, store, trust_code=trust_code) for path in paths]
-        looked = _LookedAt(
-            name=name,
-            learn=folds[0],
-            outcomes=CrossValidation(
-                learners=tuple(folds), held_out=tuple(each.outcomes("valid") for each in folds), scores=()
-            ).outcomes(),
-            split="held-out",
-        )
+    elif name and details is None and _are_folds(listed):
+        looked = _of_saved_folds(name, [each.folder for each in listed], images, store, trust_code=trust_code)
     else:
+        chosen = _chosen(ordered, details)
         learn = _loaded(chosen, images, store, trust_code=trust_code)
         looked = _LookedAt(name=str(chosen), learn=learn, outcomes=learn.outcomes(split), split=split)
     return _Subject(
         name=name,
-        rows=[rows[path] for path in ordered],
+        rows=_rows(ordered),
         words="The best validation score comes first; a click on a column's name sorts by it.",
-        histories=histories,
+        histories={name: _history(each) for name, each in zip(names, ordered, strict=True)},
         looked_at=looked,
-        about="" if looked is None else _about(looked, of_several=len(rows) > 1),
+        about="" if looked is None else _about(looked, of_several=len(ordered) > 1),
         notes=notes,
     )
 
@@ -287,50 +280,88 @@ def _about(looked: _LookedAt, *, of_several: bool) -> str:
     return f"{which}, by {len(outcomes):,} {looked.split} images of {images.name} ({images.describe()})."
 
 
-def _runs_of(folder: Path) -> list[Path]:
-    """The run in a folder, or the runs of folds that lie in it."""
-    if (folder / FACTS).exists():
-        return [folder]
-    folds = sorted(folder.glob("fold-*"), key=lambda path: (len(path.name), path.name))
-    return [each for each in folds if (each / FACTS).exists()] or [folder]
+def _listed(folders: Sequence[Path]) -> tuple[list[ListedRun], list[str]]:
+    """The runs in and below folders, each once; what is damaged, in sentences."""
+    found: dict[Path, ListedRun] = {}
+    notes = []
+    for folder in folders:
+        below = registry.runs(folder)
+        found |= {each.folder: each for each in below if each.folder not in found}
+        notes += [f"The run {name} can't be read: {why}" for name, why in below.damaged.items()]
+    if not found:
+        raise ValueError(f"There is no run in {', '.join(map(str, folders))}. Expected the folder of a saved run.")
+    return [*found.values()], notes
 
 
-def _facts(run: Path) -> dict[str, Json]:
-    facts = read_facts(run)
-    check_facts(facts, run)
-    return facts
+def _ranked(listed: Sequence[ListedRun]) -> list[ListedRun]:
+    """The highest accuracy first, where there is one, then the lowest loss; before those scored on other images."""
+    notes = [row.get("note") is not None for row in Runs(listed, damaged={}, root=Path()).table]
+
+    def rank(place: int) -> tuple[bool, bool, float, float]:
+        accuracy, loss = _number(listed[place]["accuracy"]), _number(listed[place]["loss"])
+        return notes[place], loss is None, -(accuracy or 0.0), math.inf if loss is None else loss
+
+    return [listed[place] for place in sorted(range(len(listed)), key=rank)]
 
 
-def _row(run: Path, facts: Mapping[str, Json]) -> dict[str, Json]:
-    """What the table says of a saved run."""
-    about = json.loads(read_file(run, FILE) or b"{}")
-    model = facts["model"]
-    return {
-        "run": str(run),
-        "backbone": model["name"],
-        "cut": model["default_cut"],
-        "reduce": model["reduction"],
-        "head": facts["head"]["name"],
-        "frozen to": model["frozen"],
-        **(read_scores(run) or {}),
-        "epochs": about.get("epochs"),
-        "seed": facts.get("seed"),
-        "when": about.get("when"),
-    }
+def _rows(listed: Sequence[ListedRun]) -> list[dict[str, Json]]:
+    """What the table says of runs: where several differ, and their scores; of one all that is known."""
+    table = Runs(listed, damaged={}, root=Path()).table
+    scores = {name for each in listed for name in each.score_columns}
+    kept = [
+        name
+        for name in table[0]
+        if name in _ALWAYS
+        or (name in scores and any(row[name] is not None for row in table))
+        or any(row[name] != table[0][name] for row in table)
+        or (len(table) == 1 and table[0][name] is not None)
+    ]
+    first = [name for name in (*_ALWAYS, "note") if name in kept]
+    order = list(dict.fromkeys([*first, *(name for name in kept if name in scores), *kept]))
+    return [
+        {**{name: row[name] for name in order}, "run": str(each.folder)}
+        for row, each in zip(table, listed, strict=True)
+    ]
 
 
-def _rank(row: Mapping[str, Json]) -> tuple[bool, float, float]:
-    """Runs with scores first: the highest accuracy, where there is one, then the lowest loss."""
-    accuracy, loss = row.get("accuracy"), row.get("loss")
-    return loss is None, -(accuracy or 0.0), math.inf if loss is None else loss
+def _chosen(ordered: Sequence[ListedRun], details: str | os.PathLike[str] | None) -> Path:
+    having = [each.folder for each in ordered if each.has_model]
+    if details is not None and Path(details) not in having:
+        raise ValueError(
+            f"details is {details}, which isn't among {some([*map(str, having)])}. Expected one of these runs, whose "
+            "models are kept."
+        )
+    if not having:
+        raise ValueError(
+            f"None of {some([str(each.folder) for each in ordered])} keeps a model, and images are looked at with one. "
+            "Expected a run that was saved whole. Give one, or no images."
+        )
+    return having[0] if details is None else Path(details)
 
 
-def _history(run: Path) -> list[Record]:
-    content = read_file(run, HISTORY)
+def _are_folds(listed: Sequence[ListedRun]) -> bool:
+    return len(listed) > 1 and all(each.has_model and each.folder.name.startswith("fold-") for each in listed)
+
+
+def _of_saved_folds(
+    name: str, folders: Sequence[Path], images: ImageSet, store: FeatureStore | None, *, trust_code: bool
+) -> _LookedAt:
+    folds = tuple(_loaded(folder, images, store, trust_code=trust_code) for folder in folders)
+    held_out = tuple(each.outcomes("valid") for each in folds)
+    outcomes = CrossValidation(learners=folds, held_out=held_out, scores=()).outcomes()
+    return _LookedAt(name=name, learn=folds[0], outcomes=outcomes, split="held-out")
+
+
+def _history(run: ListedRun) -> list[Record]:
+    content = read_file(run.folder, HISTORY) if run.has_model else None
     if content is None:
         return []
     rows = csv.DictReader(io.StringIO(content.decode("utf-8")))
     return [{name: float(value) for name, value in row.items()} for row in rows]
+
+
+def _number(value: Json) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _loaded(run: Path, images: ImageSet, store: FeatureStore | None, *, trust_code: bool) -> Learner:
@@ -354,20 +385,23 @@ def _image_sections(looked: _LookedAt, method: Method) -> tuple[list[Section | N
         sections.calibration_section(outcomes),
     ]
     words = {place_of[name]: outcomes.words(row) for row, name in enumerate(outcomes.images.ids)}
-    first = _named(found)
-    asked = _sample(len(images), first)
+    if looked.split != "train":  # what was trained on repeats its labels
+        found.append(sections.suspects_section(outcomes, place_of))
+    asked = _sample(len(images), _named(found))
     notes: list[str] = []
     near: dict[int, list[tuple[int, float]]] = {}
-    places = np.array(first, dtype=np.int64)
+    places = np.zeros(0, dtype=np.int64)
     try:
         places, features, where = _features(looked.learn, asked)
     except FeatureStoreError as error:
         notes.append(f"There is no map and there are no neighbours, as no features could be had: {error}")
     else:
-        map_of = sections.map_section(projected(features, method), places, images.select(places), len(images), where)
-        found.insert(2, map_of)
+        drawn = projected(features, method)
+        found.insert(2, sections.map_section(drawn, places, images.select(places), len(images), where))
         near = _near(features, places)
-    shown = [*first, *[each for each in _spread(places) if each not in set(first)]]
+        found.append(sections.duplicates_section(_across_splits(features, places, images), images))
+    first = _named(found)
+    shown = [*first, *[each for each in _spread(places) if each not in {*first}]]
     pictures = Pictures(
         names={place: images.ids[place] for place in sorted({*shown})},
         labels={place: _words(images, place, words) for place in sorted({*shown})},
@@ -437,6 +471,26 @@ def _near(features: NDArray[np.float32], places: NDArray[np.int64]) -> dict[int,
         ]
         for place, others, likeness in zip(places.tolist(), numbers.tolist(), similarities.tolist(), strict=True)
     }
+
+
+def _across_splits(
+    features: NDArray[np.float32], places: NDArray[np.int64], images: ImageSet
+) -> list[tuple[int, int, float]]:
+    """Pairs of images in different splits that are nearly the same, with their similarity, the most alike first.
+
+    Each image is paired with at most `NUM_NEAR` of later splits.
+    """
+    rows, splits = torch.from_numpy(features), images.splits[places]
+    pairs: list[tuple[int, int, float]] = []
+    for number, split in enumerate(SPLITS):
+        here, there = np.flatnonzero(splits == split), np.flatnonzero(np.isin(splits, SPLITS[number + 1 :]))
+        if not (len(here) and len(there)):
+            continue
+        numbers, similarities = nearest(rows[here], as_blocks(rows[there]), NUM_NEAR)
+        at, column = np.nonzero(similarities >= sections.NEARLY_THE_SAME)
+        one, other = places[here[at]], places[there[numbers[at, column]]]
+        pairs += zip(one.tolist(), other.tolist(), similarities[at, column].tolist(), strict=True)
+    return sorted(pairs, key=lambda pair: (-pair[2], *pair[:2]))
 
 
 def _thumbnails(images: ImageSet, places: Sequence[int]) -> dict[int, str]:

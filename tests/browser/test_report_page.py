@@ -118,7 +118,7 @@ def test_hovering_shows_an_image_and_a_click_its_neighbours(opened: Visit) -> No
     assert opened.page.evaluate(ring) == len(expected)
     # From neighbour to neighbour, and back to none.
     opened.page.locator("#chosen .picture").nth(2).click()
-    opened.page.wait_for_function(f"document.querySelector('#chosen .picture').dataset.place === '{expected[2]}'")
+    opened.until(f"document.querySelector('#chosen .picture').dataset.place === '{expected[2]}'")
     opened.page.keyboard.press("Escape")
     assert not opened.page.locator("#chosen").is_visible()
     assert opened.page.evaluate(ring) == 0
@@ -145,7 +145,7 @@ def test_at_5000_points_a_hover_answers_at_once(browser: Browser, tmp_path: Path
             seen.page.wait_for_selector("#hover", state="hidden")
             started = time.perf_counter()
             seen.page.mouse.move(x, y)
-            seen.page.wait_for_function(f"document.getElementById('hover').dataset.place === '{place}'")
+            seen.until(f"document.getElementById('hover').dataset.place === '{place}'")
             taken.append(time.perf_counter() - started)
         # 0.06 s to 0.15 s on two busy processors, the way to the browser and back included. Where all stands still for
         # a while one may take long, not half of them.

@@ -47,7 +47,7 @@ def test_a_store_is_looked_through_and_a_click_asks_for_neighbours(browser: Brow
         seen.page.locator(".gallery .picture").first.click()
         seen.page.wait_for_selector("#chosen:not([hidden])")
         assert seen.page.locator("#chosen .picture").count() == 12  # itself, and all others
-        seen.page.wait_for_function("[...document.images].every((each) => each.complete && each.naturalWidth)")
+        seen.until("[...document.images].every((each) => each.complete && each.naturalWidth)")
         seen.page.keyboard.press("Escape")
         seen.page.get_by_role("link", name="net@layer2").click()
         seen.page.wait_for_selector("html[data-ready=true]")

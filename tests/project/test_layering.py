@@ -520,6 +520,7 @@ def test_a_wheel_holds_just_the_two_packages(tmp_path: Path) -> None:
     expected = {str(path.relative_to(ROOT)) for path in modules().values()}
     assert {name for name in names if name.endswith(".py")} == expected
     assert {"featstore/py.typed", "training/py.typed"} <= set(names)
+    assert {"featstore/pages/page.css", "featstore/pages/page.js"} <= {*names}
     samples = {str(path.relative_to(ROOT)) for path in (ROOT / "featstore/images/samples").iterdir()}
     assert samples == {name for name in names if "/samples/" in name}
 

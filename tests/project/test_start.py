@@ -63,10 +63,12 @@ def loaded(new_processes: Processes, *command: str, **options: object) -> tuple[
         ("featstore extract --help", 0),
         ("featstore estimate --help", 0),
         ("featstore export --help", 0),
+        ("featstore view --help", 0),
         ("featstore extract --no-such-flag", 2),
         ("featstore no-such-command", 2),
         ("featstore-train --help", 0),
         ("featstore-train head --help", 0),
+        ("featstore-train report --help", 0),
         ("featstore-train predict --no-such-flag", 2),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -37,6 +38,13 @@ class Visit:
         """Opens an address and waits until its figures are drawn."""
         self.page.goto(address)
         self.page.wait_for_selector("html[data-ready=true]", timeout=SECONDS * 1000)
+
+    def until(self, truth: str) -> None:
+        """Waits until an expression is true. A page's policy forbids what playwright itself would wait with."""
+        ends = time.monotonic() + SECONDS
+        while not self.page.evaluate(truth):
+            assert time.monotonic() < ends, f"{truth} is not true after {SECONDS} s"
+            time.sleep(0.005)
 
     def point(self, place: int) -> tuple[float, float]:
         """Where on the screen the image number `place` is on the first map, which is scrolled to."""

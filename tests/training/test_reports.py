@@ -16,7 +16,7 @@ from support.tiny import staged
 from featstore import FeatureStore, ImageSet
 from featstore.images.names import Task
 from featstore.pages import projection
-from training import CrossValidation, Learner, LearningRates, choices, cross_validate, report, reports
+from training import CrossValidation, Learner, LearningRates, choices, cross_validate, label_suspects, report, reports
 
 pytest.importorskip("plotly", reason="plotly isn't installed")
 
@@ -67,7 +67,7 @@ def test_a_report_shows_what_a_learner_made_of_its_images(learn: Learner, tmp_pa
     page = Shown(tmp_path / "report.html")
     assert page.titles == [
         "Runs", "Learning curves", "Learning-rate finder", "Largest losses", "Least sure", "Map (pca)", "Classes",
-        "Calibration",
+        "Calibration", "Suspected labels", "Near-duplicates across splits",
     ]  # fmt: skip
     assert (found.num_runs, found.details, found.num_thumbnails, found.notes) == (1, "this learner", 30, ())
     assert found.num_bytes == (tmp_path / "report.html").stat().st_size
@@ -160,6 +160,53 @@ def test_of_a_cross_validation_each_image_counts_while_it_was_held_out(tmp_path:
     assert f"{int(outcomes.is_right.sum())} of 30 held-out images" in page.text
     assert head == ["class", "taken for", "images"]
     assert sum(int(row[2]) for row in rows) == int((~outcomes.is_right).sum())
+
+
+def test_suspected_labels_are_those_of_images_that_were_held_out(learn: Learner, tmp_path: Path) -> None:
+    report(learn, out=tmp_path / "report.html")
+    suspects = label_suspects(learn.outcomes())
+    page = Shown(tmp_path / "report.html")
+    assert len(suspects) > 0
+    shown = [page.pictures["names"][str(place)] for place in page.gallery("Suspected labels")]
+    assert tuple(shown) == suspects.ids[:24]
+    report(learn, out=tmp_path / "report.html", split="train")
+    assert "Suspected labels" not in Shown(tmp_path / "report.html").titles
+
+
+def test_near_duplicates_are_the_pairs_across_splits_that_every_pair_compared_finds(tmp_path: Path) -> None:
+    shown = pixels(24)
+    shown[20] = shown[3]
+    splits = ["train"] * 12 + ["valid"] * 6 + ["test"] * 6
+    images = ImageSet.from_arrays(shown, ["ant", "bee"] * 12, splits=splits)
+    learner = Learner(staged(), images, quiet=True)
+    learner.fit(1, 1e-2)
+    report(learner, out=tmp_path / "report.html")
+    _, features = learner.embed(images)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    pairs = [
+        (one, other)
+        for one in range(24)
+        for other in range(one, 24)
+        if splits[one] != splits[other] and unit[one] @ unit[other] >= 0.97
+    ]
+    page = Shown(tmp_path / "report.html")
+    assert page.gallery("Near-duplicates across splits")[:2] == [3, 20]
+    told = int(re.findall(r"([\d,]+) pairs? of images in different splits", page.text)[0].replace(",", ""))
+    most = sum(min(8, sum(one == each for one, _ in pairs)) for each in range(24))
+    assert told == most > 0
+
+
+def test_a_folder_of_runs_stands_for_them_and_a_damaged_one_is_named(learn: Learner, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        learn.save(tmp_path / "runs" / name)
+    (tmp_path / "runs" / "c" / "run.json").write_text("{")
+    found = report(tmp_path / "runs", out=tmp_path / "report.html")
+    assert found.num_runs == 2
+    assert any("The run c can't be read" in note for note in found.notes)
+    _, *rows = Shown(tmp_path / "report.html").table("Runs")
+    assert [Path(row[0]).name for row in rows] == ["a", "b"]
+    with pytest.raises(ValueError, match="There is no folder"):
+        report(tmp_path / "nowhere", out=tmp_path / "report.html")
 
 
 @pytest.mark.parametrize("task", ["multi", "regression"])
