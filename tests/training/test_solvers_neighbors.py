@@ -22,7 +22,7 @@ def made(num_rows: int, num_queries: int = 400, width: int = 16) -> tuple[Floats
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("num_rows", [50, 9000])  # one block, and two: of which one is searched by groups
+@pytest.mark.parametrize("num_rows", [50, 9000])  # one block, and two
 def test_neighbors_are_scikit_learns(metric: Metric, num_rows: int) -> None:
     values, queries = made(num_rows)
     distances, found = KNearest(values, k=7, metric=metric, device="cpu").neighbors(queries)

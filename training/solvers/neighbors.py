@@ -23,9 +23,8 @@ _QUERIES, _QUERIES_GPU = 1024, 8192
 _ROWS, _ROWS_GPU = 8192, 65536
 _REFINED = 256
 """Queries whose candidates are gathered at once."""
-_GROUP = 32
 _SLACK = 4
-"""Candidates beyond k, so that those as near as the last are compared by their numbers too."""
+"""Candidates beyond k: the query's own row, and some as near as the last, which are compared by their numbers too."""
 
 
 class KNearest:
@@ -167,9 +166,7 @@ class KNearest:
         numbers = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
         for start, block in self._blocks():
             close = self._nearness(queries, block)
-            if first is not None:
-                _without_self(close, first - start)
-            best, which = _largest(close, min(many, len(block)))
+            best, which = close.topk(min(many, len(block)), dim=1)
             nearness, numbers = torch.cat([nearness, best], 1), torch.cat([numbers, which + start], 1)
             if nearness.shape[1] > many:
                 nearness, kept = nearness.topk(many, dim=1)
@@ -202,28 +199,6 @@ class KNearest:
         squares, order = squares.sort(dim=1, stable=True)
         distances = squares / 2 if self._metric == "cosine" else squares.sqrt()
         return distances[:, : self.k].float(), numbers.gather(1, order)[:, : self.k]
-
-
-def _largest(values: Tensor, many: int) -> tuple[Tensor, Tensor]:
-    """The `many` largest of each row and their places, as topk gives them, and several times as fast for long rows.
-
-    The largest lie in those groups whose own largest are largest, and to find that is one pass without a branch.
-    """
-    num_groups = values.shape[1] // _GROUP
-    if num_groups < 4 * many or values.shape[1] % _GROUP:
-        return values.topk(many, dim=1)
-    grouped = values.view(len(values), _GROUP, num_groups)  # a group is every num_groups-th value
-    groups = grouped.amax(1).topk(many, dim=1).indices
-    chosen = grouped.gather(2, groups[:, None].expand(-1, _GROUP, -1)).flatten(1)
-    best, which = chosen.topk(many, dim=1)
-    return best, which // many * num_groups + groups.gather(1, which % many)
-
-
-def _without_self(close: Tensor, offset: int) -> None:
-    """Puts each query's own row, number `offset` of the block for the first, out of the running."""
-    own = torch.arange(len(close), device=close.device) + offset
-    inside = (own >= 0) & (own < close.shape[1])
-    close[inside.nonzero()[:, 0], own[inside]] = -torch.inf
 
 
 def _checked(weights: Literal["uniform", "distance"] | float) -> Literal["uniform", "distance"] | float:
