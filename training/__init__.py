@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from training.plan import FitOptions
     from training.predict import Prediction
     from training.recipes import finetune, train_head
-    from training.suspects import Suspects, label_suspects
-    from training.transferability import transfer_scores
     from training.solvers.class_means import discriminant_analysis, nearest_mean
     from training.solvers.logistic import logistic_path
     from training.solvers.neighbors import KNearest
     from training.solvers.ridge import ridge_classifier_path, ridge_path
+    from training.suspects import Suspects, label_suspects
+    from training.transferability import transfer_scores
 
 __all__ = [
     "EMA",

@@ -14,6 +14,7 @@ from featstore.images.names import Task
 from training.metrics import mean_average_precision, r2
 from training.solvers.logistic import logistic_path
 from training.solvers.neighbors import KNearest
+from training.solvers.ridge import ridge_path
 
 ProbeName = Literal["knn", "ridge", "linear"]
 PROBES: tuple[ProbeName, ...] = get_args(ProbeName)
@@ -133,25 +134,23 @@ def _nearest(
 def _ridge(
     rows: Rows, wanted: NDArray[np.float64], queries: Rows, settings: Sequence[float], device: str
 ) -> Iterator[NDArray[np.float64]]:
-    """Of each strength, in units of the rows' mean squared singular value, from one decomposition."""
-    centre, offset = rows.mean(0, dtype=np.float64), wanted.mean(0)
-    own = rows - centre
-    is_tall = len(own) > own.shape[1]
-    squares, vectors = np.linalg.eigh(own.T @ own if is_tall else own @ own.T)
-    squares = np.maximum(squares, 0)
-    unit = max(float(squares.mean()), np.finfo(float).tiny)
-    along = vectors.T @ (own.T @ (wanted - offset) if is_tall else wanted - offset)
-    asked = (queries - centre) @ (vectors if is_tall else own.T @ vectors)
-    for setting in settings:
-        yield asked @ (along / (squares + setting * unit)[:, None]) + offset
+    """Of each strength, in units of the centred rows' mean squared singular value, from one decomposition."""
+    squares = float(((rows - rows.mean(0, dtype=np.float64)) ** 2).sum())
+    unit = max(squares / min(rows.shape), np.finfo(np.float32).tiny)
+    path = ridge_path(rows, wanted, [setting * unit for setting in settings], leave_one_out=False, device=device)
+    for strength in path.strengths.tolist():
+        yield path.decision_function(queries, strength)
 
 
 def _logistic(
     rows: Rows, wanted: NDArray[np.float64], queries: Rows, settings: Sequence[float], device: str
 ) -> Iterator[NDArray[np.float64]]:
-    """Of each C, one from where the one before has ended; features have a deviation of 1 together."""
+    """Of each C, one from where the one before has ended; each feature has a deviation of 1, as for a linear head."""
     centre = rows.mean(0, dtype=np.float64)
-    scale = float(np.sqrt(((rows - centre) ** 2).mean())) or 1.0
+    deviation = rows.std(0, dtype=np.float64)
+    scale = np.where(
+        deviation > 1e-6 * deviation.max(), deviation, 1.0
+    )  # a feature that is always the same says nothing
     fitted, asked = ((each - centre) / scale for each in (rows, queries))
     if len(fitted) < fitted.shape[1]:  # coefficients lie in the space that the rows span, and that is smaller
         squares, vectors = np.linalg.eigh(fitted @ fitted.T)
@@ -167,5 +166,5 @@ def _logistic(
 _PATHS: Mapping[ProbeName, _Path] = {
     "knn": _Path(lambda count: [float(k) for k in (50, 20, 10, 5, 3, 1) if k < count] or [1.0], _nearest),
     "ridge": _Path(lambda _: [float(each) for each in np.logspace(2, -6, 17)], _ridge),
-    "linear": _Path(lambda _: [1e-4, 1e-3, 1e-2, 1e-1, 1.0], _logistic),
+    "linear": _Path(lambda _: [1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0], _logistic),
 }
