@@ -145,9 +145,12 @@ def _ridge(
 def _logistic(
     rows: Rows, wanted: NDArray[np.float64], queries: Rows, settings: Sequence[float], device: str
 ) -> Iterator[NDArray[np.float64]]:
-    """Of each C, one from where the one before has ended; features have a deviation of 1 together."""
+    """Of each C, one from where the one before has ended; each feature has a deviation of 1, as for a linear head."""
     centre = rows.mean(0, dtype=np.float64)
-    scale = float(np.sqrt(((rows - centre) ** 2).mean())) or 1.0
+    deviation = rows.std(0, dtype=np.float64)
+    scale = np.where(
+        deviation > 1e-6 * deviation.max(), deviation, 1.0
+    )  # a feature that is always the same says nothing
     fitted, asked = ((each - centre) / scale for each in (rows, queries))
     if len(fitted) < fitted.shape[1]:  # coefficients lie in the space that the rows span, and that is smaller
         squares, vectors = np.linalg.eigh(fitted @ fitted.T)

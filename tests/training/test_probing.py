@@ -54,7 +54,7 @@ def test_linear_is_scikit_learns_logistic_regression(digits: Any) -> None:
     rows, classes, _ = digits
     found = ask("linear", digits)
     centre = rows[:300].mean(0)
-    scale = np.sqrt(((rows[:300] - centre) ** 2).mean())
+    scale = np.where(rows[:300].std(0) > 0, rows[:300].std(0), 1)
     model = LogisticRegression(C=found.setting, max_iter=5000, tol=1e-8)
     model.fit((rows[:300] - centre).astype(np.float64) / scale, classes[:300])
     # The probe's solver stops within 1e-5 of the least objective, which is flat there.
@@ -66,7 +66,7 @@ def test_linear_of_more_features_than_rows_is_scikit_learns_too(digits: Any) -> 
     own, asked = rows[:40], rows[300:]
     found = probed("linear", own, classes[:40], asked, task="single", columns=10, inner=[])
     centre = own.mean(0)
-    scale = np.sqrt(((own - centre) ** 2).mean())
+    scale = np.where(own.std(0) > 0, own.std(0), 1)
     model = LogisticRegression(C=found.setting, max_iter=5000, tol=1e-8)
     model.fit((own - centre).astype(np.float64) / scale, classes[:40])
     np.testing.assert_allclose(found.said, model.predict_proba((asked - centre) / scale), atol=1e-2)
