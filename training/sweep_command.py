@@ -27,6 +27,7 @@ _WHOLE = ("epochs", "batch_size", "seed", "queries", "patience", "accumulate")
 
 @spread
 def sweep(
+    context: typer.Context,
     images: ImageFlags,
     store: StoreOption,
     model: ModelsFlags,
@@ -81,6 +82,13 @@ def sweep(
             metavar="i/n|slurm|torchrun", help="Try this share of the settings alone, in a folder that all share."
         ),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="What tries them: this process, or tasks of a Ray cluster.")
+    ] = "local",
+    actors: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of Ray: shares.", show_default=False)] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Of Ray's cluster; else one on this machine.")
+    ] = None,
 ) -> None:
     """Try many settings of a head on stored features; those of like shape train together."""
     one_of("--head", kind.partition(":")[0], choices.HEADS)
@@ -90,13 +98,26 @@ def sweep(
         raise ValueError("There is nothing to try. Give values: --set lr=1e-3,3e-3 --set head=linear,mlp.")
     if sample is None and (sobol or sample_seed):
         raise ValueError("--sobol and --sample-seed are of a sample. Give its size: --sample 32.")
+    one_of("--engine", engine, ("local", "ray"))
+    if (engine == "ray") != (actors is not None) or (engine == "ray" and shard is not None):
+        raise ValueError("--engine ray goes with --actors N, the number of shares, and without --shard. Give both.")
+    if engine == "ray" and halving is not None:
+        raise ValueError("--halving compares all settings, and shares of Ray can't. Leave out one of them.")
+    from featstore.extraction.shards import shard_of  # numpy
+
     text = "torchrun" if shard is None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else shard
     from featstore.extraction.shards import shard_of  # numpy: help need not wait for it
 
     share = None if text is None else shard_of(text, os.environ, flag="--shard")
+    if actors is not None:
+        from featstore.extraction.ray_actors import Ray
+        from training.ray_shares import run_shares
+
+        run_shares(_again(context), Ray(actors=actors, address=ray_address))
+        resume = True  # what is left to do here is the table
     feature_store = open_store(store)
     asked = labelled(images, for_new_head=True)
-    from training.grid import Grid, Sample  # numpy
+    from training.grid import Grid, Sample
     from training.sweeps import sweep as swept  # torch
 
     chosen = {name: _made(name, each) for name, each in values.items()}
@@ -148,6 +169,28 @@ def sweep(
             f"The best is a run, to go on with: featstore-train finetune --images {images.images} --from {run} "
             "--epochs 5 --lr 1e-5,1e-3"
         )
+
+
+def _again(context: typer.Context) -> list[str]:
+    """The command as it was given, for its shares."""
+    words = ["sweep"]
+    for each in context.command.params:
+        name = max(getattr(each, "opts", ()), key=len, default="")
+        value = context.params.get(each.name or "")
+        source = context.get_parameter_source(each.name or "")
+        if (
+            name in ("--engine", "--actors", "--ray-address", "--json")
+            or source is None
+            or source.name != "COMMANDLINE"
+        ):
+            continue
+        if getattr(each, "is_flag", False):
+            words += [name] if value else []
+        else:
+            words += [
+                word for one in (value if isinstance(value, list | tuple) else [value]) for word in (name, str(one))
+            ]
+    return words
 
 
 def _values(text: str) -> tuple[str, Any]:

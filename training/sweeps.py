@@ -1,4 +1,7 @@
-"""Sweep: many head settings tried on stored features, as one table, and the best of them as a learner to go on with."""
+"""Sweep: many head settings tried on stored features, as one table, and the best of them as a learner to go on with.
+
+Long, since it is one thing told in order: what is tried, the fits that it is tried by, and the table that it comes to.
+"""
 
 from __future__ import annotations
 

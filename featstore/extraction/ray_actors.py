@@ -112,7 +112,7 @@ def run_by_ray(
     pieces = deque(_dealt(rows, engine.actors, _batch_size(planned, chosen, batch_size)))
     failing, filed = Failing(planned, max_errors), Filed.nothing(planned)
     failing.check(filed)
-    with _joined(engine) as ray, Progress(len(rows), is_shown=progress, on_progress=on_progress) as shown:
+    with joined(engine) as ray, Progress(len(rows), is_shown=progress, on_progress=on_progress) as shown:
         num_processors = _processors_each(ray, engine)
         threads = max(1, int(num_processors))
         told = _Told(
@@ -348,7 +348,7 @@ _REPORTS = "RAY_USAGE_STATS_ENABLED"
 
 
 @contextmanager
-def _joined(engine: Ray) -> Iterator[Any]:
+def joined(engine: Ray) -> Iterator[Any]:
     """Ray, with a cluster; one that is started here ends here."""
     try:
         import ray

@@ -86,3 +86,17 @@ def test_what_makes_no_sense_is_refused(run: Run, here: Path, flags: list[str], 
     assert (ran.code, ran.out) == (2, "")
     assert sentence in ran.last_words
     assert not (here / "runs").exists()
+
+
+def test_tasks_of_ray_share_the_settings(run: Run, here: Path) -> None:
+    pytest.importorskip("ray", reason="Ray isn't installed")
+    assert run("featstore-train", *COMMAND, "--set", "lr=1e-2", "--out", "runs/first", "--extract").code == 0
+    flags = [*COMMAND, "--set", "lr=1e-3,3e-3,1e-2"]
+    whole = run("featstore-train", *flags, "--out", "runs/whole", "--json").json["settings"]
+    ran = run("featstore-train", *flags, "--out", "runs/shared", "--engine", "ray", "--actors", "2", "--json")
+    assert ran.code == 0, ran.err
+    shared = ran.json
+    assert [row["lr"] for row in shared["settings"]] == [row["lr"] for row in whole]
+    assert shared["best"] == "runs/shared/best"
+    refused = run("featstore-train", *flags, "--out", "runs/other", "--engine", "ray")
+    assert "--engine ray goes with --actors N" in refused.last_words
