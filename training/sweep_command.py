@@ -106,7 +106,6 @@ def sweep(
     from featstore.extraction.shards import shard_of  # numpy
 
     text = "torchrun" if shard is None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else shard
-    from featstore.extraction.shards import shard_of  # numpy: help need not wait for it
 
     share = None if text is None else shard_of(text, os.environ, flag="--shard")
     if actors is not None:

@@ -82,9 +82,9 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "frames", "metrics", "choices", "sidecar", "scored_table", "transferability", "probing", "schedules",
-                "monitor", "plots", "history", "trackers", "class_report", "outcomes", "suspects", "significance",
-                "calibration", "heads", "mixing",
+                "frames", "metrics", "choices", "sidecar", "scored_table", "transferability", "schedules", "monitor",
+                "plots", "history", "trackers", "class_report", "outcomes", "suspects", "significance", "calibration",
+                "heads", "mixing",
             ),
         ),
         ("solvers", ("rows", "targets", "newton", "logistic", "neighbors", "moments", "ridge", "class_means")),
@@ -92,10 +92,10 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages", "losses",
-                "ranks", "steps", "fit", "agreement", "batch_norm", "checkpoints", "lr_find", "predict", "tta",
-                "placement", "embedding", "settings", "plan", "fitting", "packed", "provenance", "row_fits", "saved",
-                "export", "hub", "learner", "registry", "ensembles", "recipes", "cross_validation", "few_shot",
+                "probing", "class_counts", "class_tables", "splits", "optim", "interrupts", "copies", "averages",
+                "losses", "ranks", "steps", "fit", "agreement", "batch_norm", "checkpoints", "lr_find", "predict",
+                "tta", "placement", "embedding", "settings", "plan", "fitting", "packed", "provenance", "row_fits",
+                "saved", "export", "hub", "learner", "registry", "ensembles", "recipes", "cross_validation",
                 "comparing", "grid", "sweep_folder", "sweeps", "report_sections", "reports",
             ),
         ),
@@ -103,12 +103,9 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "fit_flags", "asked", "config", "run_commands", "calibrate_command", "lr_command", "runs_command",
-                "versus_command", "compare_command", "sweep_command", "report_command", "__init__", "cli", "__main__",
-                "placement", "embedding", "settings", "plan", "fitting", "packed", "provenance", "saved", "export",
-                "hub", "learner", "registry", "ensembles", "recipes", "cross_validation",
-                "grid", "sweep_folder", "sweeps", "ray_shares", "fit_flags", "asked",
-                "config", "run_commands", "lr_command", "runs_command", "sweep_command", "__init__", "cli", "__main__",
+                "few_shot", "ray_shares", "fit_flags", "asked", "config", "run_commands", "calibrate_command",
+                "lr_command", "runs_command", "versus_command", "compare_command", "sweep_command", "report_command",
+                "__init__", "cli", "__main__",
             ),
         ),
     ),
@@ -215,7 +212,6 @@ SURFACE: dict[str, str] = {
     "images.views": "Augment GivenPolicy View",
     "machine": "available_bytes num_processors",
     "models.backbones": "architecture backbone class_names is_named restored",
-    "models.backbones": "architecture class_names restored",
     "models.digests": "module_digest",
     "models.layer_groups": "LayerGroup layer_groups",
     "models.modes": "check_trainable eval_mode mode_of numerics one_pass",
