@@ -1,17 +1,11 @@
-"""How fast heads are that train together: 32 linear heads in one packed pass against one after another.
+"""Heads that train together, for experiments.py: 32 linear heads in one packed pass against one after another.
 
-    .venv/bin/python scripts/benchmarks/packed_heads.py [--rows 50000] [--heads 32] [--classes 10 100] [--rounds 3]
-        [--device cpu]
-
-Same code, same order of images, same result within 1e-5, which is checked. On a GPU also a sweep of 100 settings of an
-ImageNet-sized linear probe (1,281,167 x 2048, 1000 classes), in seconds.
+Same code, same order of images, same result within 1e-5, which is checked.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import ratio, report, speeds
+from measuring import ratio, speeds
 from train import made, stored_learner
 
 from training import Learner
@@ -29,23 +23,7 @@ from training.packed import Together
 from training.plan import Plan
 
 WIDTH, BATCH = 1024, 256
-TARGETS = {"packed heads, 10 classes": 3.5, "packed heads, 100 classes": 1.1}
 TOLERANCE = 1e-5
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=50_000, help="of stored features; default: 50,000")
-    parser.add_argument("--heads", type=int, default=32, help="that train; default: 32")
-    parser.add_argument("--classes", type=int, nargs="+", default=[10, 100], help="default: 10 100")
-    parser.add_argument("--rounds", type=int, default=3, help="of which medians are taken; default: 3")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        ratios, notes = packed(Path(folder), options.rows, options.heads, options.classes, options.rounds)
-        if options.device != "cpu":
-            notes |= settings_of_imagenet(Path(folder), options.device)
-    report("packed_heads", ratios, {name: target for name, target in TARGETS.items() if name in ratios}, notes)
 
 
 def packed(
@@ -157,7 +135,3 @@ def settings_of_imagenet(folder: Path, device: str) -> dict[str, str]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - before)
     return {f"{num_heads} settings of {num_rows:,} x 2048, 1000 classes": f"{seconds[-1]:.1f} s an epoch (bf16)"}
-
-
-if __name__ == "__main__":
-    main()

@@ -25,7 +25,6 @@ OF_DIGITS = ["--backbone", f"{SCRIPTS / 'digits_backbone.py'}:make_model"]
         ("jobs", ["--backbone", "resnet18", "--images", "2", "--many", "4", "--rounds", "1"]),
         ("ranks", ["--measure=ranks", "--backbone=tiny", "--ranks=1", "--images=4", "--few=0", "--rounds=1"]),
         ("train", ["--rows=600", "--images=2", "--size=64", "--rounds=1"]),
-        ("packed_heads", ["--rows=600", "--heads=3", "--classes", "10", "--rounds=1"]),
         ("experiments", ["--scale=0.01", "--rounds=1", "--every=16"]),
         ("peers", ["--networks=tiny", "--peers=nowhere", "--of=thingsvision", "--images=4", "--few=2", "--rounds=1"]),
         ("reduced", ["--backbone", "tiny", "--images", "2", "--sizes", "64x48", "--rounds", "1"]),
