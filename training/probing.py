@@ -152,10 +152,6 @@ def _logistic(
         deviation > 1e-6 * deviation.max(), deviation, 1.0
     )  # a feature that is always the same says nothing
     fitted, asked = ((each - centre) / scale for each in (rows, queries))
-    if len(fitted) < fitted.shape[1]:  # coefficients lie in the space that the rows span, and that is smaller
-        squares, vectors = np.linalg.eigh(fitted @ fitted.T)
-        axes = fitted.T @ (vectors / np.sqrt(np.maximum(squares, squares[-1] * 1e-10)))
-        fitted, asked = fitted @ axes, asked @ axes
     path = logistic_path(fitted.astype(np.float32), wanted.argmax(1), C=settings, device=device)
     for place in range(len(settings)):
         said = np.zeros((len(queries), wanted.shape[1]))  # a class that no row is of gets nothing

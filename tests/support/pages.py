@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 import torchvision
 from PIL import Image
@@ -51,6 +52,25 @@ def code_of(page: Path, language: str = "python") -> list[str]:
     text = page.read_text(encoding="utf-8")
     found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return ["\n" * text.count("\n", 0, each.start(1)) + each[1] for each in found]
+
+
+def photograph_crops(folder: Path, count: int, size: int = 96) -> None:
+    """Crops of four photographs, in folders of their names, from anywhere in them."""
+    rng = np.random.default_rng(0)
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        photo = getattr(skimage.data, name)()
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            top, left = rng.integers(0, photo.shape[0] - size), rng.integers(0, photo.shape[1] - size)
+            Image.fromarray(photo[top : top + size, left : left + size]).save(folder / name / f"{number:03}.png")
+
+
+def small_efficientnet_lite0(folder: Path) -> None:
+    """The quickstart's network with its real weights, in a file that asks for small images."""
+    source = (Path(__file__).parents[2] / "scripts/efficientnet_lite0.py").read_text(encoding="utf-8")
+    assert "size=224, resize=256" in source
+    source = source.replace("size=224, resize=256", "size=64, resize=72")
+    (folder / "efficientnet_lite0.py").write_text(source, encoding="utf-8")
 
 
 def _write_crops(folder: Path, photo: np.ndarray, rng: np.random.Generator, names: list[str]) -> None:

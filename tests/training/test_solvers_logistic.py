@@ -74,6 +74,23 @@ def test_each_strength_has_scikit_learns_objective_and_probabilities(num_classes
         )
 
 
+@pytest.mark.parametrize("standardised", [False, True])
+def test_fewer_rows_than_numbers_are_solved_in_the_space_that_they_span(standardised: bool) -> None:
+    values, labels = made(num_rows=40, width=120)
+    path = logistic_path(values, labels, C=[0.1, 10.0], standardised=standardised, tol=1e-8, device="cpu")
+    centred = CentredRows(
+        Rows.of(values), torch.ones(40).double(), standardised=False, device=torch.device("cpu"), columns=4
+    )
+    assert centred.basis is not None
+    assert centred.basis.shape == (120, 40)
+    shown = (values - values.mean(0)) / values.std(0) if standardised else values
+    for place, strength in enumerate(path.C):
+        model = reference(shown, labels, strength)
+        # Logits of so many more numbers, of rows that nearly part the classes: three times the rounding of those above.
+        assert path.objectives[place] == pytest.approx(objective(model, shown, labels, strength), rel=3e-6)
+        assert np.abs(path.predict_proba(values, place) - model.predict_proba(shown)).max() < 1e-3  # as above
+
+
 def test_weights_of_rows_and_of_classes_are_scikit_learns() -> None:
     values, labels = made()
     names = np.array(["d", "a", "c", "b"])[labels]

@@ -43,8 +43,9 @@ class CentredRows:
     Attributes:
         mean: ``(F,)`` float32, that is taken off.
         scale: ``(F,)``, that is divided by.
-        basis: ``(F, F)``, the eigenvectors of the Gram matrix as columns, or None where rows are too wide.
-        spread: ``(F,)``, the variance along each of them.
+        basis: ``(F, R)``, the eigenvectors of the Gram matrix as columns, or None where rows are too wide. R is F; of
+            fewer rows than numbers a row it is their number, as coefficients lie in the space that the rows span.
+        spread: ``(R,)``, the variance along each of them.
         rough: the type that rough products are in.
     """
 
@@ -70,7 +71,7 @@ class CentredRows:
         return self._blocks(self._rough, self.rough)
 
     def turned(self, coefficients: Tensor) -> Tensor:
-        """Coefficients ``(F, ...)`` along the eigenvectors, as coefficients of the rows."""
+        """Coefficients ``(R, ...)`` along the eigenvectors, as coefficients of the rows ``(F, ...)``."""
         return coefficients if self.basis is None else self.basis @ coefficients
 
     def turned_back(self, coefficients: Tensor) -> Tensor:
@@ -90,6 +91,10 @@ class CentredRows:
             yield where, kept[where]
 
     def _decomposed(self) -> tuple[Tensor | None, Tensor]:
+        if self._kept is not None and len(self) < self.rows.width:
+            span, own = torch.linalg.qr(self._kept.T.double())
+            spread, vectors = torch.linalg.eigh(own @ own.T / len(self))
+            return (span @ vectors).float(), spread.clamp_min(0).float()
         every = max(1, len(self) // (_SAMPLE * self.rows.width))
         source = [(where, self._kept)] if (where := slice(None)) and self._kept is not None else self.exact()
         sample = torch.cat([block[::every] for _, block in source])
@@ -105,9 +110,9 @@ class Point:
     """Where the problems stand: coefficients and all that one pass over the rows says of them.
 
     Attributes:
-        values: ``(P, F + 1, K)``, along the eigenvectors; the last row holds the intercepts.
+        values: ``(P, R + 1, K)``, along the eigenvectors; the last row holds the intercepts.
         losses: ``(P,)`` float64, mean losses without penalty.
-        gradients: ``(P, F + 1, K)``, of the mean losses.
+        gradients: ``(P, R + 1, K)``, of the mean losses.
         chances: ``(N, P, K)``, the probability of each class.
         spreads: ``(P, K, K)``, the mean of ``diag(p) - p p'``.
     """
@@ -137,7 +142,7 @@ class Problems:
 
     def start(self) -> Point:
         """All coefficients 0."""
-        shape = (self.num_problems, self.rows.rows.width + 1, self.num_classes)
+        shape = (self.num_problems, len(self.rows.spread) + 1, self.num_classes)
         return self.at(torch.zeros(shape, device=self.rows.device))
 
     def at(self, values: Tensor) -> Point:
