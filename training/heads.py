@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -603,7 +604,39 @@ def _checked_copy(head: nn.Module, shape: tuple[int, ...], num_classes: int, see
             f"The head {type(head).__name__} makes {tuple(result.shape)} from activations {(2, *shape)}; "
             f"{num_classes} classes need {(2, num_classes)}. Give its last layer {num_classes} outputs."
         )
+    _check_scores(copied, shape, seed)
     return copied
+
+
+def _check_scores(head: nn.Module, shape: tuple[int, ...], seed: int) -> None:
+    """Checks that in eval mode an image has logits of its own, the same each time; a copy of `head` is tried.
+
+    Raises:
+        ValueError: if they change from one time to the next, or with what else is in the batch.
+    """
+    tried, generator = copy.deepcopy(head), torch.Generator().manual_seed(seed)
+    parameter = next(tried.parameters(), None)
+    image, *others = torch.randn(3, 1, *shape, generator=generator).to("cpu" if parameter is None else parameter.device)
+    found: list[Tensor] = []
+    with mode_of(tried, training=False), torch.no_grad(), _seeded_cpu_generator(seed), suppress(Exception):
+        # What a person's own code raises for such numbers says nothing of those of images.
+        found = [tried(torch.cat([image, other])) for other in (others[0], *others)]
+    if len(found) < 3:
+        return
+    name, close = type(head).__name__, partial(torch.allclose, rtol=1e-3, equal_nan=True)
+    around = 1e-4 * float(found[0].abs().max().nan_to_num())
+    if not close(found[0], found[1], atol=around):
+        raise ValueError(
+            f"The head {name} gives other logits for the same activations each time, in eval mode too, so that no "
+            "score of it could be repeated. Let what is random rest in eval mode: nn.Dropout(p) does, or "
+            "F.dropout(x, p, training=self.training)."
+        )
+    if not close(found[0][0], found[2][0], atol=around):
+        raise ValueError(
+            f"The logits that the head {name} gives for an image depend on the others in its batch, in eval mode too, "
+            "so that scores would change with batch_size. Normalise each image by itself (nn.LayerNorm), or by running "
+            "statistics (nn.BatchNorm1d with track_running_stats=True)."
+        )
 
 
 def _result_of_zeros(head: nn.Module, shape: tuple[int, ...], seed: int) -> object:

@@ -367,3 +367,32 @@ def test_a_heads_options_are_part_of_its_word() -> None:
         build_head("mlp:depth=3", 8, 3)
     with pytest.raises(ValueError, match="has hidden=wide; expected a number"):
         build_head("mlp:hidden=wide", 8, 3)
+
+
+class Scored(nn.Module):
+    """Logits of a linear layer, after something that is done to its input in eval mode as well."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.last, self.change = nn.Linear(6, 3), change
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.change(vectors))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda vectors: F.dropout(vectors, 0.5), "other logits for the same activations each time"),
+        (lambda vectors: vectors - vectors.mean(0), "depend on the others in its batch"),
+        (nn.BatchNorm1d(6, track_running_stats=False), "depend on the others in its batch"),
+    ],
+)
+def test_a_head_whose_scores_could_not_be_repeated_is_refused(change: Callable[[Tensor], Tensor], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_head(Scored(change), 6, 3)
+    assert build_head(Scored(nn.BatchNorm1d(6)), 6, 3) is not None
+    assert (
+        build_head(Scored(torch.sqrt), 6, 3) is not None
+    )  # of numbers below zero not a number, which is equal to itself
