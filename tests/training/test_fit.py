@@ -230,17 +230,20 @@ def test_a_fit_leaves_random_states_and_flags_as_they_were(stored: tuple[ImageSe
 def test_fits_in_threads_come_to_what_each_comes_to_alone() -> None:
     images = ImageSet.from_arrays(pixels(24), [row % 3 for row in range(24)])
 
-    def fitted(seed: int, meeting: threading.Barrier | None = None) -> list[Tensor]:
-        learn = Learner(staged(), images, head="concat", seed=seed, batch_size=4, device="cpu", workers=0, quiet=True)
+    def made(seed: int) -> Learner:
+        return Learner(staged(), images, head="concat", seed=seed, batch_size=4, device="cpu", workers=0, quiet=True)
+
+    def fitted(learn: Learner, meeting: threading.Barrier | None = None) -> list[Tensor]:
         if meeting is not None:
-            meeting.wait()
+            meeting.wait(60)
         learn.fit(4, lr=1e-2, average=SWA(0.5), mix=Mixup(0.4))
         return [*learn.model.tensors().values()]
 
-    alone = [fitted(seed) for seed in range(3)]
+    alone = [fitted(made(seed)) for seed in range(3)]
+    others = [made(seed) for seed in range(3)]
     before = torch.get_rng_state()
     with ThreadPoolExecutor(3) as threads:
-        together = [*threads.map(fitted, range(3), [threading.Barrier(3)] * 3)]
+        together = [*threads.map(fitted, others, [threading.Barrier(3)] * 3)]
     assert torch.equal(torch.get_rng_state(), before)
     for own, other in zip(alone, together, strict=True):
         assert all(map(torch.equal, own, other))
