@@ -97,12 +97,15 @@ class ListedRun:
     def columns(self) -> dict[str, Json]:
         """Column -> value: what decided its numbers, then its scores, each with the ends of its interval if it has one.
 
-        `scored_on` is the beginning of the digest of the images that the scores are of. A score that is called as a
+        `scored_on` and `trained_on` are the beginnings of the digests of the images that were scored and trained on. A
+        score that is called as a
         column before it has ``score_`` in front.
         """
         sidecar, scored_on = self.sidecar, self.sidecar.scored_on
         found: dict[str, Json] = {"run": self.name, "kind": sidecar.kind, **sidecar.configuration}
+        trained_on = sidecar.split.get("train")
         later: dict[str, Json] = {
+            "trained_on": None if trained_on is None else trained_on.digest[:8],
             "images": None if scored_on is None else scored_on.images,
             "scored_on": None if scored_on is None else scored_on.digest[:8],
             "seconds": sidecar.seconds,
@@ -350,6 +353,7 @@ class Runs(Sequence[ListedRun]):
         if columns is None:
             scores = [*dict.fromkeys(name for each in self._found for name in each.score_columns)]
             apart = ["scored_on"] if len(self._groups()) > 1 else []
+            apart += ["trained_on"] if len({each["trained_on"] for each in self._found}) > 1 else []
             names = ["run", *self._differing()[:_MOST_COLUMNS], *scores, "images", *apart, "seconds"]
         else:
             for name in columns:

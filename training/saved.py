@@ -229,9 +229,13 @@ def read_scores(run: Path) -> dict[str, Json] | None:
 
 
 def sidecar_of_run(run: Path, *, identity: str) -> Sidecar | None:
-    """What run.json says of a run; None if it has none."""
-    content = read_file(run, RUN, identity=identity) if (located(run) / RUN).exists() else None
-    return None if content is None else Sidecar.parsed(content, run / RUN)
+    """What run.json says of a run; None if it has none that is understood here: the model is whole without it."""
+    if not (located(run) / RUN).exists():
+        return None
+    content = read_file(run, RUN, identity=identity)
+    with suppress(FeatureStoreError):  # of a newer format; its checksum says that it is as somebody wrote it
+        return None if content is None else Sidecar.parsed(content, run / RUN)
+    return None
 
 
 def finite(scored: Mapping[str, float]) -> dict[str, Json]:

@@ -117,7 +117,12 @@ def test_the_checks_of_scikit_learn_hold(estimator: Any, failing: dict[str, str]
 def test_a_head_comes_to_the_weights_that_a_learner_comes_to(
     head: str, kind: str, model: StagedModel, images: ImageSet, store: FeatureStore, features: Features
 ) -> None:
-    learn = Learner(model, images, store, cut="layer2", reduce="avg", head=head, batch_size=8, seed=3, quiet=True)
+    reduce = "avg"
+    if head == "attention":
+        reduce = "none"
+        key = extract(model, images, store, cuts=["layer2:none"]).keys[0]  # stored already
+        features = store.features(images, key)
+    learn = Learner(model, images, store, cut="layer2", reduce=reduce, head=head, batch_size=8, seed=3, quiet=True)
     history = learn.fit(3, lr=1e-2, label_smoothing=0.1)
     given = features if kind == "features" else np.asarray(features)
     assert features.targets is not None

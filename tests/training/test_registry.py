@@ -20,7 +20,7 @@ from support.tiny import arrays, pixels, staged
 from featstore import Augment, FeatureStore, ImageSet, extract
 from featstore.digest import digest_json
 from featstore.errors import DamagedFileError, FeatureStoreError
-from featstore.models.runs import read_facts
+from featstore.models.runs import new_run, read_facts
 from training import EMA, Learner, Mixup, Runs, Sidecar, runs
 from training.metrics import wilson_interval
 from training.registry import ListedRun
@@ -186,10 +186,14 @@ def test_scores_of_other_images_are_marked_and_no_best_is_named_among_them(folde
     assert marked == {"lr-0.01": None, "lr-0.03": None, "deep/tuned": None, "other": "scored on other images"}
     ours = runs(folder)[1]["scored_on"]
     assert f'their scores don\'t compare. Look at those of one set: query(scored_on="{ours}")' in str(found)
+    trained = {each.name: each["trained_on"] for each in found}
+    assert trained["lr-0.01"] == trained["lr-0.03"] == trained["deep/tuned"] != trained["other"]
+    assert {"scored_on", "trained_on"} < {*str(found).splitlines()[0].split()}
     with pytest.raises(FeatureStoreError, match=rf'2 different sets of images .*query\(scored_on="{ours}"\)'):
         found.best("accuracy")
     alone = found.query(scored_on=ours)
     assert "note" not in alone.table[0]
+    assert "_on" not in str(alone).splitlines()[0]
     assert alone.best("accuracy")["accuracy"] == max(each["accuracy"] for each in alone)
     assert alone.best("loss")["loss"] == min(each["loss"] for each in alone)
     assert found.best("loss", whatever_images=True)["loss"] == min(each["loss"] for each in found)
@@ -356,6 +360,21 @@ def test_a_run_of_a_newer_format_says_so(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(facts))
     with pytest.raises(FeatureStoreError, match=r"has format 2; this featstore reads up to 1\. Upgrade featstore"):
         Sidecar.read(tmp_path)
+
+
+def test_a_model_is_loaded_though_its_sidecar_is_of_a_newer_format(tmp_path: Path, folder: Path) -> None:
+    with new_run(tmp_path / "run") as made:
+        for file in (folder / "lr-0.01").iterdir():
+            shutil.copy(file, made)
+        (made / "model.json").write_text(json.dumps(read_facts(made)))  # sealed anew
+        facts = {**json.loads((made / "run.json").read_text()), "format": 2}
+        facts["checksum"] = digest_json({name: value for name, value in facts.items() if name != "checksum"})
+        (made / "run.json").write_text(json.dumps(facts))
+    found = runs(tmp_path)
+    assert "Upgrade featstore to see the run" in found.damaged["run"]
+    loaded = Learner.load(tmp_path / "run", module=staged(), quiet=True)
+    expected = Learner.load(folder / "lr-0.01", module=staged(), quiet=True)
+    np.testing.assert_array_equal(loaded.predict_proba(arrays(3)), expected.predict_proba(arrays(3)))
 
 
 def test_a_record_without_a_model_is_listed_and_loads_nothing(tmp_path: Path) -> None:

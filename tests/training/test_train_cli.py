@@ -567,7 +567,7 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     contract = {
         "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume", "config", "folds"},
         "finetune": image | view | how | more | {"from", "resume", "config"},
-        "evaluate": image | how | tta | {"model", "split"},
+        "evaluate": image | how | tta | {"model", "split", "per-class"},
         "predict": how | items | tta | {"model", "csv"},
         "embed": how | items | {"model", "out", "cut", "reduce"},
     }

@@ -176,7 +176,7 @@ class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has 
 
     @property
     def _takes_maps(self) -> bool:
-        return isinstance(self.head, nn.Module)
+        return isinstance(self.head, nn.Module) or str(self.head).partition(":")[0] == "attention"
 
     def _logits(self, X: Matrix) -> torch.Tensor:  # noqa: N803
         check_is_fitted(self)
