@@ -34,6 +34,16 @@ from training.steps import Steps
 Say = Callable[[str | None], None]
 
 
+def check_waits(plan: Plan, monitor: Monitor, *, is_scored: bool) -> None:
+    """Checks that what `patience` waits for is on record.
+
+    Raises:
+        ValueError: if it is of validation images, and there are none.
+    """
+    if not is_scored and plan.patience is not None and monitor.name != "train_loss":
+        raise ValueError(f"patience waits for a better {monitor.name}, and there are no validation images. Give some.")
+
+
 @dataclass(kw_only=True, eq=False)
 class Fitting:
     """What a fit works on.
@@ -95,10 +105,7 @@ class Fitting:
             ValueError: for options that have no meaning here.
         """
         plan, monitor = self.plan, Monitor.of(self.plan.monitor, self.metrics)
-        if self.valid is None and plan.patience is not None and monitor.name != "train_loss":
-            raise ValueError(
-                f"patience waits for a better {monitor.name}, and there are no validation images. Give some."
-            )
+        check_waits(plan, monitor, is_scored=self.valid is not None)
         descended, facts = self._descended(), self._facts()
         progress = Progress(first_epoch=first_epoch, history=History(monitor=monitor))
         if kept is not None:

@@ -42,7 +42,7 @@ from training.export import ExportReport, exported
 from training.fit import (
     check_norms,
 )
-from training.fitting import Begun, Fitting
+from training.fitting import Begun, Fitting, check_waits
 from training.heads import ValueHead, passes_an_epoch
 from training.history import History
 from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
@@ -361,6 +361,21 @@ class Learner:
         self._end(begun)
         return history
 
+    def check(self, plan: Plan) -> None:
+        """Checks what a fit is asked for, as far as it can be without its inputs: nothing is read or computed.
+
+        Raises:
+            ValueError: for what has no meaning here, or if nothing is left to train.
+        """
+        optim.build(
+            self.model,
+            1.0 if plan.lr is None else plan.lr,
+            optimizer=self.optimizer,
+            weight_decay=plan.weight_decay,
+            decay_norms=plan.decay_norms,
+        )
+        check_waits(plan, Monitor.of(plan.monitor, self._scores()), is_scored=bool(len(labelled(self.images.valid))))
+
     def begin(self, plan: Plan, *, beside: Learner | None = None) -> Begun:
         """A fit at its start, for what runs several of them side by side; `end` takes what it came to.
 
@@ -373,15 +388,7 @@ class Learner:
             FeatureStoreError: as `fit`.
             ValueError: likewise.
         """
-        # What is wrong with it is said before anything is computed.
-        optim.build(
-            self.model,
-            1.0 if plan.lr is None else plan.lr,
-            optimizer=self.optimizer,
-            weight_decay=plan.weight_decay,
-            decay_norms=plan.decay_norms,
-        )
-        Monitor.of(plan.monitor, self._scores())
+        self.check(plan)
         kept = None if plan.folder is None else read_fit(plan.folder, resume=plan.resume)
         plan.check_snapshots(goes_on=kept is not None)
         if beside is None or beside._begun is None:

@@ -222,7 +222,7 @@ def _fitted(
         checkpoint = options["checkpoint"] = checkpoint_of(out)
         options["resume"] = resume
     check_options({**options})
-    Plan(**options)
+    learn.check(Plan(**options))
     if overwrite and not resume:  # as late as can be: what was wrong is said by now
         _delete(checkpoint, snapshot)
     try:

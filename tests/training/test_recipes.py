@@ -8,7 +8,9 @@ import torch
 from support.tiny import arrays, staged
 
 from featstore import ImageSet
-from training import FitOptions, finetune, train_head
+from training import FitOptions, Learner, finetune, train_head
+from training.checkpoints import holds_fit
+from training.recipes import checkpoint_of
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "head": "linear", "quiet": True}
 
@@ -61,3 +63,14 @@ def test_a_fit_without_a_run_may_have_a_checkpoint_of_its_own(images: ImageSet, 
     again = train_head(staged(), images, epochs=1, fit={**fit, "resume": True}, **OPTIONS)
     theirs = first.model.tensors()
     assert all(torch.equal(each, theirs[name]) for name, each in again.model.tensors().items())
+
+
+@pytest.mark.parametrize("fit", [{"monitor": "beauty"}, {"patience": 2}])
+def test_what_a_fit_cannot_do_is_said_before_one_that_it_replaces_is_deleted(
+    images: ImageSet, tmp_path: Path, fit: FitOptions
+) -> None:
+    run, unscored = tmp_path / "run", images.with_splits(["train"] * len(images))
+    Learner(staged(), images, head="linear", quiet=True).fit(1, 1e-2, checkpoint=checkpoint_of(run))
+    with pytest.raises(ValueError, match=r"monitor is 'beauty'|patience waits for"):
+        train_head(staged(), unscored, epochs=1, fit=fit, out=run, overwrite=True, **OPTIONS)
+    assert holds_fit(checkpoint_of(run))
