@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from training.estimators.extractor import FeatureExtractor
     from training.estimators.heads import HeadClassifier, HeadRegressor
     from training.estimators.probes import KNNProbe, LinearProbe, RidgeProbe
-    from training.few_shot import LearningCurve, few_shot, k_shot, learning_curve
     from training.grid import Grid, Sample, log_uniform, uniform
     from training.heads import attention_head, build_head, concat_head, linear_head, mlp_head
     from training.history import History
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from training.recipes import finetune, train_head
     from training.registry import Runs, runs
     from training.reports import Report, report
+    from training.shots import LearningCurve, few_shot, k_shot, learning_curve
     from training.sidecar import Sidecar
     from training.significance import mcnemar, paired_bootstrap
     from training.solvers.class_means import discriminant_analysis, nearest_mean
@@ -120,7 +120,7 @@ _MODULES = {
     "training.cross_validation": ("CrossValidation", "cross_validate"),
     "training.grid": ("Grid", "Sample", "log_uniform", "uniform"),
     "training.heads": ("attention_head", "build_head", "concat_head", "linear_head", "mlp_head"),
-    "training.few_shot": ("LearningCurve", "few_shot", "k_shot", "learning_curve"),
+    "training.shots": ("LearningCurve", "few_shot", "k_shot", "learning_curve"),
     "training.history": ("History",),
     "training.inputs.derive": ("Inputs",),
     "training.learner": ("Learner",),

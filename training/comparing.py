@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -38,6 +38,7 @@ from training.frames import data_frame
 from training.learner import Learner
 from training.metrics import wilson_interval
 from training.probing import Halves, ProbeName, Rows, probed, probes_for, score
+from training.splits import grouped_by_content
 from training.transferability import SCORES, Score, transfer_scores
 
 if TYPE_CHECKING:
@@ -329,7 +330,10 @@ def compare(
     names = probes_for(images.task, probes)
     if by is not None and by not in names:
         raise ValueError(f"by is {by!r}. Expected one of the probes {', '.join(names)}.")
-    dealt = _dealt(images, folds, groups, split_seed)
+    together = grouped_by_content(images, images.digests(store.known_digests(images)), groups)
+    dealt = _dealt(
+        replace(images, groups=together), folds, split_seed
+    )  # copies of an image on one side, inner folds too
     given = _models(backbones, cuts)
     planned = plan(given, images, store, reduce=reduce, view=view, dtype=dtype)
     for each in planned.sets:
@@ -391,9 +395,9 @@ def _to_use(
     return images.select(kept), groups and [groups[place] for place in np.flatnonzero(kept).tolist()]
 
 
-def _dealt(images: ImageSet, folds: int | None, groups: Sequence[Any] | None, seed: int) -> list[ImageSet]:
+def _dealt(images: ImageSet, folds: int | None, seed: int) -> list[ImageSet]:
     if folds is not None:
-        return images.folds(folds, seed=seed, groups=groups)
+        return images.folds(folds, seed=seed)
     for split in ("train", "valid"):
         if not (images.splits == split).any():
             raise ValueError(

@@ -17,9 +17,7 @@ from torch import nn
 
 from featstore.errors import FeatureStoreError
 from featstore.html import titled_table
-from featstore.images.digests import Digests
 from featstore.images.image_set import ImageSet
-from featstore.images.labels import checked_groups
 from featstore.models.runs import FACTS, check_free, located
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
@@ -31,6 +29,7 @@ from training.outcomes import Outcomes
 from training.plan import FitOptions
 from training.predict import write_csv
 from training.ranks import written_by_first
+from training.splits import grouped_by_content
 
 PREDICTIONS = "predictions.csv"
 
@@ -224,7 +223,9 @@ def cross_validate(
     for name in (each for each in _REFUSED if given.get(each) not in (None, False, "last")):
         raise ValueError(f"{name} {_REFUSED[name]}. Expected other options of a fit. Leave it out.")
     learners, held_out, scores = [], [], []
-    together = _together(images, images.digests(None if store is None else store.known_digests(images)), groups)
+    together = grouped_by_content(
+        images, images.digests(None if store is None else store.known_digests(images)), groups
+    )
     for fold in images.folds(folds, seed=split_seed, groups=together):
         learn = Learner(model, fold, store, **options)
         if freeze_to is not None:
@@ -235,26 +236,3 @@ def cross_validate(
         kept = {name: value for name, value in record.items() if name not in ("epoch", "train_loss", "lr", "seconds")}
         scores.append({"loss": kept.pop("valid_loss"), **kept})
     return CrossValidation(learners=tuple(learners), held_out=tuple(held_out), scores=tuple(scores))
-
-
-def _together(images: ImageSet, digests: Digests, groups: Sequence[Any] | None) -> tuple[str, ...] | None:
-    """`groups`, those that share an image's content made one; what the images have where nothing is said twice."""
-    own = images.groups if groups is None else checked_groups(groups, len(images))
-    repeated = [[place for place in each if images.splits[place] != "test"] for each in digests.duplicates()]
-    repeated = [each for each in repeated if len(each) > 1]
-    if not repeated:
-        return own
-    of_image = own or images.ids
-    joined: dict[str, str] = {}  # group -> another one that it is part of
-
-    def whole(group: str) -> str:
-        while group in joined:
-            group = joined[group]
-        return group
-
-    for first, *others in repeated:
-        for other in others:
-            one, two = whole(of_image[first]), whole(of_image[other])
-            if one != two:
-                joined[two] = one
-    return tuple(map(whole, of_image))

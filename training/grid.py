@@ -184,6 +184,14 @@ def _fact(value: Any) -> Json:
         return {str(name): _fact(each) for name, each in value.items()}
     if isinstance(value, np.generic):
         value = value.item()
+    if hasattr(value, "state_dict"):  # a head of one's own: its weights decide what it comes to, and what it computes
+        from featstore.errors import ModelError
+        from featstore.models.digests import module_digest
+
+        try:
+            return [type(value).__qualname__, module_digest(value)]
+        except ModelError:  # nothing tells it from another one but that it is this one
+            return [type(value).__qualname__, id(value)]
     return value if value is None or isinstance(value, str | int | float | bool) else repr(value)
 
 

@@ -476,6 +476,8 @@ def _normed(module: nn.BatchNorm1d, own: dict[str, Tensor], rows: Tensor, *, is_
 
 def _layers(tail: nn.Module) -> list[tuple[str, nn.Module]] | None:
     """The layers of a head that is all of `tail`, in order, with what the names of their tensors begin with."""
+    if not _is_plain(tail):
+        return None
     stages = [*tail.named_children()]
     name, stage = stages[0] if len(stages) == 1 else ("", None)
     return _layers_of(stage.module, f"{name}.module.") if isinstance(stage, HeadStage) else None
@@ -486,9 +488,18 @@ def _layers_of(module: nn.Module, name: str) -> list[tuple[str, nn.Module]] | No
         inner = _layers_of(module.head, f"{name}head.")
         return None if inner is None else [*inner, (name, module)]
     if type(module) is nn.Sequential:
-        found = [(f"{name}{child}.", layer) for child, layer in module.named_children()]
+        repeated = module.named_modules(remove_duplicate=False)  # a layer that is used twice runs twice
+        found = [(f"{name}{child}.", layer) for child, layer in repeated if child]
         return found if all(_is_known(layer) for _, layer in found) else None
     return [(name, module)] if type(module) is LinearHead else None
+
+
+def _is_plain(tail: nn.Module) -> bool:
+    """Whether each parameter trains, in one place, and nothing is hooked in between."""
+    parameters = [*tail.parameters()]
+    is_shared = len([*tail.named_parameters(remove_duplicate=False)]) > len(parameters)
+    is_hooked = any(each._forward_hooks or each._forward_pre_hooks for each in tail.modules())
+    return not is_shared and not is_hooked and all(each.requires_grad for each in parameters)
 
 
 def _is_known(layer: nn.Module) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -17,6 +18,7 @@ from featstore.errors import DamagedFileError, FeatureStoreError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.digests import Digests, KnownDigest
 from featstore.images.image_set import ImageSet
+from featstore.images.labels import checked_groups
 from featstore.images.names import SPLITS
 from featstore.models.runs import read_file
 from training.sidecar import Dealt
@@ -203,3 +205,29 @@ def _checked(digests: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if digests.dtype != np.uint8 or digests.ndim != 2 or digests.shape[1] != 32:
         raise ValueError(f"digests are {digests.dtype} of shape {digests.shape}")
     return digests
+
+
+def grouped_by_content(images: ImageSet, digests: Digests, groups: Sequence[Any] | None) -> tuple[str, ...] | None:
+    """The groups to deal folds by: `groups`, or the images' own, of which those that share a content are one.
+
+    What is scored would else be trained on under another name. None where there are neither groups nor repeats.
+    """
+    own = images.groups if groups is None else checked_groups(groups, len(images))
+    repeated = [[place for place in each if images.splits[place] != "test"] for each in digests.duplicates()]
+    repeated = [each for each in repeated if len(each) > 1]
+    if not repeated:
+        return own
+    of_image = own or images.ids
+    joined: dict[str, str] = {}  # group -> another one that it is part of
+
+    def whole(group: str) -> str:
+        while group in joined:
+            group = joined[group]
+        return group
+
+    for first, *others in repeated:
+        for other in others:
+            one, two = whole(of_image[first]), whole(of_image[other])
+            if one != two:
+                joined[two] = one
+    return tuple(map(whole, of_image))

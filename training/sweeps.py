@@ -42,7 +42,7 @@ from training.placement import reduction_of
 from training.plan import FitOptions, Plan
 from training.provenance import keys_of
 from training.sidecar import Dealt
-from training.splits import dealt
+from training.splits import dealt, grouped_by_content
 from training.sweep_folder import SweepFolder
 
 _OF_FIT = {*FitOptions.__annotations__}
@@ -256,6 +256,8 @@ def sweep(
     )
     found = as_settings(settings)
     trials.check(found)
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard is {shard}; expected (i, n) with i from 0 to n - 1.")
     own = [each for each in found if int(setting_digest(each), 16) % shard[1] == shard[0]]
     folder = None
     if out is not None:
@@ -373,7 +375,10 @@ class _Trials:
             raise ValueError("No image is held out to score settings on. Split the images, or give folds=5.")
         self.images, self.store = images, store
         self.folds, self.repeats, self.split_seed, self.groups = folds, repeats, split_seed, groups
-        self.sets = [images] if folds is None else images.folds(folds, seed=split_seed, groups=groups)
+        self.sets = [images]
+        if folds is not None:
+            together = grouped_by_content(images, images.digests(self._known), groups)
+            self.sets = images.folds(folds, seed=split_seed, groups=together)
         self.options = dict(options)
         default = {"single": "accuracy", "multi": "map", "regression": "mae"}[images.task]
         own = [getattr(each, "__name__", "") for each in options.get("metrics") or ()]
@@ -402,7 +407,7 @@ class _Trials:
             ValueError: names what is wrong.
         """
         for each in settings:
-            if len(self.models) > 1 and each.get("backbone", self.options.get("backbone")) not in self.models:
+            if each.get("backbone", self.options.get("backbone", next(iter(self.models)))) not in self.models:
                 raise ValueError(
                     f"A setting has the backbone {each.get('backbone')!r}; expected one of {', '.join(self.models)}."
                 )
@@ -505,7 +510,7 @@ class _Trials:
         if self.folds is not None:
             words = f"{self.monitor.name}: mean over {self.folds} folds, each image held out once"
         else:
-            count = len(self.images.valid)
+            count = len(labelled(self.images.valid))
             seeds = f", mean over {self.repeats} seeds" if self.repeats > 1 else ""
             words = f"{self.monitor.name} of {counted(count, 'validation image')}{seeds}"
         dropped = f"; successive halving: one of {halving} went on from each rung" if halving is not None else ""
@@ -641,7 +646,7 @@ class _Run:
     def _finish(self, settings: Sequence[Setting], fits: Sequence[_Fit]) -> None:
         for each in settings:
             own = [fit for fit in fits if fit.setting is each]
-            member = _member(each, own, len(self.trials.images.valid))
+            member = _member(each, own, len(labelled(self.trials.images.valid)))
             for fit in own:
                 if fit.begun is not None:
                     fit.learn.end(fit.begun)

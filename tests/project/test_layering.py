@@ -103,7 +103,7 @@ ROOMS: dict[str, Rooms] = {
         (
             "",
             (
-                "few_shot", "ray_shares", "fit_flags", "asked", "config", "run_commands", "calibrate_command",
+                "shots", "ray_shares", "fit_flags", "asked", "config", "run_commands", "calibrate_command",
                 "lr_command", "runs_command", "versus_command", "compare_command", "sweep_command", "report_command",
                 "__init__", "cli", "__main__",
             ),

@@ -200,6 +200,24 @@ def test_what_cant_be_packed_says_so(stored: tuple[ImageSet, FeatureStore, str])
     assert likeness(learner(stored, "mlp").begin(plain)) != likeness(learner(stored, "concat").begin(plain))
 
 
+def test_what_runs_more_than_its_layers_is_trained_alone(stored: tuple[ImageSet, FeatureStore, str]) -> None:
+    relu, square = nn.ReLU(), nn.Linear(WIDTH, WIDTH)
+    shared = nn.Sequential(square, nn.ReLU(), square, nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+    hooked = nn.Sequential(nn.Linear(WIDTH, CLASSES))
+    hooked[0].register_forward_hook(lambda layer, inputs, logits: logits * 3)
+    half = nn.Sequential(nn.Linear(WIDTH, 8).requires_grad_(False), nn.Linear(8, CLASSES))
+    for head in (shared, hooked, half):
+        assert likeness(learner(stored, head).begin(Plan(lr=1e-2))) is None
+    twice = nn.Sequential(square, relu, nn.Linear(WIDTH, WIDTH), relu, nn.Linear(WIDTH, CLASSES))  # without parameters
+    plans = [Plan(lr=1e-2, cycles=(2,)), Plan(lr=3e-2, cycles=(2,))]
+    alone, packed = ([learner(stored, twice) for _ in plans] for _ in range(2))
+    for learn, plan in zip(alone, plans, strict=True):
+        learn._fit(plan)
+    together(packed, plans)
+    for one, other in zip(alone, packed, strict=True):
+        assert_same(one, other)
+
+
 @pytest.mark.cuda
 def test_heads_trained_together_on_a_gpu_are_those_trained_alone(stored: tuple[ImageSet, FeatureStore, str]) -> None:
     plans = [Plan(**each) for each in SETTINGS]

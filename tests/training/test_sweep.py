@@ -337,3 +337,29 @@ def test_what_makes_no_sense_together_is_refused_before_anything_is_trained(
             sweep(staged(), images, store, setting, **{**OPTIONS, **options})
     with pytest.raises(ValueError, match="No image is held out"):
         sweep(staged(), images.with_splits(["train"] * COUNT), store, setting, **OPTIONS)
+
+
+def test_folds_hold_copies_of_an_image_out_together() -> None:
+    labels = np.random.default_rng(0).integers(0, 2, 20)  # which nothing in the images tells
+    images = ImageSet.from_arrays(pixels(20)[[*range(20), *range(20)]], [*labels, *labels])
+    options = {**OPTIONS, "epochs": 20, "split_seed": 1}
+    (found,) = sweep(staged(), images, None, [{"head": "linear", "lr": 3e-2}], folds=4, **options).members
+    assert found.mean("accuracy") < 0.7  # more where copies are trained on
+
+
+def test_a_head_of_ones_own_is_told_from_others_by_what_it_computes() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        one, other = (torch.nn.Sequential(torch.nn.Linear(4, 3)) for _ in range(2))
+    same = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    same.load_state_dict(one.state_dict())
+    digests = [setting_digest({"head": head}) for head in (one, other, same)]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_a_share_and_a_backbone_that_there_are_not_are_refused(stored: tuple[ImageSet, FeatureStore]) -> None:
+    setting = [{"head": "linear", "lr": 1e-2}]
+    with pytest.raises(ValueError, match=r"shard is \(3, 2\); expected"):
+        sweep(staged(), *stored, setting, shard=(3, 2), **OPTIONS)
+    with pytest.raises(ValueError, match="other"):
+        sweep(staged(), *stored, [{**setting[0], "backbone": "other"}], **OPTIONS)
