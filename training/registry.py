@@ -65,7 +65,8 @@ def runs(folder: str | os.PathLike[str] = "runs") -> Runs:
             damaged[name] = str(error)
             continue
         if sidecar is not None:
-            found.append(ListedRun(name=name, folder=path, sidecar=sidecar, has_model=has_model))
+            is_whole = has_model and sidecar.kind != "sweep-member"  # of which the head alone is kept
+            found.append(ListedRun(name=name, folder=path, sidecar=sidecar, has_model=is_whole))
     found.sort(key=lambda each: _natural(each.name))
     return Runs(found, damaged=damaged, root=root)
 
@@ -132,8 +133,8 @@ class ListedRun:
         """
         if not self.has_model:
             raise FeatureStoreError(
-                f"{self.folder} keeps what was scored, and no model: it has no {FACTS}. Fit its configuration again, "
-                "or load a run that was saved whole."
+                f"{self.folder} keeps what was scored, and no whole model. Fit its configuration again, or load a run "
+                "that was saved whole; of a sweep its best is one."
             )
         from training.learner import Learner  # torch
 

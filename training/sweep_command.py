@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +93,7 @@ def sweep(
     """Try many settings of a head on stored features; those of like shape train together."""
     one_of("--head", kind.partition(":")[0], choices.HEADS)
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
-    values = {**(_read(settings) if settings is not None else {}), **dict(_values(each) for each in given or ())}
+    values = {**(_read(settings) if settings is not None else {}), **_joined(map(_values, given or ()))}
     if not values:
         raise ValueError("There is nothing to try. Give values: --set lr=1e-3,3e-3 --set head=linear,mlp.")
     if sample is None and (sobol or sample_seed):
@@ -166,7 +166,7 @@ def sweep(
     elif is_scored:
         show(
             f"The best is a run, to go on with: featstore-train finetune --images {images.images} --from {run} "
-            "--epochs 5 --lr 1e-5,1e-3"
+            f"--epochs 5 --lr 1e-5,1e-3 --out {out}-tuned"
         )
 
 
@@ -192,6 +192,16 @@ def _again(context: typer.Context) -> list[str]:
     return words
 
 
+def _joined(given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """What each name was given, by one flag or several."""
+    found: dict[str, Any] = {}
+    for name, values in given:
+        if name in found and not (isinstance(values, list) and isinstance(found[name], list)):
+            raise ValueError(f"--set {name} has a range and is given twice. Give one range, or values.")
+        found[name] = [*found.get(name, []), *values] if isinstance(values, list) else values
+    return found
+
+
 def _values(text: str) -> tuple[str, Any]:
     """Name and values of one ``--set``."""
     name, equals, rest = text.partition("=")
@@ -209,7 +219,7 @@ def _values(text: str) -> tuple[str, Any]:
 
 def _value(name: str, word: str, text: str) -> Any:
     """A word of ``--set`` as a value of the setting."""
-    if word == "none":
+    if word == "none" and name != "reduce":  # which has a reduction of that name
         return None
     if name in _NUMBERS and "+" not in word:
         return _number(word, text)

@@ -13,6 +13,7 @@ from featstore.digest import Json
 from featstore.errors import DamagedFileError, FactsDifferError, FeatureStoreError
 from featstore.files.disk import make_folder, whole_or_nothing, write_at
 from featstore.models.runs import new_run, read_run, write_run
+from featstore.words import some
 from training.copies import tensors_of
 from training.learner import Learner
 from training.provenance import FitRecord
@@ -40,6 +41,11 @@ class SweepFolder:
         place = self.path / FACTS
         wanted = json.loads(json.dumps({"format": FORMAT, **facts}))
         if not place.exists():
+            there = sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
+            if strangers := [name for name in there if not name.startswith(".")]:
+                raise FeatureStoreError(
+                    f"{self.path} holds {some(strangers)}, and a sweep has a folder of its own. Choose another one."
+                )
             content = (json.dumps(wanted, indent=1) + "\n").encode("ascii")
             make_folder(self.path, root=self.path)
             try:

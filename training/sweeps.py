@@ -780,10 +780,11 @@ def _member_of(setting: Setting, kept: Mapping[str, Any]) -> Member:
 
 
 def _place(monitor: Monitor, member: Member) -> tuple[object, ...]:
-    """What members are sorted by: whole ones first, then those that came farther; equal ones by their names."""
+    """What members are sorted by: whole ones first, then those that came farther; equal ones by loss, then by name."""
     loss = monitor.loss({monitor.name: member.mean(monitor.name)})
     is_whole = member.is_whole and member.failure is None
-    return member.failure is not None, not is_whole, 0 if is_whole else -member.epochs, loss, member.name
+    second = Monitor().loss({"valid_loss": member.mean("valid_loss")})  # of few images many scores are equal
+    return member.failure is not None, not is_whole, 0 if is_whole else -member.epochs, loss, second, member.name
 
 
 def _fact_of(setting: Mapping[str, Any], name: str) -> Json:

@@ -10,7 +10,7 @@ import pytest
 from support.programs import Run
 
 from featstore import FeatureStore, ImageSet, backbone
-from training import Grid, sweep
+from training import Grid, runs, sweep
 
 MODEL = ["--backbone", "tiny.py:make_model", "--size", "32"]
 IMAGES = ["--images", "photos", "--store", "feats"]
@@ -37,7 +37,12 @@ def test_a_sweep_is_a_table_and_a_run_to_go_on_with(run: Run, here: Path) -> Non
         (each.setting["lr"], each.setting["head"]) for each in expected.members
     ]
     remedy = last.split("featstore-train ")[1].split()
-    assert run("featstore-train", *remedy, "--out", "runs/tuned", "--batch-size", "4").code == 0
+    assert run("featstore-train", *remedy, "--batch-size", "4").code == 0
+    assert (here / "runs/sweep-tuned/model.json").exists()
+    assert [each.name for each in runs("runs/sweep") if each.has_model] == ["best"]  # settings keep their heads alone
+    assert run("featstore-train", *flags[:-2], "photos").last_words.startswith(
+        "photos holds cat, dog, and a sweep has a"
+    )
     told = json.loads((here / "runs/sweep/best/run.json").read_text())
     assert told["configuration"]["lr"] == expected.members[0].setting["lr"]
 
