@@ -137,6 +137,8 @@ def sweep(
     }
     if len(models) == 1:
         options["view"] = asked_view(models[0], feature_store, view, None)
+    else:  # each has a view of its own, which flags change
+        models = [each.with_(view=view.view(each.view)) for each in models]
     found = swept(
         models[0] if len(models) == 1 else dict(zip(model.backbone, models, strict=True)),
         asked.images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,11 @@ def test_tasks_of_ray_share_the_settings(run: Run, here: Path) -> None:
     assert shared["best"] == "runs/shared/best"
     refused = run("featstore-train", *flags, "--out", "runs/other", "--engine", "ray")
     assert "--engine ray goes with --actors N" in refused.last_words
+
+
+def test_flags_of_the_view_are_of_each_backbone(run: Run, here: Path) -> None:
+    shutil.copy(here / "tiny.py", here / "other.py")
+    two = [*COMMAND, "--backbone", "other.py:make_model", "--set", "backbone=tiny.py:make_model,other.py:make_model"]
+    assert run("featstore-train", *two, "--set", "lr=1e-2", "--out", "runs/two", "--extract").code == 0
+    sizes = {each.spec.view["size"] for each in FeatureStore("feats").sets()}
+    assert sizes == {32}
