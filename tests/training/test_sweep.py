@@ -268,7 +268,9 @@ def test_a_killed_sweep_goes_on_without_repeating_and_ends_with_the_same_table(
     images, store = stored
     code = KILLED.format(count=COUNT, train=COUNT - VALID, valid=VALID)
     command = [sys.executable, "-c", code, str(store.folder), str(tmp_path / "out")]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     deadline = time.monotonic() + 120
     while not [*(tmp_path / "out").glob("member-*/run.json")]:
         assert process.poll() is None
