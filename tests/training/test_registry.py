@@ -397,7 +397,7 @@ def test_a_record_without_a_model_is_listed_and_loads_nothing(tmp_path: Path) ->
     (run,) = runs(tmp_path)
     assert run.sidecar == replace(written, fits=())
     assert (run["accuracy_to"], run["seconds"], run["score_seconds"]) == (0.9, 1.5, 2.0)
-    with pytest.raises(FeatureStoreError, match="keeps what was scored, and no model"):
+    with pytest.raises(FeatureStoreError, match="keeps what was scored, and no whole model"):
         run.load()
 
 
