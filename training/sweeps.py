@@ -70,6 +70,7 @@ class Member:
         seconds: that training took; of heads that trained together their shares.
         failure: why there is no score; None if there is one.
         num_images: that a part was scored on.
+        is_whole: whether it went as far as was asked for, patience included: else halving dropped it.
     """
 
     setting: Setting
@@ -80,16 +81,12 @@ class Member:
     seconds: float
     failure: str | None = None
     num_images: int = 0
+    is_whole: bool = True
 
     @property
     def name(self) -> str:
         """A digest of its setting."""
         return setting_digest(self.setting)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it wasn't dropped before its last epoch."""
-        return self.epochs >= self.planned or "patience" in self.setting
 
     def mean(self, name: str) -> float:
         """Of a score over the parts; NaN where there is none."""
@@ -740,6 +737,7 @@ def _member(setting: Setting, fits: Sequence[_Fit], num_images: int) -> Member:
         seconds=sum(record["seconds"] for each in histories for record in each.records),
         failure=failure,
         num_images=num_images,
+        is_whole=all(each.is_over for each in begun),
     )
 
 
@@ -758,6 +756,7 @@ def _as_json(member: Member) -> dict[str, Json]:
         "seconds": member.seconds,
         "failure": member.failure,
         "num_images": member.num_images,
+        "is_whole": member.is_whole,
     }
 
 
@@ -776,6 +775,7 @@ def _member_of(setting: Setting, kept: Mapping[str, Any]) -> Member:
         seconds=float(kept["seconds"]),
         failure=kept["failure"],
         num_images=int(kept["num_images"]),
+        is_whole=bool(kept["is_whole"]),
     )
 
 

@@ -365,3 +365,20 @@ def test_a_share_and_a_backbone_that_there_are_not_are_refused(stored: tuple[Ima
         sweep(staged(), *stored, setting, shard=(3, 2), **OPTIONS)
     with pytest.raises(ValueError, match="other"):
         sweep(staged(), *stored, [{**setting[0], "backbone": "other"}], **OPTIONS)
+
+
+def test_a_fit_that_patience_ended_is_whole_and_one_that_halving_dropped_is_not(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "epochs": 8, "patience": 1, "monitor": "valid_loss", "out": tmp_path / "patient"}
+    settings = Grid({"head": ["linear"], "lr": [1e-5, 0.3]})
+    for _ in range(2):  # as it was trained, and as it is read back
+        patient = sweep(staged(), *stored, settings, **options)
+        assert min(each.epochs for each in patient.members) < 8
+        assert all(each.is_whole for each in patient.members)
+        losses = [each.mean("valid_loss") for each in patient.members]
+        assert losses == sorted(losses)
+    rates = Grid({"head": ["linear"], "lr": [1e-4, 1e-3, 1e-2], "patience": [None]})
+    halved = sweep(staged(), *stored, rates, halving=2, **{**OPTIONS, "epochs": 4})
+    assert [each.is_whole for each in halved.members] == [each.epochs == 4 for each in halved.members]
+    assert not halved.members[-1].is_whole
