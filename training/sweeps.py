@@ -22,6 +22,7 @@ from torch import nn
 from featstore.digest import Json, digest_bytes
 from featstore.errors import FeatureStoreError
 from featstore.html import titled_table
+from featstore.images.contents import overlap_note
 from featstore.images.digests import KnownDigests
 from featstore.images.image_set import ImageSet
 from featstore.machine import available_bytes
@@ -511,7 +512,8 @@ class _Trials:
             seeds = f", mean over {self.repeats} seeds" if self.repeats > 1 else ""
             words = f"{self.monitor.name} of {counted(count, 'validation image')}{seeds}"
         dropped = f"; successive halving: one of {halving} went on from each rung" if halving is not None else ""
-        return f"{words}{dropped}"
+        overlap = overlap_note(self.images, self.images.digests(self._known)) if self.folds is None else None
+        return f"{words}{dropped}" + ("" if overlap is None else f"; {overlap}")
 
 
 class _Run:

@@ -382,3 +382,12 @@ def test_a_fit_that_patience_ended_is_whole_and_one_that_halving_dropped_is_not(
     halved = sweep(staged(), *stored, rates, halving=2, **{**OPTIONS, "epochs": 4})
     assert [each.is_whole for each in halved.members] == [each.epochs == 4 for each in halved.members]
     assert not halved.members[-1].is_whole
+
+
+def test_images_that_are_held_out_and_trained_on_are_told_with_the_scores() -> None:
+    images = ImageSet.from_arrays(
+        pixels(12)[[*range(12), *range(6)]], [row % 2 for row in [*range(12), *range(6)]],
+        splits=["train"] * 12 + ["valid"] * 6,
+    )  # fmt: skip
+    found = sweep(staged(), images, None, [{"head": "linear", "lr": 1e-2}], **OPTIONS)
+    assert "6 held-out images are byte for byte the same as images in another split" in found.foot
