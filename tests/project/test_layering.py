@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -373,6 +374,12 @@ def test_a_file_of_more_than_600_lines_says_why() -> None:
     long = [file for folder in folders for file in folder.rglob("*.py") if len(file.read_text().splitlines()) > 600]
     reasons = [ast.get_docstring(ast.parse(file.read_text())) or "" for file in long]
     assert not [file for file, reason in zip(long, reasons, strict=True) if "\nLong, since " not in reason]
+
+
+def test_no_two_files_of_tests_are_modules_of_one_name() -> None:
+    """Of which pytest, run over both, loads one."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
 
 
 def test_somebody_goes_through_each_door() -> None:
