@@ -35,7 +35,11 @@ PURPOSES = {
     "training.solvers": "heads found exactly: logistic, ridge, neighbours",
     "training.inputs": "where a fit reads from, and its batches",
     "training.estimators": "heads, probes, an extractor for scikit-learn",
-    "training": "heads, the loop, Learner, featstore-train",
+    "training.scores": "what outputs and targets say, with intervals",
+    "training.loop": "one fit, from its options to its checkpoints",
+    "training.experiments": "sweeps, backbones, few shots, runs, reports",
+    "training.cli": "the featstore-train program",
+    "training": "heads, Learner, runs, recipes",
 }
 
 STAGES = """flowchart LR

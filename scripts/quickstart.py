@@ -29,14 +29,14 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 
 import featstore.cli.app
-import training.cli
+import training.cli.app
 from featstore import Augment, FeatureStore, ImageSet, StagedModel
 from featstore.cli.models import load_model
 from featstore.cli.program import DONE, FAILED, INCOMPLETE, table
 from featstore.digest import Json
 from featstore.models.runs import read_run
 from training import Learner, plots
-from training.history import Record
+from training.loop.history import Record
 from training.predict import as_images
 
 BACKBONE = Path(__file__).with_name("efficientnet_lite0.py")
@@ -49,7 +49,7 @@ MADE_HERE = ".made-by-quickstart"  # marks a folder that may be replaced
 SEEDS = "0-3"
 BATCH_SIZE = 16  # a few hundred images in batches of 64 are too few steps
 
-PROGRAMS = {"featstore": featstore.cli.app.main, "featstore-train": training.cli.main}
+PROGRAMS = {"featstore": featstore.cli.app.main, "featstore-train": training.cli.app.main}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # else each run of a single file would wait for all that the 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Processes]:
     """Runs programs in a process of their own, of which all tests together wait once for what they import."""
-    modules = ["featstore.cli.app", "training.cli", "training.learner", "torchvision", "sklearn.datasets"]
+    modules = ["featstore.cli.app", "training.cli.app", "training.learner", "torchvision", "sklearn.datasets"]
     with Processes(*modules, "torch._dynamo") as running:  # which torch imports itself for batch norm and to train
         yield running
 

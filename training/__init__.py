@@ -7,39 +7,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featstore.images.views import Augment
-    from training.averages import EMA, SWA
-    from training.batch_norm import reestimate_batch_norm
-    from training.calibration import Calibration
-    from training.class_report import ClassReport
-    from training.comparing import Comparison, compare
     from training.cross_validation import CrossValidation, cross_validate
     from training.ensembles import Ensemble
     from training.estimators.extractor import FeatureExtractor
     from training.estimators.heads import HeadClassifier, HeadRegressor
     from training.estimators.probes import KNNProbe, LinearProbe, RidgeProbe
-    from training.grid import Grid, Sample, log_uniform, uniform
+    from training.experiments.comparing import Comparison, compare
+    from training.experiments.grid import Grid, Sample, log_uniform, uniform
+    from training.experiments.registry import Runs, runs
+    from training.experiments.reports import Report, report
+    from training.experiments.shots import LearningCurve, few_shot, k_shot, learning_curve
+    from training.experiments.sweeps import Sweep, sweep, try_settings
     from training.heads import attention_head, build_head, concat_head, linear_head, mlp_head
-    from training.history import History
     from training.inputs.derive import Inputs
     from training.learner import Learner
-    from training.lr_find import LearningRates
+    from training.loop.averages import EMA, SWA
+    from training.loop.batch_norm import reestimate_batch_norm
+    from training.loop.history import History
+    from training.loop.lr_find import LearningRates
+    from training.loop.plan import FitOptions
     from training.mixing import CutMix, FeatureBrightness, FeatureNoise, Mixup
-    from training.outcomes import Outcomes
-    from training.plan import FitOptions
     from training.predict import Prediction
     from training.recipes import finetune, train_head
-    from training.registry import Runs, runs
-    from training.reports import Report, report
-    from training.shots import LearningCurve, few_shot, k_shot, learning_curve
+    from training.scores.calibration import Calibration
+    from training.scores.class_report import ClassReport
+    from training.scores.outcomes import Outcomes
+    from training.scores.significance import mcnemar, paired_bootstrap
+    from training.scores.suspects import Suspects, label_suspects
+    from training.scores.transferability import transfer_scores
     from training.sidecar import Sidecar
-    from training.significance import mcnemar, paired_bootstrap
     from training.solvers.class_means import discriminant_analysis, nearest_mean
     from training.solvers.logistic import logistic_path
     from training.solvers.neighbors import KNearest
     from training.solvers.ridge import ridge_classifier_path, ridge_path
-    from training.suspects import Suspects, label_suspects
-    from training.sweeps import Sweep, sweep, try_settings
-    from training.transferability import transfer_scores
 
 __all__ = [
     "EMA",
@@ -108,35 +108,35 @@ __all__ = [
 
 _MODULES = {
     "featstore.images.views": ("Augment",),
-    "training.averages": ("EMA", "SWA"),
-    "training.batch_norm": ("reestimate_batch_norm",),
-    "training.calibration": ("Calibration",),
-    "training.class_report": ("ClassReport",),
+    "training.loop.averages": ("EMA", "SWA"),
+    "training.loop.batch_norm": ("reestimate_batch_norm",),
+    "training.scores.calibration": ("Calibration",),
+    "training.scores.class_report": ("ClassReport",),
     "training.ensembles": ("Ensemble",),
-    "training.comparing": ("Comparison", "compare"),
+    "training.experiments.comparing": ("Comparison", "compare"),
     "training.estimators.extractor": ("FeatureExtractor",),
     "training.estimators.heads": ("HeadClassifier", "HeadRegressor"),
     "training.estimators.probes": ("KNNProbe", "LinearProbe", "RidgeProbe"),
     "training.cross_validation": ("CrossValidation", "cross_validate"),
-    "training.grid": ("Grid", "Sample", "log_uniform", "uniform"),
+    "training.experiments.grid": ("Grid", "Sample", "log_uniform", "uniform"),
     "training.heads": ("attention_head", "build_head", "concat_head", "linear_head", "mlp_head"),
-    "training.shots": ("LearningCurve", "few_shot", "k_shot", "learning_curve"),
-    "training.history": ("History",),
+    "training.experiments.shots": ("LearningCurve", "few_shot", "k_shot", "learning_curve"),
+    "training.loop.history": ("History",),
     "training.inputs.derive": ("Inputs",),
     "training.learner": ("Learner",),
-    "training.lr_find": ("LearningRates",),
+    "training.loop.lr_find": ("LearningRates",),
     "training.mixing": ("CutMix", "FeatureBrightness", "FeatureNoise", "Mixup"),
-    "training.outcomes": ("Outcomes",),
-    "training.plan": ("FitOptions",),
+    "training.scores.outcomes": ("Outcomes",),
+    "training.loop.plan": ("FitOptions",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
-    "training.sweeps": ("Sweep", "sweep", "try_settings"),
-    "training.reports": ("Report", "report"),
-    "training.registry": ("Runs", "runs"),
+    "training.experiments.sweeps": ("Sweep", "sweep", "try_settings"),
+    "training.experiments.reports": ("Report", "report"),
+    "training.experiments.registry": ("Runs", "runs"),
     "training.sidecar": ("Sidecar",),
-    "training.suspects": ("Suspects", "label_suspects"),
-    "training.transferability": ("transfer_scores",),
-    "training.significance": ("mcnemar", "paired_bootstrap"),
+    "training.scores.suspects": ("Suspects", "label_suspects"),
+    "training.scores.transferability": ("transfer_scores",),
+    "training.scores.significance": ("mcnemar", "paired_bootstrap"),
     "training.solvers.class_means": ("discriminant_analysis", "nearest_mean"),
     "training.solvers.logistic": ("logistic_path",),
     "training.solvers.neighbors": ("KNearest",),

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from featstore.html import titled_table
 from featstore.images.image_set import ImageSet
-from training.fit import outputs
 from training.inputs.batches import Batches
 from training.inputs.derive import Source, find, from_images
 from training.inputs.situation import Situation
+from training.loop.fit import outputs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,12 +23,12 @@ from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
 from featstore.words import some
 from training.learner import Learner
-from training.metrics import wilson_interval
-from training.optim import LearningRate
-from training.outcomes import Outcomes
-from training.plan import FitOptions
+from training.loop.optim import LearningRate
+from training.loop.plan import FitOptions
+from training.loop.ranks import written_by_first
 from training.predict import write_csv
-from training.ranks import written_by_first
+from training.scores.metrics import wilson_interval
+from training.scores.outcomes import Outcomes
 from training.splits import grouped_by_content
 
 PREDICTIONS = "predictions.csv"

@@ -18,7 +18,7 @@ from featstore.errors import FeatureStoreError
 from featstore.models.runs import FACTS, check_free, read_facts, read_file, read_run
 from featstore.words import printable
 from training import saved
-from training.metrics import scores_line
+from training.scores.metrics import scores_line
 from training.sidecar import FILE as RUN
 
 CARD = "README.md"

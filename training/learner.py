@@ -29,22 +29,12 @@ from featstore.models.staged import StagedModel
 from featstore.models.trunk import choose_device
 from featstore.notes import logger_of
 from featstore.store.store import FeatureStore
-from training import metrics as scores
-from training import optim, saved, schedules, settings
+from training import saved, schedules
 from training.agreement import Agreement, compared
-from training.calibration import Calibration, fitted_temperature
-from training.checkpoints import read_fit
-from training.class_counts import imbalance_note
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
-from training.copies import put_back
 from training.embedding import embedding_model
 from training.export import ExportReport, exported
-from training.fit import (
-    check_norms,
-)
-from training.fitting import Begun, Fitting, check_waits
 from training.heads import ValueHead, passes_an_epoch
-from training.history import History
 from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, labelled, to_score, to_train
 from training.inputs.situation import (
@@ -56,14 +46,25 @@ from training.inputs.situation import (
     images_words,
     views_words,
 )
-from training.lr_find import LearningRates
-from training.monitor import Monitor
-from training.outcomes import Outcomes
+from training.loop import optim, settings
+from training.loop.checkpoints import read_fit
+from training.loop.copies import put_back
+from training.loop.fit import (
+    check_norms,
+)
+from training.loop.fitting import Begun, Fitting, check_waits
+from training.loop.history import History
+from training.loop.lr_find import LearningRates
+from training.loop.monitor import Monitor
+from training.loop.plan import FitOptions, Plan, check_options, takes_fit_options
+from training.loop.ranks import check_alone, is_first, written_by_first
 from training.placement import Placement, reduction_of, with_classes, with_head
-from training.plan import FitOptions, Plan, check_options, takes_fit_options
 from training.predict import Items, Prediction, as_images, outputs_words, predictions, probabilities
 from training.provenance import FitRecord, sidecar_of, start_of
-from training.ranks import check_alone, is_first, written_by_first
+from training.scores import metrics as scores
+from training.scores.calibration import Calibration, fitted_temperature
+from training.scores.class_counts import imbalance_note
+from training.scores.outcomes import Outcomes
 from training.sidecar import Sidecar
 from training.splits import PastSplit, dealt, present_split
 from training.tta import Scored, TestViews, TtaOptions, scored

@@ -21,7 +21,7 @@ from featstore.images.item_sources import content_of, described
 from featstore.images.names import IMAGE_SUFFIXES
 from featstore.images.origins import named_by
 from featstore.images.sources import FolderSource
-from training.metrics import THRESHOLD
+from training.scores.metrics import THRESHOLD
 
 Items: TypeAlias = Any
 """What can be predicted: an image set; files, folders and tar files by their paths; a table by its path; or images in

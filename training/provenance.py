@@ -19,10 +19,10 @@ from featstore.images.digests import KnownDigests
 from featstore.images.views import Augment
 from featstore.models.staged import StagedModel
 from featstore.store.features import Features
-from training.fitting import Begun
 from training.inputs.derive import Source
 from training.inputs.situation import training_words
-from training.metrics import wilson_interval
+from training.loop.fitting import Begun
+from training.scores.metrics import wilson_interval
 from training.sidecar import Dealt, Score, Sidecar, finite
 from training.splits import dealt
 from training.tta import Scored

@@ -18,14 +18,14 @@ from featstore.images.views import Augment
 from featstore.models.runs import FACTS, check_free, located
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
-from training.averages import SWA
-from training.checkpoints import delete_fit, holds_fit, read_fit
 from training.choices import CHECKPOINT
-from training.history import History
 from training.learner import Learner
-from training.optim import LearningRate
-from training.plan import FitOptions, Plan, check_options
-from training.ranks import is_first, joined, written_by_first
+from training.loop.averages import SWA
+from training.loop.checkpoints import delete_fit, holds_fit, read_fit
+from training.loop.history import History
+from training.loop.optim import LearningRate
+from training.loop.plan import FitOptions, Plan, check_options
+from training.loop.ranks import is_first, joined, written_by_first
 
 
 def train_head(

@@ -22,18 +22,18 @@ from featstore.models.staged import StagedModel
 from featstore.models.trunk import choose_device
 from featstore.notes import logger_of
 from featstore.store.features import Features
-from training import metrics as scores
 from training.class_tables import check_learnable
-from training.fit import check_norms
-from training.fitting import Fitting
 from training.heads import ValueHead, passes_an_epoch
-from training.history import History
 from training.inputs.batches import Batches, num_batches
 from training.inputs.derive import FeatureSource
 from training.inputs.held import HeldRows, HeldSource
 from training.inputs.situation import Situation
-from training.optim import MakeOptimizer
-from training.plan import Plan
+from training.loop.fit import check_norms
+from training.loop.fitting import Fitting
+from training.loop.history import History
+from training.loop.optim import MakeOptimizer
+from training.loop.plan import Plan
+from training.scores import metrics as scores
 
 Rows = Features | HeldRows
 """What a head is fitted to: float32 when they come."""

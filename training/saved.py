@@ -28,13 +28,13 @@ from featstore.models.stages import HeadStage, PoolStage
 from featstore.store.part_facts import are_stages, stage_facts
 from featstore.store.store import FeatureStore
 from featstore.words import printable
-from training.calibration import Calibration
 from training.class_tables import with_classes
 from training.heads import LinearHead, unstandardised
-from training.history import History
-from training.metrics import TASKS
+from training.loop.history import History
 from training.placement import reduction_of
 from training.predict import write_csv
+from training.scores.calibration import Calibration
+from training.scores.metrics import TASKS
 from training.sidecar import FILE as RUN
 from training.sidecar import Sidecar
 from training.sidecar import finite as finite_number

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from featstore.errors import FeatureStoreError
-from training.history import Record
+from training.loop.history import Record
 
 
 class Tracker(ABC):

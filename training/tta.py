@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from featstore.images.image_set import ImageSet
 from featstore.images.names import Task
 from featstore.images.views import Augment
-from training.fit import predicted
 from training.inputs.batches import Batches, doubtful_note
 from training.inputs.derive import Source, find_to_score
 from training.inputs.situation import Situation
+from training.loop.fit import predicted
 
 GivenTta: TypeAlias = int | Augment | None
 """So many views of the learner's own policy (seeds 0, 1, ...); the views of a policy with seeds; or none."""

@@ -18,9 +18,9 @@ from measuring import ratio, speeds
 from train import made, stored_learner
 
 from training import Learner
-from training.fitting import Begun
-from training.packed import Together
-from training.plan import Plan
+from training.loop.fitting import Begun
+from training.loop.packed import Together
+from training.loop.plan import Plan
 
 WIDTH, BATCH = 1024, 256
 TOLERANCE = 1e-5

@@ -178,7 +178,7 @@ def test_a_link_leads_to_the_same_server(address: str) -> None:
 
 
 def test_bins_of_confidence_are_those_of_the_calibration_error() -> None:
-    from training.metrics import calibration_error
+    from training.scores.metrics import calibration_error
 
     rng = np.random.default_rng(0)
     sure = np.concatenate([rng.random(500), [0.0, 1.0, 0.2, 0.4]])

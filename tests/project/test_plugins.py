@@ -84,10 +84,10 @@ made = tiny_plugin.sources:ORIGIN
 PROGRAM = """
     import contextlib, io, json, sys
     sys.path.insert(0, sys.argv[1])
-    import featstore.cli.app, training.cli
+    import featstore.cli.app, training.cli.app
     for command in json.loads(sys.argv[2]):
         program, *arguments = command.split()
-        main = featstore.cli.app.main if program == "featstore" else training.cli.main
+        main = featstore.cli.app.main if program == "featstore" else training.cli.app.main
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(arguments)

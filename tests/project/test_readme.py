@@ -12,13 +12,13 @@ import pytest
 from support.pages import go_there, reader_folder
 
 import featstore.cli.app
-import training.cli
+import training.cli.app
 from featstore import FeatureStore
 
 README = Path(__file__).parents[2] / "README.md"
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "featstore": featstore.cli.app.main,
-    "featstore-train": training.cli.main,
+    "featstore-train": training.cli.app.main,
 }
 
 

@@ -20,7 +20,7 @@ MAIN = """
     if name == "featstore":
         from featstore.cli.app import main
     else:
-        from training.cli import main
+        from training.cli.app import main
     try:
         code = main(sys.argv[2:])
     except SystemExit as end:  # so typer ends when it has answered a shell

@@ -17,7 +17,7 @@ from support.programs import Run
 
 from featstore import FeatureStore, ImageSet
 from training import Learner
-from training.metrics import f1_multi
+from training.scores.metrics import f1_multi
 
 SMALL = ["--backbone", "tiny.py:make_model", "--size", "32"]
 RATE = ["--epochs", "1", "--lr", "1e-3"]

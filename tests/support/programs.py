@@ -12,9 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import featstore.cli.app
-import training.cli
+import training.cli.app
 
-MAINS = {"featstore": featstore.cli.app.main, "featstore-train": training.cli.main}
+MAINS = {"featstore": featstore.cli.app.main, "featstore-train": training.cli.app.main}
 
 BACKBONE = """
 from collections import OrderedDict

@@ -16,7 +16,7 @@ from featstore import FeatureStore, ImageSet, StagedModel, backbone, extract
 from featstore.errors import FeatureStoreError
 from featstore.models.backbones import class_names, outline
 from training import Learner, train_head
-from training.cli import main
+from training.cli.app import main
 
 NUMBERS = [str(number) for number in range(12)]
 

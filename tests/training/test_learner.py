@@ -24,7 +24,7 @@ from featstore import Augment, FeatureStore, ImageSet, StagedModel, backbone, ex
 from featstore.digest import digest_json
 from featstore.errors import DamagedFileError, FeatureStoreError
 from training import FitOptions, Learner, build_head, finetune, train_head
-from training.metrics import accuracy
+from training.scores.metrics import accuracy
 
 State = dict[str, tuple[Tensor, bool, bool]]
 

@@ -9,7 +9,7 @@ from support.tiny import arrays, staged
 
 from featstore import ImageSet
 from training import FitOptions, Learner, finetune, train_head
-from training.checkpoints import holds_fit
+from training.loop.checkpoints import holds_fit
 from training.recipes import checkpoint_of
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "head": "linear", "quiet": True}

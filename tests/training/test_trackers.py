@@ -15,7 +15,7 @@ from support.tiny import pixels, staged
 
 from featstore import FeatureStoreError, ImageSet
 from training import Learner, trackers
-from training.history import Record
+from training.loop.history import Record
 
 
 def learner() -> Learner:

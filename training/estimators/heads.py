@@ -22,17 +22,17 @@ from featstore.models.staged import StagedModel
 from featstore.store.features import Features
 from featstore.store.store import FeatureStore
 from featstore.words import some
-from training.averages import Averaging
 from training.estimators.given import Matrix, checked_to_fit, checked_to_predict
 from training.heads import HEADS, ValueHead, build_head
-from training.history import History
 from training.learner import Learner
-from training.metrics import THRESHOLD
+from training.loop.averages import Averaging
+from training.loop.history import History
+from training.loop.optim import LearningRate, MakeOptimizer, WeightDecay
+from training.loop.plan import FitOptions, Plan, check_options
 from training.mixing import BatchChange
-from training.optim import LearningRate, MakeOptimizer, WeightDecay
-from training.plan import FitOptions, Plan, check_options
 from training.predict import probabilities
 from training.row_fits import Rows, fit_to_rows, logits_of_rows
+from training.scores.metrics import THRESHOLD
 
 
 class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has no types

@@ -1,0 +1,1 @@
+"""Scores: what outputs and targets say of a model, of two models, of single images."""
