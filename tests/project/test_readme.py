@@ -59,10 +59,18 @@ def test_the_python_of_the_readme_runs(at_home: None, capsys: pytest.CaptureFixt
     assert Path("runs/pets/model.safetensors").exists()
 
 
+def test_the_python_of_many_heads_runs(at_home: None, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(_blocks("python")[1], str(README), "exec"), names)
+    assert len(names["table"].table) == 18
+    assert len(names["learn"].evaluate("valid")) > 1
+    assert "linear" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_the_python_for_features_runs(at_home: None, capsys: pytest.CaptureFixture[str]) -> None:
     key, _ = _two_keys()
     names: dict[str, Any] = {}
-    exec(compile(_blocks("python")[1].replace("7c41", key), str(README), "exec"), names)
+    exec(compile(_blocks("python")[2].replace("7c41", key), str(README), "exec"), names)
     assert capsys.readouterr().out.startswith("memory: ")
     assert names["X"].shape == (6, 1024)
     assert names["y"].tolist() == names["images"].train.targets.tolist()
@@ -100,7 +108,7 @@ def _blocks(language: str) -> list[str]:
     blocks = re.findall(
         rf"<!-- run by tests/project/test_readme.py -->\n```{language}\n(.*?)```", README.read_text(), re.S
     )
-    assert len(blocks) == 2
+    assert len(blocks) == {"sh": 2, "python": 3}[language]
     return [str(block) for block in blocks]
 
 
