@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -304,6 +305,14 @@ def test_an_option_that_cannot_be_is_refused_before_anything_moves(
         learn.fit(1, lr=RATE, **options)
     assert learn.model.head is not None
     assert_equal(learn, NormedHead(3, dropout=0.0))
+
+
+@pytest.mark.parametrize("share", ["x", None, True, math.nan, 1])
+def test_a_share_that_is_none_is_refused_where_it_is_given(share: Any) -> None:
+    with pytest.raises(ValueError, match=rf"The decay of EMA is {share!r}; expected above 0 and below 1, such as 0.99"):
+        EMA(share)
+    with pytest.raises(ValueError, match=rf"SWA starts after {share!r} of the epochs; expected at least 0 and below 1"):
+        SWA(share)
 
 
 def test_what_a_loss_of_ones_own_leaves_no_room_for_is_refused(stored: tuple[ImageSet, FeatureStore]) -> None:
