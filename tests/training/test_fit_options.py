@@ -157,6 +157,17 @@ def test_gradients_of_several_batches_are_those_of_a_large_one(stored: tuple[Ima
     )
 
 
+def test_batches_of_a_step_count_by_the_weights_of_their_classes(stored: tuple[ImageSet, FeatureStore]) -> None:
+    head, weights = nn.Linear(24, 3), [1, 20, 0.1]
+    large, small = (learner(*stored, head=head, batch_size=size) for size in (BATCH, BATCH // 4))
+    expected = large.fit(EPOCHS, lr=RATE, class_weights=weights)
+    found = small.fit(EPOCHS, lr=RATE, class_weights=weights, accumulate=4)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)  # sums in another order
+    ours, theirs = (dict(each.model.named_parameters()) for each in (small, large))
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-6), name
+
+
 def test_an_exponential_mean_is_torchs_and_remains(stored: tuple[ImageSet, FeatureStore]) -> None:
     means: list[AveragedModel] = []
 
