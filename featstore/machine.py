@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
+from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,11 +20,33 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h: free memory at the end of the heap that stays, and how many pieces may lie outside the heap."""
 
 
+_MEMBERSHIP, _CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+"""Where Linux says which control groups a process is in, and where it shows them."""
+
+
 def num_processors() -> int:
-    """Processors that this process may use, at least 1."""
+    """Processors that this process may use, at least 1.
+
+    Those that it may run on, but no more than its control groups give it time for: a container of two processors on a
+    machine of 64 runs on any of them, and is stopped in turn where it uses more than two. A part of one counts as one.
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS
+        usable = len(os.sched_getaffinity(0))
+    else:
+        usable = os.cpu_count() or 1  # macOS
+    return max(1, min([usable, *map(math.ceil, _times_of_control_groups())]))
+
+
+def limit_threads(environment: MutableMapping[str, str]) -> None:
+    """Has libraries that are loaded later compute with no more threads than `num_processors`, where that is less.
+
+    By itself OpenMP, and so torch, starts one for each processor that a process may run on. Whoever has said how many
+    there are, or how many processes share the machine, is heeded.
+    """
+    has_said = any(environment.get(each) for each in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    is_alone = environment.get("LOCAL_WORLD_SIZE", "1") == "1"
+    if is_alone and not has_said and _times_of_control_groups():
+        environment["OMP_NUM_THREADS"] = str(num_processors())
 
 
 def available_bytes() -> int:
@@ -86,23 +110,46 @@ def is_local(path: Path) -> bool:
     return kind in _LOCAL if kind else not sys.platform.startswith("linux")
 
 
+def _control_groups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folders of all groups of this process that have a say over `controller`, and whether they are of version 2.
+
+    In a container the names are often those that the machine knows, and only the topmost folder is in sight.
+    """
+    for line in _MEMBERSHIP.read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = _CONTROL_GROUPS / controller if controllers else _CONTROL_GROUPS
+        folder = root / name.lstrip("/")
+        yield from ((group, not controllers) for group in (folder, *folder.parents) if group.is_relative_to(root))
+
+
+def _times_of_control_groups() -> list[float]:
+    """How many processors' time each limit of this process's control groups allows; nothing without limits."""
+    found = []
+    with suppress(OSError, ValueError):
+        for group, is_second in _control_groups("cpu"):
+            with suppress(OSError, ValueError, ZeroDivisionError):  # no limit in this group, or no such group in sight
+                if is_second:
+                    quota, period = (group / "cpu.max").read_text().split()  # "max" is no number
+                else:
+                    quota, period = ((group / f"cpu.cfs_{each}_us").read_text() for each in ("quota", "period"))
+                if int(quota) > 0:  # -1 of version 1: none
+                    found.append(int(quota) / int(period))
+    return found
+
+
 def _left_in_control_groups() -> list[int]:
     """What the memory limits of this process's control groups leave, version 2 and 1; nothing without limits."""
     left = []
     with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            if controllers == "":
-                root, limit, used = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
-            elif "memory" in controllers.split(","):
-                root, limit, used = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
-            else:
-                continue
-            folder = root / name.lstrip("/")
-            for group in (folder, *folder.parents):
-                if group.is_relative_to(root):
-                    left += _left(group, limit, used)
+        for group, is_second in _control_groups("memory"):
+            names = ("memory.max", "memory.current") if is_second else _MEMORY_OF_FIRST
+            left += _left(group, *names)
     return left
+
+
+_MEMORY_OF_FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 def _left(group: Path, limit: str, used: str) -> list[int]:

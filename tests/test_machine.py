@@ -10,7 +10,7 @@ import pytest
 from support.processes import Processes
 
 from featstore import machine
-from featstore.machine import _left, available_bytes, file_system, is_local, num_processors
+from featstore.machine import _left, available_bytes, file_system, is_local, limit_threads, num_processors
 
 
 def test_processors_are_those_that_this_process_may_use(processes: Processes) -> None:
@@ -21,6 +21,67 @@ def test_processors_are_those_that_this_process_may_use(processes: Processes) ->
         "from featstore.machine import num_processors; print(num_processors())"
     )
     assert processes.answer(program) == "1"
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000\n", "a/cpu.max": "max 100000\n"}, 2),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),  # of the group above
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),  # half a processor is one that is stopped now and then
+        ("0::/\n", {"cpu.max": "6400000 100000\n"}, 8),  # more than it may run on
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
+        # Of a container in version 1 the folder of its name is out of sight, and the topmost one is its own.
+        ("4:cpuacct,cpu:/docker/1f\n", {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ("4:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ("5:cpuset:/\n", {"cpuset/cpu.cfs_quota_us": "100000\n", "cpuset/cpu.cfs_period_us": "100000\n"}, 8),
+        ("0::/\n", {"cpu.max": "100000 0\n"}, 8),
+        ("no group\n", {}, 8),
+        (None, {}, 8),
+    ],
+)
+def test_processors_are_no_more_than_a_container_has_time_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    membership: str | None,
+    files: dict[str, str],
+    expected: int,
+) -> None:
+    for name, content in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(content)
+    if membership is not None:
+        (tmp_path / "membership").write_text(membership)
+    monkeypatch.setattr(machine, "_CONTROL_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "_MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert num_processors() == expected
+    environment: dict[str, str] = {}
+    limit_threads(environment)  # where there is no limit, OpenMP's own number stays
+    assert environment.get("OMP_NUM_THREADS") in ((str(expected),) if expected < 8 else (None, "8"))
+    for said in ({"OMP_NUM_THREADS": "5"}, {"MKL_NUM_THREADS": "5"}, {"LOCAL_WORLD_SIZE": "2"}):
+        given = dict(said)
+        limit_threads(given)
+        assert given == said
+
+
+def test_programs_compute_with_what_their_container_has_time_for(tmp_path: Path, processes: Processes) -> None:
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    (tmp_path / "membership").write_text("0::/\n")
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from featstore import machine\n"
+        "from featstore.cli.app import app\n"
+        "from featstore.cli.program import run\n"
+        "folder = Path(sys.argv[1])\n"
+        "machine._CONTROL_GROUPS, machine._MEMBERSHIP = folder, folder / 'membership'\n"
+        "os.environ.pop('OMP_NUM_THREADS', None)\n"
+        "sys.argv[1:] = ['--help']\n"
+        "code = run(app, 'featstore')\n"
+        "print(code, os.environ['OMP_NUM_THREADS'])"
+    )
+    assert processes.answer(program, str(tmp_path)).split()[-2:] == ["0", "1"]
 
 
 @pytest.mark.skipif(not hasattr(os, "confstr") or not sys.platform.startswith("linux"), reason="malloc isn't glibc's")

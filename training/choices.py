@@ -26,5 +26,8 @@ PROJECTIONS: tuple[Literal["pca", "tsne", "umap"], ...] = ("pca", "tsne", "umap"
 CHECKPOINT = ".checkpoint"
 """What the name of a run ends in where its fit is kept until it is saved."""
 
+FOLDS = ".folds"
+"""What it ends in where the fits of a cross-validation are kept until it is saved."""
+
 EXPORTS: dict[str, tuple[str, ...]] = {"pt2": (".pt2",), "onnx": (".onnx",), "state-dict": (".safetensors", ".pth")}
 """Format of an exported model -> how its file's name may end."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +17,17 @@ from torch import nn
 from featstore.errors import FeatureStoreError
 from featstore.html import titled_table
 from featstore.images.image_set import ImageSet
-from featstore.models.runs import FACTS, check_free, located
+from featstore.models.runs import FACTS, check_free, located, new_folder
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
 from featstore.words import some
+from training.choices import FOLDS
 from training.learner import Learner
+from training.loop.checkpoints import delete_fit, holds_fit
+from training.loop.history import Record
 from training.loop.optim import LearningRate
-from training.loop.plan import FitOptions
-from training.loop.ranks import written_by_first
+from training.loop.plan import FitOptions, Plan, check_options
+from training.loop.ranks import is_first, written_by_first
 from training.predict import write_csv
 from training.scores.metrics import wilson_interval
 from training.scores.outcomes import Outcomes
@@ -36,8 +38,8 @@ PREDICTIONS = "predictions.csv"
 _REFUSED = {
     "keep": "would keep an epoch by the images held out, and their scores would be too good",
     "patience": "would end a fit by the images held out, and their scores would be too good",
-    "checkpoint": "can't hold the fits of several folds",
-    "resume": "has no checkpoint to go on from",
+    "checkpoint": "can't hold the fits of several folds: with out= they are kept beside it",
+    "resume": "is said beside out=, of all folds",
 }
 
 
@@ -127,6 +129,7 @@ class CrossValidation:
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Saves a run for each fold, fold-1 and so on, and predictions.csv, of each image while it was held out.
 
+        All of it is there once it is whole, or nothing, and an earlier cross-validation until then.
         `Ensemble.load(folder)` predicts by the mean of the runs.
 
         Args:
@@ -140,16 +143,22 @@ class CrossValidation:
         folder = Path(folder)
         check_folds_free(folder, overwrite=overwrite)
         with written_by_first(folder) as is_mine:
-            for earlier in _folds_in(folder) if is_mine else ():
-                shutil.rmtree(earlier)
-        for number, learn in enumerate(self.learners, start=1):
-            learn.save(folder / f"fold-{number}")
-        found, task = self.outcomes(), self.learners[0].task
-        with written_by_first(folder / PREDICTIONS) as is_mine:
             if is_mine:
-                values = found.probabilities
-                write_csv(folder / PREDICTIONS, found.images.ids, values, found.classes, task, found.targets)
+                with new_folder(folder) as made:
+                    self._write(made)
+        for name, learn in self._named():
+            learn.lies_in(folder / name)
         return folder
+
+    def _write(self, folder: Path) -> None:
+        for name, learn in self._named():
+            learn.write(folder / name)
+        found, task = self.outcomes(), self.learners[0].task
+        values = found.probabilities
+        write_csv(folder / PREDICTIONS, found.images.ids, values, found.classes, task, found.targets)
+
+    def _named(self) -> list[tuple[str, Learner]]:
+        return [(_fold(number), learn) for number, learn in enumerate(self.learners, start=1)]
 
 
 def check_folds_free(folder: Path, *, overwrite: bool) -> None:
@@ -159,9 +168,10 @@ def check_folds_free(folder: Path, *, overwrite: bool) -> None:
         FeatureStoreError: if folds are there and aren't to be replaced, or anything else is.
         OSError: if nothing can be written there.
     """
-    if folder.exists() and not folder.is_dir():
+    place = located(folder)
+    if place.exists() and not place.is_dir():
         raise FeatureStoreError(f"{folder} is a file, and folds have a folder of their own. Choose another name.")
-    there = sorted(each.name for each in folder.glob("[!.]*"))
+    there = sorted(each.name for each in place.glob("*") if not each.name.startswith(_NOBODYS))
     folds = [each.name for each in _folds_in(folder)]
     strangers = [name for name in there if name not in (*folds, PREDICTIONS)]
     if strangers or (there and not folds):
@@ -173,14 +183,60 @@ def check_folds_free(folder: Path, *, overwrite: bool) -> None:
             f"{folder} holds {len(folds)} folds already. Choose another folder, or replace all of them with "
             "--overwrite (in Python: overwrite=True)."
         )
-    for name in folds or ["fold-1"]:
-        check_free(folder / name, overwrite=True)
+    for name in folds:
+        check_free(place / name, overwrite=True)
+    if not there:
+        check_free(folder, overwrite=False)
+
+
+_NOBODYS = (".DS_Store", ".nfs", "._", ".fold-")
+"""What systems, and processes that were killed while they saved a fold, leave in folders."""
+
+
+def kept_beside(out: str | Path) -> Path:
+    """Where the fits of the folds of `out` are kept until all are saved: beside it."""
+    return Path(f"{Path(out)}{FOLDS}")
+
+
+def check_kept(out: str | Path, *, overwrite: bool, resume: bool) -> None:
+    """Checks that the fits kept beside `out` are to be gone on with, or replaced; nothing is deleted yet.
+
+    Raises:
+        FeatureStoreError: if neither was said, or something else lies there.
+    """
+    folder = kept_beside(out)
+    fits = [each for each in _named_so_in(folder) if holds_fit(each)]
+    if fits and not (resume or overwrite):
+        raise FeatureStoreError(
+            f"{folder} holds what was done of {len(fits):,} folds. Go on with them: --resume (in Python: resume=True); "
+            "or begin anew: --overwrite (overwrite=True)."
+        )
+
+
+def _delete_kept(folder: Path) -> None:
+    with written_by_first(folder) as is_mine:
+        for each in _named_so_in(folder) if is_mine else ():
+            delete_fit(each)
+        if is_mine and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _named_so_in(folder: Path) -> list[Path]:
+    """What is called as folds are in a folder."""
+    return sorted(each for each in folder.glob("fold-*") if re.fullmatch(_FOLD, each.name))
+
+
+def _fold(number: int) -> str:
+    """What the run, or the fit, of a fold is called."""
+    return f"fold-{number}"
+
+
+_FOLD = r"fold-[1-9]\d*"
 
 
 def _folds_in(folder: Path) -> list[Path]:
     """The runs of folds that a cross-validation has left in a folder."""
-    found = [each for each in folder.glob("fold-*") if re.fullmatch(r"fold-[1-9]\d*", each.name)]
-    return sorted(each for each in found if (located(each) / FACTS).is_file())
+    return [each for each in _named_so_in(located(folder)) if (located(each) / FACTS).is_file()]
 
 
 def cross_validate(
@@ -195,6 +251,9 @@ def cross_validate(
     epochs: int = 10,
     lr: LearningRate | None = None,
     fit: FitOptions | None = None,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
     **options: Any,
 ) -> CrossValidation:
     """Fits a new learner for each fold to the images of the others, and scores it on those of the fold.
@@ -214,25 +273,59 @@ def cross_validate(
         epochs: as in `Learner.fit`.
         lr: likewise; None: what the finder suggests, in each fold.
         fit: further options of each fit, see `FitOptions`.
+        out: a folder to save all of it in, as `CrossValidation.save` does. Until then the fits are kept beside it.
+        overwrite: replaces an earlier cross-validation there, and fits that are kept beside it.
+        resume: goes on with the fits that are kept there, to the bit; those that are done aren't repeated.
         options: those of `Learner`.
 
     Raises:
         ValueError: for an option of a fit that would choose by the images held out, or can't be one of several fits.
+        FeatureStoreError: if what is there, or kept, is neither to be replaced nor gone on with.
     """
-    given: FitOptions = {} if fit is None else fit
+    given: FitOptions = {} if fit is None else {**fit}
     for name in (each for each in _REFUSED if given.get(each) not in (None, False, "last")):
         raise ValueError(f"{name} {_REFUSED[name]}. Expected other options of a fit. Leave it out.")
-    learners, held_out, scores = [], [], []
+    check_options({**given})
+    if out is None and resume:
+        raise ValueError("resume goes on with what is kept beside the folds that are saved. Give their folder: out=.")
+    kept = None
+    if out is not None:
+        kept = kept_beside(Path(out))
+        check_folds_free(Path(out), overwrite=overwrite)
+        check_kept(Path(out), overwrite=overwrite, resume=resume)
+        given["resume"] = resume
+    learners: list[Learner] = []
     together = grouped_by_content(
         images, images.digests(None if store is None else store.known_digests(images)), groups
     )
-    for fold in images.folds(folds, seed=split_seed, groups=together):
+    for number, fold in enumerate(images.folds(folds, seed=split_seed, groups=together), start=1):
         learn = Learner(model, fold, store, **options)
         if freeze_to is not None:
             learn.freeze_to(freeze_to)
-        record = learn.fit(epochs, lr, **given).last
+        if kept is not None:
+            given["checkpoint"] = kept / _fold(number)
+        learn.check(Plan(cycles=(epochs,), lr=lr, **given))
+        if kept is not None and overwrite and not resume and not learners:  # what was wrong is said by now
+            _delete_kept(kept)
+        try:
+            learn.fit(epochs, lr, **given)
+        except FloatingPointError:  # from the checkpoint it would come to the same again
+            if kept is not None and is_first():
+                delete_fit(kept / _fold(number))
+            raise
         learners.append(learn)
-        held_out.append(learn.outcomes("valid"))
-        kept = {name: value for name, value in record.items() if name not in ("epoch", "train_loss", "lr", "seconds")}
-        scores.append({"loss": kept.pop("valid_loss"), **kept})
-    return CrossValidation(learners=tuple(learners), held_out=tuple(held_out), scores=tuple(scores))
+    found = CrossValidation(
+        learners=tuple(learners),
+        held_out=tuple(each.outcomes("valid") for each in learners),
+        scores=tuple(_scores(each.history.last) for each in learners),
+    )
+    if out is not None and kept is not None:
+        found.save(out, overwrite=overwrite)
+        _delete_kept(kept)
+    return found
+
+
+def _scores(record: Record) -> dict[str, float]:
+    """Of an epoch's record what is of the images held out."""
+    own = {name: value for name, value in record.items() if name not in ("epoch", "train_loss", "lr", "seconds")}
+    return {"loss": own.pop("valid_loss"), **own}

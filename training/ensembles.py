@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import FeatureStoreError
-from featstore.models.runs import FACTS
+from featstore.models.runs import FACTS, located
 from training.learner import Learner
 from training.predict import Items, Prediction, as_images, predictions
 from training.tta import TtaOptions
@@ -54,7 +54,7 @@ class Ensemble:
         """
         if isinstance(runs, str | os.PathLike):
             folder = Path(runs)
-            found = [file.parent for file in folder.glob(f"*/{FACTS}")]
+            found = [file.parent for file in located(folder).glob(f"*/{FACTS}")]
             runs = sorted(each for each in found if not each.name.startswith("."))  # what a killed process left
             if not runs:
                 raise ValueError(

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 from featstore.models.modes import mode_of, one_pass
 from featstore.models.stages import HeadStage
@@ -593,7 +594,7 @@ def _dropout_rates(dropout: float | Sequence[float], num_layers: int) -> tuple[f
 
 
 def _checked_copy(head: nn.Module, shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Module:
-    copied = copy.deepcopy(head)
+    copied = _copied(head)
     result = _result_of_zeros(copied, shape, seed)
     if not isinstance(result, Tensor):
         raise ValueError(
@@ -606,6 +607,14 @@ def _checked_copy(head: nn.Module, shape: tuple[int, ...], num_classes: int, see
         )
     _check_scores(copied, shape, seed)
     return copied
+
+
+def _copied(head: nn.Module) -> nn.Module:
+    """A copy also of lazy batch norm, whose buffers torch can't copy before their shape is known."""
+    unknown = [each for each in head.buffers() if isinstance(each, UninitializedBuffer)]
+    made: Any = UninitializedBuffer  # whose stub says what any buffer takes
+    fresh = [made(each.requires_grad, each.device, each.dtype) for each in unknown]
+    return copy.deepcopy(head, {id(own): new for own, new in zip(unknown, fresh, strict=True)})
 
 
 def _check_scores(head: nn.Module, shape: tuple[int, ...], seed: int) -> None:

@@ -574,19 +574,24 @@ class Learner:
         folder = Path(folder)
         with written_by_first(folder) as is_mine:
             if is_mine:
-                self._write(folder, overwrite=overwrite)
-        made_by = self.model.origin.get("architecture")
-        if made_by is not None:  # else no command can make the model anew
-            origin = {"backbone": str(folder), "architecture": made_by}
-            self._origins.append(Origin(origin, self.model.digests(), self.view))
+                self.write(folder, overwrite=overwrite)
+        self.lies_in(folder)
         return folder
 
-    def _write(self, folder: Path, *, overwrite: bool) -> None:
+    def write(self, folder: Path, *, overwrite: bool = False) -> None:
+        """Writes what `save` does, by this process alone, for what gives the folder another name yet: see `lies_in`."""
         with new_run(folder, overwrite=overwrite) as made:
             facts = self._facts()
             write_run(made, facts, self.model.tensors())
             saved.write_asked(made, self._asked)
             self._write_reports(made, facts)
+
+    def lies_in(self, folder: Path) -> None:
+        """Takes the saved run `folder` for what its model can be made from, in what it tells people to run."""
+        made_by = self.model.origin.get("architecture")
+        if made_by is not None:  # else no command can make the model anew
+            origin = {"backbone": str(folder), "architecture": made_by}
+            self._origins.append(Origin(origin, self.model.digests(), self.view))
 
     def _facts(self) -> dict[str, Json]:
         return saved.run_facts(

@@ -21,7 +21,7 @@ import typer.main
 
 from featstore.digest import Json
 from featstore.errors import FeatureStoreError, ImageError
-from featstore.machine import keep_freed_memory
+from featstore.machine import keep_freed_memory, limit_threads
 from featstore.remedies import Command
 from featstore.words import printable
 
@@ -74,6 +74,7 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     if argv is None:  # else the process is another program's
         keep_freed_memory()
+        limit_threads(os.environ)
     try:
         if os.environ.get(_completion_variable(name)):  # a shell asks what may come next
             _complete(command, name)

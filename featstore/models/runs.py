@@ -67,12 +67,27 @@ def new_run(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OSError: as the disk gave it, with a file's name.
     """
     check_free(folder, overwrite=overwrite)
+    with new_folder(folder) as made:
+        yield made
+        _seal(made)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write runs into; when the block ends well it is in the place of `folder`, synced; else nothing is.
+
+    What killed processes have left of earlier ones under this name is deleted.
+
+    Raises:
+        OSError: as the disk gave it, with a file's name.
+    """
     folder = _target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _made_beside(folder) as made:
         try:
             yield made
-            _seal(made)
+            for path in (*made.iterdir(), made):
+                _sync(path)
             with _in_turn(folder, is_alone=True):
                 _put(made, folder)
         except OSError as error:
@@ -187,13 +202,13 @@ def read_file(folder: Path, name: str, *, identity: str | None = None) -> bytes 
 
 
 def located(folder: Path) -> Path:
-    """Where the run called `folder` lies: there, or, if whoever replaced it was killed in between, aside."""
+    """Where the run, or the runs, called `folder` lie: there, or aside, if who replaced them was killed in between."""
     if folder.exists():
         return folder
     target = _target(folder)
     if target.exists():  # past a folder that isn't there: x/../run
         return target
-    whole = [each for each in _leftovers(target, _OLD) if (each / FACTS).is_file()]
+    whole = [each for each in _leftovers(target, _OLD) if (each / FACTS).is_file() or any(each.glob(f"*/{FACTS}"))]
     return max(whole, key=lambda each: each.stat().st_mtime_ns, default=folder)
 
 
@@ -247,12 +262,13 @@ def _made_beside(folder: Path) -> Iterator[Path]:
 def _in_turn(folder: Path, *, is_alone: bool) -> Iterator[None]:
     """Waits while another process exchanges a run beside `folder`, or, to do so alone, while others look at one.
 
-    The lock is on the folder above, for as long as the block lasts. Where there are no locks nobody waits.
+    The lock is on the folder above, for as long as the block lasts. Where there are no locks nobody waits; nor in a
+    folder that is being made, which its maker has locked, and where nobody else looks.
     """
-    fd = None
-    if _HAS_LOCKS:
+    fd, above = None, _target(folder).parent
+    if _HAS_LOCKS and not re.fullmatch(rf"\..+\.{_NEW}-[0-9a-f]{{16}}", above.name, re.DOTALL):
         with suppress(OSError):  # the folder above isn't there; a file system without locks
-            fd = os.open(_target(folder).parent, os.O_RDONLY)
+            fd = os.open(above, os.O_RDONLY)
             fcntl.flock(fd, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
     try:
         yield
@@ -329,13 +345,11 @@ def _write_facts(folder: Path, facts: Mapping[str, Json]) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Lists every file of the run in its facts, with a checksum over these, and puts all of it on the disk."""
+    """Lists every file of the run in its facts, with a checksum over these."""
     facts = _parsed(folder / FACTS)
     files = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != FACTS}
     facts |= {"format": FORMAT_VERSION, "tensors": files[TENSORS], "files": files}
     _write_facts(folder, {**facts, "checksum": digest_json(facts)})
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
 
 
 def _put(made: Path, folder: Path) -> None:

@@ -231,7 +231,7 @@ SURFACE: dict[str, str] = {
     "models.names": "Batching DEFAULT_PRECISION Precision REDUCTIONS",
     "models.pool": "Pool",
     "models.probe": "check_probe take_probes",
-    "models.runs": "FACTS Run check_free located new_run read_facts read_file read_run write_run",
+    "models.runs": "FACTS Run check_free located new_folder new_run read_facts read_file read_run write_run",
     "models.staged": "StagedModel",
     "models.stages": "HeadStage PoolStage Stage has_weights",
     "models.trunk": "Output Trunk choose_device default_batch_size",

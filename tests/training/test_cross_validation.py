@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from numpy.testing import assert_array_equal
 from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
+from support.full_disk import largest_file
 from support.tiny import pixels, staged
+from torch import Tensor
 
 from featstore import FeatureStore, FeatureStoreError, ImageSet, extract
-from training import Ensemble, Learner, cross_validate
+from featstore.errors import FactsDifferError
+from training import Ensemble, Learner, cross_validate, cross_validation
 
 COUNT, FOLDS = 23, 3
 OPTIONS: dict[str, Any] = {"cut": "layer2", "batch_size": 4, "device": "cpu", "workers": 0, "quiet": True}
@@ -92,7 +97,7 @@ def test_images_of_a_group_are_held_out_together(stored: tuple[ImageSet, Feature
     [
         ({"keep": "best"}, "keep would keep an epoch by the images held out"),
         ({"patience": 2}, "patience would end a fit by the images held out"),
-        ({"checkpoint": "fit"}, "checkpoint can't hold the fits of several folds"),
+        ({"checkpoint": "fit"}, "checkpoint can't hold the fits of several folds: with out= they are kept beside it"),
     ],
 )
 def test_what_would_choose_by_the_images_held_out_is_refused(
@@ -161,3 +166,79 @@ def test_no_fold_trains_on_the_content_that_it_scores(groups: list[int] | None) 
             held_out = {groups[int(name)] for name in learn.images.valid.ids}
             assert not held_out & {groups[int(name)] for name in learn.images.train.ids}
     assert len(found.outcomes()) == len(images)
+
+
+class Counting:
+    """Cross-entropy that counts its training steps, in one of which somebody presses Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.stop: int | None = None
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.steps += logits.requires_grad
+        if self.steps == self.stop and logits.requires_grad:
+            signal.raise_signal(signal.SIGINT)
+        return F.cross_entropy(logits, targets)
+
+
+@pytest.mark.usefixtures("heeds_signals")
+def test_folds_that_are_done_are_not_repeated(stored: tuple[ImageSet, FeatureStore], tmp_path: Path) -> None:
+    images, store = stored
+    asked: dict[str, Any] = {"folds": FOLDS, "epochs": 2, "lr": None, **OPTIONS}
+    expected = cross_validate(staged(), images, store, **asked)
+    loss = Counting()
+    cross_validate(staged(), images, store, loss=loss, **asked)
+    whole = loss.steps
+    loss.steps, loss.stop = 0, whole - 2  # in the last epoch of the last fold
+    saving: dict[str, Any] = {"loss": loss, "out": tmp_path / "folds", **asked}
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        cross_validate(staged(), images, store, **saving)
+    assert str(tmp_path / "folds.folds/fold-3") in interrupt.value.__notes__[0]
+    assert not (tmp_path / "folds").exists()
+    with pytest.raises(FeatureStoreError, match=r"folds\.folds holds what was done of 3 folds\. Go on .* --resume"):
+        cross_validate(staged(), images, store, **saving)
+    with pytest.raises(FactsDifferError, match=r"folds\.folds/fold-1 is of another fit .* differs in: lr"):
+        cross_validate(staged(), images, store, **{**saving, "lr": 1e-3}, resume=True)
+    loss.steps, loss.stop = 0, None
+    found = cross_validate(staged(), images, store, **saving, resume=True)
+    assert loss.steps == 2
+    assert found.scores == expected.scores
+    assert_array_equal(found.outcomes().probabilities, expected.outcomes().probabilities)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["folds"]
+    assert len(Ensemble.load(tmp_path / "folds", module=staged(), device="cpu", quiet=True).learners) == FOLDS
+    loss.steps = 0
+    cross_validate(staged(), images, store, **saving, overwrite=True)
+    assert loss.steps == whole
+    with pytest.raises(ValueError, match="Give their folder: out="):
+        cross_validate(staged(), images, store, **asked, resume=True)
+
+
+def test_folds_are_replaced_whole_or_not_at_all(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, store = stored
+    found = cross_validate(staged(), images, store, folds=2, epochs=1, lr=1e-2, **OPTIONS)
+    found.save(tmp_path / "folds")
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = contents()
+    for size in (16, 1 << 10):  # what a full disk lets through, of a fold's first file and of a later one
+        with largest_file(size), pytest.raises(OSError, match=r"too large: '.*folds/") as full:
+            found.save(tmp_path / "folds", overwrite=True)
+        assert "new-" not in str(full.value)
+        assert contents() == before
+    with monkeypatch.context() as patch:  # the last write of all
+        patch.setattr(cross_validation, "write_csv", lambda *_: pytest.fail("it ends here"))
+        with pytest.raises(pytest.fail.Exception):
+            found.save(tmp_path / "folds", overwrite=True)
+    assert contents() == before
+    # Whoever was killed between two names has left the earlier folds aside, where they are found.
+    (tmp_path / "folds").rename(tmp_path / f".folds.old-{'0' * 16}")
+    assert len(Ensemble.load(tmp_path / "folds", module=staged(), device="cpu", quiet=True).learners) == 2
+    with pytest.raises(FeatureStoreError, match="2 folds already"):
+        found.save(tmp_path / "folds")
+    found.save(tmp_path / "folds", overwrite=True)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["folds"]

@@ -328,6 +328,15 @@ def test_lazy_layers_of_an_own_head_get_seeded_weights_and_leave_global_randomne
     assert isinstance(head.weight, nn.UninitializedParameter)
 
 
+def test_lazy_batch_norm_of_an_own_head_is_copied_and_its_owner_keeps_it_as_it_was() -> None:
+    lazy: nn.Module = nn.LazyBatchNorm1d()
+    head = nn.Sequential(lazy, nn.LazyLinear(5))
+    for copied in (build_head(head, 64, 5, seed=7), build_head(head, 64, 5, seed=7)):
+        assert type(copied.get_submodule("0")) is nn.BatchNorm1d
+        assert same_states(copied.get_submodule("0"), nn.BatchNorm1d(64))
+    assert isinstance(lazy.running_mean, nn.parameter.UninitializedBuffer)
+
+
 def test_attention_pooling_is_that_of_torch() -> None:
     head = attention_head((9, 128), 5, queries=3, seed=1)
     assert isinstance(head, AttentionHead)

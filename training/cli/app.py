@@ -107,12 +107,13 @@ class TrainingFlags:
         from featstore.models.runs import check_free, located
 
         # What loads torch is imported only if there may be something to say.
-        if are_folds and located(Path(self.out)).exists():
-            from training.cross_validation import check_folds_free
+        if are_folds and any(located(Path(each)).exists() for each in (self.out, f"{Path(self.out)}{choices.FOLDS}")):
+            from training.cross_validation import check_folds_free, check_kept
 
             check_folds_free(Path(self.out), overwrite=self.overwrite)
+            check_kept(self.out, overwrite=self.overwrite, resume=self.resume)
             return
-        if self.resume or located(Path(f"{Path(self.out)}{choices.CHECKPOINT}")).exists():
+        if not are_folds and (self.resume or located(Path(f"{Path(self.out)}{choices.CHECKPOINT}")).exists()):
             from training.recipes import check_out
 
             check_out(self.out, overwrite=self.overwrite, resume=self.resume)
@@ -162,7 +163,7 @@ def head(
 ) -> None:
     """Train a head on stored features."""
     if folds is not None:
-        _check_folds(training, length)
+        _check_folds(length)
     training.check_free(are_folds=folds is not None)
     one_of("--head", kind.partition(":")[0], choices.HEADS)
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
@@ -200,10 +201,12 @@ def head(
             folds=folds,
             epochs=length.epochs or 10,
             fit=fit.options(),
+            out=training.out,
+            overwrite=training.overwrite,
+            resume=training.resume,
             asked=flags_as_toml(context),
             **options,
         )
-        found.save(training.out, overwrite=training.overwrite)
         _report_folds(found, training.out, output)
         return
     learn = train_head(
@@ -344,9 +347,7 @@ for _name, _command in {
     app.command(_name)(_command)
 
 
-def _check_folds(training: TrainingFlags, length: LengthFlags) -> None:
-    if training.resume:
-        raise ValueError("--resume goes on with one fit, and --folds makes several. Leave one of them out.")
+def _check_folds(length: LengthFlags) -> None:
     if length.cycles is not None:
         raise ValueError("--cycles makes no folds. Expected --epochs with --folds. Leave one of them out.")
     if (count := os.environ.get("WORLD_SIZE", "1")) != "1":

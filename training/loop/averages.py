@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -27,8 +28,8 @@ class EMA:
     decay: float = 0.99
 
     def __post_init__(self) -> None:
-        if not 0 < self.decay < 1:
-            raise ValueError(f"The decay of EMA is {self.decay}; expected above 0 and below 1, such as 0.99.")
+        if not _is_number(self.decay) or not 0 < self.decay < 1:
+            raise ValueError(f"The decay of EMA is {self.decay!r}; expected above 0 and below 1, such as 0.99.")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,14 @@ class SWA:
     start: float = 0.75
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < 1:
-            raise ValueError(f"SWA starts after {self.start} of the epochs; expected at least 0 and below 1.")
+        if not _is_number(self.start) or not 0 <= self.start < 1:
+            raise ValueError(
+                f"SWA starts after {self.start!r} of the epochs; expected at least 0 and below 1, such as 0.75."
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 Averaging: TypeAlias = EMA | SWA

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -188,12 +187,11 @@ def _run_epoch(
     a_pass = len(train) // train.passes
     first, num_steps = len(at.epoch_losses), len(at.history.losses) - at.cycle_start
     losses: list[tuple[float | Tensor, int]] = []
-    sizes: list[int] = []  # batches of each step
+    of_steps: list[float | Tensor] = []
 
     def made() -> None:
-        sizes.append(steps.num_batches)
         with draws.taken():
-            steps.make()
+            of_steps.append(steps.make())
         at.history.ran_at(steps.optimizer.param_groups[-1])
         if average is not None:
             average.after_step(tail)
@@ -201,7 +199,7 @@ def _run_epoch(
     is_whole = True
     for number, (inputs, targets) in enumerate(batches, start=first + 1):
         if not steps.num_batches:
-            course.set(steps.optimizer, at.epoch, num_steps + len(sizes))
+            course.set(steps.optimizer, at.epoch, num_steps + len(of_steps))
         with draws.taken():
             losses.append(steps.add(inputs, targets))
         if steps.is_whole or number % a_pass == 0:  # no step reaches over the end of a pass
@@ -211,10 +209,10 @@ def _run_epoch(
                 break
     if steps.num_batches:
         made()
-    at.epoch_losses[first:] = settled(losses)
-    check_finite(*(loss for loss, _ in at.epoch_losses[first:]))
-    own = iter(at.epoch_losses[first:])
-    at.history.losses += [_mean([*islice(own, size)]) for size in sizes]
+    numbers = settled([*(loss for loss, _ in losses), *of_steps])
+    check_finite(*numbers[: len(losses)])
+    at.epoch_losses[first:] = [(loss, count) for loss, (_, count) in zip(numbers[: len(losses)], losses, strict=True)]
+    at.history.losses += numbers[len(losses) :]
     return is_whole
 
 

@@ -57,6 +57,17 @@ def smoothed_or_weighted(
     return partial(_cross_entropy, label_smoothing=label_smoothing, weights=weights)
 
 
+def batch_weight(loss: Loss, targets: Tensor) -> Tensor | int:
+    """What a batch counts beside the others of its step, if all of them are to be as one.
+
+    The loss of weighted classes is a mean by their weights, so of a batch the sum of these; of any other loss the
+    number of rows.
+    """
+    if isinstance(loss, partial) and loss.func is _cross_entropy and loss.keywords["weights"] is not None:
+        return _total_weight(loss.keywords["weights"].to(targets.device), targets)
+    return len(targets)
+
+
 def separate(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     """What `loss` gives for each of several heads: ``(H,)``, of their logits ``(n, H, K)`` for the same images.
 

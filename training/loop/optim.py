@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,9 @@ def build(
 
     Raises:
         ValueError: if nothing trains, for an unknown optimizer, for rates or names that don't fit, or where the
-            callable leaves groups out or gives them rates of its own.
+            callable fails, makes an optimizer that calls the loss itself, leaves groups out or gives them rates of
+            its own.
+        TypeError: if it makes no optimizer.
         FeatureStoreError: if gradients are switched off, or a parameter can never have one.
     """
     if not torch.is_grad_enabled():
@@ -167,8 +170,43 @@ def build(
         raise ValueError(
             "Everything is frozen, so there is nothing to train. Freeze less: freeze_to(...) or unfreeze()."
         )
-    made = (OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer)([*parameter_groups.values()])
-    _check_made(made, [*parameter_groups.values()])
+    given = [*parameter_groups.values()]
+    if isinstance(optimizer, str):
+        return OPTIMIZERS[optimizer](given)
+    made = _made_by(optimizer, given)
+    _check_made(made, given)
+    return made
+
+
+def _made_by(make: MakeOptimizer, groups: Sequence[dict[str, Any]]) -> Optimizer:
+    """What a person's callable makes of parameter groups.
+
+    Raises:
+        ValueError: if it fails, or makes an optimizer that computes the loss several times a step: here a step is of a
+            loss that is there.
+        TypeError: if it makes something else.
+    """
+    name = getattr(make, "__name__", type(make).__name__)
+    try:
+        made: object = make(groups)
+    except Exception as error:  # a person's own code may raise anything
+        raise ValueError(
+            f"The optimizer {name} fails on the parameter groups ({error}). Expected what takes a list of groups, each "
+            "with params, lr, weight_decay and name, as torch.optim.AdamW does. Make it take them, or choose another: "
+            f"{', '.join(OPTIMIZERS)}."
+        ) from error
+    if not isinstance(made, Optimizer):
+        raise TypeError(
+            f"The optimizer {name} made {made!r}; expected an instance of torch.optim.Optimizer. Return one: lambda "
+            "groups: torch.optim.AdamW(groups)."
+        )
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"The optimizer {type(made).__name__} computes the loss itself, several times a step (closure), and a fit "
+            "gives it the gradients of one batch. Expected one that steps without. Choose another, such as adamw; of "
+            "a linear head training.solvers.logistic_path finds the optimum."
+        )
     return made
 
 

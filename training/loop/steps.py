@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from training.loop.losses import batch_weight
 from training.loop.ranks import Ranks
 from training.scores.metrics import Loss, loss_value
 
@@ -41,7 +42,8 @@ class StepOptions:
 class Steps:
     """The steps of a fit.
 
-    Where a step has several batches, or several processes share it, its loss is the mean over all its rows.
+    Where a step has several batches, or several processes share it, its loss is that of all its rows together: their
+    mean, by the weights of their classes where the loss has some. A person's own loss counts as a mean over rows.
 
     Args:
         tail: what trains.
@@ -69,7 +71,9 @@ class Steps:
         self._forward: Callable[[Tensor], Tensor] = tail if ranks is None else ranks.wrapped(tail)
         self.loss, self._ranks, self._device = loss, ranks, device
         self._parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        self._num_rows, self.num_batches = 0, 0
+        self.num_batches = 0
+        self._losses: list[tuple[Tensor | float, Tensor | float]] = []  # of the batches so far, and their weights
+        self._has_sum = self.options.accumulate > 1 or ranks is not None  # of gradients, to be divided by all weights
         self._is_deferred = (device.type == "cuda") if is_deferred is None else is_deferred
         self._scaler = GradScaler(device.type, enabled=self.options.precision == "fp16")
 
@@ -89,36 +93,43 @@ class Steps:
         logits = logits.float() if self.options.precision in _NARROW else logits
         value = loss_value(self.loss, logits, targets)
         seen, num_rows = value.detach(), len(targets)
-        number: float | Tensor
+        number: float | Tensor = seen if self._is_deferred and self._ranks is None else float(seen)
+        weight: float | Tensor = num_rows
+        if self._has_sum:
+            weight = batch_weight(self.loss, targets)
+            value = value * weight
+            weight = weight if isinstance(number, Tensor) else float(weight)
         if self._ranks is not None:
-            total, rows = self._ranks.totals(float(seen) * num_rows, num_rows)
-            number, whole = total / rows, round(rows)
-            value = value * (num_rows * self._ranks.count)  # the processes' gradients are averaged, not added
-        else:
-            number, whole = (seen if self._is_deferred else float(seen)), num_rows
-            value = value * num_rows if self.options.accumulate > 1 else value
+            total, weight, rows = self._ranks.totals(float(number * weight), float(weight), num_rows)
+            number, num_rows = total / weight, round(rows)
+            value = value * self._ranks.count  # the processes' gradients are averaged, not added
         if not isinstance(number, Tensor):
             check_finite(number)
         if not self.num_batches:
             self._forget()
         self._scaler.scale(value).backward()  # type: ignore[no-untyped-call]
-        self._num_rows += whole
+        self._losses.append((number, weight))
         self.num_batches += 1
-        return number, whole
+        return number, num_rows
 
-    def make(self) -> None:
-        """The step, of the batches since the last one; no gradient is left."""
-        options, has_sum = self.options, self.options.accumulate > 1 or self._ranks is not None
-        if options.clip is not None or has_sum:
+    def make(self) -> float | Tensor:
+        """The step, of the batches since the last one; no gradient is left. Its loss, as those of `add`."""
+        weight = sum(weight for _, weight in self._losses)
+        loss = self._losses[0][0]
+        if len(self._losses) > 1:
+            loss = sum(number * weight for number, weight in self._losses) / weight
+        options = self.options
+        if options.clip is not None or self._has_sum:
             self._scaler.unscale_(self.optimizer)
-        if has_sum:
-            torch._foreach_div_([each.grad for each in self._parameters if each.grad is not None], self._num_rows)
+        if self._has_sum:
+            torch._foreach_div_([each.grad for each in self._parameters if each.grad is not None], weight)
         if options.clip is not None:
             nn.utils.clip_grad_norm_(self._parameters, options.clip)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self._forget()
-        self._num_rows, self.num_batches = 0, 0
+        self._losses, self.num_batches = [], 0
+        return loss
 
     def scale(self) -> dict[str, float]:
         """How far gradients of fp16 are scaled up, to be kept; nothing of other precisions."""
@@ -151,8 +162,8 @@ def check_finite(*losses: float) -> None:
             )
 
 
-def settled(losses: Sequence[tuple[float | Tensor, int]]) -> list[tuple[float, int]]:
-    """Losses and numbers of rows, as numbers: those on a device are fetched together."""
-    waiting = [each for each, _ in losses if isinstance(each, Tensor)]
+def settled(losses: Sequence[float | Tensor]) -> list[float]:
+    """Losses as numbers: those on a device are fetched together."""
+    waiting = [each for each in losses if isinstance(each, Tensor)]
     fetched = iter(torch.stack(waiting).tolist() if waiting else [])
-    return [(next(fetched) if isinstance(each, Tensor) else each, count) for each, count in losses]
+    return [next(fetched) if isinstance(each, Tensor) else each for each in losses]

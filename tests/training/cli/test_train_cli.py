@@ -104,7 +104,8 @@ def test_folds_give_a_run_each_and_a_table_and_are_advised_where_few_images_are_
     assert head(run, "--folds", "2", "--overwrite", out="runs/folds").code == 0
     assert sorted(each.name for each in (here / "runs/folds").iterdir()) == ["fold-1", "fold-2", "predictions.csv"]
     assert head(run, "--overwrite", out="runs/folds").code == 1  # no run, but a folder of them
-    assert head(run, "--folds", "2", "--resume", out="runs/others").code == 2
+    assert head(run, "--folds", "2", "--resume", out="runs/others").code == 0
+    assert not (here / "runs/others.folds").exists()
 
 
 def test_folds_take_the_place_of_folds_alone(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -156,6 +157,17 @@ def test_gradients_of_several_batches_are_those_of_a_large_one(stored: tuple[Ima
     )
 
 
+def test_batches_of_a_step_count_by_the_weights_of_their_classes(stored: tuple[ImageSet, FeatureStore]) -> None:
+    head, weights = nn.Linear(24, 3), [1, 20, 0.1]
+    large, small = (learner(*stored, head=head, batch_size=size) for size in (BATCH, BATCH // 4))
+    expected = large.fit(EPOCHS, lr=RATE, class_weights=weights)
+    found = small.fit(EPOCHS, lr=RATE, class_weights=weights, accumulate=4)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)  # sums in another order
+    ours, theirs = (dict(each.model.named_parameters()) for each in (small, large))
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-6), name
+
+
 def test_an_exponential_mean_is_torchs_and_remains(stored: tuple[ImageSet, FeatureStore]) -> None:
     means: list[AveragedModel] = []
 
@@ -304,6 +316,14 @@ def test_an_option_that_cannot_be_is_refused_before_anything_moves(
         learn.fit(1, lr=RATE, **options)
     assert learn.model.head is not None
     assert_equal(learn, NormedHead(3, dropout=0.0))
+
+
+@pytest.mark.parametrize("share", ["x", None, True, math.nan, 1])
+def test_a_share_that_is_none_is_refused_where_it_is_given(share: Any) -> None:
+    with pytest.raises(ValueError, match=rf"The decay of EMA is {share!r}; expected above 0 and below 1, such as 0.99"):
+        EMA(share)
+    with pytest.raises(ValueError, match=rf"SWA starts after {share!r} of the epochs; expected at least 0 and below 1"):
+        SWA(share)
 
 
 def test_what_a_loss_of_ones_own_leaves_no_room_for_is_refused(stored: tuple[ImageSet, FeatureStore]) -> None:

@@ -336,3 +336,20 @@ def test_an_optimizer_that_leaves_out_rates_or_parameters_is_refused(make: Any, 
     model = staged().with_head(nn.Linear(24, 3), cut="layer2", reduction="concat")
     with pytest.raises(ValueError, match=message + ".*lambda groups"):
         optim.build(model, 0.02, optimizer=make, weight_decay=0.01)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda groups: torch.optim.LBFGS([each for group in groups for each in group["params"]]),
+            ValueError,
+            r"LBFGS computes the loss itself.* Choose another, such as adamw",
+        ),
+        (torch.optim.LBFGS, ValueError, "LBFGS fails on the parameter groups .LBFGS doesn't support per-parameter"),
+        (lambda groups: None, TypeError, r"made None; expected an instance of torch\.optim\.Optimizer\. Return one"),
+    ],
+)
+def test_what_takes_no_groups_or_asks_for_the_loss_is_refused(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Learner(staged(), arrays(6), head="linear", optimizer=make, device="cpu", quiet=True).fit(1, lr=1e-3)
