@@ -236,6 +236,7 @@ SURFACE: dict[str, str] = {
     "store.features": "Features",
     "store.part_facts": "are_stages stage_facts",
     "store.sets": "FeatureRequest FeatureSet",
+    "store.spec": "FeatureSpec",
     "store.store": "FeatureStore",
     "words": "counted printable size_text some",
 }

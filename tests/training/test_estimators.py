@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
-from support.tiny import arrays, photos, staged
+from support.tiny import VIEW, arrays, photos, staged
 
-from featstore import Features, FeatureStore, ImageSet, StagedModel, extract
+from featstore import Augment, Features, FeatureStore, ImageSet, StagedModel, extract
 from featstore.errors import FactsDifferError
 from training import FeatureExtractor, HeadClassifier, HeadRegressor, KNNProbe, Learner, LinearProbe, RidgeProbe
 from training.heads import HEADS
@@ -216,11 +217,38 @@ def test_features_of_another_kind_are_refused(store: FeatureStore, images: Image
     other = features_of(store, images, "layer1", "avg")
     with pytest.raises(FactsDifferError, match=f"trunk .*{features.spec.trunk[:8]}, here {other.spec.trunk[:8]}"):
         head.predict(other)
+    assert len(head.predict(np.asarray(features))) == 24  # an array says nothing of where it is from
     with pytest.raises(ValueError, match=r"are of shape \(24, 12, 4, 4\); expected vectors"):
         head.fit(features_of(store, images, "layer2", "none"))
     on_array = HeadClassifier("linear", epochs=1, lr=1e-2).fit(np.asarray(other), images.targets)
     with pytest.raises(ValueError, match="X has 12 features, but HeadClassifier is expecting 8"):
         on_array.predict(features)
+
+
+def test_features_of_as_many_numbers_but_other_facts_are_refused(
+    model: StagedModel, images: ImageSet, tmp_path: Path
+) -> None:
+    store = FeatureStore(tmp_path / "features")
+
+    def made(**options: Any) -> Features:
+        return store.features(images, extract(model, images, store, cuts=["layer2:avg"], **options).keys[-1])
+
+    features, augmented = made(), made(augment=Augment("side_on", seeds=range(1)))
+    others = [
+        (made(view=replace(VIEW, resize=24)), r"resize \(20, here 24\)"),
+        (augmented, "augmentation .none, here side_on.*seed .none, here 0"),
+        (made(dtype="float32"), r"storage type \(float16, here float32\)"),
+        (made(precision="bf16"), r"precision \(fp32, here bf16\)"),
+    ]
+    for fresh in (HeadClassifier("linear", epochs=1, lr=1e-2), LinearProbe(), RidgeProbe(), KNNProbe(3)):
+        fitted = clone(fresh).fit(features)
+        for other, told in others:
+            with pytest.raises(FactsDifferError, match=told) as refused:
+                fitted.predict(other)
+            # What it says to run makes the error go away.
+            assert f"store.features(images, {features.key[:8]!r})" in str(refused.value)
+        assert len(fitted.predict(store.features(images, features.key[:8]))) == 24
+        assert len(clone(fresh).fit(augmented).predict(features)) == 24  # as a fit to augmented views is scored
 
 
 def test_images_without_a_label_are_no_class(store: FeatureStore, model: StagedModel) -> None:
@@ -267,6 +295,14 @@ def test_a_head_becomes_a_learner_of_its_backbone(
         made.to_learner(other, images)
     with pytest.raises(ValueError, match="tells 0, 1 apart, and these images have a, b, c"):
         made.to_learner(model, ImageSet.from_arrays(np.zeros((3, 8, 8), np.uint8), ["a", "b", "c"]))
+    with pytest.raises(ValueError, match="tells 0, 1 apart, and these images have 1, 0"):
+        made.to_learner(model, replace(images, classes=("1", "0")))
+    assert images.targets is not None
+    named = clone(made).fit(features, np.array(images.classes)[images.targets])
+    probabilities = named.to_learner(model, images, store, quiet=True).predict_proba(images)
+    assert probabilities == pytest.approx(named.predict_proba(features), abs=1e-5)
+    with pytest.raises(ValueError, match="tells the numbers 0, 1 apart, which aren't the targets of the features"):
+        clone(made).fit(features, 1 - images.targets).to_learner(model, images)
     with pytest.raises(ValueError, match="was fitted to an array"):
         made.fit(np.asarray(features), images.targets).to_learner(model, images)
 
@@ -489,6 +525,24 @@ def test_images_of_any_kind_have_the_same_rows_in_their_order(
         (extractor.transform(opened), extractor.transform(np.stack([np.asarray(image) for image in opened]))),
     ]:
         assert np.array_equal(found, wanted)
+
+
+def test_an_extractor_that_has_changed_since_its_fit_is_refused(
+    paths: tuple[list[str], list[str]], tmp_path: Path
+) -> None:
+    model, files = staged(), paths[0][:2]
+    made = FeatureExtractor(model, cut="layer2", store=tmp_path / "features").fit()
+    before = made.transform(files)
+    with pytest.raises(FactsDifferError, match=r"changed since in: resize \(20, now 24\)"):
+        made.set_params(view=replace(VIEW, resize=24)).transform(files)
+    assert np.array_equal(made.set_params(view=VIEW).transform(files), before)
+    next(model.parameters()).data += 1
+    with pytest.raises(FactsDifferError, match=f"trunk .{made.spec_.trunk[:8]}, now"):
+        made.transform(files)
+    assert not np.array_equal(made.fit().transform(files), before)
+    store = FeatureStore(tmp_path / "features")
+    with pytest.raises(ValueError, match="which are rows already; expected images"):
+        made.transform(store.features(ImageSet.from_store(store), made.spec_.key))
 
 
 def test_columns_have_names(paths: tuple[list[str], list[str]], model: StagedModel, tmp_path: Path) -> None:

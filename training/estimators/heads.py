@@ -23,7 +23,7 @@ from featstore.store.features import Features
 from featstore.store.store import FeatureStore
 from featstore.words import some
 from training.averages import Averaging
-from training.estimators.given import Matrix, checked_to_fit, checked_to_predict
+from training.estimators.given import Matrix, are_own, checked_to_fit, checked_to_predict
 from training.heads import HEADS, ValueHead, build_head
 from training.history import History
 from training.learner import Learner
@@ -275,6 +275,7 @@ class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
         Raises:
             ValueError: for a single class, and for rows or targets that can't be trained on.
         """
+        own = y
         rows, y = checked_to_fit(self, X, y, allow_nd=self._takes_maps, multi_output=True)
         self._is_multi = type_of_target(y) == "multilabel-indicator"
         targets: NDArray[Any]
@@ -290,6 +291,7 @@ class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
                 f"y holds one class, {self.classes_[0]}, so there is nothing to tell apart. Expected two classes or "
                 "more. Give rows of others too."
             )
+        self._names = self._named(X, own)
         weights = self._class_weights()
         names = [str(place) for place in range(len(self.classes_))]
         return self._fit_to(rows, targets, names, task, label_smoothing=self.label_smoothing, class_weights=weights)
@@ -312,12 +314,27 @@ class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
         return logits if self._is_multi or len(self.classes_) > 2 else logits[:, 1] - logits[:, 0]
 
     def _check_classes(self, images: ImageSet) -> None:
-        mine, theirs = self.classes_.tolist(), [*images.classes]
-        if images.task != ("multi" if self._is_multi else "single") or mine not in (theirs, [*range(len(theirs))]):
+        mine, theirs = self._names, [*images.classes]
+        if mine is None:
+            numbers = some([*map(str, self.classes_.tolist())])
             raise ValueError(
-                f"This head tells {some([*map(str, mine)])} apart, and these images have {some(theirs)} "
+                f"This head tells the numbers {numbers} apart, which aren't the targets of the features that it was "
+                f"fitted to, so nothing says which of {some(theirs)} each is. Fit it to the features' own targets, "
+                "which is what y=None means, or to the names of the classes."
+            )
+        if images.task != ("multi" if self._is_multi else "single") or mine != theirs:
+            raise ValueError(
+                f"This head tells {some(mine)} apart, and these images have {some(theirs)} "
                 f"({images.task}); expected the same classes in the same order. Give the images that it was fitted to."
             )
+
+    def _named(self, X: Matrix, y: Any) -> list[str] | None:  # noqa: N803
+        """What the classes are called, in order; None of numbers that are no places in a class table."""
+        if isinstance(X, Features) and are_own(X, y):
+            return [X.images.classes[int(place)] for place in self.classes_.tolist()]
+        if self._is_multi or any(not isinstance(each, str) for each in self.classes_.tolist()):
+            return None
+        return [*self.classes_.tolist()]
 
     def _class_weights(self) -> Any:
         if self.class_weight is None or self.class_weight == "balanced":
@@ -353,6 +370,8 @@ class HeadRegressor(RegressorMixin, _Head):  # type: ignore[misc]
         Raises:
             ValueError: for rows or targets that can't be trained on.
         """
+        is_own = isinstance(X, Features) and are_own(X, y)
+        self._names = [*X.images.classes] if is_own else None
         rows, y = checked_to_fit(self, X, y, allow_nd=self._takes_maps, multi_output=True, y_numeric=True)
         if y.ndim == 2 and y.shape[1] == 1 and not hasattr(X, "targets"):
             y = column_or_1d(y, warn=True)
@@ -363,11 +382,16 @@ class HeadRegressor(RegressorMixin, _Head):  # type: ignore[misc]
         return self._fit_to(rows, targets, names, "regression")
 
     def _check_classes(self, images: ImageSet) -> None:
-        values = self._num_values
+        values, names = self._num_values, self._names
         if images.task != "regression" or len(images.classes) != values:
             raise ValueError(
                 f"This head tells {values} numbers, and these images have {len(images.classes)} ({images.task}); "
                 "expected as many. Give the images that it was fitted to."
+            )
+        if names is not None and names != [*images.classes]:
+            raise ValueError(
+                f"This head tells {some(names)}, and these images have {some([*images.classes])}; expected the same "
+                "numbers in the same order. Give the images that it was fitted to."
             )
 
     def predict(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
