@@ -210,6 +210,7 @@ SURFACE: dict[str, str] = {
     "images.render": "Job doubts_note render",
     "images.sources": "AbsentSource FolderSource",
     "images.spelling": "completed",
+    "images.splitting": "fold_of_each",
     "images.views": "Augment GivenPolicy View",
     "machine": "available_bytes num_processors",
     "models.backbones": "architecture backbone class_names is_named restored",

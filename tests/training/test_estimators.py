@@ -25,11 +25,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
-from support.tiny import VIEW, arrays, photos, staged
+from support.tiny import VIEW, arrays, photos, pixels, staged
 
 from featstore import Augment, Features, FeatureStore, ImageSet, StagedModel, extract
 from featstore.errors import FactsDifferError
 from training import FeatureExtractor, HeadClassifier, HeadRegressor, KNNProbe, Learner, LinearProbe, RidgeProbe
+from training.estimators.probes import _folds
 from training.heads import HEADS
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
@@ -440,6 +441,22 @@ def test_a_strength_is_chosen_as_a_search_chooses_it(digits: Arrays) -> None:
     assert (alone.scores_, alone.coef_.tolist()) == (None, probe.coef_.tolist())
     with pytest.raises(ValueError, match="standardised is for one C"):
         LinearProbe(C=strengths, standardised=True).fit(values, targets)
+
+
+def test_copies_lie_in_one_fold_and_so_do_the_images_of_a_group(model: StagedModel, tmp_path: Path) -> None:
+    twice = np.tile(np.arange(12), 2)
+    images = ImageSet.from_arrays(pixels(12)[twice], [0, 0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0] * 2)
+    store = FeatureStore(tmp_path / "features")
+    features = store.features(images, extract(model, images, store, cuts=["layer2:concat"]).keys[0])
+    for given in (features, np.asarray(features)):
+        # Twenty-four numbers tell any twelve images apart, so of copies that were trained on each is right; the labels
+        # are no matter of what is seen.
+        assert LinearProbe(C=[1e-3, 1e3], folds=3).fit(given, images.targets).scores_.max() < 0.9  # type: ignore[union-attr]
+    grouped = ImageSet.from_arrays(pixels(24), [0, 1] * 12, groups=[f"patient{place // 3}" for place in range(24)])
+    extract(model, grouped, store, cuts=["layer2:concat"])
+    fold_of = _folds(store.features(grouped, features.key), np.asarray(grouped.targets), 4)
+    assert [len({*patient}) for patient in np.reshape(fold_of, (8, 3)).tolist()] == [1] * 8
+    assert np.bincount(np.ravel(fold_of)).tolist() == [6] * 4
 
 
 @pytest.mark.parametrize("num_classes", [2, 10])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -12,12 +13,14 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d
 
+from featstore.images.splitting import fold_of_each
 from training.estimators.given import Matrix, checked_to_fit, checked_to_predict
 from training.inputs.held import HeldRows
 from training.row_fits import Rows
 from training.solvers.logistic import cross_validated, logistic_path
 from training.solvers.neighbors import KNearest, Metric
 from training.solvers.ridge import ridge_classifier_path
+from training.splits import grouped_by_content
 
 _BLOCK_BYTES = 64 << 20
 
@@ -54,7 +57,8 @@ class LinearProbe(_Probe):
 
     Args:
         C: inverse strength of the penalty, or several to choose from.
-        folds: by which it is chosen.
+        folds: by which it is chosen, dealt as scikit-learn's ``StratifiedKFold`` deals them. Images of equal content or
+            of one group, and equal rows of an array, lie in the same fold.
         standardised: penalises coefficients of columns of mean 0 and deviation 1; for one C.
         class_weight: None, ``balanced``, or a weight a class, by its name in `y`.
         tol: how far above its least, as a share, the objective may end.
@@ -113,7 +117,7 @@ class LinearProbe(_Probe):
                     "standardised is for one C, as folds would share its means. Put a StandardScaler before this in a "
                     "pipeline, or give one C."
                 )
-            self.scores_ = cross_validated(source, y, C=strengths, folds=self.folds, **options)
+            self.scores_ = cross_validated(source, y, C=strengths, folds=_folds(rows, y, self.folds), **options)
             self.C_ = _chosen(strengths, self.scores_)
         path = logistic_path(
             source,
@@ -277,6 +281,29 @@ def _decisions(probe: Any, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
     blocks = (rows[start : start + several].double().numpy() for start in range(0, len(rows), several))
     values = np.concatenate([block @ probe.coef_.T + probe.intercept_ for block in blocks])
     return values[:, 0] if len(probe.classes_) == 2 else values
+
+
+def _folds(rows: Rows, targets: NDArray[Any], folds: int) -> int | NDArray[np.int64]:
+    """How many folds, or where rows must stay together the fold of each ``(N,)``.
+
+    Of a copy that is trained on, any strength tells the label of the other one.
+    """
+    if isinstance(rows, HeldRows):
+        seen: dict[bytes, int] = {}
+        digests = (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows.values)
+        groups = [str(seen.setdefault(digest, place)) for place, digest in enumerate(digests)]
+        if len(seen) == len(groups):
+            return folds
+    else:
+        images = rows.images.with_splits(
+            ["train"] * len(rows)
+        )  # whatever they are otherwise, all of them are fitted to
+        together = grouped_by_content(images, images.digests(), None)
+        if together is None:
+            return folds
+        groups = [*together]
+    _, strata = np.unique(targets, return_inverse=True)
+    return fold_of_each(groups, strata.astype(np.int64), 0, k=folds, are_groups=True)
 
 
 def _chosen(strengths: Sequence[float], scores: NDArray[np.float64]) -> float:
