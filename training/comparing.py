@@ -385,6 +385,8 @@ def _to_use(
         raise ValueError(f"{images.name} has no labels, and backbones can't be compared without. Give labelled images.")
     if groups is not None and not has_folds:
         raise ValueError("groups are for folds, and there are none. Expected folds=5 beside them, or no groups.")
+    if groups is not None and not isinstance(groups, Sequence | np.ndarray):
+        raise ValueError(f"groups is {groups!r}. Expected the group of each image in a list.")
     if groups is not None and len(groups) != len(images):
         raise ValueError(f"There are {len(groups):,} groups for {len(images):,} images. Expected one for each.")
     targets = np.asarray(images.targets)
@@ -397,7 +399,11 @@ def _to_use(
 
 def _dealt(images: ImageSet, folds: int | None, seed: int) -> list[ImageSet]:
     if folds is not None:
-        return images.folds(folds, seed=seed)
+        if not isinstance(folds, int | np.integer):
+            raise ValueError(
+                f"folds is {folds!r}. Expected a whole number from 2 on, or None for the split of the images."
+            )
+        return images.folds(int(folds), seed=seed)
     for split in ("train", "valid"):
         if not (images.splits == split).any():
             raise ValueError(
@@ -410,19 +416,22 @@ def _dealt(images: ImageSet, folds: int | None, seed: int) -> list[ImageSet]:
 def _models(backbones: Sequence[Given], cuts: Sequence[str] | None) -> list[tuple[StagedModel, list[str] | None]]:
     if isinstance(backbones, str | nn.Module) or not backbones:
         raise ValueError(f"backbones is {backbones!r:.60}. Expected names or models in a list.")
-    if isinstance(cuts, str):
-        raise ValueError(f"cuts is {cuts!r}. Expected cuts in a list.")
+    _check_cuts(cuts)
     found: list[tuple[StagedModel, list[str] | None]] = []
     for each in backbones:
+        if isinstance(each, tuple) and len(each) != 2:
+            raise ValueError(f"backbones has {each!r:.60}. Expected a backbone, or (backbone, [cut, ...]).")
         source, own = each if isinstance(each, tuple) else (each, None)
+        _check_cuts(own)
         model = source if isinstance(source, StagedModel) else None
         if model is None:
             model = backbone(source) if isinstance(source, str) else StagedModel.from_module(source)
         if own is None and cuts is not None:
             own = [cut for cut in cuts if _has(model, cut)]
             if not own:
+                several = f"none of the cuts {', '.join(cuts)}" if len(cuts) > 1 else f"no cut {cuts[0]}"
                 raise ValueError(
-                    f"{model.name} has none of the cuts {', '.join(cuts)}. Expected one of its own: "
+                    f"{model.name} has {several}. Expected one of its own: "
                     f"{some(model.cut_points)}. See: featstore backbones NAME"
                 )
         found.append((model, None if own is None else list(own)))
@@ -432,6 +441,17 @@ def _models(backbones: Sequence[Given], cuts: Sequence[str] | None) -> list[tupl
                 f"No backbone has the cut {cut}. {found[0][0].name} has {', '.join(found[0][0].cut_points)}."
             )
     return found
+
+
+def _check_cuts(cuts: Any) -> None:
+    """Raises ValueError for what is no list of names."""
+    if cuts is None:
+        return
+    if isinstance(cuts, str) or not isinstance(cuts, Sequence) or not cuts:
+        raise ValueError(f"cuts is {cuts!r}. Expected cuts in a list.")
+    wrong = [cut for cut in cuts if not isinstance(cut, str)]
+    if wrong:
+        raise ValueError(f"cuts has {wrong[0]!r}. Expected names of cuts, as layer4 or layer4:avg.")
 
 
 def _has(model: StagedModel, cut: str) -> bool:

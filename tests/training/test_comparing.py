@@ -230,7 +230,13 @@ def test_what_can_not_be_compared_is_refused_by_name(store: FeatureStore) -> Non
     images = digits(60)
     model = staged()
     for options, words in (
-        ({"cuts": ["layer9"]}, "net has none of the cuts layer9"),
+        ({"cuts": ["layer9"]}, "net has no cut layer9"),
+        ({"cuts": ["layer8", "layer9"]}, "net has none of the cuts layer8, layer9"),
+        ({"cuts": ["layer1", "layer9"]}, "No backbone has the cut layer9"),
+        ({"cuts": [4]}, "cuts has 4. Expected names of cuts"),
+        ({"cuts": []}, r"cuts is \[\]"),
+        ({"folds": "three"}, "folds is 'three'"),
+        ({"groups": 3, "folds": 3}, "groups is 3"),
         ({"cuts": ["layer1:none"]}, "net@layer1 none gives 8x8x8 an image, and probes take vectors"),
         ({"cuts": "layer1"}, "cuts is 'layer1'"),
         ({"by": "linear", "probes": ["knn"]}, "by is 'linear'"),
@@ -238,6 +244,10 @@ def test_what_can_not_be_compared_is_refused_by_name(store: FeatureStore) -> Non
     ):
         with pytest.raises(ValueError, match=words):
             compare([model], images, store, **options)
+    with pytest.raises(ValueError, match="cuts is 'layer1'"):
+        compare([(model, "layer1")], images, store)
+    with pytest.raises(ValueError, match=r"Expected a backbone, or \(backbone, \[cut, ...\]\)"):
+        compare([(model,)], images, store)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="backbones is 'resnet18'"):
         compare("resnet18", images, store)
     with pytest.raises(ValueError, match="no labelled image in the split valid"):

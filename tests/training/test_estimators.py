@@ -376,11 +376,33 @@ def test_random_states_are_seeds(digits: Arrays) -> None:
         ({"options": {"checkpoint": "kept"}}, "has rows alone"),
         ({"epochs": 0}, "epochs is 0"),
         ({"class_weight": "heavy"}, "class_weight"),
+        ({"hidden": 64}, r"hidden is 64; expected the width of each hidden layer in a list, as \(512,\)"),
+        ({"hidden": (6.5,)}, "each must be a whole number"),
+        ({"dropout": ("a", 0.5)}, "A dropout rate is .a."),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"options": ["clip"]}, "expected options of a fit by name"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], told: str, digits: Arrays) -> None:
     with pytest.raises((ValueError, TypeError), match=told):
         HeadClassifier(**{"lr": 1e-2, **settings}).fit(*digits)
+
+
+@pytest.mark.parametrize(
+    ("probe", "told"),
+    [
+        (LinearProbe(C=[]), r"C is of shape \(0,\); expected one number above 0, or several"),
+        (LinearProbe(C="strong"), "C is 'strong'"),  # type: ignore[arg-type]
+        (LinearProbe(max_iterations=1.5), "max_iterations is 1.5"),  # type: ignore[arg-type]
+        (LinearProbe(class_weight=[1, 2]), r"class_weight is \[1, 2\]"),  # type: ignore[arg-type]
+        (RidgeProbe(None), "strengths is nan"),  # type: ignore[arg-type]
+        (KNNProbe(2.5), "n_neighbors is 2.5"),  # type: ignore[arg-type]
+        (KNNProbe(weights=None), "weights is None"),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_of_probes_that_mean_nothing_are_refused(probe: Any, told: str, digits: Arrays) -> None:
+    with pytest.raises((ValueError, TypeError), match=told):
+        probe.fit(*digits)
 
 
 def test_a_single_class_is_refused(digits: Arrays) -> None:
@@ -574,6 +596,12 @@ def test_columns_have_names(paths: tuple[list[str], list[str]], model: StagedMod
     assert maps.transform(paths[0][:2]).shape == (2, *maps.shape_)
     with pytest.raises(ValueError, match="names are for vectors"):
         maps.get_feature_names_out()
+
+
+@pytest.mark.parametrize(("setting", "told"), [({"view": 64}, "view is 64; expected"), ({"store": 3}, "store is 3")])
+def test_settings_of_an_extractor_that_mean_nothing_are_refused(setting: Any, told: str, model: StagedModel) -> None:
+    with pytest.raises(TypeError, match=told):
+        FeatureExtractor(model, **setting).fit()
 
 
 @pytest.mark.parametrize(("given", "told"), [("one.jpg", "expected several images"), (["nowhere.jpg"], "is no file")])

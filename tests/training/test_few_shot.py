@@ -169,10 +169,23 @@ def test_what_a_store_lacks_is_said_with_what_to_run(model: StagedModel, images:
         few_shot(model, images, empty, shots=(1,))
     with pytest.raises(ValueError, match="probe is 'svm'; expected one of ridge, linear"):
         few_shot(model, images, empty, probe="svm")
-    with pytest.raises(ValueError, match="shots are"):
-        few_shot(model, images, empty, shots=(0,))
-    with pytest.raises(ValueError, match="shares are"):
-        learning_curve(model, images, empty, shares=(0.5, 1.5))
+    for shots in (5, (0,), "12", (1.5,), ()):
+        with pytest.raises(ValueError, match=r"shots are .*; expected numbers of images a class from 1 on"):
+            few_shot(model, images, empty, shots=shots)  # type: ignore[arg-type]
+    for shares in (0.5, (0.5, 1.5), "ab", (5, 10)):
+        with pytest.raises(ValueError, match=r"shares are .*; expected shares"):
+            learning_curve(model, images, empty, shares=shares)  # type: ignore[arg-type]
+    for options, told in (
+        ({"repeats": 0}, "repeats is 0"),
+        ({"repeats": "2"}, "repeats is '2'"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"probe": RidgeProbe}, "expected one of ridge, linear, knn, head, or a classifier"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=told):
+            few_shot(model, images, empty, **options)
+    for number in (0, 1.5, "a"):
+        with pytest.raises(ValueError, match="shots is"):
+            k_shot(images, number)  # type: ignore[arg-type]
 
 
 def test_images_without_held_out_ones_are_refused(model: StagedModel, images: ImageSet, store: FeatureStore) -> None:

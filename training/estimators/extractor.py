@@ -83,6 +83,10 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         Raises:
             ValueError: for a model, a cut or a reduction that there isn't.
         """
+        if not isinstance(self.view, View | None):
+            raise TypeError(f"view is {self.view!r}; expected what model.view.resized(size=64) gives, or None.")
+        if not isinstance(self.store, str | os.PathLike | FeatureStore):
+            raise TypeError(f"store is {self.store!r}; expected a folder, an address, or a FeatureStore.")
         self.model_ = _loaded(self.model, self.weights, self.cut)
         self.cut_ = self.model_.canonical(self.cut or self.model_.default_cut)
         pool = self.model_.pool(self.cut_, self.reduce)

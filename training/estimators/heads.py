@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -33,6 +33,7 @@ from training.optim import LearningRate, MakeOptimizer, WeightDecay
 from training.plan import FitOptions, Plan, check_options
 from training.predict import probabilities
 from training.row_fits import Rows, fit_to_rows, logits_of_rows
+from training.settings import checked
 
 
 class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has no types
@@ -65,6 +66,8 @@ class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has 
         self.device, self.random_state, self.verbose = device, random_state, verbose
 
     def _fit_to(self, rows: Rows, targets: NDArray[Any], classes: Sequence[str], task: Task, **options: Any) -> Self:
+        if not isinstance(self.options, Mapping | None):
+            raise TypeError(f'options is {self.options!r}; expected options of a fit by name, as {{"clip": 1.0}}.')
         further = dict(self.options or {})
         check_options(further)
         named = {"schedule": self.schedule, "weight_decay": self.weight_decay, "mix": self.mix, "average": self.average}
@@ -84,7 +87,7 @@ class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has 
             task=task,
             plan=plan,
             optimizer=self.optimizer,
-            batch_size=self.batch_size,
+            batch_size=checked("batch_size", self.batch_size),
             device=self.device,
             seed=seed,
             quiet=not self.verbose,

@@ -20,6 +20,7 @@ from training.row_fits import Rows
 from training.solvers.logistic import cross_validated, logistic_path
 from training.solvers.neighbors import KNearest, Metric
 from training.solvers.ridge import ridge_classifier_path
+from training.solvers.targets import strengths_of
 from training.splits import grouped_by_content
 
 _BLOCK_BYTES = 64 << 20
@@ -108,7 +109,7 @@ class LinearProbe(_Probe):
             weights = _check_sample_weight(sample_weight, y, dtype=np.float64)
         options: dict[str, Any] = {"weights": weights, "class_weight": self.class_weight, "device": self.device}
         source = rows.values if isinstance(rows, HeldRows) else rows
-        strengths = [float(each) for each in np.atleast_1d(self.C)]
+        strengths = strengths_of("C", self.C).tolist()
         self.scores_: NDArray[np.float64] | None = None
         self.C_ = strengths[0]
         if len(strengths) > 1:
@@ -194,7 +195,7 @@ class RidgeProbe(_Probe):
         """
         rows, y = self._given(X, y)
         source = rows.values if isinstance(rows, HeldRows) else rows
-        strengths = [float(each) for each in np.atleast_1d(self.strengths)]
+        strengths = strengths_of("strengths", self.strengths).tolist()
         path = ridge_classifier_path(source, y, strengths, device=self.device)
         assert path.errors is not None
         self.errors_, self.strength_ = path.errors.mean(axis=1), path.best
@@ -253,7 +254,9 @@ class KNNProbe(_Probe):
             ValueError: for a single class, rows that aren't finite, and of cosine for rows of zeros.
         """
         rows, y = self._given(X, y)
-        self.n_neighbors_ = min(self.n_neighbors, len(rows))
+        if not isinstance(self.n_neighbors, int | np.integer) or self.n_neighbors < 1:
+            raise ValueError(f"n_neighbors is {self.n_neighbors!r}; expected a whole number of at least 1.")
+        self.n_neighbors_ = int(min(self.n_neighbors, len(rows)))
         source = rows.values if isinstance(rows, HeldRows) else rows
         self.neighbors_ = KNearest(
             source, y, k=self.n_neighbors_, metric=self.metric, weights=self.weights, device=self.device

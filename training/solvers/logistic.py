@@ -14,7 +14,7 @@ from featstore.models.modes import numerics
 from featstore.models.trunk import choose_device
 from training.solvers.newton import CentredRows, Point, Problems, minimise
 from training.solvers.rows import Rows
-from training.solvers.targets import ClassWeights, class_numbers, on, row_weights, weights_by_class
+from training.solvers.targets import ClassWeights, class_numbers, on, row_weights, strengths_of, weights_by_class
 
 Array = NDArray[np.float64]
 
@@ -97,7 +97,7 @@ def logistic_path(
         ValueError: for rows that aren't finite, a single class, labels of another number, C or tol not above 0.
     """
     rows = Rows.of(X)
-    strengths = _strengths(C)
+    strengths = strengths_of("C", C)
     _check_options(tol, max_iterations)
     classes, numbers = class_numbers(y, len(rows))
     counted = weights_by_class(class_weight, classes, numbers, row_weights(weights, len(rows)))
@@ -157,7 +157,7 @@ def cross_validated(
         ValueError: as `logistic_path`; for fewer than two folds, and a fold that leaves no row of a class to train on.
     """
     rows = Rows.of(X)
-    strengths = _strengths(C)
+    strengths = strengths_of("C", C)
     _check_options(tol, max_iterations)
     classes, numbers = class_numbers(y, len(rows))
     fold_of, num_folds = _folds(folds, numbers)
@@ -186,20 +186,11 @@ def cross_validated(
     return scores
 
 
-def _strengths(given: float | Sequence[float]) -> Array:
-    strengths: Array = np.atleast_1d(np.asarray(given, dtype=np.float64))
-    bad = strengths[~(np.isfinite(strengths) & (strengths > 0))]
-    if strengths.ndim != 1 or not strengths.size or bad.size:
-        shown = f"{bad[0]:g}" if bad.size else f"of shape {strengths.shape}"
-        raise ValueError(f"C is {shown}; expected one number above 0, or several in a list.")
-    return strengths
-
-
 def _check_options(tol: float, max_iterations: int) -> None:
-    if not tol > 0:
-        raise ValueError(f"tol is {tol}; expected a share of the objective above 0, as 1e-5.")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations}; expected at least 1.")
+    if not isinstance(tol, int | float | np.number) or not tol > 0:
+        raise ValueError(f"tol is {tol!r}; expected a share of the objective above 0, as 1e-5.")
+    if not isinstance(max_iterations, int | np.integer) or max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations!r}; expected a whole number of at least 1.")
 
 
 def _check_each_counts(classes: NDArray[Any], numbers: NDArray[np.int64], weights: Array, where: str = "") -> None:
