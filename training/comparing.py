@@ -1,4 +1,7 @@
-"""Comparing: which backbone, and which cut of it, serves a task best - accuracy against seconds and bytes."""
+"""Comparing: which backbone, and which cut of it, serves a task best - accuracy against seconds and bytes.
+
+Long, since a comparison is a table that tells all of it, beside what is measured for it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ from featstore.words import counted, size_text, some
 from training.frames import data_frame
 from training.learner import Learner
 from training.metrics import wilson_interval
-from training.probing import Halves, ProbeName, Rows, probed, probes_for, score
+from training.probing import Halves, ProbeName, Rows, probed, probes_for, score, score_interval
 from training.splits import grouped_by_content
 from training.transferability import SCORES, Score, transfer_scores
 
@@ -63,8 +66,8 @@ class ProbeResult:
 
     Attributes:
         value: accuracy, mean average precision or R2; over folds their mean.
-        interval: where it lies for other images (Wilson's) or other folds (Student's t), 95 %; None where that isn't
-            known: of mAP and R2 without folds.
+        interval: where it lies for other images (of accuracy Wilson's, of mAP and R2 by the bootstrap) or other folds
+            (Student's t, within what the score can be), 95 %; None where that isn't known.
         settings: what was chosen on the training images, k, strength or C; one a fold.
         is_right: ``(M,)`` of each image held out whether its class was found; None for other tasks.
     """
@@ -345,22 +348,22 @@ def compare(
         raise _missing(next(each for each in planned.sets if each.is_missing.any()), images, store)
     entries = []
     for each in planned.sets:
-        features = store.features(images, FeatureRequest.of(each.spec))
-        rows: Rows = features.tensor(dtype=torch.float32).numpy()
         computed = int(each.is_missing.sum())
         is_timed = not each.source.model.is_absent and (computed > 0 or time_all)
+        seconds = _seconds(each, device, batch_size) if is_timed else None
+        found, transfer = _probed(each, store, images, dealt, names, has_folds=folds is not None, device=str(device))
         entries.append(
             Entry(
                 backbone=each.source.model.name,
                 cut=f"{each.cut} {each.spec.reduction}",
                 key=each.spec.key,
-                width=rows.shape[1],
+                width=each.shape[0],
                 num_bytes=each.row_bytes,
                 parameters=_num_parameters(each.source.model, each.cut),
-                seconds=_seconds(each, device, batch_size) if is_timed else None,
+                seconds=seconds,
                 computed=computed,
-                probes={name: _result(name, rows, images, dealt, folds is not None, str(device)) for name in names},
-                transfer=_transfer(rows, images, dealt),
+                probes=found,
+                transfer=transfer,
             )
         )
         if progress:
@@ -517,6 +520,23 @@ def _num_parameters(model: StagedModel, cut: str) -> int | None:
     return None if model.is_absent else sum(each.numel() for each in model.trunk(cut).parameters())
 
 
+def _probed(
+    each: PlannedSet,
+    store: FeatureStore,
+    images: ImageSet,
+    dealt: Sequence[ImageSet],
+    names: Sequence[ProbeName],
+    *,
+    has_folds: bool,
+    device: str,
+) -> tuple[dict[ProbeName, ProbeResult], dict[Score, float | None]]:
+    """What all is made of one set's rows, which are in memory meanwhile, and gone before those of the next are read."""
+    features = store.features(images, FeatureRequest.of(each.spec))
+    rows: Rows = features.tensor(dtype=torch.float32).numpy()
+    found = {name: _result(name, rows, images, dealt, has_folds, device) for name in names}
+    return found, _transfer(rows, images, dealt)
+
+
 def _result(
     name: ProbeName, rows: Rows, images: ImageSet, dealt: Sequence[ImageSet], has_folds: bool, device: str
 ) -> ProbeResult:
@@ -541,18 +561,20 @@ def _result(
     right = np.concatenate(is_right) if is_right else None
     interval = None
     if has_folds:
-        interval = _student(values)
+        interval = _student(values, -math.inf if task == "regression" else 0.0)
+    elif task != "single":
+        interval = score_interval(found.said, targets[held_out], task)
     elif right is not None:
         interval = wilson_interval(int(right.sum()), len(right))
     return ProbeResult(value=fmean(values), interval=interval, settings=tuple(settings), is_right=right)
 
 
-def _student(values: Sequence[float]) -> tuple[float, float]:
-    """Of the mean over other folds; see `CrossValidation.interval`."""
+def _student(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Of the mean over other folds, see `CrossValidation.interval`: of a score from `least` to 1."""
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
+    return max(least, fmean(values) - half), min(1.0, fmean(values) + half)
 
 
 def _inner(training: ImageSet) -> list[Halves]:

@@ -48,15 +48,15 @@ class CurvePoint:
         """Of the draws."""
         return fmean(self.accuracies)
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Where the mean over other draws lies, by Student's t; NaN of a single draw."""
+    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+        """Where the mean over other draws lies, by Student's t, within 0 and 1; None of a single draw."""
         count = len(self.accuracies)
         if count < 2:
-            return math.nan, math.nan
+            return None
         from scipy.stats import t  # type: ignore[import-untyped]  # scikit-learn brings it
 
         half = float(t.ppf(0.5 + confidence / 2, count - 1)) * stdev(self.accuracies) / math.sqrt(count)
-        return self.mean - half, self.mean + half
+        return max(0.0, self.mean - half), min(1.0, self.mean + half)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -76,11 +76,14 @@ class LearningCurve:
     num_scored: int
 
     @property
-    def table(self) -> list[dict[str, int | float]]:
-        """A row a size: shots (where there are some), images, draws, accuracy, and the ends of its interval."""
-        rows: list[dict[str, int | float]] = []
+    def table(self) -> list[dict[str, int | float | None]]:
+        """A row a size: shots (where there are some), images, draws, accuracy, and the ends of its interval.
+
+        Of a single draw the ends are None.
+        """
+        rows: list[dict[str, int | float | None]] = []
         for each in self.points:
-            low, high = each.interval()
+            low, high = each.interval() or (None, None)
             shots = {} if each.shots is None else {"shots": each.shots}
             draws = len(each.accuracies)
             rows.append(
@@ -89,12 +92,14 @@ class LearningCurve:
         return rows
 
     def frame(self) -> dict[str, list[float]]:
-        """Column -> values, one a size: what ``pandas.DataFrame`` takes."""
-        return {name: [row[name] for row in self.table] for name in self.table[0]}
+        """Column -> values, one a size, NaN where there is none: what ``pandas.DataFrame`` takes."""
+        columns = {name: [row[name] for row in self.table] for name in self.table[0]}
+        return {name: [math.nan if each is None else each for each in values] for name, values in columns.items()}
 
     def in_words(self) -> str:
-        """What was fitted and scored."""
-        return f"{self.probe}, scored on {self.num_scored:,} held-out images; intervals of 95 % over draws"
+        """What was fitted and scored, and why an interval is missing."""
+        alone = "" if all(each.interval() for each in self.points) else " (-: a single draw has none)"
+        return f"{self.probe}, scored on {self.num_scored:,} held-out images; intervals of 95 % over draws{alone}"
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Mean accuracy by number of images, with its interval."""
@@ -105,7 +110,9 @@ class LearningCurve:
     def __str__(self) -> str:
         names = list(self.table[0])
         lines = ["  ".join(f"{name:>9}" for name in names)]
-        lines += ["  ".join(f"{value:>9.4g}" for value in row.values()) for row in self.table]
+        lines += [
+            "  ".join(f"{'-' if each is None else f'{each:.4g}':>9}" for each in row.values()) for row in self.table
+        ]
         return "\n".join([*lines, self.in_words()])
 
     __repr__ = __str__

@@ -1,4 +1,7 @@
-"""Estimators: scikit-learn's own checks hold, and what they come to is what a Learner comes to on the same rows."""
+"""Estimators: scikit-learn's own checks hold, and what they come to is what a Learner comes to on the same rows.
+
+Long, since heads, probes and the extractor are held to the same things, by the same arrays and features.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from support.tiny import arrays, staged
 from featstore import FeatureStore, ImageSet, StagedModel, extract
 from featstore.errors import FeatureStoreError
 from training import RidgeProbe, few_shot, k_shot, learning_curve
+from training.shots import CurvePoint
 
 NUM_IMAGES = 60
 
@@ -122,7 +123,7 @@ def test_few_shots_are_what_a_probe_comes_to_on_those_rows(
             expected.append((RidgeProbe().fit(values, targets).predict(scored) == truth).mean())
         assert point.accuracies == tuple(expected)
         middle, half = np.mean(expected), t.ppf(0.975, 2) * sem(expected)
-        assert point.interval() == pytest.approx((middle - half, middle + half))
+        assert point.interval() == pytest.approx((middle - half, min(1, middle + half)))
     assert curve.num_scored == len(truth) == 24
 
 
@@ -138,7 +139,18 @@ def test_a_curve_ends_with_all_images_of_which_there_is_one_draw(
     values, targets = rows(store, images.train)
     expected = LogisticRegression(max_iter=2000).fit(values, targets).score(*rows(store, images.valid))
     assert curve.points[1].accuracies == (expected,)
-    assert all(map(math.isnan, curve.points[1].interval()))
+    assert curve.points[1].interval() is None
+    assert str(curve).splitlines()[-2].split()[-2:] == ["-", "-"]
+    assert str(curve).endswith("intervals of 95 % over draws (-: a single draw has none)")
+    assert math.isnan(curve.frame()["from"][1])
+    curve.plot()
+
+
+def test_an_interval_stays_within_what_an_accuracy_can_be() -> None:
+    near_1, near_0 = (CurvePoint(shots=1, num_images=2, accuracies=each) for each in ((1.0, 0.9, 1.0), (0.0, 0.1, 0.0)))
+    half = t.ppf(0.975, 2) * sem(near_1.accuracies)
+    assert near_1.interval() == pytest.approx((near_1.mean - half, 1))
+    assert near_0.interval() == pytest.approx((0, near_0.mean + half))
 
 
 @pytest.mark.parametrize("probe", ["ridge", "linear", "knn", "head", GaussianNB()])
