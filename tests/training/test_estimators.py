@@ -32,9 +32,13 @@ from support.tiny import VIEW, arrays, photos, pixels, staged
 
 from featstore import Augment, Features, FeatureStore, ImageSet, StagedModel, extract
 from featstore.errors import FactsDifferError
+from featstore.images.fileless import images_by_id
 from training import FeatureExtractor, HeadClassifier, HeadRegressor, KNNProbe, Learner, LinearProbe, RidgeProbe
 from training.estimators.probes import _folds
-from training.heads import HEADS
+from training.heads import HEADS, build_head
+from training.inputs.batches import Batches
+from training.inputs.held import HeldRows, HeldSource
+from training.inputs.situation import Situation
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
 
@@ -75,9 +79,13 @@ def features_of(store: FeatureStore, images: ImageSet, cut: str, reduction: str)
 
 # ------------------------------------------------------------------------------------- scikit-learn's own checks
 
+ORDER = {
+    "check_sample_weight_equivalence_on_dense_data": "it shuffles the rows, whose order decides a fit by steps",
+    "check_sample_weights_invariance": "the same, before scikit-learn 1.6",
+}
 CHECKED = [
-    (HeadClassifier("mlp", epochs=10, lr=3e-2, hidden=(32,), dropout=0.0, batch_size=256), {}),
-    (HeadRegressor(epochs=20, lr=1e-2, hidden=(32,)), {}),
+    (HeadClassifier("mlp", epochs=10, lr=3e-2, hidden=(32,), dropout=0.0, batch_size=256), ORDER),
+    (HeadRegressor(epochs=20, lr=1e-2, hidden=(32,)), ORDER),
     (
         LinearProbe(),
         {
@@ -87,13 +95,22 @@ CHECKED = [
     ),
     (KNNProbe(5), {"check_estimators_dtypes": "has a row of zeros, which has no direction (cosine)"}),
     (KNNProbe(3, metric="euclidean", weights="distance"), {}),
-    (RidgeProbe(), {}),
+    (
+        RidgeProbe(),
+        {
+            "check_sample_weight_equivalence_on_dense_data": "copies tell of a row that is left out: other strengths",
+            "check_sample_weights_invariance": "the same, before scikit-learn 1.6",
+        },
+    ),
     pytest.param(
         HeadClassifier(),
-        {"check_class_weight_classifiers": "ten steps on fifty rows are few for a weight ten million times another"},
+        {
+            **ORDER,
+            "check_class_weight_classifiers": "ten steps on fifty rows are few for a weight ten million times another",
+        },
         marks=pytest.mark.slow,
     ),
-    pytest.param(HeadRegressor(), {}, marks=pytest.mark.slow),
+    pytest.param(HeadRegressor(), ORDER, marks=pytest.mark.slow),
 ]
 """Estimators, and the checks that they fail with the reason."""
 
@@ -416,6 +433,65 @@ def test_a_single_class_is_refused(digits: Arrays) -> None:
 # --------------------------------------------------------------------------------------------------------- the probes
 
 
+@pytest.mark.parametrize("kind", ["array", "features"])
+@pytest.mark.parametrize(
+    "fresh",
+    [HeadClassifier(epochs=2, lr=1e-2), HeadRegressor("mlp", epochs=2, lr=1e-2)],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_head_is_fitted_to_a_row_as_often_as_its_weight_says(fresh: Any, kind: str, features: Features) -> None:
+    array, targets = np.asarray(features), features.targets
+    assert targets is not None
+    often = np.arange(24) % 5  # 0 leaves a row out
+    made = clone(fresh).fit(features if kind == "features" else array, targets, sample_weight=often)
+    repeated = clone(fresh).fit(np.repeat(array, often, axis=0), np.repeat(targets, often))
+    assert made.history_.losses == repeated.history_.losses
+    assert np.array_equal(made.predict(array), repeated.predict(array))
+
+
+def test_weights_that_are_not_whole_are_shares_of_a_pass(digits: Arrays) -> None:
+    values, targets = digits[0], digits[1] // 5
+    weights = np.random.default_rng(0).uniform(0.1, 2, 300) * np.where(targets == 1, 20, 1)
+    plain, heavy, scaled = (
+        HeadClassifier("linear", epochs=5, lr=1e-2).fit(values, targets, each).predict(values)
+        for each in (None, weights, weights / 1024)
+    )
+    assert np.array_equal(heavy, scaled)
+    assert (heavy == 1).sum() > (plain == 1).sum()
+    rows = HeldRows(values[:40])
+    images = images_by_id([*map(str, range(40))], where="made", name="made")
+    model = StagedModel.absent(
+        [{"name": "rows", "layout": "NC", "shape": [64], "digest": "0"}], view=VIEW, name="rows", class_tokens=0
+    ).with_head(build_head("linear", 64, 2), cut="rows", reduction="none")
+    shares = weights[:40] / weights[:40].mean()
+    batches = Batches(
+        HeldSource(
+            images=replace(images, targets=targets[:40], classes=("a", "b"), task="single"), features=(rows,), start=1
+        ),
+        Situation.of(model, images, device=torch.device("cpu")),
+        batch_size=8,
+        workers=None,
+        weights=shares,
+    )
+    counts = np.stack([np.bincount(batches._order(3, number), minlength=40) for number in range(2000)])
+    assert (counts.sum(1) == 40).all()
+    assert (np.abs(counts - shares) < 1 + 1e-9).all()  # what is whole of a weight each pass has
+    assert counts.mean(0) == pytest.approx(shares, abs=4 * 0.5 / 2000**0.5)  # four deviations of a mean, or more
+
+
+def test_weights_that_mean_nothing_are_refused(digits: Arrays) -> None:
+    for fresh in (HeadClassifier(epochs=1, lr=1e-2), LinearProbe(), RidgeProbe()):
+        for weights, told in (
+            (np.zeros(300), "at least one non-zero"),
+            (np.full(300, -1.0), "is -1"),
+            (np.ones(9), "shape"),
+        ):
+            with pytest.raises(ValueError, match=told):
+                clone(fresh).fit(*digits, sample_weight=weights)
+    with pytest.raises(ValueError, match="sampling is balanced, which has its own"):
+        HeadClassifier(epochs=1, lr=1e-2, options={"sampling": "balanced"}).fit(*digits, np.full(300, 0.5))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("num_classes", [2, 10])
 def test_a_linear_probe_is_logistic_regression(num_classes: int, weighted: bool, digits: Arrays) -> None:
@@ -452,6 +528,11 @@ def test_weights_count_as_rows_that_are_there_so_often(digits: Arrays) -> None:
     weighted = LinearProbe(0.01, tol=1e-8).fit(values, targets, sample_weight=often)
     repeated = LinearProbe(0.01, tol=1e-8).fit(np.repeat(values, often, axis=0), np.repeat(targets, often))
     assert weighted.predict_proba(values) == pytest.approx(repeated.predict_proba(values), abs=1e-4)
+    ridges = [
+        RidgeProbe(10.0).fit(values, targets, sample_weight=often),
+        RidgeProbe(10.0).fit(np.repeat(values, often, axis=0), np.repeat(targets, often)),
+    ]
+    assert ridges[0].coef_ == pytest.approx(ridges[1].coef_, rel=1e-8, abs=1e-10)  # sums of float64 in another order
 
 
 def test_a_strength_is_chosen_as_a_search_chooses_it(digits: Arrays) -> None:

@@ -116,6 +116,29 @@ def are_own(features: Features, y: Any) -> bool:
     return own is not None and (y is None or np.array_equal(np.asarray(y), own))
 
 
+def checked_weights(sample_weight: Any, num_rows: int) -> NDArray[np.float64]:
+    """What each row counts ``(N,)``, as scikit-learn checks it; 1 where nobody says.
+
+    Raises:
+        ValueError: for another number of them, for weights below 0, and for none above 0.
+    """
+    from sklearn.utils.validation import _check_sample_weight
+
+    weights: NDArray[np.float64] = _check_sample_weight(sample_weight, np.zeros((num_rows, 1)), dtype=np.float64)
+    if not weights.any():
+        raise ValueError("Sample weights must contain at least one non-zero number. Leave sample_weight out.")
+    if (weights < 0).any():
+        raise ValueError(f"A sample weight is {weights.min():g}; expected numbers of at least 0. Correct it.")
+    return weights
+
+
+def rows_that_count(rows: Rows, weights: NDArray[np.float64]) -> Rows:
+    """Those with a weight above 0."""
+    if (weights > 0).all():
+        return rows
+    return HeldRows(rows[np.flatnonzero(weights > 0)].float().numpy())
+
+
 def array_of(rows: Rows) -> NDArray[np.float32]:
     """All rows, float32."""
     return rows.values if isinstance(rows, HeldRows) else np.asarray(rows, dtype=np.float32)

@@ -23,7 +23,14 @@ from featstore.store.features import Features
 from featstore.store.store import FeatureStore
 from featstore.words import some
 from training.averages import Averaging
-from training.estimators.given import Matrix, are_own, checked_to_fit, checked_to_predict
+from training.estimators.given import (
+    Matrix,
+    are_own,
+    checked_to_fit,
+    checked_to_predict,
+    checked_weights,
+    rows_that_count,
+)
 from training.heads import HEADS, ValueHead, build_head
 from training.history import History
 from training.learner import Learner
@@ -65,7 +72,17 @@ class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has 
         self.mix, self.average, self.options = mix, average, options
         self.device, self.random_state, self.verbose = device, random_state, verbose
 
-    def _fit_to(self, rows: Rows, targets: NDArray[Any], classes: Sequence[str], task: Task, **options: Any) -> Self:
+    def _fit_to(
+        self,
+        rows: Rows,
+        targets: NDArray[Any],
+        weights: NDArray[np.float64] | None,
+        classes: Sequence[str],
+        task: Task,
+        **options: Any,
+    ) -> Self:
+        """Fits it to the rows that count, which `targets` are of already."""
+        source = rows if weights is None else rows_that_count(rows, weights)
         if not isinstance(self.options, Mapping | None):
             raise TypeError(f'options is {self.options!r}; expected options of a fit by name, as {{"clip": 1.0}}.')
         further = dict(self.options or {})
@@ -81,7 +98,7 @@ class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has 
         head = self._built(rows.shape[1:], len(classes), seed)
         fitted = fit_to_rows(
             ValueHead(head, len(classes)) if task == "regression" and isinstance(self.head, str) else head,
-            rows,
+            source,
             targets,
             classes=classes,
             task=task,
@@ -90,6 +107,7 @@ class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has 
             batch_size=checked("batch_size", self.batch_size),
             device=self.device,
             seed=seed,
+            weights=None if weights is None else weights[weights > 0],
             quiet=not self.verbose,
         )
         self._contents = {bytes(row) for row in rows.images.digests().values} if isinstance(rows, Features) else None
@@ -267,19 +285,24 @@ class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
         )
         self.label_smoothing, self.class_weight = label_smoothing, class_weight
 
-    def fit(self, X: Matrix, y: Any = None) -> Self:  # noqa: N803
+    def fit(self, X: Matrix, y: Any = None, sample_weight: Any = None) -> Self:  # noqa: N803
         """Trains a new head.
 
         Args:
             X: rows ``(N, F)``, or `Features`.
             y: a class a row, numbers or words; or ``(N, K)`` of 0 and 1 for any number of labels a row. Of `Features`
                 None stands for their own targets.
+            sample_weight: ``(N,)``, what each row counts. Of whole numbers a row is there so often, none of 0;
+                of others each epoch has a row as often as its share of all weights says, on average.
 
         Raises:
             ValueError: for a single class, and for rows or targets that can't be trained on.
         """
         own = y
         rows, y = checked_to_fit(self, X, y, allow_nd=self._takes_maps, multi_output=True)
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
+        if weights is not None:
+            y = y[weights > 0]
         self._is_multi = type_of_target(y) == "multilabel-indicator"
         targets: NDArray[Any]
         task: Task = "multi" if self._is_multi else "single"
@@ -295,9 +318,9 @@ class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
                 "more. Give rows of others too."
             )
         self._names = self._named(X, own)
-        weights = self._class_weights()
         names = [str(place) for place in range(len(self.classes_))]
-        return self._fit_to(rows, targets, names, task, label_smoothing=self.label_smoothing, class_weights=weights)
+        options = {"label_smoothing": self.label_smoothing, "class_weights": self._class_weights()}
+        return self._fit_to(rows, targets, weights, names, task, **options)
 
     def predict(self, X: Matrix) -> NDArray[Any]:  # noqa: N803
         """The most probable class of each row; of several labels ``(N, K)`` of 0 and 1, those from 0.5 on."""
@@ -363,12 +386,13 @@ class HeadRegressor(RegressorMixin, _Head):  # type: ignore[misc]
         spec_: of features that it was fitted to, what decided their values; else None.
     """
 
-    def fit(self, X: Matrix, y: Any = None) -> Self:  # noqa: N803
+    def fit(self, X: Matrix, y: Any = None, sample_weight: Any = None) -> Self:  # noqa: N803
         """Trains a new head.
 
         Args:
             X: rows ``(N, F)``, or `Features`.
             y: numbers ``(N,)`` or ``(N, K)``. Of `Features` None stands for their own targets.
+            sample_weight: as `HeadClassifier.fit` takes it.
 
         Raises:
             ValueError: for rows or targets that can't be trained on.
@@ -382,7 +406,9 @@ class HeadRegressor(RegressorMixin, _Head):  # type: ignore[misc]
         targets = np.asarray(y, np.float32).reshape(len(y), -1)
         self._num_values = targets.shape[1]
         names = [str(place) for place in range(self._num_values)]
-        return self._fit_to(rows, targets, names, "regression")
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
+        targets = targets if weights is None else targets[weights > 0]
+        return self._fit_to(rows, targets, weights, names, "regression")
 
     def _check_classes(self, images: ImageSet) -> None:
         values, names = self._num_values, self._names

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from featstore.images.splitting import fold_of_each
-from training.estimators.given import Matrix, checked_to_fit, checked_to_predict
+from training.estimators.given import Matrix, checked_to_fit, checked_to_predict, checked_weights
 from training.inputs.held import HeldRows
 from training.row_fits import Rows
 from training.solvers.logistic import cross_validated, logistic_path
@@ -104,9 +104,7 @@ class LinearProbe(_Probe):
             ValueError: for a single class, and for rows that aren't finite.
         """
         rows, y = self._given(X, y)
-        weights = None
-        if sample_weight is not None:
-            weights = _check_sample_weight(sample_weight, y, dtype=np.float64)
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
         options: dict[str, Any] = {"weights": weights, "class_weight": self.class_weight, "device": self.device}
         source = rows.values if isinstance(rows, HeldRows) else rows
         strengths = strengths_of("C", self.C).tolist()
@@ -183,20 +181,22 @@ class RidgeProbe(_Probe):
         """Takes the settings as they are: they are checked when it is fitted. The class describes them."""
         self.strengths, self.device = strengths, device
 
-    def fit(self, X: Matrix, y: Any = None) -> Self:  # noqa: N803
+    def fit(self, X: Matrix, y: Any = None, sample_weight: Any = None) -> Self:  # noqa: N803
         """Solves it.
 
         Args:
             X: rows ``(N, F)``, or `Features`.
             y: a class a row. Of `Features` None stands for their own targets.
+            sample_weight: ``(N,)``, what each row counts; None: 1.
 
         Raises:
             ValueError: for a single class, and for rows that aren't finite.
         """
         rows, y = self._given(X, y)
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
         source = rows.values if isinstance(rows, HeldRows) else rows
         strengths = strengths_of("strengths", self.strengths).tolist()
-        path = ridge_classifier_path(source, y, strengths, device=self.device)
+        path = ridge_classifier_path(source, y, strengths, weights=weights, device=self.device)
         assert path.errors is not None
         self.errors_, self.strength_ = path.errors.mean(axis=1), path.best
         which = strengths.index(self.strength_)

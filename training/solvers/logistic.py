@@ -147,7 +147,7 @@ def cross_validated(
         y: ``(N,)``, labels.
         C: S inverse strengths.
         folds: how many, dealt as scikit-learn's ``StratifiedKFold`` deals them; or the number of each row's ``(N,)``.
-        weights: ``(N,)``, what each row's loss counts; accuracies don't heed them.
+        weights: ``(N,)``, what each row's loss counts, and a row in an accuracy.
         class_weight: the same by class.
         tol: as `logistic_path` has it; accuracies need less than coefficients.
         max_iterations: most Newton steps for one C.
@@ -175,13 +175,18 @@ def cross_validated(
         problems = Problems(centred, numbers, len(classes), on(chosen, of_folds))
         held_out, truth = on(chosen, fold_of), on(chosen, numbers)
         everyone = torch.arange(len(rows), device=chosen)
-        sizes = torch.bincount(held_out, minlength=num_folds)
+        sizes = torch.bincount(held_out, by_row, minlength=num_folds)
+        if not bool(sizes.all()):
+            raise ValueError(
+                f"Fold {int(sizes.argmin())} holds out no row that counts; expected one or more. Leave rows of weight "
+                "0 out, or deal fewer folds."
+            )
         point = problems.start()
         for place in np.argsort(strengths, kind="stable"):
             penalty = _penalty(strengths[place], of_folds.sum(0), len(classes), chosen)
             point = minimise(problems, point, penalty, tol=tol, max_iterations=max_iterations).point
             is_right = point.chances[everyone, held_out].argmax(1) == truth
-            right = torch.bincount(held_out, is_right.double(), minlength=num_folds)
+            right = torch.bincount(held_out, is_right * by_row, minlength=num_folds)
             scores[place] = (right / sizes).cpu().numpy()
     return scores
 
