@@ -16,6 +16,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -158,7 +159,7 @@ def concat_head(
             before each hidden layer and 0.5 before the last. A rate of 0 leaves the module out.
         seed: what the weights are drawn from, He normal (fan in, gain √2); biases are 0.
     """
-    widths = _checked_widths(in_features, *hidden, num_classes)
+    widths = _checked_widths(in_features, *_several(hidden), num_classes)
     default = (0.25,) * len(hidden) + (0.5,)
     rates = _dropout_rates(default if dropout is None else dropout, len(hidden) + 1)
     generator = torch.Generator().manual_seed(seed)
@@ -345,7 +346,7 @@ def mlp_head(
 
     `dropout` is one rate for every hidden layer, or one a hidden layer. Weights are drawn as those of `concat_head`.
     """
-    widths = _checked_widths(in_features, *hidden, num_classes)
+    widths = _checked_widths(in_features, *_several(hidden), num_classes)
     rates = _dropout_rates(dropout, len(hidden))
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
@@ -574,10 +575,21 @@ def _empty_linear(fan_in: int, fan_out: int) -> nn.Linear:
     return nn.Linear(fan_in, fan_out, device="meta").to_empty(device="cpu")
 
 
+def _several(hidden: Any) -> Sequence[int]:
+    if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+        raise TypeError(
+            f"hidden is {hidden!r}; expected the width of each hidden layer in a list, as (512,) or (256, 128)."
+        )
+    return hidden
+
+
 def _checked_widths(*widths: int) -> tuple[int, ...]:
+    shown = ", ".join(map(str, widths))
+    if not all(isinstance(each, int | np.integer) for each in widths):
+        raise TypeError(f"The layer widths are {shown}; each must be a whole number.")
     if min(widths) < 1:
-        raise ValueError(f"The layer widths are {', '.join(map(str, widths))}; each must be at least 1.")
-    return widths
+        raise ValueError(f"The layer widths are {shown}; each must be at least 1.")
+    return tuple(map(int, widths))
 
 
 def _dropout_rates(dropout: float | Sequence[float], num_layers: int) -> tuple[float, ...]:
@@ -588,8 +600,8 @@ def _dropout_rates(dropout: float | Sequence[float], num_layers: int) -> tuple[f
             f"or exactly {num_layers} rates."
         )
     for rate in rates:
-        if not 0 <= rate < 1:
-            raise ValueError(f"A dropout rate is {rate}; pass rates of at least 0 and below 1.")
+        if not isinstance(rate, int | float | np.number) or not 0 <= rate < 1:
+            raise ValueError(f"A dropout rate is {rate!r}; pass rates of at least 0 and below 1.")
     return rates
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from training.class_tables import check_learnable
 from training.heads import ValueHead, passes_an_epoch
 from training.inputs.batches import Batches, num_batches
 from training.inputs.derive import FeatureSource
-from training.inputs.held import HeldRows, HeldSource
+from training.inputs.held import HeldRows, HeldSource, RepeatedRows
 from training.inputs.situation import Situation
 from training.loop.fit import check_norms
 from training.loop.fitting import Fitting
@@ -66,6 +67,7 @@ def fit_to_rows(
     batch_size: int = 64,
     device: torch.device | str = "auto",
     seed: int = 0,
+    weights: NDArray[np.float64] | None = None,
     quiet: bool = True,
 ) -> RowFit:
     """Trains `head` on all rows: what `Learner.fit` makes of the same head, rows and settings, to the last bit.
@@ -82,26 +84,37 @@ def fit_to_rows(
         batch_size: likewise.
         device: likewise.
         seed: likewise.
+        weights: ``(N,)`` above 0. Where all are whole numbers each row is there so often, to the last bit; of others
+            each pass has as many rows as there are, in shares as the weights say.
         quiet: likewise.
 
     Raises:
         ValueError: for a single class, and batches of one row where the head has a batch norm.
     """
+    model = _headed(head, rows)
+    source: Rows | RepeatedRows = rows
+    if weights is not None and (weights == np.floor(weights)).all():
+        counts, weights = weights.astype(np.int64), None
+        source, targets = RepeatedRows(rows, counts), np.repeat(targets, counts, axis=0)
+    if weights is not None and plan.sampling != "shuffled":
+        raise ValueError(
+            f"Rows have weights and sampling is {plan.sampling}, which has its own. Leave one of the two out."
+        )
     images = _images_of(targets, classes, task)
     check_learnable(images, images)
-    model = _headed(head, rows)
     model.to_device(choose_device(device))
     situation = Situation.of(model, images, device=choose_device(device))
     tail = model.unfrozen
     check_norms(tail, batch_size, len(images))
     steps_a_pass = math.ceil(num_batches(len(images), batch_size) / plan.accumulate)
     train = Batches(
-        _source(rows, images, model.num_frozen),
+        _source(source, images, model.num_frozen),
         situation,
         batch_size=batch_size,
         workers=None,
         passes=passes_an_epoch(tail, steps_a_pass),
         sampling=plan.sampling,
+        weights=None if weights is None else weights / weights.mean(),
         mix=plan.changes,
     )
     fitting = Fitting(
@@ -157,7 +170,7 @@ def _headed(head: nn.Module, rows: Rows) -> StagedModel:
     return model.with_head(head, cut="rows", reduction="none")
 
 
-def _source(rows: Rows, images: ImageSet, start: int) -> FeatureSource | HeldSource:
+def _source(rows: Rows | RepeatedRows, images: ImageSet, start: int) -> FeatureSource | HeldSource:
     if isinstance(rows, Features):
         return FeatureSource(images=images, features=(rows,), start=start, words=f"set {rows.key[:8]}")
     return HeldSource(images=images, features=(rows,), start=start)

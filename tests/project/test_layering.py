@@ -222,6 +222,7 @@ SURFACE: dict[str, str] = {
     "images.render": "Job doubts_note render",
     "images.sources": "AbsentSource FolderSource",
     "images.spelling": "completed",
+    "images.splitting": "fold_of_each",
     "images.views": "Augment GivenPolicy View",
     "machine": "available_bytes num_processors",
     "models.backbones": "architecture backbone class_names is_named restored",
@@ -248,6 +249,7 @@ SURFACE: dict[str, str] = {
     "store.features": "Features",
     "store.part_facts": "are_stages stage_facts",
     "store.sets": "FeatureRequest FeatureSet",
+    "store.spec": "FeatureSpec",
     "store.store": "FeatureStore",
     "words": "counted printable size_text some",
 }

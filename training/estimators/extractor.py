@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from featstore.errors import MissingFeaturesError
+from featstore.errors import FactsDifferError, MissingFeaturesError
 from featstore.extraction.extract import extract
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE
 from featstore.images.image_set import ImageSet
@@ -24,7 +24,9 @@ from featstore.images.views import View
 from featstore.models.backbones import backbone, is_named
 from featstore.models.names import DEFAULT_PRECISION, Precision
 from featstore.models.staged import StagedModel
+from featstore.store.features import Features
 from featstore.store.sets import FeatureRequest
+from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
 from training.predict import Items, as_images
 
@@ -52,6 +54,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         cut_: where activations are taken.
         reduction_: how they are reduced.
         shape_: of an image's features.
+        spec_: what decides their values.
     """
 
     def __init__(
@@ -80,12 +83,17 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         Raises:
             ValueError: for a model, a cut or a reduction that there isn't.
         """
+        if not isinstance(self.view, View | None):
+            raise TypeError(f"view is {self.view!r}; expected what model.view.resized(size=64) gives, or None.")
+        if not isinstance(self.store, str | os.PathLike | FeatureStore):
+            raise TypeError(f"store is {self.store!r}; expected a folder, an address, or a FeatureStore.")
         self.model_ = _loaded(self.model, self.weights, self.cut)
         self.cut_ = self.model_.canonical(self.cut or self.model_.default_cut)
         pool = self.model_.pool(self.cut_, self.reduce)
         self.reduction_: str = pool.reduction
         size = (self.view or self.model_.view).size
         self.shape_: tuple[int, ...] = pool.shape(self.model_.shape(self.cut_, size))
+        self.spec_ = self._asked()
         return self
 
     def transform(self, X: Items) -> NDArray[np.float32]:  # noqa: N803
@@ -96,13 +104,16 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
                 One that comes twice has two equal rows.
 
         Raises:
-            ValueError: for a path that isn't a file's.
+            ValueError: for a path that isn't a file's, and for features, which are rows already.
+            FactsDifferError: if the model or a setting has changed since it was fitted, which what follows it hasn't
+                seen; the message names what.
             ImageError: for an image that can't be read or decoded.
         """
         check_is_fitted(self)
+        self._check_unchanged()
         images, places = _images_of(X)
         store = self.store if isinstance(self.store, FeatureStore) else FeatureStore(self.store)
-        request = self._request()
+        request = FeatureRequest.of(self.spec_)
         found = store.find_one(request)
         try:
             if found is not None:
@@ -123,14 +134,27 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         )
         return store.features(images, request)[places, ...]
 
-    def _request(self) -> FeatureRequest:
-        return FeatureRequest(
-            trunk=self.model_.digest(self.cut_),
-            pool=self.model_.pool(self.cut_, self.reduction_).facts(),
-            view=(self.view or self.model_.view).evaluation,
+    def _asked(self) -> FeatureSpec:
+        """What the model and the settings as they are now decide."""
+        cut = self.model_.canonical(self.cut or self.model_.default_cut)
+        return FeatureSpec(
+            trunk=self.model_.digest(cut),
+            pool=self.model_.pool(cut, self.reduce).facts(),
+            view=(self.view or self.model_.view).evaluation.facts(),
             dtype=self.dtype,
             precision=self.precision,
         )
+
+    def _check_unchanged(self) -> None:
+        """Raises FactsDifferError if rows would be others than those that were given since the fit."""
+        now = self._asked()
+        if now.key != self.spec_.key:
+            told = "; ".join(f"{name} ({before}, now {after})" for name, before, after in self.spec_.differences(now))
+            raise FactsDifferError(
+                f"This FeatureExtractor was fitted for set {self.spec_.key[:8]}, and has changed since in: {told}. "
+                "What was fitted to its rows has seen the former ones alone. Fit it again, and what follows it in a "
+                "pipeline; or put the former back."
+            )
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """A name for each feature: model, cut, reduction and place.
@@ -178,6 +202,10 @@ def _images_of(X: Items) -> tuple[ImageSet, NDArray[np.int64]]:  # noqa: N803
     """
     if isinstance(X, ImageSet):
         return X, np.arange(len(X))
+    if isinstance(X, Features):
+        raise ValueError(
+            f"X is {X!r}, which are rows already; expected images. Give features.images, or leave the extractor out."
+        )
     if isinstance(X, str | os.PathLike) or not isinstance(X, Iterable):
         raise ValueError(f"X is {X!r}; expected several images: a list of paths, or of images. Put it into a list.")
     items: list[Any] = list(X)

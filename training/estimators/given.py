@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import FactsDifferError
 from featstore.store.features import Features
+from featstore.store.spec import FeatureSpec
 from training.inputs.held import HeldRows
 from training.row_fits import Rows
 
@@ -55,25 +57,36 @@ def checked_to_fit(estimator: Any, X: Matrix, y: Any, *, allow_nd: bool = False,
 def checked_to_predict(estimator: Any, X: Matrix, *, allow_nd: bool = False) -> Rows:  # noqa: N803
     """The rows to predict, which are as wide as those that `estimator` was fitted to, and of the same kind.
 
+    Features must have all the facts of those that it was fitted to; those of an augmented view may be followed by the
+    evaluation view of the same images' geometry, as a fit is by its scores. Arrays have no facts, and only a width.
+
     Raises:
         ValueError: for what is no such matrix.
-        FactsDifferError: for features that another trunk made, or another pool.
+        FactsDifferError: for features of another trunk, pool, view, precision or storage type.
     """
     if not isinstance(X, Features):
         return HeldRows(_validated(estimator, X=X, reset=False, dtype=np.float32, allow_nd=allow_nd))
-    spec = estimator.spec_
-    if spec is not None and (spec.trunk, spec.pool) != (X.spec.trunk, X.spec.pool):
-        told = "; ".join(f"{name} ({before}, here {now})" for name, before, now in spec.differences(X.spec))
-        raise FactsDifferError(
-            f"These features aren't of the kind that {type(estimator).__name__} was fitted to; they differ in {told}. "
-            f"Give features of set {spec.key[:8]}, or others of that trunk and reduction."
-        )
+    if estimator.spec_ is not None:
+        _check_facts(estimator.spec_, X, type(estimator).__name__)
     if X.shape[1] != estimator.n_features_in_:
         raise ValueError(
             f"X has {X.shape[1]} features, but {type(estimator).__name__} is expecting {estimator.n_features_in_} "
             "features as input."
         )
     return X
+
+
+def _check_facts(fitted: FeatureSpec, features: Features, name: str) -> None:
+    """Raises FactsDifferError, with what differs and what to run, for features that a fit to `fitted` can't score."""
+    given = features.spec
+    if given.key in (fitted.key, replace(fitted, view=fitted.rendered.evaluation.facts()).key):
+        return
+    told = "; ".join(f"{fact} ({before}, here {now})" for fact, before, now in fitted.differences(given))
+    raise FactsDifferError(
+        f"These features (set {given.key[:8]}) aren't of the kind that {name} was fitted to (set {fitted.key[:8]}); "
+        f"they differ in: {told}. Read those of that set: store.features(images, {fitted.key[:8]!r}), once extract has "
+        f"computed it for these images. Or fit a new {name} to set {given.key[:8]}."
+    )
 
 
 def checked_targets_of(features: Features, y: Any) -> Any:
@@ -87,8 +100,7 @@ def checked_targets_of(features: Features, y: Any) -> Any:
         raise ValueError("requires y to be passed, but the target y is None: these features' images have no labels.")
     targets = own if y is None else np.asarray(y)
     assert targets is not None
-    is_own = own is not None and (y is None or np.array_equal(targets, own))
-    if is_own and features.images.task == "single" and (targets < 0).any():
+    if are_own(features, y) and features.images.task == "single" and (targets < 0).any():
         count = int((targets < 0).sum())
         raise ValueError(
             f"{count:,} of {len(features):,} images have no label (-1; first: "
@@ -96,6 +108,35 @@ def checked_targets_of(features: Features, y: Any) -> Any:
             "images.select(images.targets >= 0)."
         )
     return targets
+
+
+def are_own(features: Features, y: Any) -> bool:
+    """Whether `y` are the targets of the features' own images, so that their class table tells what they mean."""
+    own = features.targets
+    return own is not None and (y is None or np.array_equal(np.asarray(y), own))
+
+
+def checked_weights(sample_weight: Any, num_rows: int) -> NDArray[np.float64]:
+    """What each row counts ``(N,)``, as scikit-learn checks it; 1 where nobody says.
+
+    Raises:
+        ValueError: for another number of them, for weights below 0, and for none above 0.
+    """
+    from sklearn.utils.validation import _check_sample_weight
+
+    weights: NDArray[np.float64] = _check_sample_weight(sample_weight, np.zeros((num_rows, 1)), dtype=np.float64)
+    if not weights.any():
+        raise ValueError("Sample weights must contain at least one non-zero number. Leave sample_weight out.")
+    if (weights < 0).any():
+        raise ValueError(f"A sample weight is {weights.min():g}; expected numbers of at least 0. Correct it.")
+    return weights
+
+
+def rows_that_count(rows: Rows, weights: NDArray[np.float64]) -> Rows:
+    """Those with a weight above 0."""
+    if (weights > 0).all():
+        return rows
+    return HeldRows(rows[np.flatnonzero(weights > 0)].float().numpy())
 
 
 def array_of(rows: Rows) -> NDArray[np.float32]:

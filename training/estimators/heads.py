@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -22,17 +22,24 @@ from featstore.models.staged import StagedModel
 from featstore.store.features import Features
 from featstore.store.store import FeatureStore
 from featstore.words import some
-from training.estimators.given import Matrix, checked_to_fit, checked_to_predict
+from training.estimators.given import (
+    Matrix,
+    are_own,
+    checked_to_fit,
+    checked_to_predict,
+    checked_weights,
+    rows_that_count,
+)
 from training.heads import HEADS, ValueHead, build_head
 from training.learner import Learner
 from training.loop.averages import Averaging
 from training.loop.history import History
 from training.loop.optim import LearningRate, MakeOptimizer, WeightDecay
 from training.loop.plan import FitOptions, Plan, check_options
+from training.loop.settings import checked
 from training.mixing import BatchChange
 from training.predict import probabilities
 from training.row_fits import Rows, fit_to_rows, logits_of_rows
-from training.scores.metrics import THRESHOLD
 
 
 class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has no types
@@ -64,7 +71,19 @@ class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has 
         self.mix, self.average, self.options = mix, average, options
         self.device, self.random_state, self.verbose = device, random_state, verbose
 
-    def _fit_to(self, rows: Rows, targets: NDArray[Any], classes: Sequence[str], task: Task, **options: Any) -> Self:
+    def _fit_to(
+        self,
+        rows: Rows,
+        targets: NDArray[Any],
+        weights: NDArray[np.float64] | None,
+        classes: Sequence[str],
+        task: Task,
+        **options: Any,
+    ) -> Self:
+        """Fits it to the rows that count, which `targets` are of already."""
+        source = rows if weights is None else rows_that_count(rows, weights)
+        if not isinstance(self.options, Mapping | None):
+            raise TypeError(f'options is {self.options!r}; expected options of a fit by name, as {{"clip": 1.0}}.')
         further = dict(self.options or {})
         check_options(further)
         named = {"schedule": self.schedule, "weight_decay": self.weight_decay, "mix": self.mix, "average": self.average}
@@ -78,15 +97,16 @@ class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has 
         head = self._built(rows.shape[1:], len(classes), seed)
         fitted = fit_to_rows(
             ValueHead(head, len(classes)) if task == "regression" and isinstance(self.head, str) else head,
-            rows,
+            source,
             targets,
             classes=classes,
             task=task,
             plan=plan,
             optimizer=self.optimizer,
-            batch_size=self.batch_size,
+            batch_size=checked("batch_size", self.batch_size),
             device=self.device,
             seed=seed,
+            weights=None if weights is None else weights[weights > 0],
             quiet=not self.verbose,
         )
         self._contents = {bytes(row) for row in rows.images.digests().values} if isinstance(rows, Features) else None
@@ -264,18 +284,24 @@ class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
         )
         self.label_smoothing, self.class_weight = label_smoothing, class_weight
 
-    def fit(self, X: Matrix, y: Any = None) -> Self:  # noqa: N803
+    def fit(self, X: Matrix, y: Any = None, sample_weight: Any = None) -> Self:  # noqa: N803
         """Trains a new head.
 
         Args:
             X: rows ``(N, F)``, or `Features`.
             y: a class a row, numbers or words; or ``(N, K)`` of 0 and 1 for any number of labels a row. Of `Features`
                 None stands for their own targets.
+            sample_weight: ``(N,)``, what each row counts. Of whole numbers a row is there so often, none of 0;
+                of others each epoch has a row as often as its share of all weights says, on average.
 
         Raises:
             ValueError: for a single class, and for rows or targets that can't be trained on.
         """
+        own = y
         rows, y = checked_to_fit(self, X, y, allow_nd=self._takes_maps, multi_output=True)
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
+        if weights is not None:
+            y = y[weights > 0]
         self._is_multi = type_of_target(y) == "multilabel-indicator"
         targets: NDArray[Any]
         task: Task = "multi" if self._is_multi else "single"
@@ -290,9 +316,10 @@ class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
                 f"y holds one class, {self.classes_[0]}, so there is nothing to tell apart. Expected two classes or "
                 "more. Give rows of others too."
             )
-        weights = self._class_weights()
+        self._names = self._named(X, own)
         names = [str(place) for place in range(len(self.classes_))]
-        return self._fit_to(rows, targets, names, task, label_smoothing=self.label_smoothing, class_weights=weights)
+        options = {"label_smoothing": self.label_smoothing, "class_weights": self._class_weights()}
+        return self._fit_to(rows, targets, weights, names, task, **options)
 
     def predict(self, X: Matrix) -> NDArray[Any]:  # noqa: N803
         """The most probable class of each row; of several labels ``(N, K)`` of 0 and 1, those from 0.5 on."""
@@ -312,12 +339,27 @@ class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
         return logits if self._is_multi or len(self.classes_) > 2 else logits[:, 1] - logits[:, 0]
 
     def _check_classes(self, images: ImageSet) -> None:
-        mine, theirs = self.classes_.tolist(), [*images.classes]
-        if images.task != ("multi" if self._is_multi else "single") or mine not in (theirs, [*range(len(theirs))]):
+        mine, theirs = self._names, [*images.classes]
+        if mine is None:
+            numbers = some([*map(str, self.classes_.tolist())])
             raise ValueError(
-                f"This head tells {some([*map(str, mine)])} apart, and these images have {some(theirs)} "
+                f"This head tells the numbers {numbers} apart, which aren't the targets of the features that it was "
+                f"fitted to, so nothing says which of {some(theirs)} each is. Fit it to the features' own targets, "
+                "which is what y=None means, or to the names of the classes."
+            )
+        if images.task != ("multi" if self._is_multi else "single") or mine != theirs:
+            raise ValueError(
+                f"This head tells {some(mine)} apart, and these images have {some(theirs)} "
                 f"({images.task}); expected the same classes in the same order. Give the images that it was fitted to."
             )
+
+    def _named(self, X: Matrix, y: Any) -> list[str] | None:  # noqa: N803
+        """What the classes are called, in order; None of numbers that are no places in a class table."""
+        if isinstance(X, Features) and are_own(X, y):
+            return [X.images.classes[int(place)] for place in self.classes_.tolist()]
+        if self._is_multi or any(not isinstance(each, str) for each in self.classes_.tolist()):
+            return None
+        return [*self.classes_.tolist()]
 
     def _class_weights(self) -> Any:
         if self.class_weight is None or self.class_weight == "balanced":
@@ -343,16 +385,19 @@ class HeadRegressor(RegressorMixin, _Head):  # type: ignore[misc]
         spec_: of features that it was fitted to, what decided their values; else None.
     """
 
-    def fit(self, X: Matrix, y: Any = None) -> Self:  # noqa: N803
+    def fit(self, X: Matrix, y: Any = None, sample_weight: Any = None) -> Self:  # noqa: N803
         """Trains a new head.
 
         Args:
             X: rows ``(N, F)``, or `Features`.
             y: numbers ``(N,)`` or ``(N, K)``. Of `Features` None stands for their own targets.
+            sample_weight: as `HeadClassifier.fit` takes it.
 
         Raises:
             ValueError: for rows or targets that can't be trained on.
         """
+        is_own = isinstance(X, Features) and are_own(X, y)
+        self._names = [*X.images.classes] if is_own else None
         rows, y = checked_to_fit(self, X, y, allow_nd=self._takes_maps, multi_output=True, y_numeric=True)
         if y.ndim == 2 and y.shape[1] == 1 and not hasattr(X, "targets"):
             y = column_or_1d(y, warn=True)
@@ -360,14 +405,21 @@ class HeadRegressor(RegressorMixin, _Head):  # type: ignore[misc]
         targets = np.asarray(y, np.float32).reshape(len(y), -1)
         self._num_values = targets.shape[1]
         names = [str(place) for place in range(self._num_values)]
-        return self._fit_to(rows, targets, names, "regression")
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
+        targets = targets if weights is None else targets[weights > 0]
+        return self._fit_to(rows, targets, weights, names, "regression")
 
     def _check_classes(self, images: ImageSet) -> None:
-        values = self._num_values
+        values, names = self._num_values, self._names
         if images.task != "regression" or len(images.classes) != values:
             raise ValueError(
                 f"This head tells {values} numbers, and these images have {len(images.classes)} ({images.task}); "
                 "expected as many. Give the images that it was fitted to."
+            )
+        if names is not None and names != [*images.classes]:
+            raise ValueError(
+                f"This head tells {some(names)}, and these images have {some([*images.classes])}; expected the same "
+                "numbers in the same order. Give the images that it was fitted to."
             )
 
     def predict(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -10,14 +11,17 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 
-from training.estimators.given import Matrix, checked_to_fit, checked_to_predict
+from featstore.images.splitting import fold_of_each
+from training.estimators.given import Matrix, checked_to_fit, checked_to_predict, checked_weights
 from training.inputs.held import HeldRows
 from training.row_fits import Rows
 from training.solvers.logistic import cross_validated, logistic_path
 from training.solvers.neighbors import KNearest, Metric
 from training.solvers.ridge import ridge_classifier_path
+from training.solvers.targets import strengths_of
+from training.splits import grouped_by_content
 
 _BLOCK_BYTES = 64 << 20
 
@@ -54,7 +58,8 @@ class LinearProbe(_Probe):
 
     Args:
         C: inverse strength of the penalty, or several to choose from.
-        folds: by which it is chosen.
+        folds: by which it is chosen, dealt as scikit-learn's ``StratifiedKFold`` deals them. Images of equal content or
+            of one group, and equal rows of an array, lie in the same fold.
         standardised: penalises coefficients of columns of mean 0 and deviation 1; for one C.
         class_weight: None, ``balanced``, or a weight a class, by its name in `y`.
         tol: how far above its least, as a share, the objective may end.
@@ -99,12 +104,10 @@ class LinearProbe(_Probe):
             ValueError: for a single class, and for rows that aren't finite.
         """
         rows, y = self._given(X, y)
-        weights = None
-        if sample_weight is not None:
-            weights = _check_sample_weight(sample_weight, y, dtype=np.float64)
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
         options: dict[str, Any] = {"weights": weights, "class_weight": self.class_weight, "device": self.device}
         source = rows.values if isinstance(rows, HeldRows) else rows
-        strengths = [float(each) for each in np.atleast_1d(self.C)]
+        strengths = strengths_of("C", self.C).tolist()
         self.scores_: NDArray[np.float64] | None = None
         self.C_ = strengths[0]
         if len(strengths) > 1:
@@ -113,7 +116,7 @@ class LinearProbe(_Probe):
                     "standardised is for one C, as folds would share its means. Put a StandardScaler before this in a "
                     "pipeline, or give one C."
                 )
-            self.scores_ = cross_validated(source, y, C=strengths, folds=self.folds, **options)
+            self.scores_ = cross_validated(source, y, C=strengths, folds=_folds(rows, y, self.folds), **options)
             self.C_ = _chosen(strengths, self.scores_)
         path = logistic_path(
             source,
@@ -178,20 +181,22 @@ class RidgeProbe(_Probe):
         """Takes the settings as they are: they are checked when it is fitted. The class describes them."""
         self.strengths, self.device = strengths, device
 
-    def fit(self, X: Matrix, y: Any = None) -> Self:  # noqa: N803
+    def fit(self, X: Matrix, y: Any = None, sample_weight: Any = None) -> Self:  # noqa: N803
         """Solves it.
 
         Args:
             X: rows ``(N, F)``, or `Features`.
             y: a class a row. Of `Features` None stands for their own targets.
+            sample_weight: ``(N,)``, what each row counts; None: 1.
 
         Raises:
             ValueError: for a single class, and for rows that aren't finite.
         """
         rows, y = self._given(X, y)
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
         source = rows.values if isinstance(rows, HeldRows) else rows
-        strengths = [float(each) for each in np.atleast_1d(self.strengths)]
-        path = ridge_classifier_path(source, y, strengths, device=self.device)
+        strengths = strengths_of("strengths", self.strengths).tolist()
+        path = ridge_classifier_path(source, y, strengths, weights=weights, device=self.device)
         assert path.errors is not None
         self.errors_, self.strength_ = path.errors.mean(axis=1), path.best
         which = strengths.index(self.strength_)
@@ -249,7 +254,9 @@ class KNNProbe(_Probe):
             ValueError: for a single class, rows that aren't finite, and of cosine for rows of zeros.
         """
         rows, y = self._given(X, y)
-        self.n_neighbors_ = min(self.n_neighbors, len(rows))
+        if not isinstance(self.n_neighbors, int | np.integer) or self.n_neighbors < 1:
+            raise ValueError(f"n_neighbors is {self.n_neighbors!r}; expected a whole number of at least 1.")
+        self.n_neighbors_ = int(min(self.n_neighbors, len(rows)))
         source = rows.values if isinstance(rows, HeldRows) else rows
         self.neighbors_ = KNearest(
             source, y, k=self.n_neighbors_, metric=self.metric, weights=self.weights, device=self.device
@@ -277,6 +284,29 @@ def _decisions(probe: Any, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
     blocks = (rows[start : start + several].double().numpy() for start in range(0, len(rows), several))
     values = np.concatenate([block @ probe.coef_.T + probe.intercept_ for block in blocks])
     return values[:, 0] if len(probe.classes_) == 2 else values
+
+
+def _folds(rows: Rows, targets: NDArray[Any], folds: int) -> int | NDArray[np.int64]:
+    """How many folds, or where rows must stay together the fold of each ``(N,)``.
+
+    Of a copy that is trained on, any strength tells the label of the other one.
+    """
+    if isinstance(rows, HeldRows):
+        seen: dict[bytes, int] = {}
+        digests = (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows.values)
+        groups = [str(seen.setdefault(digest, place)) for place, digest in enumerate(digests)]
+        if len(seen) == len(groups):
+            return folds
+    else:
+        images = rows.images.with_splits(
+            ["train"] * len(rows)
+        )  # whatever they are otherwise, all of them are fitted to
+        together = grouped_by_content(images, images.digests(), None)
+        if together is None:
+            return folds
+        groups = [*together]
+    _, strata = np.unique(targets, return_inverse=True)
+    return fold_of_each(groups, strata.astype(np.int64), 0, k=folds, are_groups=True)
 
 
 def _chosen(strengths: Sequence[float], scores: NDArray[np.float64]) -> float:

@@ -1,4 +1,7 @@
-"""Comparing: which backbone, and which cut of it, serves a task best - accuracy against seconds and bytes."""
+"""Comparing: which backbone, and which cut of it, serves a task best - accuracy against seconds and bytes.
+
+Long, since a comparison is a table that tells all of it, beside what is measured for it.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,10 @@ from featstore.notes import logger_of
 from featstore.store.sets import FeatureRequest
 from featstore.store.store import FeatureStore
 from featstore.words import counted, size_text, some
-from training.experiments.probing import Halves, ProbeName, Rows, probed, probes_for, score
+from training.experiments.probing import Halves, ProbeName, Rows, probed, probes_for, score, score_interval
 from training.frames import data_frame
 from training.learner import Learner
 from training.scores.metrics import wilson_interval
-from training.scores.transferability import SCORES, Score, transfer_scores
 from training.splits import grouped_by_content
 
 if TYPE_CHECKING:
@@ -63,8 +65,8 @@ class ProbeResult:
 
     Attributes:
         value: accuracy, mean average precision or R2; over folds their mean.
-        interval: where it lies for other images (Wilson's) or other folds (Student's t), 95 %; None where that isn't
-            known: of mAP and R2 without folds.
+        interval: where it lies for other images (of accuracy Wilson's, of mAP and R2 by the bootstrap) or other folds
+            (Student's t, within what the score can be), 95 %; None where that isn't known.
         settings: what was chosen on the training images, k, strength or C; one a fold.
         is_right: ``(M,)`` of each image held out whether its class was found; None for other tasks.
     """
@@ -345,22 +347,22 @@ def compare(
         raise _missing(next(each for each in planned.sets if each.is_missing.any()), images, store)
     entries = []
     for each in planned.sets:
-        features = store.features(images, FeatureRequest.of(each.spec))
-        rows: Rows = features.tensor(dtype=torch.float32).numpy()
         computed = int(each.is_missing.sum())
         is_timed = not each.source.model.is_absent and (computed > 0 or time_all)
+        seconds = _seconds(each, device, batch_size) if is_timed else None
+        found, transfer = _probed(each, store, images, dealt, names, has_folds=folds is not None, device=str(device))
         entries.append(
             Entry(
                 backbone=each.source.model.name,
                 cut=f"{each.cut} {each.spec.reduction}",
                 key=each.spec.key,
-                width=rows.shape[1],
+                width=each.shape[0],
                 num_bytes=each.row_bytes,
                 parameters=_num_parameters(each.source.model, each.cut),
-                seconds=_seconds(each, device, batch_size) if is_timed else None,
+                seconds=seconds,
                 computed=computed,
-                probes={name: _result(name, rows, images, dealt, folds is not None, str(device)) for name in names},
-                transfer=_transfer(rows, images, dealt),
+                probes=found,
+                transfer=transfer,
             )
         )
         if progress:
@@ -385,6 +387,8 @@ def _to_use(
         raise ValueError(f"{images.name} has no labels, and backbones can't be compared without. Give labelled images.")
     if groups is not None and not has_folds:
         raise ValueError("groups are for folds, and there are none. Expected folds=5 beside them, or no groups.")
+    if groups is not None and not isinstance(groups, Sequence | np.ndarray):
+        raise ValueError(f"groups is {groups!r}. Expected the group of each image in a list.")
     if groups is not None and len(groups) != len(images):
         raise ValueError(f"There are {len(groups):,} groups for {len(images):,} images. Expected one for each.")
     targets = np.asarray(images.targets)
@@ -397,7 +401,11 @@ def _to_use(
 
 def _dealt(images: ImageSet, folds: int | None, seed: int) -> list[ImageSet]:
     if folds is not None:
-        return images.folds(folds, seed=seed)
+        if not isinstance(folds, int | np.integer):
+            raise ValueError(
+                f"folds is {folds!r}. Expected a whole number from 2 on, or None for the split of the images."
+            )
+        return images.folds(int(folds), seed=seed)
     for split in ("train", "valid"):
         if not (images.splits == split).any():
             raise ValueError(
@@ -410,19 +418,22 @@ def _dealt(images: ImageSet, folds: int | None, seed: int) -> list[ImageSet]:
 def _models(backbones: Sequence[Given], cuts: Sequence[str] | None) -> list[tuple[StagedModel, list[str] | None]]:
     if isinstance(backbones, str | nn.Module) or not backbones:
         raise ValueError(f"backbones is {backbones!r:.60}. Expected names or models in a list.")
-    if isinstance(cuts, str):
-        raise ValueError(f"cuts is {cuts!r}. Expected cuts in a list.")
+    _check_cuts(cuts)
     found: list[tuple[StagedModel, list[str] | None]] = []
     for each in backbones:
+        if isinstance(each, tuple) and len(each) != 2:
+            raise ValueError(f"backbones has {each!r:.60}. Expected a backbone, or (backbone, [cut, ...]).")
         source, own = each if isinstance(each, tuple) else (each, None)
+        _check_cuts(own)
         model = source if isinstance(source, StagedModel) else None
         if model is None:
             model = backbone(source) if isinstance(source, str) else StagedModel.from_module(source)
         if own is None and cuts is not None:
             own = [cut for cut in cuts if _has(model, cut)]
             if not own:
+                several = f"none of the cuts {', '.join(cuts)}" if len(cuts) > 1 else f"no cut {cuts[0]}"
                 raise ValueError(
-                    f"{model.name} has none of the cuts {', '.join(cuts)}. Expected one of its own: "
+                    f"{model.name} has {several}. Expected one of its own: "
                     f"{some(model.cut_points)}. See: featstore backbones NAME"
                 )
         found.append((model, None if own is None else list(own)))
@@ -432,6 +443,17 @@ def _models(backbones: Sequence[Given], cuts: Sequence[str] | None) -> list[tupl
                 f"No backbone has the cut {cut}. {found[0][0].name} has {', '.join(found[0][0].cut_points)}."
             )
     return found
+
+
+def _check_cuts(cuts: Any) -> None:
+    """Raises ValueError for what is no list of names."""
+    if cuts is None:
+        return
+    if isinstance(cuts, str) or not isinstance(cuts, Sequence) or not cuts:
+        raise ValueError(f"cuts is {cuts!r}. Expected cuts in a list.")
+    wrong = [cut for cut in cuts if not isinstance(cut, str)]
+    if wrong:
+        raise ValueError(f"cuts has {wrong[0]!r}. Expected names of cuts, as layer4 or layer4:avg.")
 
 
 def _has(model: StagedModel, cut: str) -> bool:
@@ -497,6 +519,23 @@ def _num_parameters(model: StagedModel, cut: str) -> int | None:
     return None if model.is_absent else sum(each.numel() for each in model.trunk(cut).parameters())
 
 
+def _probed(
+    each: PlannedSet,
+    store: FeatureStore,
+    images: ImageSet,
+    dealt: Sequence[ImageSet],
+    names: Sequence[ProbeName],
+    *,
+    has_folds: bool,
+    device: str,
+) -> tuple[dict[ProbeName, ProbeResult], dict[Score, float | None]]:
+    """What all is made of one set's rows, which are in memory meanwhile, and gone before those of the next are read."""
+    features = store.features(images, FeatureRequest.of(each.spec))
+    rows: Rows = features.tensor(dtype=torch.float32).numpy()
+    found = {name: _result(name, rows, images, dealt, has_folds, device) for name in names}
+    return found, _transfer(rows, images, dealt)
+
+
 def _result(
     name: ProbeName, rows: Rows, images: ImageSet, dealt: Sequence[ImageSet], has_folds: bool, device: str
 ) -> ProbeResult:
@@ -521,18 +560,20 @@ def _result(
     right = np.concatenate(is_right) if is_right else None
     interval = None
     if has_folds:
-        interval = _student(values)
+        interval = _student(values, -math.inf if task == "regression" else 0.0)
+    elif task != "single":
+        interval = score_interval(found.said, targets[held_out], task)
     elif right is not None:
         interval = wilson_interval(int(right.sum()), len(right))
     return ProbeResult(value=fmean(values), interval=interval, settings=tuple(settings), is_right=right)
 
 
-def _student(values: Sequence[float]) -> tuple[float, float]:
-    """Of the mean over other folds; see `CrossValidation.interval`."""
+def _student(values: Sequence[float], least: float) -> tuple[float, float]:
+    """Of the mean over other folds, see `CrossValidation.interval`: of a score from `least` to 1."""
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
+    return max(least, fmean(values) - half), min(1.0, fmean(values) + half)
 
 
 def _inner(training: ImageSet) -> list[Halves]:

@@ -24,6 +24,9 @@ Targets = NDArray[Any]
 Halves = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Of rows to train on, which a probe is fitted to, and by which its setting is judged."""
 
+DRAWS = 500
+"""Of images, for an interval: its ends then move by a thirtieth of its width from seed to seed."""
+_DRAWN_AT_ONCE = 1 << 21
 _TEMPERATURE = 0.07
 
 
@@ -108,6 +111,65 @@ def score(said: NDArray[np.float64], targets: Targets, task: Task) -> float:
         return float((said.argmax(1) == targets).mean())
     metric = mean_average_precision if task == "multi" else r2
     return metric(torch.from_numpy(said), torch.from_numpy(np.asarray(targets, np.float64)))
+
+
+def score_interval(
+    said: NDArray[np.float64], targets: Targets, task: Task, *, seed: int = 0
+) -> tuple[float, float] | None:
+    """Where the `score` of several labels or of numbers lies for other images as these, 95 %: by the bootstrap.
+
+    Images are drawn anew, as many as there are, `DRAWS` times from `seed`; None where too few of these have a score.
+    """
+    random, count = np.random.default_rng(seed), len(said)
+    several = max(1, _DRAWN_AT_ONCE // max(count, 1))
+    sizes = [min(several, DRAWS - start) for start in range(0, DRAWS, several)]
+    drawn = [
+        resampled(said, targets, random.multinomial(count, np.full(count, 1 / count), size=size), task)
+        for size in sizes
+    ]
+    known = (scores := np.concatenate(drawn))[np.isfinite(scores)]
+    if len(known) < 0.9 * DRAWS:
+        return None
+    low, high = np.quantile(known, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def resampled(
+    said: NDArray[np.float64], targets: Targets, counts: NDArray[np.int64], task: Task
+) -> NDArray[np.float64]:
+    """The `score` ``(B,)`` of several labels or numbers, where each image is there so often: ``(B, M)``.
+
+    NaN where it has none.
+    """
+    wanted, often = np.asarray(targets, np.float64), counts.astype(np.float64)
+    if task == "multi":
+        columns = zip(said.T, wanted.T, strict=True)
+        values = np.stack([_average_precision(each, positive > 0, often) for each, positive in columns])  # (K, B)
+        is_there = np.isfinite(values)
+        with np.errstate(invalid="ignore"):
+            means: NDArray[np.float64] = np.where(is_there, values, 0).sum(0) / is_there.sum(0)
+        return means
+    centred = wanted - wanted.mean(0)
+    total = often.sum(1, keepdims=True)
+    spread = often @ centred**2 - (often @ centred) ** 2 / total  # (B, K)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        explained: NDArray[np.float64] = (1 - often @ (said - wanted) ** 2 / spread).mean(1)
+    return explained
+
+
+def _average_precision(
+    said: NDArray[np.float64], is_positive: NDArray[np.bool_], often: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """``(B,)``, as scikit-learn's: the mean over positives of the share of them among all that are said as strongly."""
+    order = np.argsort(-said, kind="stable")
+    falling = said[order]
+    ends = np.searchsorted(-falling, -falling, side="right") - 1  # the last one of those that are said alike
+    there = often[:, order]
+    hits = there * is_positive[order]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = (hits.cumsum(1) / there.cumsum(1))[:, ends]
+        found: NDArray[np.float64] = np.where(hits > 0, hits * precision, 0).sum(1) / hits.sum(1)
+    return found
 
 
 @dataclass(frozen=True)

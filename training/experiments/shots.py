@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from featstore.store.store import FeatureStore
 from featstore.words import some
 from training.inputs.derive import FeatureSource, labelled, training_part
 from training.learner import Learner
+from training.loop import settings
 
 if TYPE_CHECKING:
     from training.plots import Axes
@@ -47,15 +48,15 @@ class CurvePoint:
         """Of the draws."""
         return fmean(self.accuracies)
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Where the mean over other draws lies, by Student's t; NaN of a single draw."""
+    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+        """Where the mean over other draws lies, by Student's t, within 0 and 1; None of a single draw."""
         count = len(self.accuracies)
         if count < 2:
-            return math.nan, math.nan
+            return None
         from scipy.stats import t  # type: ignore[import-untyped]  # scikit-learn brings it
 
         half = float(t.ppf(0.5 + confidence / 2, count - 1)) * stdev(self.accuracies) / math.sqrt(count)
-        return self.mean - half, self.mean + half
+        return max(0.0, self.mean - half), min(1.0, self.mean + half)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -75,11 +76,14 @@ class LearningCurve:
     num_scored: int
 
     @property
-    def table(self) -> list[dict[str, int | float]]:
-        """A row a size: shots (where there are some), images, draws, accuracy, and the ends of its interval."""
-        rows: list[dict[str, int | float]] = []
+    def table(self) -> list[dict[str, int | float | None]]:
+        """A row a size: shots (where there are some), images, draws, accuracy, and the ends of its interval.
+
+        Of a single draw the ends are None.
+        """
+        rows: list[dict[str, int | float | None]] = []
         for each in self.points:
-            low, high = each.interval()
+            low, high = each.interval() or (None, None)
             shots = {} if each.shots is None else {"shots": each.shots}
             draws = len(each.accuracies)
             rows.append(
@@ -88,12 +92,14 @@ class LearningCurve:
         return rows
 
     def frame(self) -> dict[str, list[float]]:
-        """Column -> values, one a size: what ``pandas.DataFrame`` takes."""
-        return {name: [row[name] for row in self.table] for name in self.table[0]}
+        """Column -> values, one a size, NaN where there is none: what ``pandas.DataFrame`` takes."""
+        columns = {name: [row[name] for row in self.table] for name in self.table[0]}
+        return {name: [math.nan if each is None else each for each in values] for name, values in columns.items()}
 
     def in_words(self) -> str:
-        """What was fitted and scored."""
-        return f"{self.probe}, scored on {self.num_scored:,} held-out images; intervals of 95 % over draws"
+        """What was fitted and scored, and why an interval is missing."""
+        alone = "" if all(each.interval() for each in self.points) else " (-: a single draw has none)"
+        return f"{self.probe}, scored on {self.num_scored:,} held-out images; intervals of 95 % over draws{alone}"
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Mean accuracy by number of images, with its interval."""
@@ -104,7 +110,9 @@ class LearningCurve:
     def __str__(self) -> str:
         names = list(self.table[0])
         lines = ["  ".join(f"{name:>9}" for name in names)]
-        lines += ["  ".join(f"{value:>9.4g}" for value in row.values()) for row in self.table]
+        lines += [
+            "  ".join(f"{'-' if each is None else f'{each:.4g}':>9}" for each in row.values()) for row in self.table
+        ]
         return "\n".join([*lines, self.in_words()])
 
     __repr__ = __str__
@@ -144,9 +152,10 @@ def few_shot(
             isn't.
         FeatureStoreError: if the store doesn't hold the features; the message says what to run.
     """
-    asked = sorted({*map(int, shots)})
-    if not asked or asked[0] < 1 or repeats < 1:
-        raise ValueError(f"shots are {shots!r} and repeats {repeats}; expected numbers from 1 on. Correct them.")
+    asked = sorted({*_listed("shots", shots, int | np.integer, "numbers of images a class from 1 on, as (1, 4, 16)")})
+    if asked[0] < 1:
+        raise ValueError(f"shots are {shots!r}; expected numbers of images a class from 1 on. Correct them.")
+    _check_draws(repeats, seed)
     tried = _Tried.of(model, images, store, probe, options)
     points = []
     for number in asked:
@@ -182,9 +191,18 @@ def learning_curve(
         ValueError: for a share that isn't above 0 and at most 1; else as `few_shot`.
         FeatureStoreError: as `few_shot`.
     """
-    asked = sorted({*map(float, shares)})
-    if not asked or not 0 < asked[0] <= asked[-1] <= 1 or repeats < 1:
-        raise ValueError(f"shares are {shares!r} and repeats {repeats}; expected shares above 0 and up to 1.")
+    asked = sorted(
+        {
+            *_listed(
+                "shares", shares, int | float | np.number, "shares of the training images in a list, as (0.1, 0.5, 1)"
+            )
+        }
+    )
+    if not 0 < asked[0] <= asked[-1] <= 1:
+        raise ValueError(
+            f"shares are {shares!r}; expected shares above 0 and up to 1. For numbers of images: few_shot."
+        )
+    _check_draws(repeats, seed)
     tried = _Tried.of(model, images, store, probe, options)
     targets = _classes_of(tried.train.images)
     points = []
@@ -193,6 +211,24 @@ def learning_curve(
         draws = [_drawn(tried.train.images, counts, seed + each) for each in range(repeats if share < 1 else 1)]
         points.append(tried.point(draws, shots=None))
     return LearningCurve(probe=tried.words, points=tuple(points), num_scored=len(tried.valid))
+
+
+def _listed(name: str, given: Any, kind: Any, expected: str) -> list[Any]:
+    """The numbers that are given, of one kind.
+
+    Raises:
+        ValueError: for none, and for what is no list of such numbers.
+    """
+    numbers = [] if isinstance(given, str) or not isinstance(given, Iterable) else [*given]
+    if not numbers or not all(isinstance(each, kind) and not isinstance(each, bool) for each in numbers):
+        raise ValueError(f"{name} are {given!r}; expected {expected}. Give them in a list.")
+    return numbers
+
+
+def _check_draws(repeats: int, seed: int) -> None:
+    if not isinstance(repeats, int | np.integer) or repeats < 1:
+        raise ValueError(f"repeats is {repeats!r}; expected a number of draws from 1 on. Correct it.")
+    settings.checked("seed", seed)
 
 
 def k_shot(images: ImageSet, shots: int, *, seed: int = 0) -> ImageSet:
@@ -229,6 +265,8 @@ def k_shot_rows(images: ImageSet, shots: int, *, seed: int = 0) -> NDArray[np.in
     Raises:
         ValueError: as `k_shot`.
     """
+    if not isinstance(shots, int | np.integer) or shots < 1:
+        raise ValueError(f"shots is {shots!r}; expected a number of images a class from 1 on. Correct it.")
     targets = _classes_of(images)
     counts = np.bincount(targets, minlength=len(images.classes))
     few = [images.classes[place] for place in np.flatnonzero((counts > 0) & (counts < shots)).tolist()]
@@ -318,4 +356,8 @@ def _probe(given: Any) -> tuple[Callable[[], Any], str]:
         if given not in made:
             raise ValueError(f"probe is {given!r}; expected one of {', '.join(made)}, or a classifier.")
         return lambda: clone(made[given]), f"{given} probe"
+    if isinstance(given, type) or not hasattr(given, "get_params") or not hasattr(given, "predict"):
+        raise ValueError(
+            f"probe is {given!r}; expected one of {', '.join(made)}, or a classifier, as LinearProbe(0.1)."
+        )
     return lambda: clone(given), type(given).__name__

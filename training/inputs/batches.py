@@ -48,6 +48,8 @@ class Batches:
         first_pass: how many passes were made before, by earlier fits: those of the first epoch count on from there.
         sampling: the images of a pass: ``shuffled``, or as many drawn with replacement, ``balanced``: each class as
             likely as any other. An image that a pass has again shows the view that would be its next.
+        weights: ``(N,)``, how often a pass has an image, on average over passes; 1 on average over images. What is
+            whole of it each pass has, and of the rest some, drawn anew, that make it as many images as there are.
         mix: what is done to each batch in training. Processes that share batches each mix the rows of their share.
 
     Raises:
@@ -65,6 +67,7 @@ class Batches:
         passes: int = 1,
         first_pass: int = 0,
         sampling: Literal["shuffled", "balanced"] = "shuffled",
+        weights: NDArray[np.float64] | None = None,
         mix: Sequence[BatchChange] = (),
     ) -> None:
         if batch_size < 1:
@@ -72,7 +75,7 @@ class Batches:
         self.source, self.situation = source, situation
         self.batch_size, self.workers, self.passes, self.first_pass = batch_size, workers, passes, first_pass
         self.share = (0, 1)
-        self.sampling, self.mix = sampling, tuple(mix)
+        self.sampling, self.mix, self._weights = sampling, tuple(mix), weights
         if sampling == "balanced" and source.images.task != "single":
             raise ValueError(
                 f"Sampling is balanced over classes, and the task is {source.images.task}, where an image isn't of one "
@@ -154,6 +157,10 @@ class Batches:
     def _order(self, seed: int, number: int) -> NDArray[np.int64]:
         """The images of a pass, by row number."""
         generator = np.random.default_rng([seed, number, 0])
+        if self._weights is not None:
+            ends = np.floor(np.cumsum(self._weights)[:-1] + generator.random())
+            counts = np.diff(ends, prepend=0, append=self.num_images)
+            return generator.permutation(np.repeat(np.arange(self.num_images), counts.astype(np.int64)))
         if self.sampling == "shuffled":
             return generator.permutation(self.num_images)
         assert self.targets is not None

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featstore.images.image_set import ImageSet
+from featstore.store.features import Features
 
 
 class HeldRows:
@@ -39,6 +40,32 @@ class HeldRows:
         return torch.from_numpy(np.array(self.values[rows], dtype=np.float32, order="C"))
 
 
+class RepeatedRows:
+    """Rows of an array or of features, each of them there so often; they aren't copied.
+
+    Args:
+        rows: ``(N, *F)``.
+        counts: ``(N,)``, how often; copies follow each other.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, rows: HeldRows | Features, counts: NDArray[np.int64]) -> None:
+        self._rows, self._places = rows, np.repeat(np.arange(len(rows)), counts)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(M, *F)``."""
+        return (len(self), *self._rows.shape[1:])
+
+    def __getitem__(self, rows: slice | Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """A new tensor ``(n, *F)``, float32."""
+        return self._rows[self._places[rows]].float()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeldSource:
     """Held rows as a fit reads them; what isn't described here is as in `derive.FeatureSource`.
@@ -51,7 +78,7 @@ class HeldSource:
     """
 
     images: ImageSet
-    features: tuple[HeldRows]
+    features: tuple[HeldRows | RepeatedRows]
     start: int
     words: str = "an array"
     kind: Literal["features"] = "features"

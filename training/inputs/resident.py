@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from featstore.store.features import Features
-from training.inputs.held import HeldRows
+from training.inputs.held import HeldRows, RepeatedRows
 
 MOST = 0.5
 """Of a GPU's free memory, that rows may take: the rest is the model's."""
 _BLOCK_BYTES = 64 << 20
 
 
-def resident(features: Sequence[Features | HeldRows], device: torch.device) -> tuple[Tensor, ...] | None:
+def resident(features: Sequence[Features | HeldRows | RepeatedRows], device: torch.device) -> tuple[Tensor, ...] | None:
     """All rows of each view, as `rows_on` gives them; None on a CPU, or where they don't fit."""
     if device.type != "cuda":
         return None
@@ -27,7 +27,7 @@ def resident(features: Sequence[Features | HeldRows], device: torch.device) -> t
     return tuple(rows_on(device, each) for each in features)
 
 
-def rows_on(device: torch.device, features: Features | HeldRows) -> Tensor:
+def rows_on(device: torch.device, features: Features | HeldRows | RepeatedRows) -> Tensor:
     """All rows ``(N, *F)`` on a device, brought there in pieces: the host needn't hold them."""
     rows = torch.empty(features.shape, dtype=features.dtype, device=device)
     several = max(1, _BLOCK_BYTES // max(1, rows[:1].nbytes))

@@ -14,7 +14,7 @@ from featstore.models.modes import numerics
 from featstore.models.trunk import choose_device
 from training.solvers.newton import CentredRows, Point, Problems, minimise
 from training.solvers.rows import Rows
-from training.solvers.targets import ClassWeights, class_numbers, on, row_weights, weights_by_class
+from training.solvers.targets import ClassWeights, class_numbers, on, row_weights, strengths_of, weights_by_class
 
 Array = NDArray[np.float64]
 
@@ -97,7 +97,7 @@ def logistic_path(
         ValueError: for rows that aren't finite, a single class, labels of another number, C or tol not above 0.
     """
     rows = Rows.of(X)
-    strengths = _strengths(C)
+    strengths = strengths_of("C", C)
     _check_options(tol, max_iterations)
     classes, numbers = class_numbers(y, len(rows))
     counted = weights_by_class(class_weight, classes, numbers, row_weights(weights, len(rows)))
@@ -147,7 +147,7 @@ def cross_validated(
         y: ``(N,)``, labels.
         C: S inverse strengths.
         folds: how many, dealt as scikit-learn's ``StratifiedKFold`` deals them; or the number of each row's ``(N,)``.
-        weights: ``(N,)``, what each row's loss counts; accuracies don't heed them.
+        weights: ``(N,)``, what each row's loss counts, and a row in an accuracy.
         class_weight: the same by class.
         tol: as `logistic_path` has it; accuracies need less than coefficients.
         max_iterations: most Newton steps for one C.
@@ -157,7 +157,7 @@ def cross_validated(
         ValueError: as `logistic_path`; for fewer than two folds, and a fold that leaves no row of a class to train on.
     """
     rows = Rows.of(X)
-    strengths = _strengths(C)
+    strengths = strengths_of("C", C)
     _check_options(tol, max_iterations)
     classes, numbers = class_numbers(y, len(rows))
     fold_of, num_folds = _folds(folds, numbers)
@@ -175,31 +175,27 @@ def cross_validated(
         problems = Problems(centred, numbers, len(classes), on(chosen, of_folds))
         held_out, truth = on(chosen, fold_of), on(chosen, numbers)
         everyone = torch.arange(len(rows), device=chosen)
-        sizes = torch.bincount(held_out, minlength=num_folds)
+        sizes = torch.bincount(held_out, by_row, minlength=num_folds)
+        if not bool(sizes.all()):
+            raise ValueError(
+                f"Fold {int(sizes.argmin())} holds out no row that counts; expected one or more. Leave rows of weight "
+                "0 out, or deal fewer folds."
+            )
         point = problems.start()
         for place in np.argsort(strengths, kind="stable"):
             penalty = _penalty(strengths[place], of_folds.sum(0), len(classes), chosen)
             point = minimise(problems, point, penalty, tol=tol, max_iterations=max_iterations).point
             is_right = point.chances[everyone, held_out].argmax(1) == truth
-            right = torch.bincount(held_out, is_right.double(), minlength=num_folds)
+            right = torch.bincount(held_out, is_right * by_row, minlength=num_folds)
             scores[place] = (right / sizes).cpu().numpy()
     return scores
 
 
-def _strengths(given: float | Sequence[float]) -> Array:
-    strengths: Array = np.atleast_1d(np.asarray(given, dtype=np.float64))
-    bad = strengths[~(np.isfinite(strengths) & (strengths > 0))]
-    if strengths.ndim != 1 or not strengths.size or bad.size:
-        shown = f"{bad[0]:g}" if bad.size else f"of shape {strengths.shape}"
-        raise ValueError(f"C is {shown}; expected one number above 0, or several in a list.")
-    return strengths
-
-
 def _check_options(tol: float, max_iterations: int) -> None:
-    if not tol > 0:
-        raise ValueError(f"tol is {tol}; expected a share of the objective above 0, as 1e-5.")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations}; expected at least 1.")
+    if not isinstance(tol, int | float | np.number) or not tol > 0:
+        raise ValueError(f"tol is {tol!r}; expected a share of the objective above 0, as 1e-5.")
+    if not isinstance(max_iterations, int | np.integer) or max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations!r}; expected a whole number of at least 1.")
 
 
 def _check_each_counts(classes: NDArray[Any], numbers: NDArray[np.int64], weights: Array, where: str = "") -> None:

@@ -204,8 +204,8 @@ class KNearest:
 def _checked(weights: Literal["uniform", "distance"] | float) -> Literal["uniform", "distance"] | float:
     if isinstance(weights, str):
         check_choice("weights", weights, ["uniform", "distance"])
-    elif not weights > 0:
-        raise ValueError(f"weights is {weights}; expected uniform, distance, or a temperature above 0, as 0.07.")
+    elif not isinstance(weights, int | float | np.number) or not weights > 0:
+        raise ValueError(f"weights is {weights!r}; expected uniform, distance, or a temperature above 0, as 0.07.")
     return weights
 
 

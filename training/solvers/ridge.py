@@ -15,7 +15,7 @@ from featstore.models.modes import numerics
 from featstore.models.trunk import choose_device
 from training.solvers.moments import moments
 from training.solvers.rows import Rows
-from training.solvers.targets import class_numbers, numbers_of, on, row_weights
+from training.solvers.targets import class_numbers, numbers_of, on, row_weights, strengths_of
 
 Array = NDArray[np.float64]
 
@@ -147,7 +147,7 @@ def leave_one_out_predictions(
     """What a ridge regression of all other rows predicts for each row ``(N, T)``; all else is as in `ridge_path`."""
     rows, chosen = Rows.of(X), choose_device(device)
     aims, counted = on(chosen, numbers_of(y, len(rows))), on(chosen, row_weights(weights, len(rows)))
-    (alone,) = _checked([strength])
+    (alone,) = strengths_of("strength", [strength])
     with torch.no_grad(), numerics("fp32", chosen):
         spectrum = _Spectrum.of(rows, aims, counted)
         missing = [left for _, left in spectrum.left_out(rows, aims, counted, on(chosen, np.array([alone])))]
@@ -165,7 +165,7 @@ def _path(
     device: str,
     classes: NDArray[Any] | None,
 ) -> RidgePath:
-    given, chosen = _checked(strengths), choose_device(device)
+    given, chosen = strengths_of("strengths", strengths), choose_device(device)
     targets, counted = on(chosen, aims), on(chosen, row_weights(weights, len(rows)))
     with torch.no_grad(), numerics("fp32", chosen):
         spectrum, penalties = _Spectrum.of(rows, targets, counted), on(chosen, given)
@@ -255,12 +255,3 @@ class _Spectrum:
             shares = weights[where, None] * (1 / self.total + turned.square() @ inverse)
             predicted = (turned @ along).view(len(turned), len(penalties), -1)
             yield where, (targets[where, None] - self.target_mean - predicted) / (1 - shares)[..., None]
-
-
-def _checked(strengths: Sequence[float]) -> Array:
-    given: Array = np.atleast_1d(np.asarray(strengths, dtype=np.float64))
-    bad = given[~(np.isfinite(given) & (given > 0))]
-    if given.ndim != 1 or not given.size or bad.size:
-        shown = f"{bad[0]:g}" if bad.size else f"of shape {given.shape}"
-        raise ValueError(f"A strength is {shown}; expected one or more numbers above 0.")
-    return given

@@ -78,12 +78,35 @@ def weights_by_class(
         sums = np.bincount(numbers, weights, minlength=len(classes))
         by_class = weights.sum() / (len(classes) * np.where(sums > 0, sums, 1))
     else:
+        if not isinstance(class_weight, dict):
+            raise TypeError(
+                f"class_weight is {class_weight!r}; expected balanced, a weight by class in a dict, or None."
+            )
         strange = [label for label in class_weight if label not in classes]
         if strange:
             raise ValueError(f"class_weight names {strange[0]}, which no row is of; expected some of {classes!r}.")
         by_class = np.asarray([float(class_weight.get(label, 1.0)) for label in classes])
     found: NDArray[np.float64] = weights * by_class[numbers]
     return found
+
+
+def strengths_of(name: str, given: Any) -> NDArray[np.float64]:
+    """Strengths ``(S,)`` of a penalty, one or several.
+
+    Raises:
+        ValueError: for what isn't one number above 0, or several; `name` is what they are called.
+    """
+    expected = "expected one number above 0, or several in a list"
+    try:
+        strengths = np.atleast_1d(np.asarray(given, dtype=np.float64))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {given!r}; {expected}.") from None
+    if strengths.ndim != 1 or not strengths.size:
+        raise ValueError(f"{name} is of shape {strengths.shape}; {expected}.")
+    bad = strengths[~(np.isfinite(strengths) & (strengths > 0))]
+    if bad.size:
+        raise ValueError(f"{name} is {bad[0]:g}; {expected}.")
+    return strengths
 
 
 def _one_a_row(given: Any, num_rows: int, name: str) -> NDArray[Any]:

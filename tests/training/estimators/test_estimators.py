@@ -1,9 +1,13 @@
-"""Estimators: scikit-learn's own checks hold, and what they come to is what a Learner comes to on the same rows."""
+"""Estimators: scikit-learn's own checks hold, and what they come to is what a Learner comes to on the same rows.
+
+Long, since heads, probes and the extractor are held to the same things, by the same arrays and features.
+"""
 
 from __future__ import annotations
 
 import inspect
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +28,17 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
-from support.tiny import arrays, photos, staged
+from support.tiny import VIEW, arrays, photos, pixels, staged
 
-from featstore import Features, FeatureStore, ImageSet, StagedModel, extract
+from featstore import Augment, Features, FeatureStore, ImageSet, StagedModel, extract
 from featstore.errors import FactsDifferError
+from featstore.images.fileless import images_by_id
 from training import FeatureExtractor, HeadClassifier, HeadRegressor, KNNProbe, Learner, LinearProbe, RidgeProbe
-from training.heads import HEADS
+from training.estimators.probes import _folds
+from training.heads import HEADS, build_head
+from training.inputs.batches import Batches
+from training.inputs.held import HeldRows, HeldSource
+from training.inputs.situation import Situation
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
 
@@ -70,9 +79,13 @@ def features_of(store: FeatureStore, images: ImageSet, cut: str, reduction: str)
 
 # ------------------------------------------------------------------------------------- scikit-learn's own checks
 
+ORDER = {
+    "check_sample_weight_equivalence_on_dense_data": "it shuffles the rows, whose order decides a fit by steps",
+    "check_sample_weights_invariance": "the same, before scikit-learn 1.6",
+}
 CHECKED = [
-    (HeadClassifier("mlp", epochs=10, lr=3e-2, hidden=(32,), dropout=0.0, batch_size=256), {}),
-    (HeadRegressor(epochs=20, lr=1e-2, hidden=(32,)), {}),
+    (HeadClassifier("mlp", epochs=10, lr=3e-2, hidden=(32,), dropout=0.0, batch_size=256), ORDER),
+    (HeadRegressor(epochs=20, lr=1e-2, hidden=(32,)), ORDER),
     (
         LinearProbe(),
         {
@@ -82,13 +95,22 @@ CHECKED = [
     ),
     (KNNProbe(5), {"check_estimators_dtypes": "has a row of zeros, which has no direction (cosine)"}),
     (KNNProbe(3, metric="euclidean", weights="distance"), {}),
-    (RidgeProbe(), {}),
+    (
+        RidgeProbe(),
+        {
+            "check_sample_weight_equivalence_on_dense_data": "copies tell of a row that is left out: other strengths",
+            "check_sample_weights_invariance": "the same, before scikit-learn 1.6",
+        },
+    ),
     pytest.param(
         HeadClassifier(),
-        {"check_class_weight_classifiers": "ten steps on fifty rows are few for a weight ten million times another"},
+        {
+            **ORDER,
+            "check_class_weight_classifiers": "ten steps on fifty rows are few for a weight ten million times another",
+        },
         marks=pytest.mark.slow,
     ),
-    pytest.param(HeadRegressor(), {}, marks=pytest.mark.slow),
+    pytest.param(HeadRegressor(), ORDER, marks=pytest.mark.slow),
 ]
 """Estimators, and the checks that they fail with the reason."""
 
@@ -216,11 +238,38 @@ def test_features_of_another_kind_are_refused(store: FeatureStore, images: Image
     other = features_of(store, images, "layer1", "avg")
     with pytest.raises(FactsDifferError, match=f"trunk .*{features.spec.trunk[:8]}, here {other.spec.trunk[:8]}"):
         head.predict(other)
+    assert len(head.predict(np.asarray(features))) == 24  # an array says nothing of where it is from
     with pytest.raises(ValueError, match=r"are of shape \(24, 12, 4, 4\); expected vectors"):
         head.fit(features_of(store, images, "layer2", "none"))
     on_array = HeadClassifier("linear", epochs=1, lr=1e-2).fit(np.asarray(other), images.targets)
     with pytest.raises(ValueError, match="X has 12 features, but HeadClassifier is expecting 8"):
         on_array.predict(features)
+
+
+def test_features_of_as_many_numbers_but_other_facts_are_refused(
+    model: StagedModel, images: ImageSet, tmp_path: Path
+) -> None:
+    store = FeatureStore(tmp_path / "features")
+
+    def made(**options: Any) -> Features:
+        return store.features(images, extract(model, images, store, cuts=["layer2:avg"], **options).keys[-1])
+
+    features, augmented = made(), made(augment=Augment("side_on", seeds=range(1)))
+    others = [
+        (made(view=replace(VIEW, resize=24)), r"resize \(20, here 24\)"),
+        (augmented, "augmentation .none, here side_on.*seed .none, here 0"),
+        (made(dtype="float32"), r"storage type \(float16, here float32\)"),
+        (made(precision="bf16"), r"precision \(fp32, here bf16\)"),
+    ]
+    for fresh in (HeadClassifier("linear", epochs=1, lr=1e-2), LinearProbe(), RidgeProbe(), KNNProbe(3)):
+        fitted = clone(fresh).fit(features)
+        for other, told in others:
+            with pytest.raises(FactsDifferError, match=told) as refused:
+                fitted.predict(other)
+            # What it says to run makes the error go away.
+            assert f"store.features(images, {features.key[:8]!r})" in str(refused.value)
+        assert len(fitted.predict(store.features(images, features.key[:8]))) == 24
+        assert len(clone(fresh).fit(augmented).predict(features)) == 24  # as a fit to augmented views is scored
 
 
 def test_images_without_a_label_are_no_class(store: FeatureStore, model: StagedModel) -> None:
@@ -267,6 +316,14 @@ def test_a_head_becomes_a_learner_of_its_backbone(
         made.to_learner(other, images)
     with pytest.raises(ValueError, match="tells 0, 1 apart, and these images have a, b, c"):
         made.to_learner(model, ImageSet.from_arrays(np.zeros((3, 8, 8), np.uint8), ["a", "b", "c"]))
+    with pytest.raises(ValueError, match="tells 0, 1 apart, and these images have 1, 0"):
+        made.to_learner(model, replace(images, classes=("1", "0")))
+    assert images.targets is not None
+    named = clone(made).fit(features, np.array(images.classes)[images.targets])
+    probabilities = named.to_learner(model, images, store, quiet=True).predict_proba(images)
+    assert probabilities == pytest.approx(named.predict_proba(features), abs=1e-5)
+    with pytest.raises(ValueError, match="tells the numbers 0, 1 apart, which aren't the targets of the features"):
+        clone(made).fit(features, 1 - images.targets).to_learner(model, images)
     with pytest.raises(ValueError, match="was fitted to an array"):
         made.fit(np.asarray(features), images.targets).to_learner(model, images)
 
@@ -339,11 +396,33 @@ def test_random_states_are_seeds(digits: Arrays) -> None:
         ({"options": {"checkpoint": "kept"}}, "has rows alone"),
         ({"epochs": 0}, "epochs is 0"),
         ({"class_weight": "heavy"}, "class_weight"),
+        ({"hidden": 64}, r"hidden is 64; expected the width of each hidden layer in a list, as \(512,\)"),
+        ({"hidden": (6.5,)}, "each must be a whole number"),
+        ({"dropout": ("a", 0.5)}, "A dropout rate is .a."),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"options": ["clip"]}, "expected options of a fit by name"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], told: str, digits: Arrays) -> None:
     with pytest.raises((ValueError, TypeError), match=told):
         HeadClassifier(**{"lr": 1e-2, **settings}).fit(*digits)
+
+
+@pytest.mark.parametrize(
+    ("probe", "told"),
+    [
+        (LinearProbe(C=[]), r"C is of shape \(0,\); expected one number above 0, or several"),
+        (LinearProbe(C="strong"), "C is 'strong'"),  # type: ignore[arg-type]
+        (LinearProbe(max_iterations=1.5), "max_iterations is 1.5"),  # type: ignore[arg-type]
+        (LinearProbe(class_weight=[1, 2]), r"class_weight is \[1, 2\]"),  # type: ignore[arg-type]
+        (RidgeProbe(None), "strengths is nan"),  # type: ignore[arg-type]
+        (KNNProbe(2.5), "n_neighbors is 2.5"),  # type: ignore[arg-type]
+        (KNNProbe(weights=None), "weights is None"),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_of_probes_that_mean_nothing_are_refused(probe: Any, told: str, digits: Arrays) -> None:
+    with pytest.raises((ValueError, TypeError), match=told):
+        probe.fit(*digits)
 
 
 def test_a_single_class_is_refused(digits: Arrays) -> None:
@@ -352,6 +431,65 @@ def test_a_single_class_is_refused(digits: Arrays) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the probes
+
+
+@pytest.mark.parametrize("kind", ["array", "features"])
+@pytest.mark.parametrize(
+    "fresh",
+    [HeadClassifier(epochs=2, lr=1e-2), HeadRegressor("mlp", epochs=2, lr=1e-2)],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_head_is_fitted_to_a_row_as_often_as_its_weight_says(fresh: Any, kind: str, features: Features) -> None:
+    array, targets = np.asarray(features), features.targets
+    assert targets is not None
+    often = np.arange(24) % 5  # 0 leaves a row out
+    made = clone(fresh).fit(features if kind == "features" else array, targets, sample_weight=often)
+    repeated = clone(fresh).fit(np.repeat(array, often, axis=0), np.repeat(targets, often))
+    assert made.history_.losses == repeated.history_.losses
+    assert np.array_equal(made.predict(array), repeated.predict(array))
+
+
+def test_weights_that_are_not_whole_are_shares_of_a_pass(digits: Arrays) -> None:
+    values, targets = digits[0], digits[1] // 5
+    weights = np.random.default_rng(0).uniform(0.1, 2, 300) * np.where(targets == 1, 20, 1)
+    plain, heavy, scaled = (
+        HeadClassifier("linear", epochs=5, lr=1e-2).fit(values, targets, each).predict(values)
+        for each in (None, weights, weights / 1024)
+    )
+    assert np.array_equal(heavy, scaled)
+    assert (heavy == 1).sum() > (plain == 1).sum()
+    rows = HeldRows(values[:40])
+    images = images_by_id([*map(str, range(40))], where="made", name="made")
+    model = StagedModel.absent(
+        [{"name": "rows", "layout": "NC", "shape": [64], "digest": "0"}], view=VIEW, name="rows", class_tokens=0
+    ).with_head(build_head("linear", 64, 2), cut="rows", reduction="none")
+    shares = weights[:40] / weights[:40].mean()
+    batches = Batches(
+        HeldSource(
+            images=replace(images, targets=targets[:40], classes=("a", "b"), task="single"), features=(rows,), start=1
+        ),
+        Situation.of(model, images, device=torch.device("cpu")),
+        batch_size=8,
+        workers=None,
+        weights=shares,
+    )
+    counts = np.stack([np.bincount(batches._order(3, number), minlength=40) for number in range(2000)])
+    assert (counts.sum(1) == 40).all()
+    assert (np.abs(counts - shares) < 1 + 1e-9).all()  # what is whole of a weight each pass has
+    assert counts.mean(0) == pytest.approx(shares, abs=4 * 0.5 / 2000**0.5)  # four deviations of a mean, or more
+
+
+def test_weights_that_mean_nothing_are_refused(digits: Arrays) -> None:
+    for fresh in (HeadClassifier(epochs=1, lr=1e-2), LinearProbe(), RidgeProbe()):
+        for weights, told in (
+            (np.zeros(300), "at least one non-zero"),
+            (np.full(300, -1.0), "is -1"),
+            (np.ones(9), "shape"),
+        ):
+            with pytest.raises(ValueError, match=told):
+                clone(fresh).fit(*digits, sample_weight=weights)
+    with pytest.raises(ValueError, match="sampling is balanced, which has its own"):
+        HeadClassifier(epochs=1, lr=1e-2, options={"sampling": "balanced"}).fit(*digits, np.full(300, 0.5))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -390,6 +528,11 @@ def test_weights_count_as_rows_that_are_there_so_often(digits: Arrays) -> None:
     weighted = LinearProbe(0.01, tol=1e-8).fit(values, targets, sample_weight=often)
     repeated = LinearProbe(0.01, tol=1e-8).fit(np.repeat(values, often, axis=0), np.repeat(targets, often))
     assert weighted.predict_proba(values) == pytest.approx(repeated.predict_proba(values), abs=1e-4)
+    ridges = [
+        RidgeProbe(10.0).fit(values, targets, sample_weight=often),
+        RidgeProbe(10.0).fit(np.repeat(values, often, axis=0), np.repeat(targets, often)),
+    ]
+    assert ridges[0].coef_ == pytest.approx(ridges[1].coef_, rel=1e-8, abs=1e-10)  # sums of float64 in another order
 
 
 def test_a_strength_is_chosen_as_a_search_chooses_it(digits: Arrays) -> None:
@@ -404,6 +547,22 @@ def test_a_strength_is_chosen_as_a_search_chooses_it(digits: Arrays) -> None:
     assert (alone.scores_, alone.coef_.tolist()) == (None, probe.coef_.tolist())
     with pytest.raises(ValueError, match="standardised is for one C"):
         LinearProbe(C=strengths, standardised=True).fit(values, targets)
+
+
+def test_copies_lie_in_one_fold_and_so_do_the_images_of_a_group(model: StagedModel, tmp_path: Path) -> None:
+    twice = np.tile(np.arange(12), 2)
+    images = ImageSet.from_arrays(pixels(12)[twice], [0, 0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0] * 2)
+    store = FeatureStore(tmp_path / "features")
+    features = store.features(images, extract(model, images, store, cuts=["layer2:concat"]).keys[0])
+    for given in (features, np.asarray(features)):
+        # Twenty-four numbers tell any twelve images apart, so of copies that were trained on each is right; the labels
+        # are no matter of what is seen.
+        assert LinearProbe(C=[1e-3, 1e3], folds=3).fit(given, images.targets).scores_.max() < 0.9  # type: ignore[union-attr]
+    grouped = ImageSet.from_arrays(pixels(24), [0, 1] * 12, groups=[f"patient{place // 3}" for place in range(24)])
+    extract(model, grouped, store, cuts=["layer2:concat"])
+    fold_of = _folds(store.features(grouped, features.key), np.asarray(grouped.targets), 4)
+    assert [len({*patient}) for patient in np.reshape(fold_of, (8, 3)).tolist()] == [1] * 8
+    assert np.bincount(np.ravel(fold_of)).tolist() == [6] * 4
 
 
 @pytest.mark.parametrize("num_classes", [2, 10])
@@ -491,6 +650,24 @@ def test_images_of_any_kind_have_the_same_rows_in_their_order(
         assert np.array_equal(found, wanted)
 
 
+def test_an_extractor_that_has_changed_since_its_fit_is_refused(
+    paths: tuple[list[str], list[str]], tmp_path: Path
+) -> None:
+    model, files = staged(), paths[0][:2]
+    made = FeatureExtractor(model, cut="layer2", store=tmp_path / "features").fit()
+    before = made.transform(files)
+    with pytest.raises(FactsDifferError, match=r"changed since in: resize \(20, now 24\)"):
+        made.set_params(view=replace(VIEW, resize=24)).transform(files)
+    assert np.array_equal(made.set_params(view=VIEW).transform(files), before)
+    next(model.parameters()).data += 1
+    with pytest.raises(FactsDifferError, match=f"trunk .{made.spec_.trunk[:8]}, now"):
+        made.transform(files)
+    assert not np.array_equal(made.fit().transform(files), before)
+    store = FeatureStore(tmp_path / "features")
+    with pytest.raises(ValueError, match="which are rows already; expected images"):
+        made.transform(store.features(ImageSet.from_store(store), made.spec_.key))
+
+
 def test_columns_have_names(paths: tuple[list[str], list[str]], model: StagedModel, tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     extractor = FeatureExtractor(model, cut="layer2", store=tmp_path / "features").set_output(transform="pandas")
@@ -503,6 +680,12 @@ def test_columns_have_names(paths: tuple[list[str], list[str]], model: StagedMod
     assert maps.transform(paths[0][:2]).shape == (2, *maps.shape_)
     with pytest.raises(ValueError, match="names are for vectors"):
         maps.get_feature_names_out()
+
+
+@pytest.mark.parametrize(("setting", "told"), [({"view": 64}, "view is 64; expected"), ({"store": 3}, "store is 3")])
+def test_settings_of_an_extractor_that_mean_nothing_are_refused(setting: Any, told: str, model: StagedModel) -> None:
+    with pytest.raises(TypeError, match=told):
+        FeatureExtractor(model, **setting).fit()
 
 
 @pytest.mark.parametrize(("given", "told"), [("one.jpg", "expected several images"), (["nowhere.jpg"], "is no file")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from support.tiny import VIEW, net, staged
 from featstore import FactsDifferError, FeatureStore, ImageSet, MissingFeaturesError, extract
 from featstore.models.staged import StagedModel
 from training import Comparison, compare
-from training.experiments.comparing import _inner
+from training.experiments import comparing
+from training.experiments.comparing import _inner, _student
 from training.experiments.probing import probed
 from training.scores.metrics import wilson_interval
 from training.scores.transferability import transfer_scores
@@ -110,6 +112,27 @@ def test_what_is_stored_is_reused_and_timed_on_request_alone(filed: Any) -> None
     assert timed.best.seconds is not None
 
 
+def test_rows_of_one_set_are_gone_before_those_of_the_next_are_read(
+    filed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, store, _ = filed
+    seen: list[weakref.ref[Any]] = []
+    transfer, read = comparing._transfer, FeatureStore.features
+
+    def watched(rows: Any, *rest: Any) -> Any:
+        seen.append(weakref.ref(rows))
+        return transfer(rows, *rest)
+
+    def reading(*given: Any, **options: Any) -> Any:
+        assert not any(each() is not None for each in seen)
+        return read(*given, **options)
+
+    monkeypatch.setattr(comparing, "_transfer", watched)
+    monkeypatch.setattr(FeatureStore, "features", reading)
+    compare(two(), images, store, cuts=["layer1"], probes=["ridge"], extract=False)
+    assert len(seen) == 2
+
+
 def test_ties_are_named_by_mcnemars_exact_test(filed: Any) -> None:
     _, _, found = filed
     one, other = found.entries[:2]
@@ -162,7 +185,10 @@ def test_over_folds_each_image_is_held_out_once(store: FeatureStore) -> None:
         values.append(float((said.argmax(1) == images.targets[held_out]).mean()))  # type: ignore[index]
     assert result.value == pytest.approx(np.mean(values))
     half = 4.302653 * np.std(values, ddof=1) / np.sqrt(3)  # Student's t of two degrees, 95 %
-    assert result.interval == pytest.approx((np.mean(values) - half, np.mean(values) + half), rel=1e-6)
+    assert result.interval == pytest.approx((np.mean(values) - half, min(1, np.mean(values) + half)), rel=1e-6)
+    assert _student([0.9, 1.0, 1.0], 0.0)[1] == 1
+    assert _student([0.0, 0.1, 0.0], 0.0)[0] == 0
+    assert _student([0.0, -0.5], -np.inf)[0] < -1  # R2 has no least value
 
 
 def test_groups_stay_whole_in_the_inner_folds_too() -> None:
@@ -194,7 +220,8 @@ def test_numbers_are_compared_by_what_is_explained_of_them(store: FeatureStore) 
     assert found.metric == "R2"
     assert [*found.best.probes] == ["knn", "ridge"]
     assert found.best.probes["ridge"].value > 0.5
-    assert found.best.probes["ridge"].interval is None
+    low, high = found.best.probes["ridge"].interval or (1, 0)
+    assert low < found.best.probes["ridge"].value < high <= 1
     assert found.best.transfer["nleep"] is None
     assert found.ties() == []
     with pytest.raises(ValueError, match="The probe linear tells classes apart"):
@@ -230,7 +257,13 @@ def test_what_can_not_be_compared_is_refused_by_name(store: FeatureStore) -> Non
     images = digits(60)
     model = staged()
     for options, words in (
-        ({"cuts": ["layer9"]}, "net has none of the cuts layer9"),
+        ({"cuts": ["layer9"]}, "net has no cut layer9"),
+        ({"cuts": ["layer8", "layer9"]}, "net has none of the cuts layer8, layer9"),
+        ({"cuts": ["layer1", "layer9"]}, "No backbone has the cut layer9"),
+        ({"cuts": [4]}, "cuts has 4. Expected names of cuts"),
+        ({"cuts": []}, r"cuts is \[\]"),
+        ({"folds": "three"}, "folds is 'three'"),
+        ({"groups": 3, "folds": 3}, "groups is 3"),
         ({"cuts": ["layer1:none"]}, "net@layer1 none gives 8x8x8 an image, and probes take vectors"),
         ({"cuts": "layer1"}, "cuts is 'layer1'"),
         ({"by": "linear", "probes": ["knn"]}, "by is 'linear'"),
@@ -238,6 +271,10 @@ def test_what_can_not_be_compared_is_refused_by_name(store: FeatureStore) -> Non
     ):
         with pytest.raises(ValueError, match=words):
             compare([model], images, store, **options)
+    with pytest.raises(ValueError, match="cuts is 'layer1'"):
+        compare([(model, "layer1")], images, store)
+    with pytest.raises(ValueError, match=r"Expected a backbone, or \(backbone, \[cut, ...\]\)"):
+        compare([(model,)], images, store)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="backbones is 'resnet18'"):
         compare("resnet18", images, store)
     with pytest.raises(ValueError, match="no labelled image in the split valid"):

@@ -17,6 +17,7 @@ from support.tiny import arrays, staged
 from featstore import FeatureStore, ImageSet, StagedModel, extract
 from featstore.errors import FeatureStoreError
 from training import RidgeProbe, few_shot, k_shot, learning_curve
+from training.experiments.shots import CurvePoint
 
 NUM_IMAGES = 60
 
@@ -122,7 +123,7 @@ def test_few_shots_are_what_a_probe_comes_to_on_those_rows(
             expected.append((RidgeProbe().fit(values, targets).predict(scored) == truth).mean())
         assert point.accuracies == tuple(expected)
         middle, half = np.mean(expected), t.ppf(0.975, 2) * sem(expected)
-        assert point.interval() == pytest.approx((middle - half, middle + half))
+        assert point.interval() == pytest.approx((middle - half, min(1, middle + half)))
     assert curve.num_scored == len(truth) == 24
 
 
@@ -138,7 +139,18 @@ def test_a_curve_ends_with_all_images_of_which_there_is_one_draw(
     values, targets = rows(store, images.train)
     expected = LogisticRegression(max_iter=2000).fit(values, targets).score(*rows(store, images.valid))
     assert curve.points[1].accuracies == (expected,)
-    assert all(map(math.isnan, curve.points[1].interval()))
+    assert curve.points[1].interval() is None
+    assert str(curve).splitlines()[-2].split()[-2:] == ["-", "-"]
+    assert str(curve).endswith("intervals of 95 % over draws (-: a single draw has none)")
+    assert math.isnan(curve.frame()["from"][1])
+    curve.plot()
+
+
+def test_an_interval_stays_within_what_an_accuracy_can_be() -> None:
+    near_1, near_0 = (CurvePoint(shots=1, num_images=2, accuracies=each) for each in ((1.0, 0.9, 1.0), (0.0, 0.1, 0.0)))
+    half = t.ppf(0.975, 2) * sem(near_1.accuracies)
+    assert near_1.interval() == pytest.approx((near_1.mean - half, 1))
+    assert near_0.interval() == pytest.approx((0, near_0.mean + half))
 
 
 @pytest.mark.parametrize("probe", ["ridge", "linear", "knn", "head", GaussianNB()])
@@ -169,10 +181,23 @@ def test_what_a_store_lacks_is_said_with_what_to_run(model: StagedModel, images:
         few_shot(model, images, empty, shots=(1,))
     with pytest.raises(ValueError, match="probe is 'svm'; expected one of ridge, linear"):
         few_shot(model, images, empty, probe="svm")
-    with pytest.raises(ValueError, match="shots are"):
-        few_shot(model, images, empty, shots=(0,))
-    with pytest.raises(ValueError, match="shares are"):
-        learning_curve(model, images, empty, shares=(0.5, 1.5))
+    for shots in (5, (0,), "12", (1.5,), ()):
+        with pytest.raises(ValueError, match=r"shots are .*; expected numbers of images a class from 1 on"):
+            few_shot(model, images, empty, shots=shots)  # type: ignore[arg-type]
+    for shares in (0.5, (0.5, 1.5), "ab", (5, 10)):
+        with pytest.raises(ValueError, match=r"shares are .*; expected shares"):
+            learning_curve(model, images, empty, shares=shares)  # type: ignore[arg-type]
+    for options, told in (
+        ({"repeats": 0}, "repeats is 0"),
+        ({"repeats": "2"}, "repeats is '2'"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"probe": RidgeProbe}, "expected one of ridge, linear, knn, head, or a classifier"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=told):
+            few_shot(model, images, empty, **options)
+    for number in (0, 1.5, "a"):
+        with pytest.raises(ValueError, match="shots is"):
+            k_shot(images, number)  # type: ignore[arg-type]
 
 
 def test_images_without_held_out_ones_are_refused(model: StagedModel, images: ImageSet, store: FeatureStore) -> None:

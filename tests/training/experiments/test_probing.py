@@ -13,7 +13,17 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from training import choices
 from training.experiments import probing
-from training.experiments.probing import PROBES, Halves, ProbeName, probed, probes_for, score
+from training.experiments.probing import (
+    DRAWS,
+    PROBES,
+    Halves,
+    ProbeName,
+    probed,
+    probes_for,
+    resampled,
+    score,
+    score_interval,
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +138,19 @@ def test_numbers_and_several_labels_are_scored_as_scikit_learn_does() -> None:
     hot = np.stack([wanted > 100, wanted > 200], 1).astype(np.int64)
     several = probed("knn", rows[:300], hot[:300], rows[300:], task="multi", columns=2, inner=inner)
     assert score(several.said, hot[300:], "multi") > 0.7
+
+
+@pytest.mark.parametrize("task", ["multi", "regression"])
+def test_an_interval_is_that_of_scores_of_images_drawn_anew(task: Any) -> None:
+    random = np.random.default_rng(0)
+    targets = random.integers(0, 2, (60, 3)) if task == "multi" else random.normal(50, 9, (60, 2))
+    said = np.round(targets + random.normal(0, 1 if task == "multi" else 9, targets.shape), 1)  # some are said alike
+    draws = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), size=DRAWS)
+    rows = [np.repeat(np.arange(60), often) for often in draws]
+    expected = [score(said[each], targets[each], task) for each in rows]
+    assert resampled(said, targets, draws, task) == pytest.approx(expected, rel=1e-12)
+    assert score_interval(said, targets, task) == pytest.approx(np.quantile(expected, [0.025, 0.975]), rel=1e-12)
+    assert score_interval(said[:1], targets[:1] * 0, task) is None
 
 
 def test_a_class_without_a_row_to_train_on_is_never_said(digits: Any) -> None:

@@ -178,6 +178,22 @@ def test_folds_may_be_given_and_balanced() -> None:
         assert abs(model.score(values[~inside], labels[~inside]) - scores[0, place]) <= 1 / 40 + 1e-9
 
 
+def test_a_weight_counts_in_a_fold_as_rows_that_are_there_so_often() -> None:
+    values, labels = made(120)
+    fold_of, often = np.arange(120) // 4 % 3, np.arange(120) % 5
+    weighted = cross_validated(values, labels, C=[0.1], folds=fold_of, weights=often, tol=1e-7, device="cpu")
+    repeated = cross_validated(
+        *(np.repeat(each, often, axis=0) for each in (values, labels)),
+        C=[0.1],
+        folds=np.repeat(fold_of, often),
+        tol=1e-7,
+        device="cpu",
+    )
+    assert weighted == pytest.approx(repeated, rel=1e-12)
+    with pytest.raises(ValueError, match="Fold 1 holds out no row that counts"):
+        cross_validated(values, labels, C=[0.1], folds=fold_of, weights=fold_of != 1, device="cpu")
+
+
 def test_the_same_problem_gives_the_same_bits() -> None:
     values, labels = made()
     first, second = (logistic_path(values, labels, C=[0.1, 10], device="cpu") for _ in range(2))

@@ -87,7 +87,7 @@ def test_blocks_give_what_all_rows_give_at_once() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"strengths": [1.0, 0.0]}, "A strength is 0"),
+        ({"strengths": [1.0, 0.0]}, "strengths is 0"),
         ({"strengths": []}, r"of shape \(0,\)"),
         ({"y": np.zeros(79)}, "79 targets for 80 rows"),
         ({"y": np.full(80, np.nan)}, "target of row 0 is nan"),
