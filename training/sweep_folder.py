@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,13 +20,16 @@ from training.learner import Learner
 from training.provenance import FitRecord
 from training.sidecar import FILE, Dealt, Score, Sidecar, finite
 
-FACTS = "sweep.json"
-FORMAT = 1
+FACTS, HALVING = "sweep.json", "halving.json"
+FORMAT = 2
 """Of the folder, and of what a setting means: counted up when either changes."""
 
 
 class SweepFolder:
-    """A folder with sweep.json, what all results depend on, and member-DIGEST for each setting that is done."""
+    """A folder with sweep.json, what all results depend on, and member-DIGEST for each setting that is done.
+
+    Of a halving also halving.json: which settings go on from which rung.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,11 +50,9 @@ class SweepFolder:
                 raise FeatureStoreError(
                     f"{self.path} holds {some(strangers)}, and a sweep has a folder of its own. Choose another one."
                 )
-            content = (json.dumps(wanted, indent=1) + "\n").encode("ascii")
             make_folder(self.path, root=self.path)
             try:
-                with whole_or_nothing(place, len(content)) as fd:
-                    write_at(fd, memoryview(content), 0)
+                _write(place, wanted)
                 return
             except FileExistsError:  # another share was faster
                 pass
@@ -82,6 +84,24 @@ class SweepFolder:
             return None
         found: dict[str, Json] = Sidecar.read(folder).more["sweep"]
         return found
+
+    def decided(self) -> dict[int, list[str]]:
+        """Of each rung of a halving that was decided, by its epoch, the names of the settings that go on.
+
+        Raises:
+            DamagedFileError: if that can't be read.
+        """
+        place = self.path / HALVING
+        if not place.exists():
+            return {}
+        try:
+            return {int(until): [*map(str, names)] for until, names in json.loads(place.read_bytes()).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DamagedFileError(f"{place} is damaged ({error}). Restore it, or choose another folder.") from error
+
+    def decide(self, until: int, names: Sequence[str]) -> None:
+        """Keeps which settings go on from a rung, before those that don't are written: it is decided once."""
+        _write(self.path / HALVING, {**self.decided(), until: [*names]}, replaces=True)
 
     def head(self, name: str) -> tuple[dict[str, Tensor], int, list[FitRecord]]:
         """The tensors of a head, the passes over the training images that they have seen, and its fit."""
@@ -121,6 +141,17 @@ class SweepFolder:
 
     def _of(self, name: str) -> Path:
         return self.path / f"member-{name}"
+
+
+def _write(place: Path, facts: Mapping[Any, Json], *, replaces: bool = False) -> None:
+    """Writes a file of JSON, whole or not at all.
+
+    Raises:
+        FileExistsError: if one is there that isn't to be replaced.
+    """
+    content = (json.dumps(facts, indent=1) + "\n").encode("ascii")
+    with whole_or_nothing(place, len(content), replaces=replaces) as fd:
+        write_at(fd, memoryview(content), 0)
 
 
 def _flat(result: Mapping[str, Json]) -> dict[str, Json]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -254,17 +254,19 @@ def sweep(
     )
     found = as_settings(settings)
     trials.check(found)
+    if halving is not None and halving < 2:
+        raise ValueError(f"halving is {halving}; expected at least 2: one of so many goes on.")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard is {shard}; expected (i, n) with i from 0 to n - 1.")
+    if shard[1] > 1 and halving is not None:
+        raise ValueError("halving compares all settings, and a share of them can't. Leave out halving, or shard.")
     own = [each for each in found if int(setting_digest(each), 16) % shard[1] == shard[0]]
     folder = None
     if out is not None:
         more: dict[str, Json] = {"halving": halving}
         if halving is not None:
-            more["settings"] = [setting_digest(each) for each in (own if shard[1] > 1 else found)]
+            more["settings"] = [setting_digest(each) for each in found]
         folder = SweepFolder(Path(out))
-        if shard[1] > 1 and halving is not None:
-            raise ValueError("halving compares all settings, and a share of them can't. Leave out halving, or shard.")
         folder.begin({**trials.facts(found), **more}, resume=resume)
     say = _Say(is_quiet=quiet)
     done: dict[str, Member] = {}
@@ -282,7 +284,7 @@ def sweep(
         for wave in trials.waves(waiting):
             run.try_all(wave)
     elif waiting:
-        run.try_by_halving(waiting, halving)
+        run.try_by_halving(found, halving)
     rank = trials.monitor
     members = sorted(run.done.values(), key=lambda each: _place(rank, each))
     return Sweep(
@@ -333,6 +335,11 @@ class _Fit:
     plan: Plan
     begun: Begun | None = None
     failure: str | None = None
+
+    @cached_property
+    def name(self) -> str:
+        """Its setting's."""
+        return setting_digest(self.setting)
 
     @property
     def curve(self) -> tuple[float, ...]:
@@ -535,31 +542,43 @@ class _Run:
     def try_by_halving(self, settings: Sequence[Setting], factor: int) -> None:
         """Trains settings from rung to rung, and drops the worst at each.
 
+        All are given, those that are done too: which rungs there are and who goes on is of all of them. What an
+        earlier run has decided holds, so that one that was killed drops what it would have dropped.
+
         Raises:
-            ValueError: for a factor below 2.
+            FeatureStoreError: if settings are done, and nothing says who went on.
         """
-        if factor < 2:
-            raise ValueError(f"halving is {factor}; expected at least 2: one of so many goes on.")
-        fits = self._begun(settings)
-        groups = self._together(fits)
-        alive = [*settings]
+        alive = {setting_digest(each): each for each in settings}
+        waiting = {name: each for name, each in alive.items() if name not in self.done}
         longest = max(self.trials.plan(each).cycles[0] for each in settings)
-        for until in rungs(longest, factor, len(settings) + len(self.done)):
+        heights = rungs(longest, factor, len(settings))
+        decided = {} if self.folder is None else self.folder.decided()
+        if self.folder is not None and self.done and not {*heights[:1]} <= decided.keys():
+            raise FeatureStoreError(
+                f"{self.folder.path} has settings that halving dropped, and lacks halving.json, which says when. "
+                "Restore it, or choose another folder."
+            )
+        fits = self._begun([*waiting.values()])
+        groups = self._together(fits)
+        for until in heights:
             for packed, alone in groups:
                 self._go_on(packed, alone, until)
-            kept = {*self._best_at(until, alive, fits, factor)}
-            dropped = [each for each in alive if setting_digest(each) not in kept]
+            if until not in decided:
+                decided[until] = self._best_at(until, alive, fits, factor)
+                if self.folder is not None:
+                    self.folder.decide(until, decided[until])
+            dropped = alive.keys() - decided[until]
             for packed, alone in groups:
                 if packed is not None:
                     together, numbered = packed
-                    together.end([place for place, fit in enumerate(numbered) if fit.setting in dropped])
-                alone[:] = [fit for fit in alone if fit.setting not in dropped]
-            self._finish(dropped, fits)
-            alive = [each for each in alive if setting_digest(each) in kept]
+                    together.end([place for place, fit in enumerate(numbered) if fit.name in dropped])
+                alone[:] = [fit for fit in alone if fit.name not in dropped]
+            self._finish([each for name, each in waiting.items() if name in dropped], fits)
+            alive = {name: each for name, each in alive.items() if name not in dropped}
             self._say(f"epoch {until}: {len(alive):,} of {self._total:,} settings go on")
         for packed, alone in groups:
             self._go_on(packed, alone, None)
-        self._finish(alive, fits)
+        self._finish([each for name, each in waiting.items() if name in alive], fits)
 
     def learner(self, member: Member) -> Learner:
         """The learner of a member, with its weights."""
@@ -626,19 +645,14 @@ class _Run:
             except FloatingPointError as error:
                 fit.failure = str(error)
 
-    def _best_at(self, until: int, alive: Sequence[Setting], fits: Sequence[_Fit], factor: int) -> list[str]:
-        """Names of the settings that go on: the best of all that came so far, also in an earlier run."""
+    def _best_at(self, until: int, alive: Iterable[str], fits: Sequence[_Fit], factor: int) -> list[str]:
+        """Names of the settings that go on; one that failed was there as well, and is worse than any other."""
         rank = self.trials.monitor
         reached: dict[str, float] = {}
-        for each in alive:
-            own = [fit for fit in fits if fit.setting is each]
+        for name in alive:
+            own = [fit for fit in fits if fit.name == name]
             values = [fit.curve[:until][-1] if fit.failure is None and fit.curve else math.nan for fit in own]
-            reached[setting_digest(each)] = rank.loss({rank.name: fmean(values)})
-        for name, member in self.done.items():
-            # Those that an earlier run ended at this rung or later were there as well.
-            if member.failure is None and member.epochs >= min(until, member.planned):
-                values = [curve[:until][-1] for curve in member.curves]
-                reached[name] = rank.loss({rank.name: fmean(values)})
+            reached[name] = rank.loss({rank.name: fmean(values)})
         count = math.ceil(len(reached) / factor)
         return sorted(reached, key=lambda name: (reached[name], name))[:count]
 

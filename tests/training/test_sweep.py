@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from featstore import Augment, FactsDifferError, FeatureStore, FeatureStoreError
 from training import FeatureNoise, Grid, Learner, Mixup, Sample, Sweep, log_uniform, sweep, try_settings, uniform
 from training.grid import as_settings, setting_digest
 from training.metrics import wilson_interval
+from training.sweep_folder import SweepFolder
 from training.sweeps import rungs
 
 COUNT, VALID = 40, 12
@@ -237,6 +239,15 @@ def test_shares_of_a_sweep_make_one_table(stored: tuple[ImageSet, FeatureStore],
     assert same_scores(both, whole)
 
 
+def same_tables(one: Sweep, other: Sweep) -> bool:
+    """The scores of settings that failed are none."""
+    assert [each["ended"] for each in one.table] == [each["ended"] for each in other.table]
+    own, expected = ([each.mean(one.monitor.name) for each in table.members] for table in (one, other))
+    assert_allclose(own, expected, rtol=CLOSE["rel"])
+    assert [(each.name, each.epochs) for each in one.members] == [(each.name, each.epochs) for each in other.members]
+    return True
+
+
 def same_scores(one: Sweep, other: Sweep) -> bool:
     assert [each.name for each in one.members] == [each.name for each in other.members]
     for each, its in zip(one.members, other.members, strict=True):
@@ -284,6 +295,45 @@ def test_a_killed_sweep_goes_on_without_repeating_and_ends_with_the_same_table(
     found = sweep(staged(), images, store, settings, out=tmp_path / "out", **OPTIONS)
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert same_scores(found, sweep(staged(), images, store, settings, **OPTIONS))
+
+
+def test_a_halved_sweep_that_is_killed_anywhere_ends_with_the_table_of_one_that_was_not(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: list[dict[str, Any]] = [
+        {"head": "mlp", "lr": 1e35, "schedule": "constant"},  # fails in its first epoch
+        {"head": "linear", "lr": 1e-6, "epochs": 9},
+        {"head": "linear", "lr": 3e-2, "epochs": 2},
+        {"head": "linear", "lr": 3e-3},
+        {"head": "linear", "lr": 1e-2},
+    ]
+    options = {**OPTIONS, "epochs": 4, "halving": 2, "monitor": "valid_loss"}
+    whole = sweep(staged(), *stored, settings, **options)
+    assert len({each.epochs for each in whole.members}) > 3
+    write, decide = SweepFolder.write, SweepFolder.decide
+
+    def killed_at(number: int) -> list[str]:
+        steps: list[str] = []
+
+        def counted(self: SweepFolder, *given: Any, **named: Any) -> None:
+            if len(steps) == number:
+                raise KeyboardInterrupt
+            step = decide if not named else write
+            step(self, *given, **named)
+            steps.append(step.__name__)
+
+        monkeypatch.setattr(SweepFolder, "write", counted)
+        monkeypatch.setattr(SweepFolder, "decide", counted)
+        with contextlib.suppress(KeyboardInterrupt):
+            sweep(staged(), *stored, settings, out=tmp_path / str(number), **options)
+        monkeypatch.undo()
+        return steps
+
+    for number in (2, 4, 7):  # within the first rung, before the last decision, within what is left at the end
+        steps = killed_at(number)
+        assert steps == ["decide", "write", "write", "decide", "write", "decide", "write", "write"][:number]
+        found = sweep(staged(), *stored, settings, out=tmp_path / str(number), **options)
+        assert same_tables(found, whole), f"killed after {', '.join(steps)}"
 
 
 def test_a_tuner_tries_one_setting_and_sees_each_epoch(stored: tuple[ImageSet, FeatureStore]) -> None:
