@@ -26,5 +26,8 @@ PROJECTIONS: tuple[Literal["pca", "tsne", "umap"], ...] = ("pca", "tsne", "umap"
 CHECKPOINT = ".checkpoint"
 """What the name of a run ends in where its fit is kept until it is saved."""
 
+SWEEP, BEST = "sweep.json", "best"
+"""In the folder of a sweep: what all of its scores depend on, and the run of its best setting."""
+
 EXPORTS: dict[str, tuple[str, ...]] = {"pt2": (".pt2",), "onnx": (".onnx",), "state-dict": (".safetensors", ".pth")}
 """Format of an exported model -> how its file's name may end."""

@@ -18,9 +18,6 @@ from training import choices
 from training.asked import asked_view, for_run, labelled
 from training.run_commands import FitFlags
 
-BEST = "best"
-"""The run of the best setting, in the sweep's folder."""
-
 _NUMBERS = ("lr", "dropout", "weight_decay", "label_smoothing", "clip")
 _WHOLE = ("epochs", "batch_size", "seed", "queries", "patience", "accumulate")
 
@@ -76,6 +73,7 @@ def sweep(
     kind: Annotated[str, typer.Option("--head", metavar="|".join(choices.HEADS), help="Kind of head.")] = "concat",
     extract: Annotated[bool, typer.Option("--extract", help="Compute features that are missing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in the place of a sweep there.")] = False,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -101,6 +99,12 @@ def sweep(
     one_of("--engine", engine, ("local", "ray"))
     if (engine == "ray") != (actors is not None) or (engine == "ray" and shard is not None):
         raise ValueError("--engine ray goes with --actors N, the number of shares, and without --shard. Give both.")
+    if overwrite and resume:
+        raise ValueError("--resume goes on with a sweep, and --overwrite deletes it. Leave out one of them.")
+    if overwrite and engine == "ray":
+        raise ValueError(
+            "Each share would delete what the others have done. Leave out --overwrite, and delete the folder."
+        )
     if engine == "ray" and halving is not None:
         raise ValueError("--halving compares all settings, and shares of Ray can't. Leave out one of them.")
     from featstore.extraction.shards import shard_of  # numpy
@@ -150,10 +154,11 @@ def sweep(
         monitor=monitor,
         out=out,
         resume=resume or share is not None,
+        overwrite=overwrite,
         shard=(0, 1) if share is None else (share.index, share.count),
         **options,
     )
-    run = Path(out) / BEST
+    run = Path(out) / choices.BEST
     is_scored = bool(found.members) and found.members[0].failure is None
     if is_scored and not found.num_missing:
         learn = found.best()

@@ -21,17 +21,19 @@ from torch import nn
 
 from featstore.digest import Json, digest_bytes
 from featstore.errors import FeatureStoreError
+from featstore.extraction.remedy import seed_ranges
 from featstore.html import titled_table
 from featstore.images.contents import overlap_note
 from featstore.images.digests import KnownDigests
 from featstore.images.image_set import ImageSet
+from featstore.images.views import Augment
 from featstore.machine import available_bytes
 from featstore.models.staged import StagedModel
 from featstore.notes import logger_of
 from featstore.store.store import FeatureStore
 from featstore.words import counted
 from training.fitting import Begun
-from training.grid import Setting, Settings, as_settings, setting_digest, setting_facts
+from training.grid import Setting, Settings, as_settings, setting_digest, setting_facts, unnamed
 from training.heads import head_word, linear_head_of
 from training.history import Record
 from training.inputs.derive import labelled
@@ -49,6 +51,8 @@ from training.sweep_folder import SweepFolder
 _OF_FIT = {*FitOptions.__annotations__}
 _OF_HEAD = ("hidden", "dropout", "queries")
 _OF_LEARNER = ("cut", "reduce", "head", "augment", "optimizer", "batch_size", "seed")
+_OF_NO_SCORE = ("device", "quiet", "workers", "on_missing", "allow_leak", "asked")
+"""Options of a learner that decide how it works, or whether, and no number."""
 _REFUSED = ("on_epoch_end", "checkpoint", "resume", "monitor")
 _MOST_TOGETHER = 128
 """Fits that begin together: wider products gain little, and what is finished is saved between."""
@@ -217,6 +221,7 @@ def sweep(
     monitor: str | tuple[str, str] | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
+    overwrite: bool = False,
     shard: tuple[int, int] = (0, 1),
     device: torch.device | str = "auto",
     quiet: bool = False,
@@ -237,8 +242,10 @@ def sweep(
             the powers of it that the epochs have. Scores of early epochs are those of high rates, so it may be wrong.
         monitor: the number that settings are judged by, as `FitOptions` has it; default: accuracy, of several labels
             mean average precision, of regression the mean absolute error.
-        out: a folder in which each finished setting is kept at once; the same call goes on from there.
+        out: a folder in which each finished setting is kept at once; the same call goes on from there, also with more
+            settings, of which those that are there aren't trained again.
         resume: whether to go on where `out` has results; else it must have none.
+        overwrite: begins anew where `out` has results of whatever sweep, once nothing speaks against this one.
         shard: (i, n): tries only the settings that are the i-th's of n jobs, counted from 0, with the same `out`.
         device: as in `Learner`.
         quiet: prints nothing while it works.
@@ -260,6 +267,10 @@ def sweep(
         raise ValueError(f"shard is {shard}; expected (i, n) with i from 0 to n - 1.")
     if shard[1] > 1 and halving is not None:
         raise ValueError("halving compares all settings, and a share of them can't. Leave out halving, or shard.")
+    if shard[1] > 1 and overwrite:
+        raise ValueError(
+            "Each share would delete what the others have done. Leave out overwrite, and delete the folder."
+        )
     own = [each for each in found if int(setting_digest(each), 16) % shard[1] == shard[0]]
     folder = None
     if out is not None:
@@ -267,7 +278,9 @@ def sweep(
         if halving is not None:
             more["settings"] = [setting_digest(each) for each in found]
         folder = SweepFolder(Path(out))
-        folder.begin({**trials.facts(found), **more}, resume=resume)
+        facts = {**trials.facts(found), **more}
+        nameless = unnamed([facts, *map(setting_facts, found)])
+        folder.begin(facts, resume=resume, overwrite=overwrite, nameless=nameless)
     say = _Say(is_quiet=quiet)
     done: dict[str, Member] = {}
     if folder is not None:
@@ -420,6 +433,11 @@ class _Trials:
                 if self._all(each).get(name) not in (None, "last"):
                     raise ValueError(f"{name} would choose by the images held out, in folds. Leave it out.")
             self.plan(each)
+        for _, alike in groupby(sorted(settings, key=_head_of), key=_head_of):
+            several = [*alike]
+            learn, _ = self.made(several[0], 0)
+            for each in several:
+                learn.check(self.plan(each))
 
     def _all(self, setting: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.options, **setting}
@@ -505,9 +523,9 @@ class _Trials:
             "folds": self.folds,
             "repeats": self.repeats,
             "split_seed": self.split_seed,
-            "monitor": self.monitor.name,
+            "monitor": [self.monitor.name, self.monitor.direction],
             "features": places,
-            "options": setting_facts({name: v for name, v in self.options.items() if name not in ("device", "quiet")}),
+            "options": setting_facts({name: v for name, v in self.options.items() if name not in _OF_NO_SCORE}),
         }
 
     def in_words(self, halving: int | None) -> str:
@@ -556,7 +574,7 @@ class _Run:
         if self.folder is not None and self.done and not {*heights[:1]} <= decided.keys():
             raise FeatureStoreError(
                 f"{self.folder.path} has settings that halving dropped, and lacks halving.json, which says when. "
-                "Restore it, or choose another folder."
+                "Restore it, choose another folder, or begin anew with --overwrite (in Python: overwrite=True)."
             )
         fits = self._begun([*waiting.values()])
         groups = self._together(fits)
@@ -718,6 +736,11 @@ def rungs(epochs: int, factor: int, num_settings: int) -> list[int]:
     return sorted(each for each in {*found} if each < epochs)
 
 
+def _head_of(setting: Setting) -> str:
+    """What decides how the learner of a setting is made: equal for those whose fits alone differ."""
+    return setting_digest({name: value for name, value in setting.items() if name not in {*_OF_FIT, "lr", "epochs"}})
+
+
 def _batches_of(fit: _Fit) -> str:
     """What decides which batches a fit reads, in which order: equal for those that can share them."""
     learn, plan = fit.learn, fit.plan
@@ -727,7 +750,7 @@ def _batches_of(fit: _Fit) -> str:
         fit.setting.get("backbone"),
         learn.cut,
         reduction_of(learn.model),
-        repr(learn.augment),
+        setting_facts({"augment": learn.augment}),  # two of one's own may have one name
         learn.batch_size,
         learn.seed,
         is_linear,
@@ -811,6 +834,8 @@ def _shown(value: Any) -> Any:
     """A value of a setting as a cell of a table."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(value, Augment):
+        return f"{value.policy.describe()}, seeds {'fresh' if value.seeds == 'fresh' else seed_ranges(value.seeds)}"
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else repr(value)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +27,7 @@ from featstore import Augment, FactsDifferError, FeatureStore, FeatureStoreError
 from training import FeatureNoise, Grid, Learner, Mixup, Sample, Sweep, log_uniform, sweep, try_settings, uniform
 from training.grid import as_settings, setting_digest
 from training.metrics import wilson_interval
+from training.sidecar import Dealt
 from training.sweep_folder import SweepFolder
 from training.sweeps import rungs
 
@@ -222,11 +225,65 @@ def test_a_folder_of_another_sweep_is_refused_by_what_differs(
         images = replace(images, targets=np.roll(np.asarray(images.targets), 1))
     if options.pop("model", False):
         extract(staged(7), images, store, cuts=["layer2"], dtype="float32", device="cpu", workers=0)
-        with pytest.raises(FactsDifferError, match=rf"differs in: {name} \("):
+        with pytest.raises(FactsDifferError, match=rf"differs in: {name}: cut layer2 \("):
             sweep(staged(7), images, store, setting, out=tmp_path, **options)
         return
     with pytest.raises(FactsDifferError, match=rf"differs in: {name}"):
         sweep(staged(), images, store, setting, out=tmp_path, **options)
+
+
+def test_settings_and_cuts_can_be_added_to_a_sweep_and_those_that_are_done_are_not_trained_again(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    rates: dict[str, Any] = {"head": ["linear"], "lr": [1e-3, 1e-2]}
+    first = sweep(staged(), *stored, Grid(rates), out=tmp_path, **OPTIONS)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
+    more = [*Grid(rates).settings(), {"head": "linear", "lr": 1e-2, "cut": "layer1"}]
+    grown = sweep(staged(), *stored, more, out=tmp_path, **OPTIONS)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert {each.name for each in grown.members} > {each.name for each in first.members}
+    assert same_scores(grown, sweep(staged(), *stored, more, **OPTIONS))
+    halved = {**OPTIONS, "out": tmp_path / "halved", "halving": 2}
+    sweep(staged(), *stored, Grid(rates), **halved)
+    with pytest.raises(FactsDifferError, match=r"settings: .* there, .* here.*none can be added to it"):
+        sweep(staged(), *stored, more, **halved)
+
+
+def test_what_is_refused_leaves_the_folder_as_it_was_and_a_sweep_can_begin_anew(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {**OPTIONS, "out": out, "resume": False}
+    good = [{"head": "linear", "lr": 1e-2}]
+    for wrong in ({"head": "mlp", "dropout": 2.0}, {"head": "linear", "lr": {"nowhere": 1e-3}}):
+        with pytest.raises(ValueError, match=r"dropout|nowhere"):
+            sweep(staged(), *stored, [*good, wrong], **options)
+        assert not out.exists()
+    with pytest.raises(ValueError, match="class_weights"):  # which only a fit sees
+        sweep(staged(), *stored, [{**good[0], "class_weights": [1.0, 2.0]}], weight_decay=0.5, **options)
+    sweep(staged(), *stored, good, **options)
+    with pytest.raises(FeatureStoreError, match=r"holds a sweep already.*overwrite=True"):
+        sweep(staged(), *stored, good, weight_decay=0.5, **options)
+    (out / "best").mkdir()
+    with pytest.raises(ValueError, match="weight_decay"):
+        sweep(staged(), *stored, good, overwrite=True, weight_decay=-1.0, **options)
+    assert len([*out.iterdir()]) == 3
+    other = sweep(staged(), *stored, [{"head": "linear", "lr": 3e-3}], overwrite=True, weight_decay=0.5, **options)
+    assert {each.name for each in out.iterdir()} == {"sweep.json", f"member-{other.members[0].name}"}
+
+
+def test_a_sweep_in_whose_folder_another_has_begun_writes_nothing_more(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    first, second = SweepFolder(tmp_path), SweepFolder(tmp_path)
+    first.begin({"folds": 2, "features": {}}, resume=True)
+    second.begin({"folds": 3, "features": {}}, resume=True)  # nothing is done yet
+    learn = alone(stored, 1e-2, head="linear")
+    given: dict[str, Any] = {"learner": learn, "weights": learn.model.unfrozen, "result": {"setting": {}}, "scores": {}}
+    given |= {"seconds": 0.0, "scored_on": Dealt(1, "0")}
+    with pytest.raises(FactsDifferError, match="Another sweep has begun"):
+        first.write("one", **given)
+    second.write("one", **given)
 
 
 def test_shares_of_a_sweep_make_one_table(stored: tuple[ImageSet, FeatureStore], tmp_path: Path) -> None:
@@ -407,6 +464,68 @@ def test_a_head_of_ones_own_is_told_from_others_by_what_it_computes() -> None:
     same.load_state_dict(one.state_dict())
     digests = [setting_digest({"head": head}) for head in (one, other, same)]
     assert digests[0] == digests[2] != digests[1]
+
+
+OWN = """
+import torch
+
+def fast(groups):
+    return torch.optim.AdamW(groups, betas=(0.8, 0.99))
+
+def flipped(image, generator):
+    return image.flip(-1)
+"""
+
+
+def own_code(path: Path, text: str) -> Any:
+    """Code in a file as a new process imports it."""
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("own_code_of_a_sweep", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_code_of_ones_own_is_known_again_by_its_name_and_source(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "out": tmp_path / "out", "loss": torch.nn.CrossEntropyLoss(label_smoothing=0.1)}
+    setting = [{"head": "linear", "lr": 1e-2, "mix": [FeatureNoise(0.1)]}]
+    before: list[tuple[Path, int]] = []
+    for workers in (0, 1):  # which decide no number
+        own = own_code(tmp_path / "own.py", OWN)
+        options |= {"workers": workers, "optimizer": functools.partial(own.fast)}
+        sweep(staged(), *stored, setting, **options)
+        written = [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("run.json")]
+        before = before or written
+    assert len(written) == 1
+    assert written == before
+    options["optimizer"] = functools.partial(own_code(tmp_path / "later.py", OWN.replace("0.8", "0.7")).fast)
+    with pytest.raises(FactsDifferError, match="differs in: options: optimizer"):
+        sweep(staged(), *stored, setting, **options)
+    options["optimizer"] = eval("lambda groups: torch.optim.AdamW(groups)")  # of which no file has the source
+    with pytest.raises(FeatureStoreError, match="nothing names <lambda>"):
+        sweep(staged(), *stored, setting, **options)
+    options["out"] = tmp_path / "another"
+    assert len(sweep(staged(), *stored, setting, **options).members) == 1
+
+
+def test_two_policies_of_one_name_have_batches_of_their_own(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    images, _ = stored
+    as_is = own_code(tmp_path / "as_is.py", OWN.replace("image.flip(-1)", "image * 0")).flipped
+    policies = [own_code(tmp_path / "own.py", OWN).flipped, as_is]
+    augments = [Augment(each, seeds=[0]) for each in policies]
+    settings = [{"head": "linear", "lr": 1e-2, "augment": each} for each in augments]
+    found = sweep(staged(), images, None, settings, **OPTIONS)
+    losses = {each.name: each.parts[0]["train_loss"] for each in found.members}
+    assert len(losses) == 2
+    for setting, augment in zip(settings, augments, strict=True):
+        learn = alone((images, None), 1e-2, head="linear", augment=augment)  # type: ignore[arg-type]
+        assert losses[setting_digest(setting)] == pytest.approx(learn.history.last["train_loss"], **CLOSE)
 
 
 def test_a_share_and_a_backbone_that_there_are_not_are_refused(stored: tuple[ImageSet, FeatureStore]) -> None:
