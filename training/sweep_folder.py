@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from featstore import __version__
@@ -18,7 +21,9 @@ from featstore.models.runs import new_run, read_run, write_run
 from featstore.words import some
 from training.choices import BEST, SWEEP
 from training.copies import tensors_of
+from training.history import History
 from training.learner import Learner
+from training.monitor import Monitor
 from training.provenance import FitRecord
 from training.sidecar import FILE, Dealt, Score, Sidecar, finite
 
@@ -160,11 +165,22 @@ class SweepFolder:
         """Keeps which settings go on from a rung, before those that don't are written: it is decided once."""
         _write(self.path / HALVING, {**self.decided(), until: [*names]}, replaces=True)
 
-    def head(self, name: str) -> tuple[dict[str, Tensor], int, list[FitRecord]]:
-        """The tensors of a head, the passes over the training images that they have seen, and its fit."""
-        run = read_run(self._of(name))
-        fits = [FitRecord.kept(each) for each in Sidecar.read(self._of(name)).fits]
-        return run.tensors, int(run.facts["passes"]), fits
+    def head(self, name: str) -> tuple[dict[str, Tensor], int, list[FitRecord], History]:
+        """The tensors of a head, the passes over the training images that they have seen, its fit and its epochs."""
+        run, sidecar = read_run(self._of(name)), Sidecar.read(self._of(name))
+        fits = [FitRecord.kept(each) for each in sidecar.fits]
+        kept = sidecar.more["history"]
+        history = History(
+            records=[
+                {key: math.nan if value is None else value for key, value in each.items()} for each in kept["records"]
+            ],
+            best_epoch=kept["best_epoch"],
+            losses=run.tensors.pop(_STEPS["losses"]).tolist(),
+            lrs=array("d", run.tensors.pop(_STEPS["lrs"]).tolist()),
+            momenta=array("d", run.tensors.pop(_STEPS["momenta"]).tolist()),
+            monitor=Monitor(*kept["monitor"]),
+        )
+        return run.tensors, int(run.facts["passes"]), fits, history
 
     def write(
         self,
@@ -173,7 +189,7 @@ class SweepFolder:
         learner: Learner,
         weights: nn.Module | None,
         result: Mapping[str, Json],
-        scores: Mapping[str, tuple[float, tuple[float, float] | None]],
+        scores: Mapping[str, Score],
         seconds: float,
         scored_on: Dealt,
     ) -> None:
@@ -187,7 +203,7 @@ class SweepFolder:
                 f"Another sweep has begun in {self.path}, so {self._of(name).name} isn't written there. Give each a "
                 "folder of its own."
             )
-        tensors = {} if weights is None else dict(tensors_of(weights))
+        tensors = {} if weights is None else {**dict(tensors_of(weights)), **_steps(learner.history)}
         with new_run(self._of(name), overwrite=True) as made:
             write_run(made, {"sweep_member": name, "featstore": __version__, "passes": learner.passes}, tensors)
             sidecar = learner.sidecar()
@@ -200,9 +216,9 @@ class SweepFolder:
                 versions=sidecar.versions,
                 split={**sidecar.split, "valid": scored_on},
                 scored="valid",
-                scores={each: Score(finite(value), ends) for each, (value, ends) in scores.items()},
+                scores=scores,
                 seconds=round(seconds, 3),
-                more={**sidecar.more, "sweep": dict(result)},
+                more={**sidecar.more, "sweep": dict(result), "history": _epochs(learner.history)},
             ).write(made)
 
     def _of(self, name: str) -> Path:
@@ -218,6 +234,22 @@ def _write(place: Path, facts: Mapping[Any, Json], *, replaces: bool = False) ->
     content = (json.dumps(facts, indent=1) + "\n").encode("ascii")
     with whole_or_nothing(place, len(content), replaces=replaces) as fd:
         write_at(fd, memoryview(content), 0)
+
+
+_STEPS = {name: f"history.{name}" for name in ("losses", "lrs", "momenta")}
+"""Names of the tensors that hold a number of each step."""
+
+
+def _steps(history: History) -> dict[str, Tensor]:
+    return {place: torch.tensor(getattr(history, name), dtype=torch.float64) for name, place in _STEPS.items()}
+
+
+def _epochs(history: History) -> dict[str, Json]:
+    return {
+        "records": [{name: finite(value) for name, value in each.items()} for each in history.records],
+        "best_epoch": history.best_epoch,
+        "monitor": [history.monitor.name, history.monitor.direction],
+    }
 
 
 def _flat(result: Mapping[str, Json]) -> dict[str, Json]:

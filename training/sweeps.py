@@ -5,12 +5,14 @@ Long, since it is one thing told in order: what is tried, the fits that it is tr
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
@@ -32,9 +34,10 @@ from featstore.models.staged import StagedModel
 from featstore.notes import logger_of
 from featstore.store.store import FeatureStore
 from featstore.words import counted
+from training import settings as of_learner
 from training.fitting import Begun
-from training.grid import Setting, Settings, as_settings, setting_digest, setting_facts, unnamed
-from training.heads import head_word, linear_head_of
+from training.grid import NAMES, Setting, Settings, as_settings, check_names, setting_digest, setting_facts, unnamed
+from training.heads import HEAD_OPTIONS, head_word, linear_head_of, read_head
 from training.history import Record
 from training.inputs.derive import labelled
 from training.learner import Learner
@@ -44,16 +47,15 @@ from training.packed import Together, likeness
 from training.placement import reduction_of
 from training.plan import FitOptions, Plan
 from training.provenance import keys_of
-from training.sidecar import Dealt
+from training.sidecar import Dealt, Score, finite
 from training.splits import dealt, grouped_by_content
 from training.sweep_folder import SweepFolder
 
 _OF_FIT = {*FitOptions.__annotations__}
 _OF_HEAD = ("hidden", "dropout", "queries")
-_OF_LEARNER = ("cut", "reduce", "head", "augment", "optimizer", "batch_size", "seed")
 _OF_NO_SCORE = ("device", "quiet", "workers", "on_missing", "allow_leak", "asked")
 """Options of a learner that decide how it works, or whether, and no number."""
-_REFUSED = ("on_epoch_end", "checkpoint", "resume", "monitor")
+_REFUSED = ("on_epoch_end", "checkpoint", "resume", "monitor", "note")
 _MOST_TOGETHER = 128
 """Fits that begin together: wider products gain little, and what is finished is saved between."""
 _ADAM_COPIES = 5
@@ -98,19 +100,24 @@ class Member:
         values = [each[name] for each in self.parts if name in each]
         return fmean(values) if values and self.failure is None else math.nan
 
-    def interval(self, name: str) -> tuple[float, float] | None:
-        """Where a score lies with 95 % confidence: over several parts by Student's t, an accuracy else by Wilson."""
+    def score(self, name: str) -> Score:
+        """A score, where it lies with 95 % confidence, and by what: over several parts by Student's t, else Wilson."""
+        value = finite(self.mean(name))
         values = [each[name] for each in self.parts if name in each]
-        if self.failure is not None or not values:
-            return None
+        if value is None:
+            return Score(None)
         if len(values) > 1:
             from scipy.stats import t  # type: ignore[import-untyped]  # scikit-learn brings it
 
             half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-            return fmean(values) - half, fmean(values) + half
+            return Score(value, (value - half, value + half), "student")
         if name in ("accuracy", "top5") and self.num_images:
-            return wilson_interval(round(values[0] * self.num_images), self.num_images)
-        return None
+            return Score(value, wilson_interval(round(value * self.num_images), self.num_images), "wilson")
+        return Score(value)
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Where a score lies with 95 % confidence; None where that isn't known."""
+        return self.score(name).interval
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -256,9 +263,9 @@ def sweep(
         FactsDifferError: if `out` has results of another sweep; names what differs.
         FeatureStoreError: if the inputs of a fit can't be had.
     """
-    trials = _Trials(
-        models, images, store, folds, repeats, groups, split_seed, monitor, {"device": device, "quiet": True, **options}
-    )
+    say = _Say(is_quiet=quiet)
+    given = {"device": device, "quiet": True, **options}
+    trials = _Trials(models, images, store, folds, repeats, groups, split_seed, monitor, given, say.once)
     found = as_settings(settings)
     trials.check(found)
     if halving is not None and halving < 2:
@@ -281,7 +288,6 @@ def sweep(
         facts = {**trials.facts(found), **more}
         nameless = unnamed([facts, *map(setting_facts, found)])
         folder.begin(facts, resume=resume, overwrite=overwrite, nameless=nameless)
-    say = _Say(is_quiet=quiet)
     done: dict[str, Member] = {}
     if folder is not None:
         for each in found:
@@ -293,11 +299,15 @@ def sweep(
             )
     run = _Run(trials, folder, done, say, total=len(found))
     waiting = [each for each in own if setting_digest(each) not in done]
-    if halving is None:
-        for wave in trials.waves(waiting):
-            run.try_all(wave)
-    elif waiting:
-        run.try_by_halving(found, halving)
+    try:
+        if halving is None:
+            for wave in trials.waves(waiting):
+                run.try_all(wave)
+        elif waiting:
+            run.try_by_halving(found, halving)
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(run.interrupted)
+        raise
     rank = trials.monitor
     members = sorted(run.done.values(), key=lambda each: _place(rank, each))
     return Sweep(
@@ -315,27 +325,31 @@ def try_settings(
     store: FeatureStore | None,
     setting: Mapping[str, Any],
     *,
+    monitor: str | tuple[str, str] | None = None,
     report: Callable[[Record], Any] | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """Scores of one setting, for a tuner that chooses the next one by it: those of the last epoch.
+    """Scores of one setting, for a tuner that chooses the next one by it: of the epoch whose weights remain.
 
     Args:
         model: the backbone.
         images: labelled, with a split.
         store: as in `Learner`.
         setting: names of `grid.NAMES`.
+        monitor: the number that ``keep="best"`` and patience go by, as in `sweep`.
         report: gets each epoch's record; what it raises ends the fit, as tuners prune.
         options: as in `sweep`.
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
     """
-    trials = _Trials(model, images, store, None, 1, None, 0, None, {"quiet": True, **options})
+    check_names(setting)
+    trials = _Trials(model, images, store, None, 1, None, 0, monitor, {"quiet": True, **options})
     trials.check([dict(setting)])
     learn, plan = trials.made(dict(setting), 0)
     learn.fit(plan.cycles[0], plan.lr, **{**trials.fit_options(setting), "on_epoch_end": report})
-    return {name: value for name, value in learn.history.last.items() if name not in ("epoch", "lr")}
+    record = learn.history.best if plan.keep == "best" else learn.history.last
+    return {name: value for name, value in record.items() if name not in ("epoch", "lr")}
 
 
 @dataclass(eq=False)
@@ -376,8 +390,12 @@ class _Trials:
         split_seed: int,
         monitor: str | tuple[str, str] | None,
         options: Mapping[str, Any],
+        note: Callable[[str], None] | None = None,
     ) -> None:
         named = models if isinstance(models, Mapping) else {"": models}
+        for model in named.values():
+            of_learner.check_given(model, images, store)
+        _check_options(options)
         # Once here, so that all learners share its stages.
         self.models = {
             name: each if isinstance(each, StagedModel) else StagedModel.from_module(each)
@@ -387,8 +405,6 @@ class _Trials:
             raise ValueError(f"folds={folds} and repeats={repeats} are two kinds of several fits. Give one of them.")
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}; expected at least 1.")
-        for name in (each for each in _REFUSED if each in options):
-            raise ValueError(f"{name} is of a single fit, and a sweep makes many. Leave it out.")
         if folds is None and not len(images.valid):
             raise ValueError("No image is held out to score settings on. Split the images, or give folds=5.")
         self.images, self.store = images, store
@@ -397,7 +413,7 @@ class _Trials:
         if folds is not None:
             together = grouped_by_content(images, images.digests(self._known), groups)
             self.sets = images.folds(folds, seed=split_seed, groups=together)
-        self.options = dict(options)
+        self.options, self._note = dict(options), note
         default = {"single": "accuracy", "multi": "map", "regression": "mae"}[images.task]
         own = [getattr(each, "__name__", "") for each in options.get("metrics") or ()]
         self.monitor = Monitor.of(monitor or default, [*default_metrics(images.task, len(images.classes)), *own])
@@ -432,6 +448,7 @@ class _Trials:
             for name in ("keep", "patience") if self.folds is not None else ():
                 if self._all(each).get(name) not in (None, "last"):
                     raise ValueError(f"{name} would choose by the images held out, in folds. Leave it out.")
+            _check_head(self._all(each))
             self.plan(each)
         for _, alike in groupby(sorted(settings, key=_head_of), key=_head_of):
             several = [*alike]
@@ -461,17 +478,11 @@ class _Trials:
             if name not in _OF_FIT and name not in _OF_HEAD and name not in ("lr", "epochs", "backbone")
         }
         head = given.get("head", "concat")
-        if isinstance(head, str):
-            own = {name: given.get(name) for name in _OF_HEAD}
-            if head == "linear":  # the others' settings say nothing of it
-                own = {}
-            elif head == "attention":
-                own.pop("hidden")
-            else:
-                own.pop("queries")
-            other["head"] = head_word(head, **own)
+        other["head"] = _head_word(head, given) if isinstance(head, str) else head
         if self.repeats > 1:
             other["seed"] = given.get("seed", 0) + part
+        if self._note is not None:  # the parts are of the same images
+            other["note"] = self._note if part == 0 else _nothing
         if images is None:
             images = self.sets[part if self.folds is not None else 0]
         name = given.get("backbone", next(iter(self.models)))
@@ -504,8 +515,8 @@ class _Trials:
             is_pool = str(given.get("head")).startswith("attention")
             key = f"{words or 'default'}{', attention' * is_pool}"
             if key not in places:
-                learn, _ = self.made(each, 0)
-                source = learn.ready().train
+                learn, plan = self.made(each, 0)
+                source = learn.ready(plan).train
                 places[key] = {
                     "trunk": learn.model.digests()[learn.cut],
                     "keys": None if source is None else list(keys_of(source)),
@@ -549,6 +560,18 @@ class _Run:
     ) -> None:
         self.trials, self.folder, self.done, self._say, self._total = trials, folder, done, say, total
         self._learners: dict[str, Learner] = {}
+
+    @property
+    def interrupted(self) -> str:
+        """What is kept of a sweep that is interrupted here, what isn't, and how to go on."""
+        if self.folder is None:
+            return "Nothing of the sweep is kept, as it has no folder. Give it one to go on from: out=."
+        left = self._total - len(self.done)
+        return (
+            f"{counted(len(self.done), 'setting')} of {self._total:,} are done and kept in {self.folder.path}; of the "
+            f"other {left:,} nothing is, also of those that were under way: they are trained from their first epoch. "
+            "The same again with --resume (in Python: resume=True) goes on from there."
+        )
 
     def try_all(self, settings: Sequence[Setting]) -> None:
         """Trains settings to their ends."""
@@ -691,15 +714,12 @@ class _Run:
 
     def _save(self, member: Member, fits: Sequence[_Fit]) -> None:
         assert self.folder is not None
-        rank, first = self.trials.monitor, fits[0].learn
-        scores = {} if member.failure else {rank.name: (member.mean(rank.name), member.interval(rank.name))}
-        names = [name for name in (member.parts[0] if member.parts else ()) if name not in _NO_SCORES]
-        for name in names if not member.failure else ():
-            scores[name] = (member.mean(name), member.interval(name))
+        names = dict.fromkeys([self.trials.monitor.name, *(name for each in member.parts for name in each)])
+        scores = {name: member.score(name) for name in names if name not in _NO_SCORES and member.failure is None}
         self.folder.write(
             member.name,
-            learner=first,
-            weights=None if self.trials.folds is not None else first.model.unfrozen,
+            learner=fits[0].learn,
+            weights=None if self.trials.folds is not None else fits[0].learn.model.unfrozen,
             result=_as_json(member),
             scores=scores,
             seconds=member.seconds,
@@ -716,10 +736,21 @@ class _Say:
 
     def __init__(self, *, is_quiet: bool) -> None:
         self._is_quiet, self._started = is_quiet, time.perf_counter()
+        self._said: set[str] = set()
+
+    def once(self, text: str) -> None:
+        """Tells what learners should tell, each thing once, whichever tell it."""
+        if not self._is_quiet and text not in self._said:
+            self._said.add(text)
+            logger_of("training").info("%s", text)
 
     def __call__(self, text: str) -> None:
         if not self._is_quiet:
             logger_of("training").info("%s (%.1f s)", text, time.perf_counter() - self._started)
+
+
+def _nothing(text: str) -> None:
+    """What is told to nobody."""
 
 
 def rungs(epochs: int, factor: int, num_settings: int) -> list[int]:
@@ -734,6 +765,59 @@ def rungs(epochs: int, factor: int, num_settings: int) -> list[int]:
         found.append(max(1, math.ceil(budget)))
         budget, left = budget / factor, math.ceil(left / factor)
     return sorted(each for each in {*found} if each < epochs)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Checks that each of `options` is one that all settings can have in common.
+
+    Raises:
+        ValueError: for one of a single fit.
+        TypeError: for one that there isn't, naming what may have been meant.
+    """
+    of_learner = [each.name for each in signature(Learner).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    of_sweep = [each.name for each in signature(sweep).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    known = [*dict.fromkeys([*NAMES, *of_learner, *FitOptions.__annotations__])]
+    for name in options:
+        if name in _REFUSED:
+            raise ValueError(f"{name} is of a single fit, and a sweep makes many. Leave it out.")
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *of_sweep], n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            shown = ", ".join(each for each in known if each not in _REFUSED)
+            raise TypeError(f"A sweep has no option {name!r}.{hint} What all settings can have in common: {shown}.")
+
+
+def _head_word(head: str, given: Mapping[str, Any]) -> str:
+    """A named head with what is set of its kind, in one word; what is set of other kinds says nothing of it.
+
+    Raises:
+        ValueError: if the word says already what is set.
+    """
+    kind = head.partition(":")[0]
+    if kind not in HEAD_OPTIONS:  # kept, or refused by its name where it's made
+        return head
+    said = read_head(head)[1]
+    own = {name: given[name] for name in HEAD_OPTIONS[kind] if given.get(name) is not None}
+    if twice := said.keys() & own.keys():
+        name = min(twice)
+        raise ValueError(f"The head {head!r} says its {name}, and {name} is set to {own[name]!r}. Leave one out.")
+    return head_word(kind, **said, **own)
+
+
+def _check_head(given: Mapping[str, Any]) -> None:
+    """Checks that what is set of a head is of one that is made here.
+
+    Raises:
+        ValueError: if it is there already.
+    """
+    head = given.get("head", "concat")
+    idle = [name for name in _OF_HEAD if given.get(name) is not None]
+    if idle and (head == "keep" or not isinstance(head, str)):
+        what = "the model's own" if head == "keep" else f"a {type(head).__name__} of your own"
+        raise ValueError(
+            f"The head is {what}, whose layers are there, so {' and '.join(idle)} would change nothing. Leave that "
+            "out, or give a list of settings in which only named heads have it."
+        )
 
 
 def _head_of(setting: Setting) -> str:

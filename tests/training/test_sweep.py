@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -122,6 +121,7 @@ def test_folds_and_seeds_give_a_mean_and_students_interval(stored: tuple[ImageSe
     assert [each["accuracy"] for each in folded.parts] == values
     ends = ttest_1samp(values, 0).confidence_interval(0.95)
     assert folded.interval("accuracy") == pytest.approx((ends.low, ends.high))
+    assert folded.score("accuracy").by == "student"
     found = sweep(staged(), images, store, [{**setting, "head": "mlp", "seed": 5}], repeats=2, **OPTIONS)
     accuracies = [alone(stored, 1e-2, head="mlp", seed=seed).evaluate()["accuracy"] for seed in (5, 6)]
     assert [each["accuracy"] for each in found.members[0].parts] == accuracies
@@ -192,7 +192,15 @@ def test_finished_settings_are_kept_and_never_trained_again(
     assert torch.equal(
         torch.from_numpy(again.best().predict_proba(stored[0])), torch.from_numpy(found.best().predict_proba(stored[0]))
     )
+    expected = alone(stored, found.members[0].setting["lr"], head=found.members[0].setting["head"]).history
+    for learn in (found.best(), again.best()):
+        for own, other in zip(learn.history.records, expected.records, strict=True):
+            assert {**own, "seconds": 0} == pytest.approx({**other, "seconds": 0}, **CLOSE)
+        assert learn.history.monitor.name == "accuracy"
+        for steps, others in zip(learn.history.steps().values(), expected.steps().values(), strict=True):
+            assert steps == pytest.approx(others, **CLOSE)
     told = json.loads((tmp_path / f"member-{found.members[0].name}" / "run.json").read_text())
+    assert told["scores"]["accuracy"]["by"] == "wilson"
     assert told["kind"] == "sweep-member"
     assert told["scores"]["accuracy"]["value"] == found.table[0]["accuracy"]
     assert told["keys"] == [stored[1].set(told["keys"][0]).key]
@@ -381,9 +389,11 @@ def test_a_halved_sweep_that_is_killed_anywhere_ends_with_the_table_of_one_that_
 
         monkeypatch.setattr(SweepFolder, "write", counted)
         monkeypatch.setattr(SweepFolder, "decide", counted)
-        with contextlib.suppress(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as ended:
             sweep(staged(), *stored, settings, out=tmp_path / str(number), **options)
         monkeypatch.undo()
+        assert f"{steps.count('write')} setting" in ended.value.__notes__[0]
+        assert "--resume (in Python: resume=True) goes on from there" in ended.value.__notes__[0]
         return steps
 
     for number in (2, 4, 7):  # within the first rung, before the last decision, within what is left at the end
@@ -401,6 +411,39 @@ def test_a_tuner_tries_one_setting_and_sees_each_epoch(stored: tuple[ImageSet, F
     learn = alone(stored, 1e-2, head="mlp")
     assert seen == [each["accuracy"] for each in learn.history.records]
     assert scores["valid_loss"] == learn.history.last["valid_loss"]
+
+
+def test_one_monitor_holds_for_what_is_kept_and_what_is_waited_for(stored: tuple[ImageSet, FeatureStore]) -> None:
+    options: dict[str, Any] = {**OPTIONS, "epochs": 9, "keep": "best", "patience": 2, "schedule": "constant"}
+    setting, fit = {"head": "mlp", "lr": 3e-2}, {name: options[name] for name in ("keep", "patience", "schedule")}
+    lengths = set()
+    for name in ("train_loss", "valid_loss", "accuracy"):
+        seen: list[Any] = []
+        scores = try_settings(staged(), *stored, setting, monitor=name, report=seen.append, **options)
+        learn = alone(stored, 3e-2, 9, head="mlp", fit={**fit, "monitor": name})
+        assert {**scores, "seconds": 0} == {
+            **{key: value for key, value in learn.history.best.items() if key not in ("epoch", "lr")},
+            "seconds": 0,
+        }
+        assert len(seen) == len(learn.history.records)
+        lengths.add((len(seen), learn.history.best_epoch))
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("folds", [None, 2])
+def test_what_should_be_known_of_the_images_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folds: int | None
+) -> None:
+    labels = [0] * 24 + [1] * 2 + [0] * 6 + [1]
+    images = ImageSet.from_arrays(pixels(33), labels, splits=["train"] * 26 + ["valid"] * 7)
+    settings = Grid({"head": ["linear", "mlp"], "lr": [1e-3, 1e-2], "batch_size": [8, 13]})
+    options = {**OPTIONS, "epochs": 1, "folds": folds, "quiet": False}
+    sweep(staged(), images, None, settings, out=tmp_path / "out", **options)
+    said = capsys.readouterr().err
+    assert said.count("which counts for little beside it") == 1
+    assert "8 of 8 settings done" in said
+    sweep(staged(), images, None, settings, **{**options, "quiet": True})
+    assert not capsys.readouterr().err
 
 
 def test_samples_are_drawn_by_their_seed_within_their_ranges() -> None:
@@ -440,19 +483,29 @@ def test_what_makes_no_sense_together_is_refused_before_anything_is_trained(
         ({"checkpoint": "x"}, "checkpoint is of a single fit"),
         ({"halving": 1}, "halving is 1"),
         ({"monitor": "beauty"}, "monitor is 'beauty'"),
+        ({"head": torch.nn.Linear(4, 3), "hidden": 8}, "a Linear of your own, .* so hidden would change nothing"),
+        ({"head": "mlp:hidden=4", "hidden": 8}, "says its hidden, and hidden is set to 8"),
     ]
     for options, why in refused:
         with pytest.raises(ValueError, match=why):
             sweep(staged(), images, store, setting, **{**OPTIONS, **options})
+    with pytest.raises(TypeError, match=r"A sweep has no option 'epoch'. Did you mean epochs\?"):
+        sweep(staged(), images, store, setting, **OPTIONS, epoch=3)
+    with pytest.raises(TypeError, match=r"images are FeatureStore.* expected an image set"):
+        sweep(staged(), store, images, setting, **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no setting 'rate'"):
+        try_settings(staged(), images, store, {"rate": 1e-2}, **OPTIONS)
     with pytest.raises(ValueError, match="No image is held out"):
         sweep(staged(), images.with_splits(["train"] * COUNT), store, setting, **OPTIONS)
 
 
-def test_folds_hold_copies_of_an_image_out_together() -> None:
+def test_folds_hold_copies_of_an_image_out_together(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 2, 20)  # which nothing in the images tells
     images = ImageSet.from_arrays(pixels(20)[[*range(20), *range(20)]], [*labels, *labels])
+    store = FeatureStore(tmp_path)
+    extract(staged(), images, store, cuts=["layer2"], device="cpu", workers=0)
     options = {**OPTIONS, "epochs": 20, "split_seed": 1}
-    (found,) = sweep(staged(), images, None, [{"head": "linear", "lr": 3e-2}], folds=4, **options).members
+    (found,) = sweep(staged(), images, store, [{"head": "linear", "lr": 3e-2}], folds=4, **options).members
     assert found.mean("accuracy") < 0.7  # more where copies are trained on
 
 
