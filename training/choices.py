@@ -29,5 +29,8 @@ CHECKPOINT = ".checkpoint"
 FOLDS = ".folds"
 """What it ends in where the fits of a cross-validation are kept until it is saved."""
 
+SWEEP, BEST = "sweep.json", "best"
+"""In the folder of a sweep: what all of its scores depend on, and the run of its best setting."""
+
 EXPORTS: dict[str, tuple[str, ...]] = {"pt2": (".pt2",), "onnx": (".onnx",), "state-dict": (".safetensors", ".pth")}
 """Format of an exported model -> how its file's name may end."""

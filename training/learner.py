@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -106,6 +106,7 @@ class Learner:
         quiet: prints nothing while it works.
         allow_leak: allows training on images that the run, which the backbone comes from, held out.
         asked: what a command was asked for, as TOML, kept in each run that is saved.
+        note: gets what should be known of the images that are read, in place of the log: for what makes many learners.
 
     Attributes:
         model: the model as it is now.
@@ -117,7 +118,7 @@ class Learner:
 
     __slots__ = (
         "_asked", "_before", "_begun", "_calibration", "_cut", "_features", "_fits", "_images", "_loss", "_metrics",
-        "_named", "_origins", "_passes", "_past", "_probed", "_seen", "_start", "_trained_on", "allow_leak",
+        "_named", "_noted", "_origins", "_passes", "_past", "_probed", "_seen", "_start", "_trained_on", "allow_leak",
         "augment", "batch_size", "classes", "device", "head_name", "history", "model", "on_error", "on_missing",
         "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
     )  # fmt: skip
@@ -147,6 +148,7 @@ class Learner:
         quiet: bool = False,
         allow_leak: bool = False,
         asked: str | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> None:
         """Makes the model with its head; nothing is trained or extracted. The class describes the arguments."""
         settings.check_given(model, images, store)
@@ -174,7 +176,7 @@ class Learner:
         self._loss = settings.checked("loss", loss)
         self._metrics = scores.by_name(metrics or (), scores.default_metrics(self.task, len(self.classes)))
         self._trained_on: str | None = None
-        self._asked = asked
+        self._asked, self._noted = asked, note
         self._fits: list[FitRecord] = []
         self._begun: tuple[Begun, PastSplit, str] | None = None  # a fit that is under way
         self._calibration: Calibration | None = None
@@ -244,13 +246,13 @@ class Learner:
         """Where the next fit would read from, and why; prints as sentences. Nothing is extracted yet."""
         return derive(self._situation(), self.augment)
 
-    def ready(self) -> Inputs:
-        """Where the next fit reads from, now that what was missing is extracted, if that was asked for.
+    def ready(self, plan: Plan | None = None) -> Inputs:
+        """Where the next fit, of `plan`, reads from, now that what was missing is extracted, if that was asked for.
 
         Raises:
             FeatureStoreError: if the inputs can't be had.
         """
-        return self._ready(Plan())[1]
+        return self._ready(plan or Plan())[1]
 
     def freeze_to(self, cut: str) -> None:
         """Freezes everything up to the value `cut` (the last frozen stage, by name) and thaws the rest."""
@@ -422,8 +424,8 @@ class Learner:
 
     def _end(self, begun: Begun) -> None:
         self._passes, self._begun = begun.passes_done, None
-        self._say(left_out_note(begun.fitting.train, begun.fitting.valid))
-        self._say(doubtful_note(begun.fitting.train, begun.fitting.valid))
+        self._note(left_out_note(begun.fitting.train, begun.fitting.valid))
+        self._note(doubtful_note(begun.fitting.train, begun.fitting.valid))
 
     def _save_snapshot(self, begun: Begun, cycle: int) -> None:
         whole = self.history, self._passes
@@ -615,11 +617,13 @@ class Learner:
         """What run.json would say of it, without scores."""
         return self._sidecar(self._facts(), None, self._situation())
 
-    def take_head(self, tensors: Mapping[str, torch.Tensor], passes: int, fits: Sequence[FitRecord]) -> None:
-        """Takes what another learner like this one has come to: the tensors of its head, its passes and its fits."""
+    def take_head(
+        self, tensors: Mapping[str, torch.Tensor], passes: int, fits: Sequence[FitRecord], history: History
+    ) -> None:
+        """Takes what another learner like this one has come to: its head's tensors, passes, fits and epochs."""
         put_back(self._tail(), tensors)
         self._drop_calibration("The weights are others")
-        self._passes, self._fits = passes, [*fits]
+        self._passes, self._fits, self.history = passes, [*fits], history
 
     def export(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> ExportReport:
         """Writes the whole model as pt2, onnx or state-dict for other programs: see `training.export`."""
@@ -771,9 +775,9 @@ class Learner:
         check_contrast(self.images)
         training = to_train(self.images)
         if self._passes is None:
-            self._say(check_learnable(self.images, training))
+            self._note(check_learnable(self.images, training))
         if plan.class_weights is None and self._loss is None:  # which weighs classes as it does
-            self._say(imbalance_note(training))
+            self._note(imbalance_note(training))
         optim.build(self.model, 1.0, optimizer="sgd", weight_decay=0.0)  # raises if nothing would train
         situation = self._situation()
         for past in (self._seen, self._past):
@@ -782,9 +786,9 @@ class Learner:
         inputs = derive(situation, self.augment)
         if inputs.first is not None:
             check_alone("extracts what a fit is missing")
-            self._say(inputs.first)
+            self._note(inputs.first)
             for note in extract_missing(situation, self.augment, progress=not self.quiet):
-                self._say(note)
+                self._note(note)
             situation = replace(self._situation(), on_missing="error")
             inputs = derive(situation, self.augment)
         if inputs.problem is not None:
@@ -792,8 +796,8 @@ class Learner:
         assert inputs.train is not None
         check_norms(self._tail(), self.batch_size, len(inputs.train.images))
         self._say(str(inputs))
-        self._say(overlap_note(self.images, self.images.digests(situation.known)))
-        self._say(inputs.left_out_note(self.images))
+        self._note(overlap_note(self.images, self.images.digests(situation.known)))
+        self._note(inputs.left_out_note(self.images))
         return situation, inputs
 
     def _asked_outputs(self, split: str, **tta: Unpack[TtaOptions]) -> tuple[Scored, torch.Tensor]:
@@ -857,6 +861,12 @@ class Learner:
     def _say(self, text: str | None) -> None:
         if text is not None and not self.quiet and is_first():
             logger_of("training").info("%s", text)
+
+    def _note(self, text: str | None) -> None:
+        if self._noted is None:
+            self._say(text)
+        elif text is not None:
+            self._noted(text)
 
     def _say_trained(self, images: ImageSet) -> None:
         digests = images.digests(self._situation().known)

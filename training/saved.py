@@ -28,6 +28,7 @@ from featstore.models.stages import HeadStage, PoolStage
 from featstore.store.part_facts import are_stages, stage_facts
 from featstore.store.store import FeatureStore
 from featstore.words import printable
+from training.choices import BEST
 from training.class_tables import with_classes
 from training.heads import LinearHead, unstandardised
 from training.loop.history import History
@@ -114,9 +115,11 @@ def check_facts(facts: Mapping[str, Json], folder: Path) -> None:
             "Python: resume=True); or give the folder that --out named."
         )
     if "sweep_member" in facts:
+        best = folder.parent / BEST
+        hint = f", or give the best that is saved, {best}" * (best / RUN_FACTS).is_file()
         raise FeatureStoreError(
             f"{folder} is one setting of a sweep, of which the head alone is kept. Run the sweep again with the same "
-            f"out={str(folder.parent)!r} (--out), which trains nothing anew, and take best()."
+            f"out={str(folder.parent)!r} (--out), which trains nothing anew, and take best(){hint}."
         )
     for name, is_so in _FACTS.items():
         value: Json = facts

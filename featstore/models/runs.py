@@ -424,7 +424,7 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
 def _read_facts(folder: Path) -> Json:
     path = folder / FACTS
     if not path.is_file():
-        raise FeatureStoreError(f"{folder} is no saved run: it has no {FACTS}. Give the folder that --out named.")
+        raise FeatureStoreError(f"{folder} is no saved run: it has no {FACTS}. {_give(folder)}")
     facts = _parsed(path)
     try:
         version, _ = int(facts["format"]), facts["tensors"]
@@ -444,6 +444,18 @@ def _read_facts(folder: Path) -> Json:
             f"{_RESTORE}"
         )
     return own
+
+
+def _give(folder: Path) -> str:
+    """What to give in the place of a folder that is no run: one that lies in it, or another one."""
+    inside = sorted(each.parent.name for each in folder.glob(f"[!.]*/{FACTS}"))
+    if not inside:
+        return "Give the folder that --out named."
+    if "best" in inside:  # of a sweep
+        return f"Give the best of those in it: {folder / 'best'}."
+    return (
+        f"Give one of those in it: {', '.join(str(folder / each) for each in inside[:3])}{', ...' * (len(inside) > 3)}."
+    )
 
 
 def _parsed(path: Path) -> dict[str, Json]:

@@ -245,7 +245,7 @@ SURFACE: dict[str, str] = {
     "pages.projection": "Method Projection projected",
     "pages.thumbnails": "thumbnails",
     "remedies": "Call Command Remedy Steps",
-    "source_code": "closure_of",
+    "source_code": "class_facts closure_of function_facts is_from_library",
     "store.features": "Features",
     "store.part_facts": "are_stages stage_facts",
     "store.sets": "FeatureRequest FeatureSet",

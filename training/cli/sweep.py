@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,22 @@ from training import choices
 from training.cli.asked import asked_view, for_run, labelled
 from training.cli.run_commands import FitFlags
 
-BEST = "best"
-"""The run of the best setting, in the sweep's folder."""
-
 _NUMBERS = ("lr", "dropout", "weight_decay", "label_smoothing", "clip")
 _WHOLE = ("epochs", "batch_size", "seed", "queries", "patience", "accumulate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepAugmentFlags(AugmentFlags):
+    """Those of the augmentation of all settings; the seeds may be of augmentations among the settings alone."""
+
+    def __post_init__(self) -> None:
+        if self.augment is not None:
+            super().__post_init__()
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Checks that seeds are of an augmentation, of all settings or among `values`."""
+        if "augment" not in values:
+            super().__post_init__()
 
 
 @spread
@@ -32,7 +44,7 @@ def sweep(
     store: StoreOption,
     model: ModelsFlags,
     view: ViewFlags,
-    augment: AugmentFlags,
+    augment: SweepAugmentFlags,
     how: FitFlags,
     output: OutputFlags,
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the sweep: each finished setting, and the best.")],
@@ -41,8 +53,9 @@ def sweep(
         typer.Option(
             "--set",
             metavar="NAME=A,B,...",
-            help="Values to try: lr=1e-3,3e-3, head=linear,mlp, hidden=512,256+128, mix=none,mixup:0.4; with --sample "
-            "also a range, dropout=0..0.5, by logarithms lr=1e-4..1e-1:log. May be given again.",
+            help="Values to try: lr=1e-3,3e-3, head=linear,mlp, hidden=512,256+128, mix=none,mixup:0.4, "
+            "augment=none,flip as --augment has them (with --seeds); with --sample also a range, dropout=0..0.5, by "
+            "logarithms lr=1e-4..1e-1:log. May be given again.",
         ),
     ] = None,
     settings: Annotated[
@@ -76,6 +89,7 @@ def sweep(
     kind: Annotated[str, typer.Option("--head", metavar="|".join(choices.HEADS), help="Kind of head.")] = "concat",
     extract: Annotated[bool, typer.Option("--extract", help="Compute features that are missing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in the place of a sweep there.")] = False,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -96,11 +110,18 @@ def sweep(
     values = {**(_read(settings) if settings is not None else {}), **_joined(map(_values, given or ()))}
     if not values:
         raise ValueError("There is nothing to try. Give values: --set lr=1e-3,3e-3 --set head=linear,mlp.")
+    augment.check(values)
     if sample is None and (sobol or sample_seed):
         raise ValueError("--sobol and --sample-seed are of a sample. Give its size: --sample 32.")
     one_of("--engine", engine, ("local", "ray"))
     if (engine == "ray") != (actors is not None) or (engine == "ray" and shard is not None):
         raise ValueError("--engine ray goes with --actors N, the number of shares, and without --shard. Give both.")
+    if overwrite and resume:
+        raise ValueError("--resume goes on with a sweep, and --overwrite deletes it. Leave out one of them.")
+    if overwrite and engine == "ray":
+        raise ValueError(
+            "Each share would delete what the others have done. Leave out --overwrite, and delete the folder."
+        )
     if engine == "ray" and halving is not None:
         raise ValueError("--halving compares all settings, and shares of Ray can't. Leave out one of them.")
     from featstore.extraction.shards import shard_of  # numpy
@@ -119,7 +140,7 @@ def sweep(
     from training.experiments.grid import Grid, Sample
     from training.experiments.sweeps import sweep as swept  # torch
 
-    chosen = {name: _made(name, each) for name, each in values.items()}
+    chosen = {name: _made(name, each, augment.seeds) for name, each in values.items()}
     tried = Grid(chosen) if sample is None else Sample(chosen, sample, "sobol" if sobol else "random", sample_seed)
     tried.settings()  # what is wrong with them is said before a model is made
     cuts = [*dict.fromkeys(filter(None, [cut, *(each for each in chosen.get("cut", ()) if isinstance(each, str))]))]
@@ -150,10 +171,11 @@ def sweep(
         monitor=monitor,
         out=out,
         resume=resume or share is not None,
+        overwrite=overwrite,
         shard=(0, 1) if share is None else (share.index, share.count),
         **options,
     )
-    run = Path(out) / BEST
+    run = Path(out) / choices.BEST
     is_scored = bool(found.members) and found.members[0].failure is None
     if is_scored and not found.num_missing:
         learn = found.best()
@@ -216,7 +238,22 @@ def _values(text: str) -> tuple[str, Any]:
         if log not in ("", "log"):
             raise ValueError(f"--set is {text!r}. Expected a range, lr=1e-4..1e-1, or by logarithms 1e-4..1e-1:log.")
         return name, {"low": _number(low, text), "high": _number(high, text), "log": log == "log"}
-    return name, [_value(name, each, text) for each in rest.split(",")]
+    return name, [_value(name, each, text) for each in _words(rest)]
+
+
+def _words(text: str) -> list[str]:
+    """The values between commas; of one with parameters these may have commas between them.
+
+    >>> _words("none,side_on:max_zoom=1.1,rotation=5+flip,mlp:hidden=8")
+    ['none', 'side_on:max_zoom=1.1,rotation=5+flip', 'mlp:hidden=8']
+    """
+    words: list[str] = []
+    for piece in text.split(","):
+        if words and "=" in piece.partition(":")[0]:
+            words[-1] += f",{piece}"
+        else:
+            words.append(piece)
+    return words
 
 
 def _value(name: str, word: str, text: str) -> Any:
@@ -254,8 +291,8 @@ def _read(path: str) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in found.items()}
 
 
-def _made(name: str, values: Any) -> Any:
-    """Values as a grid or sample takes them."""
+def _made(name: str, values: Any, seeds: str | None) -> Any:
+    """Values as a grid or sample takes them; `seeds` are of augmentations."""
     from training.experiments.grid import Range
 
     if isinstance(values, Mapping):
@@ -265,6 +302,9 @@ def _made(name: str, values: Any) -> Any:
         return Range(float(values["low"]), float(values["high"]), bool(values.get("log", False)))
     if name == "mix" and isinstance(values, Sequence):
         return [_mix(each) for each in values]
+    if name == "augment" and isinstance(values, Sequence):
+        words = [None if each in (None, "none") else str(each) for each in values]
+        return [None if each is None else AugmentFlags(augment=each, seeds=seeds).augmentation() for each in words]
     return values
 
 

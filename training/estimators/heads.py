@@ -40,6 +40,7 @@ from training.loop.settings import checked
 from training.mixing import BatchChange
 from training.predict import probabilities
 from training.row_fits import Rows, fit_to_rows, logits_of_rows
+from training.scores.metrics import THRESHOLD
 
 
 class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has no types

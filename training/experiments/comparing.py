@@ -41,6 +41,7 @@ from training.experiments.probing import Halves, ProbeName, Rows, probed, probes
 from training.frames import data_frame
 from training.learner import Learner
 from training.scores.metrics import wilson_interval
+from training.scores.transferability import SCORES, Score, transfer_scores
 from training.splits import grouped_by_content
 
 if TYPE_CHECKING:

@@ -6,13 +6,18 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Any, Literal, TypeAlias
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.digest import Json, digest_json
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NAMES = (
     "backbone", "cut", "reduce", "head", "hidden", "dropout", "queries", "lr", "epochs", "schedule", "weight_decay",
@@ -168,7 +173,10 @@ def check_names(names: Mapping[str, Any]) -> None:
 
 
 def setting_facts(setting: Mapping[str, Any]) -> dict[str, Json]:
-    """A setting as JSON, by which it is told from any other; what JSON doesn't have, by its `repr`."""
+    """A setting as JSON, by which it is told from any other, in another process too: code by its name and source.
+
+    What has no such name is told from others of this process alone, see `unnamed`.
+    """
     return {name: _fact(setting[name]) for name in sorted(setting)}
 
 
@@ -177,22 +185,94 @@ def setting_digest(setting: Mapping[str, Any]) -> str:
     return digest_json(setting_facts(setting))[:16]
 
 
+def unnamed(facts: Json) -> str | None:
+    """Of facts as `setting_facts` gives them what no other process can know again, and why; None if there is none."""
+    if isinstance(facts, Mapping):
+        return str(facts[_UNNAMED]) if _UNNAMED in facts else unnamed([*facts.values()])
+    return next(filter(None, map(unnamed, facts)), None) if isinstance(facts, list) else None
+
+
+_UNNAMED = "without a name"
+
+
 def _fact(value: Any) -> Json:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
     if isinstance(value, list | tuple):
         return [_fact(each) for each in value]
     if isinstance(value, Mapping):
         return {str(name): _fact(each) for name, each in value.items()}
-    if isinstance(value, np.generic):
-        value = value.item()
-    if hasattr(value, "state_dict"):  # a head of one's own: its weights decide what it comes to, and what it computes
-        from featstore.errors import ModelError
-        from featstore.models.digests import module_digest
+    if isinstance(value, np.ndarray):
+        return _fact(value.tolist())
+    # What code computes decides scores, and its name doesn't say that.
+    from featstore.errors import ModelError
 
-        try:
-            return [type(value).__qualname__, module_digest(value)]
-        except ModelError:  # nothing tells it from another one but that it is this one
-            return [type(value).__qualname__, id(value)]
-    return value if value is None or isinstance(value, str | int | float | bool) else repr(value)
+    try:
+        return _code_fact(value)
+    except (ModelError, TypeError, ValueError) as error:
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return {_UNNAMED: f"{name} ({str(error).splitlines()[0]})", "here": id(value)}
+
+
+def _code_fact(value: Any) -> Json:
+    """A function, class, module or object by its name and a digest of all that decides what it does.
+
+    Raises:
+        TypeError, ValueError, ModelError: if no other process could know it again.
+    """
+    from torch import Tensor, nn
+
+    from featstore.digest import digest_tensor
+    from featstore.images.views import Augment
+    from featstore.source_code import class_facts, function_facts, is_from_library
+
+    if isinstance(value, Augment):
+        return {"policy": value.policy.facts, "seeds": _fact(value.seeds)}
+    if isinstance(value, Tensor):
+        return digest_tensor(value)
+    if isinstance(value, partial):
+        return [_fact(value.func), _fact(value.args), _fact(value.keywords)]
+    if isinstance(value, MethodType):
+        return [_fact(value.__func__), _fact(value.__self__)]
+    kind = value if isinstance(value, type | FunctionType | BuiltinFunctionType) else type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(kind, BuiltinFunctionType) or is_from_library(kind):
+        code: Json = None
+    else:
+        code = digest_json(function_facts(kind) if isinstance(kind, FunctionType) else class_facts(kind))
+    if kind is value:
+        return name if code is None else [name, code]
+    if isinstance(value, nn.Module):
+        return [name, _module_fact(value)]
+    text = repr(value)
+    if " at 0x" in text:  # Python's own, which tells nothing of the object
+        if not (held := getattr(value, "__dict__", None)):
+            raise TypeError("it doesn't show what it holds")
+        return [name, code, _fact(held)]
+    return text if code is None else [text, code]
+
+
+def _module_fact(module: nn.Module) -> Json:
+    """What a module computes; of one that can't be traced, as a loss of logits and targets, what it is made of."""
+    from torch import nn
+
+    from featstore.digest import digest_tensor
+    from featstore.errors import ModelError
+    from featstore.models.digests import module_digest
+
+    try:
+        return module_digest(module)
+    except ModelError:
+        if any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
+            raise
+    of_torch = vars(nn.Module()).keys()
+    parts = [
+        [name, _fact(type(each)), _fact({key: held for key, held in vars(each).items() if key not in of_torch})]
+        for name, each in module.named_modules()
+    ]
+    return [parts, {name: digest_tensor(tensor) for name, tensor in module.state_dict().items()}]
 
 
 def _check_values(name: str, given: Any) -> None:

@@ -25,7 +25,7 @@ from featstore.errors import FeatureStoreError
 from featstore.html import MOST_ROWS, titled_table
 from featstore.models.runs import FACTS, located, read_facts
 from featstore.words import counted, printable, some
-from training.choices import CHECKPOINT
+from training.choices import BEST, CHECKPOINT
 from training.frames import data_frame
 from training.loop.monitor import DIRECTIONS, Direction
 from training.sidecar import FILE, Sidecar
@@ -46,7 +46,8 @@ def runs(folder: str | os.PathLike[str] = "runs") -> Runs:
     """All runs below a folder, by name: heads, fine-tuned models, snapshots, folds and members of sweeps.
 
     A run is a folder with a run.json, or with a model.json alone where it is older or somebody deleted its reports.
-    Checkpoints of fits, hidden folders and what is half written are none. Only run.json is read; one that is damaged is
+    Checkpoints of fits, hidden folders and what is half written are none. The best setting of a sweep that is saved
+    whole beside it is one run with it. Only run.json is read; one that is damaged is
     listed with the reason.
 
     Raises:
@@ -67,6 +68,7 @@ def runs(folder: str | os.PathLike[str] = "runs") -> Runs:
         if sidecar is not None:
             is_whole = has_model and sidecar.kind != "sweep-member"  # of which the head alone is kept
             found.append(ListedRun(name=name, folder=path, sidecar=sidecar, has_model=is_whole))
+    found = _with_bests_once(found)
     found.sort(key=lambda each: _natural(each.name))
     return Runs(found, damaged=damaged, root=root)
 
@@ -483,6 +485,19 @@ def _places(root: Path, damaged: dict[str, str]) -> Iterator[tuple[Path, Path, b
                 yield whole, located(whole), (located(whole) / FACTS).is_file()
             if not name.startswith(".") and not name.endswith(CHECKPOINT) and each.is_dir():
                 folders.append(Path(each.path))
+
+
+def _with_bests_once(found: Iterable[ListedRun]) -> list[ListedRun]:
+    """Runs, of which the best of a sweep takes the place of the setting that it is, and says what that was."""
+    kept = {each.folder: each for each in found}
+    for each in [*kept.values()]:
+        best = kept.get(each.folder.parent / BEST)
+        if best is None or each.sidecar.kind != "sweep-member" or best.sidecar.fits != each.sidecar.fits:
+            continue
+        configuration = {**best.sidecar.configuration, **each.sidecar.configuration}
+        kept[best.folder] = replace(best, sidecar=replace(best.sidecar, configuration=configuration))
+        del kept[each.folder]
+    return [*kept.values()]
 
 
 def _sidecar(path: Path, place: Path, *, has_model: bool) -> Sidecar | None:

@@ -5,12 +5,14 @@ Long, since it is one thing told in order: what is tried, the fits that it is tr
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
@@ -21,20 +23,32 @@ from torch import nn
 
 from featstore.digest import Json, digest_bytes
 from featstore.errors import FeatureStoreError
+from featstore.extraction.remedy import seed_ranges
 from featstore.html import titled_table
 from featstore.images.contents import overlap_note
 from featstore.images.digests import KnownDigests
 from featstore.images.image_set import ImageSet
+from featstore.images.views import Augment
 from featstore.machine import available_bytes
 from featstore.models.staged import StagedModel
 from featstore.notes import logger_of
 from featstore.store.store import FeatureStore
 from featstore.words import counted
-from training.experiments.grid import Setting, Settings, as_settings, setting_digest, setting_facts
+from training.experiments.grid import (
+    NAMES,
+    Setting,
+    Settings,
+    as_settings,
+    check_names,
+    setting_digest,
+    setting_facts,
+    unnamed,
+)
 from training.experiments.sweep_folder import SweepFolder
-from training.heads import head_word, linear_head_of
+from training.heads import HEAD_OPTIONS, head_word, linear_head_of, read_head
 from training.inputs.derive import labelled
 from training.learner import Learner
+from training.loop import settings as of_learner
 from training.loop.fitting import Begun
 from training.loop.history import Record
 from training.loop.monitor import Monitor
@@ -43,13 +57,14 @@ from training.loop.plan import FitOptions, Plan
 from training.placement import reduction_of
 from training.provenance import keys_of
 from training.scores.metrics import default_metrics, wilson_interval
-from training.sidecar import Dealt
+from training.sidecar import Dealt, Score, finite
 from training.splits import dealt, grouped_by_content
 
 _OF_FIT = {*FitOptions.__annotations__}
 _OF_HEAD = ("hidden", "dropout", "queries")
-_OF_LEARNER = ("cut", "reduce", "head", "augment", "optimizer", "batch_size", "seed")
-_REFUSED = ("on_epoch_end", "checkpoint", "resume", "monitor")
+_OF_NO_SCORE = ("device", "quiet", "workers", "on_missing", "allow_leak", "asked")
+"""Options of a learner that decide how it works, or whether, and no number."""
+_REFUSED = ("on_epoch_end", "checkpoint", "resume", "monitor", "note")
 _MOST_TOGETHER = 128
 """Fits that begin together: wider products gain little, and what is finished is saved between."""
 _ADAM_COPIES = 5
@@ -94,19 +109,24 @@ class Member:
         values = [each[name] for each in self.parts if name in each]
         return fmean(values) if values and self.failure is None else math.nan
 
-    def interval(self, name: str) -> tuple[float, float] | None:
-        """Where a score lies with 95 % confidence: over several parts by Student's t, an accuracy else by Wilson."""
+    def score(self, name: str) -> Score:
+        """A score, where it lies with 95 % confidence, and by what: over several parts by Student's t, else Wilson."""
+        value = finite(self.mean(name))
         values = [each[name] for each in self.parts if name in each]
-        if self.failure is not None or not values:
-            return None
+        if value is None:
+            return Score(None)
         if len(values) > 1:
             from scipy.stats import t  # type: ignore[import-untyped]  # scikit-learn brings it
 
             half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-            return fmean(values) - half, fmean(values) + half
+            return Score(value, (value - half, value + half), "student")
         if name in ("accuracy", "top5") and self.num_images:
-            return wilson_interval(round(values[0] * self.num_images), self.num_images)
-        return None
+            return Score(value, wilson_interval(round(value * self.num_images), self.num_images), "wilson")
+        return Score(value)
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Where a score lies with 95 % confidence; None where that isn't known."""
+        return self.score(name).interval
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -217,6 +237,7 @@ def sweep(
     monitor: str | tuple[str, str] | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
+    overwrite: bool = False,
     shard: tuple[int, int] = (0, 1),
     device: torch.device | str = "auto",
     quiet: bool = False,
@@ -237,8 +258,10 @@ def sweep(
             the powers of it that the epochs have. Scores of early epochs are those of high rates, so it may be wrong.
         monitor: the number that settings are judged by, as `FitOptions` has it; default: accuracy, of several labels
             mean average precision, of regression the mean absolute error.
-        out: a folder in which each finished setting is kept at once; the same call goes on from there.
+        out: a folder in which each finished setting is kept at once; the same call goes on from there, also with more
+            settings, of which those that are there aren't trained again.
         resume: whether to go on where `out` has results; else it must have none.
+        overwrite: begins anew where `out` has results of whatever sweep, once nothing speaks against this one.
         shard: (i, n): tries only the settings that are the i-th's of n jobs, counted from 0, with the same `out`.
         device: as in `Learner`.
         quiet: prints nothing while it works.
@@ -249,24 +272,31 @@ def sweep(
         FactsDifferError: if `out` has results of another sweep; names what differs.
         FeatureStoreError: if the inputs of a fit can't be had.
     """
-    trials = _Trials(
-        models, images, store, folds, repeats, groups, split_seed, monitor, {"device": device, "quiet": True, **options}
-    )
+    say = _Say(is_quiet=quiet)
+    given = {"device": device, "quiet": True, **options}
+    trials = _Trials(models, images, store, folds, repeats, groups, split_seed, monitor, given, say.once)
     found = as_settings(settings)
     trials.check(found)
+    if halving is not None and halving < 2:
+        raise ValueError(f"halving is {halving}; expected at least 2: one of so many goes on.")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard is {shard}; expected (i, n) with i from 0 to n - 1.")
+    if shard[1] > 1 and halving is not None:
+        raise ValueError("halving compares all settings, and a share of them can't. Leave out halving, or shard.")
+    if shard[1] > 1 and overwrite:
+        raise ValueError(
+            "Each share would delete what the others have done. Leave out overwrite, and delete the folder."
+        )
     own = [each for each in found if int(setting_digest(each), 16) % shard[1] == shard[0]]
     folder = None
     if out is not None:
         more: dict[str, Json] = {"halving": halving}
         if halving is not None:
-            more["settings"] = [setting_digest(each) for each in (own if shard[1] > 1 else found)]
+            more["settings"] = [setting_digest(each) for each in found]
         folder = SweepFolder(Path(out))
-        if shard[1] > 1 and halving is not None:
-            raise ValueError("halving compares all settings, and a share of them can't. Leave out halving, or shard.")
-        folder.begin({**trials.facts(found), **more}, resume=resume)
-    say = _Say(is_quiet=quiet)
+        facts = {**trials.facts(found), **more}
+        nameless = unnamed([facts, *map(setting_facts, found)])
+        folder.begin(facts, resume=resume, overwrite=overwrite, nameless=nameless)
     done: dict[str, Member] = {}
     if folder is not None:
         for each in found:
@@ -278,11 +308,15 @@ def sweep(
             )
     run = _Run(trials, folder, done, say, total=len(found))
     waiting = [each for each in own if setting_digest(each) not in done]
-    if halving is None:
-        for wave in trials.waves(waiting):
-            run.try_all(wave)
-    elif waiting:
-        run.try_by_halving(waiting, halving)
+    try:
+        if halving is None:
+            for wave in trials.waves(waiting):
+                run.try_all(wave)
+        elif waiting:
+            run.try_by_halving(found, halving)
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(run.interrupted)
+        raise
     rank = trials.monitor
     members = sorted(run.done.values(), key=lambda each: _place(rank, each))
     return Sweep(
@@ -300,27 +334,31 @@ def try_settings(
     store: FeatureStore | None,
     setting: Mapping[str, Any],
     *,
+    monitor: str | tuple[str, str] | None = None,
     report: Callable[[Record], Any] | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """Scores of one setting, for a tuner that chooses the next one by it: those of the last epoch.
+    """Scores of one setting, for a tuner that chooses the next one by it: of the epoch whose weights remain.
 
     Args:
         model: the backbone.
         images: labelled, with a split.
         store: as in `Learner`.
         setting: names of `grid.NAMES`.
+        monitor: the number that ``keep="best"`` and patience go by, as in `sweep`.
         report: gets each epoch's record; what it raises ends the fit, as tuners prune.
         options: as in `sweep`.
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
     """
-    trials = _Trials(model, images, store, None, 1, None, 0, None, {"quiet": True, **options})
+    check_names(setting)
+    trials = _Trials(model, images, store, None, 1, None, 0, monitor, {"quiet": True, **options})
     trials.check([dict(setting)])
     learn, plan = trials.made(dict(setting), 0)
     learn.fit(plan.cycles[0], plan.lr, **{**trials.fit_options(setting), "on_epoch_end": report})
-    return {name: value for name, value in learn.history.last.items() if name not in ("epoch", "lr")}
+    record = learn.history.best if plan.keep == "best" else learn.history.last
+    return {name: value for name, value in record.items() if name not in ("epoch", "lr")}
 
 
 @dataclass(eq=False)
@@ -333,6 +371,11 @@ class _Fit:
     plan: Plan
     begun: Begun | None = None
     failure: str | None = None
+
+    @cached_property
+    def name(self) -> str:
+        """Its setting's."""
+        return setting_digest(self.setting)
 
     @property
     def curve(self) -> tuple[float, ...]:
@@ -356,8 +399,12 @@ class _Trials:
         split_seed: int,
         monitor: str | tuple[str, str] | None,
         options: Mapping[str, Any],
+        note: Callable[[str], None] | None = None,
     ) -> None:
         named = models if isinstance(models, Mapping) else {"": models}
+        for model in named.values():
+            of_learner.check_given(model, images, store)
+        _check_options(options)
         # Once here, so that all learners share its stages.
         self.models = {
             name: each if isinstance(each, StagedModel) else StagedModel.from_module(each)
@@ -367,8 +414,6 @@ class _Trials:
             raise ValueError(f"folds={folds} and repeats={repeats} are two kinds of several fits. Give one of them.")
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}; expected at least 1.")
-        for name in (each for each in _REFUSED if each in options):
-            raise ValueError(f"{name} is of a single fit, and a sweep makes many. Leave it out.")
         if folds is None and not len(images.valid):
             raise ValueError("No image is held out to score settings on. Split the images, or give folds=5.")
         self.images, self.store = images, store
@@ -377,7 +422,7 @@ class _Trials:
         if folds is not None:
             together = grouped_by_content(images, images.digests(self._known), groups)
             self.sets = images.folds(folds, seed=split_seed, groups=together)
-        self.options = dict(options)
+        self.options, self._note = dict(options), note
         default = {"single": "accuracy", "multi": "map", "regression": "mae"}[images.task]
         own = [getattr(each, "__name__", "") for each in options.get("metrics") or ()]
         self.monitor = Monitor.of(monitor or default, [*default_metrics(images.task, len(images.classes)), *own])
@@ -412,7 +457,13 @@ class _Trials:
             for name in ("keep", "patience") if self.folds is not None else ():
                 if self._all(each).get(name) not in (None, "last"):
                     raise ValueError(f"{name} would choose by the images held out, in folds. Leave it out.")
+            _check_head(self._all(each))
             self.plan(each)
+        for _, alike in groupby(sorted(settings, key=_head_of), key=_head_of):
+            several = [*alike]
+            learn, _ = self.made(several[0], 0)
+            for each in several:
+                learn.check(self.plan(each))
 
     def _all(self, setting: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.options, **setting}
@@ -436,17 +487,11 @@ class _Trials:
             if name not in _OF_FIT and name not in _OF_HEAD and name not in ("lr", "epochs", "backbone")
         }
         head = given.get("head", "concat")
-        if isinstance(head, str):
-            own = {name: given.get(name) for name in _OF_HEAD}
-            if head == "linear":  # the others' settings say nothing of it
-                own = {}
-            elif head == "attention":
-                own.pop("hidden")
-            else:
-                own.pop("queries")
-            other["head"] = head_word(head, **own)
+        other["head"] = _head_word(head, given) if isinstance(head, str) else head
         if self.repeats > 1:
             other["seed"] = given.get("seed", 0) + part
+        if self._note is not None:  # the parts are of the same images
+            other["note"] = self._note if part == 0 else _nothing
         if images is None:
             images = self.sets[part if self.folds is not None else 0]
         name = given.get("backbone", next(iter(self.models)))
@@ -479,8 +524,8 @@ class _Trials:
             is_pool = str(given.get("head")).startswith("attention")
             key = f"{words or 'default'}{', attention' * is_pool}"
             if key not in places:
-                learn, _ = self.made(each, 0)
-                source = learn.ready().train
+                learn, plan = self.made(each, 0)
+                source = learn.ready(plan).train
                 places[key] = {
                     "trunk": learn.model.digests()[learn.cut],
                     "keys": None if source is None else list(keys_of(source)),
@@ -498,9 +543,9 @@ class _Trials:
             "folds": self.folds,
             "repeats": self.repeats,
             "split_seed": self.split_seed,
-            "monitor": self.monitor.name,
+            "monitor": [self.monitor.name, self.monitor.direction],
             "features": places,
-            "options": setting_facts({name: v for name, v in self.options.items() if name not in ("device", "quiet")}),
+            "options": setting_facts({name: v for name, v in self.options.items() if name not in _OF_NO_SCORE}),
         }
 
     def in_words(self, halving: int | None) -> str:
@@ -525,6 +570,18 @@ class _Run:
         self.trials, self.folder, self.done, self._say, self._total = trials, folder, done, say, total
         self._learners: dict[str, Learner] = {}
 
+    @property
+    def interrupted(self) -> str:
+        """What is kept of a sweep that is interrupted here, what isn't, and how to go on."""
+        if self.folder is None:
+            return "Nothing of the sweep is kept, as it has no folder. Give it one to go on from: out=."
+        left = self._total - len(self.done)
+        return (
+            f"{counted(len(self.done), 'setting')} of {self._total:,} are done and kept in {self.folder.path}; of the "
+            f"other {left:,} nothing is, also of those that were under way: they are trained from their first epoch. "
+            "The same again with --resume (in Python: resume=True) goes on from there."
+        )
+
     def try_all(self, settings: Sequence[Setting]) -> None:
         """Trains settings to their ends."""
         fits = self._begun(settings)
@@ -535,31 +592,43 @@ class _Run:
     def try_by_halving(self, settings: Sequence[Setting], factor: int) -> None:
         """Trains settings from rung to rung, and drops the worst at each.
 
+        All are given, those that are done too: which rungs there are and who goes on is of all of them. What an
+        earlier run has decided holds, so that one that was killed drops what it would have dropped.
+
         Raises:
-            ValueError: for a factor below 2.
+            FeatureStoreError: if settings are done, and nothing says who went on.
         """
-        if factor < 2:
-            raise ValueError(f"halving is {factor}; expected at least 2: one of so many goes on.")
-        fits = self._begun(settings)
-        groups = self._together(fits)
-        alive = [*settings]
+        alive = {setting_digest(each): each for each in settings}
+        waiting = {name: each for name, each in alive.items() if name not in self.done}
         longest = max(self.trials.plan(each).cycles[0] for each in settings)
-        for until in rungs(longest, factor, len(settings) + len(self.done)):
+        heights = rungs(longest, factor, len(settings))
+        decided = {} if self.folder is None else self.folder.decided()
+        if self.folder is not None and self.done and not {*heights[:1]} <= decided.keys():
+            raise FeatureStoreError(
+                f"{self.folder.path} has settings that halving dropped, and lacks halving.json, which says when. "
+                "Restore it, choose another folder, or begin anew with --overwrite (in Python: overwrite=True)."
+            )
+        fits = self._begun([*waiting.values()])
+        groups = self._together(fits)
+        for until in heights:
             for packed, alone in groups:
                 self._go_on(packed, alone, until)
-            kept = {*self._best_at(until, alive, fits, factor)}
-            dropped = [each for each in alive if setting_digest(each) not in kept]
+            if until not in decided:
+                decided[until] = self._best_at(until, alive, fits, factor)
+                if self.folder is not None:
+                    self.folder.decide(until, decided[until])
+            dropped = alive.keys() - decided[until]
             for packed, alone in groups:
                 if packed is not None:
                     together, numbered = packed
-                    together.end([place for place, fit in enumerate(numbered) if fit.setting in dropped])
-                alone[:] = [fit for fit in alone if fit.setting not in dropped]
-            self._finish(dropped, fits)
-            alive = [each for each in alive if setting_digest(each) in kept]
+                    together.end([place for place, fit in enumerate(numbered) if fit.name in dropped])
+                alone[:] = [fit for fit in alone if fit.name not in dropped]
+            self._finish([each for name, each in waiting.items() if name in dropped], fits)
+            alive = {name: each for name, each in alive.items() if name not in dropped}
             self._say(f"epoch {until}: {len(alive):,} of {self._total:,} settings go on")
         for packed, alone in groups:
             self._go_on(packed, alone, None)
-        self._finish(alive, fits)
+        self._finish([each for name, each in waiting.items() if name in alive], fits)
 
     def learner(self, member: Member) -> Learner:
         """The learner of a member, with its weights."""
@@ -626,19 +695,14 @@ class _Run:
             except FloatingPointError as error:
                 fit.failure = str(error)
 
-    def _best_at(self, until: int, alive: Sequence[Setting], fits: Sequence[_Fit], factor: int) -> list[str]:
-        """Names of the settings that go on: the best of all that came so far, also in an earlier run."""
+    def _best_at(self, until: int, alive: Iterable[str], fits: Sequence[_Fit], factor: int) -> list[str]:
+        """Names of the settings that go on; one that failed was there as well, and is worse than any other."""
         rank = self.trials.monitor
         reached: dict[str, float] = {}
-        for each in alive:
-            own = [fit for fit in fits if fit.setting is each]
+        for name in alive:
+            own = [fit for fit in fits if fit.name == name]
             values = [fit.curve[:until][-1] if fit.failure is None and fit.curve else math.nan for fit in own]
-            reached[setting_digest(each)] = rank.loss({rank.name: fmean(values)})
-        for name, member in self.done.items():
-            # Those that an earlier run ended at this rung or later were there as well.
-            if member.failure is None and member.epochs >= min(until, member.planned):
-                values = [curve[:until][-1] for curve in member.curves]
-                reached[name] = rank.loss({rank.name: fmean(values)})
+            reached[name] = rank.loss({rank.name: fmean(values)})
         count = math.ceil(len(reached) / factor)
         return sorted(reached, key=lambda name: (reached[name], name))[:count]
 
@@ -659,15 +723,12 @@ class _Run:
 
     def _save(self, member: Member, fits: Sequence[_Fit]) -> None:
         assert self.folder is not None
-        rank, first = self.trials.monitor, fits[0].learn
-        scores = {} if member.failure else {rank.name: (member.mean(rank.name), member.interval(rank.name))}
-        names = [name for name in (member.parts[0] if member.parts else ()) if name not in _NO_SCORES]
-        for name in names if not member.failure else ():
-            scores[name] = (member.mean(name), member.interval(name))
+        names = dict.fromkeys([self.trials.monitor.name, *(name for each in member.parts for name in each)])
+        scores = {name: member.score(name) for name in names if name not in _NO_SCORES and member.failure is None}
         self.folder.write(
             member.name,
-            learner=first,
-            weights=None if self.trials.folds is not None else first.model.unfrozen,
+            learner=fits[0].learn,
+            weights=None if self.trials.folds is not None else fits[0].learn.model.unfrozen,
             result=_as_json(member),
             scores=scores,
             seconds=member.seconds,
@@ -684,10 +745,21 @@ class _Say:
 
     def __init__(self, *, is_quiet: bool) -> None:
         self._is_quiet, self._started = is_quiet, time.perf_counter()
+        self._said: set[str] = set()
+
+    def once(self, text: str) -> None:
+        """Tells what learners should tell, each thing once, whichever tell it."""
+        if not self._is_quiet and text not in self._said:
+            self._said.add(text)
+            logger_of("training").info("%s", text)
 
     def __call__(self, text: str) -> None:
         if not self._is_quiet:
             logger_of("training").info("%s (%.1f s)", text, time.perf_counter() - self._started)
+
+
+def _nothing(text: str) -> None:
+    """What is told to nobody."""
 
 
 def rungs(epochs: int, factor: int, num_settings: int) -> list[int]:
@@ -704,6 +776,64 @@ def rungs(epochs: int, factor: int, num_settings: int) -> list[int]:
     return sorted(each for each in {*found} if each < epochs)
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Checks that each of `options` is one that all settings can have in common.
+
+    Raises:
+        ValueError: for one of a single fit.
+        TypeError: for one that there isn't, naming what may have been meant.
+    """
+    of_learner = [each.name for each in signature(Learner).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    of_sweep = [each.name for each in signature(sweep).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    known = [*dict.fromkeys([*NAMES, *of_learner, *FitOptions.__annotations__])]
+    for name in options:
+        if name in _REFUSED:
+            raise ValueError(f"{name} is of a single fit, and a sweep makes many. Leave it out.")
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *of_sweep], n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            shown = ", ".join(each for each in known if each not in _REFUSED)
+            raise TypeError(f"A sweep has no option {name!r}.{hint} What all settings can have in common: {shown}.")
+
+
+def _head_word(head: str, given: Mapping[str, Any]) -> str:
+    """A named head with what is set of its kind, in one word; what is set of other kinds says nothing of it.
+
+    Raises:
+        ValueError: if the word says already what is set.
+    """
+    kind = head.partition(":")[0]
+    if kind not in HEAD_OPTIONS:  # kept, or refused by its name where it's made
+        return head
+    said = read_head(head)[1]
+    own = {name: given[name] for name in HEAD_OPTIONS[kind] if given.get(name) is not None}
+    if twice := said.keys() & own.keys():
+        name = min(twice)
+        raise ValueError(f"The head {head!r} says its {name}, and {name} is set to {own[name]!r}. Leave one out.")
+    return head_word(kind, **said, **own)
+
+
+def _check_head(given: Mapping[str, Any]) -> None:
+    """Checks that what is set of a head is of one that is made here.
+
+    Raises:
+        ValueError: if it is there already.
+    """
+    head = given.get("head", "concat")
+    idle = [name for name in _OF_HEAD if given.get(name) is not None]
+    if idle and (head == "keep" or not isinstance(head, str)):
+        what = "the model's own" if head == "keep" else f"a {type(head).__name__} of your own"
+        raise ValueError(
+            f"The head is {what}, whose layers are there, so {' and '.join(idle)} would change nothing. Leave that "
+            "out, or give a list of settings in which only named heads have it."
+        )
+
+
+def _head_of(setting: Setting) -> str:
+    """What decides how the learner of a setting is made: equal for those whose fits alone differ."""
+    return setting_digest({name: value for name, value in setting.items() if name not in {*_OF_FIT, "lr", "epochs"}})
+
+
 def _batches_of(fit: _Fit) -> str:
     """What decides which batches a fit reads, in which order: equal for those that can share them."""
     learn, plan = fit.learn, fit.plan
@@ -713,7 +843,7 @@ def _batches_of(fit: _Fit) -> str:
         fit.setting.get("backbone"),
         learn.cut,
         reduction_of(learn.model),
-        repr(learn.augment),
+        setting_facts({"augment": learn.augment}),  # two of one's own may have one name
         learn.batch_size,
         learn.seed,
         is_linear,
@@ -797,6 +927,8 @@ def _shown(value: Any) -> Any:
     """A value of a setting as a cell of a table."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(value, Augment):
+        return f"{value.policy.describe()}, seeds {'fresh' if value.seeds == 'fresh' else seed_ranges(value.seeds)}"
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else repr(value)
 
 

@@ -32,20 +32,34 @@ def test_a_sweep_is_a_table_and_a_run_to_go_on_with(run: Run, here: Path) -> Non
     assert shown[0].split() == ["lr", "head", "accuracy", "from", "to", "epochs", "seconds"]
     assert foot == expected.foot
     assert last.startswith("The best is a run, to go on with: featstore-train finetune --images photos --from")
-    assert run("featstore-train", *flags).last_words.startswith("runs/sweep holds a sweep already.")
+    refused = run("featstore-train", *flags).last_words
+    assert refused.startswith("runs/sweep holds a sweep already.")
+    assert "begin anew in its place with --overwrite" in refused
     again = run("featstore-train", *flags, "--resume", "--json").json
     assert [(row["lr"], row["head"]) for row in again["settings"]] == [
         (each.setting["lr"], each.setting["head"]) for each in expected.members
     ]
+    told = json.loads((here / "runs/sweep/best/run.json").read_text())
+    assert told["configuration"]["lr"] == expected.members[0].setting["lr"]
+    assert len((here / "runs/sweep/best/history.csv").read_text().splitlines()) == 3
     remedy = last.split("featstore-train ")[1].split()
     assert run("featstore-train", *remedy, "--batch-size", "4").code == 0
     assert (here / "runs/sweep-tuned/model.json").exists()
-    assert [each.name for each in runs("runs/sweep") if each.has_model] == ["best"]  # settings keep their heads alone
+    listed = runs("runs/sweep")
+    assert [each.name for each in listed if each.has_model] == ["best"]  # settings keep their heads alone
+    assert len(listed) == 4  # and the best stands there once
+    settings_listed = {(each["lr"], each["head"]) for each in listed}
+    assert settings_listed == {(lr, head) for lr in (1e-3, 1e-2) for head in ("linear", "mlp")}
+    evaluated = run("featstore-train", "evaluate", "--model", "runs/sweep", *IMAGES[:2])
+    assert "runs/sweep is no saved run: it has no model.json. Give the best of those in it: runs/sweep/best." in (
+        evaluated.last_words
+    )
+    replaced = run("featstore-train", *flags, "--overwrite", "--set", "weight_decay=0.5", "--json").json
+    assert {row["weight_decay"] for row in replaced["settings"]} == {0.5}
+    assert len(runs("runs/sweep")) == 4
     assert run("featstore-train", *flags[:-2], "photos").last_words.startswith(
         "photos holds cat, dog, and a sweep has a"
     )
-    told = json.loads((here / "runs/sweep/best/run.json").read_text())
-    assert told["configuration"]["lr"] == expected.members[0].setting["lr"]
 
 
 def test_shares_and_a_file_of_settings_make_the_same_table(run: Run, here: Path) -> None:
@@ -83,6 +97,10 @@ def test_shares_and_a_file_of_settings_make_the_same_table(run: Run, here: Path)
         (["--set", "depth=3"], "A sweep has no setting 'depth'."),
         (["--set", "lr=0..1"], "lr is a range, of which a grid has no end of values"),
         (["--set", "mix=blend"], "mix is 'blend'. Expected one of mixup, cutmix, noise, brightness"),
+        (["--set", "augment=flip"], "--augment flip needs seeds"),
+        (["--set", "augment=flop", "--seeds", "0"], "--augment flop"),
+        (["--set", "lr=1e-3", "--seeds", "0"], "--seeds 0 is given without an augmentation"),
+        (["--set", "lr=1e-3", "--resume", "--overwrite"], "--overwrite deletes it"),
         (["--set", "lr=1e-3", "--sobol"], "--sobol and --sample-seed are of a sample"),
         (["--set", "lr=1e-3", "--shard", "2/2"], "--shard is '2/2'. Expected i/n"),
     ],
@@ -92,6 +110,18 @@ def test_what_makes_no_sense_is_refused(run: Run, here: Path, flags: list[str], 
     assert (ran.code, ran.out) == (2, "")
     assert sentence in ran.last_words
     assert not (here / "runs").exists()
+
+
+def test_augmentations_are_settings_spelled_as_their_flag(run: Run, here: Path) -> None:
+    words = ["none", "flip", "side_on:max_zoom=1.05,rotation=5+flip"]
+    flags = ["--set", f"augment={','.join(words)}", "--seeds", "0-1", "--set", "lr=1e-2", "--epochs", "1", "--extract"]
+    found = run("featstore-train", *COMMAND, *flags, "--out", "runs/views", "--json").json["settings"]
+    shown = {row["augment"] for row in found}
+    assert shown == {None, "flip, seeds 0-1", "side_on:max_zoom=1.05,rotation=5+flip, seeds 0-1"}
+    views = {
+        (view.get("policy") or {}).get("name") for view in (each.spec.view for each in FeatureStore("feats").sets())
+    }
+    assert len(views) > 2
 
 
 def test_tasks_of_ray_share_the_settings(run: Run, here: Path) -> None:

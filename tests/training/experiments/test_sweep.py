@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -23,8 +25,10 @@ from support.tiny import pixels, staged
 from featstore import Augment, FactsDifferError, FeatureStore, FeatureStoreError, ImageSet, extract
 from training import FeatureNoise, Grid, Learner, Mixup, Sample, Sweep, log_uniform, sweep, try_settings, uniform
 from training.experiments.grid import as_settings, setting_digest
+from training.experiments.sweep_folder import SweepFolder
 from training.experiments.sweeps import rungs
 from training.scores.metrics import wilson_interval
+from training.sidecar import Dealt
 
 COUNT, VALID = 40, 12
 OPTIONS: dict[str, Any] = {"cut": "layer2", "batch_size": 8, "device": "cpu", "workers": 0, "quiet": True, "epochs": 2}
@@ -117,6 +121,7 @@ def test_folds_and_seeds_give_a_mean_and_students_interval(stored: tuple[ImageSe
     assert [each["accuracy"] for each in folded.parts] == values
     ends = ttest_1samp(values, 0).confidence_interval(0.95)
     assert folded.interval("accuracy") == pytest.approx((ends.low, ends.high))
+    assert folded.score("accuracy").by == "student"
     found = sweep(staged(), images, store, [{**setting, "head": "mlp", "seed": 5}], repeats=2, **OPTIONS)
     accuracies = [alone(stored, 1e-2, head="mlp", seed=seed).evaluate()["accuracy"] for seed in (5, 6)]
     assert [each["accuracy"] for each in found.members[0].parts] == accuracies
@@ -187,7 +192,15 @@ def test_finished_settings_are_kept_and_never_trained_again(
     assert torch.equal(
         torch.from_numpy(again.best().predict_proba(stored[0])), torch.from_numpy(found.best().predict_proba(stored[0]))
     )
+    expected = alone(stored, found.members[0].setting["lr"], head=found.members[0].setting["head"]).history
+    for learn in (found.best(), again.best()):
+        for own, other in zip(learn.history.records, expected.records, strict=True):
+            assert {**own, "seconds": 0} == pytest.approx({**other, "seconds": 0}, **CLOSE)
+        assert learn.history.monitor.name == "accuracy"
+        for steps, others in zip(learn.history.steps().values(), expected.steps().values(), strict=True):
+            assert steps == pytest.approx(others, **CLOSE)
     told = json.loads((tmp_path / f"member-{found.members[0].name}" / "run.json").read_text())
+    assert told["scores"]["accuracy"]["by"] == "wilson"
     assert told["kind"] == "sweep-member"
     assert told["scores"]["accuracy"]["value"] == found.table[0]["accuracy"]
     assert told["keys"] == [stored[1].set(told["keys"][0]).key]
@@ -220,11 +233,65 @@ def test_a_folder_of_another_sweep_is_refused_by_what_differs(
         images = replace(images, targets=np.roll(np.asarray(images.targets), 1))
     if options.pop("model", False):
         extract(staged(7), images, store, cuts=["layer2"], dtype="float32", device="cpu", workers=0)
-        with pytest.raises(FactsDifferError, match=rf"differs in: {name} \("):
+        with pytest.raises(FactsDifferError, match=rf"differs in: {name}: cut layer2 \("):
             sweep(staged(7), images, store, setting, out=tmp_path, **options)
         return
     with pytest.raises(FactsDifferError, match=rf"differs in: {name}"):
         sweep(staged(), images, store, setting, out=tmp_path, **options)
+
+
+def test_settings_and_cuts_can_be_added_to_a_sweep_and_those_that_are_done_are_not_trained_again(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    rates: dict[str, Any] = {"head": ["linear"], "lr": [1e-3, 1e-2]}
+    first = sweep(staged(), *stored, Grid(rates), out=tmp_path, **OPTIONS)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
+    more = [*Grid(rates).settings(), {"head": "linear", "lr": 1e-2, "cut": "layer1"}]
+    grown = sweep(staged(), *stored, more, out=tmp_path, **OPTIONS)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert {each.name for each in grown.members} > {each.name for each in first.members}
+    assert same_scores(grown, sweep(staged(), *stored, more, **OPTIONS))
+    halved = {**OPTIONS, "out": tmp_path / "halved", "halving": 2}
+    sweep(staged(), *stored, Grid(rates), **halved)
+    with pytest.raises(FactsDifferError, match=r"settings: .* there, .* here.*none can be added to it"):
+        sweep(staged(), *stored, more, **halved)
+
+
+def test_what_is_refused_leaves_the_folder_as_it_was_and_a_sweep_can_begin_anew(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {**OPTIONS, "out": out, "resume": False}
+    good = [{"head": "linear", "lr": 1e-2}]
+    for wrong in ({"head": "mlp", "dropout": 2.0}, {"head": "linear", "lr": {"nowhere": 1e-3}}):
+        with pytest.raises(ValueError, match=r"dropout|nowhere"):
+            sweep(staged(), *stored, [*good, wrong], **options)
+        assert not out.exists()
+    with pytest.raises(ValueError, match="class_weights"):  # which only a fit sees
+        sweep(staged(), *stored, [{**good[0], "class_weights": [1.0, 2.0]}], weight_decay=0.5, **options)
+    sweep(staged(), *stored, good, **options)
+    with pytest.raises(FeatureStoreError, match=r"holds a sweep already.*overwrite=True"):
+        sweep(staged(), *stored, good, weight_decay=0.5, **options)
+    (out / "best").mkdir()
+    with pytest.raises(ValueError, match="weight_decay"):
+        sweep(staged(), *stored, good, overwrite=True, weight_decay=-1.0, **options)
+    assert len([*out.iterdir()]) == 3
+    other = sweep(staged(), *stored, [{"head": "linear", "lr": 3e-3}], overwrite=True, weight_decay=0.5, **options)
+    assert {each.name for each in out.iterdir()} == {"sweep.json", f"member-{other.members[0].name}"}
+
+
+def test_a_sweep_in_whose_folder_another_has_begun_writes_nothing_more(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    first, second = SweepFolder(tmp_path), SweepFolder(tmp_path)
+    first.begin({"folds": 2, "features": {}}, resume=True)
+    second.begin({"folds": 3, "features": {}}, resume=True)  # nothing is done yet
+    learn = alone(stored, 1e-2, head="linear")
+    given: dict[str, Any] = {"learner": learn, "weights": learn.model.unfrozen, "result": {"setting": {}}, "scores": {}}
+    given |= {"seconds": 0.0, "scored_on": Dealt(1, "0")}
+    with pytest.raises(FactsDifferError, match="Another sweep has begun"):
+        first.write("one", **given)
+    second.write("one", **given)
 
 
 def test_shares_of_a_sweep_make_one_table(stored: tuple[ImageSet, FeatureStore], tmp_path: Path) -> None:
@@ -235,6 +302,15 @@ def test_shares_of_a_sweep_make_one_table(stored: tuple[ImageSet, FeatureStore],
     assert f"{first.num_missing} setting" in first.foot
     both = sweep(staged(), *stored, settings, out=tmp_path, shard=(1, 2), **OPTIONS)
     assert same_scores(both, whole)
+
+
+def same_tables(one: Sweep, other: Sweep) -> bool:
+    """The scores of settings that failed are none."""
+    assert [each["ended"] for each in one.table] == [each["ended"] for each in other.table]
+    own, expected = ([each.mean(one.monitor.name) for each in table.members] for table in (one, other))
+    assert_allclose(own, expected, rtol=CLOSE["rel"])
+    assert [(each.name, each.epochs) for each in one.members] == [(each.name, each.epochs) for each in other.members]
+    return True
 
 
 def same_scores(one: Sweep, other: Sweep) -> bool:
@@ -286,6 +362,47 @@ def test_a_killed_sweep_goes_on_without_repeating_and_ends_with_the_same_table(
     assert same_scores(found, sweep(staged(), images, store, settings, **OPTIONS))
 
 
+def test_a_halved_sweep_that_is_killed_anywhere_ends_with_the_table_of_one_that_was_not(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: list[dict[str, Any]] = [
+        {"head": "mlp", "lr": 1e35, "schedule": "constant"},  # fails in its first epoch
+        {"head": "linear", "lr": 1e-6, "epochs": 9},
+        {"head": "linear", "lr": 3e-2, "epochs": 2},
+        {"head": "linear", "lr": 3e-3},
+        {"head": "linear", "lr": 1e-2},
+    ]
+    options = {**OPTIONS, "epochs": 4, "halving": 2, "monitor": "valid_loss"}
+    whole = sweep(staged(), *stored, settings, **options)
+    assert len({each.epochs for each in whole.members}) > 3
+    write, decide = SweepFolder.write, SweepFolder.decide
+
+    def killed_at(number: int) -> list[str]:
+        steps: list[str] = []
+
+        def counted(self: SweepFolder, *given: Any, **named: Any) -> None:
+            if len(steps) == number:
+                raise KeyboardInterrupt
+            step = decide if not named else write
+            step(self, *given, **named)
+            steps.append(step.__name__)
+
+        monkeypatch.setattr(SweepFolder, "write", counted)
+        monkeypatch.setattr(SweepFolder, "decide", counted)
+        with pytest.raises(KeyboardInterrupt) as ended:
+            sweep(staged(), *stored, settings, out=tmp_path / str(number), **options)
+        monkeypatch.undo()
+        assert f"{steps.count('write')} setting" in ended.value.__notes__[0]
+        assert "--resume (in Python: resume=True) goes on from there" in ended.value.__notes__[0]
+        return steps
+
+    for number in (2, 4, 7):  # within the first rung, before the last decision, within what is left at the end
+        steps = killed_at(number)
+        assert steps == ["decide", "write", "write", "decide", "write", "decide", "write", "write"][:number]
+        found = sweep(staged(), *stored, settings, out=tmp_path / str(number), **options)
+        assert same_tables(found, whole), f"killed after {', '.join(steps)}"
+
+
 def test_a_tuner_tries_one_setting_and_sees_each_epoch(stored: tuple[ImageSet, FeatureStore]) -> None:
     seen: list[float] = []
     scores = try_settings(
@@ -294,6 +411,39 @@ def test_a_tuner_tries_one_setting_and_sees_each_epoch(stored: tuple[ImageSet, F
     learn = alone(stored, 1e-2, head="mlp")
     assert seen == [each["accuracy"] for each in learn.history.records]
     assert scores["valid_loss"] == learn.history.last["valid_loss"]
+
+
+def test_one_monitor_holds_for_what_is_kept_and_what_is_waited_for(stored: tuple[ImageSet, FeatureStore]) -> None:
+    options: dict[str, Any] = {**OPTIONS, "epochs": 9, "keep": "best", "patience": 2, "schedule": "constant"}
+    setting, fit = {"head": "mlp", "lr": 3e-2}, {name: options[name] for name in ("keep", "patience", "schedule")}
+    lengths = set()
+    for name in ("train_loss", "valid_loss", "accuracy"):
+        seen: list[Any] = []
+        scores = try_settings(staged(), *stored, setting, monitor=name, report=seen.append, **options)
+        learn = alone(stored, 3e-2, 9, head="mlp", fit={**fit, "monitor": name})
+        assert {**scores, "seconds": 0} == {
+            **{key: value for key, value in learn.history.best.items() if key not in ("epoch", "lr")},
+            "seconds": 0,
+        }
+        assert len(seen) == len(learn.history.records)
+        lengths.add((len(seen), learn.history.best_epoch))
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("folds", [None, 2])
+def test_what_should_be_known_of_the_images_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folds: int | None
+) -> None:
+    labels = [0] * 24 + [1] * 2 + [0] * 6 + [1]
+    images = ImageSet.from_arrays(pixels(33), labels, splits=["train"] * 26 + ["valid"] * 7)
+    settings = Grid({"head": ["linear", "mlp"], "lr": [1e-3, 1e-2], "batch_size": [8, 13]})
+    options = {**OPTIONS, "epochs": 1, "folds": folds, "quiet": False}
+    sweep(staged(), images, None, settings, out=tmp_path / "out", **options)
+    said = capsys.readouterr().err
+    assert said.count("which counts for little beside it") == 1
+    assert "8 of 8 settings done" in said
+    sweep(staged(), images, None, settings, **{**options, "quiet": True})
+    assert not capsys.readouterr().err
 
 
 def test_samples_are_drawn_by_their_seed_within_their_ranges() -> None:
@@ -333,19 +483,29 @@ def test_what_makes_no_sense_together_is_refused_before_anything_is_trained(
         ({"checkpoint": "x"}, "checkpoint is of a single fit"),
         ({"halving": 1}, "halving is 1"),
         ({"monitor": "beauty"}, "monitor is 'beauty'"),
+        ({"head": torch.nn.Linear(4, 3), "hidden": 8}, "a Linear of your own, .* so hidden would change nothing"),
+        ({"head": "mlp:hidden=4", "hidden": 8}, "says its hidden, and hidden is set to 8"),
     ]
     for options, why in refused:
         with pytest.raises(ValueError, match=why):
             sweep(staged(), images, store, setting, **{**OPTIONS, **options})
+    with pytest.raises(TypeError, match=r"A sweep has no option 'epoch'. Did you mean epochs\?"):
+        sweep(staged(), images, store, setting, **OPTIONS, epoch=3)
+    with pytest.raises(TypeError, match=r"images are FeatureStore.* expected an image set"):
+        sweep(staged(), store, images, setting, **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no setting 'rate'"):
+        try_settings(staged(), images, store, {"rate": 1e-2}, **OPTIONS)
     with pytest.raises(ValueError, match="No image is held out"):
         sweep(staged(), images.with_splits(["train"] * COUNT), store, setting, **OPTIONS)
 
 
-def test_folds_hold_copies_of_an_image_out_together() -> None:
+def test_folds_hold_copies_of_an_image_out_together(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 2, 20)  # which nothing in the images tells
     images = ImageSet.from_arrays(pixels(20)[[*range(20), *range(20)]], [*labels, *labels])
+    store = FeatureStore(tmp_path)
+    extract(staged(), images, store, cuts=["layer2"], device="cpu", workers=0)
     options = {**OPTIONS, "epochs": 20, "split_seed": 1}
-    (found,) = sweep(staged(), images, None, [{"head": "linear", "lr": 3e-2}], folds=4, **options).members
+    (found,) = sweep(staged(), images, store, [{"head": "linear", "lr": 3e-2}], folds=4, **options).members
     assert found.mean("accuracy") < 0.7  # more where copies are trained on
 
 
@@ -357,6 +517,68 @@ def test_a_head_of_ones_own_is_told_from_others_by_what_it_computes() -> None:
     same.load_state_dict(one.state_dict())
     digests = [setting_digest({"head": head}) for head in (one, other, same)]
     assert digests[0] == digests[2] != digests[1]
+
+
+OWN = """
+import torch
+
+def fast(groups):
+    return torch.optim.AdamW(groups, betas=(0.8, 0.99))
+
+def flipped(image, generator):
+    return image.flip(-1)
+"""
+
+
+def own_code(path: Path, text: str) -> Any:
+    """Code in a file as a new process imports it."""
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("own_code_of_a_sweep", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_code_of_ones_own_is_known_again_by_its_name_and_source(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "out": tmp_path / "out", "loss": torch.nn.CrossEntropyLoss(label_smoothing=0.1)}
+    setting = [{"head": "linear", "lr": 1e-2, "mix": [FeatureNoise(0.1)]}]
+    before: list[tuple[Path, int]] = []
+    for workers in (0, 1):  # which decide no number
+        own = own_code(tmp_path / "own.py", OWN)
+        options |= {"workers": workers, "optimizer": functools.partial(own.fast)}
+        sweep(staged(), *stored, setting, **options)
+        written = [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("run.json")]
+        before = before or written
+    assert len(written) == 1
+    assert written == before
+    options["optimizer"] = functools.partial(own_code(tmp_path / "later.py", OWN.replace("0.8", "0.7")).fast)
+    with pytest.raises(FactsDifferError, match="differs in: options: optimizer"):
+        sweep(staged(), *stored, setting, **options)
+    options["optimizer"] = eval("lambda groups: torch.optim.AdamW(groups)")  # of which no file has the source
+    with pytest.raises(FeatureStoreError, match="nothing names <lambda>"):
+        sweep(staged(), *stored, setting, **options)
+    options["out"] = tmp_path / "another"
+    assert len(sweep(staged(), *stored, setting, **options).members) == 1
+
+
+def test_two_policies_of_one_name_have_batches_of_their_own(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    images, _ = stored
+    as_is = own_code(tmp_path / "as_is.py", OWN.replace("image.flip(-1)", "image * 0")).flipped
+    policies = [own_code(tmp_path / "own.py", OWN).flipped, as_is]
+    augments = [Augment(each, seeds=[0]) for each in policies]
+    settings = [{"head": "linear", "lr": 1e-2, "augment": each} for each in augments]
+    found = sweep(staged(), images, None, settings, **OPTIONS)
+    losses = {each.name: each.parts[0]["train_loss"] for each in found.members}
+    assert len(losses) == 2
+    for setting, augment in zip(settings, augments, strict=True):
+        learn = alone((images, None), 1e-2, head="linear", augment=augment)  # type: ignore[arg-type]
+        assert losses[setting_digest(setting)] == pytest.approx(learn.history.last["train_loss"], **CLOSE)
 
 
 def test_a_share_and_a_backbone_that_there_are_not_are_refused(stored: tuple[ImageSet, FeatureStore]) -> None:
