@@ -66,14 +66,18 @@ class PastSplit:
         return cls(run=None, digests=of_split, valid=valid, seed=seed)
 
     def over(self, older: PastSplit | None) -> PastSplit:
-        """This split, and what `older` knows of images that this one doesn't have: nothing is forgotten."""
+        """This split, and what `older` knows of images that this one doesn't have: nothing is forgotten.
+
+        What was trained on stays so where this split holds it out: its scores say little, whoever deals it anew.
+        """
         if older is None:
             return self
         known = {bytes(row) for rows in self.digests.values() for row in rows}
-        merged = {
-            name: np.concatenate([rows, older.digests[name][[bytes(row) not in known for row in older.digests[name]]]])
-            for name, rows in self.digests.items()
-        }
+        trained = {bytes(row) for row in self.digests["train"]}
+        merged = {}
+        for name, rows in self.digests.items():
+            has, theirs = trained if name == "train" else known, older.digests[name]
+            merged[name] = np.concatenate([rows, theirs[[bytes(row) not in has for row in theirs]]])
         return replace(self, digests=merged)
 
     def write(self, run: Path) -> None:
@@ -136,14 +140,18 @@ class PastSplit:
 
     def trained_note(self, images: ImageSet, digests: Digests) -> str | None:
         """How many of the images to score were trained on, in words; None if none was."""
-        trained = {bytes(row) for row in self.digests["train"]}
-        count = sum(bytes(row) in trained for row in digests.values)
+        count = int(self.were_trained_on(digests).sum())
         if not count:
             return None
         return (
             f"{count:,} of the {len(images):,} images were trained on by {self._words}: their scores say little about "
             "new images"
         )
+
+    def were_trained_on(self, digests: Digests) -> NDArray[np.bool_]:
+        """``(N,)`` whether each content was trained on."""
+        trained = {bytes(row) for row in self.digests["train"]}
+        return np.array([bytes(row) in trained for row in digests.values], dtype=np.bool_)
 
     @property
     def _words(self) -> str:

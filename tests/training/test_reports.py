@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from support.programs import Run, extract_flags, workplace
 from support.tiny import staged
 
-from featstore import FeatureStore, ImageSet
+from featstore import FeatureStore, FeatureStoreError, ImageSet
 from featstore.images.names import Task
 from featstore.pages import projection
 from training import CrossValidation, Learner, LearningRates, choices, cross_validate, label_suspects, report, reports
@@ -83,6 +84,37 @@ def test_a_report_shows_what_a_learner_made_of_its_images(learn: Learner, tmp_pa
     (matrix,) = [each for each in page.figures if each["data"][0]["type"] == "heatmap"]
     assert "&lt;script&gt;" in json.dumps(matrix)
     assert EVIL not in page.text
+
+
+def test_images_of_another_split_that_were_trained_on_are_neither_scored_nor_shown_unsaid(
+    learn: Learner, tmp_path: Path
+) -> None:
+    other = copy.copy(learn)
+    is_valid = learn.images.splits == "valid"
+    held_out, trained = np.flatnonzero(is_valid)[:8], np.flatnonzero(~is_valid)[:5]
+    splits = np.where(np.isin(np.arange(30), [*held_out, *trained]), "valid", "train")
+    other.images = learn.images.with_splits(splits.tolist())
+    found = report(other, out=tmp_path / "report.html")
+    said = (
+        "5 of the 13 valid images were trained on by an earlier fit: they are left out of all that is scored here, and "
+        "marked where they are shown."
+    )
+    assert found.notes == (said,)
+    page = Shown(tmp_path / "report.html")
+    assert said in page.text
+    assert {*page.gallery("Largest losses"), *page.gallery("Least sure")} == {*held_out.tolist()}
+    outcomes = learn.outcomes()
+    right = [outcomes.is_right[outcomes.images.ids.index(learn.images.ids[place])] for place in held_out]
+    head, row = page.table("Runs")
+    assert float(dict(zip(head, row, strict=True))["accuracy"]) == np.mean(right)
+    marked = [int(place) for place, label in page.pictures["labels"].items() if label.endswith("valid, trained on")]
+    assert marked == trained.tolist()
+    assert other.images.splits.tolist() == splits.tolist()
+    other.images = learn.images.with_splits(["test" if each in trained else "train" for each in range(30)])
+    with pytest.raises(FeatureStoreError, match=r"All 5 test images of insects were trained on by an earlier fit, so"):
+        report(other, out=tmp_path / "none.html", split="test")
+    assert not (tmp_path / "none.html").exists()
+    report(other, out=tmp_path / "none.html", split="train")
 
 
 def test_neighbours_and_map_are_of_what_the_head_is_given(learn: Learner, tmp_path: Path) -> None:
@@ -241,6 +273,26 @@ def test_the_command_writes_a_page_of_a_saved_run(tmp_path: Path, monkeypatch: p
     assert "Learning-rate finder" in page.titles
     assert facts["thumbnails"] == len(page.pictures["names"]) == 20
     assert page.pictures["labels"]["0"].endswith(("train", "valid"))
+    # A table that deals the images anew: what the run has trained on is no held-out image by that.
+    splits = {"train": "valid", "valid": "train"}
+    rows = [
+        f"{name},{splits[page.pictures['labels'][place].split(' · ')[-1]]},{name.split('/')[0]}"
+        for place, name in page.pictures["names"].items()
+    ]
+    (tmp_path / "swapped.csv").write_text("\n".join(["path,split,label", *rows]))
+    swapped = ["report", "runs/a", "--images", "swapped.csv", "--root", "photos", "--out", "swapped.html"]
+    told = run("featstore-train", *swapped)
+    assert told.code == 1
+    assert "All 16 valid images of swapped were trained on by runs/a" in told.err
+    (tmp_path / "swapped.csv").write_text("\n".join(["path,split,label", *rows]).replace(",train,", ",valid,", 1))
+    told = run("featstore-train", *swapped)
+    assert told.code == 0
+    assert "16 of the 17 valid images were trained on by runs/a: they are left out" in told.err
+    # Of folds each image counts once, as the fold that held it out said, however a table deals the images.
+    assert run("featstore-train", "head", *made, "--folds", "2", "--out", "runs/cv").code == 0
+    told = run("featstore-train", "report", "runs/cv", *swapped[2:])
+    assert told.code == 0, told.err
+    assert "by 20 held-out images of swapped" in (tmp_path / "swapped.html").read_text()
     # Where the images went away, their features are still there, and their names stand in their places.
     shutil.rmtree(tmp_path / "photos")
     told = run("featstore-train", "report", "runs/a", "--out", "report.html")
