@@ -202,8 +202,8 @@ class _LookedAt:
             if seen == count:
                 raise FeatureStoreError(
                     f"All {count:,} {split} images of {images.name} were trained on by {words}, so none of them says "
-                    "what it makes of new ones. Give images without a split of their own (and no --valid, --split-seed "
-                    "or --test): they get the run's. Or look at what was trained on, as such: --split train."
+                    "what it makes of new ones. Give images without a split of their own (and no --valid, --test or "
+                    "--split-seed): they get the run's. Or look at what was trained on, as such: --split train."
                 )
             notes.append(
                 f"{seen:,} of the {count:,} {split} images were trained on by {words}: they are left out of all that "

@@ -138,6 +138,14 @@ class ImageFlags(SetFlags):
             show_default=str(DEFAULT_VALID),
         ),
     ] = None
+    test: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FRACTION",
+            help="Of the same images: the split test, kept for a last score; it has no part in any fit.",
+            show_default="0",
+        ),
+    ] = None
     split_seed: Annotated[
         int | None,
         typer.Option(metavar="N", help="Which images are held out.", show_default=str(DEFAULT_SPLIT_SEED)),
@@ -165,12 +173,14 @@ class ImageFlags(SetFlags):
             found = origin.found_split(images, options)
             return GivenImages(images=images, about=(*notes, *(() if found is None else (found,))))
         valid = DEFAULT_VALID if self.valid is None else self.valid
-        seed = DEFAULT_SPLIT_SEED if self.split_seed is None else self.split_seed
-        if valid == 0:
+        test, seed = self.test or 0.0, DEFAULT_SPLIT_SEED if self.split_seed is None else self.split_seed
+        if valid == test == 0:
             return GivenImages(images=images, about=notes)
-        dealt = images.split(valid=valid, seed=seed)
+        dealt = images.split(valid=valid, test=test, seed=seed)
         return GivenImages(
-            images=dealt, about=notes, dealt=f"{origin.no_split(images, options)}: {_held_out(dealt, valid, seed)}"
+            images=dealt,
+            about=notes,
+            dealt=f"{origin.no_split(images, options)}: {_held_out(dealt, valid, test, seed)}",
         )
 
     @classmethod
@@ -214,7 +224,7 @@ class ImageFlags(SetFlags):
                     )
 
     def _refuse_a_second_split(self, images: ImageSet, origin: Origin) -> None:
-        for name, value in (("--valid", self.valid), ("--split-seed", self.split_seed)):
+        for name, value in (("--valid", self.valid), ("--test", self.test), ("--split-seed", self.split_seed)):
             if value is not None:
                 raise ValueError(
                     f"{name} {value} would deal images that bring a split of their own ({images.describe()}). Leave "
@@ -550,9 +560,13 @@ def _label_notes(images: ImageSet) -> list[str]:
     return notes
 
 
-def _held_out(images: ImageSet, valid: float, seed: int) -> str:
-    held_out = images.splits == "valid"
-    text = f"{int(held_out.sum()):,} of {len(images):,} images held out (--valid {valid:g}, --split-seed {seed})."
+def _held_out(images: ImageSet, valid: float, test: float, seed: int) -> str:
+    held_out, num_test = images.splits == "valid", int((images.splits == "test").sum())
+    kept, flag = (f", {num_test:,} kept as test", f" --test {test:g},") if test else ("", "")
+    text = (
+        f"{int(held_out.sum()):,} of {len(images):,} images held out{kept} (--valid {valid:g},{flag} "
+        f"--split-seed {seed})."
+    )
     if images.targets is not None and images.task == "single":
         count = int((images.targets[held_out] >= 0).sum())
         if 0 < count < FEW_IMAGES:

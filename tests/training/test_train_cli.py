@@ -553,7 +553,9 @@ def test_debug_adds_the_traceback(run: Run, here: Path) -> None:
 
 
 def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
-    image = _words("images root path-column label-column label-sep split-column group-column task valid split-seed")
+    image = _words(
+        "images root path-column label-column label-sep split-column group-column task valid test split-seed"
+    )
     image |= _words("top-folders one-hot valid-column suffix strip")
     view = _words("size resize mean std interpolation decode")
     how = _words("device batch-size workers on-error trust-code debug json help")
