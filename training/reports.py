@@ -341,11 +341,11 @@ def _listed(folders: Sequence[Path]) -> tuple[list[ListedRun], list[str]]:
 
 def _ranked(listed: Sequence[ListedRun]) -> list[ListedRun]:
     """The highest accuracy first, where there is one, then the lowest loss; before those scored on other images."""
-    notes = [row.get("note") is not None for row in Runs(listed, damaged={}, root=Path()).table]
+    is_apart = [row.get("note") in registry.APART for row in Runs(listed, damaged={}, root=Path()).table]
 
     def rank(place: int) -> tuple[bool, bool, float, float]:
         accuracy, loss = _number(listed[place]["accuracy"]), _number(listed[place]["loss"])
-        return notes[place], loss is None, -(accuracy or 0.0), math.inf if loss is None else loss
+        return is_apart[place], loss is None, -(accuracy or 0.0), math.inf if loss is None else loss
 
     return [listed[place] for place in sorted(range(len(listed)), key=rank)]
 

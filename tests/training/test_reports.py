@@ -17,7 +17,18 @@ from support.tiny import staged
 from featstore import FeatureStore, FeatureStoreError, ImageSet
 from featstore.images.names import Task
 from featstore.pages import projection
-from training import CrossValidation, Learner, LearningRates, choices, cross_validate, label_suspects, report, reports
+from training import (
+    CrossValidation,
+    Learner,
+    LearningRates,
+    Sidecar,
+    choices,
+    cross_validate,
+    label_suspects,
+    report,
+    reports,
+)
+from training.sidecar import Dealt, Score
 
 pytest.importorskip("plotly", reason="plotly isn't installed")
 
@@ -178,6 +189,22 @@ def test_runs_are_ranked_and_the_best_is_looked_at(tmp_path: Path) -> None:
     assert len(page.figures[0]["data"]) == 2
     with pytest.raises(ValueError, match=r"details is nowhere, which isn't among"):
         report(paths, out=tmp_path / "report.html", details="nowhere")
+
+
+def test_a_calibrated_run_is_ranked_by_its_scores_and_one_of_other_images_comes_last(tmp_path: Path) -> None:
+    def of(name: str, accuracy: float, images: str = "a", **more: Any) -> None:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        split = {"valid": Dealt(9, images * 64)}
+        scores = {"accuracy": Score(accuracy), "loss": Score(1 - accuracy)}
+        Sidecar(split=split, scored="valid", scores=scores, more=more).write(tmp_path / "runs" / name)
+
+    of("plain", 0.7)
+    of("poor", 0.5)
+    of("calibrated", 0.8, calibration={"images": {"digest": "a" * 64}})
+    of("others", 0.9, "b")
+    report(tmp_path / "runs", out=tmp_path / "report.html")
+    _, *rows = Shown(tmp_path / "report.html").table("Runs")
+    assert [Path(row[0]).name for row in rows] == ["calibrated", "plain", "poor", "others"]
 
 
 def test_of_a_cross_validation_each_image_counts_while_it_was_held_out(tmp_path: Path) -> None:
