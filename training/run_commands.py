@@ -11,6 +11,7 @@ import typer
 
 from featstore.cli.flags import (
     AugmentFlags,
+    FileFlags,
     ImageFlags,
     OutputFlags,
     RunFlags,
@@ -241,6 +242,7 @@ def predict(
     given: ItemFlags,
     views: TtaFlags,
     output: OutputFlags,
+    files: FileFlags,
     items: ItemsArgument = None,
     csv: Annotated[
         str | None,
@@ -251,6 +253,7 @@ def predict(
     ] = None,
 ) -> None:
     """Name the class of images, with probabilities; or their numbers."""
+    files.check_free(csv)
     from training.ensembles import Ensemble
     from training.predict import predictions, write_csv
 
@@ -277,6 +280,7 @@ def embed(
     how: ScoringFlags,
     given: ItemFlags,
     output: OutputFlags,
+    files: FileFlags,
     out: Annotated[
         str, typer.Option(metavar="FILE.npz", help="The new file, of numpy: ids, and values (images, ...) float32.")
     ],
@@ -292,6 +296,7 @@ def embed(
     """Write what a saved model makes of images at a cut: their embeddings."""
     if not out.endswith(".npz"):
         raise ValueError(f"--out is {out!r}. Expected a name that ends in .npz.")
+    files.check_free(out)
     if reduce is not None:
         one_of("--reduce", reduce, REDUCTIONS)
     images = given.given(items, [model])

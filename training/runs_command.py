@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from featstore.cli.flags import OutputFlags, spread
+from featstore.cli.flags import FileFlags, OutputFlags, spread
 from featstore.cli.program import show, show_json, tell
 from featstore.digest import Json
 from featstore.words import some
@@ -22,6 +22,7 @@ _CONDITION = re.compile(r"([^<>=!]+)(<=|>=|==?)([^=].*|)", re.DOTALL)
 @spread
 def runs(
     output: OutputFlags,
+    files: FileFlags,
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where runs are, at any depth.")] = "runs",
     sort: Annotated[
         str | None,
@@ -46,6 +47,7 @@ def runs(
     ] = None,
 ) -> None:
     """List saved runs with what decided their numbers and what they scored; those of other images are marked."""
+    files.check_free(table)
     found = _filtered(found_below(folder), where or [])
     if sort is not None:
         found = found.query(sort=_order(sort))

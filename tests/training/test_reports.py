@@ -317,12 +317,12 @@ def test_the_command_writes_a_page_of_a_saved_run(tmp_path: Path, monkeypatch: p
     assert "16 of the 17 valid images were trained on by runs/a: they are left out" in told.err
     # Of folds each image counts once, as the fold that held it out said, however a table deals the images.
     assert run("featstore-train", "head", *made, "--folds", "2", "--out", "runs/cv").code == 0
-    told = run("featstore-train", "report", "runs/cv", *swapped[2:])
+    told = run("featstore-train", "report", "runs/cv", *swapped[2:], "--overwrite")
     assert told.code == 0, told.err
     assert "by 20 held-out images of swapped" in (tmp_path / "swapped.html").read_text()
     # Where the images went away, their features are still there, and their names stand in their places.
     shutil.rmtree(tmp_path / "photos")
-    told = run("featstore-train", "report", "runs/a", "--out", "report.html")
+    told = run("featstore-train", "report", "runs/a", "--out", "report.html", "--overwrite")
     assert told.code == 0
     assert Shown(tmp_path / "report.html").titles == ["Runs", "Learning curves"]
     store = FeatureStore("feats")

@@ -92,6 +92,30 @@ def test_embeddings_are_written_with_the_ids_they_belong_to(run: Run, saved: Pat
     assert ran.out == "6 x 16 float32 in some.npz\n"
 
 
+def test_a_file_that_is_there_is_replaced_only_where_that_was_asked_for(run: Run, saved: Path) -> None:
+    taken = {name: (saved / name).read_bytes() for name in ("test.csv", "tiny.py")}
+    asked = {
+        "predict": [*MODEL, "photos/cat", "--csv"],
+        "embed": [*MODEL, "photos/cat", "--out"],
+        "runs": ["--csv"],
+        "report": ["runs/head", "--out"],
+        "lr-find": ["--images", "photos", "--from", "runs/head", "--csv"],
+        "compare": ["--images", "photos", "--store", "feats", "--backbone", "tiny.py:make_model", "--plot"],
+    }
+    endings = {"embed": ".npz", "report": ".html", "compare": ".png"}
+    for command, flags in asked.items():
+        name = f"taken{endings.get(command, '.csv')}"
+        (saved / name).write_bytes(taken["test.csv"])
+        ran = run("featstore-train", command, *flags, name)
+        told = f"{name} exists already. Choose another name, or replace it with --overwrite."
+        assert (ran.code, told in ran.err, (saved / name).read_bytes()) == (1, True, taken["test.csv"])
+        ran = run("featstore-train", command, *flags, f"nowhere/{name}")
+        assert (ran.code, f"nowhere/{name} lies in a folder that isn't there." in ran.err) == (1, True)
+    assert run("featstore-train", "predict", *asked["predict"], "taken.csv", "--overwrite").code == 0
+    with (saved / "taken.csv").open(newline="", encoding="utf-8") as file:
+        assert len([*csv.DictReader(file)]) == 10
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

@@ -570,8 +570,8 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
         "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume", "config", "folds"},
         "finetune": image | view | how | more | {"from", "resume", "config"},
         "evaluate": image | how | tta | {"model", "split", "per-class"},
-        "predict": how | items | tta | {"model", "csv"},
-        "embed": how | items | {"model", "out", "cut", "reduce"},
+        "predict": how | items | tta | {"model", "csv", "overwrite"},
+        "embed": how | items | {"model", "out", "overwrite", "cut", "reduce"},
     }
     for command, expected in contract.items():
         ran = run("featstore-train", command, "--help")
