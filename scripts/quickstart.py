@@ -232,7 +232,7 @@ def _train(job: Job) -> tuple[list[Step], int]:
     _run("featstore-train", "evaluate", *tuned, *job.image_flags, *job.device_flags)
     some = _few(images.valid if len(images.valid) else images)
     _run("featstore-train", "predict", *tuned, *(str(job.images / name) for name in some.ids), *job.device_flags)
-    table_of_all = ["--csv", str(job.out / "predictions.csv")]
+    table_of_all = ["--csv", str(job.out / "predictions.csv"), "--overwrite"]
     _run("featstore-train", "predict", *tuned, str(job.images), *table_of_all, *job.device_flags)
     return steps, sum(each["computed"] for each in again["sets"])
 

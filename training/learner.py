@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -459,7 +459,7 @@ class Learner:
             split: of `images`.
             tta: views beside the evaluation view, as `TtaOptions` describes them.
         """
-        found, targets = self._asked_outputs(split, **tta)
+        found, targets, _ = self._asked_outputs(split, **tta)
         return self._scored(found.logits, targets)
 
     def outcomes(self, split: str = "valid", **tta: Unpack[TtaOptions]) -> Outcomes:
@@ -468,10 +468,18 @@ class Learner:
 
     def evaluated(self, split: str = "valid", **tta: Unpack[TtaOptions]) -> tuple[dict[str, float], Outcomes]:
         """What `evaluate` and what `outcomes` give, by one pass over the images."""
-        found, targets = self._asked_outputs(split, **tta)
+        found, targets, notes = self._asked_outputs(split, **tta)
         own = probabilities(found.logits, self.task)
-        outcomes = Outcomes.of(found.images, found.logits, targets, own, self.view)
+        outcomes = Outcomes.of(found.images, found.logits, targets, own, self.view, notes)
         return self._scored(found.logits, targets), outcomes
+
+    def were_trained_on(self, images: ImageSet) -> NDArray[np.bool_]:
+        """``(N,)`` whether a fit of this learner, or of the run that it comes from, trained on each image's content."""
+        digests = images.digests(self._situation().known)
+        found = np.zeros(len(images), dtype=np.bool_)
+        for past in (self._seen, self._past):
+            found |= False if past is None else past.were_trained_on(digests)
+        return found
 
     @property
     def calibration(self) -> Calibration | None:
@@ -796,30 +804,37 @@ class Learner:
         assert inputs.train is not None
         check_norms(self._tail(), self.batch_size, len(inputs.train.images))
         self._say(str(inputs))
+        if inputs.valid is not None:
+            self._note(self._trained_note(inputs.valid.images))
         self._note(overlap_note(self.images, self.images.digests(situation.known)))
         self._note(inputs.left_out_note(self.images))
         return situation, inputs
 
-    def _asked_outputs(self, split: str, **tta: Unpack[TtaOptions]) -> tuple[Scored, torch.Tensor]:
-        """As `_split_outputs`; and says what should be known of scores of these images."""
+    def _asked_outputs(self, split: str, **tta: Unpack[TtaOptions]) -> tuple[Scored, torch.Tensor, tuple[str, ...]]:
+        """As `_split_outputs`, with what should be known of scores of these images, which is said."""
         found, targets = self._split_outputs(split, **tta)
         self.read_from = found.kind
+        notes = tuple(note for note in self._notes_on(found, split) if note is not None)
+        for note in notes:
+            self._say(note)
+        return found, targets, notes
+
+    def _notes_on(self, found: Scored, split: str) -> Iterator[str | None]:
         if self._calibration is not None:
             digests = found.images.digests(self._situation().known)
             if dealt(found.images, digests).digest == self._calibration.images.digest:
-                self._say(
+                yield (
                     "the temperature was fitted to these very images: their loss and calibration error are a little "
                     "too good"
                 )
         if split != "train":
-            self._say_trained(found.source.images)
+            yield self._trained_note(found.source.images)
             if self._past is not None:
                 digests = self.images.digests(self._situation().known)
-                self._say(self._past.unseen_note(self.images, digests, split))
+                yield self._past.unseen_note(self.images, digests, split)
         whole, left = len(found.source.images), len(found.images)
         if left < whole:
-            self._say(f"{whole - left:,} of {whole:,} images can't be read, left out")
-        return found, targets
+            yield f"{whole - left:,} of {whole:,} images can't be read, left out"
 
     def _split_outputs(self, split: str, **tta: Unpack[TtaOptions]) -> tuple[Scored, torch.Tensor]:
         """What the model says of a split's labelled images, as far as they can be read, and their targets."""
@@ -868,10 +883,10 @@ class Learner:
         elif text is not None:
             self._noted(text)
 
-    def _say_trained(self, images: ImageSet) -> None:
+    def _trained_note(self, images: ImageSet) -> str | None:
         digests = images.digests(self._situation().known)
         notes = [past.trained_note(images, digests) for past in (self._seen, self._past) if past is not None]
-        self._say(next((note for note in notes if note is not None), None))
+        return next((note for note in notes if note is not None), None)
 
     def _write_reports(self, folder: Path, facts: Mapping[str, Json]) -> None:
         situation = self._situation()

@@ -35,12 +35,14 @@ class PastSplit:
         digests: split -> ``(n, 32)`` uint8, the contents of its images.
         valid: share held out by the rule that dealt them.
         seed: of that rule.
+        test: share that it kept as test.
     """
 
     run: Path | None
     digests: Mapping[str, NDArray[np.uint8]]
     valid: float
     seed: int
+    test: float = 0.0
 
     @classmethod
     def read(cls, run: Path, *, identity: str | None = None) -> PastSplit | None:
@@ -52,35 +54,41 @@ class PastSplit:
             _check_size(content)
             with np.load(BytesIO(content), allow_pickle=False) as saved:
                 digests = {name: _checked(saved[name]) for name in SPLITS}
-                return cls(run=run, digests=digests, valid=float(saved["rule_valid"]), seed=int(saved["rule_seed"]))
+                test = float(saved["rule_test"]) if "rule_test" in saved else 0.0  # older runs have none
+                valid, seed = float(saved["rule_valid"]), int(saved["rule_seed"])
+                return cls(run=run, digests=digests, valid=valid, seed=seed, test=test)
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise DamagedFileError(
                 f"{run / FILE} is damaged ({error}). Restore it, or train the model again."
             ) from error
 
     @classmethod
-    def of(cls, images: ImageSet, digests: Digests, *, valid: float, seed: int) -> PastSplit:
+    def of(cls, images: ImageSet, digests: Digests, *, valid: float, seed: int, test: float = 0.0) -> PastSplit:
         """The split of `images`; an undealt set counts as training."""
         splits = images.splits if (images.splits != "").any() else np.full(len(images), "train")
         of_split = {name: digests.values[(splits == name) & ~digests.is_failed] for name in SPLITS}
-        return cls(run=None, digests=of_split, valid=valid, seed=seed)
+        return cls(run=None, digests=of_split, valid=valid, seed=seed, test=test)
 
     def over(self, older: PastSplit | None) -> PastSplit:
-        """This split, and what `older` knows of images that this one doesn't have: nothing is forgotten."""
+        """This split, and what `older` knows of images that this one doesn't have: nothing is forgotten.
+
+        What was trained on stays so where this split holds it out: its scores say little, whoever deals it anew.
+        """
         if older is None:
             return self
         known = {bytes(row) for rows in self.digests.values() for row in rows}
-        merged = {
-            name: np.concatenate([rows, older.digests[name][[bytes(row) not in known for row in older.digests[name]]]])
-            for name, rows in self.digests.items()
-        }
+        trained = {bytes(row) for row in self.digests["train"]}
+        merged = {}
+        for name, rows in self.digests.items():
+            has, theirs = trained if name == "train" else known, older.digests[name]
+            merged[name] = np.concatenate([rows, theirs[[bytes(row) not in has for row in theirs]]])
         return replace(self, digests=merged)
 
     def write(self, run: Path) -> None:
         """Records it in the run folder `run`."""
         train, valid, test = (self.digests[name] for name in SPLITS)
-        rule_valid, rule_seed = np.float64(self.valid), np.int64(self.seed)
-        np.savez(run / FILE, train=train, valid=valid, test=test, rule_valid=rule_valid, rule_seed=rule_seed)
+        rule: dict[str, Any] = {"rule_valid": np.float64(self.valid), "rule_test": np.float64(self.test)}
+        np.savez(run / FILE, train=train, valid=valid, test=test, rule_seed=np.int64(self.seed), **rule)
 
     def applied(self, images: ImageSet, known: Mapping[str, KnownDigest]) -> ImageSet:
         """`images` with this split, by content; images that the run hadn't seen are dealt by its rule.
@@ -89,13 +97,11 @@ class PastSplit:
         """
         if (images.splits != "").any() or not len(images):
             return images
-        # Of content that lies in two splits the later one counts: what was held out stays so.
-        past = {bytes(row): name for name in SPLITS for row in self.digests[name]}
-        recorded = [past.get(bytes(content), "") for content in images.digests(known).values]
+        recorded = self.recorded(images.digests(known))
         of_group: dict[str, str] = {}
         for group, name in zip(images.groups or (), recorded, strict=False):
             of_group[group] = max(of_group.get(group, ""), name, key=("", *SPLITS).index)
-        by_rule = images.split(valid=self.valid, seed=self.seed).splits
+        by_rule = images.split(valid=self.valid, test=self.test, seed=self.seed).splits
         splits = [
             name or of_group.get(group, "") or rule
             for name, group, rule in zip(recorded, images.groups or [""] * len(images), by_rule.tolist(), strict=True)
@@ -112,8 +118,8 @@ class PastSplit:
         leaked = [name for name, row in zip(training.ids, digests.values, strict=True) if bytes(row) in held_out]
         if leaked:
             remedy = (
-                "Leave out --valid, --split-seed and own splits, then the run's split is used; or pass --allow-leak "
-                "(in Python: allow_leak=True)."
+                "Leave out --valid, --test, --split-seed and own splits, then the run's split is used; or pass "
+                "--allow-leak (in Python: allow_leak=True)."
             )
             if self.run is None:
                 remedy = "Keep the split, make a new Learner, or set allow_leak = True."
@@ -136,14 +142,26 @@ class PastSplit:
 
     def trained_note(self, images: ImageSet, digests: Digests) -> str | None:
         """How many of the images to score were trained on, in words; None if none was."""
-        trained = {bytes(row) for row in self.digests["train"]}
-        count = sum(bytes(row) in trained for row in digests.values)
+        count = int(self.were_trained_on(digests).sum())
         if not count:
             return None
         return (
             f"{count:,} of the {len(images):,} images were trained on by {self._words}: their scores say little about "
             "new images"
         )
+
+    def were_trained_on(self, digests: Digests) -> NDArray[np.bool_]:
+        """``(N,)`` whether each content was trained on."""
+        trained = {bytes(row) for row in self.digests["train"]}
+        return np.array([bytes(row) in trained for row in digests.values], dtype=np.bool_)
+
+    def recorded(self, digests: Digests) -> list[str]:
+        """The split of each content; of one that lies in two the later counts: what was held out stays so.
+
+        ``""`` for what is new.
+        """
+        split_of = {bytes(row): name for name in SPLITS for row in self.digests[name]}
+        return [split_of.get(bytes(content), "") for content in digests.values]
 
     @property
     def _words(self) -> str:
@@ -162,6 +180,7 @@ def present_split(images: ImageSet, digests: Digests, past: PastSplit | None) ->
         digests,
         valid=rule.get("valid", past.valid if past else valid),
         seed=rule.get("seed", past.seed if past else DEFAULT_SPLIT_SEED),
+        test=rule.get("test", past.test if past else 0.0),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 import typer
 
 from featstore.cli.program import one_of
-from featstore.errors import OnError
+from featstore.errors import FeatureStoreError, OnError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.decoders import POLICIES as DECODE_POLICIES
 from featstore.images.geometry import INTERPOLATIONS
@@ -138,6 +139,14 @@ class ImageFlags(SetFlags):
             show_default=str(DEFAULT_VALID),
         ),
     ] = None
+    test: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FRACTION",
+            help="Of the same images: the split test, kept for a last score; it has no part in any fit.",
+            show_default="0",
+        ),
+    ] = None
     split_seed: Annotated[
         int | None,
         typer.Option(metavar="N", help="Which images are held out.", show_default=str(DEFAULT_SPLIT_SEED)),
@@ -165,12 +174,14 @@ class ImageFlags(SetFlags):
             found = origin.found_split(images, options)
             return GivenImages(images=images, about=(*notes, *(() if found is None else (found,))))
         valid = DEFAULT_VALID if self.valid is None else self.valid
-        seed = DEFAULT_SPLIT_SEED if self.split_seed is None else self.split_seed
-        if valid == 0:
+        test, seed = self.test or 0.0, DEFAULT_SPLIT_SEED if self.split_seed is None else self.split_seed
+        if valid == test == 0:
             return GivenImages(images=images, about=notes)
-        dealt = images.split(valid=valid, seed=seed)
+        dealt = images.split(valid=valid, test=test, seed=seed)
         return GivenImages(
-            images=dealt, about=notes, dealt=f"{origin.no_split(images, options)}: {_held_out(dealt, valid, seed)}"
+            images=dealt,
+            about=notes,
+            dealt=f"{origin.no_split(images, options)}: {_held_out(dealt, valid, test, seed)}",
         )
 
     @classmethod
@@ -214,7 +225,7 @@ class ImageFlags(SetFlags):
                     )
 
     def _refuse_a_second_split(self, images: ImageSet, origin: Origin) -> None:
-        for name, value in (("--valid", self.valid), ("--split-seed", self.split_seed)):
+        for name, value in (("--valid", self.valid), ("--test", self.test), ("--split-seed", self.split_seed)):
             if value is not None:
                 raise ValueError(
                     f"{name} {value} would deal images that bring a split of their own ({images.describe()}). Leave "
@@ -403,6 +414,28 @@ class OutputFlags:
     ] = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class FileFlags:
+    """What becomes of files that other flags name and that are there already."""
+
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the names given.")] = False
+
+    def check_free(self, *names: str | None) -> None:
+        """Checks, before anything is computed, that files can be written under `names`; None stands for none.
+
+        Raises:
+            FeatureStoreError: if one exists and isn't to be replaced, or its folder isn't there.
+        """
+        for name in names:
+            if name is None:
+                continue
+            if os.path.isdir(name) or (os.path.lexists(name) and not self.overwrite):
+                remedy = "" if os.path.isdir(name) else ", or replace it with --overwrite"
+                raise FeatureStoreError(f"{name} exists already. Choose another name{remedy}.")
+            if not os.path.isdir(os.path.dirname(name) or "."):
+                raise FeatureStoreError(f"{name} lies in a folder that isn't there. Make it, or choose another name.")
+
+
 KeyArgument = Annotated[
     str, typer.Argument(metavar="KEY", help="A feature set's key, or the start of it (featstore ls).")
 ]
@@ -550,9 +583,13 @@ def _label_notes(images: ImageSet) -> list[str]:
     return notes
 
 
-def _held_out(images: ImageSet, valid: float, seed: int) -> str:
-    held_out = images.splits == "valid"
-    text = f"{int(held_out.sum()):,} of {len(images):,} images held out (--valid {valid:g}, --split-seed {seed})."
+def _held_out(images: ImageSet, valid: float, test: float, seed: int) -> str:
+    held_out, num_test = images.splits == "valid", int((images.splits == "test").sum())
+    kept, flag = (f", {num_test:,} kept as test", f" --test {test:g},") if test else ("", "")
+    text = (
+        f"{int(held_out.sum()):,} of {len(images):,} images held out{kept} (--valid {valid:g},{flag} "
+        f"--split-seed {seed})."
+    )
     if images.targets is not None and images.task == "single":
         count = int((images.targets[held_out] >= 0).sum())
         if 0 < count < FEW_IMAGES:

@@ -55,8 +55,7 @@ def extract_remedy(
 def image_flags(images: ImageSet) -> list[str] | None:
     """The image flags that make this set, or the one it was selected from; None where no flags can.
 
-    Splits that were dealt in Python in another way than the programs deal (folds, `with_splits`, a test share) have
-    none.
+    Splits that were dealt in Python in another way than the programs deal (folds, `with_splits`) have none.
     """
     origin = made_by(images)
     if origin is None:
@@ -67,9 +66,9 @@ def image_flags(images: ImageSet) -> list[str] | None:
         return flags if split is None and own_splits == images.splits.tolist() else None
     if split is None:
         return None if any(images.splits != "") else [*flags, "--valid", "0"]
-    if split["groups"] or not split["stratify"] or split["test"]:
+    if split["groups"] or not split["stratify"]:
         return None
-    flags += _unless("--valid", split["valid"], DEFAULT_VALID)
+    flags += _unless("--valid", split["valid"], DEFAULT_VALID) + _unless("--test", split["test"], 0)
     return flags + _unless("--split-seed", split["seed"], DEFAULT_SPLIT_SEED)
 
 

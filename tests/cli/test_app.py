@@ -700,7 +700,7 @@ def test_help_shows_every_default(featstore: Program) -> None:
 
 
 def test_help_fits_the_flags_of_the_contract(featstore: Program) -> None:
-    image = "images root path-column label-column label-sep split-column group-column task valid split-seed"
+    image = "images root path-column label-column label-sep split-column group-column task valid test split-seed"
     image += " top-folders one-hot valid-column suffix strip"
     model = (
         "store backbone weights weights-prefix trust-code cut reduce size resize mean std interpolation decode compile"

@@ -22,10 +22,10 @@ from featstore.remedies import Call, Command
 # The contract that other tools rely on.
 EXTRACT_FLAGS = {
     "--images", "--top-folders", "--root", "--path-column", "--label-column", "--label-sep", "--split-column",
-    "--group-column", "--task", "--valid", "--split-seed", "--store", "--backbone", "--weights", "--cut", "--reduce",
-    "--size", "--resize", "--one-hot", "--valid-column", "--suffix", "--strip", "--mean", "--std", "--interpolation",
-    "--decode", "--augment", "--seeds", "--dtype", "--precision", "--device", "--batch-size", "--workers",
-    "--on-error", "--json",
+    "--group-column", "--task", "--valid", "--test", "--split-seed", "--store", "--backbone", "--weights", "--cut",
+    "--reduce", "--size", "--resize", "--one-hot", "--valid-column", "--suffix", "--strip", "--mean", "--std",
+    "--interpolation", "--decode", "--augment", "--seeds", "--dtype", "--precision", "--device", "--batch-size",
+    "--workers", "--on-error", "--json",
 }  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_each_flag_that_differs_from_its_default_is_said(folder: str) -> None:
     model = named(weights="weights/ep 37.pth")
     command = extract_remedy(
         model,
-        ImageSet.from_folder(folder).split(valid=0.3, seed=7),
+        ImageSet.from_folder(folder).split(valid=0.3, test=0.1, seed=7),
         Path("the store"),
         cuts=["layer3:none", "layer4"],
         view=replace(
@@ -88,6 +88,7 @@ def test_each_flag_that_differs_from_its_default_is_said(folder: str) -> None:
     assert parsed(str(command)) == {
         "--images": ["my photos"],
         "--valid": ["0.3"],
+        "--test": ["0.1"],
         "--split-seed": ["7"],
         "--store": ["the store"],
         "--backbone": ["net34"],
@@ -199,11 +200,10 @@ def test_how_a_table_is_read_is_said_again(folder: str) -> None:
     [
         lambda images: images.folds(2)[0],
         lambda images: images.with_splits(["train", "valid"] * 5),
-        lambda images: images.split(test=0.2),
         lambda images: images.split(stratify=False),
         lambda images: images.split(groups=list("aabbccddee")),
     ],
-    ids=["folds", "with_splits", "test", "not stratified", "groups"],
+    ids=["folds", "with_splits", "not stratified", "groups"],
 )
 def test_a_split_that_the_programs_cannot_make_has_no_flags(folder: str, deal: Callable[[ImageSet], ImageSet]) -> None:
     assert image_flags(deal(ImageSet.from_folder(folder))) is None

@@ -157,6 +157,10 @@ def test_the_newer_split_decides_and_nothing_older_is_forgotten() -> None:
     assert merged.applied(images, {}).splits.tolist() == ["train", "valid", "train", "train", "valid", "test"]
     assert sum(len(rows) for rows in merged.digests.values()) == 6
     assert (merged.seed, new.over(None)) == (1, new)
+    # What the older one trained on stays known as that where the newer one holds it out.
+    again = PastSplit.of(older.with_splits(["valid"] * 4), older.digests(), valid=0.2, seed=2).over(old)
+    assert again.were_trained_on(images.digests()).tolist() == [True, False, False, True, False, False]
+    assert again.applied(older.with_splits([""] * 4), {}).splits.tolist() == ["valid"] * 4
 
 
 def test_scored_images_that_were_trained_on_are_counted(tmp_path: Path, images: ImageSet) -> None:

@@ -43,9 +43,9 @@ def for_run(run: str | None, flags: ImageFlags, given: GivenImages) -> GivenImag
     if run is None or PastSplit.read(Path(run)) is None:
         return given
     images = given.images
-    if flags.valid == 0:
+    if flags.valid == 0 and not flags.test:
         return replace(given, images=images.with_splits(["train"] * len(images)))
-    if "split" in images.origin and flags.valid is None and flags.split_seed is None:
+    if "split" in images.origin and (flags.valid, flags.test, flags.split_seed) == (None, None, None):
         return replace(given, images=images.with_splits([""] * len(images)), dealt=None)
     return given
 

@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from featstore.cli.flags import ComputeFlags, ImageFlags, OutputFlags, StoreOption, ViewFlags, open_store, spread
+from featstore.cli.flags import (
+    ComputeFlags,
+    FileFlags,
+    ImageFlags,
+    OutputFlags,
+    StoreOption,
+    ViewFlags,
+    open_store,
+    spread,
+)
 from featstore.cli.models import ModelsFlags
 from featstore.cli.program import one_of, show, show_json, tell_all
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED
@@ -25,6 +34,7 @@ def compare(
     view: ViewFlags,
     how: ComputeFlags,
     output: OutputFlags,
+    files: FileFlags,
     cut: Annotated[
         list[str] | None,
         typer.Option(
@@ -64,6 +74,7 @@ def compare(
         one_of("--probe", each, choices.PROBES)
     if plot is not None and not plot.lower().endswith(_PICTURES):
         raise ValueError(f"--plot is {plot!r}. Expected a name that ends in {', '.join(_PICTURES)}.")
+    files.check_free(table, plot)
     feature_store = open_store(store)
     given = labelled(images, for_new_head=True)
     tell_all(given.about if folds is not None else given.notes)

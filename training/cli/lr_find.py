@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featstore.cli.flags import AugmentFlags, ImageFlags, OutputFlags, ViewFlags, open_store, spread
+from featstore.cli.flags import AugmentFlags, FileFlags, ImageFlags, OutputFlags, ViewFlags, open_store, spread
 from featstore.cli.models import load_model
 from featstore.cli.program import one_of, show, show_json, tell_all
 from featstore.models.names import REDUCTIONS
@@ -28,6 +28,7 @@ def lr_find(
     fit: FitOptionFlags,
     how: FitFlags,
     output: OutputFlags,
+    files: FileFlags,
     start: Annotated[
         str | None, typer.Option("--from", metavar="RUN_DIR", help="A saved run to go on with; or --backbone.")
     ] = None,
@@ -75,6 +76,7 @@ def lr_find(
     has_own = (weights, weights_prefix, cut, reduce, kind, view) != (None, None, None, "auto", "concat", ViewFlags())
     if start is not None and has_own:
         raise ValueError("A run of --from brings its weights, its head and its view. Leave out what says them again.")
+    files.check_free(table, plot)
     feature_store = None if store is None else open_store(store)
     options: dict[str, Any] = {"augment": augment.augmentation(), "on_missing": "images", **how.options()}
     from training.learner import Learner  # torch: what was asked for is understood by now

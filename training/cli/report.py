@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featstore.cli.flags import ImageFlags, OutputFlags, TrustOption, open_store, spread
+from featstore.cli.flags import FileFlags, ImageFlags, OutputFlags, TrustOption, open_store, spread
 from featstore.cli.program import one_of, show, show_json, tell_all
 from featstore.errors import DamagedFileError
 from featstore.images.names import SPLITS
@@ -65,7 +65,8 @@ def report(
     ],
     images: ReportImageFlags,
     output: OutputFlags,
-    out: Annotated[str, typer.Option(metavar="FILE.html", help="The page; one of that name is replaced.")],
+    files: FileFlags,
+    out: Annotated[str, typer.Option(metavar="FILE.html", help="The new page.")],
     store: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Where features are looked up.", show_default="the run's own store"),
@@ -98,6 +99,7 @@ def report(
     method = one_of("--projection", projection, choices.PROJECTIONS)
     if not out.lower().endswith((".html", ".htm")):
         raise ValueError(f"--out is {out!r}. Expected a name that ends in .html.")
+    files.check_free(out)
     rates = None if lr_csv is None else _read_curve(Path(lr_csv))
     feature_store = None if store is None else open_store(store)
     given = images.of_runs(runs if details is None else [details])

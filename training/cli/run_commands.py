@@ -11,6 +11,7 @@ import typer
 
 from featstore.cli.flags import (
     AugmentFlags,
+    FileFlags,
     ImageFlags,
     OutputFlags,
     RunFlags,
@@ -22,6 +23,7 @@ from featstore.cli.program import one_of, show, show_json, table, tell, tell_all
 from featstore.images.names import SPLITS
 from featstore.images.spelling import completed
 from featstore.models.names import REDUCTIONS
+from featstore.words import counted
 from training import choices
 from training.cli.asked import for_run, labelled_as
 
@@ -78,7 +80,12 @@ class ItemFlags(SetFlags):
         ),
     ] = ""
     split: Annotated[
-        str | None, typer.Option(metavar="|".join(SPLITS), help="Only these of a set's images.", show_default="all")
+        str | None,
+        typer.Option(
+            metavar="|".join(SPLITS),
+            help="Only these of a set's images; without a split of their own by what the run recorded.",
+            show_default="all",
+        ),
     ] = None
 
     def __post_init__(self) -> None:
@@ -86,12 +93,17 @@ class ItemFlags(SetFlags):
             one_of("--split", self.split, SPLITS)
         super().__post_init__()
 
-    def given(self, items: list[str] | None) -> ImageSet:
-        """The images that either `items` or the flags name, in order, unlabelled."""
+    def given(self, items: list[str] | None, runs: Sequence[str]) -> ImageSet:
+        """The images that either `items` or the flags name, in order, unlabelled.
+
+        Args:
+            items: paths.
+            runs: saved runs, by whose splits the images of one are chosen if they bring none.
+        """
         if bool(items) == bool(self.images):
             raise ValueError("Give either images, folders or a table by their paths, or a set with --images.")
         if not items:
-            return self._of_split(ImageFlags.unlabelled(self))
+            return self._of_split(ImageFlags.unlabelled(self), runs)
         told = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
         if told:
             raise ValueError(f"--{told[0].replace('_', '-')} belongs to a set. Give that with --images.")
@@ -99,13 +111,35 @@ class ItemFlags(SetFlags):
 
         return as_images(items)
 
-    def _of_split(self, images: ImageSet) -> ImageSet:
+    def _of_split(self, images: ImageSet, runs: Sequence[str]) -> ImageSet:
         if self.split is None:
             return images
+        own = images.describe()
+        if not (images.splits != "").any():
+            images = _recorded(images, runs)
         chosen = images.select(images.splits == self.split)
         if not len(chosen):
-            raise ValueError(f"--split is {self.split}, and {self.images} has no such images ({images.describe()}).")
+            known = "" if images.describe() == own else f"; by {runs[0]}: {images.describe()}"
+            raise ValueError(f"--split is {self.split}, and {self.images} has no such images ({own}{known}).")
         return chosen
+
+
+def _recorded(images: ImageSet, runs: Sequence[str]) -> ImageSet:
+    """`images` in the splits that `runs` recorded of their contents; what is new to them is in none."""
+    from training.splits import PastSplit
+
+    past = [PastSplit.read(Path(run)) for run in runs]
+    digests = images.digests()
+    found = [[""] * len(images) if each is None else each.recorded(digests) for each in past]
+    for run, splits in zip(runs, found, strict=True):
+        if splits != found[0]:
+            raise ValueError(
+                f"--split is of one run's split, and {runs[0]} and {run} deal these images differently. Expected "
+                "images with a split of their own, or runs that share one. Give such images, or leave out --split."
+            )
+    if new := found[0].count(""):
+        tell(f"{counted(new, 'image')} of {len(images):,} are new to {runs[0]}, and in none of its splits")
+    return images.with_splits(found[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +242,7 @@ def predict(
     given: ItemFlags,
     views: TtaFlags,
     output: OutputFlags,
+    files: FileFlags,
     items: ItemsArgument = None,
     csv: Annotated[
         str | None,
@@ -218,10 +253,11 @@ def predict(
     ] = None,
 ) -> None:
     """Name the class of images, with probabilities; or their numbers."""
+    files.check_free(csv)
     from training.ensembles import Ensemble
     from training.predict import predictions, write_csv
 
-    images = given.given(items)  # a path that isn't there is said before the model is loaded
+    images = given.given(items, model)  # a path that isn't there is said before the model is loaded
     learn = Ensemble.load(model, trust_code=how.trust_code, **how.options())
     ids, values = learn.scored(images, **views.options())
     _tell_left_out(images, ids)
@@ -244,6 +280,7 @@ def embed(
     how: ScoringFlags,
     given: ItemFlags,
     output: OutputFlags,
+    files: FileFlags,
     out: Annotated[
         str, typer.Option(metavar="FILE.npz", help="The new file, of numpy: ids, and values (images, ...) float32.")
     ],
@@ -259,9 +296,10 @@ def embed(
     """Write what a saved model makes of images at a cut: their embeddings."""
     if not out.endswith(".npz"):
         raise ValueError(f"--out is {out!r}. Expected a name that ends in .npz.")
+    files.check_free(out)
     if reduce is not None:
         one_of("--reduce", reduce, REDUCTIONS)
-    images = given.given(items)
+    images = given.given(items, [model])
     import numpy as np
 
     from training.learner import Learner

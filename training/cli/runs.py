@@ -9,18 +9,20 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from featstore.cli.flags import OutputFlags, spread
+from featstore.cli.flags import FileFlags, OutputFlags, spread
 from featstore.cli.program import show, show_json, tell
 from featstore.digest import Json
+from featstore.words import some
 from training.experiments.registry import Order, Runs, cell
 from training.experiments.registry import runs as found_below
 
-_CONDITION = re.compile(r"([^<>=]+)(<=|>=|=)(.*)", re.DOTALL)
+_CONDITION = re.compile(r"([^<>=!]+)(<=|>=|==?)([^=].*|)", re.DOTALL)
 
 
 @spread
 def runs(
     output: OutputFlags,
+    files: FileFlags,
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where runs are, at any depth.")] = "runs",
     sort: Annotated[
         str | None,
@@ -45,12 +47,15 @@ def runs(
     ] = None,
 ) -> None:
     """List saved runs with what decided their numbers and what they scored; those of other images are marked."""
+    files.check_free(table)
     found = _filtered(found_below(folder), where or [])
     if sort is not None:
         found = found.query(sort=_order(sort))
     if table is not None:
         found.to_csv(table)
         tell(f"{len(found):,} runs in {table}")
+    for name in (columns or "run").split(","):
+        found.check_column(name)
     if output.json:
         show_json({"runs": [_row(row, columns) for row in found.table], "damaged": found.damaged})
     else:
@@ -69,8 +74,11 @@ def _order(given: str) -> Order:
 
 def _filtered(found: Runs, conditions: list[str]) -> Runs:
     tests = [_condition(each) for each in conditions]
-    for column, _ in tests:
+    for given, (column, holds) in zip(conditions, tests, strict=True):
         found.check_column(column)
+        if len(found) and not any(holds(run[column]) for run in found):
+            values = dict.fromkeys(cell(run[column]) for run in found)
+            tell(f"no run fits --where {given}; of {column} they have: {some([*values])}")
     return found.query(where=lambda run: all(holds(run[column]) for column, holds in tests))
 
 
@@ -80,7 +88,7 @@ def _condition(given: str) -> tuple[str, Callable[[Json], bool]]:
     if parts is None:
         raise ValueError(f"--where is {given!r}. Expected such as cut=layer4, lr=1e-3, accuracy>=0.9 or mix=none.")
     column, sign, value = (part.strip() for part in parts.groups())
-    if sign == "=":
+    if sign in ("=", "=="):
         return column, lambda found: _is_written(found, value)
     try:
         bound = float(value)
@@ -109,7 +117,4 @@ def _is_written(value: Json, text: str) -> bool:
 
 def _row(row: dict[str, Any], columns: str | None) -> dict[str, Any]:
     names = [*row] if columns is None else dict.fromkeys(["run", *columns.split(","), *(["note"] * ("note" in row))])
-    missing = [name for name in names if name not in row]
-    if missing:
-        raise ValueError(f"--columns has {missing[0]!r}, which no run here has. They have: {', '.join(row)}.")
     return {name: row[name] for name in names}

@@ -22,7 +22,7 @@ def versus(
 ) -> None:
     """Say whether one of two runs is better, from what both predicted for the images that both held out."""
     from training.scores.scored_table import ScoredTable
-    from training.scores.significance import McNemar, bootstrapped, verdict
+    from training.scores.significance import McNemar, bootstrapped, is_told, verdict
 
     a, b = ScoredTable.read(run_a), ScoredTable.read(run_b)
     mine, others = a.right, b.right[a.places_in(b)]
@@ -39,6 +39,7 @@ def versus(
                 "difference": found.value,
                 "interval": list(found.interval),
                 "mcnemar": pairs,
+                "is_told": is_told(found, test),
             }
         )
         return

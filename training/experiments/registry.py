@@ -28,7 +28,7 @@ from featstore.words import counted, printable, some
 from training.choices import BEST, CHECKPOINT
 from training.frames import data_frame
 from training.loop.monitor import DIRECTIONS, Direction
-from training.sidecar import FILE, Sidecar
+from training.sidecar import FILE, Score, Sidecar
 
 if TYPE_CHECKING:
     from training.learner import Learner
@@ -40,6 +40,10 @@ _LOWER_IS_BETTER = ("loss", "calibration_error", "seconds")
 _MOST_COLUMNS = 8
 _OTHER_IMAGES, _UNKNOWN_IMAGES = "scored on other images", "scored on unknown images"
 _FITTED_HERE = "temperature fitted to these images"
+APART = (_OTHER_IMAGES, _UNKNOWN_IMAGES)
+"""Notes of runs whose scores don't compare with those of most others."""
+_SAME = {"valid_loss": "loss"}
+"""What a fit's record calls otherwise than a run's scores do; members of sweeps have it from there."""
 
 
 def runs(folder: str | os.PathLike[str] = "runs") -> Runs:
@@ -106,6 +110,8 @@ class ListedRun:
         """
         sidecar, scored_on = self.sidecar, self.sidecar.scored_on
         found: dict[str, Json] = {"run": self.name, "kind": sidecar.kind, **sidecar.configuration}
+        if isinstance(rate := found.get("lr"), str):  # as a person wrote it, "1e-2"
+            found["lr"] = _as_number(rate)
         trained_on = sidecar.split.get("train")
         later: dict[str, Json] = {
             "trained_on": None if trained_on is None else trained_on.digest[:8],
@@ -114,7 +120,7 @@ class ListedRun:
             "seconds": sidecar.seconds,
             "when": sidecar.when,
         }
-        for name, score in sidecar.scores.items():
+        for name, score in _scores(sidecar).items():
             column = f"score_{name}" if name in found or name in later else name
             found[column] = score.value
             if score.interval is not None:
@@ -124,7 +130,7 @@ class ListedRun:
     @property
     def score_columns(self) -> tuple[str, ...]:
         """The columns of its scores, without those of their intervals."""
-        names = self.sidecar.scores
+        names = _scores(self.sidecar)
         return tuple(f"score_{name}" if f"score_{name}" in self.columns else name for name in names)
 
     def load(self, *args: Any, **options: Any) -> Learner:
@@ -263,7 +269,8 @@ class Runs(Sequence[ListedRun]):
             ValueError: if none has, naming what may have been meant.
         """
         if name not in self.columns and self._found:
-            near = difflib.get_close_matches(name, self.columns, n=1)
+            meant = [each for each in (_SAME.get(name), f"score_{name}") if each in self.columns]
+            near = [*meant, *difflib.get_close_matches(name.lower(), self.columns, n=1)]
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ValueError(f"No run here has {name!r}.{hint} What they have: {', '.join(self.columns)}.")
 
@@ -408,6 +415,12 @@ def cell(value: Json) -> str:
     return f"{value:,}" if isinstance(value, int) else printable(str(value), is_one_line=True)
 
 
+def _scores(sidecar: Sidecar) -> dict[str, Score]:
+    """What was scored, the same quantity under one name in all runs."""
+    scores = sidecar.scores
+    return {name if _SAME.get(name, name) in scores else _SAME[name]: each for name, each in scores.items()}
+
+
 def _with_interval(run: ListedRun, name: str) -> str:
     value, low, high = run[name], run[f"{name}_from"], run[f"{name}_to"]
     if low is None or high is None or not isinstance(value, float):
@@ -442,9 +455,19 @@ def _fits(value: Json, wanted: Json) -> bool:
         return any(_fits(value, each) for each in wanted)
     if isinstance(wanted, tuple):
         wanted = list(wanted)
+    if isinstance(value, int | float) and isinstance(wanted, str):
+        wanted = _as_number(wanted)
     if isinstance(value, bool) or isinstance(wanted, bool) or not isinstance(value, int | float):
         return bool(value == wanted) and type(value) is type(wanted)
     return isinstance(wanted, int | float) and math.isclose(value, wanted, rel_tol=1e-9)
+
+
+def _as_number(text: str) -> str | float:
+    """The number that a text says; the text where it says none."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _number(value: Json, otherwise: float) -> float:

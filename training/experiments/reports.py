@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import math
@@ -167,14 +168,59 @@ class _LookedAt:
     Attributes:
         name: of the run or runs.
         learn: that embeds images.
-        outcomes: of the images that were scored.
+        scores: of the images that were scored.
+        outcomes: of these.
         split: what these are called.
+        trained_on: ids of images that aren't called train, and that were trained on all the same; none was scored.
+        notes: what should be known of the scores, as sentences.
     """
 
     name: str
     learn: Learner
+    scores: Mapping[str, float]
     outcomes: Outcomes
     split: str
+    trained_on: frozenset[str]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, learn: Learner, split: str, words: str) -> _LookedAt:
+        """What `learn`, called `words` in a sentence, says of the labelled images of a split that no fit trained on.
+
+        Raises:
+            FeatureStoreError: if all were.
+        """
+        images, notes = learn.images, []
+        is_named_so = images.splits == "train"
+        if not (images.splits != "").any():  # all train
+            is_named_so = np.ones(len(images), dtype=np.bool_)
+        is_seen = learn.were_trained_on(images) & ~is_named_so
+        of_split = images.splits == split
+        scoring = learn
+        if (is_seen & of_split).any():
+            count, seen = int(of_split.sum()), int((is_seen & of_split).sum())
+            if seen == count:
+                raise FeatureStoreError(
+                    f"All {count:,} {split} images of {images.name} were trained on by {words}, so none of them says "
+                    "what it makes of new ones. Give images without a split of their own (and no --valid, --test or "
+                    "--split-seed): they get the run's. Or look at what was trained on, as such: --split train."
+                )
+            notes.append(
+                f"{seen:,} of the {count:,} {split} images were trained on by {words}: they are left out of all that "
+                "is scored here, and marked where they are shown."
+            )
+            scoring = copy.copy(learn)
+            scoring.images = images.with_splits(np.where(is_seen, "train", images.splits).tolist())
+        scores, outcomes = scoring.evaluated(split)
+        return cls(
+            name=name,
+            learn=learn,
+            scores=scores,
+            outcomes=outcomes,
+            split=split,
+            trained_on=frozenset(images.ids[place] for place in np.flatnonzero(is_seen).tolist()),
+            notes=(*notes, *map(_sentence, outcomes.notes)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -219,7 +265,7 @@ def _subject(
     else:
         chosen = _chosen(ordered, details)
         learn = _loaded(chosen, images, store, trust_code=trust_code)
-        looked = _LookedAt(name=str(chosen), learn=learn, outcomes=learn.outcomes(split), split=split)
+        looked = _LookedAt.of(str(chosen), learn, split, str(chosen))
     return _Subject(
         name=name,
         rows=_rows(ordered),
@@ -227,14 +273,13 @@ def _subject(
         histories={name: _history(each) for name, each in zip(names, ordered, strict=True)},
         looked_at=looked,
         about="" if looked is None else _about(looked, of_several=len(ordered) > 1),
-        notes=notes,
+        notes=[*notes, *(() if looked is None else looked.notes)],
     )
 
 
 def _of_learner(learn: Learner, split: str) -> _Subject:
-    outcomes = learn.outcomes(split)
-    looked = _LookedAt(name="this learner", learn=learn, outcomes=outcomes, split=split)
-    row = {"run": "this learner", **_placed(learn), **finite(learn.evaluate(split))}
+    looked = _LookedAt.of("this learner", learn, split, "an earlier fit")
+    row = {"run": "this learner", **_placed(learn), **finite(looked.scores)}
     return _Subject(
         name=f"{learn.model.name} on {learn.images.name}",
         rows=[row],
@@ -242,13 +287,14 @@ def _of_learner(learn: Learner, split: str) -> _Subject:
         histories={"this learner": learn.history.records},
         looked_at=looked,
         about=_about(looked, of_several=False),
+        notes=looked.notes,
     )
 
 
 def _of_folds(found: CrossValidation) -> _Subject:
     names = [f"fold {number}" for number in range(1, len(found.learners) + 1)]
     learn = found.learners[0]
-    looked = _LookedAt(name=f"the {len(names)} folds", learn=learn, outcomes=found.outcomes(), split="held-out")
+    looked = _of_held_out(f"the {len(names)} folds", found)
     rows = [
         {"run": name, **_placed(each), **finite(scores), "images": len(held_out)}
         for name, each, scores, held_out in zip(names, found.learners, found.scores, found.held_out, strict=True)
@@ -295,11 +341,11 @@ def _listed(folders: Sequence[Path]) -> tuple[list[ListedRun], list[str]]:
 
 def _ranked(listed: Sequence[ListedRun]) -> list[ListedRun]:
     """The highest accuracy first, where there is one, then the lowest loss; before those scored on other images."""
-    notes = [row.get("note") is not None for row in Runs(listed, damaged={}, root=Path()).table]
+    is_apart = [row.get("note") in registry.APART for row in Runs(listed, damaged={}, root=Path()).table]
 
     def rank(place: int) -> tuple[bool, bool, float, float]:
         accuracy, loss = _number(listed[place]["accuracy"]), _number(listed[place]["loss"])
-        return notes[place], loss is None, -(accuracy or 0.0), math.inf if loss is None else loss
+        return is_apart[place], loss is None, -(accuracy or 0.0), math.inf if loss is None else loss
 
     return [listed[place] for place in sorted(range(len(listed)), key=rank)]
 
@@ -346,10 +392,32 @@ def _are_folds(listed: Sequence[ListedRun]) -> bool:
 def _of_saved_folds(
     name: str, folders: Sequence[Path], images: ImageSet, store: FeatureStore | None, *, trust_code: bool
 ) -> _LookedAt:
-    folds = tuple(_loaded(folder, images, store, trust_code=trust_code) for folder in folders)
+    undealt = images.with_splits([""] * len(images))  # each fold has its own split
+    folds = tuple(_loaded(folder, undealt, store, trust_code=trust_code) for folder in folders)
+    is_new = np.logical_and.reduce([~each.were_trained_on(undealt) for each in folds])
+    for each in folds[1:]:  # an image that is new to all counts once, by the first
+        each.images = each.images.with_splits(np.where(is_new, "", each.images.splits).tolist())
     held_out = tuple(each.outcomes("valid") for each in folds)
-    outcomes = CrossValidation(learners=folds, held_out=held_out, scores=()).outcomes()
-    return _LookedAt(name=name, learn=folds[0], outcomes=outcomes, split="held-out")
+    return _of_held_out(name, CrossValidation(learners=folds, held_out=held_out, scores=()))
+
+
+def _of_held_out(name: str, found: CrossValidation) -> _LookedAt:
+    """What the folds said of each image while it was held out."""
+    notes = dict.fromkeys(_sentence(note) for each in found.held_out for note in each.notes)
+    return _LookedAt(
+        name=name,
+        learn=found.learners[0],
+        scores={},
+        outcomes=found.outcomes(),
+        split="held-out",
+        trained_on=frozenset(),
+        notes=tuple(notes),
+    )
+
+
+def _sentence(note: str) -> str:
+    """A note of a learner as a page has it."""
+    return f"{note[:1].upper()}{note[1:]}{'' if note.endswith('.') else '.'}"
 
 
 def _history(run: ListedRun) -> list[Record]:
@@ -404,7 +472,7 @@ def _image_sections(looked: _LookedAt, method: Method) -> tuple[list[Section | N
     shown = [*first, *[each for each in _spread(places) if each not in {*first}]]
     pictures = Pictures(
         names={place: images.ids[place] for place in sorted({*shown})},
-        labels={place: _words(images, place, words) for place in sorted({*shown})},
+        labels={place: _words(looked, place, words) for place in sorted({*shown})},
         thumbnails=_thumbnails(images, shown[:MOST_THUMBNAILS]),
         near=near,
         near_words=f"By the cosine of their features, among the {len(near):,} images of the map.",
@@ -417,11 +485,12 @@ def _image_sections(looked: _LookedAt, method: Method) -> tuple[list[Section | N
     return found, pictures, notes
 
 
-def _words(images: ImageSet, place: int, said: Mapping[int, str]) -> str:
+def _words(looked: _LookedAt, place: int, said: Mapping[int, str]) -> str:
     """What is said of an image where it is named: its label and split; if it was scored, what it was taken for."""
+    images = looked.learn.images
     if place in said and images.task == "single":
         return f"{said[place]} · {images.splits[place]}"
-    return label_of(images, place)
+    return label_of(images, place) + ", trained on" * (images.ids[place] in looked.trained_on)
 
 
 def _named(found: Iterable[Section | None]) -> list[int]:

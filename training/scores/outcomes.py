@@ -34,6 +34,7 @@ class Outcomes:
         losses: ``(N,)``, each image's own loss by the task: cross-entropy; its mean over the classes for several
             labels; of regression the mean squared error over the columns, in their units.
         view: what the model saw of each; None: unknown.
+        notes: what should be known of scores of these images, as sentences: were some trained on, left out?
     """
 
     images: ImageSet
@@ -42,10 +43,17 @@ class Outcomes:
     targets: NDArray[np.float64] | NDArray[np.int64]
     losses: NDArray[np.float64]
     view: View | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, images: ImageSet, logits: Tensor, targets: Tensor, said: NDArray[np.float64], view: View | None = None
+        cls,
+        images: ImageSet,
+        logits: Tensor,
+        targets: Tensor,
+        said: NDArray[np.float64],
+        view: View | None = None,
+        notes: tuple[str, ...] = (),
     ) -> Outcomes:
         """Those of all `images` by logits ``(N, K)``, targets, and the probabilities (or numbers) that these are."""
         wide, wanted = logits.cpu().double(), targets.cpu()
@@ -62,6 +70,7 @@ class Outcomes:
             targets=wanted.numpy(),
             losses=losses.numpy(),
             view=view,
+            notes=notes,
         )
 
     def __len__(self) -> int:

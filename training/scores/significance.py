@@ -192,18 +192,25 @@ def verdict(names: tuple[str, str], difference: Difference, test: McNemar | None
     """
     first, second = names
     scale = 100 if unit == "points" else 1
-    better, worse, sign = (second, first, 1) if difference.value >= 0 else (first, second, -1)
+    higher, lower, sign = (second, first, 1) if difference.value >= 0 else (first, second, -1)
     low, high = sorted(sign * scale * end for end in difference.interval)
     digits = ".1f" if unit == "points" else ".4g"
-    told = f"{better} is better than {worse} by {abs(scale * difference.value):{digits}} {unit}"
-    if difference.value == 0:
-        told = "they score the same"
+    by = f"by {abs(scale * difference.value):{digits}} {unit}"
     p = "" if test is None else f", McNemar p {test.p:.2g}"
     found = f"({100 * difference.confidence:g} % interval {low:{digits}} to {high:{digits}}{p})"
-    end = f"on the same {difference.num_images:,} images"
-    doubt = f"{first} and {second} can't be told apart: "
-    is_doubtful = not difference.is_told or (test is not None and test.p > 1 - difference.confidence)
-    return f"{doubt if is_doubtful else ''}{told} {found} {end}"
+    where = f"on the same {difference.num_images:,} images"
+    if is_told(difference, test):
+        return f"{higher} is better than {lower} {by} {found} {where}"
+    seen = "they score the same" if difference.value == 0 else f"{higher} scores higher {by}, which may be chance"
+    return f"{first} and {second} can't be told apart {where}: {seen} {found}"
+
+
+def is_told(difference: Difference, test: McNemar | None) -> bool:
+    """Whether one of two models is better: the interval leaves out 0 and, where there is one, the test says so too.
+
+    Of few images the two may disagree; then neither model is called better.
+    """
+    return difference.is_told and (test is None or test.p <= 1 - difference.confidence)
 
 
 def _difference(

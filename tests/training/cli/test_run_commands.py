@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.programs import Run
+from support.programs import Run, photographs
 
 from featstore import Augment, ImageSet
 from training import Learner
@@ -39,6 +39,32 @@ def test_a_table_without_labels_is_predicted_in_its_order(run: Run, saved: Path)
     assert [each["image"] for each in chosen] == [row["file"] for row in rows if row["split"] == "test"]
 
 
+def test_a_test_split_is_dealt_kept_out_and_scored_at_the_end(run: Run, saved: Path) -> None:
+    dealt = ["--images", "photos", "--store", "feats", "--backbone", "tiny.py:make_model", "--size", "32"]
+    ran = run(
+        "featstore-train", "head", *dealt, "--test", "0.2", "--epochs", "1", "--lr", "1e-2", "--out", "runs/three"
+    )
+    told = "4 of 20 images held out, 4 kept as test (--valid 0.2, --test 0.2, --split-seed 0)."
+    assert told in ran.err
+    images = ImageSet.from_folder("photos").split(valid=0.2, test=0.2, seed=0)
+    learn = Learner.load("runs/three", images, Learner.store_of("runs/three"), quiet=True)
+    model = ["--model", "runs/three", "--images", "photos"]
+    ran = run("featstore-train", "evaluate", *model, "--split", "test", "--json")
+    assert ran.json == {"test": learn.evaluate("test"), "inputs": "features"}
+    assert "trained on" not in ran.err
+    ran = run("featstore-train", "predict", *model, "--split", "test", "--json")
+    assert [each["image"] for each in ran.json] == [*images.test.ids]
+    # New images are dealt by the run's rule, of which the share for test is a part.
+    photographs(saved / "more", count=10, first=20)
+    more = ImageSet.from_folder("more")
+    learn = Learner.load("runs/three", more, quiet=True)
+    assert learn.images.splits.tolist() == more.split(valid=0.2, test=0.2, seed=0).splits.tolist()
+    ran = run("featstore-train", "predict", "--model", "runs/three", "--images", "more", "--split", "test")
+    assert (ran.code, "20 images of 20 are new to runs/three, and in none of its splits" in ran.err) == (2, True)
+    ran = run("featstore-train", "predict", *model, *MODEL, "--split", "test")
+    assert (ran.code, "runs/three and runs/head deal these images differently" in ran.err) == (2, True)
+
+
 def test_views_of_a_policy_count_in_predictions_and_scores(run: Run, saved: Path) -> None:
     flips = ["--tta", "3", "--augment", "flip", "--tta-weight", "0.4"]
     records = run("featstore-train", "predict", *MODEL, "photos/cat", *flips, "--json").json
@@ -64,6 +90,30 @@ def test_embeddings_are_written_with_the_ids_they_belong_to(run: Run, saved: Pat
     table = ["--images", "test.csv", "--root", "photos", "--path-column", "file"]
     ran = run("featstore-train", "embed", *MODEL, *table, "--reduce", "avg", "--out", "some.npz")
     assert ran.out == "6 x 16 float32 in some.npz\n"
+
+
+def test_a_file_that_is_there_is_replaced_only_where_that_was_asked_for(run: Run, saved: Path) -> None:
+    taken = {name: (saved / name).read_bytes() for name in ("test.csv", "tiny.py")}
+    asked = {
+        "predict": [*MODEL, "photos/cat", "--csv"],
+        "embed": [*MODEL, "photos/cat", "--out"],
+        "runs": ["--csv"],
+        "report": ["runs/head", "--out"],
+        "lr-find": ["--images", "photos", "--from", "runs/head", "--csv"],
+        "compare": ["--images", "photos", "--store", "feats", "--backbone", "tiny.py:make_model", "--plot"],
+    }
+    endings = {"embed": ".npz", "report": ".html", "compare": ".png"}
+    for command, flags in asked.items():
+        name = f"taken{endings.get(command, '.csv')}"
+        (saved / name).write_bytes(taken["test.csv"])
+        ran = run("featstore-train", command, *flags, name)
+        told = f"{name} exists already. Choose another name, or replace it with --overwrite."
+        assert (ran.code, told in ran.err, (saved / name).read_bytes()) == (1, True, taken["test.csv"])
+        ran = run("featstore-train", command, *flags, f"nowhere/{name}")
+        assert (ran.code, f"nowhere/{name} lies in a folder that isn't there." in ran.err) == (1, True)
+    assert run("featstore-train", "predict", *asked["predict"], "taken.csv", "--overwrite").code == 0
+    with (saved / "taken.csv").open(newline="", encoding="utf-8") as file:
+        assert len([*csv.DictReader(file)]) == 10
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_runs_are_listed_sorted_and_marked(run: Run, listed: Path) -> None:
     ("conditions", "expected"),
     [
         (["cut=layer4"], ["b", "deep/c"]),
+        (["cut==layer4"], ["b", "deep/c"]),
         (["cut=layer4", "accuracy<=0.95"], ["b"]),
         (["lr=1e-3"], ["a"]),
         (["lr=1e-5,1e-3"], ["b"]),
@@ -68,6 +69,12 @@ def test_conditions_choose_runs_by_values_as_they_are_written(
     found = run("featstore-train", "runs", "runs", *flags, "--json").json
     assert [row["run"] for row in found["runs"]] == expected
     assert [*found["damaged"]] == ["d"]
+
+
+def test_a_condition_that_no_run_meets_is_told_with_what_there_is(run: Run, listed: Path) -> None:
+    ran = run("featstore-train", "runs", "runs", "--where", "cut=layr4", "--where", "lr>=1e-4")
+    assert (ran.code, ran.out.splitlines()[0]) == (0, "0 runs")
+    assert ran.err == "no run fits --where cut=layr4; of cut they have: layer3, layer4\n"
 
 
 def test_columns_json_and_csv_hold_what_the_table_does(run: Run, listed: Path) -> None:
@@ -99,7 +106,10 @@ def test_columns_json_and_csv_hold_what_the_table_does(run: Run, listed: Path) -
         (["runs", "--where", "cat=layer4"], "No run here has 'cat'. Did you mean cut?"),
         (["runs", "--where", "accuracy>=high"], "--where accuracy>=high compares with 'high'. Expected a number."),
         (["runs", "--columns", "cat"], "No run here has 'cat'. Did you mean cut?"),
-        (["runs", "--columns", "cat", "--json"], "--columns has 'cat', which no run here has."),
+        (["runs", "--columns", "cat", "--json"], "No run here has 'cat'. Did you mean cut?"),
+        (["runs", "--where", "cut!=layer4"], "--where is 'cut!=layer4'. Expected such as cut=layer4"),
+        (["runs", "--where", "accuracy>0.9"], "--where is 'accuracy>0.9'. Expected such as cut=layer4"),
+        (["runs", "--sort", "Accuracy"], "No run here has 'Accuracy'. Did you mean accuracy?"),
     ],
 )
 def test_what_is_wrong_with_flags_is_said(run: Run, listed: Path, flags: list[str], sentence: str) -> None:

@@ -554,7 +554,9 @@ def test_debug_adds_the_traceback(run: Run, here: Path) -> None:
 
 
 def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
-    image = _words("images root path-column label-column label-sep split-column group-column task valid split-seed")
+    image = _words(
+        "images root path-column label-column label-sep split-column group-column task valid test split-seed"
+    )
     image |= _words("top-folders one-hot valid-column suffix strip")
     view = _words("size resize mean std interpolation decode")
     how = _words("device batch-size workers on-error trust-code debug json help")
@@ -569,8 +571,8 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
         "head": image | view | how | more | {"head", "features", "extract", "reduce", "resume", "config", "folds"},
         "finetune": image | view | how | more | {"from", "resume", "config"},
         "evaluate": image | how | tta | {"model", "split", "per-class"},
-        "predict": how | items | tta | {"model", "csv"},
-        "embed": how | items | {"model", "out", "cut", "reduce"},
+        "predict": how | items | tta | {"model", "csv", "overwrite"},
+        "embed": how | items | {"model", "out", "overwrite", "cut", "reduce"},
     }
     for command, expected in contract.items():
         ran = run("featstore-train", command, "--help")

@@ -251,6 +251,26 @@ def test_a_metric_of_ones_own_is_sorted_only_in_a_direction_that_was_said(tmp_pa
     assert found.best(("regret", "min")).name == "run-1"
 
 
+def test_a_quantity_has_one_name_and_a_number_is_one_however_a_run_wrote_it(tmp_path: Path) -> None:
+    split: dict[str, Any] = {"split": {"valid": Dealt(4, "a" * 64)}, "scored": "valid"}
+    for name, rate, scores in (
+        ("member", "1e-2", {"valid_loss": Score(0.2, (0.1, 0.3), "student")}),
+        ("run", 1e-2, {"loss": Score(0.4)}),
+        ("worse", 1e-1, {"loss": Score(0.6), "valid_loss": Score(0.7)}),
+    ):
+        (tmp_path / name).mkdir()
+        Sidecar(configuration={"lr": rate}, scores=scores, **split).write(tmp_path / name)
+    found = runs(tmp_path)
+    assert [(each.name, each["loss"]) for each in found.query(sort="loss")] == [
+        ("member", 0.2), ("run", 0.4), ("worse", 0.6),
+    ]  # fmt: skip
+    assert (found[0]["loss_to"], found[0].score_columns, found[2]["valid_loss"]) == (0.3, ("loss",), 0.7)
+    with pytest.raises(ValueError, match=r"No run here has 'valid_loss'\. Did you mean loss\?"):
+        found[:2].query(sort="valid_loss")
+    asked: list[Any] = [0.01, "0.01", "1e-2", {"1e-2"}]
+    assert all([each.name for each in found.query(lr=rate)] == ["member", "run"] for rate in asked)
+
+
 def test_a_row_has_scores_with_intervals_and_a_table_is_the_same_everywhere(folder: Path, tmp_path: Path) -> None:
     found = runs(folder).query(kind="head")
     frame = found.frame()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -13,11 +14,21 @@ import pytest
 from support.programs import Run, extract_flags, workplace
 from support.tiny import staged
 
-from featstore import FeatureStore, ImageSet
+from featstore import FeatureStore, FeatureStoreError, ImageSet
 from featstore.images.names import Task
 from featstore.pages import projection
-from training import CrossValidation, Learner, LearningRates, choices, cross_validate, label_suspects, report
-from training.experiments import reports
+from training import (
+    CrossValidation,
+    Learner,
+    LearningRates,
+    Sidecar,
+    choices,
+    cross_validate,
+    label_suspects,
+    report,
+    reports,
+)
+from training.sidecar import Dealt, Score
 
 pytest.importorskip("plotly", reason="plotly isn't installed")
 
@@ -86,6 +97,37 @@ def test_a_report_shows_what_a_learner_made_of_its_images(learn: Learner, tmp_pa
     assert EVIL not in page.text
 
 
+def test_images_of_another_split_that_were_trained_on_are_neither_scored_nor_shown_unsaid(
+    learn: Learner, tmp_path: Path
+) -> None:
+    other = copy.copy(learn)
+    is_valid = learn.images.splits == "valid"
+    held_out, trained = np.flatnonzero(is_valid)[:8], np.flatnonzero(~is_valid)[:5]
+    splits = np.where(np.isin(np.arange(30), [*held_out, *trained]), "valid", "train")
+    other.images = learn.images.with_splits(splits.tolist())
+    found = report(other, out=tmp_path / "report.html")
+    said = (
+        "5 of the 13 valid images were trained on by an earlier fit: they are left out of all that is scored here, and "
+        "marked where they are shown."
+    )
+    assert found.notes == (said,)
+    page = Shown(tmp_path / "report.html")
+    assert said in page.text
+    assert {*page.gallery("Largest losses"), *page.gallery("Least sure")} == {*held_out.tolist()}
+    outcomes = learn.outcomes()
+    right = [outcomes.is_right[outcomes.images.ids.index(learn.images.ids[place])] for place in held_out]
+    head, row = page.table("Runs")
+    assert float(dict(zip(head, row, strict=True))["accuracy"]) == np.mean(right)
+    marked = [int(place) for place, label in page.pictures["labels"].items() if label.endswith("valid, trained on")]
+    assert marked == trained.tolist()
+    assert other.images.splits.tolist() == splits.tolist()
+    other.images = learn.images.with_splits(["test" if each in trained else "train" for each in range(30)])
+    with pytest.raises(FeatureStoreError, match=r"All 5 test images of insects were trained on by an earlier fit, so"):
+        report(other, out=tmp_path / "none.html", split="test")
+    assert not (tmp_path / "none.html").exists()
+    report(other, out=tmp_path / "none.html", split="train")
+
+
 def test_neighbours_and_map_are_of_what_the_head_is_given(learn: Learner, tmp_path: Path) -> None:
     report(learn, out=tmp_path / "report.html")
     page = Shown(tmp_path / "report.html")
@@ -147,6 +189,22 @@ def test_runs_are_ranked_and_the_best_is_looked_at(tmp_path: Path) -> None:
     assert len(page.figures[0]["data"]) == 2
     with pytest.raises(ValueError, match=r"details is nowhere, which isn't among"):
         report(paths, out=tmp_path / "report.html", details="nowhere")
+
+
+def test_a_calibrated_run_is_ranked_by_its_scores_and_one_of_other_images_comes_last(tmp_path: Path) -> None:
+    def of(name: str, accuracy: float, images: str = "a", **more: Any) -> None:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        split = {"valid": Dealt(9, images * 64)}
+        scores = {"accuracy": Score(accuracy), "loss": Score(1 - accuracy)}
+        Sidecar(split=split, scored="valid", scores=scores, more=more).write(tmp_path / "runs" / name)
+
+    of("plain", 0.7)
+    of("poor", 0.5)
+    of("calibrated", 0.8, calibration={"images": {"digest": "a" * 64}})
+    of("others", 0.9, "b")
+    report(tmp_path / "runs", out=tmp_path / "report.html")
+    _, *rows = Shown(tmp_path / "report.html").table("Runs")
+    assert [Path(row[0]).name for row in rows] == ["calibrated", "plain", "poor", "others"]
 
 
 def test_of_a_cross_validation_each_image_counts_while_it_was_held_out(tmp_path: Path) -> None:
@@ -242,9 +300,29 @@ def test_the_command_writes_a_page_of_a_saved_run(tmp_path: Path, monkeypatch: p
     assert "Learning-rate finder" in page.titles
     assert facts["thumbnails"] == len(page.pictures["names"]) == 20
     assert page.pictures["labels"]["0"].endswith(("train", "valid"))
+    # A table that deals the images anew: what the run has trained on is no held-out image by that.
+    splits = {"train": "valid", "valid": "train"}
+    rows = [
+        f"{name},{splits[page.pictures['labels'][place].split(' · ')[-1]]},{name.split('/')[0]}"
+        for place, name in page.pictures["names"].items()
+    ]
+    (tmp_path / "swapped.csv").write_text("\n".join(["path,split,label", *rows]))
+    swapped = ["report", "runs/a", "--images", "swapped.csv", "--root", "photos", "--out", "swapped.html"]
+    told = run("featstore-train", *swapped)
+    assert told.code == 1
+    assert "All 16 valid images of swapped were trained on by runs/a" in told.err
+    (tmp_path / "swapped.csv").write_text("\n".join(["path,split,label", *rows]).replace(",train,", ",valid,", 1))
+    told = run("featstore-train", *swapped)
+    assert told.code == 0
+    assert "16 of the 17 valid images were trained on by runs/a: they are left out" in told.err
+    # Of folds each image counts once, as the fold that held it out said, however a table deals the images.
+    assert run("featstore-train", "head", *made, "--folds", "2", "--out", "runs/cv").code == 0
+    told = run("featstore-train", "report", "runs/cv", *swapped[2:], "--overwrite")
+    assert told.code == 0, told.err
+    assert "by 20 held-out images of swapped" in (tmp_path / "swapped.html").read_text()
     # Where the images went away, their features are still there, and their names stand in their places.
     shutil.rmtree(tmp_path / "photos")
-    told = run("featstore-train", "report", "runs/a", "--out", "report.html")
+    told = run("featstore-train", "report", "runs/a", "--out", "report.html", "--overwrite")
     assert told.code == 0
     assert Shown(tmp_path / "report.html").titles == ["Runs", "Learning curves"]
     store = FeatureStore("feats")

@@ -188,6 +188,7 @@ def test_two_runs_are_compared_by_their_tables_as_their_outcomes_are(run: Run, h
         "difference": difference.value,
         "interval": [*difference.interval],
         "mcnemar": {"only_a": test.only_a, "only_b": test.only_b, "p": test.p},
+        "is_told": False,
     }
     for names in (("a", "b"), ("b", "a")):
         ran = run("featstore-train", "versus", *names)
@@ -195,8 +196,8 @@ def test_two_runs_are_compared_by_their_tables_as_their_outcomes_are(run: Run, h
         assert ran.out == f"{verdict(names, backward, test)}\n"
     same = run("featstore-train", "versus", "a", "a").out
     assert same == (
-        "a and a can't be told apart: they score the same (95 % interval 0.0 to 0.0, McNemar p 1) on the "
-        "same 30 images\n"
+        "a and a can't be told apart on the same 30 images: they score the same (95 % interval 0.0 to 0.0, McNemar "
+        "p 1)\n"
     )
 
 
@@ -216,8 +217,21 @@ def test_a_verdict_names_the_better_one_and_says_whether_it_can_be_told() -> Non
     )
     few = bootstrapped(poor[:20], good[:20])
     words = verdict(("a", "b"), few, McNemar.of(poor[:20] == 1, good[:20] == 1))
-    assert words.startswith("a and b can't be told apart: ")
-    assert words.endswith(" on the same 20 images")
+    low, high = (f"{100 * end:.1f}" for end in few.interval)
+    assert few.value > 0
+    assert words.startswith(
+        f"a and b can't be told apart on the same 20 images: b scores higher by {100 * few.value:.1f} points, which "
+        f"may be chance (95 % interval {low} to {high}, McNemar p "
+    )
+    assert "better" not in words
+    same = verdict(("a", "b"), bootstrapped(poor, poor), McNemar.of(poor == 1, poor == 1))
+    assert "812 images: they score the same (95 % interval 0.0 to 0.0, McNemar p 1)" in same
+    # Where test and interval disagree nothing is told: the interval of few images is too narrow.
+    a, b = np.zeros(20), np.array([1.0] * 5 + [0.0] * 15)
+    test = McNemar.of(a == 1, b == 1)
+    assert (bootstrapped(a, b).is_told, test.p) == (True, 0.0625)
+    assert verdict(("a", "b"), bootstrapped(a, b), test).startswith("a and b can't be told apart")
+    assert verdict(("a", "b"), bootstrapped(a, b), None).startswith("b is better than a by 25.0 points")
 
 
 def test_of_two_runs_the_one_that_learned_the_opposite_is_the_worse(run: Run, here: Path) -> None:
@@ -230,6 +244,7 @@ def test_of_two_runs_the_one_that_learned_the_opposite_is_the_worse(run: Run, he
             each.neg_()
     learn.save(here / "poor")
     assert run("featstore-train", "versus", "poor", "good").out.startswith("good is better than poor by ")
+    assert run("featstore-train", "versus", "poor", "good", "--json").json["is_told"] is True
 
 
 @pytest.mark.parametrize(
