@@ -22,7 +22,8 @@ GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 def test_the_code_of_a_guide_runs(
     page: str, networks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_there(reader_folder(tmp_path, *networks), monkeypatch, *networks)
+    are_whole = page == "questions"  # it counts layers and weights
+    go_there(reader_folder(tmp_path, *networks, are_whole=are_whole), monkeypatch, *networks, are_whole=are_whole)
     file = GUIDES / f"{page}.md"
     names: dict[str, Any] = {"__name__": page}
     for block in code_of(file):

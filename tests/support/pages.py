@@ -1,7 +1,7 @@
 """What the reader of a page has, and the code of a page: the README and guides run as they stand.
 
-Weights are random where the real ones would be, and presets say 64 pixels rather than 224, since batches of these
-networks are what such tests take: a tenth so.
+Weights are random where the real ones would be, ResNets have one block in each stage, and presets say 64 pixels rather
+than 224, since batches, digests and files of these networks are what such tests take.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ import torch
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torchvision.models import resnet
 
 
-def reader_folder(folder: Path, *names: str, count: int = 4) -> Path:
+def reader_folder(folder: Path, *names: str, count: int = 4, are_whole: bool = False) -> Path:
     """A folder with photos in two class folders, two new ones in inbox/, and the default weights of networks `names`.
 
-    Eight photos and the views of six of them fill one batch of 32.
+    Eight photos and the views of six of them fill one batch of 32. Where networks `are_whole`, they are as deep as
+    their names say.
     """
     rng = np.random.default_rng(0)
     for name, photo in zip(("cat", "dog"), load_sample_images().images, strict=True):
@@ -30,7 +33,9 @@ def reader_folder(folder: Path, *names: str, count: int = 4) -> Path:
     _write_crops(folder / "inbox", photo, rng, ["0412.jpg", "0413.jpg"])
     checkpoints = folder / "torch" / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patched:
+        if not are_whole:
+            make_shallow(patched)
         torch.manual_seed(1)  # other weights than those that `weights="none"` draws
         for name in names:
             weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -38,8 +43,20 @@ def reader_folder(folder: Path, *names: str, count: int = 4) -> Path:
     return folder
 
 
-def go_there(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+def make_shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's ResNets get one block in each stage; stages, cuts and widths stay theirs."""
+    as_deep = resnet._resnet
+
+    def of_one_block(block: Any, layers: list[int], *args: Any, **options: Any) -> resnet.ResNet:
+        return as_deep(block, [1] * len(layers), *args, **options)
+
+    monkeypatch.setattr(resnet, "_resnet", of_one_block)
+
+
+def go_there(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str, are_whole: bool = False) -> None:
     """Makes such a folder the working directory, in which networks `names` find their weights and small presets."""
+    if not are_whole:
+        make_shallow(monkeypatch)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
     for name in names:
