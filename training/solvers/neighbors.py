@@ -25,15 +25,19 @@ _REFINED = 256
 """Queries whose candidates are gathered at once."""
 _SLACK = 4
 """Candidates beyond k: the query's own row, and some as near as the last, which are compared by their numbers too."""
+_ERROR = 4
+"""Units in the last place of the summed squared lengths that a product may be off by: 1 to 2 were seen at 64 to 2,048
+numbers a row. Where candidates lie within that, products are computed again in float64."""
 
 
 class KNearest:
     """The k nearest rows, of equally near ones first those with the smaller numbers, and votes of their classes.
 
-    Candidates, a few more than k, are found by products in float32; they are then put in order by their differences
+    Candidates, a few more than k, are found by products in float32, or in float64 where float32 can't tell which rows
+    are nearer (groups that lie far apart, with rows close together); they are then put in order by their differences
     from the query, so that equal rows are at distance 0 and in the order of their numbers. Cosine distances are 0 to 2.
-    Where more than a handful of rows are equally near in float32 at the k-th place, which of them is in depends on
-    rounding, but not on the run.
+    Where more than a handful of rows are equally near at the k-th place, which of them is in depends on rounding, but
+    not on the run.
 
     Args:
         X: ``(N, F)`` rows to search: an array, a tensor or `Features`. Rows that don't fit into memory are read again
@@ -141,13 +145,14 @@ class KNearest:
         """Rows as they are compared: of length 1, or about their middle."""
         if self._metric == "euclidean":
             return block - self._middle
-        lengths = torch.linalg.vector_norm(block, dim=1, keepdim=True)
-        if not bool((lengths > 0).all()):
+        largest = block.abs().amax(1, keepdim=True)  # squares of 1e20 and of 1e-23 are no float32
+        if not bool((largest > 0).all()):
             raise ValueError(
-                f"{int((lengths == 0).sum())} of {len(block):,} rows hold zeros only, which have no direction; "
+                f"{int((largest == 0).sum())} of {len(block):,} rows hold zeros only, which have no direction; "
                 "expected other rows for the metric cosine. Leave them out, or use euclidean."
             )
-        changed: Tensor = block / lengths
+        block = block / largest
+        changed: Tensor = block / torch.linalg.vector_norm(block, dim=1, keepdim=True)
         return changed
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -161,31 +166,66 @@ class KNearest:
 
     def _of_block(self, queries: Tensor, first: int | None) -> tuple[Tensor, Tensor]:
         """Distances and numbers of the neighbours of some queries, `first` the number of the first among the rows."""
+        own = None if first is None else torch.arange(first, first + len(queries), device=queries.device)
+        numbers, limits = self._candidates(queries)
+        squares, numbers = self._refined(queries, numbers, own)
+        doubtful = (~(squares[:, -1] / 2 <= limits)).nonzero()[:, 0]  # NaN too, where float32 overflows
+        if len(doubtful):
+            again, _ = self._candidates(queries[doubtful].double())
+            squares[doubtful], numbers[doubtful] = self._refined(
+                queries[doubtful], again, None if own is None else own[doubtful]
+            )
+        distances = squares / 2 if self._metric == "cosine" else squares.sqrt()
+        return distances.float(), numbers
+
+    def _candidates(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers ``(Q, C)`` of the rows nearest by products in the type of `queries`.
+
+        With them half of the squared distance ``(Q,)`` below which each row is surely among them.
+        """
         many = min(self.k + _SLACK, len(self._rows))
-        nearness = torch.empty((len(queries), 0), device=queries.device)
+        nearness = torch.empty((len(queries), 0), device=queries.device, dtype=queries.dtype)
         numbers = torch.empty((len(queries), 0), dtype=torch.int64, device=queries.device)
+        longest = torch.zeros((), device=queries.device, dtype=queries.dtype)
         for start, block in self._blocks():
-            close = self._nearness(queries, block)
+            rows = block.to(queries.dtype)
+            halves = rows.square().sum(1).div_(2)
+            longest = torch.maximum(longest, halves.max())
+            close = self._nearness(queries, rows, halves)
             best, which = close.topk(min(many, len(block)), dim=1)
             nearness, numbers = torch.cat([nearness, best], 1), torch.cat([numbers, which + start], 1)
             if nearness.shape[1] > many:
                 nearness, kept = nearness.topk(many, dim=1)
                 numbers = numbers.gather(1, kept)
-        pieces = zip(torch.split(queries, _REFINED), torch.split(numbers, _REFINED), strict=True)
-        refined = [
-            self._refined(some, found, first if first is None else first + _REFINED * place)
-            for place, (some, found) in enumerate(pieces)
-        ]
+        if many == len(self._rows):
+            return numbers, torch.full((len(queries),), torch.inf, device=queries.device, dtype=torch.float64)
+        halves = queries.double().square().sum(1) / 2
+        error = _ERROR * torch.finfo(queries.dtype).eps * (halves + longest)
+        of_rows = 0.5 if self._are_products(queries) else 0.0
+        return numbers, halves + of_rows - nearness[:, -1].double() - error
+
+    def _nearness(self, queries: Tensor, rows: Tensor, halves: Tensor) -> Tensor:
+        """What is larger for a nearer row: the product, less half of its squared length where lengths differ."""
+        if self._are_products(queries):
+            return queries @ rows.T
+        return torch.addmm(-halves, queries, rows.T)
+
+    def _are_products(self, queries: Tensor) -> bool:
+        """Whether rows count as of length 1, which in float32 they are."""
+        return self._metric == "cosine" and queries.dtype == torch.float32
+
+    def _refined(self, queries: Tensor, numbers: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Squared distances in float64 and numbers of the k nearest of the candidates `numbers` ``(Q, C)``."""
+        pieces = zip(
+            torch.split(queries, _REFINED),
+            torch.split(numbers, _REFINED),
+            [None] * len(queries) if own is None else torch.split(own, _REFINED),
+            strict=False,
+        )
+        refined = [self._refined_at_once(*each) for each in pieces]
         return torch.cat([each for each, _ in refined]), torch.cat([each for _, each in refined])
 
-    def _nearness(self, queries: Tensor, block: Tensor) -> Tensor:
-        """What is larger for a nearer row: the product, less half of its squared length where lengths differ."""
-        if self._metric == "cosine":
-            return queries @ block.T
-        return torch.addmm(block.square().sum(1).mul_(-0.5), queries, block.T)
-
-    def _refined(self, queries: Tensor, numbers: Tensor, first: int | None) -> tuple[Tensor, Tensor]:
-        """Distances and numbers of the k nearest of the candidates `numbers` ``(Q, C)``, by differences in float64."""
+    def _refined_at_once(self, queries: Tensor, numbers: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
         numbers = numbers.sort(1).values  # then a stable sort leaves equally near ones in the order of their numbers
         if self._kept is not None:
             candidates = self._kept[numbers]
@@ -193,12 +233,10 @@ class KNearest:
             unique, places = torch.unique(numbers, return_inverse=True)
             candidates = self._change(self._rows.take(unique.cpu().numpy()).to(self._device))[places]
         squares = (candidates - queries[:, None]).double().square().sum(-1)
-        if first is not None:
-            own = torch.arange(first, first + len(queries), device=queries.device)
+        if own is not None:
             squares.masked_fill_(numbers == own[:, None], torch.inf)
         squares, order = squares.sort(dim=1, stable=True)
-        distances = squares / 2 if self._metric == "cosine" else squares.sqrt()
-        return distances[:, : self.k].float(), numbers.gather(1, order)[:, : self.k]
+        return squares[:, : self.k], numbers.gather(1, order)[:, : self.k]
 
 
 def _checked(weights: Literal["uniform", "distance"] | float) -> Literal["uniform", "distance"] | float:

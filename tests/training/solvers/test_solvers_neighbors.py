@@ -51,6 +51,33 @@ def test_rows_read_again_give_what_rows_in_memory_give(metric: Metric) -> None:
     assert np.array_equal(inside[0], outside[0])
 
 
+@pytest.mark.parametrize("far", [1e3, 1e4])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_neighbors_within_groups_that_lie_far_apart_are_scikit_learns(metric: Metric, far: float) -> None:
+    """Products in float32 can't tell rows of one group apart, and would take any of them."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((4, 64)) * far
+    values = (centres[rng.integers(0, 4, 2000)] + rng.standard_normal((2000, 64))).astype(np.float32)
+    theirs = NearestNeighbors(n_neighbors=5, metric="euclidean", algorithm="brute")
+    as_compared = values.astype(np.float64)
+    if metric == "cosine":  # whose own cosine distances are 1 less a product, in float64 as well
+        as_compared /= np.linalg.norm(as_compared, axis=1, keepdims=True)
+    expected = theirs.fit(as_compared).kneighbors(as_compared[:300])[1]
+    _, found = KNearest(values, k=5, metric=metric, device="cpu").neighbors(values[:300])
+    # The rows that are compared are float32's: of length 1, and 1e-4 apart at 1e4.
+    assert (found == expected).mean() > (0.99 if metric == "euclidean" or far < 1e4 else 0.9)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-23])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_rows_may_be_of_any_size_that_a_number_can_have(metric: Metric, scale: float) -> None:
+    values, queries = made(200)
+    _, expected = KNearest(values, k=5, metric=metric, device="cpu").neighbors(queries)
+    scaled, asked = (np.float64(scale) * each for each in (values, queries))
+    _, found = KNearest(scaled.astype(np.float32), k=5, metric=metric, device="cpu").neighbors(asked.astype(np.float32))
+    assert (found == expected).mean() > 0.999  # other last bits of rows
+
+
 def test_no_row_is_its_own_neighbour_when_left_out() -> None:
     values, _ = made(3000)
     values[7] = values[2500]
