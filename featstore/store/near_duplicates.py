@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from featstore.html import titled_table
 from featstore.images.image_set import ImageSet
@@ -30,12 +29,14 @@ class Duplicates:
         places: ``(M, 2)`` of each pair the places of its images among them, the lower first.
         similarity: ``(M,)`` the cosine of the angle between their rows, falling.
         threshold: no pair below it is listed.
+        most: pairs that an image may have with those behind it; where one has as many, there may be more.
     """
 
     images: ImageSet
     places: NDArray[np.int64]
     similarity: NDArray[np.float64]
     threshold: float
+    most: int
 
     def __len__(self) -> int:
         return len(self.similarity)
@@ -67,11 +68,14 @@ class Duplicates:
         ]
 
     def in_words(self) -> str:
-        """How many pairs, and how many of them lie across splits."""
+        """How many pairs, and how many of them lie across splits; whether there may be more."""
         across = int(self.is_across.sum())
+        is_cut = len(self) > 0 and int(np.bincount(self.places[:, 0]).max()) >= self.most
+        end = f"; an image has at most {self.most:,} here, and may have more: give a larger k" * is_cut
         return (
-            f"{counted(len(self), 'pair')} of nearly equal images among {counted(len(self.images), 'image')}, "
-            f"{across:,} of them in different splits (similarity {self.threshold:g} or more)"
+            f"{'at least ' * is_cut}{counted(len(self), 'pair')} of nearly equal images among "
+            f"{counted(len(self.images), 'image')}, {across:,} of them in different splits (similarity "
+            f"{self.threshold:g} or more{end})"
         )
 
     def __repr__(self) -> str:
@@ -141,7 +145,9 @@ def near_duplicates(
         similarity.append(best[at, column].cpu())
     pairs, values = torch.cat(places).numpy(), torch.cat(similarity).double().clamp(max=1.0).numpy()
     order = np.lexsort((pairs[:, 1], pairs[:, 0], -values))
-    return Duplicates(images=features.images, places=pairs[order], similarity=values[order], threshold=threshold)
+    return Duplicates(
+        images=features.images, places=pairs[order], similarity=values[order], threshold=threshold, most=k
+    )
 
 
 _ROUNDING = 1e-6
@@ -163,7 +169,7 @@ class _Directions:
         self._features, self._device = features, device
         num_bytes = math.prod(features.shape) * 4
         is_held = device.type == "cpu" and num_bytes <= available_bytes() // 2
-        self._held = F.normalize(features.tensor(dtype=torch.float32), dim=1) if is_held else None
+        self._held = _unit(features.tensor(dtype=torch.float32)) if is_held else None
 
     def blocks(self, start: int) -> Iterator[tuple[int, Tensor]]:
         """(Its first row, its rows ``(n, D)``) of each block from the row `start` on."""
@@ -172,4 +178,12 @@ class _Directions:
             if self._held is not None:
                 yield first, self._held[some]
             else:
-                yield first, F.normalize(self._features[some].to(self._device, torch.float32), dim=1)
+                yield first, _unit(self._features[some].to(self._device, torch.float32))
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows at length 1, those of zeros as they are: the squares of very large or small numbers fit in no float32."""
+    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)
+    unit = rows / torch.where(largest > 0, largest, 1)
+    # In place, as these may be all rows. Lengths are 1 or more by now, or 0.
+    return unit.div_(torch.linalg.vector_norm(unit, dim=1, keepdim=True).clamp_min(0.5))

@@ -102,15 +102,31 @@ def test_pairs_are_those_of_all_cosines_written_out(
 
 def test_an_image_is_paired_with_the_first_k_of_equal_ones(tmp_path: Path) -> None:
     rows = np.ones((6, 4), np.float32)
-    found = near_duplicates(features(tmp_path, rows), threshold=1.0, k=2)
+    stored = features(tmp_path, rows)
+    found = near_duplicates(stored, threshold=1.0, k=2)
     assert found.places.tolist() == [[0, 1], [0, 2], [1, 2], [1, 3], [2, 3], [2, 4], [3, 4], [3, 5], [4, 5]]
     assert not found.is_across.any()  # they aren't dealt
+    assert found.in_words().startswith("at least 9 pairs")
+    whole = near_duplicates(stored, threshold=1.0, k=6)
+    assert whole.in_words().startswith("15 pairs")  # all there are
 
 
 def test_pairs_across_splits_are_not_crowded_out_by_others(tmp_path: Path) -> None:
     splits = ["train"] * 5 + ["valid"]
     found = near_duplicates(features(tmp_path, np.ones((6, 4), np.float32), splits), k=1, across_splits=True)
     assert found.places.tolist() == [[place, 5] for place in range(5)]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])  # bfloat16 and float32 hold such rows, float32 not their squares
+def test_pairs_dont_depend_on_the_scale_of_rows(tmp_path: Path, scale: float) -> None:
+    rows = np.random.default_rng(0).standard_normal((60, 3)).astype(np.float32)
+    (tmp_path / "scaled").mkdir()
+    found, other = (
+        near_duplicates(features(folder, each), 0.9)
+        for folder, each in ((tmp_path, rows), (tmp_path / "scaled", rows * np.float32(scale)))
+    )
+    assert len(found) > 20
+    assert found.places.tolist() == other.places.tolist()
 
 
 def test_rows_of_zeros_are_like_nothing(tmp_path: Path) -> None:
