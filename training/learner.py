@@ -43,7 +43,7 @@ from training.fit import (
     check_norms,
 )
 from training.fitting import Begun, Fitting, check_waits
-from training.heads import ValueHead, passes_an_epoch
+from training.heads import ValueHead, passes_an_epoch, steps_note
 from training.history import History
 from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, labelled, to_score, to_train
@@ -773,6 +773,8 @@ class Learner:
             self._say(check_learnable(self.images, training))
         if plan.class_weights is None and self._loss is None:  # which weighs classes as it does
             self._say(imbalance_note(training))
+        if self.task == "regression":
+            self._say(steps_note(training.targets, self.classes))
         optim.build(self.model, 1.0, optimizer="sgd", weight_decay=0.0)  # raises if nothing would train
         situation = self._situation()
         for past in (self._seen, self._past):
