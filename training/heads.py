@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
@@ -275,6 +276,30 @@ class ValueHead(nn.Module):
             self.mean.copy_(mean)
             self.scale.copy_(std.clamp(min=torch.finfo(torch.float32).tiny))
             self.num_rows.fill_(len(targets))
+
+
+def steps_note(targets: NDArray[Any] | None, names: Sequence[str]) -> str | None:
+    """What float32 leaves of numbers to learn ``(N, K)`` that lie far from 0 beside their spread; None if enough.
+
+    Targets, and what a head says, are float32: 24 bits, from 0 on, whatever the head is standardised by.
+    """
+    if targets is None or len(targets) < 2:
+        return None
+    wide = targets.astype(np.float64)
+    steps, spreads = np.spacing(np.abs(targets).max(0).astype(np.float32)), wide.std(0)
+    coarse = [place for place in range(len(names)) if 0 < spreads[place] < _FEWEST_STEPS * steps[place]]
+    if not coarse:
+        return None
+    first = coarse[0]
+    return (
+        f"{names[first]} is around {wide[:, first].mean():.4g} and spreads by {spreads[first]:.4g}, where float32 has "
+        f"steps of {steps[first]:.4g}: digits are lost. Give numbers from their middle on: subtract it, and add it to "
+        "what is predicted"
+    )
+
+
+_FEWEST_STEPS = 100
+"""Of float32 within the spread of targets; with fewer, rounding is as large as a good model's error."""
 
 
 def linear_head(in_features: int, num_classes: int, *, seed: int = 0) -> LinearHead:

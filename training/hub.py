@@ -23,6 +23,7 @@ from training.sidecar import FILE as RUN
 
 CARD = "README.md"
 _MOST_CLASSES = 100
+_MOST_FACTS = 1 << 26
 _MARKS = re.compile(r"([\\`*_{}\[\]()#+\-.!|~>])")  # what Markdown may take for more than a character
 
 
@@ -106,6 +107,11 @@ def pull(
             if not (whole / FACTS).is_file():
                 raise FeatureStoreError(
                     f"{repo} holds no run: it has no {FACTS}. Expected what featstore-train push uploads."
+                )
+            if (size := (whole / FACTS).stat().st_size) > _MOST_FACTS:
+                raise FeatureStoreError(
+                    f"{repo} has a {FACTS} of {size:,} bytes; a run's facts are {_MOST_FACTS:,} at most. Nothing of "
+                    "it is kept: ask whoever uploaded it."
                 )
             shutil.copyfile(whole / FACTS, run / FACTS)
             try:
@@ -209,17 +215,22 @@ def _files(facts: Mapping[str, Json], folder: Path) -> list[str]:
     """What the facts list, plain names alone; runs of version 1 list nothing.
 
     Raises:
-        FeatureStoreError: for a name that would lead out of the folder.
+        FeatureStoreError: for a name that would lead out of the folder, or stands for others.
     """
-    names = list(facts.get("files") or [])
-    wrong = [name for name in names if Path(name).name != name or name in ("..", FACTS, CARD)]
+    files = facts.get("files") or {}
+    names = list(files) if isinstance(files, dict) else [str(files)]
+    wrong = [name for name in names if not _NAME.fullmatch(name) or name in (FACTS, CARD)]
     if wrong or not names:
-        what = f"lists {wrong[0]!r}" if wrong else "lists no files, as runs of version 1"
+        what = f"lists {wrong[0][:60]!r}" if wrong else "lists no files, as runs of version 1"
         raise FeatureStoreError(
             f"{folder / FACTS} {what}, and a run that is shared has all its files by their own names. Load the run "
             "(Learner.load) and save it anew."
         )
     return names
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+"""Of a run's files, on any system; and nothing that the hub's library takes for a pattern of names."""
 
 
 def _json(content: bytes | None) -> dict[str, Json]:

@@ -34,7 +34,7 @@ from training.agreement import Agreement, compared
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
 from training.embedding import embedding_model
 from training.export import ExportReport, exported
-from training.heads import ValueHead, passes_an_epoch
+from training.heads import ValueHead, passes_an_epoch, steps_note
 from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, labelled, to_score, to_train
 from training.inputs.situation import (
@@ -49,9 +49,7 @@ from training.inputs.situation import (
 from training.loop import optim, settings
 from training.loop.checkpoints import read_fit
 from training.loop.copies import put_back
-from training.loop.fit import (
-    check_norms,
-)
+from training.loop.fit import check_norms
 from training.loop.fitting import Begun, Fitting, check_waits
 from training.loop.history import History
 from training.loop.lr_find import LearningRates
@@ -786,6 +784,8 @@ class Learner:
             self._note(check_learnable(self.images, training))
         if plan.class_weights is None and self._loss is None:  # which weighs classes as it does
             self._note(imbalance_note(training))
+        if self.task == "regression":
+            self._note(steps_note(training.targets, self.classes))
         optim.build(self.model, 1.0, optimizer="sgd", weight_decay=0.0)  # raises if nothing would train
         situation = self._situation()
         for past in (self._seen, self._past):

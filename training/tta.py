@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypedDict
 
 import numpy as np
@@ -18,7 +18,7 @@ from featstore.images.views import Augment
 from training.inputs.batches import Batches, doubtful_note
 from training.inputs.derive import Source, find_to_score
 from training.inputs.situation import Situation
-from training.loop.fit import predicted
+from training.loop.fit import predicted, predicted_in
 
 GivenTta: TypeAlias = int | Augment | None
 """So many views of the learner's own policy (seeds 0, 1, ...); the views of a policy with seeds; or none."""
@@ -27,7 +27,8 @@ GivenTta: TypeAlias = int | Augment | None
 class TtaOptions(TypedDict, total=False):
     """Test-time augmentation: views of an image whose probabilities are averaged with those of its evaluation view.
 
-    Views that a store holds for all of the images are read from it; else the images are read and rendered.
+    Views that a store holds for all of the images are read from it; else each image is read and decoded once, and
+    rendered in all of them.
 
     Attributes:
         tta: so many views of the policy that training images get, seeds 0, 1, ...; or those of
@@ -148,7 +149,7 @@ def scored(
     # Both are found before either is read: what lacks views is said at once.
     augments = [None] if views is None else [None, views.augment]
     found = [find_to_score(situation, images, augment, say=say) for augment in augments]
-    passes = [batched(source, theirs) for theirs, source in found]
+    passes = [batched(source, theirs) for theirs, source in _together(found)]
     # Sources may leave different images out, and a view may fail of an image that has others.
     is_read = torch.ones(len(images), dtype=torch.bool)
     read = _in_place(situation.model.unfrozen, passes, images, is_read)
@@ -157,11 +158,24 @@ def scored(
     logits = next(read) if views is None else mean(read, views.shares, task)
     say(doubtful_note(*passes))
     return Scored(
-        source=passes[0].source,
+        source=found[0][1],
         kind="images" if any(each.source.kind == "images" for each in passes) else "features",
         images=images.select(is_read.numpy()),
         logits=logits[is_read],
     )
+
+
+def _together(found: Sequence[tuple[Situation, Source]]) -> Sequence[tuple[Situation, Source]]:
+    """Sources that each image is to be read from once: all views as one, where none of them is stored."""
+    (situation, plain), *rest = found
+    if not rest:
+        return found
+    other, source = rest[0]
+    if plain.kind != "images" or source.kind != "images" or situation.store is not other.store:
+        return found
+    assert isinstance(plain.views, tuple)
+    assert isinstance(source.views, tuple)
+    return [(situation, replace(plain, views=(*plain.views, *source.views)))]
 
 
 def _in_place(tail: nn.Module, passes: Sequence[Batches], images: ImageSet, is_read: Tensor) -> Iterator[Tensor]:
@@ -169,8 +183,7 @@ def _in_place(tail: nn.Module, passes: Sequence[Batches], images: ImageSet, is_r
     places = {name: place for place, name in enumerate(images.ids)}
     for each in passes:
         ids = each.source.images.ids
-        for view in range(_num_views(each.source)):
-            logits, rows = predicted(tail, each, view)
+        for logits, rows in _of_views(tail, each):
             at = torch.tensor([places[ids[row]] for row in rows.tolist()])
             is_here = torch.zeros_like(is_read)
             is_here[at] = True
@@ -178,6 +191,17 @@ def _in_place(tail: nn.Module, passes: Sequence[Batches], images: ImageSet, is_r
             whole = logits.new_zeros(len(images), *logits.shape[1:])
             whole[at] = logits
             yield whole
+
+
+def _of_views(tail: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and row numbers in each view of a source, one after the other."""
+    views, source = range(_num_views(batches.source)), batches.source
+    if source.kind == "features":
+        for view in views:
+            yield predicted(tail, batches, view)
+        return
+    for start in range(0, len(views), batches.views_at_a_time()):
+        yield from predicted_in(tail, batches, views[start : start + batches.views_at_a_time()])
 
 
 def _num_views(source: Source) -> int:

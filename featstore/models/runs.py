@@ -429,6 +429,9 @@ def _read_facts(folder: Path) -> Json:
     try:
         version, _ = int(facts["format"]), facts["tensors"]
         checksum = facts["checksum"] if version > 1 else facts.get("checksum")
+        files = facts.get("files", {})
+        if not isinstance(files, dict) or not all(isinstance(each, str) for each in files.values()):
+            raise TypeError("its files have no digests")
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFileError(f"{path} is damaged ({error!r}). {_RESTORE}") from error
     own = {name: value for name, value in facts.items() if name != "checksum"}

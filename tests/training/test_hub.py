@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import json
+import pickle
+import struct
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from support.hub_server import Hub, served
 from support.programs import Run
 from support.tiny import pixels, staged
 
 from featstore import DamagedFileError, FeatureStoreError, ImageSet
+from featstore.digest import digest_json
 from training import Learner
 from training.hub import card, pull, push
 
@@ -72,6 +80,78 @@ def test_what_a_hub_holds_is_checked_before_it_gets_its_name(hub: Hub, saved: Pa
     with pytest.raises(DamagedFileError, match=r"history\.csv"):
         push(saved, "somebody/damaged")
     assert hub.repos.keys() == {REPO}
+
+
+def resealed(contents: dict[str, bytes], **changes: Any) -> bytes:
+    """The facts of a run with other files, such that all checksums fit: as somebody makes them who means harm."""
+    facts = json.loads(contents["model.json"])
+    facts |= {"tensors": sha256(contents["model.safetensors"]).hexdigest(), **changes}
+    if isinstance(facts["files"], dict):
+        facts["files"] |= {name: sha256(contents[name]).hexdigest() for name in facts["files"] if name in contents}
+    facts.pop("checksum")
+    return json.dumps({**facts, "checksum": digest_json(facts)}).encode()
+
+
+class Touch:
+    """Makes a file where somebody unpickles it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_repository_of_somebody_who_means_harm_leaves_nothing_here(hub: Hub, saved: Path, tmp_path: Path) -> None:
+    push(saved, REPO)
+    good, safe = dict(hub.repos[REPO]), "model.safetensors"
+    buffer = io.BytesIO()
+    torch.save({"weight": Touch(tmp_path / "ran")}, buffer)
+    contents = {
+        "pickled": pickle.dumps(Touch(tmp_path / "ran")),
+        "saved by torch": buffer.getvalue(),
+        "a header of exabytes": struct.pack("<Q", 1 << 62) + b"{}",
+        "a header of 100 MB": struct.pack("<Q", 100_000_000) + b"{" + bytes(1_000),
+        "nothing": b"",
+    }
+    for content in contents.values():
+        hub.repos[REPO] = {**good, safe: content}
+        hub.repos[REPO]["model.json"] = resealed(hub.repos[REPO])
+        with pytest.raises(FeatureStoreError, match=rf"{REPO}/model\.safetensors can't be read as a weights file"):
+            pull(REPO, tmp_path / "pulled")
+    digest = "0" * 64
+    for name in (
+        "../up",
+        str(tmp_path / "there"),
+        "a/b",
+        "..",
+        ".",
+        "",
+        "*",
+        "[a-z]*",
+        "x" * 300,
+        "a\nb",
+        "a\0b",
+        ".cache",
+    ):
+        facts = resealed(good, files={**json.loads(good["model.json"])["files"], name: digest})
+        hub.repos[REPO] = {**good, name: b"evil", "model.json": facts}
+        with pytest.raises(
+            FeatureStoreError, match=rf"{REPO}/model\.json lists .* has all its files by their own names"
+        ):
+            pull(REPO, tmp_path / "pulled")
+    for files_ in ([safe], safe, 7, {"x": 3}, {"x": None}, [["a"]]):
+        hub.repos[REPO] = {**good, "model.json": resealed(good, files=files_)}
+        with pytest.raises(FeatureStoreError, match=rf"{REPO}/model\.json is damaged"):
+            pull(REPO, tmp_path / "pulled")
+    for facts in (b"[" * 100_000, b'{"format":' + b"9" * 10_000 + b"}", b"{}"):
+        hub.repos[REPO] = {**good, "model.json": facts}
+        with pytest.raises(DamagedFileError, match=rf"{REPO}/model\.json is damaged"):
+            pull(REPO, tmp_path / "pulled")
+    hub.repos[REPO] = {**good, "model.json": bytes(1 << 26) + b" "}
+    with pytest.raises(FeatureStoreError, match=r"has a model\.json of 67,108,865 bytes; a run's facts are 67,108,864"):
+        pull(REPO, tmp_path / "pulled")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 def test_a_card_says_what_the_model_is_whatever_its_classes_are_called(saved: Path) -> None:

@@ -23,6 +23,7 @@ from featstore.errors import FeatureStoreError
 from featstore.exchange.export import export
 from featstore.extraction.remedy import image_flags
 from training import Learner
+from training.heads import steps_note
 from training.scores.metrics import mean_absolute_error, r2, root_mean_squared_error
 
 
@@ -42,6 +43,23 @@ def images() -> ImageSet:
 
 def learner(images: ImageSet, store: FeatureStore | None = None, **options: object) -> Learner:
     return Learner(staged(), images, store, **{"head": "linear", "quiet": True, "batch_size": 8, **options})  # type: ignore[arg-type]
+
+
+def test_numbers_whose_digits_float32_loses_are_told_before_they_are_learnt(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pixels, _ = shades(12)
+    drawn = np.random.default_rng(0).normal(0, 3600, 12)
+    seconds = ImageSet.from_arrays(
+        pixels, np.stack([drawn / 3600, 1.7e9 + drawn], 1), classes=["hours", "time"], task="regression"
+    )
+    learner(seconds, quiet=False, device="cpu").fit(1, lr=1e-2)
+    told = capsys.readouterr().err
+    assert "time is around 1.7e+09 and spreads by 2561, where float32 has steps of 128: digits are lost" in told
+    few = np.array([[16777216.0], [16777215.0], [16777200.0]], np.float32)  # from here on steps of 2
+    assert steps_note(few, ["x"]) is not None
+    assert steps_note(few - 16777200, ["x"]) is None
+    assert steps_note(np.full((3, 1), 1.7e9, np.float32), ["x"]) is None  # nothing is lost of what doesn't vary
 
 
 def test_numbers_are_learnt_in_whatever_units_and_predicted_in_these(images: ImageSet, tmp_path: Path) -> None:

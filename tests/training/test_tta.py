@@ -14,7 +14,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from featstore import Augment, FeatureStore, FeatureStoreError, ImageSet, extract
+from featstore.images import render
 from training import Ensemble, Learner
+from training.inputs import batches
 from training.tta import mean
 
 FLIPS = Augment("flip", seeds=range(3))
@@ -77,6 +79,33 @@ def test_features_and_images_give_the_same_bits(stored: tuple[ImageSet, FeatureS
         np.testing.assert_array_equal(cached.predict_proba(images, tta=theirs), live.predict_proba(images, tta=theirs))
         assert (cached.read_from, live.read_from) == ("features", "images")
         assert cached.evaluate(tta=theirs) == live.evaluate(tta=theirs)
+
+
+@pytest.mark.parametrize("most_pixels", [1 << 26, 3 * 32 * 16**2])
+def test_an_image_is_decoded_once_for_all_of_its_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_pixels: int
+) -> None:
+    learn = learner(arrays(6))
+    images = ImageSet.from_folder(photos(tmp_path / "photos"))
+    monkeypatch.setattr(batches, "_MOST_PIXELS", most_pixels)
+    expected = np.mean([each[1] for each in (learn.scored(images), *(one_view(learn, images, n) for n in range(3)))], 0)
+    decoded: list[int] = []
+    decode = render.decode_for
+
+    def counting(*arguments: Any) -> Any:
+        decoded.append(1)
+        return decode(*arguments)
+
+    monkeypatch.setattr(render, "decode_for", counting)
+    found = learn.predict_proba(images, tta=FLIPS)
+    passes = 1 if most_pixels == 1 << 26 else 2  # of four views three have room
+    assert len(decoded) == passes * len(images)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def one_view(learn: Learner, images: ImageSet, seed: int) -> Any:
+    """What is said of one view alone."""
+    return learn.scored(images, tta=Augment("flip", seeds=[seed]), tta_weight=0)
 
 
 def test_a_view_of_ones_own_is_torchvisions(tmp_path: Path) -> None:

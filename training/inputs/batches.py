@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,9 @@ from training.inputs.held import HeldSource
 from training.inputs.resident import resident
 from training.inputs.situation import Situation
 from training.mixing import BatchChange, changed
+
+_MOST_PIXELS = 1 << 26
+"""That views of images may have together while they wait for each other: 192 MB, and 41 views of 32 images at 224."""
 
 _CAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -232,6 +236,26 @@ class Batches:
         order = np.arange(share[0], self.num_images, share[1])
         return self._batched(self._chunks(order, np.full(len(order), view, np.int64)), merge_single=False)
 
+    def in_views(self, views: Sequence[int]) -> Iterator[tuple[int, Tensor, NDArray[np.int64]]]:
+        """One pass over several views, by their places, of images: (place, inputs, row numbers) as of `in_order`.
+
+        Each image is read and decoded once; one that fails in any of the views has none. As many pixels are held as
+        all views of `_chunk_size` images have.
+        """
+        cuts = {view: _Cut(self.batch_size) for view in views}
+        rendered = self._rendered(self._jobs((row, views) for row in range(self.num_images)))
+        while pending := list(islice(rendered, self._chunk_size)):
+            for place, view in enumerate(views):
+                for batch in cuts[view].add(self._run([(of_image[place], row) for of_image, row in pending])):
+                    yield view, *batch
+        for view, cut in cuts.items():
+            for batch in cut.rest():
+                yield view, *batch
+
+    def views_at_a_time(self) -> int:
+        """Of how many views `in_views` holds no more pixels than `_MOST_PIXELS`; at least one."""
+        return max(1, _MOST_PIXELS // (self._chunk_size * self.situation.view.size**2))
+
     def _views(self, seed: int, number: int, order: NDArray[np.int64]) -> NDArray[np.int64]:
         """For each image of `order` the place of its view; with fresh views, their seed."""
         again = _times_before(order) if self.sampling == "balanced" else np.zeros(len(order), np.int64)
@@ -291,28 +315,31 @@ class Batches:
     def _from_images(
         self, order: NDArray[np.int64], views: NDArray[np.int64]
     ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        wanted = ((row, (view,)) for row, view in zip(order.tolist(), views.tolist(), strict=True))
+        rendered = self._rendered(self._jobs(wanted))
+        while pending := [(view, row) for (view,), row in islice(rendered, self._chunk_size)]:
+            yield self._run(pending)
+
+    def _jobs(self, wanted: Iterable[tuple[int, Sequence[int]]]) -> Iterator[Job]:
+        """What is to be rendered of rows, each with the places of its views."""
         source = self.source
         assert not isinstance(source, FeatureSource | HeldSource)
-        policy = source.views[0].policy if isinstance(source.views, tuple) else source.views.policy
-        if policy is not None:
+        policies = [each.policy for each in source.views] if isinstance(source.views, tuple) else [source.views.policy]
+        for policy in {id(each): each for each in policies if each is not None}.values():
             policy.check_unchanged()
-        jobs = (
-            Job(int(row), bytes(source.digests[row]), (self._view_of(view),))
-            for row, view in zip(order, views.tolist(), strict=True)
-        )
-        pending: list[tuple[Tensor, int]] = []
-        for rendered in render(source.images, jobs, workers=self.workers, on_error=self.on_error):
+        for row, views in wanted:
+            yield Job(row, bytes(source.digests[row]), tuple(map(self._view_of, views)))
+
+    def _rendered(self, jobs: Iterator[Job]) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+        """The views of images, and their rows; those that can't be read are left out where that was asked for."""
+        images = self.source.images
+        for rendered in render(images, jobs, workers=self.workers, on_error=self.on_error):
             if rendered.views is None:
-                self.failures[source.images.ids[rendered.index]] = rendered.failure or ""
-            else:
-                if rendered.doubt is not None:
-                    self.doubts[source.images.ids[rendered.index]] = rendered.doubt
-                pending.append((rendered.views[0], rendered.index))
-            if len(pending) == self._chunk_size:
-                yield self._run(pending)
-                pending = []
-        if pending:
-            yield self._run(pending)
+                self.failures[images.ids[rendered.index]] = rendered.failure or ""
+                continue
+            if rendered.doubt is not None:
+                self.doubts[images.ids[rendered.index]] = rendered.doubt
+            yield rendered.views, rendered.index
 
     def _view_of(self, place: int) -> View:
         source = self.source
@@ -334,20 +361,33 @@ class Batches:
 
         A stage may write into its input, and kernels may sum in another order where memory is aligned otherwise.
         """
-        size = self.batch_size
-        spare = 1 if merge_single and size > 1 else 0
-        held: list[tuple[Tensor, NDArray[np.int64]]] = []
-        count = 0
+        cut = _Cut(self.batch_size, spare=1 if merge_single and self.batch_size > 1 else 0)
         for chunk in chunks:
-            held.append(chunk)
-            count += len(chunk[1])
-            while count > size + spare:
-                batch, held = _taken(held, size)
-                count -= size
-                yield batch
-        if count:
-            batch, _ = _taken(held, count)
+            yield from cut.add(chunk)
+        yield from cut.rest()
+
+
+class _Cut:
+    """Chunks on their way into batches of `size` rows, of which the last may have `spare` more."""
+
+    def __init__(self, size: int, *, spare: int = 0) -> None:
+        self._size, self._spare = size, spare
+        self._held: list[tuple[Tensor, NDArray[np.int64]]] = []
+        self._count = 0
+
+    def add(self, chunk: tuple[Tensor, NDArray[np.int64]]) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """The batches that a chunk fills."""
+        self._held.append(chunk)
+        self._count += len(chunk[1])
+        while self._count > self._size + self._spare:
+            batch, self._held = _taken(self._held, self._size)
+            self._count -= self._size
             yield batch
+
+    def rest(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+        """What is left, as the last batch."""
+        if self._count:
+            yield _taken(self._held, self._count)[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -294,6 +294,18 @@ def predicted(tail: nn.Module, batches: Batches, view: int = 0, ranks: Ranks | N
     return torch.cat(logits), torch.cat(rows)
 
 
+def predicted_in(tail: nn.Module, batches: Batches, views: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """What `predicted` gives in each of several views of images, which are read and decoded once for all of them."""
+    logits: dict[int, list[Tensor]] = {view: [] for view in views}
+    rows: dict[int, list[Tensor]] = {view: [] for view in views}
+    with torch.no_grad(), mode_of(tail, training=False):
+        for view, inputs, numbers in batches.in_views(views):
+            logits[view].append(tail(inputs).float().cpu())
+            rows[view].append(torch.from_numpy(numbers))
+    check_any(len(rows[views[0]]), batches)
+    return [(torch.cat(logits[view]), torch.cat(rows[view])) for view in views]
+
+
 def check_any(num_batches: int, batches: Batches) -> None:
     """Checks that a pass over `batches` gave at least one of them.
 
