@@ -1,4 +1,7 @@
-"""Sweeps: each setting comes to what it comes to alone; what is finished stays finished; another sweep is refused."""
+"""Sweeps: each setting comes to what it comes to alone; what is finished stays finished; another sweep is refused.
+
+Long, since what a sweep tries, keeps and tells is tested on the same stored features.
+"""
 
 from __future__ import annotations
 
