@@ -445,8 +445,10 @@ def test_what_should_be_known_of_the_images_is_told_once(
     said = capsys.readouterr().err
     assert said.count("which counts for little beside it") == 1
     assert "8 of 8 settings done" in said
-    sweep(staged(), images, None, settings, **{**options, "quiet": True})
+    found = sweep(staged(), images, None, settings, **{**options, "quiet": True})
     assert not capsys.readouterr().err
+    found.best().fit(1, 1e-2)
+    assert "which counts for little beside it" in capsys.readouterr().err
 
 
 def test_samples_are_drawn_by_their_seed_within_their_ranges() -> None:
