@@ -75,10 +75,11 @@ def test_a_grid_of_everything_is_a_row_each_as_it_comes_to_alone(stored: tuple[I
         {"head": "linear", "lr": 1e-2, "mix": Mixup(0.4)},
         {"head": "linear", "lr": 1e-2, "mix": FeatureNoise(0.4), "optimizer": "sgd"},
         {"head": "concat", "lr": 1e-2, "augment": flip, "clip": 1.0},
+        {"head": "linear", "lr": 1e-2, "sampling": "balanced"},
     ]
     words = [
         "linear", "linear", "linear", "mlp:hidden=5,dropout=0.2", "mlp:hidden=5,dropout=0.4", "mlp:hidden=6+4",
-        "concat:hidden=", "attention:queries=2", "linear", "linear", "linear", "concat",
+        "concat:hidden=", "attention:queries=2", "linear", "linear", "linear", "concat", "linear",
     ]  # fmt: skip
     found = sweep(staged(), *stored, settings, **OPTIONS)
     assert len(found.members) == len(settings)
@@ -89,7 +90,7 @@ def test_a_grid_of_everything_is_a_row_each_as_it_comes_to_alone(stored: tuple[I
         given = {name: value for name, value in setting.items() if name not in ("hidden", "dropout", "queries")}
         fit = {
             name: given.pop(name)
-            for name in ("weight_decay", "schedule", "label_smoothing", "mix", "clip")
+            for name in ("weight_decay", "schedule", "label_smoothing", "mix", "clip", "sampling")
             if name in given
         }
         learn = alone(stored, fit=fit, **{**given, "head": word})
@@ -98,7 +99,7 @@ def test_a_grid_of_everything_is_a_row_each_as_it_comes_to_alone(stored: tuple[I
         assert {name: member.parts[0][name] for name in expected} == pytest.approx(expected, **CLOSE), setting
         assert member.interval("accuracy") == wilson_interval(round(expected["accuracy"] * VALID), VALID)
     assert [*found.frame()] == [*found.table[0]]
-    assert "the best of 12 is chosen by the images that score it" in repr(found)
+    assert "the best of 13 is chosen by the images that score it" in repr(found)
     assert "<table>" in found._repr_html_()
 
 
@@ -126,9 +127,10 @@ def test_folds_and_seeds_give_a_mean_and_students_interval(stored: tuple[ImageSe
     assert folded.interval("accuracy") == pytest.approx((ends.low, ends.high))
     assert folded.score("accuracy").by == "student"
     found = sweep(staged(), images, store, [{**setting, "head": "mlp", "seed": 5}], repeats=2, **OPTIONS)
-    accuracies = [alone(stored, 1e-2, head="mlp", seed=seed).evaluate()["accuracy"] for seed in (5, 6)]
-    assert [each["accuracy"] for each in found.members[0].parts] == accuracies
-    assert found.table[0]["accuracy"] == pytest.approx(np.mean(accuracies))
+    scores = [alone(stored, 1e-2, head="mlp", seed=seed).evaluate() for seed in (5, 6)]
+    for part, score in zip(found.members[0].parts, scores, strict=True):
+        assert (part["accuracy"], part["valid_loss"]) == (score["accuracy"], pytest.approx(score["loss"]))
+    assert found.table[0]["accuracy"] == pytest.approx(np.mean([each["accuracy"] for each in scores]))
 
 
 def test_of_folds_the_best_is_fitted_anew(stored: tuple[ImageSet, FeatureStore]) -> None:
