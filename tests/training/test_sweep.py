@@ -118,9 +118,11 @@ def test_the_best_is_a_learner_to_go_on_with(stored: tuple[ImageSet, FeatureStor
 def test_folds_and_seeds_give_a_mean_and_students_interval(stored: tuple[ImageSet, FeatureStore]) -> None:
     images, store = stored
     setting = {"head": "linear", "lr": 1e-2}
-    (folded,) = sweep(staged(), images, store, [setting], folds=3, split_seed=4, **OPTIONS).members
+    pairs = [row // 2 for row in range(COUNT)]
+    (folded,) = sweep(staged(), images, store, [setting], folds=3, split_seed=4, groups=pairs, **OPTIONS).members
     values = [
-        alone(stored, 1e-2, head="linear", images=fold).evaluate()["accuracy"] for fold in images.folds(3, seed=4)
+        alone(stored, 1e-2, head="linear", images=fold).evaluate()["accuracy"]
+        for fold in images.folds(3, seed=4, groups=pairs)
     ]
     assert [each["accuracy"] for each in folded.parts] == values
     ends = ttest_1samp(values, 0).confidence_interval(0.95)
@@ -599,13 +601,15 @@ def test_a_share_and_a_backbone_that_there_are_not_are_refused(stored: tuple[Ima
 def test_a_fit_that_patience_ended_is_whole_and_one_that_halving_dropped_is_not(
     stored: tuple[ImageSet, FeatureStore], tmp_path: Path
 ) -> None:
-    options = {**OPTIONS, "epochs": 8, "patience": 1, "monitor": "valid_loss", "out": tmp_path / "patient"}
+    options = {**OPTIONS, "epochs": 8, "patience": 1, "keep": "best", "monitor": "valid_loss", "out": tmp_path / "out"}
     settings = Grid({"head": ["linear"], "lr": [1e-5, 0.3]})
     for _ in range(2):  # as it was trained, and as it is read back
         patient = sweep(staged(), *stored, settings, **options)
         assert min(each.epochs for each in patient.members) < 8
         assert all(each.is_whole for each in patient.members)
         losses = [each.mean("valid_loss") for each in patient.members]
+        assert losses == [min(each.curves[0]) for each in patient.members]
+        assert any(each.curves[0][-1] > loss for each, loss in zip(patient.members, losses, strict=True))
         assert losses == sorted(losses)
     rates = Grid({"head": ["linear"], "lr": [1e-4, 1e-3, 1e-2], "patience": [None]})
     halved = sweep(staged(), *stored, rates, halving=2, **{**OPTIONS, "epochs": 4})
