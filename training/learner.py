@@ -74,8 +74,8 @@ class Learner:
     The model is `learn.model`: the backbone's stages up to the cut, a pool, and the head. The caller's backbone is
     never changed: frozen stages are shared with it, thawed ones are copies. Where the next fit reads from is derived,
     and `learn.inputs` says it in words. These may be set later: images, store, augment, on_missing, on_error,
-    optimizer, batch_size, seed, view, workers, quiet and allow_leak. The rest is fixed; an attribute that isn't known
-    is refused.
+    optimizer, batch_size, seed, view, workers, quiet, allow_leak and note. The rest is fixed; an attribute that isn't
+    known is refused.
 
     Args:
         model: the backbone; or a model with its own head, with ``head="keep"``.
@@ -116,8 +116,8 @@ class Learner:
 
     __slots__ = (
         "_asked", "_before", "_begun", "_calibration", "_cut", "_features", "_fits", "_images", "_loss", "_metrics",
-        "_named", "_noted", "_origins", "_passes", "_past", "_probed", "_seen", "_start", "_trained_on", "allow_leak",
-        "augment", "batch_size", "classes", "device", "head_name", "history", "model", "on_error", "on_missing",
+        "_named", "_origins", "_passes", "_past", "_probed", "_seen", "_start", "_trained_on", "allow_leak",
+        "augment", "batch_size", "classes", "device", "head_name", "history", "model", "note", "on_error", "on_missing",
         "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
     )  # fmt: skip
 
@@ -174,7 +174,7 @@ class Learner:
         self._loss = settings.checked("loss", loss)
         self._metrics = scores.by_name(metrics or (), scores.default_metrics(self.task, len(self.classes)))
         self._trained_on: str | None = None
-        self._asked, self._noted = asked, note
+        self._asked, self.note = asked, note
         self._fits: list[FitRecord] = []
         self._begun: tuple[Begun, PastSplit, str] | None = None  # a fit that is under way
         self._calibration: Calibration | None = None
@@ -878,10 +878,10 @@ class Learner:
             logger_of("training").info("%s", text)
 
     def _note(self, text: str | None) -> None:
-        if self._noted is None:
+        if self.note is None:
             self._say(text)
         elif text is not None:
-            self._noted(text)
+            self.note(text)
 
     def _trained_note(self, images: ImageSet) -> str | None:
         digests = images.digests(self._situation().known)

@@ -642,7 +642,7 @@ class _Run:
             assert self.folder is not None
             learn, _ = trials.made(member.setting, 0)
             learn.take_head(*self.folder.head(member.name))
-        learn.quiet = False
+        learn.quiet, learn.note = False, None  # what comes next is said by itself
         return learn
 
     # ------------------------------------------------------------------------------------------------------- inside

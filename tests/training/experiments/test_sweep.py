@@ -1,4 +1,7 @@
-"""Sweeps: each setting comes to what it comes to alone; what is finished stays finished; another sweep is refused."""
+"""Sweeps: each setting comes to what it comes to alone; what is finished stays finished; another sweep is refused.
+
+Long, since what a sweep tries, keeps and tells is tested on the same stored features.
+"""
 
 from __future__ import annotations
 
@@ -72,10 +75,11 @@ def test_a_grid_of_everything_is_a_row_each_as_it_comes_to_alone(stored: tuple[I
         {"head": "linear", "lr": 1e-2, "mix": Mixup(0.4)},
         {"head": "linear", "lr": 1e-2, "mix": FeatureNoise(0.4), "optimizer": "sgd"},
         {"head": "concat", "lr": 1e-2, "augment": flip, "clip": 1.0},
+        {"head": "linear", "lr": 1e-2, "sampling": "balanced"},
     ]
     words = [
         "linear", "linear", "linear", "mlp:hidden=5,dropout=0.2", "mlp:hidden=5,dropout=0.4", "mlp:hidden=6+4",
-        "concat:hidden=", "attention:queries=2", "linear", "linear", "linear", "concat",
+        "concat:hidden=", "attention:queries=2", "linear", "linear", "linear", "concat", "linear",
     ]  # fmt: skip
     found = sweep(staged(), *stored, settings, **OPTIONS)
     assert len(found.members) == len(settings)
@@ -86,7 +90,7 @@ def test_a_grid_of_everything_is_a_row_each_as_it_comes_to_alone(stored: tuple[I
         given = {name: value for name, value in setting.items() if name not in ("hidden", "dropout", "queries")}
         fit = {
             name: given.pop(name)
-            for name in ("weight_decay", "schedule", "label_smoothing", "mix", "clip")
+            for name in ("weight_decay", "schedule", "label_smoothing", "mix", "clip", "sampling")
             if name in given
         }
         learn = alone(stored, fit=fit, **{**given, "head": word})
@@ -95,7 +99,7 @@ def test_a_grid_of_everything_is_a_row_each_as_it_comes_to_alone(stored: tuple[I
         assert {name: member.parts[0][name] for name in expected} == pytest.approx(expected, **CLOSE), setting
         assert member.interval("accuracy") == wilson_interval(round(expected["accuracy"] * VALID), VALID)
     assert [*found.frame()] == [*found.table[0]]
-    assert "the best of 12 is chosen by the images that score it" in repr(found)
+    assert "the best of 13 is chosen by the images that score it" in repr(found)
     assert "<table>" in found._repr_html_()
 
 
@@ -114,18 +118,21 @@ def test_the_best_is_a_learner_to_go_on_with(stored: tuple[ImageSet, FeatureStor
 def test_folds_and_seeds_give_a_mean_and_students_interval(stored: tuple[ImageSet, FeatureStore]) -> None:
     images, store = stored
     setting = {"head": "linear", "lr": 1e-2}
-    (folded,) = sweep(staged(), images, store, [setting], folds=3, split_seed=4, **OPTIONS).members
+    pairs = [row // 2 for row in range(COUNT)]
+    (folded,) = sweep(staged(), images, store, [setting], folds=3, split_seed=4, groups=pairs, **OPTIONS).members
     values = [
-        alone(stored, 1e-2, head="linear", images=fold).evaluate()["accuracy"] for fold in images.folds(3, seed=4)
+        alone(stored, 1e-2, head="linear", images=fold).evaluate()["accuracy"]
+        for fold in images.folds(3, seed=4, groups=pairs)
     ]
     assert [each["accuracy"] for each in folded.parts] == values
     ends = ttest_1samp(values, 0).confidence_interval(0.95)
     assert folded.interval("accuracy") == pytest.approx((ends.low, ends.high))
     assert folded.score("accuracy").by == "student"
     found = sweep(staged(), images, store, [{**setting, "head": "mlp", "seed": 5}], repeats=2, **OPTIONS)
-    accuracies = [alone(stored, 1e-2, head="mlp", seed=seed).evaluate()["accuracy"] for seed in (5, 6)]
-    assert [each["accuracy"] for each in found.members[0].parts] == accuracies
-    assert found.table[0]["accuracy"] == pytest.approx(np.mean(accuracies))
+    scores = [alone(stored, 1e-2, head="mlp", seed=seed).evaluate() for seed in (5, 6)]
+    for part, score in zip(found.members[0].parts, scores, strict=True):
+        assert (part["accuracy"], part["valid_loss"]) == (score["accuracy"], pytest.approx(score["loss"]))
+    assert found.table[0]["accuracy"] == pytest.approx(np.mean([each["accuracy"] for each in scores]))
 
 
 def test_of_folds_the_best_is_fitted_anew(stored: tuple[ImageSet, FeatureStore]) -> None:
@@ -442,8 +449,10 @@ def test_what_should_be_known_of_the_images_is_told_once(
     said = capsys.readouterr().err
     assert said.count("which counts for little beside it") == 1
     assert "8 of 8 settings done" in said
-    sweep(staged(), images, None, settings, **{**options, "quiet": True})
+    found = sweep(staged(), images, None, settings, **{**options, "quiet": True})
     assert not capsys.readouterr().err
+    found.best().fit(1, 1e-2)
+    assert "which counts for little beside it" in capsys.readouterr().err
 
 
 def test_samples_are_drawn_by_their_seed_within_their_ranges() -> None:
@@ -592,13 +601,15 @@ def test_a_share_and_a_backbone_that_there_are_not_are_refused(stored: tuple[Ima
 def test_a_fit_that_patience_ended_is_whole_and_one_that_halving_dropped_is_not(
     stored: tuple[ImageSet, FeatureStore], tmp_path: Path
 ) -> None:
-    options = {**OPTIONS, "epochs": 8, "patience": 1, "monitor": "valid_loss", "out": tmp_path / "patient"}
+    options = {**OPTIONS, "epochs": 8, "patience": 1, "keep": "best", "monitor": "valid_loss", "out": tmp_path / "out"}
     settings = Grid({"head": ["linear"], "lr": [1e-5, 0.3]})
     for _ in range(2):  # as it was trained, and as it is read back
         patient = sweep(staged(), *stored, settings, **options)
         assert min(each.epochs for each in patient.members) < 8
         assert all(each.is_whole for each in patient.members)
         losses = [each.mean("valid_loss") for each in patient.members]
+        assert losses == [min(each.curves[0]) for each in patient.members]
+        assert any(each.curves[0][-1] > loss for each, loss in zip(patient.members, losses, strict=True))
         assert losses == sorted(losses)
     rates = Grid({"head": ["linear"], "lr": [1e-4, 1e-3, 1e-2], "patience": [None]})
     halved = sweep(staged(), *stored, rates, halving=2, **{**OPTIONS, "epochs": 4})

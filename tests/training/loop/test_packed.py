@@ -111,13 +111,13 @@ def test_heads_trained_together_are_those_trained_alone(
 
 def test_each_head_draws_its_own_dropout_as_it_does_alone(stored: tuple[ImageSet, FeatureStore, str]) -> None:
     heads = [head_of((0.2, 0.5)), head_of((0.4, 0.1)), head_of((0.2, 0.5))]
-    plans = [Plan(cycles=(2,), lr=1e-2)] * 3
-    alone = [learner(stored, each) for each in heads]
-    for learn, plan in zip(alone, plans, strict=True):
-        learn._fit(plan)
-    packed = [learner(stored, each) for each in heads]
+    plans = [Plan(cycles=(1,), lr=1e-2)] * 3
+    alone, packed = ([learner(stored, each) for each in heads] for _ in range(2))
     state = torch.get_rng_state()
-    together(packed, plans)
+    for _ in range(2):  # a second fit draws on
+        for learn, plan in zip(alone, plans, strict=True):
+            learn._fit(plan)
+        together(packed, plans)
     assert torch.equal(torch.get_rng_state(), state)
     for one, other in zip(alone, packed, strict=True):
         assert_same(one, other)
@@ -155,6 +155,26 @@ def test_several_labels_and_numbers_likewise(stored: tuple[ImageSet, FeatureStor
     together(packed, plans)
     for one, two in zip(alone, packed, strict=True):
         assert_same(one, two)
+
+
+def test_each_head_keeps_the_scale_that_it_has_of_its_inputs(stored: tuple[ImageSet, FeatureStore, str]) -> None:
+    images = stored[0]
+
+    def fitted_before() -> list[Learner]:
+        found = [learner(stored, images=images.select(range(*ends))) for ends in ((0, 90), (90, 180))]
+        for each in found:
+            each._fit(Plan(lr=1e-2))
+            each.images = images
+        return found
+
+    plans = [Plan(cycles=(2,), lr=1e-2)] * 2
+    alone, packed = fitted_before(), fitted_before()
+    for learn, plan in zip(alone, plans, strict=True):
+        learn._fit(plan)
+    together(packed, plans)
+    for one, other in zip(alone, packed, strict=True):
+        assert_same(one, other)
+    assert not torch.equal(packed[0].model.tensors()["head.mean"], packed[1].model.tensors()["head.mean"])
 
 
 def test_a_head_that_loses_its_way_takes_no_other_along(stored: tuple[ImageSet, FeatureStore, str]) -> None:
