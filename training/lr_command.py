@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from featstore.cli.flags import AugmentFlags, FileFlags, ImageFlags, OutputFlags, ViewFlags, open_store, spread
+from featstore.cli.flags import AugmentFlags, ImageFlags, OutputFlags, ViewFlags, open_store, spread
 from featstore.cli.models import load_model
 from featstore.cli.program import one_of, show, show_json, tell_all
 from featstore.models.names import REDUCTIONS
 from training import choices
 from training.asked import asked_cuts, asked_view, for_run, labelled, labelled_as
 from training.fit_flags import FitOptionFlags
-from training.run_commands import FitFlags
+from training.run_commands import FileFlags, FitFlags
 
 _PICTURES = (".png", ".svg", ".pdf")
 

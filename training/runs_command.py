@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from featstore.cli.flags import FileFlags, OutputFlags, spread
+from featstore.cli.flags import OutputFlags, spread
 from featstore.cli.program import show, show_json, tell
 from featstore.digest import Json
 from featstore.words import some
 from training.registry import Order, Runs, cell
 from training.registry import runs as found_below
+from training.run_commands import FileFlags
 
 _CONDITION = re.compile(r"([^<>=!]+)(<=|>=|==?)([^=].*|)", re.DOTALL)
 
