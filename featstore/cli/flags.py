@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 import typer
 
 from featstore.cli.program import one_of
-from featstore.errors import FeatureStoreError, OnError
+from featstore.errors import OnError
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED, DEFAULT_VALID
 from featstore.images.decoders import POLICIES as DECODE_POLICIES
 from featstore.images.geometry import INTERPOLATIONS
@@ -412,28 +411,6 @@ class OutputFlags:
             "--debug", help="After an error, its traceback; extract and status say what took time before a row."
         ),
     ] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileFlags:
-    """What becomes of files that other flags name and that are there already."""
-
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the names given.")] = False
-
-    def check_free(self, *names: str | None) -> None:
-        """Checks, before anything is computed, that files can be written under `names`; None stands for none.
-
-        Raises:
-            FeatureStoreError: if one exists and isn't to be replaced, or its folder isn't there.
-        """
-        for name in names:
-            if name is None:
-                continue
-            if os.path.isdir(name) or (os.path.lexists(name) and not self.overwrite):
-                remedy = "" if os.path.isdir(name) else ", or replace it with --overwrite"
-                raise FeatureStoreError(f"{name} exists already. Choose another name{remedy}.")
-            if not os.path.isdir(os.path.dirname(name) or "."):
-                raise FeatureStoreError(f"{name} lies in a folder that isn't there. Make it, or choose another name.")
 
 
 KeyArgument = Annotated[

@@ -6,6 +6,7 @@ Long, since what is asked of the stages and what is done to them share the list 
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -29,8 +30,12 @@ from featstore.models.pool import Pool
 from featstore.models.shapes import Measured, Tail, layout_from, measured, view_for, wrong_channels
 from featstore.models.stages import AbsentStage, HeadStage, PoolStage, Stage, TracedStage
 from featstore.models.wrappers import unwrapped
+from featstore.remedies import Command
 from featstore.timing import timed
+from featstore.words import some
 
+MOST_LISTED, MOST_NEAR = 20, 5
+"""Cuts that a message lists; of more those that are like the one that was asked for."""
 POOL, HEAD = "pool", "head"
 """Names of the two stages that `StagedModel.with_head` adds; a number follows where a backbone has such a name."""
 
@@ -201,7 +206,7 @@ class StagedModel(nn.Module):
         if not with_positions and not before:
             raise ModelError(
                 f"{self.name} has no value before its last layer with parameters ({stages[last].name}), so there is "
-                f"no default cut. Name one: {', '.join(self.cut_points)}."
+                f"no default cut. Name one: {some(self.cut_points)}."
             )
         return (with_positions or before)[-1]
 
@@ -220,7 +225,19 @@ class StagedModel(nn.Module):
         for index, stage in enumerate(self.ordered):
             if cut == stage.name or cut in stage.aliases:
                 return index
-        raise ValueError(f"{self.name} has no cut {cut!r}. Its cuts are {_listed(self.cut_points)}.")
+        raise ValueError(f"{self.name} has no cut {cut!r}. {self._cuts_like(cut)}")
+
+    def _cuts_like(self, cut: str) -> str:
+        """All cuts in a sentence, where there are few; else those that may have been meant, and how many there are."""
+        names = self.cut_points
+        if len(names) <= MOST_LISTED:
+            return f"Its cuts are {', '.join(names)}."
+        below = [name for name in names if name.startswith(f"{cut}.")]
+        near = difflib.get_close_matches(cut, names, n=MOST_NEAR, cutoff=0.5)
+        shown = list(dict.fromkeys([*below[-1:], *near, self._example_cut()]))[:MOST_NEAR]
+        name = self.origin.get("backbone")
+        found = "model.cut_points" if name is None else str(Command("featstore", "backbones", str(name)))
+        return f"The nearest of its {len(names):,} cuts are {', '.join(shown)}. All of them: {found}."
 
     def _example_cut(self) -> str:
         """A cut that a person might have meant: where the head goes, else the last but one."""
@@ -655,12 +672,6 @@ def _shares_memory(values: Any, others: Iterable[Tensor]) -> bool:
 def _unused(name: str, used: Collection[str]) -> str:
     candidates = [name, *(f"{name}_{number}" for number in range(2, len(used) + 3))]
     return next(candidate for candidate in candidates if candidate not in used)
-
-
-def _listed(names: Sequence[str], most: int = 40) -> str:
-    if len(names) <= most:
-        return ", ".join(names)
-    return f"{', '.join(names[: most // 2])}, ..., {', '.join(names[-most // 2 :])}"
 
 
 def _shaped(tensor: Tensor) -> str:

@@ -11,6 +11,13 @@
     return element;
   };
 
+  // ---- the bar above, of as many lines as its links take: what a link leads to begins below it
+
+  const bar = document.querySelector("nav");
+  const below = () => (document.documentElement.style.scrollPaddingTop = `${bar.offsetHeight + 8}px`);
+  below();
+  addEventListener("resize", below);
+
   // ---- images
 
   const addressOf = (place) =>

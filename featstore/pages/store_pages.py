@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlencode
 
@@ -48,7 +50,8 @@ class StorePages:
     """What `featstore view` shows. It reads a store and images, and writes nothing; several threads may ask at once.
 
     Feature sets are asked for by their whole keys, image sets and images by their numbers: what isn't there is a
-    LookupError, and no text that was asked for comes near a file system.
+    LookupError, and no text that was asked for comes near a file system. A page shows the store as it is when it is
+    asked for; image sets keep their numbers, as pages that are open ask for images by them.
 
     Args:
         store: whose sets and image tables.
@@ -58,18 +61,22 @@ class StorePages:
 
     def __init__(self, store: FeatureStore, images: ImageSet | None = None, *, root: str = "") -> None:
         self.store, self.root = store, root
-        self.sets: dict[str, FeatureSet] = {each.key: each for each in store.sets()}
-        tables = ImageTables(store.folder).newest(lambda name: images is None or name != images.name)
-        stored = [table.image_set(where=f"{store.root}, table {table.stem}") for table in tables]
-        self.image_sets: list[ImageSet] = [*([] if images is None else [images]), *stored]
+        self.sets: dict[str, FeatureSet] = {}
+        self.image_sets: list[ImageSet] = [] if images is None else [images]
+        self._own = None if images is None else images.name
+        self._numbers: dict[str, int] = {}  # table -> that of its image set
+        self._shown: list[int] = []  # of these, what the store has now
+        self._seen: list[tuple[str, int, list[str]]] | None = None
         self._thumbnails = _Kept(_THUMBNAIL_BYTES)
         self._rows: dict[tuple[str, int], _Rows] = {}
         self._lock = threading.Lock()
+        self._look()
 
     # ---- pages
 
     def overview(self) -> Page:
         """All sets and image sets of the store."""
+        self._look()
         sets = []
         for key, found in self.sets.items():
             facts = found.describe()
@@ -84,11 +91,11 @@ class StorePages:
                 len(each.classes) or None,
                 each.task,
             )
-            for number, each in enumerate(self.image_sets)
+            for number, each in self._images_now()
         ]
         return self._page(
             f"Store {self.store.root}",
-            f"{counted(len(self.sets), 'feature set')}, {counted(len(self.image_sets), 'image set')}.",
+            f"{counted(len(self.sets), 'feature set')}, {counted(len(images), 'image set')}.",
             [
                 Section(title="Feature sets", blocks=[Table(columns=columns, rows=sets)]),
                 Section(title="Images", blocks=[Table(columns=("images", "number", "classes", "task"), rows=images)]),
@@ -104,6 +111,7 @@ class StorePages:
             label: only those of the class of this number; of several labels, those that have it.
             page: from 0.
         """
+        self._look()
         images = self._image_set(number)
         chosen = self._chosen(images, split, label)
         last = max(0, math.ceil(len(chosen) / A_PAGE) - 1)
@@ -146,12 +154,12 @@ class StorePages:
 
     def set(self, key: str, number: int) -> Page:
         """A map of a feature set's rows for the images of a set, and its facts."""
+        self._look()
         images, rows = self._image_set(number), self._rows_of(key, number)
         facts = self.sets[key].describe()
         table = Table(columns=("fact", "value"), rows=[(name, _in_words(value)) for name, value in facts.items()])
         others = [
-            _link(each.name, self._set_address(key, place), place == number)
-            for place, each in enumerate(self.image_sets)
+            _link(each.name, self._set_address(key, place), place == number) for place, each in self._images_now()
         ]
         blocks: list[Block] = [Links(links=others)] if len(others) > 1 else []
         places: list[int] = []
@@ -203,6 +211,34 @@ class StorePages:
         return {"near": shown["near"][str(place)], "names": shown["names"], "labels": shown["labels"]}
 
     # ---- inside
+
+    def _look(self) -> None:
+        """Reads the store anew, if its folders hold other files than when it was read last.
+
+        Raises:
+            LookupError: if the store went away.
+        """
+        try:
+            seen = _listing(
+                self.store.folder
+            )  # before the store is read: what comes meanwhile is seen by the next page
+            with self._lock:
+                if seen == self._seen:
+                    return
+                self.sets = {each.key: each for each in self.store.sets()}
+                tables = ImageTables(self.store.folder).newest(lambda name: name != self._own)
+                for table in tables:
+                    if table.stem not in self._numbers:
+                        self._numbers[table.stem] = len(self.image_sets)
+                        self.image_sets.append(table.image_set(where=f"{self.store.root}, table {table.stem}"))
+                self._shown = [*([] if self._own is None else [0]), *(self._numbers[each.stem] for each in tables)]
+                self._rows.clear()
+                self._seen = seen
+        except FileNotFoundError as error:
+            raise LookupError(f"the store is gone: {error}") from error
+
+    def _images_now(self) -> list[tuple[int, ImageSet]]:
+        return [(number, self.image_sets[number]) for number in self._shown]
 
     def _page(
         self,
@@ -330,6 +366,19 @@ def _link(text: str, address: str, is_here: bool) -> Link | str:
 
 def _in_words(value: Json) -> str | int | float | None:
     return "x".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _listing(folder: Path) -> list[tuple[str, int, list[str]]]:
+    """Each folder below one with its time and the names in it: files come and go whole, and none is written twice."""
+    found, folders = [], [os.fspath(folder)]
+    while folders:
+        path = folders.pop()
+        when = os.stat(path).st_mtime_ns
+        with os.scandir(path) as entries:
+            kept = sorted((each.name, each.is_dir(follow_symlinks=False)) for each in entries if each.name[0] != ".")
+        found.append((path, when, [name for name, _ in kept]))
+        folders += [os.path.join(path, name) for name, is_folder in kept if is_folder]
+    return found
 
 
 def _sample(count: int, most: int) -> NDArray[np.int64]:

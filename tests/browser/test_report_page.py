@@ -58,6 +58,11 @@ def test_a_report_loads_by_itself_and_fits_its_window(browser: Browser, page: st
         assert seen.page.evaluate("document.documentElement.scrollWidth") == width
         broken = "[...document.images].filter((each) => !each.complete || !each.naturalWidth).length"
         assert seen.page.evaluate(broken) == 0
+        for link in seen.page.locator("nav a").all():  # at 800 pixels the bar has two lines
+            link.click()
+            heading = f"document.querySelector('{link.get_attribute('href')} h2').getBoundingClientRect().top"
+            bar = "document.querySelector('nav').getBoundingClientRect().bottom"
+            seen.until(f"{heading} >= {bar} && {heading} < innerHeight")
         paper = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (paper == "rgb(22, 24, 27)") == (scheme == "dark")
 

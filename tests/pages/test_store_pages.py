@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,35 @@ def test_a_map_is_of_the_images_that_have_a_row(store: FeatureStore, images: Ima
     missing = int(np.flatnonzero(~has_row)[0])
     with pytest.raises(LookupError):
         pages.near(found.key, 0, missing)
+
+
+def test_a_page_shows_the_store_as_it_is_when_it_is_asked_for(images: ImageSet, tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "feats")
+    run(images.select(range(6)), store)
+    pages = StorePages(FeatureStore(tmp_path / "feats"))
+    (row,) = of(pages.overview(), Table)[0].rows
+    (first,) = store.sets()
+    before = of(pages.set(first.key, 0), Drawing)
+    run(images, store, cuts=["layer1", "layer2"])  # more rows, another set, another image table
+    sets, sources = of(pages.overview(), Table)
+    rows = {each[0].text: dict(zip(sets.columns, each, strict=True))["rows"] for each in sets.rows}
+    assert rows == {each.key[:8]: 12 for each in store.sets()}
+    assert len(rows) == 2 > len([row])
+    # Open pages ask for images by the numbers that they have.
+    numbers = [int(each[0].address.rsplit("/", 1)[1]) for each in sources.rows]
+    whole = next(number for number, each in zip(numbers, sources.rows, strict=True) if each[1] == 12)
+    assert whole > 0
+    assert pages.thumbnail(0, 3).media_type == pages.thumbnail(whole, 11).media_type
+    points = [
+        len(trace.customdata) for drawn in of(pages.set(first.key, whole), Drawing) for trace in drawn.figure.data
+    ]
+    assert sum(points) == 12 > sum(len(trace.customdata) for drawn in before for trace in drawn.figure.data)
+    seen = pages._seen
+    pages.overview()
+    assert pages._seen is seen  # nothing is read again where nothing came
+    shutil.rmtree(tmp_path / "feats")
+    with pytest.raises(LookupError, match="the store is gone"):
+        pages.overview()
 
 
 def test_without_files_names_stand_for_images(store: FeatureStore, images: ImageSet) -> None:

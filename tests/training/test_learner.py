@@ -275,6 +275,7 @@ def test_a_wrong_value_gets_a_sentence(options: dict[str, Any], message: str) ->
         ({"epochs": "3"}, "epochs is '3'; expected a number of epochs"),
         ({"epochs": True}, "epochs is True; expected a number of epochs"),
         ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"epochs": 10**20}, "epochs is 100000000000000000000; expected at most 1000000"),
         ({"weight_decay": "x"}, "weight_decay is 'x'; expected a number"),
         ({"weight_decay": -1}, "weight_decay is -1; expected at least 0"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; expected at least 0, and finite"),

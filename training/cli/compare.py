@@ -6,22 +6,14 @@ from typing import Annotated
 
 import typer
 
-from featstore.cli.flags import (
-    ComputeFlags,
-    FileFlags,
-    ImageFlags,
-    OutputFlags,
-    StoreOption,
-    ViewFlags,
-    open_store,
-    spread,
-)
+from featstore.cli.flags import ComputeFlags, ImageFlags, OutputFlags, StoreOption, ViewFlags, open_store, spread
 from featstore.cli.models import ModelsFlags
 from featstore.cli.program import one_of, show, show_json, tell_all
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED
 from featstore.models.names import REDUCTIONS
 from training import choices
 from training.cli.asked import labelled
+from training.cli.run_commands import FileFlags
 
 _PICTURES = (".png", ".svg", ".pdf")
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from training.loop.plan import FitOptions
 
 
+MOST_EPOCHS = 1_000_000
+"""What a fit takes (`settings`); that is said before anything is read or deleted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitOptionFlags:
     """How a fit is done."""
@@ -157,15 +161,22 @@ class LengthFlags:
     epochs: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Epochs; see below for their passes.", show_default="head: 10, without --cycles"
+            min=1,
+            max=MOST_EPOCHS,
+            metavar="N",
+            help="Epochs; see below for their passes.",
+            show_default="head: 10, without --cycles",
         ),
     ] = None
     cycles: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="In place of --epochs: times that the rate starts anew (SGDR)."),
+        typer.Option(
+            min=1, max=MOST_EPOCHS, metavar="N", help="In place of --epochs: times that the rate starts anew (SGDR)."
+        ),
     ] = None
     cycle_len: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Epochs of the first cycle.", show_default="1")
+        int | None,
+        typer.Option(min=1, max=MOST_EPOCHS, metavar="N", help="Epochs of the first cycle.", show_default="1"),
     ] = None
     cycle_mult: Annotated[
         int | None,

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from featstore.cli.flags import AugmentFlags, FileFlags, ImageFlags, OutputFlags, ViewFlags, open_store, spread
+from featstore.cli.flags import AugmentFlags, ImageFlags, OutputFlags, ViewFlags, open_store, spread
 from featstore.cli.models import load_model
 from featstore.cli.program import one_of, show, show_json, tell_all
 from featstore.models.names import REDUCTIONS
 from training import choices
 from training.cli.asked import asked_cuts, asked_view, for_run, labelled, labelled_as
 from training.cli.fit_flags import FitOptionFlags
-from training.cli.run_commands import FitFlags
+from training.cli.run_commands import FileFlags, FitFlags
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -53,9 +53,16 @@ def lr_find(
     ] = "concat",
     freeze_to: Annotated[
         str | None,
-        typer.Option("--freeze-to", metavar="CUT", help="The last frozen stage.", show_default="the run's; the cut"),
+        typer.Option(
+            "--freeze-to",
+            metavar="CUT",
+            help="The last frozen stage, as the fit will have it.",
+            show_default="--from: nothing is frozen, as of finetune; else the cut",
+        ),
     ] = None,
-    unfreeze: Annotated[bool, typer.Option("--unfreeze", help="Everything trains, as of finetune.")] = False,
+    unfreeze: Annotated[
+        bool, typer.Option("--unfreeze", help="With --backbone: everything trains, as of finetune.")
+    ] = False,
     plot: Annotated[
         str | None, typer.Option(metavar="FILE.png", help="Also draw loss against rate (.png, .svg, .pdf).")
     ] = None,
@@ -96,10 +103,10 @@ def lr_find(
         tell_all([*given.notes, *view.notes(staged)])
         theirs = view.view(staged.view) if feature_store is None else asked_view(staged, feature_store, view, None)
         learn = Learner(staged, given.images, feature_store, cut=cut, reduce=reduce, head=kind, view=theirs, **options)
-    if unfreeze:
-        learn.unfreeze()
-    elif freeze_to is not None:
+    if freeze_to is not None:
         learn.freeze_to(freeze_to)
+    elif unfreeze or start is not None:  # for the fit that follows: finetune --from thaws what the run had frozen
+        learn.unfreeze()
     found = learn.lr_find(**fit.options())
     rules = {"minimum": found.minimum, "steepest": found.steepest, "valley": found.valley}
     if table is not None:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featstore.cli.flags import FileFlags, ImageFlags, OutputFlags, TrustOption, open_store, spread
+from featstore.cli.flags import ImageFlags, OutputFlags, TrustOption, open_store, spread
 from featstore.cli.program import one_of, show, show_json, tell_all
 from featstore.errors import DamagedFileError
 from featstore.images.names import SPLITS
 from training import choices
 from training.cli.asked import for_run, labelled_as
+from training.cli.run_commands import FileFlags
 
 if TYPE_CHECKING:
     from featstore.images.image_set import ImageSet

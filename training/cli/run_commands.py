@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +12,6 @@ import typer
 
 from featstore.cli.flags import (
     AugmentFlags,
-    FileFlags,
     ImageFlags,
     OutputFlags,
     RunFlags,
@@ -20,6 +20,7 @@ from featstore.cli.flags import (
     spread,
 )
 from featstore.cli.program import one_of, show, show_json, table, tell, tell_all
+from featstore.errors import FeatureStoreError
 from featstore.images.names import SPLITS
 from featstore.images.spelling import completed
 from featstore.models.names import REDUCTIONS
@@ -65,6 +66,28 @@ ModelOption = Annotated[str, typer.Option("--model", metavar="RUN_DIR", help="Fo
 ItemsArgument = Annotated[
     list[str] | None, typer.Argument(metavar="IMAGE|FOLDER|TABLE|SHARD.tar...", show_default=False)
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFlags:
+    """What becomes of files that other flags name and that are there already."""
+
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the names given.")] = False
+
+    def check_free(self, *names: str | None) -> None:
+        """Checks, before anything is computed, that files can be written under `names`; None stands for none.
+
+        Raises:
+            FeatureStoreError: if one exists and isn't to be replaced, or its folder isn't there.
+        """
+        for name in names:
+            if name is None:
+                continue
+            if os.path.isdir(name) or (os.path.lexists(name) and not self.overwrite):
+                remedy = "" if os.path.isdir(name) else ", or replace it with --overwrite"
+                raise FeatureStoreError(f"{name} exists already. Choose another name{remedy}.")
+            if not os.path.isdir(os.path.dirname(name) or "."):
+                raise FeatureStoreError(f"{name} lies in a folder that isn't there. Make it, or choose another name.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from featstore.cli.flags import FileFlags, OutputFlags, spread
+from featstore.cli.flags import OutputFlags, spread
 from featstore.cli.program import show, show_json, tell
 from featstore.digest import Json
 from featstore.words import some
+from training.cli.run_commands import FileFlags
 from training.experiments.registry import Order, Runs, cell
 from training.experiments.registry import runs as found_below
 

@@ -129,6 +129,15 @@ def sweep(
     text = "torchrun" if shard is None and int(os.environ.get("WORLD_SIZE", "1")) > 1 else shard
 
     share = None if text is None else shard_of(text, os.environ, flag="--shard")
+    ranges = [name for name, each in values.items() if isinstance(each, Mapping)]
+    if sample is None and ranges:
+        name = ranges[0]
+        raise ValueError(
+            f"{name} is a range, which has no end of values. Give some of them, --set {name}=A,B, or draw from the "
+            "range: --sample 20."
+        )
+    if isinstance(values.get("average"), list):
+        values["average"] = [_average(each) for each in values["average"]]
     if actors is not None:
         from featstore.extraction.ray_actors import Ray
         from training.experiments.ray_shares import run_shares
@@ -324,3 +333,15 @@ def _mix(word: Any) -> Any:
         return kinds[kind](float(amount)) if amount else kinds[kind]()
     except (KeyError, ValueError):
         raise ValueError(f"mix is {word!r}. Expected one of {', '.join(kinds)}, as mixup:0.4; or none.") from None
+
+
+def _average(word: Any) -> Any:
+    from training.loop.averages import EMA, SWA
+
+    if word in (None, "none"):
+        return None
+    kind, _, number = str(word).partition(":")
+    try:
+        return {"ema": EMA, "swa": SWA}[kind](float(number))
+    except (KeyError, ValueError):
+        raise ValueError(f"average is {word!r}. Expected ema:DECAY or swa:START, as ema:0.99; or none.") from None

@@ -440,9 +440,7 @@ def _models(backbones: Sequence[Given], cuts: Sequence[str] | None) -> list[tupl
         found.append((model, None if own is None else list(own)))
     for cut in cuts or ():
         if not any(_has(model, cut) for model, _ in found):
-            raise ValueError(
-                f"No backbone has the cut {cut}. {found[0][0].name} has {', '.join(found[0][0].cut_points)}."
-            )
+            raise ValueError(f"No backbone has the cut {cut}. {found[0][0].name} has {some(found[0][0].cut_points)}.")
     return found
 
 

@@ -220,7 +220,7 @@ def to_score(images: ImageSet, split: str) -> ImageSet:
     if not len(chosen) or chosen.targets is None:
         raise ValueError(
             f"The split {split} has no labelled images. Expected some to score among {images.describe()}. "
-            "Score another split, or give other images (learn.images = images)."
+            "Score another split (--split), or give other images (in Python: learn.images = images)."
         )
     return chosen
 

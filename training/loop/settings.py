@@ -80,7 +80,14 @@ _LOWEST = {
     "clip": 0,
     "accumulate": 1,
 }
-_HIGHEST = {"seed": 2**63 - 1, "label_smoothing": 1}  # that torch's generators take; all of it
+_EPOCHS = 1_000_000  # more is a slip of the pen, and would end nowhere
+_HIGHEST = {
+    "seed": 2**63 - 1,  # that torch's generators take
+    "label_smoothing": 1,  # all of it
+    "epochs": _EPOCHS,
+    "num_cycles": _EPOCHS,
+    "cycle_len": _EPOCHS,
+}
 
 
 def check_given(model: object, images: object, store: object) -> None:

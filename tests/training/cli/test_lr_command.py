@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -46,11 +47,15 @@ def test_the_finder_reads_features_and_goes_on_with_a_run(run: Run, here: Path) 
     assert run("featstore-train", *head).code == 0
     assert run("featstore-train", "lr-find", *flags, *MODEL, "--json").json["inputs"] == "features"
     saved = ["lr-find", *flags, "--from", "runs/head", "--json"]
+    options: dict[str, Any] = {"quiet": True, "on_missing": "images"}
+    learn = Learner.load("runs/head", ImageSet.from_folder("photos"), FeatureStore("feats"), **options)
+    kept = run("featstore-train", *saved, "--freeze-to", learn.cut).json
+    assert (kept["lr"], kept["inputs"]) == (learn.lr_find().rate, "features")
+    # What finetune --from would train: all of it.
+    learn.unfreeze()
     found = run("featstore-train", *saved).json
-    assert found["inputs"] == "features"
-    learn = Learner.load("runs/head", ImageSet.from_folder("photos"), FeatureStore("feats"), quiet=True)
-    assert found["lr"] == learn.lr_find().rate
-    assert run("featstore-train", *saved, "--unfreeze").json["inputs"] == "images"
+    assert (found["lr"], found["inputs"]) == (learn.lr_find().rate, "images")
+    assert run("featstore-train", *saved, "--unfreeze").json == found
 
 
 @pytest.mark.parametrize(
