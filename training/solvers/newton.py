@@ -35,6 +35,10 @@ _ROUGH = 0.5
 """How far a step may be from Newton's at first, in the preconditioner's norm; closer steps cost more than they give."""
 _MOST_PRODUCTS = 60
 _HALVINGS = 30
+_SHORT = 1 / 16
+"""Share of a step below which it was a bad one, which products rounded to bfloat16 may have made it."""
+_STILL = 1e-2
+"""An objective that falls in a step by less than this share of the tolerance has ended, whatever is expected of it."""
 
 
 class CentredRows:
@@ -69,6 +73,10 @@ class CentredRows:
     def roughly(self) -> Iterator[Block]:
         """All rows in the type of rough products."""
         return self._blocks(self._rough, self.rough)
+
+    def round_no_more(self) -> None:
+        """From now on rough products are exact ones."""
+        self.rough, self._rough = torch.float32, self._kept
 
     def turned(self, coefficients: Tensor) -> Tensor:
         """Coefficients ``(R, ...)`` along the eigenvectors, as coefficients of the rows ``(F, ...)``."""
@@ -206,7 +214,7 @@ class Solved:
         point: with its coefficients.
         num_iterations: steps that were made.
         num_products: rough products of the Hessian.
-        is_converged: whether each problem's objective could fall by no more than the tolerance.
+        is_converged: whether each problem's objective could fall by no more than the tolerance, or fell no further.
     """
 
     point: Point
@@ -238,10 +246,15 @@ def minimise(problems: Problems, point: Point, penalty: Tensor, *, tol: float, m
         closeness = (fall / first).clamp_max(1).pow(0.25).clamp_max(_ROUGH)
         step, used = _conjugate(problems, point, penalty, conditioner, -gradient * _wide(open_), closeness)
         num_products += used
-        moved = _descended(problems, point, penalty, step, objective, _dot(gradient, step))
-        if moved is None:  # float32 can't tell smaller objectives apart
+        moved, length = _descended(problems, point, penalty, step, objective, _dot(gradient, step))
+        if problems.rows.rough != torch.float32 and bool((open_ & (length < _SHORT)).any()):
+            problems.rows.round_no_more()
+        elif moved is None:  # float32 can't tell smaller objectives apart
             break
-        point = moved
+        elif bool((objective - _objective(moved, penalty) <= _STILL * tol * objective).all()):
+            point, open_ = moved, torch.zeros_like(open_)
+            break
+        point = point if moved is None else moved
     return Solved(point=point, num_iterations=iteration, num_products=num_products, is_converged=not bool(open_.any()))
 
 
@@ -294,16 +307,19 @@ def _conjugate(
 
 def _descended(
     problems: Problems, point: Point, penalty: Tensor, step: Tensor, objective: Tensor, slope: Tensor
-) -> Point | None:
-    """The point at the whole step, or at a half, a quarter ... of it for problems that would not fall enough."""
+) -> tuple[Point | None, Tensor]:
+    """The point at the whole step, or at a half, a quarter ... of it for problems that would not fall enough.
+
+    With it the share of the step that each problem went; no point where none could.
+    """
     length = torch.where(slope < 0, torch.ones_like(slope), 0)
     for _ in range(_HALVINGS):
         moved = problems.at(point.values + _wide(length) * step)
         risen = _objective(moved, penalty) > objective + 1e-4 * length * slope + 1e-7 * objective
         if not bool(risen.any()):
-            return moved if bool((length > 0).any()) else None
+            return (moved if bool((length > 0).any()) else None), length
         length = torch.where(risen, length / 2, length)
-    return None
+    return None, torch.zeros_like(length)
 
 
 def _objective(point: Point, penalty: Tensor) -> Tensor:
