@@ -174,7 +174,6 @@ def cross_validated(
         centred = CentredRows(rows, by_row, standardised=False, device=chosen, columns=columns)
         problems = Problems(centred, numbers, len(classes), on(chosen, of_folds))
         held_out, truth = on(chosen, fold_of), on(chosen, numbers)
-        everyone = torch.arange(len(rows), device=chosen)
         sizes = torch.bincount(held_out, by_row, minlength=num_folds)
         if not bool(sizes.all()):
             raise ValueError(
@@ -185,7 +184,7 @@ def cross_validated(
         for place in np.argsort(strengths, kind="stable"):
             penalty = _penalty(strengths[place], of_folds.sum(0), len(classes), chosen)
             point = minimise(problems, point, penalty, tol=tol, max_iterations=max_iterations).point
-            is_right = point.chances[everyone, held_out].argmax(1) == truth
+            is_right = problems.chosen(point, held_out) == truth
             right = torch.bincount(held_out, is_right * by_row, minlength=num_folds)
             scores[place] = (right / sizes).cpu().numpy()
     return scores

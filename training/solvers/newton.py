@@ -33,6 +33,8 @@ _BLOCK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 27}
 """Logits of a block: on a CPU they stay in its cache between the two products."""
 _ROUGH = 0.5
 """How far a step may be from Newton's at first, in the preconditioner's norm; closer steps cost more than they give."""
+_POINTS = 3
+"""Whose probabilities are there at a time: where a path goes on from, where it stands, and where a step would lead."""
 _MOST_PRODUCTS = 60
 _HALVINGS = 30
 _SHORT = 1 / 16
@@ -121,14 +123,15 @@ class Point:
         values: ``(P, R + 1, K)``, along the eigenvectors; the last row holds the intercepts.
         losses: ``(P,)`` float64, mean losses without penalty.
         gradients: ``(P, R + 1, K)``, of the mean losses.
-        chances: ``(N, P, K)``, the probability of each class.
+        chances: ``(N, P, K)``, the probability of each class; None where they are too many to keep, and are computed
+            again for each product.
         spreads: ``(P, K, K)``, the mean of ``diag(p) - p p'``.
     """
 
     values: Tensor
     losses: Tensor
     gradients: Tensor
-    chances: Tensor
+    chances: Tensor | None
     spreads: Tensor
 
 
@@ -147,6 +150,7 @@ class Problems:
         self.num_problems = weights.shape[1]
         self._weights = (weights / weights.sum(0)).float()
         self._numbers = torch.from_numpy(numbers).to(rows.device)
+        self._keeps_chances = rows.rows.leave_room(rows.device, _POINTS * 4 * weights.numel() * num_classes)
 
     def start(self) -> Point:
         """All coefficients 0."""
@@ -155,9 +159,9 @@ class Problems:
 
     def at(self, values: Tensor) -> Point:
         """What holds at these coefficients: one pass, two products."""
-        num_rows, device = len(self.rows), self.rows.device
+        device, shape = self.rows.device, (self.num_problems, self.num_classes)
         matrix, intercepts = self._as_matrix(values)
-        chances = torch.empty((num_rows, self.num_problems, self.num_classes), device=device)
+        chances = torch.empty((len(self.rows), *shape), device=device) if self._keeps_chances else None
         losses = torch.zeros(self.num_problems, dtype=torch.float64, device=device)
         gradient, gradient0 = torch.zeros_like(matrix), torch.zeros_like(intercepts)
         spreads = torch.zeros((self.num_problems, self.num_classes, self.num_classes), device=device)
@@ -166,7 +170,7 @@ class Problems:
             logs, weights = torch.log_softmax(logits, -1), self._weights[where]
             own = self._numbers[where, None, None].expand(-1, self.num_problems, 1)
             losses -= (logs.gather(-1, own)[..., 0].double() * weights).sum(0)
-            chance = torch.exp(logs, out=chances[where])
+            chance = torch.exp(logs, out=None if chances is None else chances[where])
             weighted = chance * weights[..., None]
             spreads -= torch.einsum("npk,npl->pkl", weighted, chance)
             spreads.diagonal(dim1=1, dim2=2).add_(weighted.sum(0))
@@ -184,17 +188,37 @@ class Problems:
     def product(self, point: Point, direction: Tensor) -> Tensor:
         """The Hessian of the mean losses at `point` times a direction, roughly: one pass, two rough products."""
         matrix, intercepts = self._as_matrix(direction)
-        rough = matrix.to(self.rows.rough)
         result, result0 = torch.zeros_like(matrix), torch.zeros_like(intercepts)
+        if point.chances is None:  # beside the direction lie the coefficients themselves, in the same product
+            at, at0 = self._as_matrix(point.values)
+            matrix, intercepts = torch.cat([matrix, at], 1), torch.cat([intercepts, at0])
+        rough, width = matrix.to(self.rows.rough), len(result0)
         for where, block in self.rows.roughly():
-            change = (block @ rough).float().add_(intercepts).view(-1, self.num_problems, self.num_classes)
-            chance = point.chances[where]
+            both = (block @ rough).float().add_(intercepts)
+            change = both[:, :width].view(-1, self.num_problems, self.num_classes)
+            if point.chances is None:
+                chance = both[:, width:].view(-1, self.num_problems, self.num_classes).softmax(-1)
+            else:
+                chance = point.chances[where]
             change -= torch.linalg.vecdot(change, chance)[..., None]
             change.mul_(chance).mul_(self._weights[where, :, None])
             errors = change.flatten(1)
             result += block.T @ errors.to(self.rows.rough)
             result0 += errors.sum(0)
         return self._as_values(result, result0)
+
+    def chosen(self, point: Point, problem_of: Tensor) -> Tensor:
+        """The likeliest class ``(N,)`` of each row, by the problem ``(N,)`` that it is asked of."""
+        if point.chances is not None:
+            everyone = torch.arange(len(self.rows), device=self.rows.device)
+            return point.chances[everyone, problem_of].argmax(1)
+        matrix, intercepts = self._as_matrix(point.values)
+        found = torch.empty(len(self.rows), dtype=torch.int64, device=self.rows.device)
+        for where, block in self.rows.exact():
+            logits = torch.addmm(intercepts, block, matrix).view(-1, self.num_problems, self.num_classes)
+            everyone = torch.arange(len(block), device=self.rows.device)
+            found[where] = logits[everyone, problem_of[where]].argmax(1)
+        return found
 
     def _as_matrix(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients of the rows ``(F, P K)`` and intercepts ``(P K,)``."""

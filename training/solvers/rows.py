@@ -42,7 +42,8 @@ class Rows:
 
         Args:
             X: ``(N, F)``: `Features` of vectors, a tensor, or what numpy makes an array of numbers of.
-            memory_bytes: most that a solver may keep of them in memory; default: half of what is free.
+            memory_bytes: most that a solver may keep of them in memory, and as much again of what it computes of each;
+                default: half of what is free.
 
         Raises:
             TypeError: for what holds no real numbers.
@@ -77,6 +78,10 @@ class Rows:
     def fit(self, device: torch.device, *, copies: float = 1.0) -> bool:
         """Whether so many copies of all rows, as float32, may be kept in the memory of `device`."""
         return copies * self.num_bytes <= self._most(device)
+
+    def leave_room(self, device: torch.device, num_bytes: int) -> bool:
+        """Whether as much may be kept there beside them, of what is computed of each row."""
+        return num_bytes <= self._most(device)
 
     def blocks(self, device: torch.device | str = "cpu", block_rows: int | None = None) -> Iterator[Block]:
         """All rows in order, in blocks on `device`.

@@ -129,6 +129,28 @@ def test_rows_read_again_from_a_store_give_what_rows_in_memory_give(tmp_path: Pa
         # The same operations on the same blocks; products of blocks that lie elsewhere may round otherwise.
         assert outside.coefficients == pytest.approx(inside.coefficients, rel=1e-3, abs=1e-3)
         assert outside.objectives == pytest.approx(inside.objectives, rel=1e-6)
+    scores = [
+        cross_validated(source, labels, C=[0.1, 10], folds=3, tol=1e-7, device="cpu")
+        for source in (values, Rows.of(values, memory_bytes=0))
+    ]
+    assert np.abs(scores[0] - scores[1]).max() <= 1 / 100 + 1e-9  # of a hundred rows held out one may lie on the border
+
+
+def test_probabilities_that_are_too_many_to_keep_are_computed_again_to_the_same_products() -> None:
+    values, labels = made()
+    weights = torch.rand((300, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for memory_bytes in (None, 0):
+        rows = Rows.of(values, memory_bytes=memory_bytes)
+        centred = CentredRows(rows, weights[:, 0], standardised=False, device=torch.device("cpu"), columns=8)
+        problems = Problems(centred, labels, 4, weights)
+        spot, direction = torch.randn((2, 2, 21, 4), generator=torch.Generator().manual_seed(1))
+        point = problems.at(spot)
+        assert (point.chances is None) == (memory_bytes == 0)
+        found.append((problems.product(point, direction), problems.chosen(point, torch.arange(300) % 2)))
+    # Where products are rough, the probabilities of those computed again are as rough as they.
+    assert torch.allclose(found[0][0], found[1][0], atol=3e-2 * float(found[0][0].abs().max()))
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_a_rough_product_is_the_hessian_of_torch() -> None:
