@@ -20,6 +20,7 @@ from support.splitting import check_split, randomise
 from support.tiny import vision_transformer
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import StochasticDepth
 
 from featstore import ModelError, StagedModel, View, backbone
@@ -107,7 +108,8 @@ def test_every_cut_of_a_small_network_splits_it_bit_for_bit(make: Callable[[], n
     [
         ("resnet18", 64),
         pytest.param("resnet34", 32, marks=pytest.mark.slow),
-        ("resnet50", 32),
+        ("resnet of bottlenecks", 32),
+        pytest.param("resnet50", 32, marks=pytest.mark.slow),
         ("squeezenet1_1", 64),
         pytest.param("vit_b_16", 64, marks=pytest.mark.slow),
         pytest.param("vit_b_32", 224, marks=pytest.mark.slow),
@@ -116,7 +118,10 @@ def test_every_cut_of_a_small_network_splits_it_bit_for_bit(make: Callable[[], n
 def test_every_cut_of_a_backbone_splits_it_bit_for_bit(name: str, size: int) -> None:
     own_size = {"image_size": size} if name.startswith("vit") else {}  # vit_b_16 at its 224 takes a minute
     with torch.random.fork_rng(devices=[]):
-        module = torchvision.models.get_model(name, weights=None, **own_size)
+        if name == "resnet of bottlenecks":
+            module: nn.Module = ResNet(Bottleneck, [2, 2, 2, 2], num_classes=10)  # half a resnet50
+        else:
+            module = torchvision.models.get_model(name, weights=None, **own_size)
     model = backbone(module)
     model.view = View(size=size, resize=size)
     check_split(model, images(2, size), module)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats  # type: ignore[import-untyped]
-from support.processes import AS_A_SCRIPT, Processes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import augmentation_pays as measuring
+
+SMALL_BACKBONE = f"{Path(measuring.__file__).with_name('digits_backbone.py')}:make_model"
 
 
 def test_the_table_of_the_page_is_that_of_the_records() -> None:
@@ -30,13 +31,16 @@ def test_intervals_are_students() -> None:
 
 
 def test_a_measurement_leaves_a_record_for_each_run_and_way_beside_those_of_other_images(
-    tmp_path: Path, processes: Processes
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "records.csv"
     other = measuring.Outcome(images="others", views="none", run=0, accuracy=0.5, loss=1.25)
     measuring.write(file, [other])
     flags = ["--digits=20", "--train=10", "--counts", "1", "--epochs=1", "--runs=2", f"--records={file}"]
-    printed = processes.answer(AS_A_SCRIPT, str(measuring.__file__), *flags)
+    monkeypatch.setattr(sys, "argv", ["augmentation_pays", *flags])
+    monkeypatch.setattr(measuring, "BACKBONE", SMALL_BACKBONE)
+    measuring.main()
+    printed = capsys.readouterr().out
     first, *records = measuring.read(file)
     assert first == other
     assert [(each.run, each.views) for each in records] == [

@@ -319,7 +319,7 @@ def vit(
     [
         ("resnet18", 64),
         ("mobilenet_v3_small", 64),
-        ("densenet121", 64),
+        pytest.param("densenet121", 64, marks=pytest.mark.slow),  # its maps and tail train above
         pytest.param("vit_b_32", 224, marks=pytest.mark.slow),
     ],
 )

@@ -11,8 +11,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
+from support.processes import Processes
 from support.tiny import pixels, staged
 
 from featstore import Augment, FactsDifferError, FeatureStore, FeatureStoreError, ImageSet, extract
@@ -346,21 +345,17 @@ print(len(found.members))
 
 
 def test_a_killed_sweep_goes_on_without_repeating_and_ends_with_the_same_table(
-    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path, processes: Processes
 ) -> None:
     images, store = stored
     code = KILLED.format(count=COUNT, train=COUNT - VALID, valid=VALID)
-    command = [sys.executable, "-c", code, str(store.folder), str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    )
+    started = processes.start(code, str(store.folder), str(tmp_path / "out"))
     deadline = time.monotonic() + 120
     while not [*(tmp_path / "out").glob("member-*/run.json")]:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, started.err.read_text(encoding="utf-8")
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(started.pid, signal.SIGKILL)
+    assert processes.end(started).returncode == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("member-*/run.json")}
     assert 0 < len(done) < 8
     settings = Grid({"head": ["linear"], "lr": [1e-3 * 1.5**n for n in range(8)]})
