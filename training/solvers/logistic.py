@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from featstore.models.modes import numerics
 from featstore.models.trunk import choose_device
-from training.solvers.newton import CentredRows, Point, Problems, minimise
+from training.solvers.newton import CentredRows, Point, Problems, approach, minimise
 from training.solvers.rows import Rows
 from training.solvers.targets import ClassWeights, class_numbers, on, row_weights, strengths_of, weights_by_class
 
@@ -93,6 +94,9 @@ def logistic_path(
         device: where to compute.
         warm: starts from the solution for the next smaller C; otherwise each from 0.
 
+    Warns:
+        ConvergenceWarning: scikit-learn's, where steps were too few.
+
     Raises:
         ValueError: for rows that aren't finite, a single class, labels of another number, C or tol not above 0.
     """
@@ -109,11 +113,12 @@ def logistic_path(
         centred = CentredRows(rows, by_row, standardised=standardised, device=chosen, columns=len(classes))
         problems = Problems(centred, numbers, len(classes), by_row[:, None])
         total = float(counted.sum())
-        point = problems.start()
+        point: Point | None = None
         for place in np.argsort(strengths, kind="stable"):
             penalty = _penalty(strengths[place], [total], len(classes), chosen)
-            start = point if warm else problems.start()
-            solved = minimise(problems, start, penalty, tol=tol, max_iterations=max_iterations)
+            if point is None or not warm:
+                point = approach(problems, penalty, max_iterations=max_iterations)
+            solved = minimise(problems, point, penalty, tol=tol, max_iterations=max_iterations)
             point = solved.point
             coefficients, intercepts = _of_rows(centred, point)
             norm = float(point.values[:, :-1].double().square().sum()) * (2 if len(classes) == 2 else 1)
@@ -122,6 +127,7 @@ def logistic_path(
             found[int(place)] = coefficients, intercepts, objective, *counts
     columns = [np.stack(each) for each in zip(*(found[place] for place in range(len(strengths))), strict=True)]
     names = ("coefficients", "intercepts", "objectives", "num_iterations", "num_products", "is_converged")
+    _warn_unless(columns[-1], strengths, max_iterations)
     return LogisticPath(classes=classes, C=strengths, **dict(zip(names, columns, strict=True)))
 
 
@@ -153,6 +159,9 @@ def cross_validated(
         max_iterations: most Newton steps for one C.
         device: where to compute.
 
+    Warns:
+        ConvergenceWarning: as `logistic_path`.
+
     Raises:
         ValueError: as `logistic_path`; for fewer than two folds, and a fold that leaves no row of a class to train on.
     """
@@ -168,7 +177,7 @@ def cross_validated(
         of_folds[:, fold] = weights_by_class(class_weight, classes, numbers, given)
         _check_each_counts(classes, numbers, of_folds[:, fold], where=f" outside fold {fold}")
     chosen = choose_device(device)
-    scores = np.empty((len(strengths), num_folds))
+    scores, has_ended = np.empty((len(strengths), num_folds)), np.zeros(len(strengths), bool)
     with torch.no_grad(), numerics("fp32", chosen):
         by_row, columns = on(chosen, counted), num_folds * len(classes)
         centred = CentredRows(rows, by_row, standardised=False, device=chosen, columns=columns)
@@ -180,14 +189,31 @@ def cross_validated(
                 f"Fold {int(sizes.argmin())} holds out no row that counts; expected one or more. Leave rows of weight "
                 "0 out, or deal fewer folds."
             )
-        point = problems.start()
+        point: Point | None = None
         for place in np.argsort(strengths, kind="stable"):
             penalty = _penalty(strengths[place], of_folds.sum(0), len(classes), chosen)
-            point = minimise(problems, point, penalty, tol=tol, max_iterations=max_iterations).point
+            if point is None:
+                point = approach(problems, penalty, max_iterations=max_iterations)
+            solved = minimise(problems, point, penalty, tol=tol, max_iterations=max_iterations)
+            point, has_ended[place] = solved.point, solved.is_converged
             is_right = problems.chosen(point, held_out) == truth
             right = torch.bincount(held_out, is_right * by_row, minlength=num_folds)
             scores[place] = (right / sizes).cpu().numpy()
+    _warn_unless(has_ended, strengths, max_iterations)
     return scores
+
+
+def _warn_unless(has_ended: NDArray[np.bool_], strengths: Array, max_iterations: int) -> None:
+    if not has_ended.all():
+        from sklearn.exceptions import ConvergenceWarning
+
+        left = ", ".join(f"{each:g}" for each in strengths[~has_ended][:3])
+        warnings.warn(
+            f"Logistic regression isn't solved to the tolerance for C {left}, after up to {max_iterations} steps. "
+            "Scale the rows (standardised=True), take a smaller C, or more steps.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
 
 
 def _check_options(tol: float, max_iterations: int) -> None:

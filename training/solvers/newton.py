@@ -14,6 +14,7 @@ few thousand rows, once; S anew at each step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,9 @@ _MOST_PRODUCTS = 60
 _HALVINGS = 30
 _SHORT = 1 / 16
 """Share of a step below which it was a bad one, which products rounded to bfloat16 may have made it."""
+_STRONG, _APART, _NEAR = 1e-3, 30, 1e-2
+"""The way to a weak penalty: where it starts, as a share of the largest variance; the ratio of one penalty to the next;
+and how near to each solution it leads."""
 _STILL = 1e-2
 """An objective that falls in a step by less than this share of the tolerance has ended, whatever is expected of it."""
 
@@ -280,6 +284,20 @@ def minimise(problems: Problems, point: Point, penalty: Tensor, *, tol: float, m
             break
         point = point if moved is None else moved
     return Solved(point=point, num_iterations=iteration, num_products=num_products, is_converged=not bool(open_.any()))
+
+
+def approach(problems: Problems, penalty: Tensor, *, max_iterations: int) -> Point:
+    """A point near the solutions for `penalty`, by way of those for stronger ones, from which Newton's steps hold.
+
+    From 0 the first step for a weak penalty leads so far off that every class is certain, and no step leads back.
+    """
+    point = problems.start()
+    weakest, strong = float(penalty.min()), _STRONG * float(problems.rows.spread.max())
+    several = max(0, math.ceil(math.log(strong / weakest, _APART))) if strong > 0 else 0
+    for stronger in reversed(range(1, several + 1)):
+        at_once = penalty * float(_APART) ** stronger
+        point = minimise(problems, point, at_once, tol=_NEAR, max_iterations=max_iterations).point
+    return point
 
 
 class _Conditioner:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
@@ -222,9 +224,24 @@ def test_the_same_problem_gives_the_same_bits() -> None:
     assert np.array_equal(first.coefficients, second.coefficients)
 
 
+@pytest.mark.parametrize(("num_rows", "strength"), [(300, 1e3), (100, 1e5)])
+def test_a_weak_penalty_alone_is_solved_from_stronger_ones(num_rows: int, strength: float) -> None:
+    """From 0 the first step leads to where all classes are certain, and the second nowhere: accuracies of a third."""
+    digits = load_digits()
+    values, labels = digits.data[:num_rows].astype(np.float32), digits.target[:num_rows]
+    path = logistic_path(values, labels, C=strength, device="cpu")
+    theirs = LogisticRegression(C=strength, max_iter=5000).fit(values, labels)
+    assert path.is_converged.all()
+    assert path.objectives[0] < 1.001 * objective(theirs, values, labels, strength)  # lbfgs ends earlier
+    assert (path.predict(values) == labels).all()
+    others, truth = digits.data[1000:], digits.target[1000:]
+    assert (path.predict(others) == truth).mean() > theirs.score(others, truth) - 0.02
+
+
 def test_too_few_steps_are_said() -> None:
     values, labels = made()
-    path = logistic_path(values, labels, C=100, tol=1e-8, max_iterations=1, device="cpu")
+    with pytest.warns(ConvergenceWarning, match="for C 100, after up to 1 steps"):
+        path = logistic_path(values, labels, C=100, tol=1e-8, max_iterations=1, device="cpu")
     assert not path.is_converged[0]
     assert path.num_iterations[0] == 1
 
