@@ -149,7 +149,8 @@ def cross_validated(
         folds: how many, dealt as scikit-learn's ``StratifiedKFold`` deals them; or the number of each row's ``(N,)``.
         weights: ``(N,)``, what each row's loss counts, and a row in an accuracy.
         class_weight: the same by class.
-        tol: as `logistic_path` has it; accuracies need less than coefficients.
+        tol: ends when the objective is estimated to lie no more than about this share of what coefficients take off it
+            above the least; accuracies need less than coefficients.
         max_iterations: most Newton steps for one C.
         device: where to compute.
 
@@ -183,7 +184,8 @@ def cross_validated(
         point = problems.start()
         for place in np.argsort(strengths, kind="stable"):
             penalty = _penalty(strengths[place], of_folds.sum(0), len(classes), chosen)
-            point = minimise(problems, point, penalty, tol=tol, max_iterations=max_iterations).point
+            solved = minimise(problems, point, penalty, tol=tol, max_iterations=max_iterations, of_gain=True)
+            point = solved.point
             is_right = problems.chosen(point, held_out) == truth
             right = torch.bincount(held_out, is_right * by_row, minlength=num_folds)
             scores[place] = (right / sizes).cpu().numpy()
