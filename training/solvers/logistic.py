@@ -155,7 +155,8 @@ def cross_validated(
         folds: how many, dealt as scikit-learn's ``StratifiedKFold`` deals them; or the number of each row's ``(N,)``.
         weights: ``(N,)``, what each row's loss counts, and a row in an accuracy.
         class_weight: the same by class.
-        tol: as `logistic_path` has it; accuracies need less than coefficients.
+        tol: ends when the objective is estimated to lie no more than about this share of what coefficients take off it
+            above the least; accuracies need less than coefficients.
         max_iterations: most Newton steps for one C.
         device: where to compute.
 
@@ -194,7 +195,7 @@ def cross_validated(
             penalty = _penalty(strengths[place], of_folds.sum(0), len(classes), chosen)
             if point is None:
                 point = approach(problems, penalty, max_iterations=max_iterations)
-            solved = minimise(problems, point, penalty, tol=tol, max_iterations=max_iterations)
+            solved = minimise(problems, point, penalty, tol=tol, max_iterations=max_iterations, of_gain=True)
             point, has_ended[place] = solved.point, solved.is_converged
             is_right = problems.chosen(point, held_out) == truth
             right = torch.bincount(held_out, is_right * by_row, minlength=num_folds)

@@ -43,6 +43,8 @@ _SHORT = 1 / 16
 _STRONG, _APART, _NEAR = 1e-3, 30, 1e-2
 """The way to a weak penalty: where it starts, as a share of the largest variance; the ratio of one penalty to the next;
 and how near to each solution it leads."""
+_DIGITS = 1e-6
+"""Share of an objective below which float32 can't tell whether it falls."""
 _STILL = 1e-2
 """An objective that falls in a step by less than this share of the tolerance has ended, whatever is expected of it."""
 
@@ -211,6 +213,13 @@ class Problems:
             result0 += errors.sum(0)
         return self._as_values(result, result0)
 
+    def without_coefficients(self) -> Tensor:
+        """The least losses ``(P,)`` of intercepts alone: the entropy of each problem's classes."""
+        shares = torch.zeros((self.num_classes, self.num_problems), dtype=torch.float64, device=self.rows.device)
+        shares.index_add_(0, self._numbers, self._weights.double())
+        entropy: Tensor = torch.special.entr(shares).sum(0)
+        return entropy
+
     def chosen(self, point: Point, problem_of: Tensor) -> Tensor:
         """The likeliest class ``(N,)`` of each row, by the problem ``(N,)`` that it is asked of."""
         if point.chances is not None:
@@ -251,7 +260,9 @@ class Solved:
     is_converged: bool
 
 
-def minimise(problems: Problems, point: Point, penalty: Tensor, *, tol: float, max_iterations: int) -> Solved:
+def minimise(
+    problems: Problems, point: Point, penalty: Tensor, *, tol: float, max_iterations: int, of_gain: bool = False
+) -> Solved:
     """The least objective of each problem, from `point` on.
 
     Args:
@@ -260,14 +271,18 @@ def minimise(problems: Problems, point: Point, penalty: Tensor, *, tol: float, m
         penalty: ``(P,)`` float32, lam of each.
         tol: ends when the estimate of what an objective could still fall by is at most this share of it, for all.
         max_iterations: most steps.
+        of_gain: whether that share is of what the objective lies below the least of intercepts alone. Under a strong
+            penalty it is a small part of the objective, and all that tells rows apart.
     """
     first: Tensor | None = None
+    alone = problems.without_coefficients() if of_gain else None
     num_products = 0
     for iteration in range(max_iterations + 1):
         gradient, objective = _gradient(point, penalty), _objective(point, penalty)
         conditioner = _Conditioner(problems, point, penalty)
         fall = _dot(gradient, conditioner(gradient))  # about twice what the objective lies above its least
-        open_ = fall > tol * objective
+        worth = objective if alone is None else torch.minimum(objective, (alone - objective).clamp_min(0))
+        open_ = fall > tol * worth
         if iteration == max_iterations or not bool(open_.any()):
             break
         first = fall if first is None else first
@@ -277,9 +292,10 @@ def minimise(problems: Problems, point: Point, penalty: Tensor, *, tol: float, m
         moved, length = _descended(problems, point, penalty, step, objective, _dot(gradient, step))
         if problems.rows.rough != torch.float32 and bool((open_ & (length < _SHORT)).any()):
             problems.rows.round_no_more()
-        elif moved is None:  # float32 can't tell smaller objectives apart
+        elif moved is None:
+            open_ &= fall > _DIGITS * objective
             break
-        elif bool((objective - _objective(moved, penalty) <= _STILL * tol * objective).all()):
+        elif bool((objective - _objective(moved, penalty) <= _STILL * tol * worth).all()):
             point, open_ = moved, torch.zeros_like(open_)
             break
         point = point if moved is None else moved

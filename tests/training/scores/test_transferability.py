@@ -112,6 +112,12 @@ def test_the_h_score_is_that_of_scikit_learns_shrunk_covariance(digits: Any, cou
     assert hscore(rows, classes) == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_h_score_of_noise_that_shrinks_to_nothing_is_zero() -> None:
+    rows = np.random.default_rng(1).standard_normal((12, 4))
+    assert LedoitWolf().fit(rows).shrinkage_ == 1
+    assert hscore(rows, np.arange(12) % 2) == 0
+
+
 def test_the_h_score_of_two_far_classes_is_nearly_one_and_of_equal_means_zero() -> None:
     noise = np.random.default_rng(0).standard_normal((4000, 3))
     classes = np.arange(4000) % 2

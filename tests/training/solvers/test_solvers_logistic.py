@@ -192,6 +192,16 @@ def test_a_grid_with_folds_scores_as_grid_search_does() -> None:
     assert (scores == expected).mean() >= 0.8
 
 
+def test_under_a_strong_penalty_scores_are_grid_searchs_too() -> None:
+    values, labels = made(600, 20, 7)
+    strengths = [1e-7, 1e-6, 1e-5]
+    scores = cross_validated(values, labels, C=strengths, folds=5, device="cpu")
+    search = GridSearchCV(LogisticRegression(solver="newton-cg", tol=1e-10), {"C": strengths}, cv=StratifiedKFold(5))
+    expected = search.fit(values.astype(np.float64), labels).cv_results_["mean_test_score"]
+    # All probabilities are nearly equal there, and of six hundred rows three may lie on the border.
+    assert np.abs(scores.mean(1) - expected).max() <= 3 / 600 + 1e-9
+
+
 def test_folds_may_be_given_and_balanced() -> None:
     values, labels = made(120)
     fold_of = np.arange(120) // 4 % 3 * 10
