@@ -264,6 +264,10 @@ def test_settings_and_cuts_can_be_added_to_a_sweep_and_those_that_are_done_are_n
     sweep(staged(), *stored, Grid(rates), **halved)
     with pytest.raises(FactsDifferError, match=r"settings: .* there, .* here.*none can be added to it"):
         sweep(staged(), *stored, more, **halved)
+    anew = sweep(staged(), *stored, more, overwrite=True, **halved)
+    assert same_scores(anew, sweep(staged(), *stored, more, **{**halved, "out": None}))
+    sweep(staged(), *stored, more[2:], out=tmp_path, **OPTIONS)  # fewer, of which the others' places are kept
+    assert {*json.loads((tmp_path / "sweep.json").read_text())["features"]} == {"cut layer1", "cut layer2"}
 
 
 def test_what_is_refused_leaves_the_folder_as_it_was_and_a_sweep_can_begin_anew(
@@ -520,6 +524,16 @@ def test_folds_hold_copies_of_an_image_out_together(tmp_path: Path) -> None:
     assert found.mean("accuracy") < 0.7  # more where copies are trained on
 
 
+class Faster:
+    """Makes optimizers, and doesn't show how."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=1e-3 * self.factor)
+
+
 def test_a_head_of_ones_own_is_told_from_others_by_what_it_computes() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -528,6 +542,8 @@ def test_a_head_of_ones_own_is_told_from_others_by_what_it_computes() -> None:
     same.load_state_dict(one.state_dict())
     digests = [setting_digest({"head": head}) for head in (one, other, same)]
     assert digests[0] == digests[2] != digests[1]
+    held = [setting_digest({"optimizer": Faster(factor)}) for factor in (2.0, 3.0, 2.0)]
+    assert held[0] == held[2] != held[1]
 
 
 OWN = """
