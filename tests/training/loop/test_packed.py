@@ -14,6 +14,7 @@ from featstore import FeatureStore, ImageSet
 from featstore.exchange.imports import import_features
 from featstore.images.fileless import images_by_id
 from training import FeatureNoise, Learner, Mixup
+from training.loop import packed as packed_fits
 from training.loop.fitting import Begun
 from training.loop.packed import Together, likeness
 from training.loop.plan import Plan
@@ -126,15 +127,19 @@ def test_each_head_draws_its_own_dropout_as_it_does_alone(stored: tuple[ImageSet
 
 @pytest.mark.parametrize("mix", [Mixup(0.4), FeatureNoise(0.2)])
 def test_losses_of_each_head_and_mixed_batches_are_those_of_fits_alone(
-    stored: tuple[ImageSet, FeatureStore, str], mix: Any
+    stored: tuple[ImageSet, FeatureStore, str], mix: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(packed_fits, "_SCORED_BYTES", 1)  # each head's images are scored by themselves
+    seen: list[Any] = []
     options: list[dict[str, Any]] = [{}, {"label_smoothing": 0.1}, {"class_weights": "balanced"}, {}]
     plans = [Plan(cycles=(1,), lr=1e-2, mix=mix, **each) for each in options]
     alone = [learner(stored) for _ in plans]
     for learn, plan in zip(alone, plans, strict=True):
         learn._fit(plan)
     packed = [learner(stored) for _ in plans]
-    together(packed, plans)
+    together(packed, [replace(each, on_epoch_end=seen.append) for each in plans])
+    heard, expected = [each["valid_loss"] for each in seen], [each.history.last["valid_loss"] for each in packed]
+    assert sorted(heard) == sorted(expected)
     for one, other in zip(alone, packed, strict=True):
         assert_same(one, other)
     weights = [each.model.tensors()["head.weight"] for each in packed]
@@ -218,6 +223,12 @@ def test_what_cant_be_packed_says_so(stored: tuple[ImageSet, FeatureStore, str])
     assert likeness(learner(stored, own).begin(plain)) is None
     assert likeness(learner(stored).begin(Plan(lr=1e-2, clip=1.0))) is None
     assert likeness(learner(stored, "mlp").begin(plain)) != likeness(learner(stored, "concat").begin(plain))
+    assert likeness(learner(stored).begin(plain)) != likeness(learner(stored, optimizer="adam").begin(plain))
+    assert likeness(learner(stored).begin(plain)) != likeness(learner(stored).begin(Plan(lr=1e-2, precision="bf16")))
+    norms = [nn.BatchNorm1d(WIDTH), nn.BatchNorm1d(WIDTH, eps=1e-3), nn.BatchNorm1d(WIDTH, momentum=None)]
+    found = [likeness(learner(stored, nn.Sequential(each, nn.Linear(WIDTH, CLASSES))).begin(plain)) for each in norms]
+    assert found[0] != found[1]
+    assert found[2] is None  # whose statistics move by how many batches there were
 
 
 def test_what_runs_more_than_its_layers_is_trained_alone(stored: tuple[ImageSet, FeatureStore, str]) -> None:
