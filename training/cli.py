@@ -26,6 +26,7 @@ from training import (
     calibrate_command,
     choices,
     compare_command,
+    few_shot_command,
     lr_command,
     report_command,
     run_commands,
@@ -336,6 +337,7 @@ def finetune_command(
 for _name, _command in {
     "lr-find": lr_command.lr_find,
     "compare": compare_command.compare,
+    "few-shot": few_shot_command.few_shot,
     "sweep": sweep_command.sweep,
     **run_commands.COMMANDS,
     "report": report_command.report,

@@ -105,7 +105,8 @@ ROOMS: dict[str, Rooms] = {
             "",
             (
                 "shots", "ray_shares", "fit_flags", "asked", "config", "run_commands", "calibrate_command",
-                "lr_command", "runs_command", "versus_command", "compare_command", "sweep_command", "report_command",
+                "lr_command", "runs_command", "versus_command", "compare_command", "few_shot_command", "sweep_command",
+                "report_command",
                 "__init__", "cli", "__main__",
             ),
         ),
@@ -156,6 +157,7 @@ DOORS = {
         "training.calibrate_command",
         "training.runs_command",
         "training.compare_command",
+        "training.few_shot_command",
         "training.versus_command",
         "training.cli",
     },
