@@ -10,6 +10,9 @@ HEADS = ("concat", "linear", "mlp", "attention")
 PROBES = ("knn", "ridge", "linear")
 """`probing.PROBES`; a test holds them equal."""
 
+FEW_SHOT_PROBES = ("ridge", "linear", "knn", "head")
+"""What `shots.few_shot` fits by name; a test holds them equal."""
+
 PRECISIONS: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16")
 """`steps.TRAINING_PRECISIONS`; a test holds them equal."""
 

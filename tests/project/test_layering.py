@@ -111,6 +111,10 @@ ROOMS: dict[str, Rooms] = {
             (
                 "probing", "registry", "comparing", "grid", "sweep_folder", "sweeps", "report_sections", "reports",
                 "shots", "ray_shares",
+                "shots", "ray_shares", "fit_flags", "asked", "config", "run_commands", "calibrate_command",
+                "lr_command", "runs_command", "versus_command", "compare_command", "few_shot_command", "sweep_command",
+                "report_command",
+                "__init__", "cli", "__main__",
             ),
         ),
         (
@@ -170,6 +174,8 @@ DOORS = {
         "training.cli.compare",
         "training.cli.versus",
         "training.cli.app",
+        "training.few_shot_command",
+        "training.cli",
     },
     "matplotlib": {"training.plots"},
     "pandas": {"training.frames"},

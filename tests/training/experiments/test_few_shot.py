@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 from scipy.stats import sem, t  # type: ignore[import-untyped]
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
+from support.programs import Run, extract_flags
 from support.tiny import arrays, staged
 
-from featstore import FeatureStore, ImageSet, StagedModel, extract
+from featstore import FeatureStore, ImageSet, StagedModel, backbone, extract
 from featstore.errors import FeatureStoreError
-from training import RidgeProbe, few_shot, k_shot, learning_curve
+from training import RidgeProbe, choices, few_shot, k_shot, learning_curve
+from training.experiments import shots
 from training.experiments.shots import CurvePoint
 
 NUM_IMAGES = 60
@@ -204,3 +207,38 @@ def test_images_without_held_out_ones_are_refused(model: StagedModel, images: Im
     whole = images.with_splits([""] * NUM_IMAGES)
     with pytest.raises(ValueError, match="expected stored features of the splits train and valid"):
         few_shot(model, whole, store, shots=(1,), cut="layer2", reduce="avg")
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_says_what_the_function_does(run: Run, here: Path) -> None:
+    assert run("featstore", "extract", *extract_flags("--cut", "pool")).code == 0
+    flags = ["few-shot", *extract_flags("--cut", "pool", "--device", "cpu", "--repeats", "2")]
+    dealt = ImageSet.from_folder("photos").split(valid=0.2, seed=0)
+    model, store = backbone("tiny.py:make_model"), FeatureStore("feats")
+    options: dict[str, Any] = {"cut": "pool", "view": model.view.resized(size=32), "repeats": 2}
+    expected = few_shot(model, dealt, store, shots=(1, 4), **options)
+    asked = [*flags, "--shots", "4,1", "--csv", "few.csv", "--plot", "few.png"]
+    assert run("featstore-train", *asked).out == f"{expected}\n"
+    with (here / "few.csv").open(newline="", encoding="utf-8") as file:
+        assert [float(row["accuracy"]) for row in csv.DictReader(file)] == [each.mean for each in expected.points]
+    assert (here / "few.png").stat().st_size > 1_000
+    found = run("featstore-train", *flags, "--shares", "0.5,1", "--probe", "knn", "--seed", "3", "--json").json
+    curve = learning_curve(model, dealt, store, shares=(0.5, 1), probe="knn", seed=3, **options)
+    assert [each["accuracy"] for each in found["points"]] == [each.mean for each in curve.points]
+    assert (found["points"][1]["from"], found["images"]) == (None, 4)  # of all images there is a single draw
+    for wrong, sentence in (
+        (["--shots", "1.5"], "--shots is '1.5'. Expected whole numbers from 1 on"),
+        (["--shots", "1", "--shares", "1"], "--shots 1 and --shares 1 both say how many images."),
+        (["--probe", "svm"], "--probe is 'svm'. Expected ridge, linear, knn or head."),
+        (["--shots", "99"], "have fewer than 99 images to train on"),
+    ):
+        ran = run("featstore-train", *flags, *wrong)
+        assert (ran.code, sentence in ran.last_words) == (2, True), ran.err
+    ran = run("featstore-train", *flags, "--cut", "conv1")
+    assert (ran.code, "featstore extract --images photos" in ran.err) == (1, True)
+
+
+def test_the_choices_of_the_command_are_those_of_the_function() -> None:
+    assert get_args(shots.ProbeName) == choices.FEW_SHOT_PROBES

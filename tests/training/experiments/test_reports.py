@@ -195,16 +195,17 @@ def test_a_calibrated_run_is_ranked_by_its_scores_and_one_of_other_images_comes_
     def of(name: str, accuracy: float, images: str = "a", **more: Any) -> None:
         (tmp_path / "runs" / name).mkdir(parents=True)
         split = {"valid": Dealt(9, images * 64)}
-        scores = {"accuracy": Score(accuracy), "loss": Score(1 - accuracy)}
+        scores = {"accuracy": Score(accuracy), "loss": Score(accuracy + (name == "plain"))}  # surer, and wrong
         Sidecar(split=split, scored="valid", scores=scores, more=more).write(tmp_path / "runs" / name)
 
     of("plain", 0.7)
     of("poor", 0.5)
     of("calibrated", 0.8, calibration={"images": {"digest": "a" * 64}})
     of("others", 0.9, "b")
+    of("equal", 0.7)
     report(tmp_path / "runs", out=tmp_path / "report.html")
     _, *rows = Shown(tmp_path / "report.html").table("Runs")
-    assert [Path(row[0]).name for row in rows] == ["calibrated", "plain", "poor", "others"]
+    assert [Path(row[0]).name for row in rows] == ["calibrated", "equal", "plain", "poor", "others"]
 
 
 def test_of_a_cross_validation_each_image_counts_while_it_was_held_out(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""The command `few-shot`: how much a backbone's features tell with few labelled images, and how much more are worth."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featstore.cli.flags import (
+    ImageFlags,
+    OutputFlags,
+    StoreOption,
+    TrustOption,
+    ViewFlags,
+    open_store,
+    parse_numbers,
+    spread,
+)
+from featstore.cli.models import ModelFlags
+from featstore.cli.program import one_of, show, show_json, tell_all
+from featstore.models.names import REDUCTIONS
+from training import choices
+from training.cli.asked import asked_cuts, asked_view, for_run, labelled
+from training.cli.run_commands import FileFlags
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+@spread
+def few_shot(
+    images: ImageFlags,
+    store: StoreOption,
+    model: ModelFlags,
+    view: ViewFlags,
+    output: OutputFlags,
+    files: FileFlags,
+    shots: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Training images of each class.", show_default="1,2,4,8,16"),
+    ] = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="In place of --shots: shares of all training images, as 0.1,0.5,1."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Draws of each size.")] = 5,
+    probe: Annotated[str, typer.Option(metavar="|".join(choices.FEW_SHOT_PROBES), help="What is fitted.")] = "ridge",
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the first draw; others have the next ones.")] = 0,
+    cut: Annotated[
+        str | None,
+        typer.Option("--cut", metavar="CUT", help="Whose features.", show_default="as of head"),
+    ] = None,
+    reduce: Annotated[
+        str, typer.Option(metavar="|".join(("auto", *REDUCTIONS)), help="Reduction at the cut.")
+    ] = "auto",
+    features: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Start of the key of the feature set to use.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:1", help="Of what is fitted.")] = "auto",
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Also draw accuracy by images (.png, .svg, .pdf).")
+    ] = None,
+    table: Annotated[str | None, typer.Option("--csv", metavar="FILE.csv", help="Also write the table.")] = None,
+    trust_code: TrustOption = False,
+) -> None:
+    """Fit a probe to few stored features of each class, several times, and score it on the images held out."""
+    one_of("--probe", probe, choices.FEW_SHOT_PROBES)
+    one_of("--reduce", reduce, ("auto", *REDUCTIONS))
+    if shots is not None and shares is not None:
+        raise ValueError(f"--shots {shots} and --shares {shares} both say how many images. Give one of them.")
+    if plot is not None and not plot.lower().endswith(_PICTURES):
+        raise ValueError(f"--plot is {plot!r}. Expected a name that ends in {', '.join(_PICTURES)}.")
+    sizes = _sizes(shots, shares)
+    files.check_free(table, plot)
+    feature_store = open_store(store)
+    given = labelled(images, for_new_head=True)
+    from training.experiments import shots as few  # torch: what was asked for is understood by now
+
+    staged = model.model(asked_cuts(cut, None), trust_code=trust_code)
+    given = for_run(staged.origin.get("run"), images, given)
+    tell_all([*given.notes, *view.notes(staged)])
+    options: dict[str, Any] = {
+        "repeats": repeats,
+        "probe": probe,
+        "seed": seed,
+        "cut": cut,
+        "reduce": reduce,
+        "features": features,
+        "view": asked_view(staged, feature_store, view, features),
+        "device": device,
+    }
+    make = few.few_shot if shares is None else few.learning_curve
+    found = make(staged, given.images, feature_store, **sizes, **options)
+    if table is not None:
+        _write(Path(table), found.table)
+    if plot is not None:
+        figure = found.plot().get_figure(root=True)
+        assert figure is not None
+        figure.savefig(plot)
+    if output.json:
+        show_json({"points": [_finite(row) for row in found.table], "probe": found.probe, "images": found.num_scored})
+    else:
+        show(str(found))
+
+
+def _sizes(shots: str | None, shares: str | None) -> dict[str, Any]:
+    """What was asked for, as an argument of the function."""
+    if shares is not None:
+        return {"shares": parse_numbers(shares, "--shares")}
+    if shots is None:
+        return {}
+    numbers = parse_numbers(shots, "--shots")
+    if any(each != int(each) or each < 1 for each in numbers):
+        raise ValueError(f"--shots is {shots!r}. Expected whole numbers from 1 on, such as --shots 1,2,4,8.")
+    return {"shots": tuple(map(int, numbers))}
+
+
+def _finite(row: Mapping[str, int | float]) -> dict[str, int | float | None]:
+    """As JSON has it: of a single draw there is no interval."""
+    return {name: value if value == value else None for name, value in row.items()}
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, int | float]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
