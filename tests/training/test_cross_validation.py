@@ -207,9 +207,13 @@ def test_folds_that_are_done_are_not_repeated(stored: tuple[ImageSet, FeatureSto
     assert_array_equal(found.outcomes().probabilities, expected.outcomes().probabilities)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["folds"]
     assert len(Ensemble.load(tmp_path / "folds", module=staged(), device="cpu", quiet=True).learners) == FOLDS
-    loss.steps = 0
-    cross_validate(staged(), images, store, **saving, overwrite=True)
+    loss.steps, loss.stop = 0, whole - 2
+    with pytest.raises(KeyboardInterrupt):
+        cross_validate(staged(), images, store, **saving, overwrite=True)
+    loss.steps, loss.stop = 0, None
+    cross_validate(staged(), images, store, **saving, overwrite=True)  # neither folds nor what is kept of others
     assert loss.steps == whole
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["folds"]
     with pytest.raises(ValueError, match="Give their folder: out="):
         cross_validate(staged(), images, store, **asked, resume=True)
 

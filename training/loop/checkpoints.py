@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -109,10 +109,34 @@ class SavedFit:
                 f"{remedy}, or delete the checkpoint to begin anew."
             )
 
+    def check_processes(self, ranks: Ranks | None) -> None:
+        """Checks that the processes that share the fit are those to go on with; at the end of an epoch any are.
+
+        Raises:
+            FactsDifferError: if they are more or fewer within an epoch, of which each has a share.
+        """
+        before, now = self.state.get("processes", 1), 1 if ranks is None else ranks.count
+        if before != now and self.state["epoch_losses"]:
+            raise FactsDifferError(
+                f"The checkpoint {self.path} is of a fit that ended within an epoch; it differs in: processes "
+                f"({before} there, {now} here). Start {before} (torchrun --nproc-per-node {before}), or delete the "
+                "checkpoint to begin anew."
+            )
+
     def put_into(
-        self, tail: nn.Module, optimizer: Optimizer, train: Batches, valid: Batches | None, monitor: Monitor
+        self,
+        tail: nn.Module,
+        optimizer: Optimizer,
+        train: Batches,
+        valid: Batches | None,
+        monitor: Monitor,
+        *,
+        rank: int = 0,
     ) -> Progress:
-        """Puts tensors and notes back where they were; the result is where to go on."""
+        """Puts tensors and notes back where they were; the result is where to go on.
+
+        The random states are those of the process `rank`.
+        """
         state = self.state
         put_back(tail, self._part("tail."))
         _put_into(optimizer, state["optimizer"], self._part("optimizer."))
@@ -135,7 +159,7 @@ class SavedFit:
             cycle_start=state["cycle_start"],
             lowest=state["lowest"],
             best=self._part("best.") or None,
-            random=[*self._part("random.").values()],
+            random=[*self._part(f"random{_of_rank(rank)}.").values()],
             seconds=state["seconds"],
         )
 
@@ -224,8 +248,20 @@ def interruptible(
         return
 
     def save(progress: Progress) -> None:
+        states = [progress.random] if ranks is None else ranks.gathered(progress.random)
         if ranks is None or not ranks.rank:
-            write_fit(path, facts, progress, tail=tail, steps=steps, average=average, lrs=lrs, train=train, valid=valid)
+            write_fit(
+                path,
+                facts,
+                progress,
+                tail=tail,
+                steps=steps,
+                average=average,
+                lrs=lrs,
+                train=train,
+                valid=valid,
+                states=states,
+            )
 
     _kept_by(steps.optimizer)  # what can't be written is said before the first step
     note = f"The fit so far is in {path}: the same again with --resume (in Python: resume=True) goes on from there."
@@ -291,8 +327,9 @@ def write_fit(
     lrs: list[float],
     train: Batches,
     valid: Batches | None,
+    states: Sequence[Sequence[Tensor]],
 ) -> None:
-    """Writes the checkpoint `path`, in the place of the one before.
+    """Writes the checkpoint `path`, in the place of the one before; `states` are the random ones of each process.
 
     Raises:
         FeatureStoreError: if the optimizer keeps what can't be written.
@@ -307,6 +344,7 @@ def write_fit(
         "cycle_start": progress.cycle_start,
         "lowest": progress.lowest,
         "seconds": progress.seconds,
+        "processes": len(states),
         "lrs": lrs,
         "first_pass": train.first_pass,
         "left_out": [
@@ -320,13 +358,20 @@ def write_fit(
     tensors |= {f"best.{name}": tensor for name, tensor in (progress.best or {}).items()}
     if average is not None:
         tensors |= {f"average.{name}": tensor.detach() for name, tensor in average.tensors().items()}
-    tensors |= {f"random.{place}": each for place, each in enumerate(progress.random)}
+    tensors |= {
+        f"random{_of_rank(rank)}.{place}": each for rank, own in enumerate(states) for place, each in enumerate(own)
+    }
     history = progress.history
     for name, values in {"losses": history.losses, "lrs": history.lrs, "momenta": history.momenta}.items():
         tensors[name] = torch.tensor(values, dtype=torch.float64)
     with new_run(path, overwrite=True) as made:
         # As text, since a loss may be infinite or no number, for which a run's facts have no form.
         write_run(made, {"checkpoint": VERSION, "fit": dict(facts), "state": json.dumps(state)}, tensors)
+
+
+def _of_rank(rank: int) -> str:
+    """What the names of a process's own tensors have; nothing of the first, which is the only one of most fits."""
+    return f"-{rank}" if rank else ""
 
 
 def _kept_by(optimizer: Optimizer) -> tuple[dict[str, Json], dict[str, Tensor]]:

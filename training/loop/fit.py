@@ -28,6 +28,7 @@ from training.schedules import Course
 from training.scores.metrics import Loss, Metric, loss_number, metric_values
 
 _PATIENT = 5.0  # seconds that an epoch may take without a bar
+_APART = 0x9E3779B1  # odd: torch's generator of the CPU takes the low 32 bits of a seed alone
 
 
 @dataclass(eq=False, kw_only=True)
@@ -128,7 +129,7 @@ def run_epochs(
         started = time.perf_counter() - at.seconds
         if course.begins_cycle(at.epoch) and not at.epoch_losses:
             at.cycle_start = len(history.losses)
-        own_seed = seed if ranks is None else seed + (ranks.rank << 32)  # of dropout: each has other rows
+        own_seed = seed if ranks is None else seed + ranks.rank * _APART  # of dropout: each has other rows
         draws = Draws.seeded(own_seed, train.pass_before(at.epoch), train.device)
         if at.random:
             draws = Draws(at.random, train.device)

@@ -107,19 +107,24 @@ class Fitting:
         plan, monitor = self.plan, Monitor.of(self.plan.monitor, self.metrics)
         check_waits(plan, monitor, is_scored=self.valid is not None)
         descended, facts = self._descended(), self._facts()
+        device = self.train.device
+        ranks = Ranks.present(device)
+        if ranks is not None and plan.folder is not None:
+            ranks.check_alike("" if kept is None else kept.in_words(), plan.folder)
         progress = Progress(first_epoch=first_epoch, history=History(monitor=monitor))
         if kept is not None:
             kept.check(facts, self.tail)
+            kept.check_processes(ranks)
             facts = dict(kept.facts)  # the tail may have moved since the fit began
             optimizer, self.train.first_pass = self._build(1.0 if plan.lr is None else plan.lr), kept.first_pass
-            progress, rates = kept.put_into(self.tail, optimizer, self.train, self.valid, monitor), kept.lrs
+            rank = 0 if ranks is None else ranks.rank
+            progress = kept.put_into(self.tail, optimizer, self.train, self.valid, monitor, rank=rank)
+            rates = kept.lrs
             self.say(f"going on from {kept.path}: {kept.in_words()} done")
         else:
             self._standardise(None if beside is None else beside.fitting.tail)
             optimizer = self._build(self._suggested() if plan.lr is None else plan.lr)
             rates = [float(group["lr"]) for group in optimizer.param_groups]
-        device = self.train.device
-        ranks = Ranks.present(device)
         if ranks is not None:  # from here on: the finder sees whole batches
             self.train.share_with(ranks.rank, ranks.count)
             rates = [ranks.firsts(rate) for rate in rates]

@@ -1,7 +1,8 @@
 """Ranks: processes that fit one model together, each on its share of every batch; the one door to torch.distributed.
 
 A batch size is that of all of them together, so their number changes no rate; nor the number of steps, but where a pass
-ends in fewer images than two for each process, which join the batch before.
+ends in fewer images than two for each process, which join the batch before. Batch norm takes the statistics of each
+process's share, of which the first one's remain.
 """
 
 from __future__ import annotations
@@ -52,23 +53,49 @@ class Ranks:
     def totals(self, *numbers: float) -> list[float]:
         """The sum over all processes of each number."""
         values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(values)
-        return values.tolist()
+        with together():
+            dist.all_reduce(values)
+            return values.tolist()
 
     def firsts(self, number: float) -> float:
         """The first process's number."""
         value = torch.tensor(number, dtype=torch.float64, device=self.device)
-        dist.broadcast(value, src=0)
-        return float(value)
+        with together():
+            dist.broadcast(value, src=0)
+            return float(value)
 
     def any(self, holds: bool) -> bool:
         """Whether it holds in any process."""
         return self.totals(float(holds))[0] > 0
 
+    def check_alike(self, found: str, path: Path) -> None:
+        """Checks that all processes have found the same at `path`.
+
+        Raises:
+            FeatureStoreError: if not: some of them are on another machine, whose disk hasn't what the first one wrote.
+        """
+        everywhere: list[str] = [""] * self.count
+        with together():
+            dist.all_gather_object(everywhere, found)
+        if len({*everywhere}) > 1:
+            raise FeatureStoreError(
+                f"The {self.count} processes of this fit find different checkpoints at {path}: "
+                f"{', '.join(each or 'none' for each in everywhere)}. Expected one that all of them see. Give a folder "
+                "that their machines share."
+            )
+
     def share_buffers(self, tail: nn.Module) -> None:
         """Gives all processes the first one's statistics: each has seen other images."""
-        for buffer in tail.buffers():
-            dist.broadcast(buffer, src=0)
+        with together():
+            for buffer in tail.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def gathered(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The tensors of each process, in their order."""
+        found: list[list[Tensor]] = [[]] * self.count
+        with together():
+            dist.all_gather_object(found, [*tensors])
+        return found
 
     def joined(self, logits: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Logits ``(n, K)`` and row numbers ``(n,)`` of all processes' batches, in the order of the rows; on the CPU.
@@ -76,13 +103,32 @@ class Ranks:
         One batch, or none where no process has any.
         """
         found: list[list[tuple[Tensor, Tensor]]] = [[]] * self.count
-        dist.all_gather_object(found, [*zip(logits, rows, strict=True)])
+        with together():
+            dist.all_gather_object(found, [*zip(logits, rows, strict=True)])
         batches = [batch for each in found for batch in each]
         if not batches:
             return [], []
         all_rows = torch.cat([each for _, each in batches])
         order = all_rows.argsort()
         return [torch.cat([each for each, _ in batches])[order]], [all_rows[order]]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What processes do together; that one of them is gone is said by a sentence.
+
+    Raises:
+        FeatureStoreError: if another process has ended, or doesn't answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of gloo a plain one
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise FeatureStoreError(
+            "Another process of this fit has ended, or doesn't answer; its own error says why. Start all of them "
+            "again, with --resume (in Python: resume=True) where the fit is kept in a checkpoint."
+        ) from error
 
 
 def is_first() -> bool:
@@ -119,7 +165,8 @@ def written_by_first(path: Path) -> Iterator[bool]:
         has_failed = False
     finally:
         told = [has_failed]
-        dist.broadcast_object_list(told, src=0)
+        with together():
+            dist.broadcast_object_list(told, src=0)
     if told[0]:
         raise FeatureStoreError(f"The first process couldn't write {path}; its own error says why.")
 

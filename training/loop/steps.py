@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from training.loop.losses import batch_weight
-from training.loop.ranks import Ranks
+from training.loop.ranks import Ranks, together
 from training.scores.metrics import Loss, loss_value
 
 TrainingPrecision: TypeAlias = Literal["fp32", "bf16", "fp16"]
@@ -88,7 +88,7 @@ class Steps:
         Raises:
             FloatingPointError: before anything moves, if the loss isn't finite and not deferred.
         """
-        with self._narrow():
+        with self._narrow(), nullcontext() if self._ranks is None else together():  # buffers are the first one's
             logits = self._forward(inputs)
         logits = logits.float() if self.options.precision in _NARROW else logits
         value = loss_value(self.loss, logits, targets)
@@ -107,7 +107,8 @@ class Steps:
             check_finite(number)
         if not self.num_batches:
             self._forget()
-        self._scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+        with nullcontext() if self._ranks is None else together():
+            self._scaler.scale(value).backward()  # type: ignore[no-untyped-call]
         self._losses.append((number, weight))
         self.num_batches += 1
         return number, num_rows

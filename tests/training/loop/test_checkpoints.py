@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.full_disk import largest_file
 from support.tiny import NormedHead, photos, pixels, staged
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -461,6 +462,36 @@ def test_what_an_optimizer_keeps_in_its_groups_goes_on_too(
             optimizer=lambda groups: Counting(groups, kept=object()),
             loss=lambda *_: pytest.fail("it has trained"),
         ).fit(1, lr=0.1, checkpoint=tmp_path / "other")
+
+
+class PressedWhileSaving(SGD):
+    """In whose second saving, the first of an epoch, somebody presses Ctrl-C."""
+
+    saved = 0
+
+    def state_dict(self) -> Any:
+        PressedWhileSaving.saved += 1
+        if PressedWhileSaving.saved == 2:
+            signal.raise_signal(signal.SIGINT)
+        return super().state_dict()
+
+
+def test_a_full_disk_and_a_signal_leave_a_whole_checkpoint(
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+) -> None:
+    expected, path = learner(*stored, optimizer=PressedWhileSaving), tmp_path / "fit"
+    all_of_it = expected.fit(3, lr=1e-2)
+    PressedWhileSaving.saved = 0
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        learner(*stored, optimizer=PressedWhileSaving).fit(3, lr=1e-2, checkpoint=path)
+    assert str(path) in interrupt.value.__notes__[0]
+    before = {each.name: each.read_bytes() for each in path.iterdir()}
+    with largest_file(1_000), pytest.raises(OSError, match=f"too large: '{path}/"):
+        learner(*stored, optimizer=PressedWhileSaving).fit(3, lr=1e-2, checkpoint=path, resume=True)
+    assert {each.name: each.read_bytes() for each in path.iterdir()} == before
+    assert [each.name for each in tmp_path.iterdir()] == ["fit"]
+    learn = learner(*stored, optimizer=PressedWhileSaving)
+    assert_same(learn, learn.fit(3, lr=1e-2, checkpoint=path, resume=True), expected, all_of_it)
 
 
 def test_a_loss_that_is_no_number_is_kept_as_it_is(stored: tuple[ImageSet, FeatureStore], tmp_path: Path) -> None:

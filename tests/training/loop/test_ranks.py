@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from support.processes import AS_A_MODULE, Processes
-from support.tiny import pixels, staged
-from torch import nn
+from support.tiny import NormedHead, pixels, staged
+from torch import Tensor, nn
 
 from featstore import FeatureStore, ImageSet, extract
+from featstore.errors import FactsDifferError
 from featstore.models.runs import read_run
 from training import EMA, History, Learner
 from training.inputs.batches import Batches
@@ -44,7 +48,45 @@ def fits(folder: Path) -> None:
             found.append([history.losses, [{**each, "seconds": 0} for each in history.records], is_first()])
     with joined("cpu") as own:
         found.append({**with_one_held_out(**own).last, "seconds": 0})
+        found.append(interrupted(folder, **own))
     print(json.dumps(found))
+
+
+class Ending:
+    """Cross-entropy, in whose training step number `at` the second process does something."""
+
+    def __init__(self, at: int = 0, end: Callable[[], None] = lambda: None) -> None:
+        self.at, self.end, self.steps = at, end, 0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.steps += logits.requires_grad
+        if logits.requires_grad and self.steps == self.at and not is_first():
+            self.end()
+        return F.cross_entropy(logits, targets)
+
+
+def dropping(loss: Ending, **own: Any) -> Learner:
+    own_head = NormedHead(3, dropout=0.5)
+    return Learner(staged(), some_images(), cut="layer2", head=own_head, batch_size=8, quiet=True, loss=loss, **own)
+
+
+def interrupted(folder: Path, **own: Any) -> list[list[float]]:
+    """The losses of a fit, and of one that a signal to the second process ended within an epoch; one stays so."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
+    for path in (folder / "fit", folder / "left"):
+        with suppress(KeyboardInterrupt):
+            loss = Ending(5, lambda: signal.raise_signal(signal.SIGINT))
+            dropping(loss, **own).fit(2, lr=0.01, checkpoint=path)
+    return [
+        dropping(Ending(), **own).fit(2, lr=0.01).losses,
+        dropping(Ending(), **own).fit(2, lr=0.01, checkpoint=folder / "fit", resume=True).losses,
+    ]
+
+
+def left_alone() -> None:
+    """A fit whose second process is gone in its second step."""
+    with joined("cpu") as own:
+        dropping(Ending(2, lambda: os._exit(0)), **own).fit(1, lr=0.01)
 
 
 def with_one_held_out(**own: Any) -> History:
@@ -87,10 +129,9 @@ def test_two_processes_fit_what_one_fits(tmp_path: Path, processes: Processes) -
     store = FeatureStore(tmp_path / "features")
     extract(staged(), some_images(), store, cuts=["layer2"], dtype="float32", device="cpu", workers=0)
     started = [processes.start(CALL, str(tmp_path), environment=each) for each in as_launched(2)]
-    told = []
-    for ended in processes.end_all(started):
-        assert ended.returncode == 0, ended.stderr
-        told.append(json.loads(ended.stdout))
+    ended = processes.end_all(started)
+    assert [each.returncode for each in ended] == [0, 0], ended
+    told = [json.loads(each.stdout) for each in ended]
     for place, reads in enumerate(("features", "images")):
         (first, second), (learn, history) = (each[place] for each in told), fitted(tmp_path, reads, device="cpu")
         assert (first[2], second[2]) == (True, False)
@@ -105,6 +146,22 @@ def test_two_processes_fit_what_one_fits(tmp_path: Path, processes: Processes) -
     alone = {**with_one_held_out(device="cpu").last, "seconds": 0}
     for each in told:
         assert each[2] == pytest.approx(alone, rel=1e-5)
+        unbroken, resumed = each[3]
+        assert resumed == unbroken
+    with pytest.raises(FactsDifferError, match=r"within an epoch; it differs in: processes \(2 there, 1 here\)"):
+        dropping(Ending(), device="cpu").fit(2, lr=0.01, checkpoint=tmp_path / "left", resume=True)
+
+
+def test_a_process_whose_neighbour_is_gone_ends_by_a_sentence(processes: Processes) -> None:
+    started = [
+        processes.start("from test_ranks import left_alone; left_alone()", environment=e) for e in as_launched(2)
+    ]
+    first, second = processes.end_all(started)
+    assert second.returncode == 0
+    assert first.returncode == 1
+    assert (
+        "featstore.errors.FeatureStoreError: Another process of this fit has ended, or doesn't answer;" in first.stderr
+    )
 
 
 def test_the_command_runs_under_a_launcher(tmp_path: Path, processes: Processes) -> None:
