@@ -111,17 +111,13 @@ ROOMS: dict[str, Rooms] = {
             (
                 "probing", "registry", "comparing", "grid", "sweep_folder", "sweeps", "report_sections", "reports",
                 "shots", "ray_shares",
-                "shots", "ray_shares", "fit_flags", "asked", "config", "run_commands", "calibrate_command",
-                "lr_command", "runs_command", "versus_command", "compare_command", "few_shot_command", "sweep_command",
-                "report_command",
-                "__init__", "cli", "__main__",
             ),
         ),
         (
             "cli",
             (
                 "fit_flags", "asked", "config", "run_commands", "calibrate", "lr_find", "runs", "versus", "compare",
-                "sweep", "report", "app",
+                "few_shot", "sweep", "report", "app",
             ),
         ),
         ("", ("__init__", "__main__")),
@@ -174,8 +170,7 @@ DOORS = {
         "training.cli.compare",
         "training.cli.versus",
         "training.cli.app",
-        "training.few_shot_command",
-        "training.cli",
+        "training.cli.few_shot",
     },
     "matplotlib": {"training.plots"},
     "pandas": {"training.frames"},

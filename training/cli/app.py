@@ -22,18 +22,16 @@ from featstore.cli.flags import (
 from featstore.cli.models import ModelFlags, load_model
 from featstore.cli.program import new_app, one_of, run, show, show_json, tell, tell_all
 from featstore.models.names import REDUCTIONS
-from training import (
-    calibrate_command,
-    choices,
-    compare_command,
-    few_shot_command,
-    lr_command,
-    report_command,
-    run_commands,
-    runs_command,
-    sweep_command,
-    versus_command,
-)
+from training import choices
+from training.cli import calibrate as calibrate_command
+from training.cli import compare as compare_command
+from training.cli import few_shot as few_shot_command
+from training.cli import lr_find as lr_command
+from training.cli import report as report_command
+from training.cli import run_commands
+from training.cli import runs as runs_command
+from training.cli import sweep as sweep_command
+from training.cli import versus as versus_command
 from training.cli.asked import asked_cuts, asked_view, for_run, labelled, labelled_as, learning_rate, refuse_imported
 from training.cli.config import ConfigOption, flags_as_toml
 from training.cli.fit_flags import FitOptionFlags, LengthFlags

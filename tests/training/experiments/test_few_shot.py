@@ -37,9 +37,9 @@ def model() -> StagedModel:
 @pytest.fixture(scope="module")
 def images() -> ImageSet:
     """Two classes that features tell apart somewhat: the images of one are brighter."""
-    shots = np.stack([arrays(NUM_IMAGES).read(place) for place in range(NUM_IMAGES)]).astype(np.float64)
+    pictures = np.stack([arrays(NUM_IMAGES).read(place) for place in range(NUM_IMAGES)]).astype(np.float64)
     classes = np.arange(NUM_IMAGES) % 2
-    bright = shots * (0.8 + 0.2 * classes[:, None, None, None])
+    bright = pictures * (0.8 + 0.2 * classes[:, None, None, None])
     return ImageSet.from_arrays(bright.astype(np.uint8), classes).split(valid=0.4)
 
 
@@ -184,9 +184,9 @@ def test_what_a_store_lacks_is_said_with_what_to_run(model: StagedModel, images:
         few_shot(model, images, empty, shots=(1,))
     with pytest.raises(ValueError, match="probe is 'svm'; expected one of ridge, linear"):
         few_shot(model, images, empty, probe="svm")
-    for shots in (5, (0,), "12", (1.5,), ()):
+    for odd in (5, (0,), "12", (1.5,), ()):
         with pytest.raises(ValueError, match=r"shots are .*; expected numbers of images a class from 1 on"):
-            few_shot(model, images, empty, shots=shots)  # type: ignore[arg-type]
+            few_shot(model, images, empty, shots=odd)  # type: ignore[arg-type]
     for shares in (0.5, (0.5, 1.5), "ab", (5, 10)):
         with pytest.raises(ValueError, match=r"shares are .*; expected shares"):
             learning_curve(model, images, empty, shares=shares)  # type: ignore[arg-type]

@@ -215,6 +215,8 @@ def test_runs_are_found_filtered_and_sorted(folder: Path) -> None:
     assert names(found.query(kind="head", frozen_to="layer2", sort="lr")) == ["other", "lr-0.01", "lr-0.03"]
     assert names(found.query(sort=("lr", "max")))[:2] == ["lr-0.03", "lr-0.01"]
     assert names(found.query(at_least={"lr": 0.01}, at_most={"lr": 0.02})) == ["lr-0.01"]
+    for bound in ({"at_most": {"lr": 1}}, {"at_least": {"lr": 0}}):  # a run with several rates has no number there
+        assert names(found.query(**bound)) == ["lr-0.01", "lr-0.03", "other"]  # type: ignore[arg-type]
     assert names(found.query(where=lambda run: run.sidecar.start is not None)) == ["deep/tuned"]
     losses = [each["loss"] for each in found.query(sort="loss")]
     assert losses == sorted(losses)

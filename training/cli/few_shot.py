@@ -100,7 +100,7 @@ def few_shot(
         assert figure is not None
         figure.savefig(plot)
     if output.json:
-        show_json({"points": [_finite(row) for row in found.table], "probe": found.probe, "images": found.num_scored})
+        show_json({"points": found.table, "probe": found.probe, "images": found.num_scored})
     else:
         show(str(found))
 
@@ -117,12 +117,7 @@ def _sizes(shots: str | None, shares: str | None) -> dict[str, Any]:
     return {"shots": tuple(map(int, numbers))}
 
 
-def _finite(row: Mapping[str, int | float]) -> dict[str, int | float | None]:
-    """As JSON has it: of a single draw there is no interval."""
-    return {name: value if value == value else None for name, value in row.items()}
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, int | float]]) -> None:
+def _write(path: Path, rows: Sequence[Mapping[str, int | float | None]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0]])
         writer.writeheader()
