@@ -21,7 +21,7 @@ from featstore.images.item_sources import content_of, described
 from featstore.images.names import IMAGE_SUFFIXES
 from featstore.images.origins import named_by
 from featstore.images.sources import FolderSource
-from training.scores.metrics import THRESHOLD
+from training.scores.metrics import THRESHOLD, check_said
 
 Items: TypeAlias = Any
 """What can be predicted: an image set; files, folders and tar files by their paths; a table by its path; or images in
@@ -74,7 +74,12 @@ def probabilities(logits: Tensor, task: str) -> NDArray[np.float64]:
 
 
 def predictions(ids: Sequence[str], values: NDArray[np.float64], classes: Sequence[str], task: str) -> list[Prediction]:
-    """One record an image, from probabilities ``(N, K)``."""
+    """One record an image, from probabilities ``(N, K)``.
+
+    Raises:
+        ValueError: if some aren't finite.
+    """
+    check_said(values)
     return [_prediction(name, row, classes, task) for name, row in zip(ids, values, strict=True)]
 
 
@@ -98,7 +103,11 @@ def write_csv(
 
     People open it with a spreadsheet, which takes a text that begins like a formula for one: such a name gets an
     apostrophe in front, as a spreadsheet marks text.
+
+    Raises:
+        ValueError: if some of the values aren't finite; then nothing is written.
     """
+    check_said(values)
     actual = [[] for _ in ids] if targets is None else _actual(targets, classes, task)
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)

@@ -53,8 +53,9 @@ class ScoredTable:
         task = None if sidecar is None else sidecar.configuration.get("task")
         if content is None or sidecar is None or sidecar.scored_on is None or task is None:
             raise FeatureStoreError(
-                f"{folder} doesn't say what it predicted for which labelled images: it held none out, or an earlier "
-                "featstore saved it. Save it anew with them: Learner.load(run, images, store).save(another)."
+                f"{folder} doesn't say what it predicted for which labelled images: it held none out, its "
+                "logits weren't finite, or an earlier featstore saved it. Train it again if they weren't; else save it "
+                "anew with the images: Learner.load(run, images, store).save(another)."
             )
         try:
             rows = list(csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")))

@@ -20,7 +20,7 @@ from support.tiny import arrays, pixels, staged
 from featstore import FeatureStore, ImageSet
 from featstore.errors import DamagedFileError, FeatureStoreError
 from training import Learner, Outcomes, mcnemar, paired_bootstrap
-from training.predict import probabilities
+from training.predict import probabilities, write_csv
 from training.scores.scored_table import ScoredTable
 from training.scores.significance import McNemar, bootstrapped, verdict
 
@@ -281,6 +281,28 @@ def test_runs_that_were_scored_on_other_images_or_do_not_say_on_which_are_refuse
     table.write_text(table.read_text().replace("0", "1"))
     with pytest.raises(DamagedFileError, match="isn't the file that was saved"):
         ScoredTable.read(here / "a")
+
+
+def test_a_head_that_diverged_has_scores_of_nan_and_predicts_nothing(run: Run, here: Path) -> None:
+    learn = saved(here / "good", arrays(24).split(valid=0.25), lr=1e-3)
+    with torch.no_grad():
+        for each in learn.model.stages[-1].parameters():
+            each.fill_(math.nan)
+    assert math.isnan(learn.evaluate()["accuracy"])
+    said = r"Some logits aren't finite, those of 6 of 6 images, so they predict nothing\. Train the model again"
+    with pytest.raises(ValueError, match=said):
+        learn.outcomes()
+    with pytest.raises(ValueError, match=said):
+        learn.predict(learn.images.valid)
+    learn.save(here / "nan")
+    assert math.isnan(Learner.load(here / "nan", learn.images, module=staged()).evaluate()["accuracy"])
+    ran = run("featstore-train", "versus", "nan", "good")
+    assert (ran.code, ran.out) == (1, "")
+    assert "nan doesn't say what it predicted for which labelled images" in ran.last_words
+    assert "its logits weren't finite" in ran.last_words
+    with pytest.raises(ValueError, match="Some logits aren't finite"):
+        write_csv(here / "table.csv", ["x"], np.array([[math.nan, 0.5]]), ("a", "b"), "single")
+    assert not (here / "table.csv").exists()
 
 
 def test_two_runs_are_compared_without_torch(new_processes: Processes, tmp_path: Path) -> None:
