@@ -21,6 +21,7 @@ from featstore import FeatureStore, ImageSet
 from featstore.errors import DamagedFileError, FeatureStoreError
 from training import Learner, Outcomes, mcnemar, paired_bootstrap
 from training.predict import probabilities, write_csv
+from training.scores import scored_table
 from training.scores.scored_table import ScoredTable
 from training.scores.significance import McNemar, bootstrapped, verdict
 
@@ -249,7 +250,7 @@ def test_of_two_runs_the_one_that_learned_the_opposite_is_the_worse(run: Run, he
 
 @pytest.mark.parametrize(
     ("task", "labels"),
-    [("multi", [["a"], ["a", "b"], [], ["b"]] * 6), ("regression", [1.5, -2.0, 0.25, 4.0] * 6)],
+    [("multi", [["a;b", "=c"], ["a", "b"], [], ["b", "=c"]] * 6), ("regression", [1.5, -2.0, 0.25, 4.0] * 6)],
 )
 def test_several_labels_and_numbers_are_compared_too(run: Run, here: Path, task: Any, labels: list[Any]) -> None:
     images = ImageSet.from_arrays(pixels(24), labels, task=task).split(valid=0.5)
@@ -266,6 +267,16 @@ def test_several_labels_and_numbers_are_compared_too(run: Run, here: Path, task:
     assert_allclose([found["scores"]["a"], found["scores"]["b"]], scores, rtol=1e-6)  # a table has 8 digits
     shown = run("featstore-train", "versus", "a", "b").out
     assert ("McNemar" in shown, "of mean squared error" in shown) == (False, task == "regression")
+
+
+def test_labels_of_tables_without_quotes_are_read_where_they_can_be_read_in_one_way() -> None:
+    classes = ["a", "a;b", "b", "c"]
+    cells = ['"a;b";"c"', '"a";"b"', "a;b;b;c", "c", ""]
+    read = [{"a;b", "c"}, {"a", "b"}, {"a;b", "b", "c"}, {"c"}, set()]
+    assert [scored_table._labels(cell, classes) for cell in cells] == read
+    assert scored_table._labels("'=d;e", ["0", "=d", "e"]) == {"=d", "e"}  # as a spreadsheet takes it for text
+    with pytest.raises(ValueError, match="the labels 'a;b' can be read in 2 ways"):
+        scored_table._labels("a;b", classes)
 
 
 def test_runs_that_were_scored_on_other_images_or_do_not_say_on_which_are_refused(run: Run, here: Path) -> None:
