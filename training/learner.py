@@ -925,6 +925,8 @@ class Learner:
             return None
         values, numbers = probabilities(found.logits, self.task), self._scored(found.logits, targets)
         saved.write_valid(folder, numbers, found.images, values)
+        if not np.isfinite(values).all():
+            self._say("saved without a table of predictions: some logits aren't finite")
         return found, numbers
 
     def _split(self, situation: Situation) -> PastSplit:

@@ -21,7 +21,7 @@ from featstore.images.item_sources import content_of, described
 from featstore.images.names import IMAGE_SUFFIXES
 from featstore.images.origins import named_by
 from featstore.images.sources import FolderSource
-from training.scores.metrics import THRESHOLD
+from training.scores.metrics import THRESHOLD, check_said
 
 Items: TypeAlias = Any
 """What can be predicted: an image set; files, folders and tar files by their paths; a table by its path; or images in
@@ -38,8 +38,8 @@ class Prediction:
 
     Attributes:
         image: id or path.
-        label: the most probable class; of a multi-label model all classes from probability 0.5 on, joined by ``;``; of
-            regression the numbers as text.
+        label: the most probable class; of a multi-label model all classes from probability 0.5 on, as `joined` has
+            them; of regression the numbers as text.
         probability: of the most probable class; NaN of regression.
         top: (class, probability), the five most probable first.
         values: (name, number), of regression.
@@ -74,8 +74,24 @@ def probabilities(logits: Tensor, task: str) -> NDArray[np.float64]:
 
 
 def predictions(ids: Sequence[str], values: NDArray[np.float64], classes: Sequence[str], task: str) -> list[Prediction]:
-    """One record an image, from probabilities ``(N, K)``."""
+    """One record an image, from probabilities ``(N, K)``.
+
+    Raises:
+        ValueError: if some aren't finite.
+    """
+    check_said(values)
     return [_prediction(name, row, classes, task) for name, row in zip(ids, values, strict=True)]
+
+
+def joined(names: Sequence[str], classes: Sequence[str]) -> str:
+    """Several labels of an image as one text, joined by ``;``; each in quotes where a class has ``;`` or a quote.
+
+    >>> joined(["sea", "sun"], ("sea", "sky", "sun")), joined(["sea", "sun"], ("a;b", "sea", "sun"))
+    ('sea;sun', '"sea";"sun"')
+    """
+    if not any(";" in each or '"' in each for each in classes):
+        return ";".join(names)
+    return ";".join('"' + each.replace('"', '""') + '"' for each in names)
 
 
 def outputs_words(classes: Sequence[str], task: str) -> str:
@@ -93,12 +109,16 @@ def write_csv(
 ) -> None:
     """A table: image, label, probability, then a column a class; in regression image, then a column a number.
 
-    With `targets`, as an image set has them, a column ``actual`` follows the image, a class or several joined by ``;``;
-    in regression a column ``actual NAME`` for each number.
+    With `targets`, as an image set has them, a column ``actual`` follows the image, a class or several `joined`; in
+    regression a column ``actual NAME`` for each number.
 
     People open it with a spreadsheet, which takes a text that begins like a formula for one: such a name gets an
     apostrophe in front, as a spreadsheet marks text.
+
+    Raises:
+        ValueError: if some of the values aren't finite; then nothing is written.
     """
+    check_said(values)
     actual = [[] for _ in ids] if targets is None else _actual(targets, classes, task)
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -124,7 +144,8 @@ def _actual(targets: NDArray[Any], classes: Sequence[str], task: str) -> list[li
         return [[*map(_digits, row)] for row in targets.tolist()]
     if task == "single":
         return [[_as_text(classes[place])] for place in targets.tolist()]
-    return [[_as_text(";".join(classes[place] for place in np.flatnonzero(row).tolist()))] for row in targets]
+    rows = ([classes[place] for place in np.flatnonzero(row).tolist()] for row in targets)
+    return [[_as_text(joined(names, classes))] for names in rows]
 
 
 def _as_text(name: str) -> str:
@@ -223,6 +244,6 @@ def _prediction(name: str, row: NDArray[np.float64], classes: Sequence[str], tas
     best = int(order[0])
     label = classes[best]
     if task == "multi":
-        label = ";".join(classes[place] for place in np.flatnonzero(row >= THRESHOLD).tolist())
+        label = joined([classes[place] for place in np.flatnonzero(row >= THRESHOLD).tolist()], classes)
     top = tuple((classes[place], float(row[place])) for place in order[:NUM_TOP].tolist())
     return Prediction(name, label, float(row[best]), top)

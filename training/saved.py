@@ -218,11 +218,15 @@ def write_valid(
     images: ImageSet,
     values: NDArray[np.float64],
 ) -> None:
-    """Writes metrics.json, the validation scores, null where one isn't finite; and a table of what was predicted."""
+    """Writes metrics.json, the validation scores, null where one isn't finite; and a table of what was predicted.
+
+    A model whose logits aren't finite predicts nothing, and gets no table.
+    """
     text = json.dumps({"valid": finite(scored)}, indent=1) + "\n"
     (folder / METRICS).write_text(text, encoding="utf-8")
-    path = folder / VALID_PREDICTIONS
-    write_csv(path, images.ids, values, images.classes, images.task, images.targets)
+    if np.isfinite(values).all():
+        path = folder / VALID_PREDICTIONS
+        write_csv(path, images.ids, values, images.classes, images.task, images.targets)
 
 
 def read_scores(run: Path) -> dict[str, Json] | None:

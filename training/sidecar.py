@@ -221,7 +221,7 @@ def _checked(content: bytes, path: Path) -> dict[str, Json]:
         raise FeatureStoreError(
             f"{path} has format {version}; this featstore reads up to {FORMAT}. Upgrade featstore to see the run."
         )
-    if version != FORMAT or checksum != _checksum(facts):
+    if version != FORMAT or checksum is None or checksum != _checksum(facts):
         raise DamagedFileError(
             f"{path} is damaged: its facts don't fit their checksum (SHA-256 {str(checksum)[:8]}... expected). "
             f"{_REMEDY}"

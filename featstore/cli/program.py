@@ -6,6 +6,7 @@ Results go to stdout; everything said to a person goes to stderr.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -108,8 +109,11 @@ def show(text: str) -> None:
 
 
 def show_json(value: Json) -> None:
-    """Prints a result for machines. ASCII, since file names need not be valid in any encoding."""
-    _write(json.dumps(value, indent=1), sys.stdout)
+    """Prints a result for machines; numbers that aren't finite, which JSON lacks, are null.
+
+    ASCII, since file names need not be valid in any encoding.
+    """
+    _write(json.dumps(_finite(value), indent=1, allow_nan=False), sys.stdout)
 
 
 def tell(text: str) -> None:
@@ -162,6 +166,14 @@ def one_of(flag: str, value: str, known: Sequence[Word]) -> Word:
         if value == word:
             return word
     raise ValueError(f"{flag} is {value!r}. Expected {', '.join(known[:-1])} or {known[-1]}.")
+
+
+def _finite(value: Json) -> Json:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Json) -> str:

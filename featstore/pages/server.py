@@ -91,6 +91,12 @@ def application(pages: StorePages, root: str) -> Starlette:
         made = found(answer, *given, **options)
         return Response(made.served(f"{root}/assets"), media_type="text/html")
 
+    def place_in(request: Request, name: str) -> int:
+        number = _whole(request.path_params[name], None)  # Starlette's own takes digits that int refuses
+        if number is None or number < 0:
+            raise HTTPException(404, "There is no such page.")
+        return number
+
     def overview(request: Request) -> Response:
         return page(pages.overview)
 
@@ -98,22 +104,22 @@ def application(pages: StorePages, root: str) -> Starlette:
         query = request.query_params
         return page(
             pages.images,
-            request.path_params["number"],
+            place_in(request, "number"),
             split=query.get("split"),
             label=_whole(query.get("label"), None),
             page=_whole(query.get("page"), 0),
         )
 
     def feature_set(request: Request) -> Response:
-        return page(pages.set, request.path_params["key"], request.path_params["number"])
+        return page(pages.set, request.path_params["key"], place_in(request, "number"))
 
     def thumbnail(request: Request) -> Response:
-        made = found(pages.thumbnail, request.path_params["number"], request.path_params["place"])
+        made = found(pages.thumbnail, place_in(request, "number"), place_in(request, "place"))
         return Response(made.data, media_type=made.media_type)
 
     def near(request: Request) -> Response:
-        asked = (request.path_params[name] for name in ("key", "number", "place"))
-        return JSONResponse(found(pages.near, *asked))
+        number, place = place_in(request, "number"), place_in(request, "place")
+        return JSONResponse(found(pages.near, request.path_params["key"], number, place))
 
     def asset_file(request: Request) -> Response:
         name = request.path_params["name"]
@@ -123,10 +129,10 @@ def application(pages: StorePages, root: str) -> Starlette:
 
     routes = [
         Route("/", overview),
-        Route("/images/{number:int}", images),
-        Route("/sets/{key}/{number:int}", feature_set),
-        Route("/thumbnails/{number:int}/{place:int}", thumbnail),
-        Route("/near/{key}/{number:int}/{place:int}", near),
+        Route("/images/{number}", images),
+        Route("/sets/{key}/{number}", feature_set),
+        Route("/thumbnails/{number}/{place}", thumbnail),
+        Route("/near/{key}/{number}/{place}", near),
         Route("/assets/{name}", asset_file),
     ]
     return Starlette(routes=[Mount(root, routes=routes)])

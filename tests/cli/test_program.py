@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 from featstore import FeatureStoreError, ImageError
-from featstore.cli.program import FAILED, new_app, run, tell_all
+from featstore.cli.program import FAILED, new_app, run, show_json, tell_all
 from featstore.remedies import Call, Command, Steps
 
 
@@ -65,6 +66,13 @@ def test_only_a_command_at_the_end_loses_the_full_stop(
     assert run(app, "featstore", ["fail"]) == 1
     assert capsys.readouterr().err == f"{said}\n"
     assert str(error) == said.removesuffix(".") + "."
+
+
+def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    show_json([{"loss": float("nan"), "end": [float("-inf"), 0.5, 3, True]}])
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == [
+        {"loss": None, "end": [None, 0.5, 3, True]}
+    ]
 
 
 def test_leaving_images_out_is_proposed_where_the_command_can(capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,8 +242,12 @@ def evaluate(
     )
     if per_class and learn.task == "regression":
         raise ValueError("--per-class is of classes, and this model gives numbers. Leave it out.")
-    values, outcomes = learn.evaluated(split, **views.options())
-    scored, report = finite(values), outcomes.per_class() if per_class else None
+    if per_class:
+        values, outcomes = learn.evaluated(split, **views.options())
+        report = outcomes.per_class()
+    else:  # scores alone are told of a model that diverged too
+        values, report = learn.evaluate(split, **views.options()), None
+    scored = finite(values)
     calibration = scored.get("calibration_error")
     if output.json:
         by_class = {} if report is None else {"per_class": report.table(), "means": report.means}

@@ -192,8 +192,12 @@ def sweep(
         learn.save(run, overwrite=True)
     if output.json:
         show_json({"settings": found.table, "foot": found.foot, "best": str(run) if run.exists() else None})
+    else:
+        show(repr(found))
+    if not is_scored and not found.num_missing:
+        found.best()  # which refuses, and says why
+    if output.json:
         return
-    show(repr(found))
     if found.num_missing:
         show("The share that ends last shows the whole table, and saves the best.")
     elif is_scored:

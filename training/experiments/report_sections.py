@@ -156,11 +156,12 @@ def suspects_section(outcomes: Outcomes, places: Mapping[str, int]) -> Section |
     return Section(title="Suspected labels", blocks=[words, *([Gallery(pictures=shown)] if shown else [])])
 
 
-def duplicates_section(pairs: Sequence[tuple[int, int, float]], images: ImageSet) -> Section | None:
+def duplicates_section(pairs: Sequence[tuple[int, int, float]], most: int | None, images: ImageSet) -> Section | None:
     """Pairs of nearly equal images in different splits; None where images aren't dealt.
 
     Args:
         pairs: (place, place, similarity), the most alike first.
+        most: an image is in at most so many with images of later splits, and may have more; None: these are all.
         images: of the page.
     """
     if len(set(images.splits[images.splits != ""])) < 2:
@@ -171,10 +172,12 @@ def duplicates_section(pairs: Sequence[tuple[int, int, float]], images: ImageSet
         for place in (one, other)
     ]
     words = (
-        f"{counted(len(pairs), 'pair')} of images in different splits whose features are nearly the same (cosine "
-        f"{NEARLY_THE_SAME:g} or more). Where they show the same thing, scores are too good. How alike photographs of "
-        "different things are depends on the backbone."
+        f"{'At least ' * (most is not None)}{counted(len(pairs), 'pair')} of images in different splits whose features "
+        f"are nearly the same (cosine {NEARLY_THE_SAME:g} or more). Where they show the same thing, scores are too "
+        "good. How alike photographs of different things are depends on the backbone."
     )
+    if most is not None:
+        words += f" An image is paired with at most {most:,} here, and may have more: near_duplicates lists them."
     title = "Near-duplicates across splits"
     return Section(title=title, blocks=[words, *([Gallery(pictures=shown)] if shown else [])])
 

@@ -119,9 +119,13 @@ def report(
         title: of the page.
 
     Raises:
-        FeatureStoreError: if plotly isn't installed, or a run is damaged.
+        FeatureStoreError: if plotly isn't installed, the run that is looked at is damaged, or there is no folder for
+            the file.
         ValueError: if `details` isn't one of the runs.
     """
+    if Path(out).is_dir() or not Path(out).parent.is_dir():
+        where = "is a folder" if Path(out).is_dir() else "lies in a folder that isn't there"
+        raise FeatureStoreError(f"{out} {where}. Expected a file in a folder that is there. Choose another name.")
     subject = _subject(runs, images, store, split=split, details=details, trust_code=trust_code)
     parts: list[Section | None] = [
         sections.runs_section(subject.rows, subject.words),
@@ -253,7 +257,7 @@ def _subject(
     given = [Path(runs)] if isinstance(runs, str | os.PathLike) else [Path(each) for each in runs]
     listed, notes = _listed(given)
     ordered = _ranked(listed)
-    names = [str(each.folder) for each in ordered]
+    histories, said = _histories(ordered)
     name = str(given[0]) if len(given) == 1 else ""
     looked = None
     if images is None:
@@ -270,10 +274,10 @@ def _subject(
         name=name,
         rows=_rows(ordered),
         words="The best validation score comes first; a click on a column's name sorts by it.",
-        histories={name: _history(each) for name, each in zip(names, ordered, strict=True)},
+        histories=histories,
         looked_at=looked,
         about="" if looked is None else _about(looked, of_several=len(ordered) > 1),
-        notes=[*notes, *(() if looked is None else looked.notes)],
+        notes=[*notes, *said, *(() if looked is None else looked.notes)],
     )
 
 
@@ -420,6 +424,18 @@ def _sentence(note: str) -> str:
     return f"{note[:1].upper()}{note[1:]}{'' if note.endswith('.') else '.'}"
 
 
+def _histories(listed: Sequence[ListedRun]) -> tuple[dict[str, Sequence[Record]], list[str]]:
+    """The epochs of each run that has them; why those of others can't be read, in sentences."""
+    found: dict[str, Sequence[Record]] = {}
+    notes = []
+    for each in listed:
+        try:
+            found[str(each.folder)] = _history(each)
+        except (FeatureStoreError, OSError, ValueError, TypeError, csv.Error) as error:
+            notes.append(f"The epochs of {each.folder} can't be read: {_sentence(str(error))}")
+    return found, notes
+
+
 def _history(run: ListedRun) -> list[Record]:
     content = read_file(run.folder, HISTORY) if run.has_model else None
     if content is None:
@@ -467,7 +483,7 @@ def _image_sections(looked: _LookedAt, method: Method) -> tuple[list[Section | N
         drawn = projected(features, method)
         found.insert(2, sections.map_section(drawn, places, images.select(places), len(images), where))
         near = _near(features, places)
-        found.append(sections.duplicates_section(_across_splits(features, places, images), images))
+        found.append(sections.duplicates_section(*_across_splits(features, places, images), images))
     first = _named(found)
     shown = [*first, *[each for each in _spread(places) if each not in {*first}]]
     pictures = Pictures(
@@ -544,22 +560,25 @@ def _near(features: NDArray[np.float32], places: NDArray[np.int64]) -> dict[int,
 
 def _across_splits(
     features: NDArray[np.float32], places: NDArray[np.int64], images: ImageSet
-) -> list[tuple[int, int, float]]:
+) -> tuple[list[tuple[int, int, float]], int | None]:
     """Pairs of images in different splits that are nearly the same, with their similarity, the most alike first.
 
-    Each image is paired with at most `NUM_NEAR` of later splits.
+    Each image is paired with at most `NUM_NEAR` of later splits, which is told where one may have more; else None.
     """
     rows, splits = torch.from_numpy(features), images.splits[places]
     pairs: list[tuple[int, int, float]] = []
+    is_cut = False
     for number, split in enumerate(SPLITS):
         here, there = np.flatnonzero(splits == split), np.flatnonzero(np.isin(splits, SPLITS[number + 1 :]))
         if not (len(here) and len(there)):
             continue
         numbers, similarities = nearest(rows[here], as_blocks(rows[there]), NUM_NEAR)
-        at, column = np.nonzero(similarities >= sections.NEARLY_THE_SAME)
+        is_near = similarities >= sections.NEARLY_THE_SAME
+        is_cut |= len(there) > NUM_NEAR and bool(is_near.all(1).any())
+        at, column = np.nonzero(is_near)
         one, other = places[here[at]], places[there[numbers[at, column]]]
         pairs += zip(one.tolist(), other.tolist(), similarities[at, column].tolist(), strict=True)
-    return sorted(pairs, key=lambda pair: (-pair[2], *pair[:2]))
+    return sorted(pairs, key=lambda pair: (-pair[2], *pair[:2])), NUM_NEAR if is_cut else None
 
 
 def _thumbnails(images: ImageSet, places: Sequence[int]) -> dict[int, str]:

@@ -357,6 +357,22 @@ def _f1(
     return float(f1_score(targets, predictions, labels=labels, average=average, zero_division=np.nan))
 
 
+def check_said(values: NDArray[np.float64]) -> None:
+    """Checks that probabilities, or numbers, ``(N, K)`` say something of each image.
+
+    The largest of several NaN is the first: a head that diverged would count as predicting the first class.
+
+    Raises:
+        ValueError: if some aren't finite.
+    """
+    is_said = np.isfinite(values).all(1)
+    if not is_said.all():
+        raise ValueError(
+            f"Some logits aren't finite, those of {int((~is_said).sum()):,} of {len(values):,} images, so they predict "
+            "nothing. Train the model again."
+        )
+
+
 def _has_nan(logits: Tensor) -> bool:
     return bool(logits.isnan().any())
 

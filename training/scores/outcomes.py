@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from featstore.images.image_set import ImageSet
 from featstore.images.views import View
 from training.scores.class_report import ClassReport
-from training.scores.metrics import THRESHOLD, binned, calibration_error, wilson_interval
+from training.scores.metrics import THRESHOLD, binned, calibration_error, check_said, wilson_interval
 
 if TYPE_CHECKING:
     from training.plots import Axes, Plot
@@ -55,7 +55,12 @@ class Outcomes:
         view: View | None = None,
         notes: tuple[str, ...] = (),
     ) -> Outcomes:
-        """Those of all `images` by logits ``(N, K)``, targets, and the probabilities (or numbers) that these are."""
+        """Those of all `images` by logits ``(N, K)``, targets, and the probabilities (or numbers) that these are.
+
+        Raises:
+            ValueError: if some aren't finite: no class is the most probable one.
+        """
+        check_said(said)
         wide, wanted = logits.cpu().double(), targets.cpu()
         if images.task == "single":
             losses = F.cross_entropy(wide, wanted, reduction="none")

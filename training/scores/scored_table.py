@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +53,9 @@ class ScoredTable:
         task = None if sidecar is None else sidecar.configuration.get("task")
         if content is None or sidecar is None or sidecar.scored_on is None or task is None:
             raise FeatureStoreError(
-                f"{folder} doesn't say what it predicted for which labelled images: it held none out, or an earlier "
-                "featstore saved it. Save it anew with them: Learner.load(run, images, store).save(another)."
+                f"{folder} doesn't say what it predicted for which labelled images: it held none out, its "
+                "logits weren't finite, or an earlier featstore saved it. Train it again if they weren't; else save it "
+                "anew with the images: Learner.load(run, images, store).save(another)."
             )
         try:
             rows = list(csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")))
@@ -100,9 +101,38 @@ def _right(header: Sequence[str], rows: Sequence[Sequence[str]], task: str) -> N
         raise ValueError(f"its columns begin with {', '.join(header[:4])}")
     if task == "single":
         return np.array([float(row[1] == row[2]) for row in rows])
-    num_classes = len(header) - 4
-    return np.array([1 - len(_labels(row[1]) ^ _labels(row[2])) / num_classes for row in rows])
+    classes = [_plain(name) for name in header[4:]]
+    return np.array([1 - len(_labels(row[1], classes) ^ _labels(row[2], classes)) / len(classes) for row in rows])
 
 
-def _labels(text: str) -> set[str]:
-    return {*text.split(";")} - {""}
+def _plain(text: str) -> str:
+    """Without the apostrophe that keeps a spreadsheet from taking a text for a formula."""
+    return text[1:] if text[:1] == "'" and text[1:2] in tuple("=+-@\t\r") else text
+
+
+def _labels(cell: str, classes: Sequence[str]) -> set[str]:
+    """The classes that a cell names: by `training.predict.joined`, or unquoted, as earlier tables have them.
+
+    Raises:
+        ValueError: where these can be read in several ways, or in none.
+    """
+    text = _plain(cell)
+    if not any(";" in name or '"' in name for name in classes):
+        return {*text.split(";")} - {""}
+    quoted = next(csv.reader([text], delimiter=";"), []) if text.startswith('"') else []
+    if quoted and {*quoted} <= {*classes}:
+        return {*quoted}
+    readings = list(_readings(text, classes)) if text else [()]
+    if len(readings) != 1:
+        raise ValueError(f"the labels {cell!r} can be read in {len(readings)} ways")
+    return {*readings[0]}
+
+
+def _readings(text: str, classes: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Each choice of classes, in their order, that joined by ``;`` gives `text`."""
+    for place, name in enumerate(classes, start=1):
+        if text == name:
+            yield (name,)
+        elif text.startswith(f"{name};"):
+            for others in _readings(text[len(name) + 1 :], classes[place:]):
+                yield (name, *others)

@@ -57,6 +57,9 @@ def test_a_sweep_is_a_table_and_a_run_to_go_on_with(run: Run, here: Path) -> Non
     replaced = run("featstore-train", *flags, "--overwrite", "--set", "weight_decay=0.5", "--json").json
     assert {row["weight_decay"] for row in replaced["settings"]} == {0.5}
     assert len(runs("runs/sweep")) == 4
+    failed = run("featstore-train", *COMMAND, "--set", "lr=1e38", "--out", "failed", "--json")
+    assert (failed.code, failed.json["best"], failed.json["settings"][0]["accuracy"]) == (1, None, None)
+    assert failed.last_words.startswith("No setting has a score: ")
     assert run("featstore-train", *flags[:-2], "photos").last_words.startswith(
         "photos holds cat, dog, and a sweep has a"
     )

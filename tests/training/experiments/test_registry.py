@@ -357,6 +357,7 @@ def test_checkpoints_hidden_and_half_written_folders_are_no_runs(tmp_path: Path,
         (lambda text: '{"task": "of another program"}', "is no run's"),
         (lambda text: "", "is damaged"),
         (lambda text: text.replace('"format": 1', '"format": 7'), "don't fit their checksum"),
+        (lambda text: '{"format": 1, "kind": "head", "x": NaN}', "don't fit their checksum"),
     ],
 )
 def test_a_damaged_run_is_listed_with_the_reason_and_stays_in_every_table(

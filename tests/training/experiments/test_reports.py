@@ -254,19 +254,25 @@ def test_near_duplicates_are_the_pairs_across_splits_that_every_pair_compared_fi
     told = int(re.findall(r"([\d,]+) pairs? of images in different splits", page.text)[0].replace(",", ""))
     most = sum(min(8, sum(one == each for one, _ in pairs)) for each in range(24))
     assert told == most > 0
+    is_cut = any(sum(one == each for one, _ in pairs) > 8 for each in range(24))
+    assert (f"At least {told:,} pairs of images in" in page.text) is is_cut is True
 
 
 def test_a_folder_of_runs_stands_for_them_and_a_damaged_one_is_named(learn: Learner, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         learn.save(tmp_path / "runs" / name)
     (tmp_path / "runs" / "c" / "run.json").write_text("{")
+    (tmp_path / "runs" / "b" / "history.csv").unlink()
     found = report(tmp_path / "runs", out=tmp_path / "report.html")
     assert found.num_runs == 2
     assert any("The run c can't be read" in note for note in found.notes)
+    assert any(note.startswith(f"The epochs of {tmp_path / 'runs' / 'b'} can't be read: ") for note in found.notes)
     _, *rows = Shown(tmp_path / "report.html").table("Runs")
     assert [Path(row[0]).name for row in rows] == ["a", "b"]
     with pytest.raises(ValueError, match="There is no folder"):
         report(tmp_path / "nowhere", out=tmp_path / "report.html")
+    with pytest.raises(FeatureStoreError, match="lies in a folder that isn't there"):  # before any run is looked for
+        report(tmp_path / "nowhere", out=tmp_path / "no" / "report.html")
 
 
 @pytest.mark.parametrize("task", ["multi", "regression"])

@@ -20,7 +20,8 @@ from support.tiny import arrays, pixels, staged
 from featstore import FeatureStore, ImageSet
 from featstore.errors import DamagedFileError, FeatureStoreError
 from training import Learner, Outcomes, mcnemar, paired_bootstrap
-from training.predict import probabilities
+from training.predict import probabilities, write_csv
+from training.scores import scored_table
 from training.scores.scored_table import ScoredTable
 from training.scores.significance import McNemar, bootstrapped, verdict
 
@@ -249,7 +250,7 @@ def test_of_two_runs_the_one_that_learned_the_opposite_is_the_worse(run: Run, he
 
 @pytest.mark.parametrize(
     ("task", "labels"),
-    [("multi", [["a"], ["a", "b"], [], ["b"]] * 6), ("regression", [1.5, -2.0, 0.25, 4.0] * 6)],
+    [("multi", [["a;b", "=c"], ["a", "b"], [], ["b", "=c"]] * 6), ("regression", [1.5, -2.0, 0.25, 4.0] * 6)],
 )
 def test_several_labels_and_numbers_are_compared_too(run: Run, here: Path, task: Any, labels: list[Any]) -> None:
     images = ImageSet.from_arrays(pixels(24), labels, task=task).split(valid=0.5)
@@ -268,6 +269,16 @@ def test_several_labels_and_numbers_are_compared_too(run: Run, here: Path, task:
     assert ("McNemar" in shown, "of mean squared error" in shown) == (False, task == "regression")
 
 
+def test_labels_of_tables_without_quotes_are_read_where_they_can_be_read_in_one_way() -> None:
+    classes = ["a", "a;b", "b", "c"]
+    cells = ['"a;b";"c"', '"a";"b"', "a;b;b;c", "c", ""]
+    read = [{"a;b", "c"}, {"a", "b"}, {"a;b", "b", "c"}, {"c"}, set()]
+    assert [scored_table._labels(cell, classes) for cell in cells] == read
+    assert scored_table._labels("'=d;e", ["0", "=d", "e"]) == {"=d", "e"}  # as a spreadsheet takes it for text
+    with pytest.raises(ValueError, match="the labels 'a;b' can be read in 2 ways"):
+        scored_table._labels("a;b", classes)
+
+
 def test_runs_that_were_scored_on_other_images_or_do_not_say_on_which_are_refused(run: Run, here: Path) -> None:
     saved(here / "a", arrays(24).split(valid=0.25), lr=1e-3)
     saved(here / "b", arrays(24).split(valid=0.25, seed=1), lr=1e-3)
@@ -281,6 +292,28 @@ def test_runs_that_were_scored_on_other_images_or_do_not_say_on_which_are_refuse
     table.write_text(table.read_text().replace("0", "1"))
     with pytest.raises(DamagedFileError, match="isn't the file that was saved"):
         ScoredTable.read(here / "a")
+
+
+def test_a_head_that_diverged_has_scores_of_nan_and_predicts_nothing(run: Run, here: Path) -> None:
+    learn = saved(here / "good", arrays(24).split(valid=0.25), lr=1e-3)
+    with torch.no_grad():
+        for each in learn.model.stages[-1].parameters():
+            each.fill_(math.nan)
+    assert math.isnan(learn.evaluate()["accuracy"])
+    said = r"Some logits aren't finite, those of 6 of 6 images, so they predict nothing\. Train the model again"
+    with pytest.raises(ValueError, match=said):
+        learn.outcomes()
+    with pytest.raises(ValueError, match=said):
+        learn.predict(learn.images.valid)
+    learn.save(here / "nan")
+    assert math.isnan(Learner.load(here / "nan", learn.images, module=staged()).evaluate()["accuracy"])
+    ran = run("featstore-train", "versus", "nan", "good")
+    assert (ran.code, ran.out) == (1, "")
+    assert "nan doesn't say what it predicted for which labelled images" in ran.last_words
+    assert "its logits weren't finite" in ran.last_words
+    with pytest.raises(ValueError, match="Some logits aren't finite"):
+        write_csv(here / "table.csv", ["x"], np.array([[math.nan, 0.5]]), ("a", "b"), "single")
+    assert not (here / "table.csv").exists()
 
 
 def test_two_runs_are_compared_without_torch(new_processes: Processes, tmp_path: Path) -> None:
