@@ -253,6 +253,22 @@ def test_nothing_is_computed_where_nobody_wants_that(store: FeatureStore) -> Non
         compare([staged()], images, store, cuts=["layer1"], extract=False)
 
 
+def test_rows_of_another_storage_type_are_used_unless_one_is_asked_for(store: FeatureStore) -> None:
+    images = digits(60)
+    extract(staged(), images.select(range(50)), store, cuts=["layer1"], dtype="float32")
+    given: Any = ([staged()], images, store)
+    found = compare(*given, cuts=["layer1"], probes=["knn"])
+    (filed,) = store.sets()
+    assert (found.best.key, found.best.computed, found.best.num_bytes) == (filed.key, 10, 4 * found.best.width)
+    with pytest.raises(
+        FactsDifferError, match=r"layer1 concat in float32, and float16 is asked for\. .*the 60: extract"
+    ):
+        compare(*given, cuts=["layer1"], dtype="float16", extract=False)
+    extract(staged(), images, store, cuts=["layer1"], dtype="bfloat16")
+    with pytest.raises(FactsDifferError, match="in bfloat16 and float32, and float16 is asked for"):
+        compare(*given, cuts=["layer1"], extract=False)
+
+
 def test_what_can_not_be_compared_is_refused_by_name(store: FeatureStore) -> None:
     images = digits(60)
     model = staged()
