@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +41,7 @@ from featstore.words import counted, size_text, some
 from training.experiments.probing import Halves, ProbeName, Rows, probed, probes_for, score, score_interval
 from training.frames import data_frame
 from training.learner import Learner
-from training.scores.metrics import wilson_interval
+from training.scores.metrics import student_interval, wilson_interval
 from training.scores.transferability import SCORES, Score, transfer_scores
 from training.splits import grouped_by_content
 
@@ -591,20 +591,12 @@ def _result(
     right = np.concatenate(is_right) if is_right else None
     interval = None
     if has_folds:
-        interval = _student(values, -math.inf if task == "regression" else 0.0)
+        interval = student_interval(_METRICS[task].lower(), values)
     elif task != "single":
         interval = score_interval(found.said, targets[held_out], task)
     elif right is not None:
         interval = wilson_interval(int(right.sum()), len(right))
     return ProbeResult(value=fmean(values), interval=interval, settings=tuple(settings), is_right=right)
-
-
-def _student(values: Sequence[float], least: float) -> tuple[float, float]:
-    """Of the mean over other folds, see `CrossValidation.interval`: of a score from `least` to 1."""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return max(least, fmean(values) - half), min(1.0, fmean(values) + half)
 
 
 def _inner(training: ImageSet) -> list[Halves]:

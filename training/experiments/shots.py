@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from featstore.words import some
 from training.inputs.derive import FeatureSource, labelled, training_part
 from training.learner import Learner
 from training.loop import settings
+from training.scores.metrics import student_interval
 
 if TYPE_CHECKING:
     from training.plots import Axes
@@ -51,13 +52,7 @@ class CurvePoint:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """Where the mean over other draws lies, by Student's t, within 0 and 1; None of a single draw."""
-        count = len(self.accuracies)
-        if count < 2:
-            return None
-        from scipy.stats import t  # type: ignore[import-untyped]  # scikit-learn brings it
-
-        half = float(t.ppf(0.5 + confidence / 2, count - 1)) * stdev(self.accuracies) / math.sqrt(count)
-        return max(0.0, self.mean - half), min(1.0, self.mean + half)
+        return None if len(self.accuracies) < 2 else student_interval("accuracy", self.accuracies, confidence)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
