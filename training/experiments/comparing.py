@@ -414,7 +414,8 @@ def _dealt(images: ImageSet, folds: int | None, seed: int) -> list[ImageSet]:
         if not (images.splits == split).any():
             raise ValueError(
                 f"{images.name} has no labelled image in the split {split}. Expected images to train on and to score. "
-                "Deal them with images.split(valid=0.2), or hold each out once with folds=5."
+                "Hold some out with --valid 0.2 (in Python: images.split(valid=0.2)), or each once with --folds 5 "
+                "(folds=5)."
             )
     return [images]
 

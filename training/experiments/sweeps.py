@@ -412,7 +412,10 @@ class _Trials:
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}; expected at least 1.")
         if folds is None and not len(images.valid):
-            raise ValueError("No image is held out to score settings on. Split the images, or give folds=5.")
+            raise ValueError(
+                "No image is held out to score settings on. Hold some out with --valid 0.2 (in Python: "
+                "images.split(valid=0.2)), or each once with --folds 5 (folds=5)."
+            )
         self.images, self.store = images, store
         self.folds, self.repeats, self.split_seed, self.groups = folds, repeats, split_seed, groups
         self.sets = [images]

@@ -290,7 +290,7 @@ def test_what_can_not_be_compared_is_refused_by_name(store: FeatureStore) -> Non
         compare([(model,)], images, store)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="backbones is 'resnet18'"):
         compare("resnet18", images, store)
-    with pytest.raises(ValueError, match="no labelled image in the split valid"):
+    with pytest.raises(ValueError, match=r"no labelled image in the split valid.*--valid 0.2 .*--folds 5"):
         compare([model], images.with_splits(["train"] * 60), store)
     with pytest.raises(ValueError, match="has no labels"):
         compare([model], ImageSet.from_arrays(np.zeros((4, 8, 8, 3), np.uint8)), store)
