@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from training.loop.optim import LearningRate
 from training.loop.plan import FitOptions, Plan, check_options
 from training.loop.ranks import is_first, written_by_first
 from training.predict import write_csv
-from training.scores.metrics import wilson_interval
+from training.scores.metrics import student_interval, wilson_interval
 from training.scores.outcomes import Outcomes
 from training.splits import grouped_by_content
 
@@ -77,16 +76,12 @@ class CrossValidation:
         return {name: fmean(each[name] for each in self.scores) for name in self.scores[0]}
 
     def interval(self, name: str, confidence: float = 0.95) -> tuple[float, float]:
-        """Where the mean of a score lies over other folds, by Student's t.
+        """Where the mean of a score lies over other folds, by Student's t, within what it can be.
 
         It is somewhat too narrow, as any such interval, since folds share images to train on (Bengio and Grandvalet,
         JMLR 5, 2004).
         """
-        from scipy.stats import t  # type: ignore[import-untyped]  # scikit-learn brings it
-
-        values = [each[name] for each in self.scores]
-        half = float(t.ppf(0.5 + confidence / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-        return self.mean[name] - half, self.mean[name] + half
+        return student_interval(name, [each[name] for each in self.scores], confidence)
 
     @property
     def table(self) -> list[dict[str, str | int | float]]:

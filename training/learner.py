@@ -508,7 +508,8 @@ class Learner:
             note = None if past is None else past.trained_note(chosen, digests)
             if note is not None and not self.allow_leak:
                 raise FeatureStoreError(
-                    f"Nothing is calibrated: {note}. Give images that no fit has seen, or set allow_leak = True."
+                    f"Nothing is calibrated: {note}. Give images that no fit has seen; in Python "
+                    "learn.allow_leak = True takes these all the same."
                 )
         found = self._read(chosen, situation, is_raw=True)
         targets = torch.from_numpy(np.array(found.images.targets))

@@ -100,7 +100,7 @@ def few_shot(
         assert figure is not None
         figure.savefig(plot)
     if output.json:
-        show_json({"points": found.table, "probe": found.probe, "images": found.num_scored})
+        show_json({"points": found.table, "probe": found.probe, "images": found.num_scored, "note": found.note})
     else:
         show(str(found))
 

@@ -251,7 +251,7 @@ class KNNProbe(_Probe):
             y: a class a row. Of `Features` None stands for their own targets.
 
         Raises:
-            ValueError: for a single class, rows that aren't finite, and of cosine for rows of zeros.
+            ValueError: for a single class, and rows that aren't finite.
         """
         rows, y = self._given(X, y)
         if not isinstance(self.n_neighbors, int | np.integer) or self.n_neighbors < 1:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from featstore.errors import FeatureStoreError, MissingFeaturesError
+from featstore.errors import FactsDifferError, FeatureStoreError, MissingFeaturesError
 from featstore.extraction.extract import run_plan
 from featstore.extraction.plan import Plan, PlannedSet, plan
 from featstore.extraction.remedy import extract_remedy
+from featstore.files.storage_types import DEFAULT_STORAGE_TYPE
 from featstore.html import titled_table
 from featstore.images.image_set import ImageSet
 from featstore.images.names import Task
@@ -34,13 +35,13 @@ from featstore.models.names import Batching
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import Trunk, choose_device, default_batch_size
 from featstore.notes import logger_of
-from featstore.store.sets import FeatureRequest
+from featstore.store.sets import FeatureRequest, FeatureSet
 from featstore.store.store import FeatureStore
 from featstore.words import counted, size_text, some
 from training.experiments.probing import Halves, ProbeName, Rows, probed, probes_for, score, score_interval
 from training.frames import data_frame
 from training.learner import Learner
-from training.scores.metrics import wilson_interval
+from training.scores.metrics import student_interval, wilson_interval
 from training.scores.transferability import SCORES, Score, transfer_scores
 from training.splits import grouped_by_content
 
@@ -291,7 +292,7 @@ def compare(
     split_seed: int = 0,
     extract: bool = True,
     time_all: bool = False,
-    dtype: str = "float16",
+    dtype: str | None = None,
     device: torch.device | str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
@@ -317,7 +318,7 @@ def compare(
         split_seed: of the folds.
         extract: False: computes nothing; what is missing is an error that says how to compute it.
         time_all: also measures the seconds of backbones whose rows were all reused.
-        dtype: of stored values, as in `extract`.
+        dtype: of stored values, as in `extract`; default: that of each set that is stored, else float16.
         device: where backbones run.
         batch_size: likewise.
         workers: likewise.
@@ -338,7 +339,9 @@ def compare(
         replace(images, groups=together), folds, split_seed
     )  # copies of an image on one side, inner folds too
     given = _models(backbones, cuts)
-    planned = plan(given, images, store, reduce=reduce, view=view, dtype=dtype)
+    planned = plan(given, images, store, reduce=reduce, view=view, dtype=dtype or DEFAULT_STORAGE_TYPE)
+    if dtype is None:
+        planned = replace(planned, sets=tuple(_as_stored(each, planned, store) for each in planned.sets))
     for each in planned.sets:
         _check_vectors(each)
     notes = [*planned.notes()]
@@ -411,7 +414,8 @@ def _dealt(images: ImageSet, folds: int | None, seed: int) -> list[ImageSet]:
         if not (images.splits == split).any():
             raise ValueError(
                 f"{images.name} has no labelled image in the split {split}. Expected images to train on and to score. "
-                "Deal them with images.split(valid=0.2), or hold each out once with folds=5."
+                "Hold some out with --valid 0.2 (in Python: images.split(valid=0.2)), or each once with --folds 5 "
+                "(folds=5)."
             )
     return [images]
 
@@ -472,20 +476,49 @@ def _check_vectors(each: PlannedSet) -> None:
         )
 
 
+def _as_stored(each: PlannedSet, planned: Plan, store: FeatureStore) -> PlannedSet:
+    """A set of which nothing is stored in the planned type, in the one other type that it is stored in, if any."""
+    if each.stored is not None or len(others := _in_other_types(each, store)) != 1:
+        return each
+    (stored,) = others
+    return replace(
+        each,
+        spec=stored.spec,
+        stored=stored,
+        is_missing=each.is_wanted & store.missing(stored, planned.digests),
+        is_failed=each.is_wanted & store.is_failed(stored, planned.digests) & ~planned.is_absent,
+        row_bytes=math.prod(each.shape) * stored.spec.storage_type.itemsize,
+    )
+
+
+def _in_other_types(each: PlannedSet, store: FeatureStore) -> list[FeatureSet]:
+    """What is stored of a set that differs in its storage type alone."""
+    return [*store.find(replace(FeatureRequest.of(each.spec), dtype=None))]
+
+
 def _missing(each: PlannedSet, images: ImageSet, store: FeatureStore) -> FeatureStoreError:
     """Why the features of a set can't be read: the facts that differ from the nearest one, or the rows it lacks."""
     model, named = each.source.model, f"{each.cut}:{each.spec.reduction}"
+    count = int(each.is_missing.sum())
+    remedy = extract_remedy(model, images, store.root, cuts=[named], view=each.view, dtype=each.spec.dtype)
+    if each.stored is None and (others := _in_other_types(each, store)):
+        there = [other.spec.dtype for other in others]
+        return FactsDifferError(
+            f"{store.root} holds {model.name}@{each.cut} {each.spec.reduction} in {' and '.join(there)}, and "
+            f"{each.spec.dtype} is asked for. Nothing was compared. Ask for what is there (in Python: "
+            f"dtype={there[0]!r}), or compute the {count:,}:",
+            remedy=remedy,
+        )
     if each.stored is None:  # what a head there would be told
         learn = Learner(
             model, images, store, cut=each.cut, reduce=each.spec.reduction, head="linear", view=each.view, quiet=True
         )
         if learn.inputs.problem is not None:
             return learn.inputs.problem
-    count = int(each.is_missing.sum())
     return MissingFeaturesError(
         f"{store.root} holds {len(images) - count:,} of the {len(images):,} images asked for ({model.name}@{each.cut} "
         f"{each.spec.reduction}, {each.spec.dtype}). Nothing was compared. Compute the {count:,}:",
-        remedy=extract_remedy(model, images, store.root, cuts=[named], view=each.view, dtype=each.spec.dtype),
+        remedy=remedy,
     )
 
 
@@ -559,20 +592,12 @@ def _result(
     right = np.concatenate(is_right) if is_right else None
     interval = None
     if has_folds:
-        interval = _student(values, -math.inf if task == "regression" else 0.0)
+        interval = student_interval(_METRICS[task].lower(), values)
     elif task != "single":
         interval = score_interval(found.said, targets[held_out], task)
     elif right is not None:
         interval = wilson_interval(int(right.sum()), len(right))
     return ProbeResult(value=fmean(values), interval=interval, settings=tuple(settings), is_right=right)
-
-
-def _student(values: Sequence[float], least: float) -> tuple[float, float]:
-    """Of the mean over other folds, see `CrossValidation.interval`: of a score from `least` to 1."""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return max(least, fmean(values) - half), min(1.0, fmean(values) + half)
 
 
 def _inner(training: ImageSet) -> list[Halves]:

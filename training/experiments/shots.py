@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from featstore.html import titled_table
+from featstore.images.contents import overlap_note
 from featstore.images.image_set import ImageSet
 from featstore.models.staged import StagedModel
 from featstore.store.features import Features
@@ -22,6 +23,7 @@ from featstore.words import some
 from training.inputs.derive import FeatureSource, labelled, training_part
 from training.learner import Learner
 from training.loop import settings
+from training.scores.metrics import student_interval
 
 if TYPE_CHECKING:
     from training.plots import Axes
@@ -50,13 +52,7 @@ class CurvePoint:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """Where the mean over other draws lies, by Student's t, within 0 and 1; None of a single draw."""
-        count = len(self.accuracies)
-        if count < 2:
-            return None
-        from scipy.stats import t  # type: ignore[import-untyped]  # scikit-learn brings it
-
-        half = float(t.ppf(0.5 + confidence / 2, count - 1)) * stdev(self.accuracies) / math.sqrt(count)
-        return max(0.0, self.mean - half), min(1.0, self.mean + half)
+        return None if len(self.accuracies) < 2 else student_interval("accuracy", self.accuracies, confidence)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -69,11 +65,13 @@ class LearningCurve:
         probe: what was fitted, in words.
         points: from few images to many.
         num_scored: held-out images.
+        note: what should be known of these images, as that some are copies of others; None if there is nothing.
     """
 
     probe: str
     points: tuple[CurvePoint, ...]
     num_scored: int
+    note: str | None = None
 
     @property
     def table(self) -> list[dict[str, int | float | None]]:
@@ -97,9 +95,12 @@ class LearningCurve:
         return {name: [math.nan if each is None else each for each in values] for name, values in columns.items()}
 
     def in_words(self) -> str:
-        """What was fitted and scored, and why an interval is missing."""
+        """What was fitted and scored, why an interval is missing, and what should be known of the images."""
         alone = "" if all(each.interval() for each in self.points) else " (-: a single draw has none)"
-        return f"{self.probe}, scored on {self.num_scored:,} held-out images; intervals of 95 % over draws{alone}"
+        noted = "" if self.note is None else f"; {self.note}"
+        return (
+            f"{self.probe}, scored on {self.num_scored:,} held-out images; intervals of 95 % over draws{alone}{noted}"
+        )
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Mean accuracy by number of images, with its interval."""
@@ -161,7 +162,7 @@ def few_shot(
     for number in asked:
         draws = [k_shot_rows(tried.train.images, number, seed=seed + each) for each in range(repeats)]
         points.append(tried.point(draws, shots=number))
-    return LearningCurve(probe=tried.words, points=tuple(points), num_scored=len(tried.valid))
+    return LearningCurve(probe=tried.words, points=tuple(points), num_scored=len(tried.valid), note=tried.note)
 
 
 def learning_curve(
@@ -210,7 +211,7 @@ def learning_curve(
         counts = [max(1, math.floor(share * count + 0.5)) for count in np.bincount(targets).tolist()]
         draws = [_drawn(tried.train.images, counts, seed + each) for each in range(repeats if share < 1 else 1)]
         points.append(tried.point(draws, shots=None))
-    return LearningCurve(probe=tried.words, points=tuple(points), num_scored=len(tried.valid))
+    return LearningCurve(probe=tried.words, points=tuple(points), num_scored=len(tried.valid), note=tried.note)
 
 
 def _listed(name: str, given: Any, kind: Any, expected: str) -> list[Any]:
@@ -304,6 +305,7 @@ class _Tried:
     words: str
     train: Features
     valid: Features
+    note: str | None
 
     @classmethod
     def of(
@@ -321,7 +323,8 @@ class _Tried:
                 "Extract them, and deal the images: images.split(valid=0.2)."
             )
         (train,), (valid,) = inputs.train.features, inputs.valid.features
-        return cls(probe=make, words=words, train=train, valid=valid)
+        note = overlap_note(learn.images, learn.images.digests(store.known_digests(learn.images)))
+        return cls(probe=make, words=words, train=train, valid=valid, note=note)
 
     def point(self, draws: Sequence[NDArray[np.int64]], *, shots: int | None) -> CurvePoint:
         accuracies = []

@@ -20,6 +20,7 @@ from featstore.files.disk import make_folder, whole_or_nothing, write_at
 from featstore.models.runs import new_run, read_run, write_run
 from featstore.words import some
 from training.choices import BEST, SWEEP
+from training.experiments.grid import setting_digest
 from training.learner import Learner
 from training.loop.copies import tensors_of
 from training.loop.history import History
@@ -45,7 +46,7 @@ class SweepFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path.absolute()  # a sweep may be asked for its best after a change of directory
         self._facts: dict[str, Json] = {}
 
     def begin(
@@ -129,7 +130,10 @@ class SweepFolder:
     def _found(self) -> dict[str, Json]:
         place = self.path / FACTS
         try:
-            return dict(json.loads(place.read_bytes()))
+            found = json.loads(place.read_bytes())
+            if not isinstance(found, dict):
+                raise TypeError(f"it holds {_short(found)}, no facts by name")
+            return dict(found)
         except (ValueError, TypeError) as error:
             if not self._has_members:
                 return {}
@@ -144,8 +148,14 @@ class SweepFolder:
         folder = self._of(name)
         if not (folder / FILE).exists():
             return None
-        found: dict[str, Json] = Sidecar.read(folder).more["sweep"]
-        return found
+        found: Json = Sidecar.read(folder).more.get("sweep")
+        setting = found.get("setting") if isinstance(found, dict) else None
+        if not isinstance(setting, dict) or setting_digest(setting) != name:
+            raise DamagedFileError(
+                f"{folder} doesn't hold the setting that it is named after; a folder was renamed or copied there. "
+                "Delete it, and the same sweep again trains that setting anew."
+            )
+        return dict(found)
 
     def decided(self) -> dict[int, list[str]]:
         """Of each rung of a halving that was decided, by its epoch, the names of the settings that go on.

@@ -15,7 +15,7 @@ from functools import cached_property
 from inspect import signature
 from itertools import groupby
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ from training.loop.packed import Together, likeness
 from training.loop.plan import FitOptions, Plan
 from training.placement import reduction_of
 from training.provenance import keys_of
-from training.scores.metrics import default_metrics, wilson_interval
+from training.scores.metrics import default_metrics, student_interval, wilson_interval
 from training.sidecar import Dealt, Score, finite
 from training.splits import dealt, grouped_by_content
 
@@ -116,10 +116,7 @@ class Member:
         if value is None:
             return Score(None)
         if len(values) > 1:
-            from scipy.stats import t  # type: ignore[import-untyped]  # scikit-learn brings it
-
-            half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-            return Score(value, (value - half, value + half), "student")
+            return Score(value, student_interval(name, values), "student")
         if name in ("accuracy", "top5") and self.num_images:
             return Score(value, wilson_interval(round(value * self.num_images), self.num_images), "wilson")
         return Score(value)
@@ -415,7 +412,10 @@ class _Trials:
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}; expected at least 1.")
         if folds is None and not len(images.valid):
-            raise ValueError("No image is held out to score settings on. Split the images, or give folds=5.")
+            raise ValueError(
+                "No image is held out to score settings on. Hold some out with --valid 0.2 (in Python: "
+                "images.split(valid=0.2)), or each once with --folds 5 (folds=5)."
+            )
         self.images, self.store = images, store
         self.folds, self.repeats, self.split_seed, self.groups = folds, repeats, split_seed, groups
         self.sets = [images]

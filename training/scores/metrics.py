@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -306,6 +306,29 @@ def _number_score(name: str, values: Tensor, targets: Tensor) -> float:
     if _has_nan(values):
         return math.nan
     return float(getattr(metrics, name)(_array(_on_cpu(targets).double()), _array(_on_cpu(values).double())))
+
+
+_RANGES = {
+    **dict.fromkeys(("accuracy", "top5", "f1", "map", "calibration_error"), (0.0, 1.0)),
+    **dict.fromkeys(("mae", "rmse"), (0.0, math.inf)),
+    "r2": (-math.inf, 1.0),
+}
+"""What a score can be, by its name; a person's own, and a loss, may be any number."""
+
+
+def student_interval(name: str, values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Where the mean of a score over other folds, seeds or draws lies, by Student's t, within what it can be.
+
+    Args:
+        name: of the score.
+        values: two or more, one a fold.
+        confidence: of it.
+    """
+    from scipy.stats import t  # type: ignore[import-untyped]  # scikit-learn brings it
+
+    mean, (least, most) = fmean(values), _RANGES.get(name, (-math.inf, math.inf))
+    half = float(t.ppf(0.5 + confidence / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return max(mean - half, least), min(mean + half, most)  # NaN stays NaN in this order
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:

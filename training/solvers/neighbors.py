@@ -35,7 +35,8 @@ class KNearest:
 
     Candidates, a few more than k, are found by products in float32, or in float64 where float32 can't tell which rows
     are nearer (groups that lie far apart, with rows close together); they are then put in order by their differences
-    from the query, so that equal rows are at distance 0 and in the order of their numbers. Cosine distances are 0 to 2.
+    from the query, so that equal rows are at distance 0 and in the order of their numbers. Cosine distances are 0 to 2;
+    a row of zeros has no direction and is like none: its similarity to each row is 0, its distance 1.
     Where more than a handful of rows are equally near at the k-th place, which of them is in depends on rounding, but
     not on the run.
 
@@ -54,7 +55,7 @@ class KNearest:
         k: as above.
 
     Raises:
-        ValueError: for rows that aren't finite, rows of zeros (cosine), k outside of 1 to N, labels of another number.
+        ValueError: for rows that aren't finite, k outside of 1 to N, labels of another number.
     """
 
     def __init__(
@@ -142,17 +143,13 @@ class KNearest:
         return (total / len(self._rows)).float()
 
     def _change(self, block: Tensor) -> Tensor:
-        """Rows as they are compared: of length 1, or about their middle."""
+        """Rows as they are compared: of length 1, or of zeros if they are that; or about their middle."""
         if self._metric == "euclidean":
             return block - self._middle
         largest = block.abs().amax(1, keepdim=True)  # squares of 1e20 and of 1e-23 are no float32
-        if not bool((largest > 0).all()):
-            raise ValueError(
-                f"{int((largest == 0).sum())} of {len(block):,} rows hold zeros only, which have no direction; "
-                "expected other rows for the metric cosine. Leave them out, or use euclidean."
-            )
-        block = block / largest
-        changed: Tensor = block / torch.linalg.vector_norm(block, dim=1, keepdim=True)
+        is_zero = largest == 0
+        block = block / largest.masked_fill(is_zero, 1)
+        changed: Tensor = block / torch.linalg.vector_norm(block, dim=1, keepdim=True).masked_fill(is_zero, 1)
         return changed
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -189,7 +186,7 @@ class KNearest:
         longest = torch.zeros((), device=queries.device, dtype=queries.dtype)
         for start, block in self._blocks():
             rows = block.to(queries.dtype)
-            halves = rows.square().sum(1).div_(2)
+            halves = self._halves(rows)
             longest = torch.maximum(longest, halves.max())
             close = self._nearness(queries, rows, halves)
             best, which = close.topk(min(many, len(block)), dim=1)
@@ -199,10 +196,21 @@ class KNearest:
                 numbers = numbers.gather(1, kept)
         if many == len(self._rows):
             return numbers, torch.full((len(queries),), torch.inf, device=queries.device, dtype=torch.float64)
-        halves = queries.double().square().sum(1) / 2
+        halves = self._halves(queries.double())
         error = _ERROR * torch.finfo(queries.dtype).eps * (halves + longest)
         of_rows = 0.5 if self._are_products(queries) else 0.0
-        return numbers, halves + of_rows - nearness[:, -1].double() - error
+        limits = halves + of_rows - nearness[:, -1].double() - error
+        if self._metric == "cosine":  # to a query of zeros all are as near, so the first ones are the nearest
+            is_zero = ~queries.any(1)
+            first = torch.arange(many, device=numbers.device)
+            numbers = torch.where(is_zero[:, None], first, numbers)
+            limits = limits.masked_fill(is_zero, torch.inf)
+        return numbers, limits
+
+    def _halves(self, rows: Tensor) -> Tensor:
+        """Half of each squared length; by cosine a row of zeros counts as one at right angles to all."""
+        halves = rows.square().sum(1).div_(2)
+        return halves.masked_fill_(halves == 0, 0.5) if self._metric == "cosine" else halves
 
     def _nearness(self, queries: Tensor, rows: Tensor, halves: Tensor) -> Tensor:
         """What is larger for a nearer row: the product, less half of its squared length where lengths differ."""
@@ -233,6 +241,8 @@ class KNearest:
             unique, places = torch.unique(numbers, return_inverse=True)
             candidates = self._change(self._rows.take(unique.cpu().numpy()).to(self._device))[places]
         squares = (candidates - queries[:, None]).double().square().sum(-1)
+        if self._metric == "cosine":
+            squares.masked_fill_(~(candidates.any(-1) & queries.any(-1)[:, None]), 2)
         if own is not None:
             squares.masked_fill_(numbers == own[:, None], torch.inf)
         squares, order = squares.sort(dim=1, stable=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -171,6 +172,7 @@ def test_a_curve_is_a_table_a_frame_and_a_plot(
     assert [*curve.frame()] == ["shots", "images", "draws", "accuracy", "from", "to"]
     assert [row["shots"] for row in curve.table] == [1, 4]
     assert str(curve).splitlines()[-1] == ("ridge probe, scored on 24 held-out images; intervals of 95 % over draws")
+    assert curve.note is None
     assert "<table" in curve._repr_html_()
     axes = curve.plot()
     assert np.asarray(axes.lines[0].get_xdata()).tolist() == [2, 8]
@@ -207,6 +209,17 @@ def test_images_without_held_out_ones_are_refused(model: StagedModel, images: Im
     whole = images.with_splits([""] * NUM_IMAGES)
     with pytest.raises(ValueError, match="expected stored features of the splits train and valid"):
         few_shot(model, whole, store, shots=(1,), cut="layer2", reduce="avg")
+
+
+def test_copies_that_are_trained_on_and_scored_are_told(
+    model: StagedModel, images: ImageSet, store: FeatureStore
+) -> None:
+    pictures = np.stack([np.asarray(images.read(place)) for place in (0, 1, 2, 3, 0, 1)])
+    copied = ImageSet.from_arrays(pictures, [0, 1, 0, 1, 0, 1], splits=["train"] * 4 + ["valid"] * 2)
+    told = "2 held-out images are byte for byte the same as images in another split (0 = 4, 1 = 5)"
+    for make in (partial(few_shot, shots=(1,)), partial(learning_curve, shares=(1,))):
+        curve = make(model, copied, store, cut="layer2", reduce="avg", repeats=1)
+        assert told in str(curve).splitlines()[-1]
 
 
 # -------------------------------------------------------------------------------------------------------- the command

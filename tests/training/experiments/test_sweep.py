@@ -10,6 +10,8 @@ import importlib.util
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -25,7 +27,7 @@ from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
 from support.processes import Processes
 from support.tiny import pixels, staged
 
-from featstore import Augment, FactsDifferError, FeatureStore, FeatureStoreError, ImageSet, extract
+from featstore import Augment, DamagedFileError, FactsDifferError, FeatureStore, FeatureStoreError, ImageSet, extract
 from training import FeatureNoise, Grid, Learner, Mixup, Sample, Sweep, log_uniform, sweep, try_settings, uniform
 from training.experiments.grid import as_settings, setting_digest
 from training.experiments.sweep_folder import SweepFolder
@@ -189,12 +191,13 @@ def test_a_setting_that_fails_is_told_and_the_others_go_on(
 
 
 def test_finished_settings_are_kept_and_never_trained_again(
-    stored: tuple[ImageSet, FeatureStore], tmp_path: Path
+    stored: tuple[ImageSet, FeatureStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Grid({"head": ["linear", "mlp"], "lr": [1e-3, 1e-2]})
     found = sweep(staged(), *stored, settings, out=tmp_path, **OPTIONS)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    again = sweep(staged(), *stored, settings, out=tmp_path, **OPTIONS)
+    again = sweep(staged(), *stored, settings, out=os.path.relpath(tmp_path), **OPTIONS)
+    monkeypatch.chdir("/")  # its folder stays where it was
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
     assert repr(again) == repr(found)
     assert torch.equal(
@@ -214,8 +217,17 @@ def test_finished_settings_are_kept_and_never_trained_again(
     assert told["keys"] == [stored[1].set(told["keys"][0]).key]
     with pytest.raises(FeatureStoreError, match="holds a sweep already"):
         sweep(staged(), *stored, settings, out=tmp_path, resume=False, **OPTIONS)
+    best, second = (tmp_path / f"member-{each.name}" for each in found.members[:2])
     with pytest.raises(FeatureStoreError, match="one setting of a sweep, of which the head alone is kept"):
-        Learner.load(tmp_path / f"member-{found.members[0].name}")
+        Learner.load(best)
+    shutil.rmtree(best)
+    second.rename(best)
+    with pytest.raises(DamagedFileError, match="doesn't hold the setting that it is named after"):
+        sweep(staged(), *stored, settings, out=tmp_path, **OPTIONS)
+    for content in ("null", "[1]"):
+        (tmp_path / "sweep.json").write_text(content)
+        with pytest.raises(DamagedFileError, match=re.escape(f"it holds {content}, no facts by name")):
+            sweep(staged(), *stored, settings, out=tmp_path, **OPTIONS)
 
 
 def test_a_folder_of_another_sweep_is_refused_by_what_differs(

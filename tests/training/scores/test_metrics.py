@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest  # type: ignore[import-untyped]
+from scipy.stats import binomtest, ttest_1samp  # type: ignore[import-untyped]
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, top_k_accuracy_score
 from support.processes import Processes
 from torch import Tensor, nn
@@ -226,3 +226,15 @@ def test_wilson_interval_refuses_what_is_no_proportion() -> None:
 
 def test_importing_metrics_does_not_wait_for_scikit_learn(new_processes: Processes) -> None:
     assert new_processes.answer("import sys, training.scores.metrics; print('sklearn' in sys.modules)") == "False"
+
+
+def test_students_interval_stays_within_what_a_score_can_be() -> None:
+    for name in ("accuracy", "top5", "f1", "map", "calibration_error"):
+        assert metrics.student_interval(name, [0.9, 1.0, 1.0])[1] == 1
+        assert metrics.student_interval(name, [0.0, 0.1, 0.0])[0] == 0
+    assert metrics.student_interval("r2", [0.0, -0.5])[0] < -1  # R2 has no least value
+    assert metrics.student_interval("r2", [0.9, 1.0, 1.0])[1] == 1
+    assert metrics.student_interval("rmse", [0.0, 0.1, 4.0])[0] == 0
+    ends = ttest_1samp([0.0, 0.1, 4.0], 0).confidence_interval(0.9)
+    assert metrics.student_interval("loss", [0.0, 0.1, 4.0], 0.9) == pytest.approx((ends.low, ends.high))
+    assert all(map(math.isnan, metrics.student_interval("map", [0.5, math.nan])))

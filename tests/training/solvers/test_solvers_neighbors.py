@@ -42,6 +42,26 @@ def test_equal_rows_are_in_the_order_of_their_numbers_at_distance_0(metric: Metr
     assert distances.tolist() == [[0] * 5]
 
 
+@pytest.mark.parametrize("memory_bytes", [None, 0])
+@pytest.mark.parametrize("num_rows", [8, 9000])  # few are all candidates
+def test_a_row_of_zeros_is_like_none_by_cosine(num_rows: int, memory_bytes: int | None) -> None:
+    values, queries = made(num_rows, num_queries=3)
+    values[num_rows - 4 :] = 0
+    values[: num_rows - 4] *= np.sign(values[: num_rows - 4] @ queries[:1].T) * -1  # all behind the first query
+    values[1], queries[1] = values[0], 0
+    nearest = KNearest(Rows.of(values, memory_bytes=memory_bytes), k=4, device="cpu")
+    distances, found = nearest.neighbors(queries[:2])
+    assert found.tolist() == [[*range(num_rows - 4, num_rows)], [0, 1, 2, 3]]
+    assert distances.tolist() == [[1.0] * 4] * 2
+    distances, found = nearest.neighbors(values, leave_one_out=True)
+    assert distances[-1].tolist() == [1.0] * 4
+    assert found[-1].tolist() == [0, 1, 2, 3]
+    assert (found[0, 0], distances[0, 0]) == (1, 0)
+    values[::2], values[1::2] = np.eye(16)[0], 0  # equally near, so that products are taken in float64
+    distances, _ = KNearest(values, k=4, device="cpu").neighbors(np.eye(16)[1:2] + 0.2 * np.eye(16)[:1])
+    assert distances.max() < 0.9
+
+
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_rows_read_again_give_what_rows_in_memory_give(metric: Metric) -> None:
     values, queries = made(9000)
@@ -122,7 +142,6 @@ def test_a_temperature_weighs_as_in_the_evaluation_of_dino() -> None:
         ({"metric": "manhattan"}, "metric is 'manhattan'"),
         ({"weights": "softly"}, "weights is 'softly'"),
         ({"weights": 0.0}, "weights is 0"),
-        ({"X": np.zeros((50, 3))}, "zeros only"),
         ({"X": np.full((50, 3), np.nan)}, "Row 0 has nan"),
         ({"y": np.arange(49)}, "49 labels for 50 rows"),
     ],
