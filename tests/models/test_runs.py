@@ -172,8 +172,11 @@ def test_a_newer_format_and_a_folder_that_is_no_run_are_refused(
         folder = saved(tmp_path / "head")
     with pytest.raises(FeatureStoreError, match=r"has run format 3; this featstore reads up to 2. Upgrade featstore"):
         read_run(folder)
-    with pytest.raises(FeatureStoreError, match=r"is no saved run: it has no model.json. Give the folder that --out"):
+    with pytest.raises(FeatureStoreError, match=r"it has no model.json. Give one of those in it: .*head"):
         read_run(tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FeatureStoreError, match=r"is no saved run: it has no model.json. Give the folder that --out"):
+        read_run(tmp_path / "none")
 
 
 def test_each_single_bit_that_flips_in_the_facts_or_a_report_is_found_and_the_file_named(tmp_path: Path) -> None:

@@ -581,7 +581,7 @@ def test_help_lists_the_flags_of_the_contract(run: Run) -> None:
     text = " ".join(run("featstore-train", "head", "--help").out.split())
     for flag, default in {
         "--batch-size N": "64; x>=1",
-        "--epochs N": "(head: 10, without --cycles); x>=1",
+        "--epochs N": "(head: 10, without --cycles); 1<=x<=1000000",
         "--weight-decay N": "0.01; x>=0",
         "--keep last|best": "(best; with --swa last)",
         "--head concat|linear|mlp|attention": "concat",

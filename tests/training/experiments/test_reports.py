@@ -26,8 +26,8 @@ from training import (
     cross_validate,
     label_suspects,
     report,
-    reports,
 )
+from training.experiments import reports
 from training.sidecar import Dealt, Score
 
 pytest.importorskip("plotly", reason="plotly isn't installed")
