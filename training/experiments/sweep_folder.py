@@ -47,6 +47,7 @@ class SweepFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()  # a sweep may be asked for its best after a change of directory
+        self._named = path
         self._facts: dict[str, Json] = {}
 
     def begin(
@@ -80,11 +81,11 @@ class SweepFolder:
             self._begin_anew()
         elif not resume:
             raise FeatureStoreError(
-                f"{self.path} holds a sweep already. Go on with it (resume=True, --resume), or {_ANOTHER}."
+                f"{self._named} holds a sweep already. Go on with it (resume=True, --resume), or {_ANOTHER}."
             )
         elif nameless is not None and self._has_members:
             raise FeatureStoreError(
-                f"{self.path} holds a sweep already, and whether it is of the same settings can't be told, as nothing "
+                f"{self._named} holds a sweep already, and whether it is of the same settings can't be told, as nothing "
                 f"names {nameless}. Write it into a file as a function or class, or {_ANOTHER}."
             )
         self._go_on()
@@ -93,7 +94,7 @@ class SweepFolder:
         there = sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
         if strangers := [name for name in there if not name.startswith(".")]:
             raise FeatureStoreError(
-                f"{self.path} holds {some(strangers)}, and a sweep has a folder of its own. Choose another one."
+                f"{self._named} holds {some(strangers)}, and a sweep has a folder of its own. Choose another one."
             )
 
     @property
@@ -119,7 +120,7 @@ class SweepFolder:
             name, (there, here) = next(iter(differing.items()))
             halved = "Halving compares all settings, so none can be added to it. " * ("settings" in differing)
             raise FactsDifferError(
-                f"{self.path} is of another sweep; it differs in: {', '.join(differing)} ({name}: {_short(there)} "
+                f"{self._named} is of another sweep; it differs in: {', '.join(differing)} ({name}: {_short(there)} "
                 f"there, {_short(here)} here). Its scores can't stand beside those of this one. {halved}"
                 f"{_ANOTHER[0].upper()}{_ANOTHER[1:]}."
             )
@@ -210,7 +211,7 @@ class SweepFolder:
         """
         if _differing(self._found(), self._facts):
             raise FactsDifferError(
-                f"Another sweep has begun in {self.path}, so {self._of(name).name} isn't written there. Give each a "
+                f"Another sweep has begun in {self._named}, so {self._of(name).name} isn't written there. Give each a "
                 "folder of its own."
             )
         tensors = {} if weights is None else {**dict(tensors_of(weights)), **_steps(learner.history)}

@@ -33,7 +33,7 @@ def test_a_sweep_is_a_table_and_a_run_to_go_on_with(run: Run, here: Path) -> Non
     assert foot == expected.foot
     assert last.startswith("The best is a run, to go on with: featstore-train finetune --images photos --from")
     refused = run("featstore-train", *flags).last_words
-    assert "runs/sweep holds a sweep already. Go on with it" in refused
+    assert refused.startswith("runs/sweep holds a sweep already.")
     assert "begin anew in its place with --overwrite" in refused
     again = run("featstore-train", *flags, "--resume", "--json").json
     assert [(row["lr"], row["head"]) for row in again["settings"]] == [
