@@ -85,8 +85,8 @@ class SweepFolder:
             )
         elif nameless is not None and self._has_members:
             raise FeatureStoreError(
-                f"{self._named} holds a sweep already, and whether it is of the same settings can't be told, as nothing "
-                f"names {nameless}. Write it into a file as a function or class, or {_ANOTHER}."
+                f"{self._named} holds a sweep already, and whether it is of the same settings can't be told, as "
+                f"nothing names {nameless}. Write it into a file as a function or class, or {_ANOTHER}."
             )
         self._go_on()
 
