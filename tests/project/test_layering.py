@@ -557,7 +557,9 @@ def test_the_design_page_lists_the_modules_in_their_order() -> None:
     for line in [*block.splitlines(), "./"]:
         first, *more = re.split(r"\s{2,}", line.strip())  # then what it is for, which is no name
         if not first.endswith("/"):
-            names += takewhile({name for _, group in ROOMS[package] for name in group}.__contains__, [first, *more])
+            known = {name for room, group in ROOMS[package] if room == here for name in group}
+            assert first in known, f"{package}/{here} has no module {first}"
+            names += takewhile(known.__contains__, [first, *more])
             continue
         if names:
             listed[package].append((here, tuple(names)))
