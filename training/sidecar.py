@@ -223,10 +223,13 @@ def _checked(content: bytes, path: Path) -> dict[str, Json]:
         )
     if version != FORMAT or checksum is None or checksum != _checksum(facts):
         raise DamagedFileError(
-            f"{path} is damaged: its facts don't fit their checksum (SHA-256 {str(checksum)[:8]}... expected). "
-            f"{_REMEDY}"
+            f"{path} is damaged: its facts don't fit their checksum ({_short(checksum)} expected). {_REMEDY}"
         )
     return facts
+
+
+def _short(checksum: Json) -> str:
+    return "one is" if checksum is None else f"SHA-256 {str(checksum)[:8]}..."
 
 
 def _checksum(facts: Mapping[str, Json]) -> str | None:
