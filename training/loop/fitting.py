@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -275,12 +276,17 @@ class Begun:
 
         The weights that the plan asks for are there once it is over.
         """
-        fitting, plan, progress = self.fitting, self.fitting.plan, self.progress
+        plan, progress = self.fitting.plan, self.progress
 
         def told(record: Record) -> None:
             for listener in plan.listeners:
                 listener(record)
 
+        return self._epochs(told, should_stop=None if until is None else lambda: progress.epoch >= until)
+
+    def _epochs(self, told: Callable[[Record], None], **more: Any) -> History:
+        """The loop, by what the plan asks for; `more` says how it is kept, shown and stopped."""
+        fitting, plan = self.fitting, self.fitting.plan
         return run_epochs(
             fitting.tail,
             fitting.train,
@@ -295,8 +301,8 @@ class Begun:
             average=self.average,
             ranks=self.ranks,
             on_epoch_end=told,
-            progress=progress,
-            should_stop=None if until is None else lambda: progress.epoch >= until,
+            progress=self.progress,
+            **more,
         )
 
     def run(self, save_snapshot: Callable[[int], None], done: Callable[[History], None]) -> History:
@@ -328,24 +334,7 @@ class Begun:
                 if keep is not None:
                     keep(at)
 
-            history = run_epochs(
-                fitting.tail,
-                train,
-                valid,
-                steps=self.steps,
-                course=self.course,
-                loss=fitting.loss,
-                metrics=fitting.metrics,
-                seed=fitting.seed,
-                keep=plan.keep,
-                patience=plan.patience,
-                average=self.average,
-                ranks=self.ranks,
-                on_epoch_end=told,
-                is_shown=self.fitting.is_shown,
-                progress=progress,
-                **{**keeping, "save": save},
-            )
+            history = self._epochs(told, is_shown=fitting.is_shown, **{**keeping, "save": save})
             is_over = self.is_over
             if is_over:  # else an interrupt ends the block
                 done(history)
