@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import webbrowser
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,10 +68,9 @@ def view(
         tell("Ctrl-C ends it")
     if not no_browser and _has_screen():
         webbrowser.open(viewing.address)
-    try:
+    with suppress(KeyboardInterrupt):  # which a server that ends by itself doesn't always hand on
         viewing.run()
-    except KeyboardInterrupt:
-        tell("closed")
+    tell("closed")
 
 
 def _has_screen() -> bool:

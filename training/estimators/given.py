@@ -21,7 +21,15 @@ Matrix: TypeAlias = Any
 _HAS_TAGS = tuple(int(part) for part in sklearn.__version__.split(".")[:2]) >= (1, 6)
 
 
-def checked_to_fit(estimator: Any, X: Matrix, y: Any, *, allow_nd: bool = False, **checks: Any) -> tuple[Rows, Any]:  # noqa: N803
+def checked_to_fit(
+    estimator: Any,
+    X: Matrix,  # noqa: N803
+    y: Any,
+    *,
+    allow_nd: bool = False,
+    exact: bool = False,
+    **checks: Any,
+) -> tuple[Rows, Any]:
     """The rows that `estimator` is fitted to, and `y` as an array of as many.
 
     The estimator has `n_features_in_` then, `feature_names_in_` of a data frame, and of `Features` their spec as
@@ -32,6 +40,7 @@ def checked_to_fit(estimator: Any, X: Matrix, y: Any, *, allow_nd: bool = False,
         X: of at least two rows.
         y: a target a row; of `Features` None stands for their own.
         allow_nd: whether a row may be more than a vector.
+        exact: whether an array's numbers stay as they are where float32 can't hold them.
         checks: further ones of scikit-learn's `validate_data`.
 
     Raises:
@@ -49,12 +58,12 @@ def checked_to_fit(estimator: Any, X: Matrix, y: Any, *, allow_nd: bool = False,
         return X, _checked_alone(estimator, X, targets, checks)
     estimator.spec_ = None
     values, targets = _validated(
-        estimator, X=X, y=y, dtype=np.float32, allow_nd=allow_nd, ensure_min_samples=2, **checks
+        estimator, X=X, y=y, dtype=_types(exact), allow_nd=allow_nd, ensure_min_samples=2, **checks
     )
     return HeldRows(values), targets
 
 
-def checked_to_predict(estimator: Any, X: Matrix, *, allow_nd: bool = False) -> Rows:  # noqa: N803
+def checked_to_predict(estimator: Any, X: Matrix, *, allow_nd: bool = False, exact: bool = False) -> Rows:  # noqa: N803
     """The rows to predict, which are as wide as those that `estimator` was fitted to, and of the same kind.
 
     Features must have all the facts of those that it was fitted to; those of an augmented view may be followed by the
@@ -65,7 +74,7 @@ def checked_to_predict(estimator: Any, X: Matrix, *, allow_nd: bool = False) -> 
         FactsDifferError: for features of another trunk, pool, view, precision or storage type.
     """
     if not isinstance(X, Features):
-        return HeldRows(_validated(estimator, X=X, reset=False, dtype=np.float32, allow_nd=allow_nd))
+        return HeldRows(_validated(estimator, X=X, reset=False, dtype=_types(exact), allow_nd=allow_nd))
     if estimator.spec_ is not None:
         _check_facts(estimator.spec_, X, type(estimator).__name__)
     if X.shape[1] != estimator.n_features_in_:
@@ -158,6 +167,11 @@ def _checked_alone(estimator: Any, features: Features, targets: Any, checks: dic
 
     _, checked = check_X_y(np.zeros((len(features), 1), np.float32), targets, estimator=estimator, **checks)
     return checked
+
+
+def _types(exact: bool) -> Any:
+    """What rows may be in; others become the first of them."""
+    return [np.float64, np.float32] if exact else np.float32
 
 
 def _validated(estimator: Any, **given: Any) -> Any:

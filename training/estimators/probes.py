@@ -14,16 +14,16 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from featstore.images.splitting import fold_of_each
+from featstore.store.features import Features
 from training.estimators.given import Matrix, checked_to_fit, checked_to_predict, checked_weights
 from training.inputs.held import HeldRows
 from training.row_fits import Rows
 from training.solvers.logistic import cross_validated, logistic_path
 from training.solvers.neighbors import KNearest, Metric
 from training.solvers.ridge import ridge_classifier_path
+from training.solvers.rows import Rows as SolverRows
 from training.solvers.targets import strengths_of
 from training.splits import grouped_by_content
-
-_BLOCK_BYTES = 64 << 20
 
 
 class _Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has no types
@@ -32,7 +32,7 @@ class _Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # abstract;
     classes_: NDArray[Any]
 
     def _given(self, X: Matrix, y: Any) -> tuple[Rows, NDArray[Any]]:  # noqa: N803
-        rows, y = checked_to_fit(self, X, y)
+        rows, y = checked_to_fit(self, X, y, exact=True)
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         self.classes_ = np.unique(y)
@@ -106,7 +106,7 @@ class LinearProbe(_Probe):
         rows, y = self._given(X, y)
         weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
         options: dict[str, Any] = {"weights": weights, "class_weight": self.class_weight, "device": self.device}
-        source = rows.values if isinstance(rows, HeldRows) else rows
+        source = _source(rows)
         strengths = strengths_of("C", self.C).tolist()
         self.scores_: NDArray[np.float64] | None = None
         self.C_ = strengths[0]
@@ -194,7 +194,7 @@ class RidgeProbe(_Probe):
         """
         rows, y = self._given(X, y)
         weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
-        source = rows.values if isinstance(rows, HeldRows) else rows
+        source = _source(rows)
         strengths = strengths_of("strengths", self.strengths).tolist()
         path = ridge_classifier_path(source, y, strengths, weights=weights, device=self.device)
         assert path.errors is not None
@@ -257,7 +257,7 @@ class KNNProbe(_Probe):
         if not isinstance(self.n_neighbors, int | np.integer) or self.n_neighbors < 1:
             raise ValueError(f"n_neighbors is {self.n_neighbors!r}; expected a whole number of at least 1.")
         self.n_neighbors_ = int(min(self.n_neighbors, len(rows)))
-        source = rows.values if isinstance(rows, HeldRows) else rows
+        source = _source(rows)
         self.neighbors_ = KNearest(
             source, y, k=self.n_neighbors_, metric=self.metric, weights=self.weights, device=self.device
         )
@@ -272,18 +272,20 @@ class KNNProbe(_Probe):
     def predict_proba(self, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
         """The share of each class in the votes ``(N, K)``, columns in the order of `classes_`."""
         check_is_fitted(self)
-        rows = checked_to_predict(self, X)
-        return self.neighbors_.predict_proba(rows.values if isinstance(rows, HeldRows) else rows)
+        return self.neighbors_.predict_proba(_source(checked_to_predict(self, X, exact=True)))
 
 
 def _decisions(probe: Any, X: Matrix) -> NDArray[np.float64]:  # noqa: N803
     """What coefficients make of rows, block by block."""
     check_is_fitted(probe)
-    rows = checked_to_predict(probe, X)
-    several = max(1, _BLOCK_BYTES // (8 * probe.n_features_in_))
-    blocks = (rows[start : start + several].double().numpy() for start in range(0, len(rows), several))
-    values = np.concatenate([block @ probe.coef_.T + probe.intercept_ for block in blocks])
+    blocks = SolverRows.of(_source(checked_to_predict(probe, X, exact=True))).blocks(exact=True)
+    values = np.concatenate([block.double().numpy() @ probe.coef_.T + probe.intercept_ for _, block in blocks])
     return values[:, 0] if len(probe.classes_) == 2 else values
+
+
+def _source(rows: Rows) -> NDArray[Any] | Features:
+    """What a solver reads of them."""
+    return rows.values if isinstance(rows, HeldRows) else rows
 
 
 def _folds(rows: Rows, targets: NDArray[Any], folds: int) -> int | NDArray[np.int64]:

@@ -43,7 +43,7 @@ class LinearClassifier:
                 f"Rows hold {rows.width} numbers; expected {self.coefficients.shape[1]}, as those that were fitted."
             )
         logits = np.empty((len(rows), len(self.classes)))
-        for where, block in rows.blocks():
+        for where, block in rows.blocks(exact=True):
             logits[where] = block.double().numpy() @ self.coefficients.T + self.intercepts
         return logits
 

@@ -284,9 +284,9 @@ def _products(rows: Rows, coefficients: Array, intercepts: Array) -> NDArray[np.
         raise ValueError(
             f"Rows hold {rows.width} numbers; expected {coefficients.shape[1]}, as those that were fitted."
         )
-    matrix, offset = torch.from_numpy(coefficients.T.copy()).float(), torch.from_numpy(intercepts).float()
+    matrix, offset = (torch.from_numpy(each.copy()).to(rows.dtype) for each in (coefficients.T, intercepts))
     logits = np.empty((len(rows), len(coefficients)), np.float32)
     with torch.no_grad(), numerics("fp32", torch.device("cpu")):
-        for where, block in rows.blocks():
+        for where, block in rows.blocks(exact=True):
             logits[where] = torch.addmm(offset, block, matrix).numpy()
     return logits

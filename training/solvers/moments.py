@@ -46,10 +46,10 @@ def moments(rows: Rows, targets: Tensor, weights: Tensor) -> Moments:
     shift: Tensor | None = None
     is_plain = bool((weights == 1).all())
     middle = targets.mean(0)
-    for where, block in rows.blocks(device):
+    for where, block in rows.blocks(device, exact=True):
         values, aims, weight = block.double(), targets[where] - middle, weights[where, None]
         shift = values.mean(0) if shift is None else shift
-        values -= shift
+        values = values - shift if values is block else values.sub_(shift)  # a block isn't ours to write to
         root = weight.sqrt()
         weighted, aimed = (values, aims) if is_plain else (values.mul_(root), aims * root)
         gram += _gram(weighted)

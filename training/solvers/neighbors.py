@@ -77,7 +77,7 @@ class KNearest:
         self._numbers: NDArray[np.int64] | None = None
         if y is not None:
             self.classes, self._numbers = class_numbers(y, len(self._rows))
-        self._middle = torch.zeros(self._rows.width, device=self._device)
+        self._middle = torch.zeros(self._rows.width, device=self._device, dtype=torch.float64)
         with torch.no_grad(), numerics("fp32", self._device):
             if metric == "euclidean":
                 self._middle = self._mean()
@@ -103,7 +103,7 @@ class KNearest:
         distances = np.empty((len(asked), self.k), np.float32)
         found = np.empty((len(asked), self.k), np.int64)
         with torch.no_grad(), numerics("fp32", self._device):
-            for where, block in asked.blocks(self._device, self._at_once):
+            for where, block in asked.blocks(self._device, self._at_once, exact=True):
                 near, numbers = self._of_block(self._change(block), where.start if leave_one_out else None)
                 distances[where], found[where] = near.cpu().numpy(), numbers.cpu().numpy()
         return distances, found
@@ -138,24 +138,24 @@ class KNearest:
 
     def _mean(self) -> Tensor:
         total = torch.zeros(self._rows.width, dtype=torch.float64, device=self._device)
-        for _, block in self._rows.blocks(self._device):
+        for _, block in self._rows.blocks(self._device, exact=True):
             total += block.double().sum(0)
-        return (total / len(self._rows)).float()
+        return total / len(self._rows)
 
     def _change(self, block: Tensor) -> Tensor:
         """Rows as they are compared: of length 1, or of zeros if they are that; or about their middle."""
         if self._metric == "euclidean":
-            return block - self._middle
+            return (block - self._middle.to(block.dtype)).float()
         largest = block.abs().amax(1, keepdim=True)  # squares of 1e20 and of 1e-23 are no float32
         is_zero = largest == 0
         block = block / largest.masked_fill(is_zero, 1)
         changed: Tensor = block / torch.linalg.vector_norm(block, dim=1, keepdim=True).masked_fill(is_zero, 1)
-        return changed
+        return changed.float()
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         several = _ROWS if self._device.type == "cpu" else _ROWS_GPU
         if self._kept is None:
-            for where, block in self._rows.blocks(self._device, several):
+            for where, block in self._rows.blocks(self._device, several, exact=True):
                 yield where.start, self._change(block)
             return
         for start in range(0, len(self._kept), several):

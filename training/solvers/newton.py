@@ -53,8 +53,8 @@ class CentredRows:
     """Rows less their mean, through their scale: kept where twice their size fits, else made again at every pass.
 
     Attributes:
-        mean: ``(F,)`` float32, that is taken off.
-        scale: ``(F,)``, that is divided by.
+        mean: ``(F,)`` in the rows' exact type, that is taken off.
+        scale: ``(F,)`` of that type, that is divided by.
         basis: ``(F, R)``, the eigenvectors of the Gram matrix as columns, or None where rows are too wide. R is F; of
             fewer rows than numbers a row it is their number, as coefficients lie in the space that the rows span.
         spread: ``(R,)``, the variance along each of them.
@@ -99,7 +99,7 @@ class CentredRows:
 
     def _blocks(self, kept: Tensor | None, dtype: torch.dtype) -> Iterator[Block]:
         if kept is None:
-            for where, block in self.rows.blocks(self.device, self._block_rows):
+            for where, block in self.rows.blocks(self.device, self._block_rows, exact=True):
                 yield where, self._change(block).to(dtype)
             return
         for start in range(0, len(kept), self._block_rows):
@@ -402,7 +402,7 @@ def _mean_and_scale(rows: Rows, weights: Tensor, *, standardised: bool) -> tuple
     """Mean and, where asked for, standard deviation of each column, as StandardScaler has them."""
     sums = torch.zeros((2, rows.width), dtype=torch.float64, device=weights.device)
     shift: Tensor | None = None
-    for where, block in rows.blocks(weights.device):
+    for where, block in rows.blocks(weights.device, exact=True):
         shift = block.double().mean(0) if shift is None else shift
         values = block.double() - shift
         sums[0] += weights[where] @ values
@@ -414,7 +414,7 @@ def _mean_and_scale(rows: Rows, weights: Tensor, *, standardised: bool) -> tuple
     if standardised:
         variance = square - mean.square()
         scale = torch.where(variance > 1e-12 * square, variance.clamp_min(0).sqrt(), 1.0)  # a column of one value
-    return (mean + shift).float(), scale.float()
+    return (mean + shift).to(rows.dtype), scale.to(rows.dtype)
 
 
 def rough_type(device: torch.device) -> torch.dtype:

@@ -63,7 +63,7 @@ class RidgePath:
                 f"Rows hold {rows.width} numbers; expected {len(coefficients)}, as those that were fitted."
             )
         predicted = np.empty((len(rows), len(intercepts)))
-        for where, block in rows.blocks():
+        for where, block in rows.blocks(exact=True):
             predicted[where] = block.double().numpy() @ coefficients + intercepts
         return predicted
 
@@ -196,6 +196,8 @@ class _Spectrum:
         basis: ``(F, R)``.
         values: ``(R,)``, of the Gram matrix.
         cross: ``(R, T)``, sums of products of rows along the basis and targets.
+        shares: ``(N, R)``, the weighted rows along the basis, each column of length 1; of few rows alone: there a small
+            penalty leaves next to nothing of a row's error, and a difference from 1 would be noise.
     """
 
     total: float
@@ -204,10 +206,11 @@ class _Spectrum:
     basis: Tensor
     values: Tensor
     cross: Tensor
+    shares: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Rows, targets: Tensor, weights: Tensor) -> _Spectrum:
-        if len(rows) < rows.width:
+        if len(rows) <= rows.width + 1:
             return cls._of_products(rows, targets, weights)
         known = moments(rows, targets, weights)
         values, basis = torch.linalg.eigh(known.gram)
@@ -224,7 +227,7 @@ class _Spectrum:
     def _of_products(cls, rows: Rows, targets: Tensor, weights: Tensor) -> _Spectrum:
         """From the products of rows with each other, of which there are fewer."""
         total = float(weights.sum())
-        whole = torch.cat([block.double() for _, block in rows.blocks(targets.device)])
+        whole = torch.cat([block.double() for _, block in rows.blocks(targets.device, exact=True)])
         mean, target_mean = weights @ whole / total, weights @ targets / total
         root = weights.sqrt()[:, None]
         centred, aims = (whole - mean) * root, (targets - target_mean) * root
@@ -238,6 +241,7 @@ class _Spectrum:
             basis=centred.T @ vectors / squares.sqrt(),
             values=squares,
             cross=squares.sqrt()[:, None] * (vectors.T @ aims),
+            shares=vectors,
         )
 
     def coefficients(self, penalties: Tensor) -> Tensor:
@@ -250,8 +254,30 @@ class _Spectrum:
         inverse = 1 / (self.values[:, None] + penalties)  # (R, S)
         along = (self.cross[:, None] * inverse[..., None]).flatten(1)
         several = max(1, (32 << 20) // (8 * max(rows.width, along.shape[1])))
-        for where, block in rows.blocks(targets.device, several):
+        for where, block in rows.blocks(targets.device, several, exact=True):
             turned = (block.double() - self.mean) @ self.basis
+            if self.shares is not None:
+                yield where, self._left_out_of_few(where, turned, targets[where], weights[where], penalties)
+                continue
             shares = weights[where, None] * (1 / self.total + turned.square() @ inverse)
             predicted = (turned @ along).view(len(turned), len(penalties), -1)
             yield where, (targets[where, None] - self.target_mean - predicted) / (1 - shares)[..., None]
+
+    def _left_out_of_few(
+        self, where: slice, turned: Tensor, targets: Tensor, weights: Tensor, penalties: Tensor
+    ) -> Tensor:
+        """The same, from what the penalty leaves of a row's own error and of its own weight in it.
+
+        Both are sums over the basis and what no row of it reaches; that is nothing where rows are independent.
+        """
+        assert self.shares is not None
+        root, lengths = weights.sqrt()[:, None], self.values.sqrt()
+        own = torch.where(root > 0, self.shares[where] / root, turned / lengths)  # (n, R)
+        left = penalties / (self.values[:, None] + penalties)  # (R, S)
+        beyond = 1 - weights * (1 / self.total + own.square().sum(1))
+        is_beyond = beyond > 8 * len(self.shares) * torch.finfo(torch.float64).eps
+        along = self.cross / lengths[:, None]
+        rest = (targets - self.target_mean - own @ along) * is_beyond[:, None]
+        errors = (own @ (along[:, None] * left[..., None]).flatten(1)).view(len(own), len(penalties), -1)
+        free = weights[:, None] * (own.square() @ left) + (beyond * is_beyond)[:, None]
+        return (errors + rest[:, None]) / free[..., None]

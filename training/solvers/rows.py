@@ -18,11 +18,11 @@ _SHARE = 0.5
 """Of free memory, that the rows of a solver may take: the rest is what it computes."""
 
 Block = tuple[slice, Tensor]
-"""Which rows, and their values ``(n, F)`` in float32, contiguous, which nobody else writes to."""
+"""Which rows, and their values ``(n, F)``, contiguous, which nobody writes to: they may be the rows' own memory."""
 
 
 class Rows:
-    """Rows ``(N, F)`` of an array, a tensor or `Features`, as float32.
+    """Rows ``(N, F)`` of an array, a tensor or `Features`, as float32; to whom asks for them exactly, as they are.
 
     An array or a tensor lies in memory already; features are read in blocks, a few ahead, which need memory only while
     somebody holds them.
@@ -30,11 +30,13 @@ class Rows:
     Attributes:
         num_rows: N.
         width: F.
+        dtype: float64 where float32 can't hold the rows' numbers, else float32.
     """
 
     def __init__(self, source: NDArray[Any] | Tensor | Features, memory_bytes: int | None = None) -> None:
         self._source, self._memory_bytes = source, memory_bytes
         self.num_rows, self.width = map(int, source.shape)
+        self.dtype = _exact_type(source)
 
     @classmethod
     def of(cls, X: Any, *, memory_bytes: int | None = None) -> Rows:  # noqa: N803, the field's name of rows
@@ -83,40 +85,45 @@ class Rows:
         """Whether as much may be kept there beside them, of what is computed of each row."""
         return num_bytes <= self._most(device)
 
-    def blocks(self, device: torch.device | str = "cpu", block_rows: int | None = None) -> Iterator[Block]:
+    def blocks(
+        self, device: torch.device | str = "cpu", block_rows: int | None = None, *, exact: bool = False
+    ) -> Iterator[Block]:
         """All rows in order, in blocks on `device`.
 
         Args:
             device: where blocks are wanted.
-            block_rows: rows a block; default: 32 MB.
+            block_rows: rows a block; default: 32 MB of float32.
+            exact: in `dtype` rather than float32. Who takes rows' mean from them needs that: times of day in seconds
+                since 1970 differ by less than float32 can tell.
 
         Raises:
             ValueError: for numbers that aren't finite, with the place and value of the first.
         """
         several = block_rows or max(1, _BLOCK_BYTES // (4 * self.width))
-        for where, values in self._pieces(several):
-            block = values.to(device=device, dtype=torch.float32).contiguous()
+        dtype = self.dtype if exact else torch.float32
+        for where, values in self._pieces(several, dtype):
+            block = values.to(device=device, dtype=dtype).contiguous()
             _check_finite(block, where.start)
             yield where, block
 
     def kept(
         self, device: torch.device | str, change: Callable[[Tensor], Tensor] | None = None, *, copies: float = 1.0
     ) -> Tensor | None:
-        """All rows on `device`, each block as `change` makes it, in float32; None where `copies` of them don't fit."""
+        """All rows on `device` in float32, each exact block as `change` makes it; None where `copies` don't fit."""
         device = torch.device(device)
         if not self.fit(device, copies=copies):
             return None
         whole = torch.empty(self.shape, dtype=torch.float32, device=device)
-        for where, block in self.blocks(device):
+        for where, block in self.blocks(device, exact=change is not None):
             whole[where] = block if change is None else change(block)
         return whole
 
     def take(self, numbers: NDArray[np.int64]) -> Tensor:
-        """The rows of these numbers ``(n, F)``, float32, on the CPU."""
+        """The rows of these numbers ``(n, F)``, in `dtype`, on the CPU."""
         taken = self._source[torch.from_numpy(numbers) if isinstance(self._source, Tensor) else numbers]
-        return (taken if isinstance(taken, Tensor) else _as_tensor(taken)).to("cpu", torch.float32)
+        return (taken if isinstance(taken, Tensor) else _as_tensor(taken, self.dtype)).to("cpu", self.dtype)
 
-    def _pieces(self, several: int) -> Iterator[Block]:
+    def _pieces(self, several: int, dtype: torch.dtype) -> Iterator[Block]:
         if isinstance(self._source, Features):
             for values, numbers in self._source.batches(several):
                 yield slice(int(numbers[0]), int(numbers[-1]) + 1), values
@@ -124,7 +131,7 @@ class Rows:
         for start in range(0, self.num_rows, several):
             where = slice(start, min(start + several, self.num_rows))
             piece = self._source[where]
-            yield where, piece if isinstance(piece, Tensor) else _as_tensor(piece)
+            yield where, piece if isinstance(piece, Tensor) else _as_tensor(piece, dtype)
 
     def _most(self, device: torch.device) -> float:
         if self._memory_bytes is not None:
@@ -142,16 +149,24 @@ def _is_real(source: NDArray[Any] | Tensor) -> bool:
     return source.dtype.kind in "fiub"
 
 
-def _as_tensor(piece: NDArray[Any]) -> Tensor:
+def _exact_type(source: NDArray[Any] | Tensor | Features) -> torch.dtype:
+    """The type that holds such numbers: float32 has 24 bits for their digits."""
+    if isinstance(source, Features):
+        return torch.float32
+    is_narrow = source.dtype.itemsize < 4 or source.dtype in (torch.float32, np.float32)
+    return torch.float32 if is_narrow else torch.float64
+
+
+def _as_tensor(piece: NDArray[Any], dtype: torch.dtype) -> Tensor:
     """Of native bytes in an order that torch takes; it refuses to share what can't be written to, so that is copied."""
-    made = np.ascontiguousarray(piece, dtype=np.float32)
+    made = np.ascontiguousarray(piece, dtype=np.float64 if dtype == torch.float64 else np.float32)
     return torch.from_numpy(made if made.flags.writeable else made.copy())
 
 
 def _check_finite(block: Tensor, start: int) -> None:
-    if bool(torch.isfinite(block.sum())):  # one number that isn't finite makes the sum so; a sum may also overflow
+    if bool(torch.isfinite(block.sum().float())):  # one number that isn't finite makes it so; a sum may also overflow
         return
-    bad = (~torch.isfinite(block)).nonzero()
+    bad = (~torch.isfinite(block.float())).nonzero()
     if len(bad):
         row, column = map(int, bad[0])
         raise ValueError(

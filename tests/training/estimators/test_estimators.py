@@ -710,3 +710,15 @@ def test_the_checks_that_need_no_images_hold_of_the_extractor(check: str) -> Non
     # The others, which check_estimator leaves out for what its tags say, fit rows of random numbers.
     if hasattr(estimator_checks, check):
         getattr(estimator_checks, check)("FeatureExtractor", FeatureExtractor())
+
+
+@pytest.mark.parametrize("probe", [RidgeProbe(), LinearProbe(1.0), KNNProbe(5, metric="euclidean")], ids=str)
+@pytest.mark.parametrize("dtype", [np.float64, np.int64])
+def test_seconds_since_1970_tell_classes_apart(probe: Any, dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 40)
+    near = (rng.integers(-9, 10, (80, 3)) + 12 * labels[:, None]).astype(dtype)  # float32 tells 128 seconds apart
+    far = near + dtype(1_700_000_000)
+    expected = probe.fit(near, labels).predict(near)
+    assert (expected == labels).mean() > 0.9
+    assert np.array_equal(probe.fit(far, labels).predict(far), expected)

@@ -51,7 +51,9 @@ def test_blocks_and_rows_read_again_give_the_same() -> None:
     values, labels = made(3000)
     rows = Rows.of(values, memory_bytes=0)
     blocks = rows.blocks
-    rows.blocks = lambda device="cpu", block_rows=None: blocks(device, 77)  # type: ignore[method-assign]
+    rows.blocks = (  # type: ignore[method-assign]
+        lambda device="cpu", block_rows=None, *, exact=False: blocks(device, 77, exact=exact)
+    )
     for shrinkage in (None, "auto"):
         cut, whole = (discriminant_analysis(each, labels, shrinkage=shrinkage, device="cpu") for each in (rows, values))
         assert cut.coefficients == pytest.approx(whole.coefficients, rel=1e-8, abs=1e-10)  # the order of float64 sums

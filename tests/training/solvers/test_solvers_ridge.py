@@ -60,6 +60,21 @@ def test_a_row_left_out_is_predicted_by_a_fit_without_it(num_rows: int, width: i
     assert errors == pytest.approx((weights @ (predicted - targets) ** 2 / weights.sum())[None], rel=1e-10)
 
 
+@pytest.mark.parametrize("num_rows", [13, 40, 41])  # fewer rows than numbers a row; as many; one more
+@pytest.mark.parametrize("strength", [1e-8, 1e-10])
+def test_a_penalty_of_next_to_nothing_leaves_errors_that_are_no_noise(num_rows: int, strength: float) -> None:
+    values, targets = made(num_rows, 40, num_targets=1)
+    values[3] = values[5]  # of these the fits keep what they don't share
+    weights = np.random.default_rng(1).uniform(0.1, 3, num_rows)
+    weights[7] = 0
+    predicted = leave_one_out_predictions(values, targets, strength, weights=weights, device="cpu")
+    for row in (0, 3, 7, num_rows - 1):
+        others = np.arange(num_rows) != row
+        exact = values.astype(np.float64) - 100  # a solver's own digits are for what isn't their common mean
+        model = Ridge(alpha=strength, solver="svd").fit(exact[others], targets[others], weights[others])
+        assert predicted[row] == pytest.approx(model.predict(exact[row : row + 1])[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("num_classes", [2, 5])
 def test_classes_are_scikit_learns_ridge_classifier(num_classes: int) -> None:
     values, _ = made(100, 12)
@@ -77,7 +92,9 @@ def test_blocks_give_what_all_rows_give_at_once() -> None:
     rows = Rows.of(values)
     pieces = Rows.of(values)
     blocks = pieces.blocks
-    pieces.blocks = lambda device="cpu", block_rows=None: blocks(device, 77)  # type: ignore[method-assign]
+    pieces.blocks = (  # type: ignore[method-assign]
+        lambda device="cpu", block_rows=None, *, exact=False: blocks(device, 77, exact=exact)
+    )
     whole, cut = (ridge_path(each, targets, STRENGTHS, device="cpu") for each in (rows, pieces))
     # The order of float64 sums.
     assert cut.coefficients == pytest.approx(whole.coefficients, rel=1e-9, abs=1e-11)
