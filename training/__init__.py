@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from training.experiments.registry import Runs, runs
     from training.experiments.reports import Report, report
     from training.experiments.shots import LearningCurve, few_shot, k_shot, learning_curve
-    from training.experiments.sweeps import Sweep, sweep, try_settings
+    from training.experiments.sweeps import sweep, try_settings
+    from training.experiments.swept import Sweep
     from training.heads import attention_head, build_head, concat_head, linear_head, mlp_head
     from training.inputs.derive import Inputs
     from training.learner import Learner
@@ -130,7 +131,8 @@ _MODULES = {
     "training.loop.plan": ("FitOptions",),
     "training.predict": ("Prediction",),
     "training.recipes": ("finetune", "train_head"),
-    "training.experiments.sweeps": ("Sweep", "sweep", "try_settings"),
+    "training.experiments.sweeps": ("sweep", "try_settings"),
+    "training.experiments.swept": ("Sweep",),
     "training.experiments.reports": ("Report", "report"),
     "training.experiments.registry": ("Runs", "runs"),
     "training.sidecar": ("Sidecar",),

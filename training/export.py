@@ -31,7 +31,7 @@ from featstore.models.stages import HeadStage, PoolStage, Stage
 from featstore.models.weights import read_tensors
 from featstore.words import printable, size_text
 from training.choices import EXPORTS
-from training.heads import LinearHead, ValueHead
+from training.standardised import LinearHead, ValueHead
 
 TOLERANCE = 1e-4
 """How far an exported model's logits may be from the live one's, as a part of the largest of these. Other programs join

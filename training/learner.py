@@ -34,7 +34,6 @@ from training.agreement import Agreement, compared
 from training.class_tables import check_contrast, check_learnable, kept_table, with_table
 from training.embedding import embedding_model
 from training.export import ExportReport, exported
-from training.heads import ValueHead, passes_an_epoch, steps_note
 from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
 from training.inputs.derive import Inputs, Source, derive, extract_missing, labelled, to_score, to_train
 from training.inputs.situation import (
@@ -65,6 +64,7 @@ from training.scores.class_counts import imbalance_note
 from training.scores.outcomes import Outcomes
 from training.sidecar import Sidecar
 from training.splits import PastSplit, dealt, present_split
+from training.standardised import ValueHead, passes_an_epoch, steps_note
 from training.tta import Scored, TestViews, TtaOptions, scored
 
 

@@ -15,7 +15,8 @@ from featstore.models.staged import StagedModel
 from featstore.models.stages import PoolStage
 from featstore.store.store import FeatureStore
 from featstore.words import some
-from training.heads import ValueHead, build_head, extended_head
+from training.heads import build_head, extended_head
+from training.standardised import ValueHead
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -24,7 +24,6 @@ from featstore.models.trunk import choose_device
 from featstore.notes import logger_of
 from featstore.store.features import Features
 from training.class_tables import check_learnable
-from training.heads import ValueHead, passes_an_epoch
 from training.inputs.batches import Batches, num_batches
 from training.inputs.derive import FeatureSource
 from training.inputs.held import HeldRows, HeldSource, RepeatedRows
@@ -35,6 +34,7 @@ from training.loop.history import History
 from training.loop.optim import MakeOptimizer
 from training.loop.plan import Plan
 from training.scores import metrics as scores
+from training.standardised import ValueHead, passes_an_epoch
 
 Rows = Features | HeldRows
 """What a head is fitted to: float32 when they come."""

@@ -30,7 +30,6 @@ from featstore.store.store import FeatureStore
 from featstore.words import printable
 from training.choices import BEST
 from training.class_tables import with_classes
-from training.heads import LinearHead, unstandardised
 from training.loop.history import History
 from training.placement import reduction_of
 from training.predict import write_csv
@@ -40,6 +39,7 @@ from training.sidecar import FILE as RUN
 from training.sidecar import Sidecar
 from training.sidecar import finite as finite_number
 from training.splits import PastSplit
+from training.standardised import LinearHead, unstandardised
 
 ASKED, HISTORY, METRICS, VALID_PREDICTIONS = "run.toml", "history.csv", "metrics.json", "valid_predictions.csv"
 

@@ -80,7 +80,7 @@ ROOMS: dict[str, Rooms] = {
         ("", ("__main__",)),
     ),
     "training": (
-        ("", ("frames", "choices", "plots", "schedules", "heads", "mixing", "sidecar")),
+        ("", ("frames", "choices", "plots", "schedules", "standardised", "heads", "mixing", "sidecar")),
         (
             "scores",
             (
@@ -109,15 +109,15 @@ ROOMS: dict[str, Rooms] = {
         (
             "experiments",
             (
-                "probing", "registry", "comparing", "grid", "sweep_folder", "sweeps", "report_sections", "reports",
-                "shots", "ray_shares",
+                "probing", "registry", "comparing", "grid", "sweep_folder", "swept", "trials", "sweeps",
+                "report_sections", "reports", "shots", "ray_shares",
             ),
         ),
         (
             "cli",
             (
-                "fit_flags", "asked", "config", "run_commands", "calibrate", "lr_find", "runs", "versus", "compare",
-                "few_shot", "sweep", "report", "app",
+                "fit_flags", "asked", "config", "run_commands", "head_flags", "calibrate", "lr_find", "runs", "versus",
+                "compare", "few_shot", "sweep", "report", "app",
             ),
         ),
         ("", ("__init__", "__main__")),
@@ -162,6 +162,7 @@ DOORS = {
         "training.cli.fit_flags",
         "training.cli.config",
         "training.cli.run_commands",
+        "training.cli.head_flags",
         "training.cli.lr_find",
         "training.cli.sweep",
         "training.cli.report",

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from training import choices
 from training.heads import (
     HEADS,
-    SPREAD,
     AttentionHead,
-    LinearHead,
     attention_head,
     build_head,
     concat_head,
@@ -22,6 +20,7 @@ from training.heads import (
     mlp_head,
     read_head,
 )
+from training.standardised import SPREAD, LinearHead
 
 
 def layer_names(head: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from featstore import FeatureStore, ImageSet, extract
 from featstore.errors import MissingFeaturesError
 from training import Learner
-from training.heads import linear_head_of
+from training.standardised import linear_head_of
 
 OLD = ["b", "d"]
 MORE = ["a", "b", "c", "d"]

@@ -23,8 +23,8 @@ from featstore.errors import FeatureStoreError
 from featstore.exchange.export import export
 from featstore.extraction.remedy import image_flags
 from training import Learner
-from training.heads import steps_note
 from training.scores.metrics import mean_absolute_error, r2, root_mean_squared_error
+from training.standardised import steps_note
 
 
 def shades(count: int = 40) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:

@@ -19,8 +19,8 @@ from featstore.cli.flags import (
     open_store,
     spread,
 )
-from featstore.cli.models import ModelFlags, load_model
-from featstore.cli.program import new_app, one_of, run, show, show_json, tell, tell_all
+from featstore.cli.models import ModelFlags
+from featstore.cli.program import new_app, run, show, show_json, tell, tell_all
 from featstore.models.names import REDUCTIONS
 from training import choices
 from training.cli import calibrate as calibrate_command
@@ -35,6 +35,7 @@ from training.cli import versus as versus_command
 from training.cli.asked import asked_cuts, asked_view, for_run, labelled, labelled_as, learning_rate, refuse_imported
 from training.cli.config import ConfigOption, flags_as_toml
 from training.cli.fit_flags import FitOptionFlags, LengthFlags
+from training.cli.head_flags import HeadFlags, StartFlags
 from training.cli.run_commands import FitFlags
 
 # What loads torch is imported where a command needs it, so that words about the commands can be had without.
@@ -140,14 +141,11 @@ def head(
     fit: FitOptionFlags,
     how: FitFlags,
     output: OutputFlags,
+    kind: HeadFlags,
     cut: Annotated[
         str | None, typer.Option("--cut", metavar="CUT", help="Where the head sits.", show_default="see below")
     ] = None,
     freeze_to: FreezeToOption = None,
-    reduce: Annotated[
-        str, typer.Option(metavar="|".join(("auto", *REDUCTIONS)), help="Reduction at the cut.")
-    ] = "auto",
-    kind: Annotated[str, typer.Option("--head", metavar="|".join(choices.HEADS), help="Kind of head.")] = "concat",
     lr: Annotated[
         str | None,
         typer.Option("--lr", metavar="LR", help="Highest learning rate.", show_default="the finder's suggestion"),
@@ -166,8 +164,6 @@ def head(
     if folds is not None:
         _check_folds(length)
     training.check_free(are_folds=folds is not None)
-    one_of("--head", kind.partition(":")[0], choices.HEADS)
-    one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     rate = None if lr is None else learning_rate(lr)
     feature_store = open_store(store)
     given = labelled(images, for_new_head=True)
@@ -183,8 +179,7 @@ def head(
     tell_all([*given.notes, *view.notes(staged)])
     options: dict[str, Any] = {
         "cut": cut,
-        "reduce": reduce,
-        "head": kind,
+        **kind.options(),
         "freeze_to": freeze_to,
         "features": features,
         "augment": augment.augmentation(),
@@ -242,6 +237,7 @@ def finetune_command(
     fit: FitOptionFlags,
     how: FitFlags,
     output: OutputFlags,
+    begun: StartFlags,
     lr: Annotated[
         str | None,
         typer.Option(
@@ -249,18 +245,6 @@ def finetune_command(
             help="One rate; low and high; or one a layer group.",
             show_default="the finder's suggestion",
         ),
-    ] = None,
-    start: Annotated[
-        str | None, typer.Option("--from", metavar="RUN_DIR", help="A saved run to go on with; or --backbone.")
-    ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE.py:FN|RUN_DIR", help="A backbone that gets a new head; or --from.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="DEFAULT|ENUM|none|FILE", help="Weights of --backbone.")
-    ] = None,
-    weights_prefix: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What names begin with in a file of several networks.")
     ] = None,
     cut: Annotated[
         str | None,
@@ -274,9 +258,8 @@ def finetune_command(
 ) -> None:
     """Train a model from images, or from features up to where it is frozen."""
     training.check_free()
-    if (start is None) == (backbone is None):
-        raise ValueError("Give either --from RUN_DIR, to go on with a saved run, or --backbone, for a new head.")
-    if start is not None and (weights, weights_prefix, cut) != (None, None, None):
+    begun.check()
+    if begun.start is not None and (begun.weights, begun.weights_prefix, cut) != (None, None, None):
         raise ValueError(
             "--weights, --weights-prefix and --cut belong to --backbone; a run brings its own weights and its head."
         )
@@ -287,7 +270,7 @@ def finetune_command(
             f"auto does: --cut {name}. For another reduction train a head first (featstore-train head "
             f"--cut {name} --reduce {reduction}) and go on with its run: --from RUN_DIR."
         )
-    if start is not None and view != ViewFlags():
+    if begun.start is not None and view != ViewFlags():
         raise ValueError("--size, --resize, --mean, --std, --interpolation and --decode come with the run of --from.")
     if length.epochs is None and length.cycles is None:
         raise ValueError("Nothing says how long to train. Expected a number of epochs: --epochs 5; or --cycles 3.")
@@ -296,23 +279,16 @@ def finetune_command(
 
     options: dict[str, Any] = {}
     source: StagedModel | str
-    if backbone is not None:
+    if begun.start is None:
         given = labelled(images, for_new_head=True)
-        source = load_model(
-            backbone,
-            weights,
-            asked_cuts(cut, freeze_to),
-            weights_prefix=weights_prefix,
-            trust_code=how.trust_code,
-        )
+        source = begun.model(asked_cuts(cut, freeze_to), trust_code=how.trust_code)
         given = for_run(source.origin.get("run"), images, given)
         notes = [*given.notes, *view.notes(source)]
         options = {"cut": cut, "view": view.view(source.view)}
     else:
-        assert start is not None
-        images = labelled_as(start, images)
-        given = for_run(start, images, labelled(images, for_new_head=False))
-        source, notes = start, [*given.notes]
+        images = labelled_as(begun.start, images)
+        given = for_run(begun.start, images, labelled(images, for_new_head=False))
+        source, notes = begun.start, [*given.notes]
     tell_all(notes)
     learn = finetune(
         source,

@@ -13,9 +13,7 @@ from featstore.extraction.defaults import DEFAULT_SPLIT_SEED
 from featstore.models.names import REDUCTIONS
 from training import choices
 from training.cli.asked import labelled
-from training.cli.run_commands import FileFlags
-
-_PICTURES = (".png", ".svg", ".pdf")
+from training.cli.head_flags import PlotFlags
 
 
 @spread
@@ -26,7 +24,7 @@ def compare(
     view: ViewFlags,
     how: ComputeFlags,
     output: OutputFlags,
-    files: FileFlags,
+    files: PlotFlags,
     cut: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,18 +53,12 @@ def compare(
     time_all: Annotated[
         bool, typer.Option("--time-all", help="Also measure the seconds of backbones whose features were stored.")
     ] = False,
-    plot: Annotated[
-        str | None, typer.Option(metavar="FILE.png", help="Also draw it against the cost (.png, .svg, .pdf).")
-    ] = None,
-    table: Annotated[str | None, typer.Option("--csv", metavar="FILE.csv", help="Also write the table.")] = None,
 ) -> None:
     """Compare backbones on labelled images: extract what is missing, probe each, show accuracy beside cost."""
     one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     for each in probe or ():
         one_of("--probe", each, choices.PROBES)
-    if plot is not None and not plot.lower().endswith(_PICTURES):
-        raise ValueError(f"--plot is {plot!r}. Expected a name that ends in {', '.join(_PICTURES)}.")
-    files.check_free(table, plot)
+    files.check()
     feature_store = open_store(store)
     given = labelled(images, for_new_head=True)
     tell_all(given.about if folds is not None else given.notes)
@@ -88,12 +80,9 @@ def compare(
         workers=how.workers,
         progress=not output.json,
     )
-    if table is not None:
-        found.to_csv(table)
-    if plot is not None:
-        figure = found.plot().get_figure(root=True)
-        assert figure is not None
-        figure.savefig(plot)
+    if files.table is not None:
+        found.to_csv(files.table)
+    files.draw(found)
     if output.json:
         show_json(
             {

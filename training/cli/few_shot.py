@@ -21,12 +21,9 @@ from featstore.cli.flags import (
 )
 from featstore.cli.models import ModelFlags
 from featstore.cli.program import one_of, show, show_json, tell_all
-from featstore.models.names import REDUCTIONS
 from training import choices
 from training.cli.asked import asked_cuts, asked_view, for_run, labelled
-from training.cli.run_commands import FileFlags
-
-_PICTURES = (".png", ".svg", ".pdf")
+from training.cli.head_flags import PlotFlags, ReduceFlags
 
 
 @spread
@@ -36,7 +33,8 @@ def few_shot(
     model: ModelFlags,
     view: ViewFlags,
     output: OutputFlags,
-    files: FileFlags,
+    files: PlotFlags,
+    reduction: ReduceFlags,
     shots: Annotated[
         str | None,
         typer.Option(metavar="A,B,...", help="Training images of each class.", show_default="1,2,4,8,16"),
@@ -52,28 +50,18 @@ def few_shot(
         str | None,
         typer.Option("--cut", metavar="CUT", help="Whose features.", show_default="as of head"),
     ] = None,
-    reduce: Annotated[
-        str, typer.Option(metavar="|".join(("auto", *REDUCTIONS)), help="Reduction at the cut.")
-    ] = "auto",
     features: Annotated[
         str | None, typer.Option(metavar="KEY", help="Start of the key of the feature set to use.")
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:1", help="Of what is fitted.")] = "auto",
-    plot: Annotated[
-        str | None, typer.Option(metavar="FILE.png", help="Also draw accuracy by images (.png, .svg, .pdf).")
-    ] = None,
-    table: Annotated[str | None, typer.Option("--csv", metavar="FILE.csv", help="Also write the table.")] = None,
     trust_code: TrustOption = False,
 ) -> None:
     """Fit a probe to few stored features of each class, several times, and score it on the images held out."""
     one_of("--probe", probe, choices.FEW_SHOT_PROBES)
-    one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     if shots is not None and shares is not None:
         raise ValueError(f"--shots {shots} and --shares {shares} both say how many images. Give one of them.")
-    if plot is not None and not plot.lower().endswith(_PICTURES):
-        raise ValueError(f"--plot is {plot!r}. Expected a name that ends in {', '.join(_PICTURES)}.")
     sizes = _sizes(shots, shares)
-    files.check_free(table, plot)
+    files.check()
     feature_store = open_store(store)
     given = labelled(images, for_new_head=True)
     from training.experiments import shots as few  # torch: what was asked for is understood by now
@@ -86,19 +74,16 @@ def few_shot(
         "probe": probe,
         "seed": seed,
         "cut": cut,
-        "reduce": reduce,
+        "reduce": reduction.reduce,
         "features": features,
         "view": asked_view(staged, feature_store, view, features),
         "device": device,
     }
     make = few.few_shot if shares is None else few.learning_curve
     found = make(staged, given.images, feature_store, **sizes, **options)
-    if table is not None:
-        _write(Path(table), found.table)
-    if plot is not None:
-        figure = found.plot().get_figure(root=True)
-        assert figure is not None
-        figure.savefig(plot)
+    if files.table is not None:
+        _write(Path(files.table), found.table)
+    files.draw(found)
     if output.json:
         show_json({"points": found.table, "probe": found.probe, "images": found.num_scored, "note": found.note})
     else:

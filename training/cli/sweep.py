@@ -14,9 +14,9 @@ import typer
 from featstore.cli.flags import AugmentFlags, ImageFlags, OutputFlags, StoreOption, ViewFlags, open_store, spread
 from featstore.cli.models import ModelsFlags
 from featstore.cli.program import one_of, show, show_json, tell_all
-from featstore.models.names import REDUCTIONS
 from training import choices
 from training.cli.asked import asked_view, for_run, labelled
+from training.cli.head_flags import HeadFlags
 from training.cli.run_commands import FitFlags
 
 _NUMBERS = ("lr", "dropout", "weight_decay", "label_smoothing", "clip")
@@ -46,6 +46,7 @@ def sweep(
     view: ViewFlags,
     augment: SweepAugmentFlags,
     how: FitFlags,
+    head: HeadFlags,
     output: OutputFlags,
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the sweep: each finished setting, and the best.")],
     given: Annotated[
@@ -83,10 +84,6 @@ def sweep(
     cut: Annotated[
         str | None, typer.Option("--cut", metavar="CUT", help="Where the head sits.", show_default="the default cut")
     ] = None,
-    reduce: Annotated[
-        str, typer.Option(metavar="|".join(("auto", *REDUCTIONS)), help="Reduction at the cut.")
-    ] = "auto",
-    kind: Annotated[str, typer.Option("--head", metavar="|".join(choices.HEADS), help="Kind of head.")] = "concat",
     extract: Annotated[bool, typer.Option("--extract", help="Compute features that are missing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in the place of a sweep there.")] = False,
@@ -105,8 +102,6 @@ def sweep(
     ] = None,
 ) -> None:
     """Try many settings of a head on stored features; those of like shape train together."""
-    one_of("--head", kind.partition(":")[0], choices.HEADS)
-    one_of("--reduce", reduce, ("auto", *REDUCTIONS))
     values = {**(_read(settings) if settings is not None else {}), **_joined(map(_values, given or ()))}
     if not values:
         raise ValueError("There is nothing to try. Give values: --set lr=1e-3,3e-3 --set head=linear,mlp.")
@@ -158,8 +153,7 @@ def sweep(
     tell_all([*asked.notes, *view.notes(models[0])])
     options: dict[str, Any] = {
         "cut": cut,
-        "reduce": reduce,
-        "head": kind,
+        **head.options(),
         "epochs": epochs,
         "augment": augment.augmentation(),
         "on_missing": "extract" if extract else "error",

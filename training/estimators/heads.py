@@ -30,7 +30,7 @@ from training.estimators.given import (
     checked_weights,
     rows_that_count,
 )
-from training.heads import HEADS, ValueHead, build_head
+from training.heads import HEADS, build_head
 from training.learner import Learner
 from training.loop.averages import Averaging
 from training.loop.history import History
@@ -41,6 +41,7 @@ from training.mixing import BatchChange
 from training.predict import probabilities
 from training.row_fits import Rows, fit_to_rows, logits_of_rows
 from training.scores.metrics import THRESHOLD
+from training.standardised import ValueHead
 
 
 class _Head(BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has no types

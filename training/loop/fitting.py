@@ -14,7 +14,6 @@ from featstore.digest import Json
 from featstore.images.views import Augment
 from featstore.models.staged import StagedModel
 from featstore.models.stages import PoolStage
-from training.heads import standardise
 from training.inputs.batches import Batches
 from training.inputs.situation import views_words
 from training.loop.averages import Average, averaged
@@ -31,6 +30,7 @@ from training.loop.ranks import Ranks
 from training.loop.steps import Steps
 from training.schedules import Course
 from training.scores.metrics import Loss, Metric
+from training.standardised import standardise
 
 Say = Callable[[str | None], None]
 

@@ -20,7 +20,7 @@ from featstore.models.modes import check_trainable
 from featstore.models.staged import StagedModel
 from featstore.models.stages import Stage, has_weights
 from featstore.words import some
-from training.heads import DAMPING, SPREAD, linear_head_of
+from training.standardised import DAMPING, SPREAD, linear_head_of
 
 LearningRate = float | Sequence[float] | Mapping[str, float]
 """One rate for all layer groups; one for each; two, (low, high), spread geometrically over all; or by name.
@@ -124,9 +124,9 @@ def build(
         optimizer: a key of `OPTIMIZERS`, or a callable that takes parameter groups, each with its rate, weight decay
             and name.
         weight_decay: with an optimizer by name a linear head's is ten times that, since its inputs are ten times as
-            spread; and Adam's epsilon is `heads.DAMPING` there. adam and sgd decay as L2 in the loss does (its optimum
-            is that of logistic regression with ``C = 10 / (weight_decay * images)`` on standardised features), adamw
-            apart from the gradients, which has no such optimum.
+            spread; and Adam's epsilon is `standardised.DAMPING` there. adam and sgd decay as L2 in the loss does (its
+            optimum is that of logistic regression with ``C = 10 / (weight_decay * images)`` on standardised features),
+            adamw apart from the gradients, which has no such optimum.
         decay_norms: whether biases and norms are decayed as all else.
 
     Raises:

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featstore.models.stages import HeadStage
-from training.heads import LinearHead, ValueHead
 from training.inputs.batches import Batches
 from training.loop.copies import put_back, tensors_of
 from training.loop.fit import Draws, check_any
@@ -30,6 +29,7 @@ from training.loop.optim import OPTIMIZERS
 from training.loop.steps import check_finite
 from training.schedules import Setting
 from training.scores.metrics import Loss, loss_number, metric_values
+from training.standardised import LinearHead, ValueHead
 
 _SCORED_BYTES = 1 << 30
 """Logits that are held at a time while heads are scored; the images are read again for more."""

@@ -352,9 +352,9 @@ import sys
 from featstore import FeatureStore, ImageSet
 from support.tiny import pixels, staged
 from training import Grid, sweep
-from training.experiments import sweeps
+from training.experiments import trials
 
-sweeps._MOST_TOGETHER = 2  # a wave of two settings, so that some are done before the others
+trials._MOST_TOGETHER = 2  # a wave of two settings, so that some are done before the others
 images = ImageSet.from_arrays(pixels({count}), [row % 3 for row in range({count})],
     splits=["train"] * {train} + ["valid"] * {valid})
 settings = Grid({{"head": ["linear"], "lr": [1e-3 * 1.5**n for n in range(8)]}})

@@ -17,12 +17,12 @@ from torch.optim import SGD, Optimizer
 
 from featstore import FeatureStore, ImageSet, StagedModel, extract
 from training import Learner
-from training.heads import SPREAD
 from training.inputs.batches import Batches
 from training.inputs.derive import find
 from training.inputs.situation import Situation
 from training.loop import optim
 from training.loop.lr_find import LearningRates, find_lr
+from training.standardised import SPREAD
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from featstore.errors import FactsDifferError
 from featstore.models.backbones import outline
 from featstore.models.layer_groups import LayerGroup, layer_groups
 from training import Learner, build_head
-from training.heads import SPREAD, LinearHead
 from training.loop import optim
 from training.loop.optim import spread
+from training.standardised import SPREAD, LinearHead
 
 
 def num_parameters(model: StagedModel, group: LayerGroup) -> int:
