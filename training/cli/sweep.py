@@ -20,6 +20,7 @@ from training.cli.head_flags import HeadFlags
 from training.cli.run_commands import FitFlags
 
 _NUMBERS = ("lr", "dropout", "weight_decay", "label_smoothing", "clip")
+_TRUTHS = {"true": True, "false": False}
 _WHOLE = ("epochs", "batch_size", "seed", "queries", "patience", "accumulate")
 
 
@@ -274,6 +275,9 @@ def _value(name: str, word: str, text: str) -> Any:
         if number != int(number):
             raise ValueError(f"--set is {text!r}. Expected whole numbers.")
         return int(number)
+    if name == "decay_norms":
+        one_of(f"--set {name}", word, tuple(_TRUTHS))
+        return _TRUTHS[word]
     if name in ("hidden", "dropout"):
         numbers = [_number(each, text) for each in word.split("+")]
         return [int(each) for each in numbers] if name == "hidden" else numbers

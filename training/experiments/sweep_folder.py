@@ -29,7 +29,7 @@ from training.provenance import FitRecord
 from training.sidecar import FILE, Dealt, Score, Sidecar, finite
 
 FACTS, HALVING = SWEEP, "halving.json"
-FORMAT = 2
+FORMAT = 3
 """Of the folder, and of what a setting means: counted up when either changes."""
 
 

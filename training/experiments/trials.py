@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from featstore.digest import Json, digest_bytes
+from featstore.digest import Json, digest_bytes, digest_json, digest_tensor
 from featstore.images.contents import overlap_note
 from featstore.images.digests import KnownDigests
 from featstore.images.image_set import ImageSet
@@ -23,6 +23,7 @@ from training.heads import HEAD_OPTIONS, head_word, read_head
 from training.inputs.derive import labelled
 from training.learner import Learner
 from training.loop import settings as of_learner
+from training.loop.copies import tensors_of
 from training.loop.monitor import Monitor
 from training.loop.plan import FitOptions, Plan
 from training.provenance import keys_of
@@ -69,6 +70,8 @@ class Trials:
         }
         if folds is not None and repeats != 1:
             raise ValueError(f"folds={folds} and repeats={repeats} are two kinds of several fits. Give one of them.")
+        if groups is not None and folds is None:
+            raise ValueError("groups are for folds, and there are none. Give folds=5 beside them, or leave them out.")
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}; expected at least 1.")
         if folds is None and not len(images.valid):
@@ -181,15 +184,19 @@ class Trials:
             given = self._all(each)
             place = {name: given.get(name) for name in ("backbone", "cut", "reduce", "augment")}
             words = ", ".join(f"{name} {shown(value)}" for name, value in place.items() if value is not None)
-            is_pool = str(given.get("head")).startswith("attention")
-            key = f"{words or 'default'}{', attention' * is_pool}"
+            head = given.get("head")
+            is_pool, is_kept = str(head).startswith("attention"), head == "keep"
+            key = f"{words or 'default'}{', attention' * is_pool}{', head kept' * is_kept}"
             if key not in places:
                 learn, plan = self.made(each, 0)
                 source = learn.ready(plan).train
-                places[key] = {
-                    "trunk": learn.model.digests()[learn.cut],
-                    "keys": None if source is None else list(keys_of(source)),
-                }
+                keys = [] if source is None else list(keys_of(source))
+                places[key] = {"trunk": learn.model.digests()[learn.cut], "keys": keys}
+                if not keys:  # which say it of features
+                    places[key]["view"] = learn.view.facts()
+                if is_kept:
+                    tensors = dict(tensors_of(learn.model.unfrozen))
+                    places[key]["head"] = digest_json({name: digest_tensor(each) for name, each in tensors.items()})
         digests = self.images.digests(self._known)
         targets = self.images.targets
         assert targets is not None
@@ -199,8 +206,8 @@ class Trials:
             "classes": list(self.images.classes),
             "task": self.images.task,
             "split": digest_bytes("\0".join(self.images.splits.tolist()).encode()),
-            "groups": None if self.groups is None else digest_bytes("\0".join(map(str, self.groups)).encode()),
             "folds": self.folds,
+            "folds_dealt": None if self.folds is None else digest_json([each.splits.tolist() for each in self.sets]),
             "repeats": self.repeats,
             "split_seed": self.split_seed,
             "monitor": [self.monitor.name, self.monitor.direction],

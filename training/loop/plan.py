@@ -123,6 +123,8 @@ class Plan:
             object.__setattr__(self, name, settings.checked(name, getattr(self, name)))
         for listener in self.listeners:
             settings.checked("on_epoch_end", listener)
+        if not isinstance(self.decay_norms, bool):  # any text would be true
+            raise TypeError(f"decay_norms is {self.decay_norms!r}; expected True or False.")
         object.__setattr__(self, "mix", as_changes(self.mix))
         schedules.check(self.schedule)
         if self.resume and self.checkpoint is None:

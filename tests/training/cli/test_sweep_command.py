@@ -54,8 +54,11 @@ def test_a_sweep_is_a_table_and_a_run_to_go_on_with(run: Run, here: Path) -> Non
     assert "runs/sweep is no saved run: it has no model.json. Give the best of those in it: runs/sweep/best." in (
         evaluated.last_words
     )
-    replaced = run("featstore-train", *flags, "--overwrite", "--set", "weight_decay=0.5", "--json").json
-    assert {row["weight_decay"] for row in replaced["settings"]} == {0.5}
+    other = ["--set", "weight_decay=0.5", "--set", "decay_norms=false"]
+    replaced = run("featstore-train", *flags, "--overwrite", *other, "--json").json
+    assert {(row["weight_decay"], row["decay_norms"]) for row in replaced["settings"]} == {(0.5, False)}
+    refused = run("featstore-train", *flags, "--set", "decay_norms=no", "--out", "other").last_words
+    assert refused == "--set decay_norms is 'no'. Expected true or false."
     assert len(runs("runs/sweep")) == 4
     failed = run("featstore-train", *COMMAND, "--set", "lr=1e38", "--out", "failed", "--json")
     assert (failed.code, failed.json["best"], failed.json["settings"][0]["accuracy"]) == (1, None, None)

@@ -25,7 +25,7 @@ import torch
 from numpy.testing import assert_allclose
 from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
 from support.processes import Processes
-from support.tiny import pixels, staged
+from support.tiny import VIEW, net, pixels, staged
 
 from featstore import Augment, DamagedFileError, FactsDifferError, FeatureStore, FeatureStoreError, ImageSet, extract
 from training import FeatureNoise, Grid, Learner, Mixup, Sample, Sweep, log_uniform, sweep, try_settings, uniform
@@ -240,7 +240,6 @@ def test_a_folder_of_another_sweep_is_refused_by_what_differs(
         "folds": {"folds": 2},
         "repeats": {"repeats": 2},
         "split_seed": {"split_seed": 3},
-        "groups": {"groups": [0] * COUNT},
         "monitor": {"monitor": "valid_loss"},
         "halving": {"halving": 2},
         "options: weight_decay": {"weight_decay": 0.5},
@@ -260,6 +259,29 @@ def test_a_folder_of_another_sweep_is_refused_by_what_differs(
     with pytest.raises(FactsDifferError, match=r"differs in: features: cut layer2 \("):
         sweep(staged(7), images, store, setting, out=tmp_path, **OPTIONS)
     assert len(sweep(staged(), images, store, setting, out=tmp_path, **OPTIONS).members) == 1
+    folded = {"folds": 2, "out": tmp_path / "folded", **OPTIONS}
+    sweep(staged(), images, store, setting, **folded)
+    pairs = [str(place // 2) for place in range(COUNT)]
+    for other, more in ((replace(images, groups=tuple(pairs)), {}), (images, {"groups": pairs})):
+        with pytest.raises(FactsDifferError, match="differs in: folds_dealt"):
+            sweep(staged(), other, store, setting, **folded, **more)
+    with pytest.raises(ValueError, match="groups are for folds, and there are none"):
+        sweep(staged(), images, store, setting, groups=pairs, **OPTIONS)
+
+
+def test_a_sweep_of_images_is_of_its_view_and_one_of_kept_heads_of_their_weights(tmp_path: Path) -> None:
+    images, model = ImageSet.from_arrays(pixels(9), [0, 1, 2] * 3).split(valid=0.34), staged()
+    setting, options = [{"lr": 1e-3}], {"epochs": 1, "quiet": True, "device": "cpu", "workers": 0}
+    sweep(model, images, None, setting, out=tmp_path / "views", head="linear", **options)
+    smaller = model.with_(view=model.view.resized(size=VIEW.size // 2))
+    with pytest.raises(FactsDifferError, match="differs in: features: default"):
+        sweep(smaller, images, None, setting, out=tmp_path / "views", head="linear", **options)
+    module = net()
+    sweep(module, images, None, setting, out=tmp_path / "kept", head="keep", **options)
+    with torch.no_grad():
+        [*module.parameters()][-1].add_(1)
+    with pytest.raises(FactsDifferError, match="differs in: features: default, head kept"):
+        sweep(module, images, None, setting, out=tmp_path / "kept", head="keep", **options)
 
 
 def test_settings_and_cuts_can_be_added_to_a_sweep_and_those_that_are_done_are_not_trained_again(
