@@ -304,7 +304,8 @@ class HeadClassifier(ClassifierMixin, _Head):  # type: ignore[misc]
         weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
         if weights is not None:
             y = y[weights > 0]
-        self._is_multi = type_of_target(y) == "multilabel-indicator"
+        has_labels = isinstance(X, Features) and X.images.task == "multi" and are_own(X, own)  # a single one, perhaps
+        self._is_multi = has_labels or type_of_target(y) == "multilabel-indicator"
         targets: NDArray[Any]
         task: Task = "multi" if self._is_multi else "single"
         if self._is_multi:

@@ -25,6 +25,9 @@ from training.solvers.rows import Rows as SolverRows
 from training.solvers.targets import strengths_of
 from training.splits import grouped_by_content
 
+_RIDGE_FOLDS = 5
+"""By which ridge regression chooses its strength where rows must stay together."""
+
 
 class _Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # abstract; scikit-learn has no types
     """What classifiers by exact solvers share."""
@@ -159,7 +162,8 @@ class RidgeProbe(_Probe):
     """Ridge regression to targets of -1 and 1: what scikit-learn's ``RidgeClassifier(alpha=strength)`` comes to.
 
     All strengths come from one decomposition, and the one is taken with the least error in predicting each row by the
-    others, which needs no folds: as `RidgeClassifierCV` chooses.
+    others, which needs no folds: as `RidgeClassifierCV` chooses. Where rows must stay together (equal rows of an array,
+    images of equal content or of one group) each is predicted by those of other folds: of a copy any fit tells.
 
     Args:
         strengths: of the penalty, one or several.
@@ -168,7 +172,7 @@ class RidgeProbe(_Probe):
     Attributes:
         classes_: the classes, sorted.
         strength_: that was given or chosen.
-        errors_: ``(S,)``, the mean of the squared errors of each row as the others predict it.
+        errors_: ``(S,)``, the mean of the squared errors of each row as the others, or other folds, predict it.
         coef_: ``(K, F)``; of two classes ``(1, F)``.
         intercept_: ``(K,)``; of two classes ``(1,)``.
         n_features_in_: how wide rows are.
@@ -196,7 +200,11 @@ class RidgeProbe(_Probe):
         weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
         source = _source(rows)
         strengths = strengths_of("strengths", self.strengths).tolist()
-        path = ridge_classifier_path(source, y, strengths, weights=weights, device=self.device)
+        folds = None
+        if len(strengths) > 1:
+            dealt = _folds(rows, y, _RIDGE_FOLDS, most=True)
+            folds = None if isinstance(dealt, int) else dealt
+        path = ridge_classifier_path(source, y, strengths, weights=weights, folds=folds, device=self.device)
         assert path.errors is not None
         self.errors_, self.strength_ = path.errors.mean(axis=1), path.best
         which = strengths.index(self.strength_)
@@ -288,8 +296,8 @@ def _source(rows: Rows) -> NDArray[Any] | Features:
     return rows.values if isinstance(rows, HeldRows) else rows
 
 
-def _folds(rows: Rows, targets: NDArray[Any], folds: int) -> int | NDArray[np.int64]:
-    """How many folds, or where rows must stay together the fold of each ``(N,)``.
+def _folds(rows: Rows, targets: NDArray[Any], folds: int, *, most: bool = False) -> int | NDArray[np.int64]:
+    """How many folds, or where rows must stay together the fold of each ``(N,)``; with `most` fewer of few groups.
 
     Of a copy that is trained on, any strength tells the label of the other one.
     """
@@ -307,6 +315,9 @@ def _folds(rows: Rows, targets: NDArray[Any], folds: int) -> int | NDArray[np.in
         if together is None:
             return folds
         groups = [*together]
+    if most and len({*groups}) < 2:
+        return folds
+    folds = min(folds, len({*groups})) if most else folds
     _, strata = np.unique(targets, return_inverse=True)
     return fold_of_each(groups, strata.astype(np.int64), 0, k=folds, are_groups=True)
 

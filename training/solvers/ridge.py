@@ -122,9 +122,20 @@ def ridge_classifier_path(
     *,
     weights: Any = None,
     leave_one_out: bool = True,
+    folds: NDArray[np.int64] | None = None,
     device: str = "auto",
 ) -> RidgePath:
     """The same for labels ``(N,)``, as targets of -1 and 1: scikit-learn's ``RidgeClassifier``.
+
+    Args:
+        X: as in `ridge_path`, as are `strengths`, `weights`, `leave_one_out` and `device`.
+        y: labels.
+        strengths: likewise.
+        weights: likewise.
+        leave_one_out: likewise.
+        folds: ``(N,)``, the fold of each row: errors are then of predictions by fits that lack its whole fold, each of
+            which takes a decomposition of its own.
+        device: likewise.
 
     Raises:
         ValueError: as `ridge_path`, and for a single class.
@@ -133,7 +144,9 @@ def ridge_classifier_path(
     classes, numbers = class_numbers(y, len(rows))
     columns = np.arange(len(classes)) if len(classes) > 2 else np.array([1])
     aims = np.where(numbers[:, None] == columns, 1.0, -1.0)
-    return _path(rows, aims, strengths, weights, leave_one_out=leave_one_out, device=device, classes=classes)
+    return _path(
+        rows, aims, strengths, weights, leave_one_out=leave_one_out, device=device, classes=classes, folds=folds
+    )
 
 
 def leave_one_out_predictions(
@@ -164,6 +177,7 @@ def _path(
     leave_one_out: bool,
     device: str,
     classes: NDArray[Any] | None,
+    folds: NDArray[np.int64] | None = None,
 ) -> RidgePath:
     given, chosen = strengths_of("strengths", strengths), choose_device(device)
     targets, counted = on(chosen, aims), on(chosen, row_weights(weights, len(rows)))
@@ -171,10 +185,15 @@ def _path(
         spectrum, penalties = _Spectrum.of(rows, targets, counted), on(chosen, given)
         coefficients, errors = spectrum.coefficients(penalties), None
         intercepts = spectrum.target_mean - spectrum.mean @ coefficients
-        if leave_one_out:
+        if leave_one_out or folds is not None:
             squares = torch.zeros((len(given), targets.shape[1]), dtype=torch.float64, device=chosen)
-            for where, left in spectrum.left_out(rows, targets, counted, penalties):
-                squares += torch.einsum("n,nst->st", counted[where], left.square())
+            for fold in [None] if folds is None else np.unique(folds):
+                # Rows of weight 0 are predicted by a fit of all others.
+                is_out = torch.ones_like(counted) if fold is None else on(chosen, (folds == fold).astype(np.float64))
+                fitted = counted if fold is None else counted * (1 - is_out)
+                of_fold = spectrum if fold is None else _Spectrum.of(rows, targets, fitted)
+                for where, left in of_fold.left_out(rows, targets, fitted, penalties):
+                    squares += torch.einsum("n,nst->st", (counted * is_out)[where], left.square())
             errors = (squares / counted.sum()).cpu().numpy()
     return RidgePath(
         strengths=given,

@@ -722,3 +722,22 @@ def test_seconds_since_1970_tell_classes_apart(probe: Any, dtype: type) -> None:
     expected = probe.fit(near, labels).predict(near)
     assert (expected == labels).mean() > 0.9
     assert np.array_equal(probe.fit(far, labels).predict(far), expected)
+
+
+def test_ridge_chooses_no_strength_by_copies_of_what_it_was_fitted_to() -> None:
+    rng = np.random.default_rng(0)
+    rows, labels = rng.standard_normal((40, 60)), rng.integers(0, 2, 40)  # nothing to tell: the strongest is best
+    strengths = [1e-3, 1e6]
+    twice = RidgeProbe(strengths, device="cpu").fit(np.repeat(rows, 2, axis=0), np.repeat(labels, 2))
+    assert twice.strength_ == RidgeProbe(strengths, device="cpu").fit(rows, labels).strength_ == 1e6
+    few = RidgeProbe(strengths, device="cpu").fit(np.repeat(rows[:3], 4, axis=0), np.repeat([0, 1, 0], 4))  # 3 folds
+    assert few.errors_.shape == (2,)
+
+
+def test_several_labels_of_which_there_is_one_are_several_labels_still(tmp_path: Path) -> None:
+    images = ImageSet.from_arrays(pixels(12), [["defect"] * (place % 2) for place in range(12)], task="multi")
+    store = FeatureStore(tmp_path / "features")
+    extract(staged(), images, store, cuts=["layer2"], device="cpu", workers=0)
+    features = store.features(images, store.sets()[0])
+    fitted = HeadClassifier("linear", epochs=1, lr=1e-2).fit(features)
+    assert fitted.predict_proba(features).shape == (12, 1)

@@ -75,6 +75,23 @@ def test_a_penalty_of_next_to_nothing_leaves_errors_that_are_no_noise(num_rows: 
         assert predicted[row] == pytest.approx(model.predict(exact[row : row + 1])[0], rel=1e-4)
 
 
+@pytest.mark.parametrize(("num_rows", "width"), SHAPES)
+def test_errors_of_folds_are_those_of_fits_that_lack_them(num_rows: int, width: int) -> None:
+    values, _ = made(num_rows, width)
+    labels, folds = np.arange(num_rows) % 3, np.random.default_rng(2).integers(0, 3, num_rows)
+    weights = np.random.default_rng(1).uniform(0.1, 3, num_rows)
+    path = ridge_classifier_path(values, labels, STRENGTHS, weights=weights, folds=folds, device="cpu")
+    aims = np.where(labels[:, None] == np.arange(3), 1.0, -1.0)
+    for place, strength in enumerate(STRENGTHS):
+        squares = np.zeros_like(aims)
+        for fold in range(3):
+            of, out = folds != fold, folds == fold
+            model = Ridge(alpha=strength, solver="svd").fit(values[of].astype(np.float64), aims[of], weights[of])
+            squares[out] = (model.predict(values[out].astype(np.float64)) - aims[out]) ** 2
+        assert path.errors is not None
+        assert path.errors[place] == pytest.approx(weights @ squares / weights.sum(), rel=1e-6)
+
+
 @pytest.mark.parametrize("num_classes", [2, 5])
 def test_classes_are_scikit_learns_ridge_classifier(num_classes: int) -> None:
     values, _ = made(100, 12)
