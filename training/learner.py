@@ -24,6 +24,7 @@ from featstore.html import titled_table
 from featstore.images.contents import overlap_note
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
+from featstore.models.names import Precision
 from featstore.models.runs import new_run, read_run, write_run
 from featstore.models.staged import StagedModel
 from featstore.models.trunk import choose_device
@@ -35,7 +36,16 @@ from training.class_tables import check_contrast, check_learnable, kept_table, w
 from training.embedding import embedding_model
 from training.export import ExportReport, exported
 from training.inputs.batches import Batches, doubtful_note, left_out_note, num_batches
-from training.inputs.derive import Inputs, Source, derive, extract_missing, labelled, to_score, to_train
+from training.inputs.derive import (
+    Inputs,
+    Source,
+    derive,
+    extract_missing,
+    labelled,
+    precision_of,
+    to_score,
+    to_train,
+)
 from training.inputs.situation import (
     OnMissing,
     Origin,
@@ -116,9 +126,9 @@ class Learner:
 
     __slots__ = (
         "_asked", "_before", "_begun", "_calibration", "_cut", "_features", "_fits", "_images", "_loss", "_metrics",
-        "_named", "_origins", "_passes", "_past", "_probed", "_seen", "_start", "_trained_on", "allow_leak",
-        "augment", "batch_size", "classes", "device", "head_name", "history", "model", "note", "on_error", "on_missing",
-        "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
+        "_named", "_origins", "_passes", "_past", "_precision", "_probed", "_seen", "_start", "_trained_on",
+        "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history", "model", "note", "on_error",
+        "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
     )  # fmt: skip
 
     def __init__(
@@ -181,6 +191,7 @@ class Learner:
         self._before: Sidecar | None = None  # of the run that it was loaded from
         self._named, self._start = dict(backbone.origin), start_of(backbone)
         self._passes = 0 if head == "keep" else None  # of all fits, a loaded run's included; None: the head is new
+        self._precision: Precision | None = None  # of the frozen part, in what was trained on
         self._probed: set[tuple[str, str]] = set()
         self._origins = [Origin.of(backbone)]
         self.head_name = head if isinstance(head, str) else "module"
@@ -202,7 +213,10 @@ class Learner:
             raise settings.unknown(name, [each for each in self.__slots__ if not each.startswith("_")])
         if name in settings.FIXED and hasattr(self, name):
             raise AttributeError(f"{name} is fixed when a Learner is made. Make a new one for another.")
-        super().__setattr__(name, settings.checked(name, value))
+        value = settings.checked(name, value)
+        if name == "view" and hasattr(self, "model"):  # the constructor has checked the backbone's
+            self.model.check_view(value)
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         reduction = reduction_of(self.model)
@@ -296,7 +310,7 @@ class Learner:
         """
         if self.task == "regression":
             raise ValueError("extend_classes is for classes, and the task is regression. Make a new Learner.")
-        model = with_classes(self.model, self.classes, classes, cut=self.cut, seed=self.seed)
+        model = with_classes(self.model, self.classes, classes, cut=self.cut, size=self.view.size, seed=self.seed)
         model.to_device(self.device)
         model.eval()
         images = with_table(self.images, tuple(classes))
@@ -394,6 +408,8 @@ class Learner:
         plan.check_snapshots(goes_on=kept is not None)
         if beside is None or beside._begun is None:
             fitting, situation, inputs = self._fitting(plan)
+            assert inputs.train is not None
+            precision: Precision | None = precision_of(inputs.train, situation)
             begun = fitting.begun(kept, first_epoch=len(self.history.records))
             split, words, record = (
                 self._split(situation),
@@ -402,14 +418,18 @@ class Learner:
             )
         else:
             other, split, words = beside._begun
+            precision = beside._precision
             fitting = self._fitting_on(plan, other.fitting.train, other.fitting.valid)
             begun = fitting.begun(kept, first_epoch=len(self.history.records), beside=other)
             record = beside._fits[-1].beside(begun, self.augment)
-        self._begun = begun, split, words
+        self._begun, self._precision = (begun, split, words), precision
         self.read_from, self._trained_on = fitting.train.source.kind, words
         # Before the first step: a fit may be interrupted.
         self._seen, self._passes = split.over(self._seen), begun.num_passes
         self._drop_calibration("The weights move")
+        past = self._fits[-1] if self._fits else None
+        if kept is not None and past is not None and not past.made["is_whole"] and past.asked == record.asked:
+            self._fits.pop()  # this very fit, which was interrupted
         self._fits.append(record)
         return begun
 
@@ -612,6 +632,7 @@ class Learner:
             task=self.task,
             seed=self.seed,
             passes=self.passes,
+            precision=self._precision,
             calibration=self._calibration,
         )
 
@@ -632,7 +653,14 @@ class Learner:
         self._drop_calibration("The weights are others")
         self._passes, self._fits, self.history = passes, [*fits], history
 
-    def export(self, path: str | Path, *, format: str | None = None, overwrite: bool = False) -> ExportReport:
+    def export(
+        self,
+        path: str | Path,
+        *,
+        format: str | None = None,
+        overwrite: bool = False,
+        compare_on: ImageSet | None = None,
+    ) -> ExportReport:
         """Writes the whole model as pt2, onnx or state-dict for other programs: see `training.export`."""
         return exported(
             self.model,
@@ -641,6 +669,7 @@ class Learner:
             overwrite=overwrite,
             view=self.view,
             images=self.images,
+            compare_on=compare_on,
             temperature=self._temperature,
         )
 
@@ -671,8 +700,10 @@ class Learner:
 
         Raises:
             FeatureStoreError: if the run is damaged, needs `module` or `head`, or `images` have a class it lacks.
+            ValueError: for options that the run brings itself.
         """
         folder = Path(run)
+        saved.check_options(options, folder)
         stored = read_run(folder)
         facts = stored.facts
         saved.check_facts(facts, folder)
@@ -696,7 +727,7 @@ class Learner:
         learn.model.load_tensors(saved.with_statistics(stored.tensors, learn.model))
         saved.check_head(learn.model, facts["head"], folder)
         learn._past, learn._passes = past, saved.passes_of(facts, folder)
-        learn._calibration = saved.calibration_of(facts, folder)
+        learn._calibration, learn._precision = saved.calibration_of(facts, folder), saved.precision_of(facts)
         learn._before = saved.sidecar_of_run(folder, identity=stored.identity)
         learn._start = {"run": str(folder), "identity": stored.identity}
         if facts["model"]["frozen"] is None:
@@ -728,6 +759,7 @@ class Learner:
             device=self.device,
             origins=self._origins,
             probed=self._probed,
+            precision=self._precision,
         )
 
     def _tail(self) -> nn.Sequential:
@@ -889,6 +921,9 @@ class Learner:
         notes = [past.trained_note(images, digests) for past in (self._seen, self._past) if past is not None]
         return next((note for note in notes if note is not None), None)
 
+    def _count_trained(self, images: ImageSet) -> int | None:
+        return int(self.were_trained_on(images).sum()) if len(images) else None
+
     def _write_reports(self, folder: Path, facts: Mapping[str, Json]) -> None:
         situation = self._situation()
         split = self._split(situation)
@@ -909,6 +944,7 @@ class Learner:
             before=self._before,
             scored=scored,
             known=situation.known,
+            trained_on=self._count_trained(labelled(self.images.valid) if scored is None else scored[0].images),
             device=str(self.device),
             epochs=len(self.history.records),
             inputs=self._trained_on,

@@ -155,7 +155,9 @@ def with_head(
     return backbone.with_head(module, cut=cut, reduction=pool.reduction), cut
 
 
-def with_classes(model: StagedModel, old: Sequence[str], new: Sequence[str], *, cut: str, seed: int) -> StagedModel:
+def with_classes(
+    model: StagedModel, old: Sequence[str], new: Sequence[str], *, cut: str, size: int, seed: int
+) -> StagedModel:
     """`model` with a head for the class table `new`: what it says of the classes `old` stays, whatever their places.
 
     Args:
@@ -163,6 +165,7 @@ def with_classes(model: StagedModel, old: Sequence[str], new: Sequence[str], *, 
         old: its classes.
         new: all of them, and more.
         cut: where the head sits.
+        size: of the images, in pixels.
         seed: of the new rows.
 
     Raises:
@@ -181,7 +184,7 @@ def with_classes(model: StagedModel, old: Sequence[str], new: Sequence[str], *, 
         )
     reduction = reduction_of(model)
     assert reduction is not None
-    shape = model.pool(cut, reduction).shape(model.shape(cut))
+    shape = model.pool(cut, reduction).shape(model.shape(cut, size))
     places = [list(new).index(name) for name in old]
     frozen = [stage.name for stage in model.ordered[: model.num_frozen] if not isinstance(stage, PoolStage)]
     head = extended_head(model.head, places, len(new), shape, seed)

@@ -121,6 +121,7 @@ def sidecar_of(
     before: Sidecar | None,
     scored: tuple[Scored, Mapping[str, float]] | None,
     known: KnownDigests,
+    trained_on: int | None,
     **more: Json,
 ) -> Sidecar:
     """What run.json says of a learner that is saved.
@@ -133,6 +134,7 @@ def sidecar_of(
         before: what that run says, if the learner was loaded from it: where none was made since, its fits count.
         scored: what the model says of the images held out, and its scores; None where there are none.
         known: of the images' contents.
+        trained_on: how many of the images held out some fit of this model has trained on; None without such.
         more: further facts.
     """
     made = _again(before, facts, named) if not fits and before is not None else _of_fits(fits, facts, named)
@@ -156,7 +158,7 @@ def sidecar_of(
         scores=scores,
         start=start,
         when=None,
-        more={**more, "calibration": facts.get("calibration")},
+        more={**more, "calibration": facts.get("calibration"), "scored_trained_on": trained_on},
     )
 
 

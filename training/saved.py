@@ -21,6 +21,7 @@ from featstore.images.sources import AbsentSource
 from featstore.images.views import View
 from featstore.models.backbones import architecture, restored
 from featstore.models.digests import module_digest
+from featstore.models.names import PRECISIONS, Precision
 from featstore.models.runs import FACTS as RUN_FACTS
 from featstore.models.runs import Run, located, read_file
 from featstore.models.staged import StagedModel
@@ -54,6 +55,7 @@ def run_facts(
     task: Task,
     seed: int,
     passes: int,
+    precision: Precision | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, Json]:
     """What `read_run` and `Learner.load` need beside the tensors.
@@ -67,6 +69,7 @@ def run_facts(
         task: single, multi or regression.
         seed: that the head was made with.
         passes: over training images that were made, from which a later fit counts on.
+        precision: of the frozen part's arithmetic in what was trained on; None where nothing was.
         calibration: of its probabilities, if there is one.
     """
     origin, digests = model.origin, model.digests()
@@ -96,6 +99,7 @@ def run_facts(
         "task": task,
         "seed": seed,
         "passes": passes,
+        **({} if precision is None else {"precision": precision}),
         **({} if calibration is None else {"calibration": calibration.facts()}),
     }
 
@@ -278,6 +282,11 @@ def passes_of(facts: Mapping[str, Json], run: Path) -> int:
     return 0 if content is None else int(_parsed(content, run / RUN, "epochs"))
 
 
+def precision_of(facts: Mapping[str, Json]) -> Precision | None:
+    """That of the frozen part's arithmetic in what a saved run was trained on; None where it doesn't tell."""
+    return next((each for each in PRECISIONS if each == facts.get("precision")), None)
+
+
 def _parsed(content: bytes, path: Path, name: str) -> Json:
     """One fact of a JSON file of a run; runs of version 1 have no checksum of it."""
     try:
@@ -352,14 +361,30 @@ def saved_head(facts: Mapping[str, Json], head: nn.Module | None, folder: Path) 
 
     Raises:
         FeatureStoreError: if the head was a module and none is given: code is never loaded.
+        ValueError: if one is given for a run that has a head by name.
     """
     if facts["name"] != "module":
+        if head is not None:
+            raise ValueError(
+                f"The head of {folder} is {facts['name']}, and head is for a run whose head was a module of your own. "
+                f"Leave it out; or make a new head: Learner(backbone({str(folder)!r}), images, head=...)."
+            )
         return str(facts["name"])
     if head is None:
         raise FeatureStoreError(
             f"The head of {folder} was a module of your own. Give it: Learner.load({str(folder)!r}, head=...)."
         )
     return head
+
+
+def check_options(options: Mapping[str, object], folder: Path) -> None:
+    """Raises ValueError for what a saved run brings and can't be said again."""
+    if twice := [name for name in ("cut", "reduce", "classes", "view") if name in options]:
+        raise ValueError(
+            f"The run {folder} brings its {' and its '.join(twice)}. Leave that out; what may be changed of a learner "
+            f"is set once it is loaded (learn.view = ...), and Learner(backbone({str(folder)!r}), images, ...) makes a "
+            "new head."
+        )
 
 
 def head_digest(model: StagedModel) -> str | None:

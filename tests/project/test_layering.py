@@ -231,7 +231,7 @@ SURFACE: dict[str, str] = {
     "models.digests": "module_digest",
     "models.layer_groups": "LayerGroup layer_groups",
     "models.modes": "check_trainable eval_mode mode_of numerics one_pass",
-    "models.names": "Batching DEFAULT_PRECISION Precision REDUCTIONS",
+    "models.names": "Batching DEFAULT_PRECISION PRECISIONS Precision REDUCTIONS",
     "models.pool": "Pool",
     "models.probe": "check_probe take_probes",
     "models.runs": "FACTS Run check_free located new_folder new_run read_facts read_file read_run write_run",

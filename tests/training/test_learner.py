@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny import VIEW, Net, arrays, net, photos, pixels, staged
+from support.tiny import VIEW, Net, arrays, net, photos, pixels, staged, staged_vision_transformer
 from torch import Tensor, nn
 
 from featstore import Augment, FeatureStore, ImageSet, StagedModel, backbone, extract
@@ -205,6 +205,11 @@ def test_an_unknown_attribute_is_an_error_and_precompute_gets_an_answer() -> Non
         learn.precompute = True
     with pytest.raises(AttributeError):
         learn.inputs = None  # type: ignore[misc, assignment]
+    fixed = learner(staged_vision_transformer(), cut=None)
+    with pytest.raises(ValueError, match="takes images of 24 pixels only, not 32"):
+        fixed.view = fixed.view.resized(size=32)
+    with pytest.raises(TypeError, match="decay_norms is 'false'; expected True or False"):
+        learn.fit(1, lr=1e-2, decay_norms="false")  # type: ignore[arg-type]
     learn.batch_size = 3
     learn.fit(1, lr=1e-2)
 
@@ -729,6 +734,13 @@ def test_a_model_or_head_without_a_name_has_to_be_given(tmp_path: Path) -> None:
         Learner.load(run)
     with pytest.raises(FeatureStoreError, match=r"head=\.\.\."):
         Learner.load(run, module=staged())
+    named = learner(head="linear").save(tmp_path / "named")
+    with pytest.raises(
+        ValueError, match=r"The head of .*named is linear, and head is for a run whose head was a module"
+    ):
+        Learner.load(named, module=staged(), head=nn.Linear(24, 2))
+    with pytest.raises(ValueError, match=r"The run .*named brings its cut and its view\. Leave that out"):
+        Learner.load(named, module=staged(), view=VIEW, cut="layer2")
     loaded = Learner.load(run, module=net(), head=nn.Linear(24, 2), quiet=True)  # tensors come from the run
     with pytest.raises(FeatureStoreError):
         Learner.load(run, module=Net(stride=1), head=head)

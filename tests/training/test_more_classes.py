@@ -102,6 +102,19 @@ def test_a_table_that_is_not_more_is_refused(classes: list[str], message: str) -
     assert learn.classes == tuple(OLD)
 
 
+def test_a_head_for_maps_of_another_size_is_tried_on_these() -> None:
+    images = images_of(OLD)
+    model = staged()
+    view = model.view.resized(size=8)
+    channels, *size = model.shape("layer2", 8)
+    own = nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], 2))
+    assert model.shape("layer2") != model.shape("layer2", 8)
+    options: dict[str, Any] = {"cut": "layer2", "reduce": "none", "view": view, "device": "cpu", "quiet": True}
+    learn = Learner(model, images, head=own, **options)
+    learn.extend_classes(MORE)
+    assert learn.predict_proba(images).shape == (16, 4)
+
+
 def test_a_head_without_a_last_linear_layer_is_refused() -> None:
     normed = nn.Sequential(nn.Linear(24, 2), nn.BatchNorm1d(2))
     for head in (normed, nn.Sequential(nn.Unflatten(1, (24, 1, 1)), nn.Conv2d(24, 2, 1), nn.Flatten())):

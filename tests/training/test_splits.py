@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.tiny import jpeg, photos, pixels
+from support.tiny import jpeg, photos, pixels, staged
 
 from featstore import DamagedFileError, FeatureStoreError, ImageSet
 from featstore.models.runs import new_run, read_run, write_run
+from training import Learner
 from training.class_tables import with_classes
 from training.splits import FILE, PastSplit
 
@@ -169,6 +170,16 @@ def test_scored_images_that_were_trained_on_are_counted(tmp_path: Path, images: 
     note = past.trained_note(images, images.digests())
     assert note is not None
     assert note.startswith(f"{len(images.train)} of the 20 images were trained on by {tmp_path / 'run'}: ")
+
+
+def test_a_copy_of_an_image_that_is_trained_on_is_no_leak_of_the_next_fit() -> None:
+    images = ImageSet.from_arrays(pixels(8)[[0, 1, 2, 3, 4, 5, 6, 0]], [0, 1] * 4, splits=["train"] * 6 + ["valid"] * 2)
+    learn = Learner(staged(), images, head="linear", quiet=True, device="cpu", workers=0)
+    for _ in range(2):
+        learn.fit(1, lr=1e-3)
+    learn.images = images.with_splits(["train"] * 8)
+    with pytest.raises(FeatureStoreError, match="1 of the 8 images to train on were held out"):
+        learn.fit(1, lr=1e-3)
 
 
 def test_one_new_name_hides_no_leak(tmp_path: Path, images: ImageSet) -> None:

@@ -12,7 +12,7 @@ from featstore.cli.program import one_of, show, show_json, tell_all
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED
 from featstore.models.names import REDUCTIONS
 from training import choices
-from training.cli.asked import labelled
+from training.cli.asked import for_run, labelled
 from training.cli.head_flags import PlotFlags
 
 
@@ -50,6 +50,9 @@ def compare(
     stored_only: Annotated[
         bool, typer.Option("--stored-only", help="Compute nothing; what is missing is an error.")
     ] = False,
+    allow_leak: Annotated[
+        bool, typer.Option("--allow-leak", help="Score also images that a backbone from a run was trained on.")
+    ] = False,
     time_all: Annotated[
         bool, typer.Option("--time-all", help="Also measure the seconds of backbones whose features were stored.")
     ] = False,
@@ -63,6 +66,9 @@ def compare(
     given = labelled(images, for_new_head=True)
     tell_all(given.about if folds is not None else given.notes)
     loaded = models.models(cut or (), trust_code=how.trust_code)
+    runs = [run for model, _ in loaded if (run := model.origin.get("run")) is not None]
+    if runs and folds is None:
+        given = for_run(runs[0], images, given)
     from training.experiments import comparing  # torch: what was asked for is understood by now
 
     found = comparing.compare(
@@ -74,6 +80,7 @@ def compare(
         folds=folds,
         split_seed=DEFAULT_SPLIT_SEED if images.split_seed is None else images.split_seed,
         extract=not stored_only,
+        allow_leak=allow_leak,
         time_all=time_all,
         device=how.device,
         batch_size=batch_size,

@@ -54,6 +54,9 @@ def few_shot(
         str | None, typer.Option(metavar="KEY", help="Start of the key of the feature set to use.")
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:1", help="Of what is fitted.")] = "auto",
+    allow_leak: Annotated[
+        bool, typer.Option("--allow-leak", help="Score also images that a backbone from a run was trained on.")
+    ] = False,
     trust_code: TrustOption = False,
 ) -> None:
     """Fit a probe to few stored features of each class, several times, and score it on the images held out."""
@@ -78,6 +81,7 @@ def few_shot(
         "features": features,
         "view": asked_view(staged, feature_store, view, features),
         "device": device,
+        "allow_leak": allow_leak,
     }
     make = few.few_shot if shares is None else few.learning_curve
     found = make(staged, given.images, feature_store, **sizes, **options)

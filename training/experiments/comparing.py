@@ -27,6 +27,7 @@ from featstore.extraction.plan import Plan, PlannedSet, plan
 from featstore.extraction.remedy import extract_remedy
 from featstore.files.storage_types import DEFAULT_STORAGE_TYPE
 from featstore.html import titled_table
+from featstore.images.digests import KnownDigests
 from featstore.images.image_set import ImageSet
 from featstore.images.names import Task
 from featstore.images.views import View
@@ -41,9 +42,10 @@ from featstore.words import counted, size_text, some
 from training.experiments.probing import Halves, ProbeName, Rows, probed, probes_for, score, score_interval
 from training.frames import data_frame
 from training.learner import Learner
+from training.saved import past_split
 from training.scores.metrics import student_interval, wilson_interval
 from training.scores.transferability import SCORES, Score, transfer_scores
-from training.splits import grouped_by_content
+from training.splits import PastSplit, grouped_by_content
 
 if TYPE_CHECKING:
     from training.plots import Axes
@@ -292,6 +294,7 @@ def compare(
     split_seed: int = 0,
     extract: bool = True,
     time_all: bool = False,
+    allow_leak: bool = False,
     dtype: str | None = None,
     device: torch.device | str = "auto",
     batch_size: int | None = None,
@@ -306,7 +309,8 @@ def compare(
 
     Args:
         backbones: names, models, or ``(backbone, cuts)`` each.
-        images: labelled, and dealt into train and valid unless there are `folds`.
+        images: labelled, and dealt into train and valid unless there are `folds`; undealt ones are dealt as a run among
+            the backbones has them.
         store: where features are read, and filed.
         cuts: ``CUT`` or ``CUT:REDUCTION``, for each backbone those that it has; default: its default cut.
         reduce: of cuts that don't name a reduction, as in `extract`; features must be vectors.
@@ -317,6 +321,8 @@ def compare(
         groups: one an image, for `folds`; default: the images' own.
         split_seed: of the folds.
         extract: False: computes nothing; what is missing is an error that says how to compute it.
+        allow_leak: compares all the same where a backbone that comes from a run was trained on images to score, with a
+            note, rather than refuse.
         time_all: also measures the seconds of backbones whose rows were all reused.
         dtype: of stored values, as in `extract`; default: that of each set that is stored, else float16.
         device: where backbones run.
@@ -327,24 +333,32 @@ def compare(
     Raises:
         ValueError: for no backbones, a cut that none of them has, maps or tokens in place of vectors, images without
             labels or without a split, and probes that aren't for the task.
-        FeatureStoreError: with `extract=False`, for features that are missing or differ; the message says in what.
+        FeatureStoreError: for a backbone that was trained on images to score; and with `extract=False`, for features
+            that are missing or differ. The message says in what.
         ImageError: for an image that can't be read.
     """
+    _check_given(images, groups, has_folds=folds is not None)
+    given = _models(backbones, cuts)
+    known = KnownDigests.of(store.known_digests(images))
+    pasts = {model.name: past for model, _ in given if (past := past_split(model)) is not None}
+    if folds is None:
+        for past in pasts.values():
+            images = past.applied(images, known)
     images, groups = _to_use(images, groups, has_folds=folds is not None)
     names = probes_for(images.task, probes)
     if by is not None and by not in names:
         raise ValueError(f"by is {by!r}. Expected one of the probes {', '.join(names)}.")
-    together = grouped_by_content(images, images.digests(store.known_digests(images)), groups)
+    together = grouped_by_content(images, images.digests(known), groups)
     dealt = _dealt(
         replace(images, groups=together), folds, split_seed
     )  # copies of an image on one side, inner folds too
-    given = _models(backbones, cuts)
+    learned = _learned(pasts, dealt, known, allow_leak=allow_leak)
     planned = plan(given, images, store, reduce=reduce, view=view, dtype=dtype or DEFAULT_STORAGE_TYPE)
     if dtype is None:
         planned = replace(planned, sets=tuple(_as_stored(each, planned, store) for each in planned.sets))
     for each in planned.sets:
         _check_vectors(each)
-    notes = [*planned.notes()]
+    notes = [*planned.notes(), *learned]
     if extract and planned.is_missing.any():
         notes += _extracted(planned, store, device=device, batch_size=batch_size, workers=workers, progress=progress)
     elif planned.is_missing.any():
@@ -383,10 +397,30 @@ def compare(
     )
 
 
-def _to_use(
-    images: ImageSet, groups: Sequence[Any] | None, *, has_folds: bool
-) -> tuple[ImageSet, Sequence[Any] | None]:
-    """The images with a label that are trained on or held out, and their groups."""
+def _learned(
+    pasts: Mapping[str, PastSplit], dealt: Sequence[ImageSet], known: KnownDigests, *, allow_leak: bool
+) -> list[str]:
+    """Of each backbone how many of the images to score it was trained on, in words.
+
+    Raises:
+        FeatureStoreError: unless that is allowed.
+    """
+    told = []
+    for name, past in pasts.items():
+        scored = dealt[0].select(np.any([fold.splits == "valid" for fold in dealt], axis=0))
+        note = past.trained_note(scored, scored.digests(known))
+        if note is None:
+            continue
+        if not allow_leak:
+            raise FeatureStoreError(
+                f"Nothing is compared: of {name}, {note}. Give images that it hasn't seen, or the split of its run "
+                "(undealt images get it); or pass --allow-leak (in Python: allow_leak=True)."
+            )
+        told.append(f"{name}: {note}")
+    return told
+
+
+def _check_given(images: ImageSet, groups: Sequence[Any] | None, *, has_folds: bool) -> None:
     if not images.is_labelled:
         raise ValueError(f"{images.name} has no labels, and backbones can't be compared without. Give labelled images.")
     if groups is not None and not has_folds:
@@ -395,12 +429,18 @@ def _to_use(
         raise ValueError(f"groups is {groups!r}. Expected the group of each image in a list.")
     if groups is not None and len(groups) != len(images):
         raise ValueError(f"There are {len(groups):,} groups for {len(images):,} images. Expected one for each.")
+
+
+def _to_use(
+    images: ImageSet, groups: Sequence[Any] | None, *, has_folds: bool
+) -> tuple[ImageSet, Sequence[Any] | None]:
+    """The images with a label that are trained on or held out, and their groups."""
     targets = np.asarray(images.targets)
     has_label = targets >= 0 if images.task == "single" else np.isfinite(targets).all(1)
     kept = has_label & (images.splits != "test" if has_folds else np.isin(images.splits, ["train", "valid"]))
     if kept.all():
         return images, groups
-    return images.select(kept), groups and [groups[place] for place in np.flatnonzero(kept).tolist()]
+    return images.select(kept), None if groups is None else [groups[place] for place in np.flatnonzero(kept).tolist()]
 
 
 def _dealt(images: ImageSet, folds: int | None, seed: int) -> list[ImageSet]:

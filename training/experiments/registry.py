@@ -128,6 +128,12 @@ class ListedRun:
         return {**found, **later}
 
     @property
+    def num_trained_on(self) -> int | None:
+        """How many of the images that were scored it was trained on; None where it doesn't tell."""
+        count = self.sidecar.more.get("scored_trained_on")
+        return count if isinstance(count, int) else None
+
+    @property
     def score_columns(self) -> tuple[str, ...]:
         """The columns of its scores, without those of their intervals."""
         names = _scores(self.sidecar)
@@ -218,14 +224,16 @@ class Runs(Sequence[ListedRun]):
         return self._of(kept if sort is None else self._sorted(kept, sort))
 
     def best(self, score: Order, *, whatever_images: bool = False) -> ListedRun:
-        """The run with the best score.
+        """The run with the best score, of those that were trained on the fewest of the images that were scored.
 
         Args:
             score: as `sort` of `query`.
-            whatever_images: chooses also among scores of different images, which say little about each other.
+            whatever_images: chooses also among scores of different images, or losses of different functions, which say
+                little about each other, and however many of the images a run was trained on.
 
         Raises:
-            FeatureStoreError: if the runs were scored on different images, or a run doesn't say on which.
+            FeatureStoreError: if the runs were scored on different images, or a run doesn't say on which; or if the
+                score is a loss, and theirs are of different functions or in different units.
             ValueError: if no run has that score.
         """
         name, _ = self._direction(score)
@@ -239,6 +247,10 @@ class Runs(Sequence[ListedRun]):
                 f"{_group_words(groups)}), so which is best can't be told. Choose among those of one set: "
                 f'query(scored_on="{groups.most_common(1)[0][0]}").best({name!r}); or score the others on its images.'
             )
+        if not whatever_images:
+            _check_alike(having, name)
+            counts = [each.num_trained_on for each in having if each.num_trained_on is not None]
+            having = [each for each in having if each.num_trained_on in (None, min(counts, default=None))]
         return self._sorted(having, score)[0]
 
     def load(self, place: int, *args: Any, **options: Any) -> Learner:
@@ -342,6 +354,8 @@ class Runs(Sequence[ListedRun]):
             return None
         if is_split and run["scored_on"] != most:
             return _UNKNOWN_IMAGES if run["scored_on"] is None else _OTHER_IMAGES
+        if run.num_trained_on:
+            return f"trained on {run.num_trained_on:,} of these images"
         calibrated, scored_on = run.sidecar.more.get("calibration"), run.sidecar.scored_on
         is_same = calibrated and scored_on and calibrated["images"]["digest"] == scored_on.digest
         return _FITTED_HERE if is_same else None
@@ -538,3 +552,21 @@ def _from_facts(facts: Mapping[str, Json]) -> Sidecar:
     model, head = facts.get("model") or {}, facts.get("head") or {}
     known = {"backbone": model.get("name"), "cut": model.get("default_cut"), "reduce": model.get("reduction")}
     return replace(Sidecar(), configuration={**known, "head": head.get("name"), "task": facts.get("task")})
+
+
+def _check_alike(having: Sequence[ListedRun], name: str) -> None:
+    """Raises FeatureStoreError if `name` is a loss, and not the same quantity in all of the runs."""
+    if name != "loss":
+        return
+    functions = {each["loss_function"] for each in having}
+    if len(functions) > 1:
+        told = ", ".join(sorted("the task's own" if each is None else str(each) for each in functions))
+        raise FeatureStoreError(
+            f"The losses of {counted(len(having), 'run')} are of different functions ({told}), so which is best can't "
+            "be told. Choose by another score, as accuracy, map or mae."
+        )
+    if any(each["task"] == "regression" for each in having) and len({each["trained_on"] for each in having}) > 1:
+        raise FeatureStoreError(
+            f"The losses of {counted(len(having), 'run')} of regression are in units of the spread of what each was "
+            'trained on, and these are different images, so which is best can\'t be told. Choose by mae: best("mae").'
+        )

@@ -344,12 +344,17 @@ def _listed(folders: Sequence[Path]) -> tuple[list[ListedRun], list[str]]:
 
 
 def _ranked(listed: Sequence[ListedRun]) -> list[ListedRun]:
-    """The highest accuracy first, where there is one, then the lowest loss; before those scored on other images."""
+    """The best by the task's own score first (accuracy, mAP, mean absolute error), of equal ones that of least loss.
+
+    Those that were scored on other images come last. Losses of runs may be of different functions, or in other units.
+    """
     is_apart = [row.get("note") in registry.APART for row in Runs(listed, damaged={}, root=Path()).table]
 
     def rank(place: int) -> tuple[bool, bool, float, float]:
-        accuracy, loss = _number(listed[place]["accuracy"]), _number(listed[place]["loss"])
-        return is_apart[place], loss is None, -(accuracy or 0.0), math.inf if loss is None else loss
+        run, loss = listed[place], _number(listed[place]["loss"])
+        own = [(1, run["mae"]), (-1, run["map"]), (-1, run["accuracy"])]  # a later one counts before an earlier one
+        score = next((sign * number for sign, each in reversed(own) if (number := _number(each)) is not None), 0.0)
+        return is_apart[place], loss is None, score, math.inf if loss is None else loss
 
     return [listed[place] for place in sorted(range(len(listed)), key=rank)]
 

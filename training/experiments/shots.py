@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from featstore.errors import FeatureStoreError
 from featstore.html import titled_table
 from featstore.images.contents import overlap_note
 from featstore.images.image_set import ImageSet
@@ -26,9 +27,12 @@ from training.loop import settings
 from training.scores.metrics import student_interval
 
 if TYPE_CHECKING:
+    import torch
+
     from training.plots import Axes
 
 ProbeName = Literal["ridge", "linear", "knn", "head"]
+_OPTIONS = ("cut", "reduce", "features", "view", "device", "allow_leak")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +150,14 @@ def few_shot(
         probe: ridge, linear, knn or head; or a classifier of scikit-learn's, which is cloned for each fit. Nothing of
             it is chosen by the images that are scored.
         seed: of the first draw; the others have the next ones.
-        options: of `Learner`: cut, reduce, features, view.
+        options: of `Learner`: cut, reduce, features, view, device, allow_leak.
 
     Raises:
         ValueError: for a class without as many images, images that aren't of one class each, and a probe that there
             isn't.
-        FeatureStoreError: if the store doesn't hold the features; the message says what to run.
+        TypeError: for another option.
+        FeatureStoreError: if the store doesn't hold the features, or the model was trained on images that are scored;
+            the message says what to run.
     """
     asked = sorted({*_listed("shots", shots, int | np.integer, "numbers of images a class from 1 on, as (1, 4, 16)")})
     if asked[0] < 1:
@@ -311,7 +317,9 @@ class _Tried:
     def of(
         cls, model: StagedModel | nn.Module, images: ImageSet, store: FeatureStore, probe: Any, options: dict[str, Any]
     ) -> _Tried:
-        make, words = _probe(probe)
+        if other := [name for name in options if name not in _OPTIONS]:
+            raise TypeError(f"{other[0]} is no option of few shots; expected some of {', '.join(_OPTIONS)}.")
+        make, words = _probe(probe, options.get("device", "auto"))
         learn = Learner(model, images, store, head="linear", quiet=True, **options)
         _classes_of(learn.images)
         inputs = learn.inputs
@@ -324,6 +332,14 @@ class _Tried:
             )
         (train,), (valid,) = inputs.train.features, inputs.valid.features
         note = overlap_note(learn.images, learn.images.digests(store.known_digests(learn.images)))
+        if count := int(learn.were_trained_on(valid.images).sum()):
+            told = f"{count:,} of the {len(valid):,} images to score were trained on by the run that the model is of"
+            if not learn.allow_leak:
+                raise FeatureStoreError(
+                    f"Nothing is fitted: {told}. Give images that it hasn't seen, or the split of its run (undealt "
+                    "images get it); or pass --allow-leak (in Python: allow_leak=True)."
+                )
+            note = told if note is None else f"{note}; {told}"
         return cls(probe=make, words=words, train=train, valid=valid, note=note)
 
     def point(self, draws: Sequence[NDArray[np.int64]], *, shots: int | None) -> CurvePoint:
@@ -336,7 +352,7 @@ class _Tried:
         return CurvePoint(shots=shots, num_images=len(draws[0]), accuracies=tuple(accuracies))
 
 
-def _probe(given: Any) -> tuple[Callable[[], Any], str]:
+def _probe(given: Any, device: torch.device | str) -> tuple[Callable[[], Any], str]:
     """What makes a new classifier, and what it is called.
 
     Raises:
@@ -350,10 +366,10 @@ def _probe(given: Any) -> tuple[Callable[[], Any], str]:
     from training.estimators.probes import KNNProbe, LinearProbe, RidgeProbe
 
     made = {
-        "ridge": RidgeProbe(),
-        "linear": make_pipeline(StandardScaler(), LinearProbe()),
-        "knn": KNNProbe(weights=0.07),  # with few rows all vote, so the near ones must count for more
-        "head": HeadClassifier("linear", epochs=30, lr=1e-2),
+        "ridge": RidgeProbe(device=str(device)),
+        "linear": make_pipeline(StandardScaler(), LinearProbe(device=str(device))),
+        "knn": KNNProbe(weights=0.07, device=str(device)),  # with few rows all vote: the near ones must count for more
+        "head": HeadClassifier("linear", epochs=30, lr=1e-2, device=str(device)),
     }
     if isinstance(given, str):
         if given not in made:

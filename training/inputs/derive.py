@@ -324,13 +324,24 @@ def frozen_trunk(situation: Situation, batching: Batching) -> Trunk | None:
 
 
 def live_precision(situation: Situation) -> Precision:
-    """The precision of a live frozen trunk: of the chosen set, or of all that are stored of it; else fp32."""
+    """The precision of a live frozen trunk.
+
+    That of the chosen set, or of all that are stored of it; else that in which was computed what was trained on, or
+    fp32.
+    """
     trunks = {situation.digests[entry.cut] for entry in situation.entries}
     specs = [each.spec for each in situation.sets if each.spec.trunk in trunks]
     stored = {spec.precision for spec in specs if spec.rendered.evaluation == situation.view}
     if situation.chosen is not None:
         stored = {situation.chosen.spec.precision}
-    return stored.pop() if len(stored) == 1 else DEFAULT_PRECISION
+    return stored.pop() if len(stored) == 1 else situation.precision or DEFAULT_PRECISION
+
+
+def precision_of(source: Source, situation: Situation) -> Precision:
+    """The precision in which the frozen part of what `source` gives was or will be computed."""
+    rows = source.features if source.kind == "features" else ()
+    stored = {each.spec.precision for each in rows if isinstance(each, Features)}
+    return stored.pop() if len(stored) == 1 else live_precision(situation)
 
 
 def stored_batching(situation: Situation) -> Batching:

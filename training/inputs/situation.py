@@ -15,6 +15,7 @@ from featstore.extraction.remedy import seed_ranges
 from featstore.images.digests import KnownDigests
 from featstore.images.image_set import ImageSet
 from featstore.images.views import Augment, View
+from featstore.models.names import Precision
 from featstore.models.pool import Pool
 from featstore.models.staged import StagedModel
 from featstore.models.stages import HeadStage, PoolStage, Stage, has_weights
@@ -74,6 +75,7 @@ class Situation:
         on_error: what happens to images that can't be read or decoded.
         device: where the model lies.
         probed: (set, trunk) that have been compared by their probes; filled here.
+        precision: of the frozen part's arithmetic in what was trained on; None where nothing was.
         is_scoring: whether it is scores or predictions that are wanted, and nothing trains; for words.
     """
 
@@ -87,6 +89,7 @@ class Situation:
     on_error: OnError
     device: torch.device
     probed: set[tuple[str, str]] = field(default_factory=set)
+    precision: Precision | None = None
     is_scoring: bool = False
 
     @classmethod
@@ -103,6 +106,7 @@ class Situation:
         device: torch.device | None = None,
         origins: Sequence[Origin] | None = None,
         probed: set[tuple[str, str]] | None = None,
+        precision: Precision | None = None,
     ) -> Situation:
         """The situation of `model` as it is now; what isn't given is as in a new `Learner`.
 
@@ -117,6 +121,7 @@ class Situation:
             device: where the model lies; default: where its first parameter does.
             origins: default: the name that the model has now.
             probed: what was compared before, which is added to.
+            precision: of the frozen part's arithmetic in what was trained on.
         """
         if device is None:
             device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -131,6 +136,7 @@ class Situation:
             on_error=on_error,
             device=device,
             probed=set() if probed is None else probed,
+            precision=precision,
         )
 
     @cached_property

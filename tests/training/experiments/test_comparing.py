@@ -203,9 +203,13 @@ def test_images_without_a_label_and_those_of_the_test_split_stay_out(store: Feat
     images = digits(60)
     splits = images.splits.copy()
     splits[:10] = "test"
-    found = compare([staged()], images.with_splits(splits.tolist()), store, cuts=["layer1"], probes=["knn"])
+    dealt = images.with_splits(splits.tolist())
+    found = compare([staged()], dealt, store, cuts=["layer1"], probes=["knn"])
     assert found.num_images == int((splits == "valid").sum())
     assert found.best.computed == 50
+    groups = np.arange(60) // 2
+    folded = compare([staged()], dealt, store, cuts=["layer1"], probes=["knn"], folds=2, groups=groups)
+    assert folded.num_images == 50
 
 
 def test_numbers_are_compared_by_what_is_explained_of_them(store: FeatureStore) -> None:

@@ -19,7 +19,7 @@ from support.tiny import arrays, staged
 
 from featstore import FeatureStore, ImageSet, StagedModel, backbone, extract
 from featstore.errors import FeatureStoreError
-from training import RidgeProbe, choices, few_shot, k_shot, learning_curve
+from training import Learner, RidgeProbe, choices, compare, few_shot, k_shot, learning_curve
 from training.experiments import shots
 from training.experiments.shots import CurvePoint
 
@@ -220,6 +220,30 @@ def test_copies_that_are_trained_on_and_scored_are_told(
     for make in (partial(few_shot, shots=(1,)), partial(learning_curve, shares=(1,))):
         curve = make(model, copied, store, cut="layer2", reduce="avg", repeats=1)
         assert told in str(curve).splitlines()[-1]
+
+
+def test_images_that_a_run_was_trained_on_are_not_scored(here: Path) -> None:
+    images = ImageSet.from_folder("photos")
+    dealt, other = images.split(valid=0.4, seed=0), images.split(valid=0.4, seed=3)
+    model = backbone("tiny.py:make_model")
+    learn = Learner(model, dealt, head="linear", quiet=True, device="cpu", workers=0)
+    learn.fit(1, lr=1e-3)
+    tuned, store = backbone(learn.save("run")), FeatureStore("feats")
+    extract(tuned, images, store, cuts=["conv2"])
+    options: dict[str, Any] = {"shots": (1,), "cut": "conv2", "repeats": 1}
+    few_shot(tuned, images, store, **options)  # undealt images are dealt as the run had them
+    count = int(((other.splits == "valid") & (dealt.splits == "train")).sum())
+    told = f"{count} of the {len(other.valid)} images"
+    with pytest.raises(FeatureStoreError, match=f"Nothing is fitted: {told} to score were trained on"):
+        few_shot(tuned, other, store, **options)
+    assert f"{told} to score were trained on" in str(few_shot(tuned, other, store, allow_leak=True, **options))
+    probed: dict[str, Any] = {"cuts": ["conv2"], "probes": ["ridge"]}
+    with pytest.raises(FeatureStoreError, match=f"Nothing is compared: of .*, {told} were trained on by .*run"):
+        compare([tuned], other, store, **probed)
+    assert f"{told} were trained on by" in str(compare([tuned], other, store, allow_leak=True, **probed))
+    assert compare([tuned], images, store, **probed).num_images == len(dealt.valid)
+    with pytest.raises(TypeError, match="augment is no option of few shots; expected some of cut"):
+        few_shot(model, dealt, store, augment=None)
 
 
 # -------------------------------------------------------------------------------------------------------- the command

@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from support.processes import Processes
 from support.tiny import arrays, pixels, staged
+from torch.nn.functional import cross_entropy
 
 from featstore import Augment, FeatureStore, ImageSet, extract
 from featstore.digest import digest_json
@@ -153,6 +155,42 @@ def test_a_snapshot_says_how_far_its_fit_was(tmp_path: Path) -> None:
     assert fits[0]["configuration"]["cycles"] == [1, 1]
 
 
+def test_a_fit_that_its_own_learner_goes_on_with_is_on_record_once(tmp_path: Path) -> None:
+    def stop(record: dict[str, float]) -> None:
+        if record["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    learn = learner()
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(3, lr=1e-2, on_epoch_end=stop, checkpoint=tmp_path / "fit")
+    learn.fit(3, lr=1e-2, checkpoint=tmp_path / "fit", resume=True)
+    sidecar = Sidecar.read(learn.save(tmp_path / "run"))
+    ((fit,), configuration) = sidecar.fits, sidecar.configuration
+    assert (fit["epochs"], fit["is_whole"], configuration["num_fits"], configuration["epochs"]) == (3, True, 1, 3)
+    assert sidecar.seconds == pytest.approx(sum(each["seconds"] for each in learn.history.records), abs=1e-3)
+
+
+def test_losses_of_different_functions_or_units_have_no_best(tmp_path: Path) -> None:
+    for place, loss in enumerate((None, partial(cross_entropy, label_smoothing=0.1))):
+        learn = learner(loss=loss)
+        learn.fit(1, lr=1e-2)
+        learn.save(tmp_path / "losses" / str(place))
+    found = runs(tmp_path / "losses")
+    with pytest.raises(FeatureStoreError, match="losses of 2 runs are of different functions"):
+        found.best("loss")
+    assert found.best("accuracy")["accuracy"] == max(each["accuracy"] for each in found)
+    numbers = ImageSet.from_arrays(pixels(24), np.arange(24.0)[:, None], task="regression").split(valid=0.25)
+    for place, images in enumerate((numbers, numbers.with_splits([*numbers.splits[:-2], "test", "test"]))):
+        learn = learner(images)
+        learn.fit(1, lr=1e-2)
+        learn.images = numbers
+        learn.save(tmp_path / "values" / str(place))
+    found = runs(tmp_path / "values")
+    with pytest.raises(FeatureStoreError, match="in units of the spread of what each was trained on"):
+        found.best("loss")
+    assert found.best("mae")["mae"] == min(each["mae"] for each in found)
+
+
 # ---- the same images
 
 
@@ -197,6 +235,33 @@ def test_scores_of_other_images_are_marked_and_no_best_is_named_among_them(folde
     assert alone.best("accuracy")["accuracy"] == max(each["accuracy"] for each in alone)
     assert alone.best("loss")["loss"] == min(each["loss"] for each in alone)
     assert found.best("loss", whatever_images=True)["loss"] == min(each["loss"] for each in found)
+
+
+def test_a_score_of_images_that_were_trained_on_is_marked_and_is_not_the_best(tmp_path: Path) -> None:
+    images = arrays(24)
+    first, second = images.split(valid=0.25), images.split(valid=0.25, seed=3)
+    leaked = sum(a == "train" and b == "valid" for a, b in zip(first.splits, second.splits, strict=True))
+    learn = learner(first, allow_leak=True)
+    for dealt_now in (first, second):
+        learn.images = dealt_now
+        learn.fit(1, lr=1e-2)
+    learn.save(tmp_path / "leaky")
+    fair = learner(second)
+    fair.fit(1, lr=1e-2)
+    fair.save(tmp_path / "fair")
+    found = runs(tmp_path)
+    assert {row["run"]: row["note"] for row in found.table} == {
+        "fair": None,
+        "leaky": f"trained on {leaked} of these images",
+    }
+    assert found[1]["scored_on"] == found[0]["scored_on"]
+    either: list[tuple[str, Any]] = [("loss", "min"), ("loss", "max")]
+    assert [found.best(score).name for score in either] == ["fair", "fair"]
+    fair.save(tmp_path / "also")  # of as many runs that are fair and were scored on other images none is the best
+    both = {found.best(score, whatever_images=True).name for score in either}
+    assert both == {"fair", "leaky"}
+    again = Learner.load(tmp_path / "leaky", second, module=staged(), quiet=True, device="cpu")
+    assert Sidecar.read(again.save(tmp_path / "again")).more["scored_trained_on"] == leaked
 
 
 # ---- the table

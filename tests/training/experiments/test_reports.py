@@ -26,6 +26,7 @@ from training import (
     cross_validate,
     label_suspects,
     report,
+    runs,
 )
 from training.experiments import reports
 from training.sidecar import Dealt, Score
@@ -189,6 +190,15 @@ def test_runs_are_ranked_and_the_best_is_looked_at(tmp_path: Path) -> None:
     assert len(page.figures[0]["data"]) == 2
     with pytest.raises(ValueError, match=r"details is nowhere, which isn't among"):
         report(paths, out=tmp_path / "report.html", details="nowhere")
+
+
+@pytest.mark.parametrize(("name", "better", "worse"), [("mae", 3.0, 5.0), ("map", 0.9, 0.8)])
+def test_losses_in_units_of_their_own_rank_no_run(tmp_path: Path, name: str, better: float, worse: float) -> None:
+    for run, score, loss in (("a", worse, 0.06), ("b", better, 0.36)):
+        (tmp_path / run).mkdir()
+        scores = {name: Score(score), "loss": Score(loss)}
+        Sidecar(kind="head", split={"valid": Dealt(9, "0" * 64)}, scored="valid", scores=scores).write(tmp_path / run)
+    assert [each.name for each in reports._ranked([*runs(tmp_path)])] == ["b", "a"]
 
 
 def test_a_calibrated_run_is_ranked_by_its_scores_and_one_of_other_images_comes_last(tmp_path: Path) -> None:

@@ -176,6 +176,19 @@ def test_a_live_trunk_and_what_continues_features_run_at_their_precision(world: 
         assert torch.equal(values, rows)
 
 
+def test_a_saved_run_predicts_at_the_precision_of_what_it_was_trained_on(world: World, tmp_path: Path) -> None:
+    world.extract("layer2", dtype="float32", precision="bf16", device="cpu")
+    learn = world.learner(cut="layer2", device="cpu")
+    learn.fit(1, lr=1e-2)
+    assert learn.read_from == "features"
+    run = learn.save(tmp_path / "run")
+    part = world.images.select(range(4))
+    alone = Learner.load(run, module=staged(), quiet=True, device="cpu", workers=0)  # no store says anything
+    assert np.array_equal(alone.predict_proba(part), learn.predict_proba(part))
+    again = Learner.load(alone.save(tmp_path / "again"), module=staged(), quiet=True, device="cpu", workers=0)
+    assert np.array_equal(again.predict_proba(part), learn.predict_proba(part))
+
+
 @pytest.mark.usefixtures("compiler")
 def test_a_live_trunk_beside_compiled_features_is_not_compiled_and_says_so(world: World) -> None:
     world.extract("layer2", dtype="float32", device="cpu", compile=True, batch_size=4)
