@@ -87,6 +87,7 @@ def exported(
     overwrite: bool,
     view: View,
     images: ImageSet,
+    compare_on: ImageSet | None = None,
     temperature: float = 1.0,
 ) -> ExportReport:
     """Writes `model` to `path`, and JSON of what its user must know beside it, ``PATH.json``.
@@ -101,8 +102,9 @@ def exported(
         format: a key of `choices.EXPORTS`; default: what the path's ending says.
         overwrite: replaces files of these names.
         view: of its images.
-        images: say classes and task; the first of those held out, or of all where none are, are compared on, and
-            pixels drawn at random where fewer than two can be read.
+        images: say classes and task.
+        compare_on: images that outputs are compared on, the first of them; default: the first of `images` that are held
+            out, or of all where fewer than two are. Pixels are drawn at random where fewer than two can be read.
         temperature: that the logits are divided by before they are probabilities. pt2 and onnx do so themselves; of
             tensors the JSON says it.
 
@@ -129,7 +131,7 @@ def exported(
         if folded == 1:
             about["probabilities"] += f", after logits are divided by the temperature {temperature!r}"
     plain = _Plain.of(model, view, about, folded)
-    pixels, compared = _pixels(images, view)
+    pixels, compared = _pixels(images, compare_on, view)
     live = _outputs(model, view.normalise(pixels)) / folded
     with _made_beside(files) as made:
         run = _WRITERS[chosen](made / path.name, plain)
@@ -157,9 +159,10 @@ def exported(
 # ---- what is compared
 
 
-def _pixels(images: ImageSet, view: View) -> tuple[Tensor, str]:
+def _pixels(images: ImageSet, compare_on: ImageSet | None, view: View) -> tuple[Tensor, str]:
     """Views ``(N, C, size, size)`` uint8 to compare outputs on, two at least, and what they are."""
-    chosen = images.valid if len(images.valid) else images
+    is_valid = compare_on is None and len(images.valid) > 1
+    chosen = images.valid if is_valid else images if compare_on is None else compare_on
     chosen = chosen.select(range(min(len(chosen), NUM_COMPARED)))
     digests = chosen.digests()
     jobs = (
@@ -169,7 +172,7 @@ def _pixels(images: ImageSet, view: View) -> tuple[Tensor, str]:
     )
     found = [each.views[0] for each in render(chosen, jobs, workers=0, on_error="skip") if each.views is not None]
     if len(found) > 1:
-        return torch.stack(found), f"{len(found)} {'validation ' * bool(len(images.valid))}images"
+        return torch.stack(found), f"{len(found)} {'validation ' * is_valid}images"
     shape = NUM_COMPARED, view.channels, view.size, view.size
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

@@ -16,13 +16,16 @@ from typing import Any, NoReturn, Self
 
 from featstore.errors import FeatureStoreError
 from training.loop.history import Record
+from training.loop.ranks import is_first
 
 
 class Tracker(ABC):
     """A function of an epoch's record that has something to close."""
 
     def __call__(self, record: Record) -> None:
-        """Tells the numbers of an epoch."""
+        """Tells the numbers of an epoch; of several processes that train together only the first one's."""
+        if not is_first():
+            return
         self.tell({name: value for name, value in record.items() if name != "epoch"}, int(record["epoch"]))
 
     def __enter__(self) -> Self:

@@ -238,6 +238,7 @@ def test_a_run_is_exported_from_a_shell(run: Run, here: Path) -> None:
     assert run("featstore-train", "head", *flags, "--epochs", "2", "--lr", "1e-2", "--out", "runs/head").code == 0
     ran = run("featstore-train", "export", "--model", "runs/head", "--out", "net.pt2", "--images", "photos", "--json")
     assert (ran.code, ran.json["files"], ran.json["format"]) == (0, ["net.pt2", "net.pt2.json"], "pt2")
+    assert ran.json["compared"] == "16 images"  # of all that were given: the run's rule deals none of them
     learn = Learner.load("runs/head", device="cpu")
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8))
     assert close(torch.export.load(here / "net.pt2").module()(images), logits(learn, images))

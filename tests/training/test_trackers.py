@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,24 @@ def test_a_tracker_whose_library_is_missing_says_what_to_install(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if library == "tensorboard" else library, None)
     with pytest.raises(FeatureStoreError, match=rf"needs {library}, .* pip install 'featstore\[{library}\]'"):
         make()
+
+
+def test_of_several_processes_the_first_alone_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Heard(trackers.Tracker):
+        def __init__(self) -> None:
+            self.epochs: list[int] = []
+
+        def tell(self, numbers: Mapping[str, float], epoch: int) -> None:
+            self.epochs.append(epoch)
+
+        def close(self, *, is_whole: bool = True) -> None:
+            pass
+
+    heard = Heard()
+    for place in (0, 1):
+        monkeypatch.setattr(trackers, "is_first", lambda place=place: place == 0)
+        heard({"epoch": place + 1, "loss": 1.0})
+    assert heard.epochs == [1]
 
 
 def test_several_functions_are_told_in_order_and_what_is_none_is_refused_before_anything_is_done() -> None:

@@ -76,7 +76,8 @@ def _read(path: Path, context: typer.Context) -> dict[str, Any]:
         if is_switch != isinstance(value, bool) or not isinstance(value, str | int | float):
             expected = "true or false" if is_switch else "a text or a number, as the flag takes it"
             raise ValueError(f"{path} has {name} = {value!r}; expected {expected}.")
-    return {known[name].name: value for name, value in found.items()}
+    # As text, which is read as that of the command line is: 5.5 is no number of epochs.
+    return {known[name].name: value if isinstance(value, bool) else str(value) for name, value in found.items()}
 
 
 def _written(value: str | int | float | bool) -> str:

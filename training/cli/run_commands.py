@@ -385,8 +385,8 @@ def export(
     from training.predict import as_images
 
     given = None if images is None else as_images(images)
-    learn = Learner.load(model, given, device="cpu", trust_code=trust_code, quiet=True)
-    report = learn.export(out, format=kind, overwrite=overwrite)
+    learn = Learner.load(model, device="cpu", trust_code=trust_code, quiet=True)
+    report = learn.export(out, format=kind, overwrite=overwrite, compare_on=given)
     if output.json:
         show_json(report.facts())
     else:

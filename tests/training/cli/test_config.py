@@ -53,6 +53,7 @@ def test_a_command_is_repeated_bit_for_bit_from_its_run(run: Run, here: Path) ->
         ("trust-code = true", "run.toml has trust-code, which has to be said each time. Give --trust-code with the"),
         ("epochs: 2", "run.toml is no TOML: "),
         ("out = 'runs/a'\nepochs = 'two'", "Invalid value for '--epochs': "),
+        ("out = 'runs/a'\nepochs = 5.5", "Invalid value for '--epochs': "),
         ("lr = 1e-2", "Missing option '--out'"),
     ],
 )
