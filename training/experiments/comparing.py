@@ -290,7 +290,7 @@ def compare(
     probes: Sequence[str] | None = None,
     by: ProbeName | None = None,
     folds: int | None = None,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[Any] | NDArray[Any] | None = None,
     split_seed: int = 0,
     extract: bool = True,
     time_all: bool = False,
@@ -420,7 +420,7 @@ def _learned(
     return told
 
 
-def _check_given(images: ImageSet, groups: Sequence[Any] | None, *, has_folds: bool) -> None:
+def _check_given(images: ImageSet, groups: Sequence[Any] | NDArray[Any] | None, *, has_folds: bool) -> None:
     if not images.is_labelled:
         raise ValueError(f"{images.name} has no labels, and backbones can't be compared without. Give labelled images.")
     if groups is not None and not has_folds:
@@ -432,12 +432,13 @@ def _check_given(images: ImageSet, groups: Sequence[Any] | None, *, has_folds: b
 
 
 def _to_use(
-    images: ImageSet, groups: Sequence[Any] | None, *, has_folds: bool
+    images: ImageSet, groups: Sequence[Any] | NDArray[Any] | None, *, has_folds: bool
 ) -> tuple[ImageSet, Sequence[Any] | None]:
     """The images with a label that are trained on or held out, and their groups."""
     targets = np.asarray(images.targets)
     has_label = targets >= 0 if images.task == "single" else np.isfinite(targets).all(1)
     kept = has_label & (images.splits != "test" if has_folds else np.isin(images.splits, ["train", "valid"]))
+    groups = None if groups is None else [*groups]
     if kept.all():
         return images, groups
     return images.select(kept), None if groups is None else [groups[place] for place in np.flatnonzero(kept).tolist()]

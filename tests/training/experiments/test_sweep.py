@@ -262,16 +262,17 @@ def test_a_folder_of_another_sweep_is_refused_by_what_differs(
     folded = {"folds": 2, "out": tmp_path / "folded", **OPTIONS}
     sweep(staged(), images, store, setting, **folded)
     pairs = [str(place // 2) for place in range(COUNT)]
-    for other, more in ((replace(images, groups=tuple(pairs)), {}), (images, {"groups": pairs})):
+    for other, groups in ((replace(images, groups=tuple(pairs)), None), (images, pairs)):
         with pytest.raises(FactsDifferError, match="differs in: folds_dealt"):
-            sweep(staged(), other, store, setting, **folded, **more)
+            sweep(staged(), other, store, setting, groups=groups, **folded)
     with pytest.raises(ValueError, match="groups are for folds, and there are none"):
         sweep(staged(), images, store, setting, groups=pairs, **OPTIONS)
 
 
 def test_a_sweep_of_images_is_of_its_view_and_one_of_kept_heads_of_their_weights(tmp_path: Path) -> None:
     images, model = ImageSet.from_arrays(pixels(9), [0, 1, 2] * 3).split(valid=0.34), staged()
-    setting, options = [{"lr": 1e-3}], {"epochs": 1, "quiet": True, "device": "cpu", "workers": 0}
+    setting: list[dict[str, Any]] = [{"lr": 1e-3}]
+    options: dict[str, Any] = {"epochs": 1, "quiet": True, "device": "cpu", "workers": 0}
     sweep(model, images, None, setting, out=tmp_path / "views", head="linear", **options)
     smaller = model.with_(view=model.view.resized(size=VIEW.size // 2))
     with pytest.raises(FactsDifferError, match="differs in: features: default"):
