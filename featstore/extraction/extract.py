@@ -20,7 +20,7 @@ from featstore.extraction.failures import (
     failures,
     write_report,
 )
-from featstore.extraction.filed import Filed, merge_parts
+from featstore.extraction.filed import Filed, merge_parts, refuse_contradictions
 from featstore.extraction.job import refuse_changed
 from featstore.extraction.opening import check_can_compile, open_plan
 from featstore.extraction.plan import Models, Plan, plan
@@ -249,7 +249,7 @@ def run_plan(
                 progress=progress,
                 on_progress=on_progress,
             )
-            notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
+            notes += _ended(planned, store, filed, progress)
         else:
             session = open_plan(
                 planned,
@@ -268,7 +268,7 @@ def run_plan(
                     for note in session.notes():
                         logger_of("featstore").info("%s", note)
                 filed = session.run(progress=progress, on_progress=on_progress)
-            notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
+            notes += _ended(planned, store, filed, progress)
     except TooManyFailedError as error:
         reported = write_report(planned, store, failures(planned, error.filed or filed))
         raise TooManyFailedError(" ".join([str(error), *(f"{note}." for note in reported)]), error.filed) from error
@@ -293,12 +293,20 @@ def finish(
         pieces: what each `Session.run` returned.
         progress: says what is merged, on stderr.
         started: `time.perf_counter()` then; default: now.
+
+    Raises:
+        FactsDifferError: where another job has written rows of other pixels or arithmetic meanwhile.
     """
     started = time.perf_counter() if started is None else started
     filed = Filed.together(planned, pieces)
-    notes = _noted_images(planned, store, is_needed=True) + filed.notes(planned)
-    notes += merge_parts(planned, store, filed, is_shown=progress)
+    notes = _noted_images(planned, store, is_needed=True) + _ended(planned, store, filed, progress)
     return _reported(planned, store, filed, notes, started)
+
+
+def _ended(planned: Plan, store: FeatureStore, filed: Filed, is_shown: bool) -> list[str]:
+    """Looks once more whether all rows go together, and merges the parts; what its owner should know."""
+    refuse_contradictions(planned, store, filed)
+    return [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=is_shown)]
 
 
 def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[str], started: float) -> ExtractReport:

@@ -5,19 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.digest import Json
+from featstore.errors import FactsDifferError
 from featstore.extraction.narrowing import lost_note
-from featstore.extraction.plan import Plan
+from featstore.extraction.plan import Plan, PlannedSet
 from featstore.extraction.rates import StageRate, joined
+from featstore.files import disk
+from featstore.files.part import Part
 from featstore.images.contents import looks_note
 from featstore.images.render import doubts_note
+from featstore.models.probe import TOLERANCES, Probe
 from featstore.notes import logger_of
+from featstore.store.part_facts import pixels_of
+from featstore.store.sets import FeatureSet
 from featstore.store.store import FeatureStore
+from featstore.words import counted
 
 MERGE_BYTES = 1 << 30
 """Of the parts that a job has written, those of less are merged at its end."""
@@ -108,6 +117,81 @@ class Filed:
         ]
         notes = (*self.said, doubts_note(self.doubts), looks_note(planned.images, self.looks), *lost)
         return list(dict.fromkeys(note for note in notes if note is not None))
+
+
+def refuse_contradictions(planned: Plan, store: FeatureStore, filed: Filed) -> None:
+    """Compares what a job has written of each set with what others have meanwhile: see `refuse_contradiction`."""
+    refused = []
+    for each, paths in zip(planned.sets, filed.parts, strict=True):
+        try:
+            if paths:
+                refuse_contradiction(store, each, paths)
+        except FactsDifferError as error:
+            refused.append(error)  # once all are looked at
+    if refused:
+        raise refused[0]
+
+
+def refuse_contradiction(store: FeatureStore, each: PlannedSet, paths: list[Path]) -> None:
+    """Compares parts of a set with those that others have written since the plan was made.
+
+    Jobs that begin at once on a new set find nothing to agree with. Each writes first and looks then, so that of two
+    that disagree one at least sees the other's part.
+
+    Args:
+        store: which has the set.
+        each: the set.
+        paths: of our parts; where they contradict others', all are set aside, and none is left here.
+
+    Raises:
+        FactsDifferError: for rows of other pixels or other arithmetic; names both parts.
+    """
+    stored = {part.path for part in (() if each.stored is None else each.stored.parts)}
+    others = store.beside(each.spec, stored.union(paths))
+    if others is None:
+        return
+    ours = store.beside(each.spec, stored.union(part.path for part in others.parts))
+    found = None if ours is None else _contradiction(each, ours, others)
+    if found is None:
+        return
+    mine, other, why = found
+    count = len(paths)
+    while paths:
+        with suppress(FileNotFoundError):  # others have merged it, or removed the set
+            disk.set_aside(paths[-1])
+        paths.pop()
+    raise FactsDifferError(
+        f"{mine.path} ({mine.facts['who']}) and {other.path} ({other.facts['who']}) hold rows of one set that don't go "
+        f"together, although all keys agree: {why}. Two jobs wrote them at one time. {counted(count, 'part')} of this "
+        f"one of set {each.spec.key[:8]} set aside, where nobody reads. Expected jobs that decode and compute alike: "
+        "featstore doctor tells what decodes on each machine. Run this job again on one like the other's, or extract "
+        "into another store."
+    )
+
+
+def _contradiction(each: PlannedSet, ours: FeatureSet, others: FeatureSet) -> tuple[Part, Part, str] | None:
+    """A part of ours and one of the others that don't go together, and why."""
+    if ours.pixels and others.pixels and ours.pixels != others.pixels:
+        mine, other = ours.parts[0], next(part for part in others.parts if {pixels_of(part.facts)} != ours.pixels)
+        digests = f"{pixels_of(mine.facts)[:8]} and {pixels_of(other.facts)[:8]}"
+        return mine, other, f"the digests of the pixels that their decoders give for the sample files are {digests}"
+    allowed = TOLERANCES[each.spec.precision]
+    for mine, other in product(ours.probed, others.probed):
+        probes = [Probe.from_facts(part.facts["probe"]) for part in (other, mine)]
+        difference = probes[0].difference(probes[1])
+        if not difference <= allowed:
+            changed = [f"{name} is {here} and {there}" for name, here, there in _unlike_profiles(mine, other)]
+            why = f"on the probe images they differ by {difference:.2g} of the largest value; {each.spec.precision}"
+            return mine, other, "; ".join([f"{why} allows {allowed:g}", *changed])
+    return None
+
+
+def _unlike_profiles(mine: Part, other: Part) -> Iterator[tuple[str, Json, Json]]:
+    profiles = mine.facts["profile"], other.facts["profile"]
+    for name in sorted({*profiles[0], *profiles[1]}):
+        here, there = (profile.get(name, "unknown") for profile in profiles)
+        if here != there:
+            yield name, here, there
 
 
 def merge_parts(planned: Plan, store: FeatureStore, filed: Filed, *, is_shown: bool) -> list[str]:

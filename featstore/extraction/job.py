@@ -19,7 +19,7 @@ from torch import Tensor
 
 from featstore.errors import Doubtful, FactsDifferError, FeatureStoreError, ImageError, OnError
 from featstore.extraction.failures import Failing
-from featstore.extraction.filed import Filed
+from featstore.extraction.filed import Filed, refuse_contradiction
 from featstore.extraction.narrowing import Narrowed, Narrowing
 from featstore.extraction.opened import Input, Opened
 from featstore.extraction.pixels import StoredPixels
@@ -63,6 +63,7 @@ class Session:
         renderers: processes that render, where there are some; else threads do, of each run.
         running: held by the run under way.
         stopping: set where that is to end.
+        agreed: places of the sets whose first part goes with those that others wrote meanwhile.
     """
 
     planned: Plan
@@ -81,6 +82,7 @@ class Session:
     renderers: Renderers | None
     running: threading.Lock = field(default_factory=threading.Lock)
     stopping: threading.Event = field(default_factory=threading.Event)
+    agreed: set[int] = field(default_factory=set)
 
     def __enter__(self) -> Session:
         return self
@@ -137,7 +139,8 @@ class Session:
         Raises:
             ImageError: with `on_error="raise"`, for an image that can't be read, decoded or rendered.
             TooManyFailedError: for more than `max_errors` of these images that fail; it has what was filed.
-            FactsDifferError: if the model was changed meanwhile; nothing of it is filed since the last part.
+            FactsDifferError: if the model was changed meanwhile; nothing of it is filed since the last part. If another
+                job has begun a set meanwhile, with other pixels or arithmetic; nothing is filed of that set.
             FeatureStoreError: for values that the storage type can't hold, with `on_error="raise"`.
             OSError: as the disk gave it.
         """
@@ -210,6 +213,7 @@ class Job:
         self.writing: Future[None] | None = None
         self.lot = self._all_nothing()  # what the writer has, as far as it isn't written
         self.filed = Filed.nothing(self.planned)
+        self.refused: dict[int, FactsDifferError] = {}  # sets of which no more is written
         self.last_commit = time.monotonic()
 
     def run(self) -> Filed:
@@ -221,7 +225,7 @@ class Job:
                     self._take(each)
                     self._launch_full()
                     self.progress.step(self.filed)
-                    if self.failing.are_too_many or self.session.stopping.is_set():
+                    if self.failing.are_too_many or self.refused or self.session.stopping.is_set():
                         break
                 self._launch_rest()
         except ImageError:
@@ -237,6 +241,8 @@ class Job:
                     except KeyboardInterrupt:  # which may have come while it waited
                         self._commit_rest()
                         raise
+        for error in self.refused.values():
+            raise error
         self.filed.said = [*self.session.notes(), *self.filed.said]
         self.filed.rates = self.progress.rates.since(self.progress.rates.start)
         self.failing.check(self.filed)
@@ -517,11 +523,24 @@ class Job:
         for opened in self.session.opened:
             for place in opened.places:
                 each, rows = self.planned.sets[place], gathered[place]
-                if not rows.num_rows and not rows.failed:
+                if place in self.refused or (not rows.num_rows and not rows.failed):
                     continue
                 with self.progress.rates.timing("write", rows.num_rows, rows.num_bytes):
                     self.filed.parts[place].append(rows.write(self.session.store, opened.facts(each)))
                     gathered[place] = self._nothing(each)  # only now: who ends the job writes what is left
+                if rows.num_rows and place not in self.session.agreed:
+                    self._compare(place)
+
+    def _compare(self, place: int) -> None:
+        """Once, when a set has its first rows: who began it at the same time had nothing to agree with.
+
+        No error is raised here, so that the parts of other sets are written.
+        """
+        try:
+            refuse_contradiction(self.session.store, self.planned.sets[place], self.filed.parts[place])
+            self.session.agreed.add(place)
+        except FactsDifferError as error:
+            self.refused[place] = error
 
     def _wait_for_writing(self) -> None:
         if self.writing is not None:

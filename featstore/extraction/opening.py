@@ -241,14 +241,13 @@ def _checked_probes(
     for each in sets:
         if each.is_missing.any():
             refuse_too_small(probes[each.output], each.spec, name=model.name, cut=each.cut)
-        if each.stored is not None:
-            facts = each.stored.facts
+        for part in () if each.stored is None else each.stored.probed:  # whichever wrote last, all of it is one set
             check_probe(
-                facts["probe"],
+                part.facts["probe"],
                 probes[each.output],
                 precision=precision,
                 what=_named(each),
-                profile=facts["profile"],
+                profile=part.facts["profile"],
                 now=trunk.profile(),
             )
     return probes
