@@ -49,7 +49,7 @@ class Session:
     Attributes:
         planned: the plan.
         store: where rows go.
-        opened: the models that lack rows.
+        opened: the models that lack rows, one several times where its sets were computed in passes of several kinds.
         inputs: distinct ones of their sets.
         input_of: set -> the place of its input, of each set of theirs.
         is_needed: ``(I, N)``, for each input the images to compute: those without a row in some set, each content once.

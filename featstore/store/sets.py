@@ -239,7 +239,7 @@ def batching_for(
     """That of the first of `sets` which has rows computed on such a device, so that one set has one profile.
 
     Args:
-        sets: those that exist.
+        sets: those that exist, the one that is added to before others.
         device_type: cpu or cuda.
         batch_size: the images of a pass, where someone has said.
         compile: whether they are compiled, where someone has said.

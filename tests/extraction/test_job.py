@@ -118,6 +118,22 @@ def test_the_batch_size_of_stored_rows_is_kept(store: FeatureStore) -> None:
     assert store.sets()[0].facts["profile"]["batch_size"] == 4  # of the newest part
 
 
+def test_sets_that_began_in_passes_of_two_sizes_go_on_in_those(store: FeatureStore) -> None:
+    sizes, images = {"layer1": 4, "layer2": 3}, arrays(9)
+    for cut, size in sizes.items():
+        run(arrays(2), store, cuts=[cut], batch_size=size)
+    new = "layer2:max"  # which is computed as the first of the others
+    report = run(images, store, cuts=[*sizes, new])
+    assert counts(report) == (7 + 7 + 9, 4, 0)
+    for key, size, cut in zip(report.keys, [4, 3, 4], [*sizes, "layer2"], strict=True):
+        assert {part.facts["profile"]["batch_size"] for part in store.set(key).parts} == {size}
+        reduction = store.set(key).spec.reduction
+        by_hand = reduced(rows_by_hand(up_to(cut, net()), images.select(range(2, 9)), VIEW, batch_size=size), reduction)
+        assert torch.equal(rows(store, images, key)[2:], by_hand)
+    keys = run(arrays(11), store, cuts=[*sizes], batch_size=5).keys  # somebody has said
+    assert [store.set(key).facts["profile"]["batch_size"] for key in keys] == [5, 5]
+
+
 def test_a_part_says_what_made_it(store: FeatureStore) -> None:
     report = run(arrays(3), store, cuts=["layer2"], augment=Augment("flip", seeds=[4]))
     model = staged()
