@@ -10,6 +10,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from featstore.digest import Json
 from featstore.errors import Doubtful, ImageError, OnError, check_choice
@@ -38,6 +39,7 @@ from featstore.notes import logger_of
 from featstore.store.sets import digest_rows
 from featstore.store.store import FeatureStore
 from featstore.timing import timed
+from featstore.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +51,13 @@ class ExtractReport:
         reused: images whose rows were stored already, over all sets.
         failed: images left out of some set, with `on_error="skip"`.
         missing: images asked for that lack a row for another reason: their files are absent, or when their turn came
-            they had vanished, had changed or couldn't be read. The next run computes them if it can.
+            they had vanished, had changed or couldn't be read, or they had no turn: a run was stopped, or of a plan in
+            pieces `finish` was given some. The next run computes them if it can.
         seconds: wall-clock time.
         keys: of the sets, in the order of models and cuts, each with the evaluation view first.
         sets: one record a set: key, backbone, cut, reduce, view, seed, rows (images that have one now), computed,
             reused, failed.
-        failures: (image id, reason) of failed and missing images.
+        failures: (image id, reason) of failed and missing images; `notes` count those that had no turn.
         notes: sentences about what its owner should know, or that could not be done afterwards; all rows are filed.
         doubts: (image id, reason) of images that were decoded now and may not look as their owner expects: damaged in a
             way that decoders pass over, or 16-bit values that leave the upper bits unused. They have rows all the same.
@@ -320,10 +323,16 @@ def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[
         each.is_missing & is_among(planned.digests.values, digest_rows(unfit))
         for each, unfit in zip(planned.sets, filed.unfit, strict=True)
     ]
+    first = _first_of_content(planned)
+    is_lacking = np.zeros(len(planned.images), bool)
     sets: list[dict[str, Json]] = []
-    for each, unfit, computed in zip(planned.sets, is_unfit, filed.computed, strict=True):
+    for each, unfit, has_row, computed in zip(planned.sets, is_unfit, filed.has_row, filed.computed, strict=True):
+        has_first = np.zeros(len(first), bool)
+        has_first[first[has_row]] = True
+        is_filed = each.is_missing & has_first[first]
         reused = int((each.is_wanted & ~each.is_missing).sum())
         is_failed = is_undecoded | unfit
+        is_lacking |= each.is_missing & ~is_failed & ~is_filed
         sets.append(
             {
                 "key": each.spec.key,
@@ -332,19 +341,23 @@ def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[
                 "reduce": each.spec.reduction,
                 "view": "evaluation" if each.view.policy is None else each.view.policy.label,
                 "seed": each.view.seed,
-                "rows": reused + int((each.is_missing & ~is_failed & ~is_unread).sum()),
+                "rows": reused + int(is_filed.sum()),
                 "computed": computed,
                 "reused": reused,
                 "failed": int((each.is_missing & is_failed & ~planned.is_absent).sum()),
             }
         )
+    num_left = int((is_lacking & ~is_unread).sum())
+    if num_left:
+        why = "the run was stopped" if filed.is_stopped else "no run was given them"
+        notes.append(f"{counted(num_left, 'image')} not computed, since {why}: run it again")
     is_failed = np.logical_or.reduce([is_undecoded, *is_unfit])
     reasons = {each.image: each.reason for each in reversed(left_out)}  # of one with several the first
     return ExtractReport(
         computed=sum(filed.computed),
         reused=sum(each["reused"] for each in sets),
         failed=int((is_failed & ~planned.is_absent).sum()),
-        missing=int((is_unread | planned.is_absent).sum()),
+        missing=int((is_lacking | is_unread | planned.is_absent).sum()),
         seconds=time.perf_counter() - started,
         keys=tuple(each.spec.key for each in planned.sets),
         sets=tuple(sets),
@@ -354,6 +367,14 @@ def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[
         shard=planned.shard,
         rates=filed.rates,
     )
+
+
+def _first_of_content(planned: Plan) -> NDArray[np.int64]:
+    """``(N,)``: of each image the place of the first one of equal content, which may be its own."""
+    first = np.arange(len(planned.images))
+    for place, places in planned.copies.items():
+        first[place] = places[0]
+    return first
 
 
 def _refuse_unreadable(planned: Plan, on_error: str) -> None:

@@ -42,12 +42,14 @@ class Filed:
         unfit: for each set digest -> reason, of images whose rows it can't hold.
         num_values: of each set, other than zero, where its type can't hold all of them (see Narrowed).
         num_lost: those of them that became zero.
+        has_row: ``(S, N)``, of each set the images whose rows were computed; of those of equal content one.
         looks: ``(N,)``, of the evaluation view of each image of the plan: equal pixels, equal numbers; 0 without one.
         failures: digest -> reason, of images that can't be decoded or rendered.
         unread: digest -> image and reason, of those that couldn't be read.
         doubts: image -> why it may not look as its owner expects, though it was decoded.
         rates: what each stage did, and how long it was busy.
         said: what its owner should know before the first row, by each session.
+        is_stopped: whether a run was ended by `Session.stop`, before all of its images had their turn.
     """
 
     parts: list[list[Path]]
@@ -55,22 +57,29 @@ class Filed:
     unfit: list[dict[str, str]]
     num_values: list[int]
     num_lost: list[int]
+    has_row: NDArray[np.bool_]
     looks: NDArray[np.uint64]
     failures: dict[str, str] = field(default_factory=dict)
     unread: dict[str, tuple[str, str]] = field(default_factory=dict)
     doubts: dict[str, str] = field(default_factory=dict)
     rates: tuple[StageRate, ...] = ()
     said: list[str] = field(default_factory=list)
+    is_stopped: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        places = np.flatnonzero(self.looks)  # of a piece of the images alone
-        return vars(self) | {"looks": (len(self.looks), places, self.looks[places])}
+        looked, computed = np.flatnonzero(self.looks), np.flatnonzero(self.has_row.any(axis=0))
+        return vars(self) | {  # of a piece of the images alone
+            "looks": (len(self.looks), looked, self.looks[looked]),
+            "has_row": (computed, self.has_row[:, computed]),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        count, places, looks = state["looks"]
-        self.looks = np.zeros(count, np.uint64)
-        self.looks[places] = looks
+        count, looked, looks = state["looks"]
+        self.looks, self.has_row = np.zeros(count, np.uint64), np.zeros((len(self.parts), count), bool)
+        self.looks[looked] = looks
+        computed, has_row = state["has_row"]
+        self.has_row[:, computed] = has_row
 
     @classmethod
     def nothing(cls, planned: Plan) -> Filed:
@@ -82,6 +91,7 @@ class Filed:
             unfit=[{} for _ in none],
             num_values=none[:],
             num_lost=none[:],
+            has_row=np.zeros((len(none), len(planned.images)), bool),
             looks=np.zeros(len(planned.images), np.uint64),
         )
 
@@ -90,19 +100,25 @@ class Filed:
         """What has come of all pieces of a plan."""
         whole = cls.nothing(planned)
         for piece in pieces:
-            for place in range(len(planned.sets)):
-                whole.parts[place] += piece.parts[place]
-                whole.computed[place] += piece.computed[place]
-                whole.unfit[place] |= piece.unfit[place]
-                whole.num_values[place] += piece.num_values[place]
-                whole.num_lost[place] += piece.num_lost[place]
-            whole.looks = np.where(piece.looks == 0, whole.looks, piece.looks)
-            whole.failures |= piece.failures
-            whole.unread |= piece.unread
-            whole.doubts |= piece.doubts
-            whole.rates = joined([whole.rates, piece.rates])
-            whole.said = list(dict.fromkeys([*whole.said, *piece.said]))
+            whole.add(piece)
         return whole
+
+    def add(self, piece: Filed) -> None:
+        """Adds what has come of some more images."""
+        for place in range(len(self.parts)):
+            self.parts[place] += piece.parts[place]
+            self.computed[place] += piece.computed[place]
+            self.unfit[place] |= piece.unfit[place]
+            self.num_values[place] += piece.num_values[place]
+            self.num_lost[place] += piece.num_lost[place]
+        self.has_row |= piece.has_row
+        np.copyto(self.looks, piece.looks, where=piece.looks != 0)
+        self.failures |= piece.failures
+        self.unread |= piece.unread
+        self.doubts |= piece.doubts
+        self.rates = joined([self.rates, piece.rates])
+        self.said = list(dict.fromkeys([*self.said, *piece.said]))
+        self.is_stopped |= piece.is_stopped
 
     @property
     def num_failed(self) -> int:

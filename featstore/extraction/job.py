@@ -1,4 +1,7 @@
-"""Session: what computes the images of a plan; and Job, one run of it over some of them, from views to parts."""
+"""Session: what computes the images of a plan; and Job, one run of it over some of them, from views to parts.
+
+Long, since a run is one thing told in order: views come, fill passes, whose rows are gathered and written.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,10 @@ class Session:
         return max((each.trunk.device for each in self.opened), key=lambda device: device.type == "cuda")
 
     def stop(self) -> None:
-        """Has the run under way, in another thread, end after the image at hand; what is computed is filed."""
+        """Has the run under way, in another thread, end after the image at hand; what is computed is filed.
+
+        It ends one run: that, or where none is under way the next one, which may be about to begin.
+        """
         self.stopping.set()
 
     def close(self) -> None:
@@ -161,7 +167,10 @@ class Session:
                     rates=Rates(self._an_image(is_needed)),
                     device=self.device,
                 )
-                return Job(self, is_needed, failing, progressing).run()
+                try:
+                    return Job(self, is_needed, failing, progressing).run()
+                finally:
+                    self.stopping.clear()
         finally:
             if self.renderers is not None and not self.renderers.is_idle:  # ended by an error
                 self.close()
@@ -225,7 +234,8 @@ class Job:
                     self._take(each)
                     self._launch_full()
                     self.progress.step(self.filed)
-                    if self.failing.are_too_many or self.refused or self.session.stopping.is_set():
+                    self.filed.is_stopped = self.session.stopping.is_set()
+                    if self.failing.are_too_many or self.refused or self.filed.is_stopped:
                         break
                 self._launch_rest()
         except ImageError:
@@ -463,6 +473,7 @@ class Job:
             decoders = np.array([items[at].decoder for at in fit], np.uint8)
             rows = found.rows.clone() if len(fit) == len(found.rows) else found.rows[fit]
             self.gathered[place].add(rows, digests, decoders)  # a copy, which leaves pinned memory free
+            self.filed.has_row[place, [items[at].index for at in fit]] = True
         self.filed.computed[place] += len(fit)
         self.filed.num_values[place] += int(found.num_values[fit].sum())
         self.filed.num_lost[place] += int(found.num_lost[fit].sum())

@@ -151,7 +151,7 @@ def run_by_ray(
                     if done.is_given_up:
                         answer = _given_up(planned, done.rows[0], on_error)
                 if answer is not None:
-                    filed = Filed.together(planned, [filed, answer])
+                    filed.add(answer)
                     failing.add_all(answer)
                     failing.check(filed)
                     for _ in done.rows:

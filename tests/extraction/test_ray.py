@@ -245,7 +245,7 @@ def test_where_actors_compute_follows_from_the_gpus_that_they_are_given(
         extract(model, images, FeatureStore("memory://bucket/store"), engine=ONE)
 
 
-def test_a_session_that_is_stopped_files_what_it_has(
+def test_a_session_that_is_stopped_files_what_it_has_and_runs_again(
     model: StagedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, store = ImageSet.from_folder("photos"), FeatureStore("store")
@@ -260,5 +260,7 @@ def test_a_session_that_is_stopped_files_what_it_has(
 
         monkeypatch.setattr(Job, "_take", stopping)
         filed = session.run()
-    assert filed.computed == [9]
-    assert store.sets()[0].index.num_images == 9
+        rest = session.run(range(9, 22))
+    assert (filed.computed, rest.computed) == ([9], [13])
+    assert (filed.is_stopped, rest.is_stopped) == (True, False)
+    assert store.sets()[0].index.num_images == 22
