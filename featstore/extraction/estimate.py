@@ -14,6 +14,7 @@ import torch
 
 from featstore.digest import Json
 from featstore.errors import Doubtful, FeatureStoreError, OnError
+from featstore.extraction.failures import refuse_unreadable
 from featstore.extraction.opening import check_can_compile, open_plan
 from featstore.extraction.plan import Models, Plan, PlannedSet, plan
 from featstore.extraction.rates import RENDERING, StageName, StageRate
@@ -169,6 +170,7 @@ def estimate_plan(
 ) -> Estimate:
     """What `run_plan` with the same arguments would do, and how fast."""
     started = time.perf_counter() if started is None else started
+    refuse_unreadable(planned, on_error)
     num_rows = [_num_rows(planned, each) for each in planned.sets]
     sets = tuple(_described(each, count) for each, count in zip(planned.sets, num_rows, strict=True))
     if not planned.is_to_read.any():

@@ -6,19 +6,19 @@ import errno
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from featstore.digest import Json
-from featstore.errors import Doubtful, ImageError, OnError, check_choice
+from featstore.errors import Doubtful, OnError
 from featstore.extraction.failures import (
     Failing,
     TooManyFailedError,
     check_max_errors,
     failures,
+    refuse_unreadable,
     write_report,
 )
 from featstore.extraction.filed import Filed, merge_parts, refuse_contradictions
@@ -227,7 +227,7 @@ def run_plan(
     check_batch_size(batch_size)
     check_workers(workers)
     check_max_errors(max_errors, on_error)
-    _refuse_unreadable(planned, on_error)
+    refuse_unreadable(planned, on_error)
     with timed("key"):
         refuse_changed(planned)
     try:
@@ -375,14 +375,6 @@ def _first_of_content(planned: Plan) -> NDArray[np.int64]:
     for place, places in planned.copies.items():
         first[place] = places[0]
     return first
-
-
-def _refuse_unreadable(planned: Plan, on_error: str) -> None:
-    check_choice("on_error", on_error, get_args(OnError))
-    if on_error == "raise":
-        for index, reason in planned.digests.failed.items():
-            if planned.is_owned[index]:
-                raise ImageError(planned.images.ids[index], reason)
 
 
 def _noted_images(planned: Plan, store: FeatureStore, *, is_needed: bool) -> list[str]:

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import FeatureStoreError, OnError
+from featstore.errors import FeatureStoreError, ImageError, OnError, check_choice
 from featstore.extraction.filed import Filed
 from featstore.extraction.plan import Plan
 from featstore.files import disk
@@ -73,6 +74,19 @@ def check_max_errors(max_errors: int | None, on_error: OnError) -> None:
             f"max_errors is {max_errors}, but with on_error='raise' the first image that fails stops the job. Give "
             "on_error='skip', or leave out max_errors."
         )
+
+
+def refuse_unreadable(planned: Plan, on_error: OnError) -> None:
+    """ImageError for the first image that couldn't be read when the plan was made, unless such images are skipped.
+
+    Raises:
+        ValueError: for another `on_error`.
+    """
+    check_choice("on_error", on_error, get_args(OnError))
+    if on_error == "raise":
+        for index, reason in planned.digests.failed.items():
+            if planned.is_owned[index]:
+                raise ImageError(planned.images.ids[index], reason)
 
 
 class Failing:

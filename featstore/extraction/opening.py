@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from featstore.errors import Doubtful, FeatureStoreError, OnError
-from featstore.extraction.failures import check_max_errors
+from featstore.extraction.failures import check_max_errors, refuse_unreadable
 from featstore.extraction.job import Session, refuse_changed
 from featstore.extraction.lowering import Lowering
 from featstore.extraction.narrowing import refuse_too_small
@@ -61,6 +61,7 @@ def open_plan(
     check_batch_size(batch_size)
     check_workers(workers)
     check_max_errors(max_errors, on_error)
+    refuse_unreadable(planned, on_error)
     lacking = _lacking(planned, chosen.type, batch_size, compile)
     for each in (planned.sets[place] for _, _, places in lacking for place in places):
         if each.stored is not None:

@@ -19,7 +19,8 @@ from support.operations import replace_operation
 from support.tiny import VIEW, arrays, photos, pixels, staged
 from torch import Tensor, nn
 
-from featstore import FeatureStore, FeatureStoreError, ImageSet, StagedModel, plan
+from featstore import FeatureStore, FeatureStoreError, ImageError, ImageSet, StagedModel, plan
+from featstore.extraction.estimate import estimate_plan
 from featstore.extraction.extract import run_plan
 from featstore.extraction.failures import TooManyFailedError
 from featstore.extraction.opening import open_plan
@@ -93,6 +94,22 @@ def test_files_that_are_gone_stop_a_job_before_anything_is_computed(store: Featu
     with pytest.raises(FeatureStoreError, match=r"^2 images failed \(cat/0\.png: there is no such file"):
         run(images, store, on_error="skip", max_errors=1)
     assert list(store.root.rglob("*.h5")) == []
+
+
+def test_an_image_that_was_unreadable_at_planning_stops_whatever_carries_out_the_plan(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    folder = photos(tmp_path / "photos")
+    (folder / "dog/absent.jpg").symlink_to("nowhere")
+    images = ImageSet.from_folder(folder)
+    planned = plan(staged(), images, store, cuts=["layer2"])
+    for carry_out in (open_plan, estimate_plan):
+        with pytest.raises(ImageError, match=r"^dog/absent\.jpg: there is no such file"):
+            carry_out(planned, store, device="cpu", workers=0)
+        with pytest.raises(ValueError, match="on_error is 'no'"):
+            carry_out(planned, store, on_error="no")  # type: ignore[arg-type]
+    others = plan(staged(), images.select([name != "dog/absent.jpg" for name in images.ids]), store, cuts=["layer2"])
+    open_plan(others, store, device="cpu", workers=0).close()
 
 
 class Bright(nn.Module):
