@@ -158,22 +158,20 @@ class Session:
         is_needed = self.is_needed & is_asked
         failing = Failing(self.planned, self.max_errors, is_asked)
         failing.check(Filed.nothing(self.planned))
-        try:
-            with self.running:
-                progressing = Progress(
-                    int(is_needed.any(axis=0).sum()),
-                    is_shown=progress,
-                    on_progress=on_progress,
-                    rates=Rates(self._an_image(is_needed)),
-                    device=self.device,
-                )
-                try:
-                    return Job(self, is_needed, failing, progressing).run()
-                finally:
-                    self.stopping.clear()
-        finally:
-            if self.renderers is not None and not self.renderers.is_idle:  # ended by an error
-                self.close()
+        with self.running:
+            progressing = Progress(
+                int(is_needed.any(axis=0).sum()),
+                is_shown=progress,
+                on_progress=on_progress,
+                rates=Rates(self._an_image(is_needed)),
+                device=self.device,
+            )
+            try:
+                return Job(self, is_needed, failing, progressing).run()
+            finally:  # within the lock: both are of this run, not of one that waits for it
+                self.stopping.clear()
+                if self.renderers is not None and not self.renderers.is_idle:  # ended by an error
+                    self.close()
 
     def rehearse(self, rows: NDArray[np.int64], *, passed: int, num_rows: Sequence[int]) -> tuple[StageRate, ...]:
         """What each stage does alone, with some of the plan's images: see `Job.rehearse`. Its rows go where `run`'s go.

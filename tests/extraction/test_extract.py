@@ -26,6 +26,7 @@ from featstore import (
     FactsDifferError,
     FeatureStore,
     Filed,
+    ImageError,
     ImageSet,
     ModelError,
     StagedModel,
@@ -321,7 +322,17 @@ def test_images_rendered_by_processes_have_the_rows_that_threads_give_them(
     delivered = processes.Renderers._delivered
     session = open_plan(plan(staged(), images, store, cuts=["layer2"]), store, workers=5)
     assert session.renderers is not None
-    session.close()
+    held = []
+
+    def is_idle(each: processes.Renderers) -> bool:
+        held.append(session.running.locked())
+        return not each._left_over
+
+    with monkeypatch.context() as noting:
+        noting.setattr(processes.Renderers, "is_idle", property(is_idle))
+        with pytest.raises(ImageError, match=first.name):
+            session.run()
+    assert held == [True]  # else it might close what another run has begun to use
     rendered = []
     monkeypatch.setattr(
         processes.Renderers,
