@@ -372,6 +372,7 @@ class Job:
                 self._launch(model, batch[:size])
                 del batch[:size]
                 self._commit_if_due()
+        self._commit_if_due()  # images that failed, too, which fill no pass
 
     def _launch_rest(self) -> None:
         for model, batch in enumerate(self.batches):
@@ -499,7 +500,8 @@ class Job:
 
     def _commit_if_due(self) -> None:
         size = sum(gathered.num_bytes for gathered in self.gathered)
-        if size >= COMMIT_BYTES or time.monotonic() - self.last_commit >= COMMIT_SECONDS:
+        is_due = size >= COMMIT_BYTES or time.monotonic() - self.last_commit >= COMMIT_SECONDS
+        if is_due and any(gathered.num_bytes or gathered.failed for gathered in self.gathered):
             self._commit()
 
     def _commit(self) -> None:

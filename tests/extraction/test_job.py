@@ -104,6 +104,27 @@ def test_a_part_is_written_when_enough_rows_have_been_gathered_or_a_minute_after
     assert (np.concatenate([part.digests for part in parts]) == arrays(28).digests().values).all()
 
 
+def test_images_that_fail_are_filed_a_minute_after_the_last_part_though_no_pass_is_full(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now, take = 0.0, Job._take
+
+    def lasting(self: Any, rendered: Any) -> None:
+        nonlocal now
+        take(self, rendered)
+        now += 25
+
+    photos(tmp_path / "photos", 2)
+    for number in range(7):
+        (tmp_path / f"photos/cat/bad{number}.jpg").write_bytes(b"no image %d" % number)
+    monkeypatch.setattr(job_module, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))
+    monkeypatch.setattr(Job, "_take", lasting)
+    monkeypatch.setattr(filed_module, "MERGE_BYTES", 0)
+    key = run(ImageSet.from_folder(tmp_path / "photos"), store, on_error="skip").keys[0]
+    parts = sorted(store.set(key).parts, key=lambda part: str(part.facts["when"]))
+    assert [(part.num_rows, len(part.facts["failed"])) for part in parts] == [(0, 2), (0, 3), (0, 2), (2, 0)]
+
+
 def test_rows_are_gathered_in_few_files(store: FeatureStore) -> None:
     run(arrays(200), store, augment=Augment("flip", seeds=[0]))
     assert len(list(store.root.rglob("part-*.h5"))) == 2
