@@ -345,10 +345,10 @@ class Job:
         if rendered.doubt is not None:
             self.filed.doubts[self.planned.images.ids[job.index]] = rendered.doubt
         self.filed.looks[job.index] = rendered.look
-        images = dict(zip(job.views, rendered.views, strict=True))
+        images = dict(zip(job.views, zip(rendered.views, rendered.decoders, strict=True), strict=True))
         for place in places:
             given = self.session.inputs[place]
-            item = _Item(job.index, job.digest, place, images[given.view.pixels], rendered.decoder)
+            item = _Item(job.index, job.digest, place, *images[given.view.pixels])
             self.batches[given.model].append(item)
 
     def _record_failure(self, job: ImageJob, rendered: Rendered) -> None:
