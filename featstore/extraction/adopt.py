@@ -242,14 +242,15 @@ def _checked_probe(old: FeatureSet, candidate: _Candidate, trunk: Trunk) -> Prob
     (live,) = take_probes(
         candidate.model, [candidate.output], view=candidate.model.view, precision=trunk.precision, device=trunk.device
     )
-    difference = Probe.from_facts(old.facts["probe"]).difference(live)
-    if not difference <= TOLERANCES[trunk.precision]:
-        raise FactsDifferError(
-            f"{candidate.model.name} at {candidate.output.cut} computes other values than set {old.key[:8]} holds: on "
-            f"the probe images they differ by {difference:.2g} of the largest value; {trunk.precision} allows "
-            f"{TOLERANCES[trunk.precision]:g}. Nothing was filed. Give the model that the set was made with, or "
-            "extract anew."
-        )
+    for part in old.probed:
+        difference = Probe.from_facts(part.facts["probe"]).difference(live)
+        if not difference <= TOLERANCES[trunk.precision]:
+            raise FactsDifferError(
+                f"{candidate.model.name} at {candidate.output.cut} computes other values than set {old.key[:8]} holds: "
+                f"on the probe images they differ by {difference:.2g} of the largest value; {trunk.precision} allows "
+                f"{TOLERANCES[trunk.precision]:g}. Nothing was filed. Give the model that the set was made with, or "
+                "extract anew."
+            )
     return live
 
 

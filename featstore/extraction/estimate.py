@@ -14,6 +14,7 @@ import torch
 
 from featstore.digest import Json
 from featstore.errors import Doubtful, FeatureStoreError, OnError
+from featstore.extraction.failures import refuse_unreadable
 from featstore.extraction.opening import check_can_compile, open_plan
 from featstore.extraction.plan import Models, Plan, PlannedSet, plan
 from featstore.extraction.rates import RENDERING, StageName, StageRate
@@ -169,6 +170,7 @@ def estimate_plan(
 ) -> Estimate:
     """What `run_plan` with the same arguments would do, and how fast."""
     started = time.perf_counter() if started is None else started
+    refuse_unreadable(planned, on_error)
     num_rows = [_num_rows(planned, each) for each in planned.sets]
     sets = tuple(_described(each, count) for each, count in zip(planned.sets, num_rows, strict=True))
     if not planned.is_to_read.any():
@@ -238,7 +240,10 @@ def _described(each: PlannedSet, num_rows: int) -> dict[str, Json]:
 
 @contextmanager
 def _beside(store: FeatureStore) -> Iterator[FeatureStore]:
-    """A store of its own in the same file system, in a hidden folder, where nobody looks; gone afterwards."""
+    """A store of its own in a hidden folder of the store's, where nobody looks but `gc`; gone afterwards.
+
+    So are the folders of a store that isn't there yet, unless somebody has begun to fill it meanwhile.
+    """
     name = disk.estimate_name()
     if isinstance(store.folder, ObjectPath):
         beside = store.folder / name
@@ -248,10 +253,13 @@ def _beside(store: FeatureStore) -> Iterator[FeatureStore]:
             for each in facts_below(beside):
                 disk.unlink(beside / each)
         return
-    there = next(folder for folder in (store.folder, *store.folder.parents) if folder.is_dir())
-    disk.mkdir(there / name)
+    made = [folder for folder in (store.folder, *store.folder.parents) if not folder.is_dir()]
     try:
-        yield FeatureStore(there / name)
+        disk.make_folder(store.folder, root=store.folder)
+        disk.mkdir(store.folder / name)
+        yield FeatureStore(store.folder / name)
     finally:
         with suppress(FileNotFoundError):  # by `gc`, while it was at work
-            shutil.rmtree(there / name)
+            shutil.rmtree(store.folder / name)
+        for folder in made:
+            disk.remove_folder(folder)

@@ -6,21 +6,22 @@ import errno
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from featstore.digest import Json
-from featstore.errors import Doubtful, ImageError, OnError, check_choice
+from featstore.errors import Doubtful, OnError
 from featstore.extraction.failures import (
     Failing,
     TooManyFailedError,
     check_max_errors,
     failures,
+    refuse_unreadable,
     write_report,
 )
-from featstore.extraction.filed import Filed, merge_parts
+from featstore.extraction.filed import Filed, merge_parts, refuse_contradictions
 from featstore.extraction.job import refuse_changed
 from featstore.extraction.opening import check_can_compile, open_plan
 from featstore.extraction.plan import Models, Plan, plan
@@ -38,6 +39,7 @@ from featstore.notes import logger_of
 from featstore.store.sets import digest_rows
 from featstore.store.store import FeatureStore
 from featstore.timing import timed
+from featstore.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +51,13 @@ class ExtractReport:
         reused: images whose rows were stored already, over all sets.
         failed: images left out of some set, with `on_error="skip"`.
         missing: images asked for that lack a row for another reason: their files are absent, or when their turn came
-            they had vanished, had changed or couldn't be read. The next run computes them if it can.
+            they had vanished, had changed or couldn't be read, or they had no turn: a run was stopped, or of a plan in
+            pieces `finish` was given some. The next run computes them if it can.
         seconds: wall-clock time.
         keys: of the sets, in the order of models and cuts, each with the evaluation view first.
         sets: one record a set: key, backbone, cut, reduce, view, seed, rows (images that have one now), computed,
             reused, failed.
-        failures: (image id, reason) of failed and missing images.
+        failures: (image id, reason) of failed and missing images; `notes` count those that had no turn.
         notes: sentences about what its owner should know, or that could not be done afterwards; all rows are filed.
         doubts: (image id, reason) of images that were decoded now and may not look as their owner expects: damaged in a
             way that decoders pass over, or 16-bit values that leave the upper bits unused. They have rows all the same.
@@ -224,7 +227,7 @@ def run_plan(
     check_batch_size(batch_size)
     check_workers(workers)
     check_max_errors(max_errors, on_error)
-    _refuse_unreadable(planned, on_error)
+    refuse_unreadable(planned, on_error)
     with timed("key"):
         refuse_changed(planned)
     try:
@@ -249,7 +252,7 @@ def run_plan(
                 progress=progress,
                 on_progress=on_progress,
             )
-            notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
+            notes += _ended(planned, store, filed, progress)
         else:
             session = open_plan(
                 planned,
@@ -268,7 +271,7 @@ def run_plan(
                     for note in session.notes():
                         logger_of("featstore").info("%s", note)
                 filed = session.run(progress=progress, on_progress=on_progress)
-            notes += [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=progress)]
+            notes += _ended(planned, store, filed, progress)
     except TooManyFailedError as error:
         reported = write_report(planned, store, failures(planned, error.filed or filed))
         raise TooManyFailedError(" ".join([str(error), *(f"{note}." for note in reported)]), error.filed) from error
@@ -293,12 +296,20 @@ def finish(
         pieces: what each `Session.run` returned.
         progress: says what is merged, on stderr.
         started: `time.perf_counter()` then; default: now.
+
+    Raises:
+        FactsDifferError: where another job has written rows of other pixels or arithmetic meanwhile.
     """
     started = time.perf_counter() if started is None else started
     filed = Filed.together(planned, pieces)
-    notes = _noted_images(planned, store, is_needed=True) + filed.notes(planned)
-    notes += merge_parts(planned, store, filed, is_shown=progress)
+    notes = _noted_images(planned, store, is_needed=True) + _ended(planned, store, filed, progress)
     return _reported(planned, store, filed, notes, started)
+
+
+def _ended(planned: Plan, store: FeatureStore, filed: Filed, is_shown: bool) -> list[str]:
+    """Looks once more whether all rows go together, and merges the parts; what its owner should know."""
+    refuse_contradictions(planned, store, filed)
+    return [*filed.notes(planned), *merge_parts(planned, store, filed, is_shown=is_shown)]
 
 
 def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[str], started: float) -> ExtractReport:
@@ -312,10 +323,16 @@ def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[
         each.is_missing & is_among(planned.digests.values, digest_rows(unfit))
         for each, unfit in zip(planned.sets, filed.unfit, strict=True)
     ]
+    first = _first_of_content(planned)
+    is_lacking = np.zeros(len(planned.images), bool)
     sets: list[dict[str, Json]] = []
-    for each, unfit, computed in zip(planned.sets, is_unfit, filed.computed, strict=True):
+    for each, unfit, has_row, computed in zip(planned.sets, is_unfit, filed.has_row, filed.computed, strict=True):
+        has_first = np.zeros(len(first), bool)
+        has_first[first[has_row]] = True
+        is_filed = each.is_missing & has_first[first]
         reused = int((each.is_wanted & ~each.is_missing).sum())
         is_failed = is_undecoded | unfit
+        is_lacking |= each.is_missing & ~is_failed & ~is_filed
         sets.append(
             {
                 "key": each.spec.key,
@@ -324,19 +341,23 @@ def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[
                 "reduce": each.spec.reduction,
                 "view": "evaluation" if each.view.policy is None else each.view.policy.label,
                 "seed": each.view.seed,
-                "rows": reused + int((each.is_missing & ~is_failed & ~is_unread).sum()),
+                "rows": reused + int(is_filed.sum()),
                 "computed": computed,
                 "reused": reused,
                 "failed": int((each.is_missing & is_failed & ~planned.is_absent).sum()),
             }
         )
+    num_left = int((is_lacking & ~is_unread).sum())
+    if num_left:
+        why = "the run was stopped" if filed.is_stopped else "no run was given them"
+        notes.append(f"{counted(num_left, 'image')} not computed, since {why}: run it again")
     is_failed = np.logical_or.reduce([is_undecoded, *is_unfit])
     reasons = {each.image: each.reason for each in reversed(left_out)}  # of one with several the first
     return ExtractReport(
         computed=sum(filed.computed),
         reused=sum(each["reused"] for each in sets),
         failed=int((is_failed & ~planned.is_absent).sum()),
-        missing=int((is_unread | planned.is_absent).sum()),
+        missing=int((is_lacking | is_unread | planned.is_absent).sum()),
         seconds=time.perf_counter() - started,
         keys=tuple(each.spec.key for each in planned.sets),
         sets=tuple(sets),
@@ -348,12 +369,12 @@ def _reported(planned: Plan, store: FeatureStore, filed: Filed, notes: Sequence[
     )
 
 
-def _refuse_unreadable(planned: Plan, on_error: str) -> None:
-    check_choice("on_error", on_error, get_args(OnError))
-    if on_error == "raise":
-        for index, reason in planned.digests.failed.items():
-            if planned.is_owned[index]:
-                raise ImageError(planned.images.ids[index], reason)
+def _first_of_content(planned: Plan) -> NDArray[np.int64]:
+    """``(N,)``: of each image the place of the first one of equal content, which may be its own."""
+    first = np.arange(len(planned.images))
+    for place, places in planned.copies.items():
+        first[place] = places[0]
+    return first
 
 
 def _noted_images(planned: Plan, store: FeatureStore, *, is_needed: bool) -> list[str]:

@@ -11,16 +11,18 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import FeatureStoreError, OnError
+from featstore.errors import FeatureStoreError, ImageError, OnError, check_choice
 from featstore.extraction.filed import Filed
 from featstore.extraction.plan import Plan
 from featstore.files import disk
-from featstore.files.index import is_among
+from featstore.files.index import Places, is_among
 from featstore.images.render import MOST_NAMED
 from featstore.objects import names_in
 from featstore.store.sets import digest_rows
@@ -75,6 +77,19 @@ def check_max_errors(max_errors: int | None, on_error: OnError) -> None:
         )
 
 
+def refuse_unreadable(planned: Plan, on_error: OnError) -> None:
+    """ImageError for the first image that couldn't be read when the plan was made, unless such images are skipped.
+
+    Raises:
+        ValueError: for another `on_error`.
+    """
+    check_choice("on_error", on_error, get_args(OnError))
+    if on_error == "raise":
+        for index, reason in planned.digests.failed.items():
+            if planned.is_owned[index]:
+                raise ImageError(planned.images.ids[index], reason)
+
+
 class Failing:
     """The images that fail in one run, counted if there is a limit to them.
 
@@ -91,17 +106,24 @@ class Failing:
 
     def add(self, index: int, reason: str) -> None:
         """Counts an image, and those of equal content, which are decoded once for all."""
-        if self._most is not None:
-            digests = self._planned.digests.values
-            same = self._is_asked & is_among(digests, digests[index : index + 1])
-            for place in np.flatnonzero(same).tolist():
-                self._reasons.setdefault(place, reason)
+        self._count(self._planned.digests.values[index].tobytes(), reason)
 
     def add_all(self, filed: Filed) -> None:
         """Counts all that failed of what has come of some images."""
+        unread = {digest: reason for digest, (_, reason) in filed.unread.items()}
+        for failed in (filed.failures, *filed.unfit, unread):
+            for digest, reason in failed.items():
+                self._count(bytes.fromhex(digest), reason)
+
+    @cached_property
+    def _places(self) -> Places:
+        return Places(self._planned.digests.values)
+
+    def _count(self, digest: bytes, reason: str) -> None:
         if self._most is not None:
-            for each in failures(self._planned, filed):
-                self.add(self._planned.images.ids.index(each.image), each.reason)
+            for place in self._places.of(digest):
+                if self._is_asked[place]:
+                    self._reasons.setdefault(place, reason)
 
     @property
     def are_too_many(self) -> bool:

@@ -1,4 +1,7 @@
-"""Session: what computes the images of a plan; and Job, one run of it over some of them, from views to parts."""
+"""Session: what computes the images of a plan; and Job, one run of it over some of them, from views to parts.
+
+Long, since a run is one thing told in order: views come, fill passes, whose rows are gathered and written.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from featstore.errors import Doubtful, FactsDifferError, FeatureStoreError, ImageError, OnError
 from featstore.extraction.failures import Failing
-from featstore.extraction.filed import Filed
+from featstore.extraction.filed import Filed, refuse_contradiction
 from featstore.extraction.narrowing import Narrowed, Narrowing
 from featstore.extraction.opened import Input, Opened
 from featstore.extraction.pixels import StoredPixels
@@ -49,7 +52,7 @@ class Session:
     Attributes:
         planned: the plan.
         store: where rows go.
-        opened: the models that lack rows.
+        opened: the models that lack rows, one several times where its sets were computed in passes of several kinds.
         inputs: distinct ones of their sets.
         input_of: set -> the place of its input, of each set of theirs.
         is_needed: ``(I, N)``, for each input the images to compute: those without a row in some set, each content once.
@@ -63,6 +66,7 @@ class Session:
         renderers: processes that render, where there are some; else threads do, of each run.
         running: held by the run under way.
         stopping: set where that is to end.
+        agreed: places of the sets whose first part goes with those that others wrote meanwhile.
     """
 
     planned: Plan
@@ -81,6 +85,7 @@ class Session:
     renderers: Renderers | None
     running: threading.Lock = field(default_factory=threading.Lock)
     stopping: threading.Event = field(default_factory=threading.Event)
+    agreed: set[int] = field(default_factory=set)
 
     def __enter__(self) -> Session:
         return self
@@ -110,7 +115,10 @@ class Session:
         return max((each.trunk.device for each in self.opened), key=lambda device: device.type == "cuda")
 
     def stop(self) -> None:
-        """Has the run under way, in another thread, end after the image at hand; what is computed is filed."""
+        """Has the run under way, in another thread, end after the image at hand; what is computed is filed.
+
+        It ends one run: that, or where none is under way the next one, which may be about to begin.
+        """
         self.stopping.set()
 
     def close(self) -> None:
@@ -137,7 +145,8 @@ class Session:
         Raises:
             ImageError: with `on_error="raise"`, for an image that can't be read, decoded or rendered.
             TooManyFailedError: for more than `max_errors` of these images that fail; it has what was filed.
-            FactsDifferError: if the model was changed meanwhile; nothing of it is filed since the last part.
+            FactsDifferError: if the model was changed meanwhile; nothing of it is filed since the last part. If another
+                job has begun a set meanwhile, with other pixels or arithmetic; nothing is filed of that set.
             FeatureStoreError: for values that the storage type can't hold, with `on_error="raise"`.
             OSError: as the disk gave it.
         """
@@ -149,19 +158,20 @@ class Session:
         is_needed = self.is_needed & is_asked
         failing = Failing(self.planned, self.max_errors, is_asked)
         failing.check(Filed.nothing(self.planned))
-        try:
-            with self.running:
-                progressing = Progress(
-                    int(is_needed.any(axis=0).sum()),
-                    is_shown=progress,
-                    on_progress=on_progress,
-                    rates=Rates(self._an_image(is_needed)),
-                    device=self.device,
-                )
+        with self.running:
+            progressing = Progress(
+                int(is_needed.any(axis=0).sum()),
+                is_shown=progress,
+                on_progress=on_progress,
+                rates=Rates(self._an_image(is_needed)),
+                device=self.device,
+            )
+            try:
                 return Job(self, is_needed, failing, progressing).run()
-        finally:
-            if self.renderers is not None and not self.renderers.is_idle:  # ended by an error
-                self.close()
+            finally:  # within the lock: both are of this run, not of one that waits for it
+                self.stopping.clear()
+                if self.renderers is not None and not self.renderers.is_idle:  # ended by an error
+                    self.close()
 
     def rehearse(self, rows: NDArray[np.int64], *, passed: int, num_rows: Sequence[int]) -> tuple[StageRate, ...]:
         """What each stage does alone, with some of the plan's images: see `Job.rehearse`. Its rows go where `run`'s go.
@@ -210,6 +220,7 @@ class Job:
         self.writing: Future[None] | None = None
         self.lot = self._all_nothing()  # what the writer has, as far as it isn't written
         self.filed = Filed.nothing(self.planned)
+        self.refused: dict[int, FactsDifferError] = {}  # sets of which no more is written
         self.last_commit = time.monotonic()
 
     def run(self) -> Filed:
@@ -221,7 +232,8 @@ class Job:
                     self._take(each)
                     self._launch_full()
                     self.progress.step(self.filed)
-                    if self.failing.are_too_many or self.session.stopping.is_set():
+                    self.filed.is_stopped = self.session.stopping.is_set()
+                    if self.failing.are_too_many or self.refused or self.filed.is_stopped:
                         break
                 self._launch_rest()
         except ImageError:
@@ -237,6 +249,8 @@ class Job:
                     except KeyboardInterrupt:  # which may have come while it waited
                         self._commit_rest()
                         raise
+        for error in self.refused.values():
+            raise error
         self.filed.said = [*self.session.notes(), *self.filed.said]
         self.filed.rates = self.progress.rates.since(self.progress.rates.start)
         self.failing.check(self.filed)
@@ -331,10 +345,10 @@ class Job:
         if rendered.doubt is not None:
             self.filed.doubts[self.planned.images.ids[job.index]] = rendered.doubt
         self.filed.looks[job.index] = rendered.look
-        images = dict(zip(job.views, rendered.views, strict=True))
+        images = dict(zip(job.views, zip(rendered.views, rendered.decoders, strict=True), strict=True))
         for place in places:
             given = self.session.inputs[place]
-            item = _Item(job.index, job.digest, place, images[given.view.pixels], rendered.decoder)
+            item = _Item(job.index, job.digest, place, *images[given.view.pixels])
             self.batches[given.model].append(item)
 
     def _record_failure(self, job: ImageJob, rendered: Rendered) -> None:
@@ -358,6 +372,7 @@ class Job:
                 self._launch(model, batch[:size])
                 del batch[:size]
                 self._commit_if_due()
+        self._commit_if_due()  # images that failed, too, which fill no pass
 
     def _launch_rest(self) -> None:
         for model, batch in enumerate(self.batches):
@@ -457,6 +472,7 @@ class Job:
             decoders = np.array([items[at].decoder for at in fit], np.uint8)
             rows = found.rows.clone() if len(fit) == len(found.rows) else found.rows[fit]
             self.gathered[place].add(rows, digests, decoders)  # a copy, which leaves pinned memory free
+            self.filed.has_row[place, [items[at].index for at in fit]] = True
         self.filed.computed[place] += len(fit)
         self.filed.num_values[place] += int(found.num_values[fit].sum())
         self.filed.num_lost[place] += int(found.num_lost[fit].sum())
@@ -484,7 +500,8 @@ class Job:
 
     def _commit_if_due(self) -> None:
         size = sum(gathered.num_bytes for gathered in self.gathered)
-        if size >= COMMIT_BYTES or time.monotonic() - self.last_commit >= COMMIT_SECONDS:
+        is_due = size >= COMMIT_BYTES or time.monotonic() - self.last_commit >= COMMIT_SECONDS
+        if is_due and any(gathered.num_bytes or gathered.failed for gathered in self.gathered):
             self._commit()
 
     def _commit(self) -> None:
@@ -517,11 +534,24 @@ class Job:
         for opened in self.session.opened:
             for place in opened.places:
                 each, rows = self.planned.sets[place], gathered[place]
-                if not rows.num_rows and not rows.failed:
+                if place in self.refused or (not rows.num_rows and not rows.failed):
                     continue
                 with self.progress.rates.timing("write", rows.num_rows, rows.num_bytes):
                     self.filed.parts[place].append(rows.write(self.session.store, opened.facts(each)))
                     gathered[place] = self._nothing(each)  # only now: who ends the job writes what is left
+                if rows.num_rows and place not in self.session.agreed:
+                    self._compare(place)
+
+    def _compare(self, place: int) -> None:
+        """Once, when a set has its first rows: who began it at the same time had nothing to agree with.
+
+        No error is raised here, so that the parts of other sets are written.
+        """
+        try:
+            refuse_contradiction(self.session.store, self.planned.sets[place], self.filed.parts[place])
+            self.session.agreed.add(place)
+        except FactsDifferError as error:
+            self.refused[place] = error
 
     def _wait_for_writing(self) -> None:
         if self.writing is not None:

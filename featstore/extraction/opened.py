@@ -22,7 +22,7 @@ class Opened:
 
     Attributes:
         planned: the model.
-        places: of the plan's sets those that are of it.
+        places: of the plan's sets those that are of it, and computed alike.
         trunk: what computes their rows.
         lowering: of the trunk's batch size, where memory has no room for it.
         probes: of each output, what is filed with its rows.

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from featstore.errors import Doubtful, FeatureStoreError, OnError
-from featstore.extraction.failures import check_max_errors
+from featstore.extraction.failures import check_max_errors, refuse_unreadable
 from featstore.extraction.job import Session, refuse_changed
 from featstore.extraction.lowering import Lowering
 from featstore.extraction.narrowing import refuse_too_small
@@ -61,27 +61,20 @@ def open_plan(
     check_batch_size(batch_size)
     check_workers(workers)
     check_max_errors(max_errors, on_error)
-    lacking = {
-        source: places
-        for source, places in planned.models.items()
-        if any(planned.sets[place].is_missing.any() for place in places)
-    }
-    for each in (planned.sets[place] for places in lacking.values() for place in places):
+    refuse_unreadable(planned, on_error)
+    lacking = _lacking(planned, chosen.type, batch_size, compile)
+    for each in (planned.sets[place] for _, _, places in lacking for place in places):
         if each.stored is not None:
             check_pixels(each.stored.pixels, policy=each.view.decode, what=_named(each))
-    batching = {
-        source: batching_for([planned.sets[place].stored for place in places], chosen.type, batch_size, compile)
-        for source, places in lacking.items()
-    }
     input_at = {
         place: Input(model, planned.sets[place].view)
-        for model, places in enumerate(lacking.values())
+        for model, (_, _, places) in enumerate(lacking)
         for place in places
     }
     inputs = list(dict.fromkeys(input_at.values()))
     input_of = {place: inputs.index(each) for place, each in input_at.items()}
     is_needed = _needed(planned, input_of, len(inputs))
-    most = max(each.batch_size or default_batch_size(chosen) for each in batching.values())
+    most = max(batching.batch_size or default_batch_size(chosen) for _, batching, _ in lacking)
     ahead = _ahead(is_needed, inputs, most)
     views = list(dict.fromkeys(each.view.pixels for each in inputs))
     # Who refuses doubtful images must have them decoded: pixels don't tell.
@@ -100,8 +93,8 @@ def open_plan(
     )
     try:
         opened = [
-            _opened(planned, source, places, chosen, batching[source], workers, is_alone=is_alone)
-            for source, places in lacking.items()
+            _opened(planned, source, places, chosen, batching, workers, is_alone=is_alone)
+            for source, batching, places in lacking
         ]
         with timed("key"):
             refuse_changed(planned)  # trunks and probes, too, must be those of the planned models
@@ -131,6 +124,25 @@ def check_can_compile(compile: bool | None, device: torch.device | str) -> None:
     """Raises ValueError where compiled code is asked for and can't be made here, before anything is read."""
     if compile:
         check_compiler(choose_device(device))
+
+
+def _lacking(
+    planned: Plan, device_type: str, batch_size: int | None, compile: bool | None
+) -> list[tuple[PlannedModel, Batching, list[int]]]:
+    """The models that lack rows, with their sets; once for each way in which rows of their sets are computed.
+
+    A set goes on as it began, and a new one as the first of its model's others: of sets that began otherwise than each
+    other each kind has a trunk of its own.
+    """
+    found = []
+    for source, places in planned.models.items():
+        stored = [planned.sets[place].stored for place in places]
+        alike: dict[Batching, list[int]] = {}
+        for place in places:
+            own = planned.sets[place].stored
+            alike.setdefault(batching_for([own, *stored], device_type, batch_size, compile), []).append(place)
+        found += [(source, batching, together) for batching, together in alike.items()]
+    return [each for each in found if any(planned.sets[place].is_missing.any() for place in each[2])]
 
 
 def _opened(
@@ -241,14 +253,13 @@ def _checked_probes(
     for each in sets:
         if each.is_missing.any():
             refuse_too_small(probes[each.output], each.spec, name=model.name, cut=each.cut)
-        if each.stored is not None:
-            facts = each.stored.facts
+        for part in () if each.stored is None else each.stored.probed:  # whichever wrote last, all of it is one set
             check_probe(
-                facts["probe"],
+                part.facts["probe"],
                 probes[each.output],
                 precision=precision,
                 what=_named(each),
-                profile=facts["profile"],
+                profile=part.facts["profile"],
                 now=trunk.profile(),
             )
     return probes

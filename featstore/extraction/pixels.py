@@ -135,7 +135,7 @@ class StoredPixels:
             views, ended = tuple(view for view, _ in found), time.perf_counter()
             cost = Cost(sum(view.nbytes for view in views), ended - started, 0.0, ended)
             look = look_of(views[0]) if job.views[0].is_evaluation else 0
-            yield Rendered(job.index, views, found[-1][1], None, look=look, cost=cost)
+            yield Rendered(job.index, views, tuple(decoder for _, decoder in found), None, look=look, cost=cost)
 
     def _rows(self, view: View, places: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[Tensor, int]]:
         """Each row with the code of its decoder."""

@@ -122,6 +122,11 @@ class Plan:
         """``(N,)``: images that lack a row in any set, and can be read as far as one knows."""
         return self.is_missing & ~self.digests.is_failed
 
+    @cached_property
+    def copies(self) -> dict[int, tuple[int, ...]]:
+        """The places of all images of a content, in order, by each of them; of contents that several images have."""
+        return {place: places for places in self.digests.duplicates() for place in places}
+
     def status(self, *, on_error: str = "raise") -> dict[str, Json]:
         """Images, stored, missing, changed (of the missing), failed and the bytes to write.
 

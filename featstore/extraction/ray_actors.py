@@ -28,8 +28,12 @@ from featstore.extraction.job import Session
 from featstore.extraction.opening import open_plan
 from featstore.extraction.plan import Plan
 from featstore.extraction.progress import Progress, ProgressReport
+from featstore.images.pixel_digest import pixel_digest
+from featstore.images.sources import ArraySource
 from featstore.machine import keep_freed_memory
 from featstore.models import own_file
+from featstore.models.names import Precision
+from featstore.models.probe import TOLERANCES, Probe
 from featstore.models.trunk import check_batch_size, default_batch_size
 from featstore.notes import logger_of
 from featstore.store.sets import batching_for
@@ -147,7 +151,7 @@ def run_by_ray(
                     if done.is_given_up:
                         answer = _given_up(planned, done.rows[0], on_error)
                 if answer is not None:
-                    filed = Filed.together(planned, [filed, answer])
+                    filed.add(answer)
                     failing.add_all(answer)
                     failing.check(filed)
                     for _ in done.rows:
@@ -179,13 +183,65 @@ class _Told:
     threads: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Means:
+    """By what an actor computes the rows of one set.
+
+    Attributes:
+        name: of the set.
+        precision: of its arithmetic.
+        profile: of its trunk.
+        pixels: what its decoders give; None where images are arrays.
+        probe: what its trunk gives.
+    """
+
+    name: str
+    precision: Precision
+    profile: Json
+    pixels: str | None
+    probe: Probe
+
+    def differences(self, first: _Means) -> Iterator[str]:
+        """Why these aren't those of the first actor, in words."""
+        for name in {**self.profile, **first.profile}:
+            if self.profile.get(name) != first.profile.get(name):
+                yield f"{name} {self.profile.get(name)}, expected {first.profile.get(name)} as of the first"
+        if self.pixels != first.pixels:
+            yield (
+                f"its decoders give the sample files pixels of the digest {str(self.pixels)[:8]}, expected "
+                f"{str(first.pixels)[:8]} as of the first (featstore doctor tells which decoders are there)"
+            )
+        difference, allowed = first.probe.difference(self.probe), TOLERANCES[self.precision]
+        if not difference <= allowed:
+            yield (
+                f"on the probe images {self.name} differs by {difference:.2g} of the largest value from the first; "
+                f"{self.precision} allows {allowed:g}"
+            )
+
+
+def _means(session: Session) -> list[_Means]:
+    planned = session.planned
+    is_decoded = not isinstance(planned.images.source, ArraySource)
+    return [
+        _Means(
+            name=f"set {each.spec.key[:8]} ({each.cut} {each.spec.reduction})",
+            precision=each.spec.precision,
+            profile=opened.trunk.profile(),
+            pixels=pixel_digest(each.view.decode) if is_decoded else None,
+            probe=opened.probes[each.output],
+        )
+        for opened in session.opened
+        for each in (planned.sets[place] for place in opened.places)
+    ]
+
+
 class _Worker:
     """What runs as an actor."""
 
     _session: Session
 
-    def open(self, told: _Told) -> list[Json] | Exception:
-        """Opens the plan: on what its rows are computed, of each model; or the error, which Ray would wrap."""
+    def open(self, told: _Told) -> list[_Means] | Exception:
+        """Opens the plan: by what its rows are computed, of each set; or the error, which Ray would wrap."""
         try:
             with suppress(FileNotFoundError):  # which only relative paths need
                 os.chdir(told.folder)
@@ -194,9 +250,9 @@ class _Worker:
             for source in told.sources:
                 own_file.load(source)
             self._session = open_plan(_unpickled(told.planned), FeatureStore(told.store), **told.options)
+            return _means(self._session)
         except Exception as error:
             return error
-        return [each.trunk.profile() for each in self._session.opened]
 
     def run(self, rows: list[int]) -> Filed | Exception:
         """What came of the images; or the error."""
@@ -250,7 +306,7 @@ class _Crew:
         self._idle: list[Any] = []
         self._opening: dict[Any, Any] = {}  # answer to come -> actor
         self._computing: dict[Any, tuple[Any, _Piece]] = {}
-        self._profiles: list[Json] | None = None
+        self._first: list[_Means] | None = None
         self._num_failed = 0
 
     @property
@@ -317,16 +373,15 @@ class _Crew:
                 self._ray.available_resources(),
             )
 
-    def _check_alike(self, profiles: list[Json]) -> None:
-        if self._profiles is None:
-            self._profiles = profiles
-        if profiles != self._profiles:
-            found = {
-                f"{name} {mine.get(name)}, expected {others.get(name)} as of the first": None
-                for mine, others in zip(profiles, self._profiles, strict=True)
-                for name in {**mine, **others}
-                if mine.get(name) != others.get(name)
-            }
+    def _check_alike(self, means: list[_Means]) -> None:
+        if self._first is None:
+            self._first = means
+        found = {
+            difference: None
+            for mine, first in zip(means, self._first, strict=True)
+            for difference in mine.differences(first)
+        }
+        if found:
             raise FactsDifferError(
                 f"An actor of Ray doesn't compute as the others do: {'; '.join(found)}. One feature set has rows of "
                 "one kind of machine. Let the job have nodes of one kind alone, and continue it with the same command."

@@ -1,4 +1,4 @@
-"""RowIndex: where each image's row lies among several parts, found by the digest of its content."""
+"""RowIndex: where each image's row lies among several parts, found by the digest of its content; Places, of images."""
 
 from __future__ import annotations
 
@@ -51,6 +51,21 @@ class RowIndex:
         part = np.searchsorted(self._starts, found, side="right") - 1  # -1 stays -1
         row = np.where(part >= 0, found - self._starts[part], -1)
         return part, row
+
+
+class Places:
+    """Where digests stand among ``(N, 32)``, looked up one by one; holds 16 bytes of each."""
+
+    def __init__(self, digests: NDArray[np.uint8]) -> None:
+        self._digests, prefixes = digests, _prefixes(digests)
+        self._order = np.argsort(prefixes, kind="stable")
+        self._sorted = prefixes[self._order]
+
+    def of(self, digest: bytes) -> list[int]:
+        """All places of a digest, rising; none where it isn't there."""
+        wanted = _prefixes(np.frombuffer(digest, np.uint8).reshape(1, 32))[0]
+        start, stop = (int(np.searchsorted(self._sorted, wanted, side)) for side in ("left", "right"))
+        return [place for place in self._order[start:stop].tolist() if self._digests[place].tobytes() == digest]
 
 
 def is_among(digests: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -50,8 +50,8 @@ _Task = tuple[str, int, bytes, list[int], int]
 """An image, the length of its content if that lies in the memory, its digest, the places of its views, and where in the
 memory they go."""
 
-_Answer = tuple[int, str | None, bool, str | None, int, Cost]
-"""The fields of `Rendered` from `decoder` on."""
+_Answer = tuple[tuple[int, ...], str | None, bool, str | None, int, Cost]
+"""The fields of `Rendered` from `decoders` on."""
 
 MOST_THREADS = 4
 """More of them wait for the interpreter's lock most of their time."""
@@ -300,10 +300,10 @@ class Renderers:
 
     def _delivered(self, job: Job, slot: int, answer: _Answer) -> Rendered:
         """The answer with its views, which lie in the shared memory as long as anybody has them."""
-        decoder, failure, is_lasting, doubt, look, cost = answer
+        decoders, failure, is_lasting, doubt, look, cost = answer
         if failure is not None:
             self._free.append(slot)
-            return Rendered(job.index, None, decoder, failure, is_lasting, doubt, look, cost)
+            return Rendered(job.index, None, decoders, failure, is_lasting, doubt, look, cost)
         is_scarce = len(self._free) < self._num_slots // 4  # a caller who keeps what it gets must not stop all
         address = self._address + slot * self.work.slot_bytes
         memory = np.asarray(_Slot(slot, self._free, self._memory, address, self.work.slot_bytes))
@@ -313,7 +313,7 @@ class Renderers:
             array = memory[start : start + num_bytes].reshape(view.channels, view.size, view.size)
             views.append(torch.from_numpy(array.copy() if is_scarce else array))
             start += num_bytes
-        return Rendered(job.index, tuple(views), decoder, None, is_lasting, doubt, look, cost)
+        return Rendered(job.index, tuple(views), decoders, None, is_lasting, doubt, look, cost)
 
 
 class _Slot:
@@ -379,7 +379,7 @@ def _answers(tasks: list[_Task], work: Work, budget: Budget, shared: mmap.mmap) 
                 np.frombuffer(shared, np.uint8, pixels.size, start).reshape(pixels.shape)[:] = pixels
                 start += pixels.size
             is_lasting, doubt = answer.is_lasting, answer.doubt
-            answers.append((answer.decoder, answer.failure, is_lasting, doubt, answer.look, answer.cost))
+            answers.append((answer.decoders, answer.failure, is_lasting, doubt, answer.look, answer.cost))
     except Exception as error:
         return _sendable(error)
     return answers

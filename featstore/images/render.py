@@ -81,18 +81,20 @@ class Rendered:
     Attributes:
         index: the image's place.
         views: one uint8 `(channels, size, size)` for each view asked for; None after a failure.
-        decoder: which decoder read the image, see `featstore.images.decoders.DECODERS`; 0 after a failure.
+        decoders: of each view which decoder read its image, see `featstore.images.decoders.DECODERS`; none after a
+            failure. Views of two decode policies may have two.
         failure: why there are no views, without the image's name; None where there are.
         is_lasting: whether every image of this content fails so; False where the content wasn't had: the file has
             vanished, can't be read, or was changed, or there was too little memory.
-        doubt: why the image may not look as its owner expects, though it was decoded (see `decode`).
+        doubt: why the image may not look as its owner expects, though it was decoded (see `decode`); of several decodes
+            what the first that has one says.
         look: of the first view, if that is an evaluation view: equal pixels, equal numbers; else 0.
         cost: what it took.
     """
 
     index: int
     views: tuple[Tensor, ...] | None
-    decoder: int
+    decoders: tuple[int, ...]
     failure: str | None
     is_lasting: bool = False
     doubt: str | None = None
@@ -221,17 +223,17 @@ def _outcome(images: Readable, job: Job, memory: Budget, doubtful: Doubtful, had
         is_same = content_digest(data) == job.digest
         had.num_bytes, had.read = len(data) if isinstance(data, bytes) else data.nbytes, time.perf_counter()
         if not is_same:
-            return Rendered(job.index, None, 0, "it was changed while the job ran; run the job again")
+            return Rendered(job.index, None, (), "it was changed while the job ran; run the job again")
         rendered = _views(data, job, memory)
         if doubtful == "refuse" and rendered.doubt is not None:
-            return Rendered(job.index, None, 0, f"doubtful: {rendered.doubt}", is_lasting=True)
+            return Rendered(job.index, None, (), f"doubtful: {rendered.doubt}", is_lasting=True)
         return rendered
     except ImageError as error:
-        return Rendered(job.index, None, 0, error.reason)
+        return Rendered(job.index, None, (), error.reason)
     except (DecodeError, RenderError) as error:
-        return Rendered(job.index, None, 0, str(error), is_lasting=not isinstance(error, MissingDecoderError))
+        return Rendered(job.index, None, (), str(error), is_lasting=not isinstance(error, MissingDecoderError))
     except MemoryError as error:  # no fault of the image, which the next run may have the memory for
-        return Rendered(job.index, None, 0, str(error) or "decoding it takes more memory than is free")
+        return Rendered(job.index, None, (), str(error) or "decoding it takes more memory than is free")
     except Exception as error:
         error.add_note(f"while rendering {images.ids[job.index]}")  # a fault of ours, or of the caller's images
         raise
@@ -239,18 +241,17 @@ def _outcome(images: Readable, job: Job, memory: Budget, doubtful: Doubtful, had
 
 def _views(data: bytes | NDArray[np.uint8], job: Job, memory: Budget) -> Rendered:
     decoded: dict[tuple[str, bool, int | None], Decoded] = {}
-    views = []
+    views, decoders = [], []
     for view in job.views:
         resize = view.resize if view.decode == REDUCED else None  # one decode in full serves all
         rules = view.decode, view.apply_exif, resize
         if rules not in decoded:
             decoded[rules] = decode_for(view, data, memory)
         views.append(view.render(decoded[rules].pixels, job.digest))
-    last = next(reversed(decoded.values()), None)
-    if last is None:
-        return Rendered(job.index, (), 0, None)
-    look = look_of(views[0]) if job.views[0].is_evaluation else 0
-    return Rendered(job.index, tuple(views), last.decoder, None, doubt=last.doubt, look=look)
+        decoders.append(decoded[rules].decoder)
+    doubt = next((each.doubt for each in decoded.values() if each.doubt is not None), None)
+    look = look_of(views[0]) if views and job.views[0].is_evaluation else 0
+    return Rendered(job.index, tuple(views), tuple(decoders), None, doubt=doubt, look=look)
 
 
 def look_of(view: Tensor) -> int:

@@ -51,6 +51,8 @@ class Probe:
         mine, others = torch.tensor(self.values, dtype=torch.float64), torch.tensor(other.values, dtype=torch.float64)
         if mine.shape != others.shape:
             return float("inf")
+        if not mine.numel():  # of pixels, which no arithmetic has made
+            return 0.0
         return float((mine - others).abs().max()) / max(self.largest, 1e-30)
 
 

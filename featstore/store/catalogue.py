@@ -153,6 +153,20 @@ class Catalogue:
             known = self._sets[spec.key] = FeatureSet(folders=tuple(folders), spec=spec, parts=current)
         return known
 
+    def beside(self, spec: FeatureSpec, known: Collection[Path]) -> FeatureSet | None:
+        """The sound parts of a set, in folders that are called as its, that are none of `known`; None where none is.
+
+        They count as they are, superseded ones too. Of a large set it is cheap: what is known isn't opened, and each
+        folder is listed once.
+        """
+        folders = [each for each in self.folders(spec.trunk) if key_in(each.name) == short_key(spec.key)]
+        found: list[Part] = []
+        for folder in folders:
+            with suppress(DamagedFileError):  # who asks for the set is told
+                opened, _, _ = self._opened([path for path in part_paths(folder) if path not in known])
+                found += [each.part for each in opened if each.spec.key == spec.key]
+        return FeatureSet(folders=tuple(folders), spec=spec, parts=tuple(found)) if found else None
+
     def part(self, path: Path) -> SetPart:
         """The part at `path`.
 

@@ -162,8 +162,30 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
     for part in sorted(parts, key=lambda part: (str(part.facts["when"]), part.path.name)):
         if _has_room_below(part.path.name):
             kinds.setdefault(_kind(part), []).append(part)
-    for alike in kinds.values():
-        yield from (batch for batch in _filled(alike) if len(batch) > 1)
+    for kind in kinds.values():
+        for alike in _of_one_arithmetic(kind):
+            yield from (batch for batch in _filled(alike) if len(batch) > 1)
+
+
+def _of_one_arithmetic(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts whose probes fit: a merged part has the newest one's alone, which must hide no other that contradicts."""
+    found: list[list[Part]] = []
+    for part in parts:
+        alike = next((each for each in found if _probes_fit(each[0], part)), None)
+        if alike is None:
+            found.append([part])
+        else:
+            alike.append(part)
+    return found
+
+
+def _probes_fit(one: Part, other: Part) -> bool:
+    if one.facts["probe"] == other.facts["probe"]:
+        return True
+    from featstore.models.probe import TOLERANCES, Probe  # torch, for which only who merges waits
+
+    difference = Probe.from_facts(one.facts["probe"]).difference(Probe.from_facts(other.facts["probe"]))
+    return difference <= TOLERANCES[one.facts["spec"]["precision"]]
 
 
 def _filled(parts: Sequence[Part]) -> Iterator[list[Part]]:

@@ -111,6 +111,12 @@ class FeatureSet:
         """The pixel digests of the decoders that read its rows' images: one; of images that were arrays none counts."""
         return frozenset(pixels_of(part.facts) for part in self.parts if (part.decoders != ARRAY).any())
 
+    @cached_property
+    def probed(self) -> tuple[Part, ...]:
+        """The newest part of each distinct probe: of one that machines agree on to the last bit a single one."""
+        by_probe = {repr(part.facts["probe"]): part for part in sorted(self.parts, key=_written)}
+        return tuple(by_probe.values())
+
     def batching_on(self, device_type: str) -> Batching | None:
         """That of the newest part, so that one set has one profile; None where that was computed on another device."""
         profile = self.facts["profile"]
@@ -233,7 +239,7 @@ def batching_for(
     """That of the first of `sets` which has rows computed on such a device, so that one set has one profile.
 
     Args:
-        sets: those that exist.
+        sets: those that exist, the one that is added to before others.
         device_type: cpu or cuda.
         batch_size: the images of a pass, where someone has said.
         compile: whether they are compiled, where someone has said.
@@ -247,7 +253,11 @@ def batching_for(
 
 def newest(parts: Iterable[Part]) -> Part:
     """The part that was written last."""
-    return max(parts, key=lambda part: str(part.facts["when"]))
+    return max(parts, key=_written)
+
+
+def _written(part: Part) -> str:
+    return str(part.facts["when"])
 
 
 def made_by(part: Part) -> str:

@@ -13,11 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.digest import Json
-from featstore.errors import (
-    DamagedFileError,
-    OnError,
-    check_choice,
-)
+from featstore.errors import DamagedFileError, OnError, check_choice
 from featstore.files.disk import make_folder
 from featstore.files.index import RowIndex, is_among
 from featstore.files.part import write_part
@@ -197,6 +193,10 @@ class FeatureStore:
         if found is None:
             raise refusals.holds_no_set(self.root, key)
         return found
+
+    def beside(self, spec: FeatureSpec, known: Collection[Path]) -> FeatureSet | None:
+        """What others have written of a set: see `Catalogue.beside`."""
+        return self._catalogue.beside(spec, known)
 
     def features(
         self,

@@ -112,6 +112,23 @@ def test_an_estimate_leaves_a_store_as_it_was(images: ImageSet, store: FeatureSt
     assert files(store.folder.parent) == before
 
 
+def test_what_a_killed_estimate_leaves_of_a_store_that_is_not_there_yet_is_found_by_gc(
+    images: ImageSet, store: FeatureStore
+) -> None:
+    killed = estimate_module._beside(store)
+    run(images.select([0]), killed.__enter__())
+    assert store.gc(older_than=3600).files == 0
+    assert store.gc(older_than=0).files > 0
+    assert list(store.root.iterdir()) == []
+
+
+def test_a_store_that_is_begun_beside_an_estimate_stays(images: ImageSet, tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "new" / "feats")
+    with estimate_module._beside(store):
+        run(images.select([0]), store)
+    assert {path.name.partition("@")[0] for path in store.root.iterdir()} == {"images", "net"}
+
+
 def test_rows_are_kept_and_written_up_to_a_bound_whatever_the_passes(
     images: ImageSet, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

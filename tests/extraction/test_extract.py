@@ -17,7 +17,7 @@ import pytest
 import torch
 from support.extracting import counts, reduced, rows, run, up_to
 from support.processes import Processes
-from support.tiny import SIZE, VIEW, arrays, jpeg, net, photos, rows_by_hand, staged
+from support.tiny import SIZE, VIEW, arrays, jpeg, net, photos, pixels, rows_by_hand, staged
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -26,6 +26,7 @@ from featstore import (
     FactsDifferError,
     FeatureStore,
     Filed,
+    ImageError,
     ImageSet,
     ModelError,
     StagedModel,
@@ -321,7 +322,17 @@ def test_images_rendered_by_processes_have_the_rows_that_threads_give_them(
     delivered = processes.Renderers._delivered
     session = open_plan(plan(staged(), images, store, cuts=["layer2"]), store, workers=5)
     assert session.renderers is not None
-    session.close()
+    held = []
+
+    def is_idle(each: processes.Renderers) -> bool:
+        held.append(session.running.locked())
+        return not each._left_over
+
+    with monkeypatch.context() as noting:
+        noting.setattr(processes.Renderers, "is_idle", property(is_idle))
+        with pytest.raises(ImageError, match=first.name):
+            session.run()
+    assert held == [True]  # else it might close what another run has begun to use
     rendered = []
     monkeypatch.setattr(
         processes.Renderers,
@@ -347,13 +358,30 @@ def test_pieces_of_a_plan_run_by_several_sessions_are_the_whole(store: FeatureSt
         with open_plan(planned, store, batch_size=4) as session:
             pieces.append(pickle.loads(pickle.dumps(session.run(range(start, 23, 3)))))
             assert session.run(range(0)).computed == [0, 0]
-    assert [len(parts) for parts in Filed.together(planned, pieces).parts] == [3, 3]
+    whole = Filed.together(planned, pieces)
+    assert [len(parts) for parts in whole.parts] == [3, 3]
+    assert whole.has_row.all()
     report = finish(planned, store, pieces)
     assert (report.computed, report.keys, report.notes) == (46, expected.keys, expected.notes)
     for each in planned.sets:
         assert len(store.set(each.spec.key).parts) == 1
         found = rows(store, images, each.spec.key)
         assert torch.equal(found, rows(FeatureStore(tmp_path / "other"), images, each.spec.key))
+
+
+def test_images_of_pieces_that_were_not_run_are_missing_and_have_no_row(store: FeatureStore) -> None:
+    contents = pixels(6)[[5, 0, 1, 2, 3, 4, 5, 0]]  # of what is there twice the one is in both splits
+    images = ImageSet.from_arrays(contents, [0, 1] * 4, splits=["valid"] + ["train"] * 7)
+    planned = plan(staged(), images, store, cuts=["layer2"], augment=Augment("flip", seeds=[0]))
+    with open_plan(planned, store, device="cpu", workers=0) as session:
+        report = finish(planned, store, [session.run([1, 2, 6])])
+        session.stop()
+        stopped = finish(planned, store, [session.run([3, 4])])
+    assert [(each["rows"], each["computed"]) for each in report.sets] == [(3, 2), (4, 3)]
+    assert (report.missing, report.failed) == (5, 0)
+    assert report.notes == ("5 images not computed, since no run was given them: run it again",)
+    assert (stopped.missing, stopped.notes[-1]) == (7, "7 images not computed, since the run was stopped: run it again")
+    assert run(images, store, dtype="float16", augment=Augment("flip", seeds=[0])).computed == 3 + 2
 
 
 # ---- at once

@@ -14,16 +14,21 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from support.extracting import counts, run
 from support.operations import replace_operation
 from support.tiny import VIEW, arrays, photos, pixels, staged
 from torch import Tensor, nn
 
-from featstore import FeatureStore, FeatureStoreError, ImageSet, StagedModel, plan
+from featstore import FeatureStore, FeatureStoreError, ImageError, ImageSet, StagedModel, plan
+from featstore.extraction import failures as failures_module
+from featstore.extraction.estimate import estimate_plan
 from featstore.extraction.extract import run_plan
-from featstore.extraction.failures import TooManyFailedError
+from featstore.extraction.failures import Failing, TooManyFailedError
+from featstore.extraction.filed import Filed
 from featstore.extraction.opening import open_plan
 from featstore.files import disk
+from featstore.files.index import Places
 
 
 def with_bad(folder: Path, count: int) -> ImageSet:
@@ -85,6 +90,35 @@ def test_what_could_not_be_read_and_what_repeats_counts_as_well(store: FeatureSt
     assert (report.failed, report.missing) == (2, 2)
 
 
+def test_failures_are_counted_without_a_look_at_all_images_for_each(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Places] = []
+
+    def noted(digests: NDArray[np.uint8]) -> Places:
+        made.append(Places(digests))
+        return made[-1]
+
+    def refused(*_: object) -> NoReturn:
+        raise AssertionError("all images were looked at")
+
+    monkeypatch.setattr(failures_module, "Places", noted)
+    monkeypatch.setattr(failures_module, "is_among", refused)
+    planned = plan(staged(), ImageSet.from_arrays(pixels(5)[[0, 1, 2, 1, 3, 4]]), store, cuts=["layer2"])
+    failing, filed = Failing(planned, 4), Filed.nothing(planned)
+    digests = [bytes(row).hex() for row in planned.digests.values]
+    failing.add(3, "of two images")
+    filed.failures[digests[0]] = "of one"
+    failing.add_all(filed)
+    filed.unfit[0][digests[1]], filed.unread[digests[4]] = "counted already", ("4", "of one")
+    failing.add_all(filed)
+    assert not failing.are_too_many
+    failing.add(5, "of one")
+    with pytest.raises(TooManyFailedError, match=r"^5 images failed \(1: of two images; 3: of two images; 0: of one; "):
+        failing.check(filed)
+    assert len(made) == 1
+
+
 def test_files_that_are_gone_stop_a_job_before_anything_is_computed(store: FeatureStore, tmp_path: Path) -> None:
     folder = photos(tmp_path / "photos")
     images = ImageSet.from_folder(folder)
@@ -93,6 +127,22 @@ def test_files_that_are_gone_stop_a_job_before_anything_is_computed(store: Featu
     with pytest.raises(FeatureStoreError, match=r"^2 images failed \(cat/0\.png: there is no such file"):
         run(images, store, on_error="skip", max_errors=1)
     assert list(store.root.rglob("*.h5")) == []
+
+
+def test_an_image_that_was_unreadable_at_planning_stops_whatever_carries_out_the_plan(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    folder = photos(tmp_path / "photos")
+    (folder / "dog/absent.jpg").symlink_to("nowhere")
+    images = ImageSet.from_folder(folder)
+    planned = plan(staged(), images, store, cuts=["layer2"])
+    for carry_out in (open_plan, estimate_plan):
+        with pytest.raises(ImageError, match=r"^dog/absent\.jpg: there is no such file"):
+            carry_out(planned, store, device="cpu", workers=0)
+        with pytest.raises(ValueError, match="on_error is 'no'"):
+            carry_out(planned, store, on_error="no")  # type: ignore[arg-type]
+    others = plan(staged(), images.select([name != "dog/absent.jpg" for name in images.ids]), store, cuts=["layer2"])
+    open_plan(others, store, device="cpu", workers=0).close()
 
 
 class Bright(nn.Module):

@@ -104,6 +104,27 @@ def test_a_part_is_written_when_enough_rows_have_been_gathered_or_a_minute_after
     assert (np.concatenate([part.digests for part in parts]) == arrays(28).digests().values).all()
 
 
+def test_images_that_fail_are_filed_a_minute_after_the_last_part_though_no_pass_is_full(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now, take = 0.0, Job._take
+
+    def lasting(self: Any, rendered: Any) -> None:
+        nonlocal now
+        take(self, rendered)
+        now += 25
+
+    photos(tmp_path / "photos", 2)
+    for number in range(7):
+        (tmp_path / f"photos/cat/bad{number}.jpg").write_bytes(b"no image %d" % number)
+    monkeypatch.setattr(job_module, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter))
+    monkeypatch.setattr(Job, "_take", lasting)
+    monkeypatch.setattr(filed_module, "MERGE_BYTES", 0)
+    key = run(ImageSet.from_folder(tmp_path / "photos"), store, on_error="skip").keys[0]
+    parts = sorted(store.set(key).parts, key=lambda part: str(part.facts["when"]))
+    assert [(part.num_rows, len(part.facts["failed"])) for part in parts] == [(0, 2), (0, 3), (0, 2), (2, 0)]
+
+
 def test_rows_are_gathered_in_few_files(store: FeatureStore) -> None:
     run(arrays(200), store, augment=Augment("flip", seeds=[0]))
     assert len(list(store.root.rglob("part-*.h5"))) == 2
@@ -116,6 +137,22 @@ def test_the_batch_size_of_stored_rows_is_kept(store: FeatureStore) -> None:
     assert [part.facts["profile"]["batch_size"] for part in found.parts] == [7, 7]
     run(arrays(8), store, batch_size=4)
     assert store.sets()[0].facts["profile"]["batch_size"] == 4  # of the newest part
+
+
+def test_sets_that_began_in_passes_of_two_sizes_go_on_in_those(store: FeatureStore) -> None:
+    sizes, images = {"layer1": 4, "layer2": 3}, arrays(9)
+    for cut, size in sizes.items():
+        run(arrays(2), store, cuts=[cut], batch_size=size)
+    new = "layer2:max"  # which is computed as the first of the others
+    report = run(images, store, cuts=[*sizes, new])
+    assert counts(report) == (7 + 7 + 9, 4, 0)
+    for key, size, cut in zip(report.keys, [4, 3, 4], [*sizes, "layer2"], strict=True):
+        assert {part.facts["profile"]["batch_size"] for part in store.set(key).parts} == {size}
+        reduction = store.set(key).spec.reduction
+        by_hand = reduced(rows_by_hand(up_to(cut, net()), images.select(range(2, 9)), VIEW, batch_size=size), reduction)
+        assert torch.equal(rows(store, images, key)[2:], by_hand)
+    keys = run(arrays(11), store, cuts=[*sizes], batch_size=5).keys  # somebody has said
+    assert [store.set(key).facts["profile"]["batch_size"] for key in keys] == [5, 5]
 
 
 def test_a_part_says_what_made_it(store: FeatureStore) -> None:

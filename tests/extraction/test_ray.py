@@ -6,7 +6,9 @@ Real actors on a cluster of this machine, started once.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +38,9 @@ from featstore import (
 from featstore.extraction import ray_actors
 from featstore.extraction.failures import TooManyFailedError
 from featstore.extraction.job import Job
+from featstore.images.decoders import PIXEL_DIGEST
 from featstore.images.render import Rendered
+from featstore.models.probe import Probe
 
 # Ends the process at an image that is red all over, which none of those is that the check of a model brings.
 DEADLY = """
@@ -116,9 +120,9 @@ def test_an_actor_that_is_told_to_compile_does(
         options={"device": "cpu", "batch_size": 2, "compile": True, "workers": 0},
         threads=torch.get_num_threads(),
     )
-    profiles = ray_actors._Worker().open(told)
-    assert isinstance(profiles, list)
-    assert [profile["compiled"] for profile in profiles] == [["conv"]]
+    means = ray_actors._Worker().open(told)
+    assert isinstance(means, list)
+    assert [(each.profile["compiled"], each.pixels) for each in means] == [(["conv"], PIXEL_DIGEST)]
 
 
 @pytest.mark.slow
@@ -188,11 +192,27 @@ def test_a_piece_at_which_actors_end_is_tried_again_then_halved_and_a_single_ima
 
 def test_actors_that_compute_on_another_thing_than_the_first_are_refused() -> None:
     crew = object.__new__(ray_actors._Crew)
-    crew._profiles = None
-    crew._check_alike([{"gpu": "A", "torch": "2.11"}])
-    crew._check_alike([{"gpu": "A", "torch": "2.11"}])
-    with pytest.raises(FactsDifferError, match="gpu B, expected A as of the first"):
-        crew._check_alike([{"gpu": "B", "torch": "2.11"}])
+    crew._first = None
+    first = ray_actors._Means(
+        name="set 7c41",
+        precision="fp32",
+        profile={"gpu": "A", "torch": "2.11"},
+        pixels=PIXEL_DIGEST,
+        probe=Probe(values=((1.0, 2.0), (0.5, -4.0)), largest=4.0),
+    )
+    crew._check_alike([first])
+    crew._check_alike([replace(first, probe=Probe(values=((1.0003, 2.0), (0.5, -4.0)), largest=4.0))])
+    others = {
+        "gpu B, expected A as of the first": replace(first, profile={"gpu": "B", "torch": "2.11"}),
+        f"pixels of the digest 00000000, expected {PIXEL_DIGEST[:8]}": replace(first, pixels="0" * 64),
+        "set 7c41 differs by 0.00025 of the largest value from the first; fp32 allows 0.0001": replace(
+            first, probe=Probe(values=((1.001, 2.0), (0.5, -4.0)), largest=4.0)
+        ),
+        "differs by inf of the largest": replace(first, probe=Probe(values=((1.0,), (0.5,)), largest=4.0)),
+    }
+    for said, other in others.items():
+        with pytest.raises(FactsDifferError, match=re.escape(said)):
+            crew._check_alike([other])
 
 
 @pytest.mark.parametrize(
@@ -225,7 +245,7 @@ def test_where_actors_compute_follows_from_the_gpus_that_they_are_given(
         extract(model, images, FeatureStore("memory://bucket/store"), engine=ONE)
 
 
-def test_a_session_that_is_stopped_files_what_it_has(
+def test_a_session_that_is_stopped_files_what_it_has_and_runs_again(
     model: StagedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, store = ImageSet.from_folder("photos"), FeatureStore("store")
@@ -240,5 +260,7 @@ def test_a_session_that_is_stopped_files_what_it_has(
 
         monkeypatch.setattr(Job, "_take", stopping)
         filed = session.run()
-    assert filed.computed == [9]
-    assert store.sets()[0].index.num_images == 9
+        rest = session.run(range(9, 22))
+    assert (filed.computed, rest.computed) == ([9], [13])
+    assert (filed.is_stopped, rest.is_stopped) == (True, False)
+    assert store.sets()[0].index.num_images == 22

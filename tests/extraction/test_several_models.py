@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from support.extracting import counts, reduced, rows, run, up_to
 from support.tiny import VIEW, net, photos, rows_by_hand, staged
 from torch import nn
@@ -17,6 +20,7 @@ from featstore.extraction.extract import finish
 from featstore.extraction.opening import open_plan
 from featstore.images import decode as decode_module
 from featstore.images import render as render_module
+from featstore.images.decoders import PILLOW, TORCHVISION
 
 OTHER_MEAN = replace(VIEW, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5))
 LARGER = VIEW.resized(size=24, resize=28)
@@ -74,6 +78,18 @@ def test_each_image_is_read_and_decoded_once_and_views_of_equal_pixels_are_rende
     monkeypatch.setattr(type(VIEW), "render", rendering)
     run_several(images, FeatureStore(tmp_path / "store"), augment=AUGMENT)
     assert calls == {"decode": 11, "render": 2 * 3 * 11}  # two geometries, three views
+
+
+def test_rows_of_two_decode_policies_have_each_their_own_decoder(tmp_path: Path) -> None:
+    data, store = io.BytesIO(), FeatureStore(tmp_path / "feats")
+    Image.fromarray(load_sample_images().images[0][:300, :400]).save(data, "JPEG")
+    hurt = data.getvalue()[:10_000] + b"\x55" * 200 + data.getvalue()[10_200:]  # simplejpeg refuses it
+    (tmp_path / "hurt.jpg").write_bytes(hurt)
+    halved = StagedModel.from_module(net(1), view=replace(VIEW, decode="reduced"), name="halved")
+    several = [(staged(), ["layer2"]), (halved, ["layer2"]), (staged(2), ["layer2"])]
+    keys = extract(several, ImageSet.from_folder(tmp_path), store, workers=0, device="cpu").keys
+    decoders = [store.set(key).parts[0].decoders.tolist() for key in keys]
+    assert decoders == [[TORCHVISION], [PILLOW], [TORCHVISION]]
 
 
 def test_only_the_rows_that_a_model_lacks_are_computed(images: ImageSet, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from support.tiny import digests_of
 
-from featstore.files.index import RowIndex, first_places, is_among
+from featstore.files.index import Places, RowIndex, first_places, is_among
 from featstore.files.part import Part, write_part
 
 
@@ -79,6 +79,15 @@ def test_digests_among_others_are_found_by_all_their_bytes() -> None:
     near[0, 31] ^= 1
     assert is_among(digests, np.concatenate([digests_of(1, 3), near])).tolist() == [False, True, False, True, True]
     assert is_among(digests, np.zeros((0, 32), np.uint8)).tolist() == [False] * 5
+
+
+def test_all_places_of_a_digest_are_found_by_all_its_bytes() -> None:
+    digests = digests_of(4, 2, 7, 2, 9).copy()
+    digests[2, :8] = digests[1, :8]
+    places = Places(digests)
+    assert [places.of(row.tobytes()) for row in digests] == [[0], [1, 3], [2], [1, 3], [4]]
+    assert places.of(digests_of(5)[0].tobytes()) == []
+    assert Places(digests[:0]).of(digests[0].tobytes()) == []
 
 
 def test_the_first_place_of_each_digest() -> None:

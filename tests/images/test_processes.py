@@ -44,7 +44,15 @@ def jobs(images: ImageSet, views: tuple[View, ...] = VIEWS) -> list[Job]:
 
 def facts(rendered: Rendered) -> tuple[Any, ...]:
     views = None if rendered.views is None else [each.numpy().tobytes() for each in rendered.views]
-    return rendered.index, views, rendered.decoder, rendered.failure, rendered.is_lasting, rendered.doubt, rendered.look
+    return (
+        rendered.index,
+        views,
+        rendered.decoders,
+        rendered.failure,
+        rendered.is_lasting,
+        rendered.doubt,
+        rendered.look,
+    )
 
 
 def test_processes_give_what_one_thread_gives_in_the_order_of_the_jobs_for_as_long_as_somebody_has_it(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,12 @@ from sklearn.datasets import load_sample_images
 
 from featstore import FeatureStoreError
 from featstore.images import jpeg
-from featstore.images.decode import decode
-from featstore.images.decoders import PILLOW, REDUCED, SIMPLEJPEG
+from featstore.images import render as render_module
+from featstore.images.decode import Decoded, decode
+from featstore.images.decoders import PILLOW, REDUCED, SIMPLEJPEG, TORCHVISION
 from featstore.images.digests import content_digest
 from featstore.images.headers import DecodeError, read_header
+from featstore.images.image_set import ImageSet
 from featstore.images.render import Job, render
 from featstore.images.views import View
 
@@ -143,6 +147,25 @@ def test_a_lossless_jpeg_is_never_reduced() -> None:
     data = lossless(64, 48)
     assert jpeg.scale(read_header(data), 6) == 1
     assert np.array_equal(reduced(data, 6), np.full((48, 64, 3), 128))
+
+
+def test_each_view_has_the_decoder_of_its_own_decode_and_the_image_the_first_doubt_of_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = saved(PHOTO)
+    hurt = data[: len(data) // 2] + b"\x55" * 200 + data[len(data) // 2 + 200 :]
+    (tmp_path / "hurt.jpg").write_bytes(hurt)
+    view = View(size=32, resize=40)
+    job = Job(0, content_digest(hurt), (view, replace(view, decode="reduced"), view.with_seed("flip", 0)))
+
+    def sound_if_reduced(data: bytes, **rules: Any) -> Decoded:
+        found = decode(data, **rules)
+        return found._replace(doubt=None) if rules["policy"] == REDUCED else found
+
+    monkeypatch.setattr(render_module, "decode", sound_if_reduced)
+    (found,) = render(ImageSet.from_folder(tmp_path), [job], workers=0)
+    assert found.decoders == (TORCHVISION, PILLOW, TORCHVISION)
+    assert found.doubt == decode(hurt).doubt is not None
 
 
 def test_a_damaged_jpeg_has_the_pixels_of_the_same_scale_and_a_doubt() -> None:

@@ -69,7 +69,7 @@ def test_views_come_in_order_and_equal_those_rendered_one_by_one(folder: Path, w
         data = images.read(job.index)
         assert result.views is not None
         assert result.failure is None
-        assert result.decoder == (SIMPLEJPEG, PILLOW)[job.index % 2]
+        assert result.decoders == ((SIMPLEJPEG, PILLOW)[job.index % 2],) * 3
         for view, rendered in zip(VIEWS, result.views, strict=True):
             assert torch.equal(rendered, view.render(decode(data)[0], content_digest(data)))
     assert no_render_threads()
@@ -81,7 +81,7 @@ def test_arrays_are_rendered_too(workers: int) -> None:
 
     results = list(render(images, jobs_of(images), workers=workers))
 
-    assert [result.decoder for result in results] == [0] * 5
+    assert [result.decoders for result in results] == [(0, 0, 0)] * 5
     assert all(result.views is not None and len(result.views) == 3 for result in results)
 
 
@@ -125,7 +125,7 @@ def test_bad_images_shift_nothing_when_skipped(folder: Path, workers: int) -> No
             assert before.views is not None
             assert all(torch.equal(*pair) for pair in zip(before.views, result.views, strict=True))
         else:
-            assert (result.views, result.decoder) == (None, 0)
+            assert (result.views, result.decoders) == (None, ())
 
 
 @pytest.mark.parametrize("workers", WORKERS)

@@ -75,6 +75,7 @@ def file(
     backbone: str = "net",
     width: int = WIDTH,
     pixels: str | None = None,
+    probe: float = 0.0,
 ) -> Path:
     """Files a part with the rows of some images."""
     return store.write(
@@ -88,7 +89,7 @@ def file(
             "stages": [{"name": "layer2", "layout": "NC", "shape": [width], "digest": spec.trunk}],
             "class_tokens": 0,
             "profile": profile,
-            "probe": {"values": [[0.0], [0.0]], "largest": 1.0},
+            "probe": {"values": [[probe], [0.0]], "largest": 1.0},
             **({} if pixels is None else {"pixels": pixels}),
             "failed": {DIGESTS[name].tobytes().hex(): reason for name, reason in (failed or {}).items()},
         },
@@ -200,6 +201,14 @@ def test_parts_of_decoders_with_other_pixels_stay_apart(store: FeatureStore) -> 
     assert sorted(sorted(part.digests[:, 0].tolist()) for part in found.parts) == sorted(
         sorted(DIGESTS[names, 0].tolist()) for names in ([0, 1, 3, 4], [2, 5])
     )
+
+
+def test_parts_whose_probes_contradict_stay_apart_and_those_of_other_last_bits_do_not(store: FeatureStore) -> None:
+    for name, probe in enumerate([0.0, 2e-4, 5e-5, 2e-4]):  # fp32 allows 1e-4
+        file(store, name, probe=probe)
+    store.compact()
+    found = {part.facts["probe"]["values"][0][0]: part.num_rows for part in store.set(KEY).parts}
+    assert found == {5e-5: 2, 2e-4: 2}
 
 
 def test_a_merged_part_says_of_its_rows_what_the_newest_of_its_parts_said(store: FeatureStore) -> None:
