@@ -429,14 +429,10 @@ def _check_probe(situation: Situation, entry: Entry, each: FeatureSet) -> None:
     output, precision = Output(entry.cut, entry.pool), each.spec.precision
     view, device = situation.view, situation.device
     (live,) = take_probes(situation.model, [output], view=view, precision=precision, device=device)
-    check_probe(
-        each.facts["probe"],
-        live,
-        precision=precision,
-        what=what,
-        profile=each.facts["profile"],
-        now=Trunk(situation.model, [output], view=view, precision=precision, device=device).profile(),
-    )
+    now = Trunk(situation.model, [output], view=view, precision=precision, device=device).profile()
+    for part in each.probed:
+        facts = part.facts
+        check_probe(facts["probe"], live, precision=precision, what=what, profile=facts["profile"], now=now)
     situation.probed.add(checked)
 
 
