@@ -421,6 +421,13 @@ def with_statistics(tensors: Mapping[str, Tensor], model: StagedModel) -> Mappin
     return tensors if any(name in tensors for name in made) else {**tensors, **made}
 
 
+def scored_of(sidecar: Sidecar | None) -> tuple[str, float] | None:
+    """The digest of the images that a run was scored on, and its loss on them; None where it doesn't tell."""
+    scored_on = None if sidecar is None else sidecar.scored_on
+    loss = None if sidecar is None or "loss" not in sidecar.scores else sidecar.scores["loss"].value
+    return None if scored_on is None or loss is None else (scored_on.digest, loss)
+
+
 def past_split(backbone: StagedModel) -> PastSplit | None:
     """The split of the run that `backbone` comes from, if it comes from one."""
     run = backbone.origin.get("run")

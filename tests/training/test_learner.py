@@ -869,6 +869,30 @@ def test_what_a_fit_held_out_is_not_trained_on_by_the_next_one(
     assert Learner.load(tmp_path / "run", images, module=staged()).images.splits.tolist() == other.splits.tolist()
 
 
+def test_a_fit_that_ends_worse_than_it_began_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    learn = learner(images=arrays(12).split(valid=0.25), quiet=False)
+    learn.fit(2, lr=1e-2)
+    assert "model was better before" not in capsys.readouterr().err
+    run = learn.save(tmp_path / "run")
+    before = learn.history.last["valid_loss"]
+    again = Learner.load(run, arrays(12), module=staged(), device="cpu", workers=0)
+    for each in (learn, again):
+        capsys.readouterr()
+        each.fit(1, lr=1e3)
+        after = each.history.last["valid_loss"]
+        told = f"the validation loss was {before:.4g} where this fit began and is {after:.4g} now"
+        assert told in capsys.readouterr().err
+    thawed = Learner.load(run, arrays(12), module=staged(), device="cpu", workers=0)
+    thawed.unfreeze()
+    thawed.fit(1, lr=1e3)
+    assert "--batch-norm frozen (in Python: batch_norm=" in capsys.readouterr().err
+    thawed.images = arrays(12).split(valid=0.5, seed=3)  # of other images nothing is known
+    thawed.allow_leak = True
+    capsys.readouterr()
+    thawed.fit(1, lr=1e3)
+    assert "model was better before" not in capsys.readouterr().err
+
+
 def test_a_run_is_found_from_another_working_directory(
     tmp_path: Path, own_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

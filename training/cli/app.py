@@ -176,7 +176,7 @@ def head(
         refuse_imported(model.backbone, feature_store)
         raise
     given = for_run(staged.origin.get("run"), images, given)
-    tell_all([*given.notes, *view.notes(staged)])
+    tell_all([*(given.notes if folds is None else given.about), *view.notes(staged)])
     options: dict[str, Any] = {
         "cut": cut,
         **kind.options(),

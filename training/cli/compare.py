@@ -12,7 +12,7 @@ from featstore.cli.program import one_of, show, show_json, tell_all
 from featstore.extraction.defaults import DEFAULT_SPLIT_SEED
 from featstore.models.names import REDUCTIONS
 from training import choices
-from training.cli.asked import for_run, labelled
+from training.cli.asked import asked_view, for_run, labelled
 from training.cli.head_flags import PlotFlags
 
 
@@ -72,7 +72,7 @@ def compare(
     from training.experiments import comparing  # torch: what was asked for is understood by now
 
     found = comparing.compare(
-        [(model.with_(view=view.view(model.view)), cuts) for model, cuts in loaded],
+        [(model.with_(view=asked_view(model, feature_store, view, None)), cuts) for model, cuts in loaded],
         given.images,
         feature_store,
         reduce=reduce,

@@ -14,6 +14,7 @@ import typer
 from featstore.cli.flags import AugmentFlags, ImageFlags, OutputFlags, StoreOption, ViewFlags, open_store, spread
 from featstore.cli.models import ModelsFlags
 from featstore.cli.program import one_of, show, show_json, tell_all
+from featstore.remedies import Command
 from training import choices
 from training.cli.asked import asked_view, for_run, labelled
 from training.cli.head_flags import HeadFlags
@@ -142,6 +143,7 @@ def sweep(
         resume = True  # what is left to do here is the table
     feature_store = open_store(store)
     asked = labelled(images, for_new_head=True)
+    from featstore.images.origins import made_by
     from training.experiments.grid import Grid, Sample
     from training.experiments.sweeps import sweep as swept  # torch
 
@@ -151,7 +153,7 @@ def sweep(
     cuts = [*dict.fromkeys(filter(None, [cut, *(each for each in chosen.get("cut", ()) if isinstance(each, str))]))]
     models = [each for each, _ in model.models(cuts, trust_code=how.trust_code)]
     asked = for_run(models[0].origin.get("run"), images, asked)
-    tell_all([*asked.notes, *view.notes(models[0])])
+    tell_all([*(asked.notes if folds is None else asked.about), *view.notes(models[0])])
     options: dict[str, Any] = {
         "cut": cut,
         **head.options(),
@@ -196,10 +198,10 @@ def sweep(
     if found.num_missing:
         show("The share that ends last shows the whole table, and saves the best.")
     elif is_scored:
-        show(
-            f"The best is a run, to go on with: featstore-train finetune --images {images.images} --from {run} "
-            f"--epochs 5 --lr 1e-5,1e-3 --out {out}-tuned"
-        )
+        origin = made_by(asked.images)
+        flags = ["--images", images.images] if origin is None else origin.flags(asked.images)
+        words = ["finetune", *flags, "--from", str(run), "--epochs", "5", "--lr", "1e-5,1e-3", "--out", f"{out}-tuned"]
+        show(f"The best is a run, to go on with: {Command('featstore-train', *words)}")
 
 
 def _again(context: typer.Context) -> list[str]:

@@ -25,6 +25,7 @@ from training.solvers.rows import Rows as SolverRows
 from training.solvers.targets import strengths_of
 from training.splits import grouped_by_content
 
+_RELATIVE = tuple(np.logspace(2, -6, 17).tolist())
 _RIDGE_FOLDS = 5
 """By which ridge regression chooses its strength where rows must stay together."""
 
@@ -166,7 +167,8 @@ class RidgeProbe(_Probe):
     images of equal content or of one group) each is predicted by those of other folds: of a copy any fit tells.
 
     Args:
-        strengths: of the penalty, one or several.
+        strengths: of the penalty, one or several; None: seventeen, from a millionth of the mean square of the rows'
+            singular values to a hundred times that, which fit any scale.
         device: auto, cpu, cuda or cuda:1.
 
     Attributes:
@@ -179,9 +181,7 @@ class RidgeProbe(_Probe):
         spec_: of features that it was fitted to, what decided their values; else None.
     """
 
-    def __init__(
-        self, strengths: float | Sequence[float] = (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5), *, device: str = "auto"
-    ) -> None:
+    def __init__(self, strengths: float | Sequence[float] | None = None, *, device: str = "auto") -> None:
         """Takes the settings as they are: they are checked when it is fitted. The class describes them."""
         self.strengths, self.device = strengths, device
 
@@ -199,15 +199,18 @@ class RidgeProbe(_Probe):
         rows, y = self._given(X, y)
         weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
         source = _source(rows)
-        strengths = strengths_of("strengths", self.strengths).tolist()
+        is_relative = self.strengths is None
+        strengths = strengths_of("strengths", _RELATIVE if is_relative else self.strengths).tolist()
         folds = None
         if len(strengths) > 1:
             dealt = _folds(rows, y, _RIDGE_FOLDS, most=True)
             folds = None if isinstance(dealt, int) else dealt
-        path = ridge_classifier_path(source, y, strengths, weights=weights, folds=folds, device=self.device)
+        path = ridge_classifier_path(
+            source, y, strengths, weights=weights, folds=folds, relative=is_relative, device=self.device
+        )
         assert path.errors is not None
         self.errors_, self.strength_ = path.errors.mean(axis=1), path.best
-        which = strengths.index(self.strength_)
+        which = path.strengths.tolist().index(self.strength_)
         self.coef_, self.intercept_ = path.coefficients[which].T, path.intercepts[which]
         return self
 

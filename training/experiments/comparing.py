@@ -9,6 +9,7 @@ import csv
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -353,7 +354,9 @@ def compare(
         replace(images, groups=together), folds, split_seed
     )  # copies of an image on one side, inner folds too
     learned = _learned(pasts, dealt, known, allow_leak=allow_leak)
-    planned = plan(given, images, store, reduce=reduce, view=view, dtype=dtype or DEFAULT_STORAGE_TYPE)
+    # Of folds the images' own split is none, and copies are kept together: nothing to tell of either.
+    to_read = images if folds is None else images.with_splits(["train"] * len(images))
+    planned = plan(given, to_read, store, reduce=reduce, view=view, dtype=dtype or DEFAULT_STORAGE_TYPE)
     if dtype is None:
         planned = replace(planned, sets=tuple(_as_stored(each, planned, store) for each in planned.sets))
     for each in planned.sets:
@@ -363,6 +366,10 @@ def compare(
         notes += _extracted(planned, store, device=device, batch_size=batch_size, workers=workers, progress=progress)
     elif planned.is_missing.any():
         raise _missing(next(each for each in planned.sets if each.is_missing.any()), images, store)
+    names_of, sizes = _names(planned), {each.view.size for each in planned.sets}
+    if len(sizes) > 1:
+        told = {f"{names_of[id(each.source.model)]} {each.view.size}": None for each in planned.sets}
+        notes.append(f"images are of different sizes ({', '.join(told)}), which may be what differs; --size is of all")
     entries = []
     for each in planned.sets:
         computed = int(each.is_missing.sum())
@@ -371,7 +378,7 @@ def compare(
         found, transfer = _probed(each, store, images, dealt, names, has_folds=folds is not None, device=str(device))
         entries.append(
             Entry(
-                backbone=each.source.model.name,
+                backbone=names_of[id(each.source.model)],
                 cut=f"{each.cut} {each.spec.reduction}",
                 key=each.spec.key,
                 width=each.shape[0],
@@ -395,6 +402,17 @@ def compare(
         folds=folds,
         notes=tuple(notes),
     )
+
+
+def _names(planned: Plan) -> dict[int, str]:
+    """What each model is called, by its place in memory: as it was asked for where a run or two of a name are."""
+    models = {id(each.source.model): each.source.model for each in planned.sets}
+    common = Counter(model.name for model in models.values())
+    found = {}
+    for place, model in models.items():
+        asked = model.origin.get("run") or model.origin.get("backbone") or model.name
+        found[place] = str(asked) if "run" in model.origin or common[model.name] > 1 else model.name
+    return found
 
 
 def _learned(

@@ -262,6 +262,33 @@ class Begun:
         }
 
     @property
+    def kept(self) -> Record | None:
+        """The epoch whose weights are there once it is over; None before the first one."""
+        history = self.progress.history
+        if not history.records:
+            return None
+        return history.best if self.fitting.plan.keep == "best" else history.last
+
+    def worse_note(self, before: float) -> str | None:
+        """What to say where the validation loss is higher than `before`, that of the weights it began with; else None.
+
+        Silent where another number is monitored.
+        """
+        if self.kept is None or self.progress.history.monitor != Monitor() or not self.kept["valid_loss"] > before:
+            return None
+        has_batch_norm = any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in self.fitting.tail.modules())
+        advice = "Try lower rates"
+        if has_batch_norm and self.fitting.plan.batch_norm == "train":
+            advice = (
+                "Thawed batch norm trains on the statistics of each batch, which aren't those that the head has seen: "
+                '--batch-norm frozen (in Python: batch_norm="frozen") keeps them'
+            )
+        return (
+            f"the validation loss was {before:.4g} where this fit began and is {self.kept['valid_loss']:.4g} now, so "
+            f"the model was better before. {advice}"
+        )
+
+    @property
     def passes_done(self) -> int:
         """Those that have been made."""
         return self.fitting.train.pass_before(self.progress.epoch)

@@ -123,6 +123,7 @@ def ridge_classifier_path(
     weights: Any = None,
     leave_one_out: bool = True,
     folds: NDArray[np.int64] | None = None,
+    relative: bool = False,
     device: str = "auto",
 ) -> RidgePath:
     """The same for labels ``(N,)``, as targets of -1 and 1: scikit-learn's ``RidgeClassifier``.
@@ -135,6 +136,8 @@ def ridge_classifier_path(
         leave_one_out: likewise.
         folds: ``(N,)``, the fold of each row: errors are then of predictions by fits that lack its whole fold, each of
             which takes a decomposition of its own.
+        relative: whether strengths are in units of the mean square of the (centred) rows' singular values, so that they
+            mean the same on rows of any scale and number; the path's own are absolute.
         device: likewise.
 
     Raises:
@@ -145,7 +148,15 @@ def ridge_classifier_path(
     columns = np.arange(len(classes)) if len(classes) > 2 else np.array([1])
     aims = np.where(numbers[:, None] == columns, 1.0, -1.0)
     return _path(
-        rows, aims, strengths, weights, leave_one_out=leave_one_out, device=device, classes=classes, folds=folds
+        rows,
+        aims,
+        strengths,
+        weights,
+        leave_one_out=leave_one_out,
+        device=device,
+        classes=classes,
+        folds=folds,
+        relative=relative,
     )
 
 
@@ -178,11 +189,15 @@ def _path(
     device: str,
     classes: NDArray[Any] | None,
     folds: NDArray[np.int64] | None = None,
+    relative: bool = False,
 ) -> RidgePath:
     given, chosen = strengths_of("strengths", strengths), choose_device(device)
     targets, counted = on(chosen, aims), on(chosen, row_weights(weights, len(rows)))
     with torch.no_grad(), numerics("fp32", chosen):
-        spectrum, penalties = _Spectrum.of(rows, targets, counted), on(chosen, given)
+        spectrum = _Spectrum.of(rows, targets, counted)
+        if relative:
+            given = given * max(float(spectrum.values.sum()) / min(rows.shape), float(np.finfo(np.float32).tiny))
+        penalties = on(chosen, given)
         coefficients, errors = spectrum.coefficients(penalties), None
         intercepts = spectrum.target_mean - spectrum.mean @ coefficients
         if leave_one_out or folds is not None:

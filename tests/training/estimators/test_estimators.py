@@ -415,7 +415,7 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], told: 
         (LinearProbe(C="strong"), "C is 'strong'"),  # type: ignore[arg-type]
         (LinearProbe(max_iterations=1.5), "max_iterations is 1.5"),  # type: ignore[arg-type]
         (LinearProbe(class_weight=[1, 2]), r"class_weight is \[1, 2\]"),  # type: ignore[arg-type]
-        (RidgeProbe(None), "strengths is nan"),  # type: ignore[arg-type]
+        (RidgeProbe("strong"), "strengths is 'strong'"),  # type: ignore[arg-type]
         (KNNProbe(2.5), "n_neighbors is 2.5"),  # type: ignore[arg-type]
         (KNNProbe(weights=None), "weights is None"),  # type: ignore[arg-type]
     ],
@@ -732,6 +732,16 @@ def test_ridge_chooses_no_strength_by_copies_of_what_it_was_fitted_to() -> None:
     assert twice.strength_ == RidgeProbe(strengths, device="cpu").fit(rows, labels).strength_ == 1e6
     few = RidgeProbe(strengths, device="cpu").fit(np.repeat(rows[:3], 4, axis=0), np.repeat([0, 1, 0], 4))  # 3 folds
     assert few.errors_.shape == (2,)
+
+
+def test_the_strengths_of_ridge_fit_rows_of_any_scale() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 90)
+    rows = rng.standard_normal((90, 20)) + labels[:, None] * 0.3
+    fitted = RidgeProbe(device="cpu").fit(rows, labels)
+    small = RidgeProbe(device="cpu").fit(rows * 1e-3, labels)
+    assert small.strength_ == pytest.approx(fitted.strength_ * 1e-6, rel=1e-9)
+    assert small.decision_function(rows * 1e-3) == pytest.approx(fitted.decision_function(rows), rel=1e-6, abs=1e-9)
 
 
 def test_several_labels_of_which_there_is_one_are_several_labels_still(tmp_path: Path) -> None:

@@ -241,7 +241,11 @@ def test_images_that_a_run_was_trained_on_are_not_scored(here: Path) -> None:
     with pytest.raises(FeatureStoreError, match=f"Nothing is compared: of .*, {told} were trained on by .*run"):
         compare([tuned], other, store, **probed)
     assert f"{told} were trained on by" in str(compare([tuned], other, store, allow_leak=True, **probed))
-    assert compare([tuned], images, store, **probed).num_images == len(dealt.valid)
+    alone = compare([tuned], images, store, **probed)
+    assert (alone.num_images, "different sizes" in str(alone)) == (len(dealt.valid), False)
+    both = compare([tuned, model.with_(view=model.view.resized(size=32))], images, store, **probed)
+    assert {each.backbone for each in both.entries} == {str(here / "run"), "tiny.py:make_model"}
+    assert "images are of different sizes (" in str(both)
     with pytest.raises(TypeError, match="augment is no option of few shots; expected some of cut"):
         few_shot(model, dealt, store, augment=None)
 
