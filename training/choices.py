@@ -37,3 +37,10 @@ SWEEP, BEST = "sweep.json", "best"
 
 EXPORTS: dict[str, tuple[str, ...]] = {"pt2": (".pt2",), "onnx": (".onnx",), "state-dict": (".safetensors", ".pth")}
 """Format of an exported model -> how its file's name may end."""
+
+FEW_STEPS = 50
+"""Fewer leave a new head far from what it can learn: 54 images and ten epochs gave an accuracy of 0.64 in batches of
+64, and of 0.79 in batches of 8."""
+
+SMALL_BATCH = 8
+"""That is advised then."""

@@ -72,10 +72,6 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 130 ended by Ctrl-C, 143 by
 SIGTERM.
 """
 
-FEW_STEPS = 50
-"""Fewer leave a new head far from what it can learn: 54 images and ten epochs gave an accuracy of 0.64 in batches of
-64, and of 0.79 in batches of 8."""
-SMALL_BATCH = 8
 FEW_HELD_OUT = 100
 """Fewer leave an accuracy uncertain by 0.1 and more."""
 
@@ -217,7 +213,7 @@ def head(
         **length.arguments(),
         **options,
     )
-    if (steps := len(learn.history.losses)) < FEW_STEPS:
+    if (steps := len(learn.history.losses)) < choices.FEW_STEPS:
         tell(_few_steps(steps, how.batch_size))
     if 0 < (held_out := len(learn.images.valid)) < FEW_HELD_OUT:
         num_scored = held_out + len(learn.images.train)
@@ -336,7 +332,7 @@ def _check_folds(length: LengthFlags) -> None:
 
 
 def _few_steps(steps: int, batch_size: int) -> str:
-    remedy = f"--batch-size {SMALL_BATCH}" if batch_size > SMALL_BATCH else "more --epochs"
+    remedy = f"--batch-size {choices.SMALL_BATCH}" if batch_size > choices.SMALL_BATCH else "more --epochs"
     return f"{steps} optimizer step{'s' * (steps > 1)}, which may be too few; try {remedy}"
 
 

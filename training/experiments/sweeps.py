@@ -105,6 +105,8 @@ def sweep(
     trials = Trials(models, images, store, folds, repeats, groups, split_seed, monitor, given, say.once)
     found = as_settings(settings)
     trials.check(found)
+    for note in trials.notes(found):
+        say.once(note)
     if halving is not None and halving < 2:
         raise ValueError(f"halving is {halving}; expected at least 2: one of so many goes on.")
     if not 0 <= shard[0] < shard[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -17,10 +18,11 @@ from featstore.machine import available_bytes
 from featstore.models.staged import StagedModel
 from featstore.store.store import FeatureStore
 from featstore.words import counted
+from training.choices import FEW_STEPS, SMALL_BATCH
 from training.experiments.grid import Setting, setting_digest, setting_facts
 from training.experiments.swept import shown
 from training.heads import HEAD_OPTIONS, head_word, read_head
-from training.inputs.derive import labelled
+from training.inputs.derive import labelled, training_part
 from training.learner import Learner
 from training.loop import settings as of_learner
 from training.loop.copies import tensors_of
@@ -128,6 +130,36 @@ class Trials:
             for each in several:
                 learn.check(self.plan(each))
 
+    def notes(self, settings: Sequence[Setting]) -> Iterator[str]:
+        """What their owner should know of settings before they are tried."""
+        idle = [{name for name in each if self._says_nothing(each, name)} for each in settings]
+        kept = {
+            setting_digest({name: value for name, value in each.items() if name not in of})
+            for each, of in zip(settings, idle, strict=True)
+        }
+        if any(idle) and (num_equal := len(settings) - len(kept)):
+            names = " and ".join(sorted(set[str]().union(*idle)))
+            yield (
+                f"{num_equal:,} of {len(settings):,} settings: equal to another one but for {names}, which their head "
+                "doesn't have, so they come to the same"
+            )
+        steps = [self._num_steps(each) for each in settings if _kind_of(self._all(each)) != "linear"]
+        if steps and min(steps) < FEW_STEPS:
+            yield (
+                f"{min(steps):,} optimizer steps a fit, which may be too few for a head with hidden layers: more "
+                f"epochs, or batches of {SMALL_BATCH}"
+            )
+
+    def _says_nothing(self, setting: Setting, name: str) -> bool:
+        options = HEAD_OPTIONS.get(_kind_of(self._all(setting)))
+        return name in _OF_HEAD and options is not None and name not in options
+
+    def _num_steps(self, setting: Setting) -> int:
+        given = self._all(setting)
+        epochs, size = int(given.get("epochs", 10)), int(given.get("batch_size", 64))
+        batches = math.ceil(len(labelled(training_part(self.sets[0]))) / size)
+        return epochs * math.ceil(batches / int(given.get("accumulate") or 1))
+
     def _all(self, setting: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.options, **setting}
 
@@ -226,6 +258,11 @@ class Trials:
         dropped = f"; successive halving: one of {halving} went on from each rung" if halving is not None else ""
         overlap = overlap_note(self.images, self.images.digests(self._known)) if self.folds is None else None
         return f"{words}{dropped}" + ("" if overlap is None else f"; {overlap}")
+
+
+def _kind_of(given: Mapping[str, Any]) -> str:
+    head = given.get("head", "concat")
+    return head.partition(":")[0] if isinstance(head, str) else ""
 
 
 def _nothing(text: str) -> None:

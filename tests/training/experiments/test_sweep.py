@@ -481,12 +481,15 @@ def test_what_should_be_known_of_the_images_is_told_once(
 ) -> None:
     labels = [0] * 30 + [1] * 3 + [0] * 15 + [1]  # of folds some hold out two of the rare, and others one
     images = ImageSet.from_arrays(pixels(49), labels, splits=["train"] * 33 + ["valid"] * 16)
-    settings = Grid({"head": ["linear", "mlp"], "lr": [1e-2], "batch_size": [8, 13]})
+    settings = Grid({"head": ["linear", "mlp"], "lr": [1e-2], "dropout": [0.0, 0.5]})
     options = {**OPTIONS, "epochs": 1, "folds": folds, "quiet": False}
-    sweep(staged(), images, None, settings, out=tmp_path / "out", **options)
+    found = sweep(staged(), images, None, settings, out=tmp_path / "out", **options)
     said = capsys.readouterr().err
     assert said.count("which counts for little beside it") == 1
     assert "4 of 4 settings done" in said
+    assert "1 of 4 settings: equal to another one but for dropout, which their head doesn't have" in said
+    assert len({each.mean("valid_loss") for each in found.members}) == 3
+    assert "optimizer steps a fit, which may be too few for a head with hidden layers" in said
     found = sweep(staged(), images, None, settings, **{**options, "quiet": True})
     assert not capsys.readouterr().err
     found.best().fit(1, 1e-2)
