@@ -16,6 +16,9 @@ from featstore.files.scaled import ScaledRows, no_rows
 from featstore.store.spec import FeatureSpec
 from featstore.store.store import FeatureStore
 
+_BLOCK_BYTES = 1 << 20
+"""Of memory in which rows of few bytes lie one behind the other."""
+
 PART_BYTES = 256 << 20
 """Of rows that are worth a part."""
 
@@ -36,11 +39,33 @@ class Gathered:
     failed: dict[str, str] = field(default_factory=dict)
     num_bytes: int = 0
     _chunks: list[tuple[Tensor | ScaledRows, NDArray[np.uint8], NDArray[np.uint8]]] = field(default_factory=list)
+    _room: tuple[Tensor, NDArray[np.uint8], NDArray[np.uint8]] | None = None
 
     def add(self, values: Tensor | ScaledRows, digests: NDArray[np.uint8], decoders: NDArray[np.uint8]) -> None:
-        """Rows with their digests and decoders; in one step, so that no interrupt can leave one without the other."""
-        self._chunks.append((values, digests, decoders))
+        """Rows with their digests and decoders; in one step, so that no interrupt can leave one without the other.
+
+        Rows of few bytes are copied one behind the other: thousands of small pieces of memory would lie between the
+        large ones of passes, which can't be used again as a whole then (1 KB an image, for rows of 64 bytes).
+        """
+        if isinstance(values, Tensor) and 0 < values.nbytes <= _BLOCK_BYTES // 8:
+            self._add_few(values, digests, decoders)
+        else:
+            self._room = None
+            self._chunks.append((values, digests, decoders))
         self.num_bytes += values.nbytes
+
+    def _add_few(self, values: Tensor, digests: NDArray[np.uint8], decoders: NDArray[np.uint8]) -> None:
+        begin = 0 if self._room is None else len(self._chunks[-1][0])
+        end = begin + len(values)
+        if self._room is None or end > len(self._room[0]):
+            many = _BLOCK_BYTES // (values.nbytes // len(values))
+            room = values.new_empty((many, *values.shape[1:])), np.empty((many, 32), np.uint8), np.empty(many, np.uint8)
+            self._chunks.append((room[0][:0], room[1][:0], room[2][:0]))
+            self._room = room  # only now: it is that of the last chunk
+            begin, end = 0, len(values)
+        rows, marks, numbers = self._room
+        rows[begin:end], marks[begin:end], numbers[begin:end] = values, digests, decoders
+        self._chunks[-1] = rows[:end], marks[:end], numbers[:end]
 
     def sized(self, num_rows: int) -> Gathered:
         """So many of the same rows, each as often as it takes, in no more memory; none of none."""
@@ -48,7 +73,8 @@ class Gathered:
         for values, digests, decoders in cycle(chunk for chunk in self._chunks if len(chunk[0])):
             if num_rows <= 0:
                 break
-            found.add(values[:num_rows], digests[:num_rows], decoders[:num_rows])
+            found._chunks.append((values[:num_rows], digests[:num_rows], decoders[:num_rows]))
+            found.num_bytes += found._chunks[-1][0].nbytes
             num_rows -= len(values)
         return found
 
