@@ -127,9 +127,8 @@ class Learner:
     __slots__ = (
         "_asked", "_before", "_begun", "_calibration", "_cut", "_features", "_fits", "_images", "_loss", "_metrics",
         "_named", "_origins", "_passes", "_past", "_precision", "_probed", "_seen", "_start", "_trained_on",
-        "_valid_of",
-        "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history", "model", "note", "on_error",
-        "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
+        "_valid_of", "allow_leak", "augment", "batch_size", "classes", "device", "head_name", "history", "model",
+        "note", "on_error", "on_missing", "optimizer", "quiet", "read_from", "seed", "store", "task", "view", "workers",
     )  # fmt: skip
 
     def __init__(
@@ -193,9 +192,7 @@ class Learner:
         self._named, self._start = dict(backbone.origin), start_of(backbone)
         self._passes = 0 if head == "keep" else None  # of all fits, a loaded run's included; None: the head is new
         self._precision: Precision | None = None  # of the frozen part, in what was trained on
-        self._valid_of: tuple[str, float] | None = (
-            None  # digest of images held out, and the loss of the weights on them
-        )
+        self._valid_of: tuple[str, float] | None = None  # digest of images held out, and the loss on them
         self._probed: set[tuple[str, str]] = set()
         self._origins = [Origin.of(backbone)]
         self.head_name = head if isinstance(head, str) else "module"
@@ -742,7 +739,8 @@ class Learner:
         learn._past, learn._passes = past, saved.passes_of(facts, folder)
         learn._calibration, learn._precision = saved.calibration_of(facts, folder), saved.precision_of(facts)
         learn._before = saved.sidecar_of_run(folder, identity=stored.identity)
-        learn._valid_of = saved.scored_of(learn._before)
+        if learn._calibration is None:  # whose loss has another temperature than those of epochs
+            learn._valid_of = saved.scored_of(learn._before)
         learn._start = {"run": str(folder), "identity": stored.identity}
         if facts["model"]["frozen"] is None:
             learn.model.unfreeze()

@@ -143,7 +143,13 @@ class PastSplit:
 
     def trained_note(self, images: ImageSet, digests: Digests) -> str | None:
         """How many of the images to score were trained on, in words; None if none was."""
-        count = int(self.were_trained_on(digests).sum())
+        return self._counted(int(self.were_trained_on(digests).sum()), images)
+
+    def leaked_note(self, images: ImageSet, digests: Digests) -> str | None:
+        """The same without those of which it held out a copy as well: such copies are told by `overlap_note`."""
+        return self._counted(self.recorded(digests).count("train"), images)
+
+    def _counted(self, count: int, images: ImageSet) -> str | None:
         if not count:
             return None
         return (

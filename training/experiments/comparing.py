@@ -341,9 +341,9 @@ def compare(
     _check_given(images, groups, has_folds=folds is not None)
     given = _models(backbones, cuts)
     known = KnownDigests.of(store.known_digests(images))
-    pasts = {model.name: past for model, _ in given if (past := past_split(model)) is not None}
+    pasts = [past for model, _ in given if (past := past_split(model)) is not None]
     if folds is None:
-        for past in pasts.values():
+        for past in pasts:
             images = past.applied(images, known)
     images, groups = _to_use(images, groups, has_folds=folds is not None)
     names = probes_for(images.task, probes)
@@ -416,25 +416,25 @@ def _names(planned: Plan) -> dict[int, str]:
 
 
 def _learned(
-    pasts: Mapping[str, PastSplit], dealt: Sequence[ImageSet], known: KnownDigests, *, allow_leak: bool
+    pasts: Sequence[PastSplit], dealt: Sequence[ImageSet], known: KnownDigests, *, allow_leak: bool
 ) -> list[str]:
-    """Of each backbone how many of the images to score it was trained on, in words.
+    """Of each run among the backbones how many of the images to score it was trained on, in words.
 
     Raises:
         FeatureStoreError: unless that is allowed.
     """
     told = []
-    for name, past in pasts.items():
-        scored = dealt[0].select(np.any([fold.splits == "valid" for fold in dealt], axis=0))
-        note = past.trained_note(scored, scored.digests(known))
+    scored = dealt[0].select(np.any([fold.splits == "valid" for fold in dealt], axis=0))
+    for past in pasts:
+        note = past.leaked_note(scored, scored.digests(known))
         if note is None:
             continue
         if not allow_leak:
             raise FeatureStoreError(
-                f"Nothing is compared: of {name}, {note}. Give images that it hasn't seen, or the split of its run "
+                f"Nothing is compared: {note}. Give images that it hasn't seen, or the split of that run "
                 "(undealt images get it); or pass --allow-leak (in Python: allow_leak=True)."
             )
-        told.append(f"{name}: {note}")
+        told.append(note)
     return told
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from featstore.errors import FeatureStoreError
 from featstore.html import titled_table
 from featstore.images.contents import overlap_note
+from featstore.images.digests import KnownDigests
 from featstore.images.image_set import ImageSet
 from featstore.models.staged import StagedModel
 from featstore.store.features import Features
@@ -24,6 +25,7 @@ from featstore.words import some
 from training.inputs.derive import FeatureSource, labelled, training_part
 from training.learner import Learner
 from training.loop import settings
+from training.saved import past_split
 from training.scores.metrics import student_interval
 
 if TYPE_CHECKING:
@@ -332,14 +334,15 @@ class _Tried:
             )
         (train,), (valid,) = inputs.train.features, inputs.valid.features
         note = overlap_note(learn.images, learn.images.digests(store.known_digests(learn.images)))
-        if count := int(learn.were_trained_on(valid.images).sum()):
-            told = f"{count:,} of the {len(valid):,} images to score were trained on by the run that the model is of"
-            if not learn.allow_leak:
-                raise FeatureStoreError(
-                    f"Nothing is fitted: {told}. Give images that it hasn't seen, or the split of its run (undealt "
-                    "images get it); or pass --allow-leak (in Python: allow_leak=True)."
-                )
-            note = told if note is None else f"{note}; {told}"
+        past = past_split(model) if isinstance(model, StagedModel) else None
+        known = KnownDigests.of(store.known_digests(valid.images))
+        told = None if past is None else past.leaked_note(valid.images, valid.images.digests(known))
+        if told is not None and not learn.allow_leak:
+            raise FeatureStoreError(
+                f"Nothing is fitted: {told}. Give images that it hasn't seen, or the split of that run (undealt images "
+                "get it); or pass --allow-leak (in Python: allow_leak=True)."
+            )
+        note = "; ".join(filter(None, [note, told])) or None
         return cls(probe=make, words=words, train=train, valid=valid, note=note)
 
     def point(self, draws: Sequence[NDArray[np.int64]], *, shots: int | None) -> CurvePoint:
