@@ -145,9 +145,19 @@ class PastSplit:
         """How many of the images to score were trained on, in words; None if none was."""
         return self._counted(int(self.were_trained_on(digests).sum()), images)
 
-    def leaked_note(self, images: ImageSet, digests: Digests) -> str | None:
-        """The same without those of which it held out a copy as well: such copies are told by `overlap_note`."""
-        return self._counted(self.recorded(digests).count("train"), images)
+    def leaked_note(self, images: ImageSet, digests: Digests, *, allow_leak: bool) -> str | None:
+        """The same without those of which it held out a copy as well: such copies are told by `overlap_note`.
+
+        Raises:
+            FeatureStoreError: if there are some, unless that is allowed.
+        """
+        note = self._counted(self.recorded(digests).count("train"), images)
+        if note is not None and not allow_leak:
+            raise FeatureStoreError(
+                f"Nothing is scored: {note}. Give images that it hasn't seen, or the split of that run (undealt images "
+                "get it); or pass --allow-leak (in Python: allow_leak=True)."
+            )
+        return note
 
     def _counted(self, count: int, images: ImageSet) -> str | None:
         if not count:

@@ -13,7 +13,7 @@ from featstore.extraction.defaults import DEFAULT_SPLIT_SEED
 from featstore.models.names import REDUCTIONS
 from training import choices
 from training.cli.asked import asked_view, for_run, labelled
-from training.cli.head_flags import PlotFlags
+from training.cli.head_flags import LeakOption, PlotFlags
 
 
 @spread
@@ -50,9 +50,7 @@ def compare(
     stored_only: Annotated[
         bool, typer.Option("--stored-only", help="Compute nothing; what is missing is an error.")
     ] = False,
-    allow_leak: Annotated[
-        bool, typer.Option("--allow-leak", help="Score also images that a backbone from a run was trained on.")
-    ] = False,
+    allow_leak: LeakOption = False,
     time_all: Annotated[
         bool, typer.Option("--time-all", help="Also measure the seconds of backbones whose features were stored.")
     ] = False,

@@ -23,7 +23,7 @@ from featstore.cli.models import ModelFlags
 from featstore.cli.program import one_of, show, show_json, tell_all
 from training import choices
 from training.cli.asked import asked_cuts, asked_view, for_run, labelled
-from training.cli.head_flags import PlotFlags, ReduceFlags
+from training.cli.head_flags import LeakOption, PlotFlags, ReduceFlags
 
 
 @spread
@@ -54,9 +54,7 @@ def few_shot(
         str | None, typer.Option(metavar="KEY", help="Start of the key of the feature set to use.")
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:1", help="Of what is fitted.")] = "auto",
-    allow_leak: Annotated[
-        bool, typer.Option("--allow-leak", help="Score also images that a backbone from a run was trained on.")
-    ] = False,
+    allow_leak: LeakOption = False,
     trust_code: TrustOption = False,
 ) -> None:
     """Fit a probe to few stored features of each class, several times, and score it on the images held out."""

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _PICTURES = (".png", ".svg", ".pdf")
 
+LeakOption = Annotated[
+    bool, typer.Option("--allow-leak", help="Score also images that a backbone from a run was trained on.")
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReduceFlags:

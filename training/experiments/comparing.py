@@ -423,19 +423,9 @@ def _learned(
     Raises:
         FeatureStoreError: unless that is allowed.
     """
-    told = []
     scored = dealt[0].select(np.any([fold.splits == "valid" for fold in dealt], axis=0))
-    for past in pasts:
-        note = past.leaked_note(scored, scored.digests(known))
-        if note is None:
-            continue
-        if not allow_leak:
-            raise FeatureStoreError(
-                f"Nothing is compared: {note}. Give images that it hasn't seen, or the split of that run "
-                "(undealt images get it); or pass --allow-leak (in Python: allow_leak=True)."
-            )
-        told.append(note)
-    return told
+    notes = [past.leaked_note(scored, scored.digests(known), allow_leak=allow_leak) for past in pasts]
+    return [note for note in notes if note is not None]
 
 
 def _check_given(images: ImageSet, groups: Sequence[Any] | NDArray[Any] | None, *, has_folds: bool) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from featstore.errors import FeatureStoreError
 from featstore.html import titled_table
 from featstore.images.contents import overlap_note
 from featstore.images.digests import KnownDigests
@@ -336,12 +335,11 @@ class _Tried:
         note = overlap_note(learn.images, learn.images.digests(store.known_digests(learn.images)))
         past = past_split(model) if isinstance(model, StagedModel) else None
         known = KnownDigests.of(store.known_digests(valid.images))
-        told = None if past is None else past.leaked_note(valid.images, valid.images.digests(known))
-        if told is not None and not learn.allow_leak:
-            raise FeatureStoreError(
-                f"Nothing is fitted: {told}. Give images that it hasn't seen, or the split of that run (undealt images "
-                "get it); or pass --allow-leak (in Python: allow_leak=True)."
-            )
+        told = (
+            None
+            if past is None
+            else past.leaked_note(valid.images, valid.images.digests(known), allow_leak=learn.allow_leak)
+        )
         note = "; ".join(filter(None, [note, told])) or None
         return cls(probe=make, words=words, train=train, valid=valid, note=note)
 

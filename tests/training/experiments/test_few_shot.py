@@ -234,7 +234,7 @@ def test_images_that_a_run_was_trained_on_are_not_scored(here: Path) -> None:
     few_shot(tuned, images, store, **options)  # undealt images are dealt as the run had them
     count = int(((other.splits == "valid") & (dealt.splits == "train")).sum())
     told = f"{count} of the {len(other.valid)} images"
-    with pytest.raises(FeatureStoreError, match=f"Nothing is fitted: {told} were trained on by .*run"):
+    with pytest.raises(FeatureStoreError, match=f"Nothing is scored: {told} were trained on by .*run"):
         few_shot(tuned, other, store, **options)
     assert f"{told} were trained on by" in str(few_shot(tuned, other, store, allow_leak=True, **options))
     probed: dict[str, Any] = {"cuts": ["conv2"], "probes": ["ridge"]}
@@ -242,7 +242,7 @@ def test_images_that_a_run_was_trained_on_are_not_scored(here: Path) -> None:
     learn.fit(1, lr=1e-3)
     of_other = backbone(learn.save("other"))  # of the same name, and it has not seen these
     for backbones in ([tuned], [tuned, of_other]):
-        with pytest.raises(FeatureStoreError, match=f"Nothing is compared: {told} were trained on by .*run"):
+        with pytest.raises(FeatureStoreError, match=f"Nothing is scored: {told} were trained on by .*run"):
             compare(backbones, other, store, **probed)
     assert f"{told} were trained on by" in str(compare([tuned], other, store, allow_leak=True, **probed))
     alone = compare([tuned], images, store, **probed)
