@@ -150,7 +150,7 @@ def test_rows_that_others_have_filed_before_a_job_ends_are_compared_once_more(
         parts = [part for key in keys for part in other.set(key).parts]
         for key, part in zip(keys, parts, strict=True):
             part.path.rename(store.set(key).folder / part.path.name)
-        said = rf"{parts[0].path.name}.* 1 part of this one of set {keys[0][:8]} set aside"
+        said = rf"{parts[0].path.name}.* What this one has written of set {keys[0][:8]} \(1 part\) is set aside"
         with pytest.raises(FactsDifferError, match=said):
             finish(planned, store, [filed])
         assert [FeatureStore(store.root).set(key).pixels for key in keys] == [{pixel_digest()}] * 2
