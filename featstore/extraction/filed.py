@@ -178,10 +178,10 @@ def refuse_contradiction(store: FeatureStore, each: PlannedSet, paths: list[Path
         paths.pop()
     raise FactsDifferError(
         f"{mine.path} ({mine.facts['who']}) and {other.path} ({other.facts['who']}) hold rows of one set that don't go "
-        f"together, although all keys agree: {why}. Two jobs wrote them at one time. What this one has "
-        f"written of set {each.spec.key[:8]} ({counted(count, 'part')}) is set aside, where nobody reads. Expected jobs that decode and compute alike: "
-        "featstore doctor tells what decodes on each machine. Run this job again on one like the other's, or extract "
-        "into another store."
+        f"together, although all keys agree: {why}. Two jobs wrote them at one time. What this one has written of set "
+        f"{each.spec.key[:8]} ({counted(count, 'part')}) is set aside, where nobody reads. Expected jobs that decode "
+        "and compute alike: featstore doctor tells what decodes on each machine. Run this job again on one like the "
+        "other's, or extract into another store."
     )
 
 
